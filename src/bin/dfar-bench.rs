@@ -1,0 +1,2 @@
+//! `dfar-bench`: verify against reference cases, and measure.
+fn main() {}

@@ -1,0 +1,2 @@
+//! `dfar-data`: import logs, describe data sets, make synthetic ones.
+fn main() {}

@@ -1,0 +1,2 @@
+//! `dfar-train`: train, evaluate and score.
+fn main() {}

@@ -1,0 +1,246 @@
+//! A small f32 vector trait, its instruction sets, and the run-time dispatch between them.
+//!
+//! An algorithm is written once, generic over [`Simd`], as a [`Kernel`]; [`dispatch`] runs it with the widest
+//! instruction set this processor has. A value of a `Simd` type is the proof that its instructions exist here:
+//! only `new` (which looks) makes one, so every method on it is safe to call.
+//!
+//! Everything must be `#[inline(always)]`: a method that is not inlined into the `#[target_feature]` entry
+//! point would be compiled without the instructions it stands for.
+
+#[cfg(target_arch = "aarch64")]
+mod neon;
+mod portable;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+#[cfg(target_arch = "aarch64")]
+pub use neon::Neon;
+pub use portable::Portable;
+#[cfg(target_arch = "x86_64")]
+pub use x86::{Avx2, Avx512};
+
+/// Vectors of [`Simd::LANES`] f32 values.
+pub trait Simd: Copy + Send + Sync + 'static {
+    /// Number of f32 values in a vector.
+    const LANES: usize;
+    /// How many vector registers an inner loop may count on.
+    const REGISTERS: usize;
+    /// Name for reports, e.g. `avx512`.
+    const NAME: &'static str;
+    /// One vector.
+    type V: Copy;
+
+    /// Every lane `x`.
+    fn splat(self, x: f32) -> Self::V;
+    /// The `LANES` values at `x`.
+    ///
+    /// # Safety
+    /// `x` must be valid for reading `LANES` values.
+    unsafe fn load_ptr(self, x: *const f32) -> Self::V;
+    /// Writes the `LANES` values of `v` to `out`.
+    ///
+    /// # Safety
+    /// `out` must be valid for writing `LANES` values.
+    unsafe fn store_ptr(self, v: Self::V, out: *mut f32);
+    /// `a + b`
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a - b`
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b`
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a / b`
+    fn div(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b + c`, in one rounding where the machine has it.
+    fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// Lane-wise maximum; a NaN in `b` is kept.
+    fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `value` where `condition > 0`, else 0: the derivative mask of ReLU.
+    fn where_positive(self, condition: Self::V, value: Self::V) -> Self::V;
+    /// Nearest integer.
+    fn round(self, a: Self::V) -> Self::V;
+    /// `a * 2^n` for whole `n`; underflows to 0, overflows to infinity.
+    fn scale_by_power(self, a: Self::V, n: Self::V) -> Self::V;
+    /// Sum of the lanes.
+    fn sum(self, a: Self::V) -> f32;
+    /// Largest lane.
+    fn max_lane(self, a: Self::V) -> f32;
+
+    /// Every lane 0.
+    #[inline(always)]
+    fn zero(self) -> Self::V {
+        self.splat(0.0)
+    }
+
+    /// The first `LANES` values of `x`. Panics when there are fewer.
+    #[inline(always)]
+    fn load(self, x: &[f32]) -> Self::V {
+        let x = &x[..Self::LANES];
+        // SAFETY: the slice above has LANES values.
+        unsafe { self.load_ptr(x.as_ptr()) }
+    }
+
+    /// Writes `v` to the first `LANES` values of `out`. Panics when there are fewer.
+    #[inline(always)]
+    fn store(self, v: Self::V, out: &mut [f32]) {
+        let out = &mut out[..Self::LANES];
+        // SAFETY: the slice above has LANES values.
+        unsafe { self.store_ptr(v, out.as_mut_ptr()) }
+    }
+
+    /// `2^x` to about 1 ulp; 0 for `x = -inf`, infinity for finite `x >= 128`, NaN for NaN and infinity.
+    ///
+    /// Degree 6 minimax polynomial on [-1/2, 1/2] after splitting off the whole part.
+    #[inline(always)]
+    fn exp2(self, x: Self::V) -> Self::V {
+        // -inf - -inf would be NaN, so clamp from below; the order of the operands lets a NaN through.
+        let x = self.max(self.splat(-1000.0), x);
+        let n = self.round(x);
+        let f = self.sub(x, n);
+        let mut p = self.splat(1.535_336_8e-4);
+        p = self.mul_add(p, f, self.splat(1.339_887_5e-3));
+        p = self.mul_add(p, f, self.splat(9.618_437e-3));
+        p = self.mul_add(p, f, self.splat(5.550_332_5e-2));
+        p = self.mul_add(p, f, self.splat(2.402_264_7e-1));
+        p = self.mul_add(p, f, self.splat(std::f32::consts::LN_2));
+        p = self.mul_add(p, f, self.splat(1.0));
+        self.scale_by_power(p, n)
+    }
+}
+
+/// An algorithm written once for every instruction set.
+pub trait Kernel {
+    /// What it returns.
+    type Output;
+    /// Runs it. Must be `#[inline(always)]` in implementations.
+    fn run<S: Simd>(self, simd: S) -> Self::Output;
+}
+
+/// Runs `kernel` with the widest vectors this processor has (or the set `DFAR_SIMD` names: `avx512`, `avx2`,
+/// `neon`, `portable`; an unavailable or unknown name is ignored).
+#[inline]
+pub fn dispatch<K: Kernel>(kernel: K) -> K::Output {
+    match best() {
+        #[cfg(target_arch = "x86_64")]
+        Set::Avx512(simd) => simd.vectorize(kernel),
+        #[cfg(target_arch = "x86_64")]
+        Set::Avx2(simd) => simd.vectorize(kernel),
+        #[cfg(target_arch = "aarch64")]
+        Set::Neon(simd) => kernel.run(simd),
+        Set::Portable(simd) => kernel.run(simd),
+    }
+}
+
+/// Name of the instruction set [`dispatch`] uses.
+pub fn name() -> &'static str {
+    struct Name;
+    impl Kernel for Name {
+        type Output = &'static str;
+        #[inline(always)]
+        fn run<S: Simd>(self, _: S) -> &'static str {
+            S::NAME
+        }
+    }
+    dispatch(Name)
+}
+
+#[derive(Clone, Copy)]
+enum Set {
+    #[cfg(target_arch = "x86_64")]
+    Avx512(Avx512),
+    #[cfg(target_arch = "x86_64")]
+    Avx2(Avx2),
+    #[cfg(target_arch = "aarch64")]
+    Neon(Neon),
+    Portable(Portable),
+}
+
+fn best() -> Set {
+    static BEST: std::sync::OnceLock<Set> = std::sync::OnceLock::new();
+    *BEST.get_or_init(|| {
+        let available = available();
+        let wanted = std::env::var("DFAR_SIMD").ok();
+        let named = wanted.and_then(|w| available.iter().find(|(name, _)| *name == w));
+        named.unwrap_or(&available[0]).1
+    })
+}
+
+/// The instruction sets of this processor, widest first.
+fn available() -> Vec<(&'static str, Set)> {
+    let mut sets = Vec::new();
+    #[cfg(target_arch = "x86_64")]
+    {
+        sets.extend(Avx512::new().map(|s| (Avx512::NAME, Set::Avx512(s))));
+        sets.extend(Avx2::new().map(|s| (Avx2::NAME, Set::Avx2(s))));
+    }
+    #[cfg(target_arch = "aarch64")]
+    sets.extend(Neon::new().map(|s| (Neon::NAME, Set::Neon(s))));
+    sets.push((Portable::NAME, Set::Portable(Portable)));
+    sets
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One body for every instruction set: each operation against its scalar meaning.
+    struct Check;
+    impl Kernel for Check {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) {
+            let a: Vec<f32> = (0..S::LANES).map(|i| i as f32 * 0.75 - 3.0).collect();
+            let b: Vec<f32> = (0..S::LANES).map(|i| 2.5 - i as f32).collect();
+            let (va, vb) = (s.load(&a), s.load(&b));
+            let check = |v: S::V, f: &dyn Fn(f32, f32) -> f32| {
+                let mut out = vec![0.0; S::LANES];
+                s.store(v, &mut out);
+                for i in 0..S::LANES {
+                    assert_eq!(out[i], f(a[i], b[i]), "{} lane {i}", S::NAME);
+                }
+            };
+            check(s.add(va, vb), &|a, b| a + b);
+            check(s.sub(va, vb), &|a, b| a - b);
+            check(s.mul(va, vb), &|a, b| a * b);
+            check(s.div(va, vb), &|a, b| a / b);
+            check(s.mul_add(va, vb, s.splat(1.0)), &|a, b| a * b + 1.0);
+            check(s.max(va, vb), &f32::max);
+            check(s.where_positive(va, vb), &|a, b| if a > 0.0 { b } else { 0.0 });
+            check(s.round(va), &|a, _| a.round_ties_even());
+            check(s.scale_by_power(va, s.splat(-3.0)), &|a, _| a / 8.0);
+            assert_eq!(s.sum(va), a.iter().sum::<f32>());
+            assert_eq!(s.max_lane(vb), 2.5);
+            for x in
+                [-1000.0, -149.5, -126.3, -1.5, -0.5, 0.0, 0.49, 0.5, 1.0, 3.7, 126.9, 127.6, 128.0, 1e4f32]
+            {
+                let mut out = vec![0.0; S::LANES];
+                s.store(s.exp2(s.splat(x)), &mut out);
+                let want = (x as f64).exp2() as f32;
+                let ok = out[0] == want
+                    || (out[0] - want).abs() <= 3e-7 * want
+                    || want < f32::MIN_POSITIVE && out[0] <= 2.0 * f32::MIN_POSITIVE;
+                assert!(ok, "{}: exp2({x}) = {} instead of {want}", S::NAME, out[0]);
+            }
+            let mut out = vec![1.0; S::LANES];
+            s.store(s.exp2(s.splat(f32::NEG_INFINITY)), &mut out);
+            assert_eq!(out[0], 0.0, "{}", S::NAME);
+            s.store(s.exp2(s.splat(f32::NAN)), &mut out);
+            assert!(out[0].is_nan(), "{}", S::NAME);
+        }
+    }
+
+    #[test]
+    fn every_instruction_set_agrees_with_scalar_arithmetic() {
+        for (name, set) in available() {
+            println!("checking {name}");
+            match set {
+                #[cfg(target_arch = "x86_64")]
+                Set::Avx512(s) => s.vectorize(Check),
+                #[cfg(target_arch = "x86_64")]
+                Set::Avx2(s) => s.vectorize(Check),
+                #[cfg(target_arch = "aarch64")]
+                Set::Neon(s) => Check.run(s),
+                Set::Portable(s) => Check.run(s),
+            }
+        }
+    }
+}

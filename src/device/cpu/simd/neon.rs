@@ -1,0 +1,91 @@
+//! NEON, which every aarch64 processor has.
+
+use super::Simd;
+use std::arch::aarch64::*;
+
+/// Proof that NEON instructions can run here.
+#[derive(Clone, Copy, Debug)]
+pub struct Neon(());
+
+impl Neon {
+    /// Always there on aarch64; an `Option` like the other sets'.
+    pub fn new() -> Option<Self> {
+        Some(Self(()))
+    }
+}
+
+macro_rules! intrinsics {
+    ($($name:ident($($arg:ident),+) = $intrinsic:ident;)+) => {$(
+        #[inline(always)]
+        fn $name(self, $($arg: Self::V),+) -> Self::V {
+            // SAFETY: NEON is part of aarch64.
+            unsafe { $intrinsic($($arg),+) }
+        }
+    )+};
+}
+
+impl Simd for Neon {
+    const LANES: usize = 4;
+    const REGISTERS: usize = 32;
+    const NAME: &'static str = "neon";
+    type V = float32x4_t;
+
+    intrinsics! {
+        add(a, b) = vaddq_f32;
+        sub(a, b) = vsubq_f32;
+        mul(a, b) = vmulq_f32;
+        div(a, b) = vdivq_f32;
+        max(a, b) = vmaxq_f32;
+        round(a) = vrndnq_f32;
+    }
+    #[inline(always)]
+    fn splat(self, x: f32) -> float32x4_t {
+        // SAFETY: NEON is part of aarch64.
+        unsafe { vdupq_n_f32(x) }
+    }
+    #[inline(always)]
+    unsafe fn load_ptr(self, x: *const f32) -> float32x4_t {
+        // SAFETY: the caller promises 4 readable values.
+        unsafe { vld1q_f32(x) }
+    }
+    #[inline(always)]
+    unsafe fn store_ptr(self, v: float32x4_t, out: *mut f32) {
+        // SAFETY: the caller promises 4 writable values.
+        unsafe { vst1q_f32(out, v) }
+    }
+    #[inline(always)]
+    fn mul_add(self, a: float32x4_t, b: float32x4_t, c: float32x4_t) -> float32x4_t {
+        // SAFETY: NEON is part of aarch64.
+        unsafe { vfmaq_f32(c, a, b) }
+    }
+    #[inline(always)]
+    fn where_positive(self, condition: float32x4_t, value: float32x4_t) -> float32x4_t {
+        // SAFETY: NEON is part of aarch64.
+        unsafe {
+            let mask = vcgtzq_f32(condition);
+            vreinterpretq_f32_u32(vandq_u32(mask, vreinterpretq_u32_f32(value)))
+        }
+    }
+    #[inline(always)]
+    fn scale_by_power(self, a: float32x4_t, n: float32x4_t) -> float32x4_t {
+        // SAFETY: NEON is part of aarch64.
+        unsafe {
+            // In two halves, so that each power is a normal number.
+            let n = vminq_f32(vmaxq_f32(n, vdupq_n_f32(-250.0)), vdupq_n_f32(250.0));
+            let n = vcvtq_s32_f32(n);
+            let half = vshrq_n_s32::<1>(n);
+            let power = |n| vreinterpretq_f32_s32(vshlq_n_s32::<23>(vaddq_s32(n, vdupq_n_s32(127))));
+            vmulq_f32(vmulq_f32(a, power(half)), power(vsubq_s32(n, half)))
+        }
+    }
+    #[inline(always)]
+    fn sum(self, a: float32x4_t) -> f32 {
+        // SAFETY: NEON is part of aarch64.
+        unsafe { vaddvq_f32(a) }
+    }
+    #[inline(always)]
+    fn max_lane(self, a: float32x4_t) -> f32 {
+        // SAFETY: NEON is part of aarch64.
+        unsafe { vmaxvq_f32(a) }
+    }
+}

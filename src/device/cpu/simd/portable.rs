@@ -1,0 +1,88 @@
+//! Plain Rust, for processors without a vector unit of our own; the compiler vectorises what it can.
+
+use super::Simd;
+
+/// Eight lanes in an array.
+#[derive(Clone, Copy, Debug)]
+pub struct Portable;
+
+const LANES: usize = 8;
+
+#[inline(always)]
+fn map(f: impl Fn(usize) -> f32) -> [f32; LANES] {
+    std::array::from_fn(f)
+}
+
+impl Simd for Portable {
+    const LANES: usize = LANES;
+    const REGISTERS: usize = 8;
+    const NAME: &'static str = "portable";
+    type V = [f32; LANES];
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::V {
+        [x; LANES]
+    }
+    #[inline(always)]
+    unsafe fn load_ptr(self, x: *const f32) -> Self::V {
+        // SAFETY: the caller promises LANES readable values; an array of f32 has f32's alignment.
+        unsafe { *x.cast() }
+    }
+    #[inline(always)]
+    unsafe fn store_ptr(self, v: Self::V, out: *mut f32) {
+        // SAFETY: the caller promises LANES writable values; an array of f32 has f32's alignment.
+        unsafe { *out.cast() = v }
+    }
+    #[inline(always)]
+    fn add(self, a: Self::V, b: Self::V) -> Self::V {
+        map(|i| a[i] + b[i])
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V {
+        map(|i| a[i] - b[i])
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V {
+        map(|i| a[i] * b[i])
+    }
+    #[inline(always)]
+    fn div(self, a: Self::V, b: Self::V) -> Self::V {
+        map(|i| a[i] / b[i])
+    }
+    #[inline(always)]
+    fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        // Not f32::mul_add: without an FMA unit that is a library call.
+        map(|i| a[i] * b[i] + c[i])
+    }
+    #[inline(always)]
+    fn max(self, a: Self::V, b: Self::V) -> Self::V {
+        map(|i| if a[i] > b[i] { a[i] } else { b[i] })
+    }
+    #[inline(always)]
+    fn where_positive(self, condition: Self::V, value: Self::V) -> Self::V {
+        map(|i| if condition[i] > 0.0 { value[i] } else { 0.0 })
+    }
+    #[inline(always)]
+    fn round(self, a: Self::V) -> Self::V {
+        map(|i| a[i].round_ties_even())
+    }
+    #[inline(always)]
+    fn scale_by_power(self, a: Self::V, n: Self::V) -> Self::V {
+        // In two halves, so that each power is a normal number.
+        let power = |n: f32| f32::from_bits(((n as i32 + 127) as u32) << 23);
+        map(|i| {
+            let n = n[i].clamp(-250.0, 250.0);
+            let half = (n * 0.5).trunc();
+            if n.is_nan() { f32::NAN } else { a[i] * power(half) * power(n - half) }
+        })
+    }
+    #[inline(always)]
+    fn sum(self, a: Self::V) -> f32 {
+        let b = [a[0] + a[4], a[1] + a[5], a[2] + a[6], a[3] + a[7]];
+        (b[0] + b[2]) + (b[1] + b[3])
+    }
+    #[inline(always)]
+    fn max_lane(self, a: Self::V) -> f32 {
+        a.into_iter().fold(f32::NEG_INFINITY, |m, x| if x > m { x } else { m })
+    }
+}

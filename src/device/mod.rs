@@ -1,0 +1,2 @@
+//! Where computation happens.
+pub mod cpu;

@@ -1,0 +1,48 @@
+//! The one error type callers meet: a variant a boundary, each with an error of its own beside its code.
+
+use crate::attention::AttentionError;
+use crate::data::DataError;
+use std::path::{Path, PathBuf};
+use thiserror::Error;
+
+/// Result with [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Anything that can go wrong.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// An argument of the attention operation.
+    #[error(transparent)]
+    Attention(#[from] AttentionError),
+    /// A log file or a data set file.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// The operating system refused something.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was tried, e.g. `write`.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+}
+
+impl Error {
+    /// For `map_err` on I/O: `file.read(..).map_err(Error::io("read", path))`.
+    pub fn io(action: &'static str, path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Error {
+        let path = path.as_ref().to_owned();
+        move |source| Error::Io { action, path, source }
+    }
+
+    /// Exit code of the binaries: 1 the run failed, 3 bad input data, 4 no usable GPU, 5 non-finite loss,
+    /// 130 interrupted. (2, wrong usage, is clap's.)
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Error::Data(_) => 3,
+            Error::Attention(_) | Error::Io { .. } => 1,
+        }
+    }
+}

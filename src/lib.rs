@@ -1,0 +1,8 @@
+//! dfar: train and serve recommenders on mixed feedback.
+
+pub mod attention;
+pub mod data;
+pub mod device;
+pub mod error;
+
+pub use error::{Error, Result};

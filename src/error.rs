@@ -18,6 +18,12 @@ pub enum Error {
     /// A log file or a data set file.
     #[error(transparent)]
     Data(#[from] DataError),
+    /// Histories that cannot be packed.
+    #[error(transparent)]
+    Batch(#[from] crate::batch::BatchError),
+    /// The network.
+    #[error(transparent)]
+    Model(#[from] crate::model::ModelError),
     /// The operating system refused something.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
@@ -42,7 +48,8 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self {
             Error::Data(_) => 3,
-            Error::Attention(_) | Error::Io { .. } => 1,
+            Error::Model(crate::model::ModelError::NonFinite { .. }) => 5,
+            Error::Attention(_) | Error::Batch(_) | Error::Model(_) | Error::Io { .. } => 1,
         }
     }
 }

@@ -1,8 +1,10 @@
 //! dfar: train and serve recommenders on mixed feedback.
 
 pub mod attention;
+pub mod batch;
 pub mod data;
 pub mod device;
 pub mod error;
+pub mod model;
 
 pub use error::{Error, Result};

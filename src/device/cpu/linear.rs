@@ -385,7 +385,8 @@ mod tests {
                 let mut y = start.clone();
                 let given = with_bias.then_some(&bias[..]);
                 forward(&x, &w, given, activation, (&mut y, store), widths);
-                let mut want = naive([n, outputs, inputs], |i, l| x[i * inputs + l], |l, j| w[l * outputs + j]);
+                let mut want =
+                    naive([n, outputs, inputs], |i, l| x[i * inputs + l], |l, j| w[l * outputs + j]);
                 for (i, want) in want.iter_mut().enumerate() {
                     *want += given.map_or(0.0, |b| f64::from(b[i % outputs]));
                     *want = if activation == Activation::Relu { want.max(0.0) } else { *want };
@@ -394,7 +395,8 @@ mod tests {
                 assert_close("y", &y, &want);
 
                 let dy = random(n * outputs, &mut rng);
-                let masked = |i: usize| if activation == Activation::Relu && y[i] <= 0.0 { 0.0 } else { dy[i] };
+                let masked =
+                    |i: usize| if activation == Activation::Relu && y[i] <= 0.0 { 0.0 } else { dy[i] };
                 let (mut dy_given, mut dx) = (dy.clone(), dx_start.clone());
                 let (mut dw, mut dbias) = (vec![f32::NAN; w.len()], vec![f32::NAN; outputs]);
                 let dx_out = Some((&mut dx[..], store));
@@ -409,7 +411,11 @@ mod tests {
                 let shape = [inputs, outputs, n];
                 let want = naive(shape, |i, l| x[l * inputs + i], |l, j| masked(l * outputs + j));
                 assert_close("dw", &dw, &want);
-                assert_close("dbias", &dbias, &naive([1, outputs, n], |_, _| 1.0, |l, j| masked(l * outputs + j)));
+                assert_close(
+                    "dbias",
+                    &dbias,
+                    &naive([1, outputs, n], |_, _| 1.0, |l, j| masked(l * outputs + j)),
+                );
             }
         }
     }
@@ -464,7 +470,8 @@ mod tests {
         let run = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
             pool.install(|| {
-                let mut out = [inputs * outputs, outputs, 2 * inputs * outputs, outputs].map(|n| vec![0.0; n]);
+                let mut out =
+                    [inputs * outputs, outputs, 2 * inputs * outputs, outputs].map(|n| vec![0.0; n]);
                 let [dw, dbias, dw2, dbias2] = &mut out;
                 let (none, widths) = (Activation::None, (inputs, outputs));
                 let w1 = &w[..inputs * outputs];

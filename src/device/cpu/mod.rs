@@ -6,4 +6,4 @@ mod elementwise;
 pub mod linear;
 mod product;
 mod scratch;
-//pub mod target_attention;
+pub mod target_attention;

@@ -2,6 +2,7 @@
 
 use crate::attention::AttentionError;
 use crate::data::DataError;
+use crate::verify::VerifyError;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
@@ -18,6 +19,9 @@ pub enum Error {
     /// A log file or a data set file.
     #[error(transparent)]
     Data(#[from] DataError),
+    /// A reference case.
+    #[error(transparent)]
+    Verify(#[from] VerifyError),
     /// The operating system refused something.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
@@ -41,7 +45,7 @@ impl Error {
     /// 130 interrupted. (2, wrong usage, is clap's.)
     pub fn exit_code(&self) -> u8 {
         match self {
-            Error::Data(_) => 3,
+            Error::Data(_) | Error::Verify(_) => 3,
             Error::Attention(_) | Error::Io { .. } => 1,
         }
     }

@@ -4,5 +4,6 @@ pub mod attention;
 pub mod data;
 pub mod device;
 pub mod error;
+pub mod verify;
 
 pub use error::{Error, Result};

@@ -1,2 +1,3 @@
 //! The CPU engine.
+pub mod attention;
 pub mod simd;

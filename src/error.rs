@@ -2,6 +2,7 @@
 
 use crate::attention::AttentionError;
 use crate::data::DataError;
+use crate::verify::VerifyError;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
@@ -24,6 +25,9 @@ pub enum Error {
     /// The network.
     #[error(transparent)]
     Model(#[from] crate::model::ModelError),
+    /// A reference case.
+    #[error(transparent)]
+    Verify(#[from] VerifyError),
     /// The operating system refused something.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
@@ -47,7 +51,7 @@ impl Error {
     /// 130 interrupted. (2, wrong usage, is clap's.)
     pub fn exit_code(&self) -> u8 {
         match self {
-            Error::Data(_) => 3,
+            Error::Data(_) | Error::Verify(_) => 3,
             Error::Model(crate::model::ModelError::NonFinite { .. }) => 5,
             Error::Attention(_) | Error::Batch(_) | Error::Model(_) | Error::Io { .. } => 1,
         }

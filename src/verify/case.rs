@@ -86,6 +86,24 @@ pub enum VerifyError {
         /// Shape it has.
         found: Vec<usize>,
     },
+    /// A tensor whose values cannot be meant.
+    #[error("{}: tensor `{tensor}`: {reason}", path.display())]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A network that cannot be built or run.
+    #[error("{}: {source}", path.display())]
+    Model {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: Box<crate::model::ModelError>,
+    },
     /// Inputs the operation does not accept.
     #[error("{}: {source}", path.display())]
     Attention {
@@ -180,6 +198,20 @@ impl Case {
     /// Names of all tensors, in alphabetical order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
+    }
+
+    /// Shape of a tensor.
+    ///
+    /// # Errors
+    /// A missing tensor.
+    pub fn shape(&self, tensor: &str) -> Result<Vec<usize>, VerifyError> {
+        let missing = || VerifyError::Missing { path: self.path.clone(), tensor: tensor.to_owned() };
+        self.tensors.get(tensor).map(|t| t.shape.clone()).ok_or_else(missing)
+    }
+
+    /// The error for values of `tensor` that cannot be meant.
+    pub(super) fn invalid(&self, tensor: &'static str, reason: impl Into<String>) -> VerifyError {
+        VerifyError::Invalid { path: self.path.clone(), tensor, reason: reason.into() }
     }
 
     reader!(/// Values of a float32 tensor.

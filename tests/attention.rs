@@ -84,12 +84,15 @@ struct Problem {
     lengths: Vec<usize>,
     /// Overrides the random labels.
     label: Option<u8>,
+    /// Of the queries: scores of a few units, or of thousands.
+    magnitude: f32,
     seed: u64,
 }
 
 impl Problem {
     fn batch(&self) -> Batch {
         let mut batch = Batch::random(&self.options, &self.lengths, self.seed);
+        batch.q.iter_mut().for_each(|x| *x *= self.magnitude);
         if let Some(label) = self.label {
             batch.label.fill(label);
         }
@@ -118,8 +121,10 @@ fn options() -> impl Strategy<Value = FhaOptions> {
 fn problem() -> impl Strategy<Value = Problem> {
     let length = prop_oneof![2 => Just(0usize), 2 => Just(1), 4 => 2usize..20, 2 => 20usize..80];
     let label = prop_oneof![4 => Just(None), 1 => Just(Some(0)), 1 => Just(Some(1))];
-    (options(), prop::collection::vec(length, 0..5), label, any::<u64>())
-        .prop_map(|(options, lengths, label, seed)| Problem { options, lengths, label, seed })
+    let magnitude = prop::sample::select(vec![1.0, 1.0, 3.0, 8.0, 30.0, 300.0]);
+    (options(), prop::collection::vec(length, 0..5), label, magnitude, any::<u64>()).prop_map(
+        |(options, lengths, label, magnitude, seed)| Problem { options, lengths, label, magnitude, seed },
+    )
 }
 
 proptest! {

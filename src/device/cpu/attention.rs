@@ -31,7 +31,7 @@ use crate::attention::{Normalization, Pairing};
 use crate::device::cpu::simd::dispatch;
 use backward::{Backward, Normalizer, Normalizers};
 use forward::Forward;
-use pack::Scratch;
+use pack::{Row, Scratch};
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -212,6 +212,11 @@ impl<'a> Sequence<'a> {
             v: part(inputs.v),
             label: if shape.lists == 2 { &inputs.label[tokens] } else { &[] },
         }
+    }
+
+    /// The query of a row.
+    fn query(&self, row: &Row) -> &'a [f32] {
+        &self.q[row.token * self.shape.width() + row.head * self.shape.d..][..self.shape.d]
     }
 
     fn list(&self, token: usize) -> usize {

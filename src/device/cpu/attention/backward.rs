@@ -8,19 +8,16 @@
 //! dv += p^T do,  dk += ds^T q,  dq += ds k
 //! ```
 //!
-//! A single-precision `lse` of some hundreds is too coarse to normalise with, so for such rows maximum and sum
-//! are computed again from the scores ([`Context::normalizers`]).
+//! A single-precision `lse` of some hundreds is too coarse to normalise with, so for rows of large scores maximum
+//! and sum are computed again ([`Normalizers`]).
 
-use super::forward::{Softmax, interleave, stretches};
-use super::pack::{Buffer, KeyOrder, Piece, QueryOrder, Row, STRETCH, Scratch, Tile, cut};
-use super::product::{accumulate_panel, accumulate_rows, score};
-use super::{Group, Saved, Sequence};
+use super::forward::{KeyPanels, Queries, Softmax, interleave_row, stretches};
+use super::pack::{Buffer, Piece, QueryOrder, Row, STRETCH, Scratch, Tile, cut};
+use super::product::{accumulate_panel, accumulate_rows, dots, exact_score, score};
+use super::{Group, Saved, Sequence, Shape};
 use crate::device::cpu::simd::{Kernel, Simd};
 use std::f32::consts::{LN_2, LOG2_E};
 use std::ops::Range;
-
-/// Above this `|lse|`, its rounding would show in the gradients: half a unit in the last place of 16 is 1e-6.
-const COARSE: f32 = 16.0;
 
 /// `p = exp2(score - shift) * factor` for one row.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -57,18 +54,15 @@ impl Kernel for Backward<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { sequence, saved, keys: key_range, queries: range, normalizers, mut dq, mut dkv, scratch } =
-            self;
+        let Self { sequence, saved, keys: key_range, queries: range, normalizers, mut dq, mut dkv, scratch } = self;
         let shape = sequence.shape;
         let Scratch { keys, queries, k_panels, v_panels, rows, dk_panels, dv_panels, tile } = scratch;
         keys.arrange(&sequence, key_range.clone());
         queries.arrange(&sequence, keys, key_range.clone(), range.clone());
         let size = shape.width() * keys.slots;
-        let [k_panels, v_panels] = [(k_panels, sequence.k), (v_panels, sequence.v)].map(|(panels, x)| {
-            let panels = panels.take(size);
-            keys.pack_panels(&sequence, x, panels);
-            &*panels
-        });
+        let k_panels = KeyPanels::pack(s, &sequence, keys, k_panels);
+        let v_panels = v_panels.take(size);
+        keys.pack_panels(&sequence, sequence.v, v_panels);
         let padded = shape.d.next_multiple_of(S::LANES);
         let k_rows = match dq.as_deref_mut() {
             Some(dq) => {
@@ -89,7 +83,6 @@ impl Kernel for Backward<'_> {
         let mut context = Context {
             sequence,
             saved,
-            keys,
             queries,
             k_panels,
             v_panels,
@@ -125,9 +118,8 @@ impl Kernel for Backward<'_> {
 struct Context<'a> {
     sequence: Sequence<'a>,
     saved: &'a Saved<'a>,
-    keys: &'a KeyOrder,
     queries: &'a QueryOrder,
-    k_panels: &'a [f32],
+    k_panels: KeyPanels<'a>,
     v_panels: &'a [f32],
     /// `[H, slots, padded d]`, where `dq` is wanted.
     k_rows: Option<&'a [f32]>,
@@ -146,60 +138,53 @@ impl Context<'_> {
     #[inline(always)]
     fn tile<S: Simd, const R: usize>(&mut self, s: S, group: &Group, range: Range<usize>) {
         let shape = self.sequence.shape;
-        let (d, slots, key_slots, width) = (shape.d, self.keys.slots, shape.key_slots, shape.output_width());
+        let keys = self.k_panels.keys;
+        let (d, slots, key_slots) = (shape.d, keys.slots, shape.key_slots);
         let rows = self.queries.tile::<R>(group, range.clone());
-        cut(shape, group, rows[R - 1].visible, &mut self.tile.pieces);
-        let q = self.tile.q.take(R * d);
-        interleave(&rows, self.sequence.q, shape.width(), |row| row.head * d, shape.scale * LOG2_E, q);
-        let normalizers = self.normalize(s, &rows);
+        let Tile { q, raw_q, d_o, o, scores, gradients, sums, pieces } = &mut *self.tile;
+        cut(shape, group, rows[R - 1].visible, pieces);
+        let queries = Queries::<R>::take(s, &self.sequence, rows, self.k_panels.largest, q, raw_q);
+        let [scores, gradients] = [scores, gradients].map(|x| x.take(R * STRETCH));
+        let first = self.first * shape.query_slots;
+        let normalizers =
+            self.normalizers.take(s, &self.k_panels, &queries, pieces, self.saved.lse, shape, first, scores);
 
         // Gradients of the outputs carry the factor, so that p needs none; rows that only fill the tile are 0.
-        let Tile { q, d_o, scores, gradients, sums, pieces } = &mut *self.tile;
-        let q = &*q.take(R * d);
-        let d_o = d_o.take(R * d * key_slots);
-        let mut delta = [0.0; R];
-        let mut shift = [0.0; R];
+        let [d_o, o] = [d_o, o].map(|x| x.take(R * d * key_slots));
+        let at = |row: &Row| (row.token * shape.query_slots + row.slot) * key_slots * d;
         for (r, row) in rows.iter().enumerate() {
-            let from = row.token * width + row.slot * key_slots * d;
-            let (d_out, out) =
-                (&self.saved.d_o[from..][..key_slots * d], &self.saved.o[from..][..key_slots * d]);
             let factor = if r < range.len() { normalizers[r].factor } else { 0.0 };
-            shift[r] = normalizers[r].shift;
-            for (x, d_out) in d_out.iter().enumerate() {
-                d_o[x * R + r] = d_out * factor;
-            }
-            delta[r] = dot(s, d_out, out) * factor;
+            interleave_row::<R>(&self.saved.d_o[at(row)..][..key_slots * d], factor, &mut d_o[r..]);
+            interleave_row::<R>(&self.saved.o[at(row)..][..key_slots * d], 1.0, &mut o[r..]);
         }
+        let shift = normalizers.map(|normalizer| normalizer.shift);
+        let delta = dots::<S, R>(s, d_o, o);
         let sums = sums.take(R * self.padded);
         sums.fill(0.0);
-        let [scores, gradients] = [scores, gradients].map(|x| x.take(R * STRETCH));
         for piece in pieces.iter() {
-            let head = piece.key_head * d * slots + piece.slot(self.keys);
+            let head = piece.key_head * d * slots + piece.slot(keys);
             let len = piece.padded();
-            let panel = |panels: &'_ [f32]| panels[head..][..(d - 1) * slots + len].as_ptr();
-            let (k_panel, v_panel) = (panel(self.k_panels), panel(self.v_panels));
+            let v_panel = self.v_panels[head..][..(d - 1) * slots + len].as_ptr();
             let d_o = &d_o[(piece.key_head - group.key_heads.start) * d * R..][..d * R];
-            // SAFETY: both panels hold `len` keys at each of d strides, as sliced above.
-            unsafe {
-                probabilities::<S, R>(s, &rows, piece, q, k_panel, slots, &shift, scores);
-                if piece.kept {
-                    score_gradients::<S, R>(s, d_o, v_panel, slots, &delta, len, scores, gradients);
-                } else {
-                    unkept_gradients::<S, R>(s, &delta, len, scores, gradients);
-                }
+            probabilities::<S, R>(s, &self.k_panels, &queries, piece, &shift, scores);
+            if piece.kept {
+                // SAFETY: the panel holds `len` keys at each of d strides, as sliced above.
+                unsafe { score_gradients::<S, R>(s, d_o, v_panel, slots, &delta, len, scores, gradients) };
+            } else {
+                unkept_gradients::<S, R>(s, &delta, len, scores, gradients);
             }
             if let Some([dk, dv]) = &mut self.d_panels {
                 let [dk, dv] = [dk, dv].map(|x| &mut x[head..][..(d - 1) * slots + len]);
                 if piece.kept {
                     accumulate_panel::<S, R>(s, scores, STRETCH, d_o, dv, slots, len);
                 }
-                accumulate_panel::<S, R>(s, gradients, STRETCH, q, dk, slots, len);
+                accumulate_panel::<S, R>(s, gradients, STRETCH, queries.scaled, dk, slots, len);
             }
             if let Some(k_rows) = self.k_rows {
-                let from = (piece.key_head * slots + piece.slot(self.keys)) * self.padded;
+                let from = (piece.key_head * slots + piece.slot(keys)) * self.padded;
                 let k_rows = &k_rows[from..][..piece.len * self.padded];
-                let keys = 0..piece.len;
-                accumulate_rows::<S, R>(s, gradients, STRETCH, k_rows, self.padded, keys, sums, self.padded);
+                let all = 0..piece.len;
+                accumulate_rows::<S, R>(s, gradients, STRETCH, k_rows, self.padded, all, sums, self.padded);
             }
         }
         if let Some(dq) = &mut self.dq {
@@ -211,84 +196,85 @@ impl Context<'_> {
             }
         }
     }
+}
 
-    /// Normalizers of a tile whose pieces are cut and whose queries are interleaved.
+impl Normalizers<'_> {
+    /// Those of a tile; `first` is the place in `lse` of the first query of this piece of work.
     #[inline(always)]
-    fn normalize<S: Simd, const R: usize>(&mut self, s: S, rows: &[Row; R]) -> [Normalizer; R] {
-        let shape = self.sequence.shape;
-        let place = |row: &Row| row.token * shape.query_slots + row.slot;
-        if let Normalizers::Recorded(recorded) = &self.normalizers {
-            return rows.each_ref().map(|row| recorded[place(row)]);
+    #[expect(clippy::too_many_arguments, reason = "rows, keys, and what is known of them")]
+    fn take<S: Simd, const R: usize>(
+        &mut self,
+        s: S,
+        panels: &KeyPanels,
+        queries: &Queries<R>,
+        pieces: &[Piece],
+        lse: &[f32],
+        shape: &Shape,
+        first: usize,
+        scores: &mut [f32],
+    ) -> [Normalizer; R] {
+        let places = queries.rows.map(|row| row.token * shape.query_slots + row.slot);
+        if let Self::Recorded(recorded) = self {
+            return places.map(|place| recorded[place]);
         }
-        let lse = rows.each_ref().map(|row| self.saved.lse[place(row)]);
-        let mut normalizers = lse.map(|lse| Normalizer { shift: lse * LOG2_E, factor: 1.0 });
-        if lse.iter().any(|lse| lse.is_finite() && lse.abs() > COARSE) {
-            let Tile { q, scores, pieces, .. } = &mut *self.tile;
-            let (q, scores) = (q.take(R * shape.d), scores.take(R * STRETCH));
+        let mut normalizers = places.map(|place| Normalizer { shift: lse[place] * LOG2_E, factor: 1.0 });
+        if queries.raw.is_some() {
             let mut softmax = Softmax::<R>::new();
             for stretch in stretches(pieces) {
-                softmax.stretch(s, shape, self.keys, self.k_panels, rows, q, stretch, scores);
+                softmax.stretch(s, panels, queries, stretch, scores);
             }
             for r in 0..R {
-                if lse[r].is_finite() && lse[r].abs() > COARSE {
+                if lse[places[r]].is_finite() {
                     normalizers[r] = Normalizer { shift: softmax.max[r], factor: 1.0 / softmax.sum[r] };
                 }
             }
         }
-        if let Normalizers::Record(record) = &mut self.normalizers {
-            for (row, normalizer) in rows.iter().zip(normalizers) {
-                record[place(row) - self.first * shape.query_slots] = normalizer;
+        if let Self::Record(record) = self {
+            for (place, normalizer) in places.into_iter().zip(normalizers) {
+                record[place - first] = normalizer;
             }
         }
         normalizers
     }
 }
 
-#[inline(always)]
-fn dot<S: Simd>(s: S, a: &[f32], b: &[f32]) -> f32 {
-    let mut sum = s.zero();
-    let (a_vectors, b_vectors) = (a.chunks_exact(S::LANES), b.chunks_exact(S::LANES));
-    let mut rest = 0.0;
-    for (a, b) in a_vectors.remainder().iter().zip(b_vectors.remainder()) {
-        rest += a * b;
-    }
-    for (a, b) in a_vectors.zip(b_vectors) {
-        sum = s.mul_add(s.load(a), s.load(b), sum);
-    }
-    s.sum(sum) + rest
-}
-
 /// `p` of a piece into `out[r * STRETCH ..]`, 0 where a row does not see the key.
-///
-/// # Safety
-/// `panel` must be valid for reading the piece's padded length at every of `q.len() / R` multiples of `stride`.
 #[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "rows, keys, and where the result goes")]
-unsafe fn probabilities<S: Simd, const R: usize>(
+fn probabilities<S: Simd, const R: usize>(
     s: S,
-    rows: &[Row; R],
+    panels: &KeyPanels,
+    queries: &Queries<R>,
     piece: &Piece,
-    q: &[f32],
-    panel: *const f32,
-    stride: usize,
     shift: &[f32; R],
     out: &mut [f32],
 ) {
-    let len = piece.padded();
+    let (len, stride, panel) = (piece.padded(), panels.keys.slots, panels.piece(piece));
+    let q = queries.scaled;
+    let d = q.len() / R;
     assert!(out.len() >= (R - 1) * STRETCH + len);
-    let shared = piece.visible(&rows[0]);
-    let visible = rows.each_ref().map(|row| piece.visible(row));
+    let shared = piece.visible(&queries.rows[0]);
+    let visible = queries.rows.map(|row| piece.visible(&row));
     let mut j = 0;
     while j < len {
-        // SAFETY: `panel` by the caller's promise; `out` holds the vector at j < len of every row as asserted.
+        // SAFETY: the panel holds `len` keys at each of d strides, `q` and `raw` d * R values, and `out` the
+        // vectors at j < len of every row, as asserted.
         unsafe {
-            if j + 2 * S::LANES <= len {
-                let block = score::<S, R, 2>(s, q.as_ptr(), panel.add(j), stride, q.len() / R);
-                exponentials(s, block, j, shared, &visible, shift, out.as_mut_ptr().add(j));
+            let (panel, out) = (panel.add(j), out.as_mut_ptr().add(j));
+            if let Some(raw) = queries.raw {
+                let block = exact_score::<S, R>(s, raw.as_ptr(), panel, stride, d, queries.factor, shift);
+                let mut column = [[s.zero(); 1]; R];
+                for r in 0..R {
+                    column[r][0] = block[r];
+                }
+                exponentials(s, column, j, shared, &visible, &[0.0; R], out);
+                j += S::LANES;
+            } else if j + 2 * S::LANES <= len {
+                let block = score::<S, R, 2>(s, q.as_ptr(), panel, stride, d);
+                exponentials(s, block, j, shared, &visible, shift, out);
                 j += 2 * S::LANES;
             } else {
-                let block = score::<S, R, 1>(s, q.as_ptr(), panel.add(j), stride, q.len() / R);
-                exponentials(s, block, j, shared, &visible, shift, out.as_mut_ptr().add(j));
+                let block = score::<S, R, 1>(s, q.as_ptr(), panel, stride, d);
+                exponentials(s, block, j, shared, &visible, shift, out);
                 j += S::LANES;
             }
         }

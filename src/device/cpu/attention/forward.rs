@@ -1,8 +1,8 @@
 //! The forward pass of a range of queries of one sequence.
 
-use super::pack::{KeyOrder, Piece, QueryOrder, Row, STRETCH, Scratch, Tile, cut};
-use super::product::{accumulate_rows, score};
-use super::{Group, Sequence, Shape};
+use super::pack::{ALIGN, Buffer, KeyOrder, Piece, QueryOrder, Row, STRETCH, Scratch, Tile, cut};
+use super::product::{accumulate_rows, dots, exact_score, score};
+use super::{Group, Sequence};
 use crate::device::cpu::simd::{Kernel, Simd};
 use std::f32::consts::LOG2_E;
 use std::ops::Range;
@@ -28,13 +28,11 @@ impl Kernel for Forward<'_> {
         keys.arrange(&sequence, visible.clone());
         queries.arrange(&sequence, keys, visible, range.clone());
         let padded = shape.d.next_multiple_of(S::LANES);
-        let k_panels = k_panels.take(shape.width() * keys.slots);
         let v_rows = rows.take(shape.heads * keys.slots * padded);
-        keys.pack_panels(&sequence, sequence.k, k_panels);
+        let k_panels = KeyPanels::pack(s, &sequence, keys, k_panels);
         let finite = keys.pack_rows(&sequence, sequence.v, padded, v_rows);
         let values = Values { rows: v_rows, padded, finite };
-        let mut context =
-            Context { sequence, keys, queries, k_panels, values, tile, o, lse, first: range.start };
+        let mut context = Context { sequence, queries, k_panels, values, tile, o, lse, first: range.start };
         for group in shape.groups() {
             let rows = context.queries.rows(&group);
             let mut row = 0;
@@ -62,9 +60,8 @@ struct Values<'a> {
 
 struct Context<'a> {
     sequence: Sequence<'a>,
-    keys: &'a KeyOrder,
     queries: &'a QueryOrder,
-    k_panels: &'a [f32],
+    k_panels: KeyPanels<'a>,
     values: Values<'a>,
     tile: &'a mut Tile,
     o: &'a mut [f32],
@@ -79,10 +76,10 @@ impl Context<'_> {
     fn tile<S: Simd, const R: usize>(&mut self, s: S, group: &Group, range: Range<usize>) {
         let shape = self.sequence.shape;
         let rows = self.queries.tile::<R>(group, range.clone());
-        let Tile { q, scores, sums, pieces, .. } = &mut *self.tile;
+        let Tile { q, raw_q, scores, sums, pieces, .. } = &mut *self.tile;
         cut(shape, group, rows[R - 1].visible, pieces);
-        let q = q.take(R * shape.d);
-        interleave(&rows, self.sequence.q, shape.width(), |row| row.head * shape.d, shape.scale * LOG2_E, q);
+        let queries = Queries::<R>::take(s, &self.sequence, rows, self.k_panels.largest, q, raw_q);
+        let keys = self.k_panels.keys;
         let padded = self.values.padded;
         let sum_stride = shape.key_slots * padded;
         let sums = sums.take(R * sum_stride);
@@ -91,7 +88,7 @@ impl Context<'_> {
         let mut softmax = Softmax::<R>::new();
         for stretch in stretches(pieces) {
             let before = softmax.max;
-            softmax.stretch(s, shape, self.keys, self.k_panels, &rows, q, stretch, scores);
+            softmax.stretch(s, &self.k_panels, &queries, stretch, scores);
             for r in 0..R {
                 let factor = rescale(before[r], softmax.max[r]);
                 if factor != 1.0 {
@@ -99,7 +96,7 @@ impl Context<'_> {
                 }
             }
             for piece in stretch.iter().filter(|piece| piece.kept) {
-                let from = (piece.key_head * self.keys.slots + piece.slot(self.keys)) * padded;
+                let from = (piece.key_head * keys.slots + piece.slot(keys)) * padded;
                 let values = &self.values.rows[from..][..piece.len * padded];
                 let sums = &mut sums[(piece.key_head - group.key_heads.start) * padded..];
                 let weights = &scores[piece.at..];
@@ -136,6 +133,90 @@ impl Context<'_> {
     }
 }
 
+/// Packed keys, `[H, d, slots]`.
+#[derive(Clone, Copy)]
+pub(super) struct KeyPanels<'a> {
+    pub(super) keys: &'a KeyOrder,
+    pub(super) panels: &'a [f32],
+    d: usize,
+    /// Largest Euclidean norm of a key, of those that are finite.
+    pub(super) largest: f32,
+}
+
+impl<'a> KeyPanels<'a> {
+    #[inline(always)]
+    pub(super) fn pack<S: Simd>(s: S, sequence: &Sequence, keys: &'a KeyOrder, buffer: &'a mut Buffer) -> Self {
+        let (d, slots) = (sequence.shape.d, keys.slots);
+        let panels = buffer.take(sequence.shape.width() * slots);
+        keys.pack_panels(sequence, sequence.k, panels);
+        let mut largest = 0.0f32;
+        for panel in panels.chunks_exact((d * slots).max(1)) {
+            for slot in (0..slots).step_by(S::LANES) {
+                let mut squares = s.zero();
+                for line in panel[slot..].chunks(slots) {
+                    let x = s.load(line);
+                    squares = s.mul_add(x, x, squares);
+                }
+                let mut lanes = [0.0; ALIGN];
+                s.store(squares, &mut lanes);
+                largest = lanes.iter().filter(|x| x.is_finite()).fold(largest, |m, &x| m.max(x));
+            }
+        }
+        Self { keys, panels, d, largest: largest.sqrt() }
+    }
+
+    /// The panel of a piece: `d` lines of its keys, [`KeyOrder::slots`] apart.
+    #[inline(always)]
+    pub(super) fn piece(&self, piece: &Piece) -> *const f32 {
+        let from = piece.key_head * self.d * self.keys.slots + piece.slot(self.keys);
+        self.panels[from..][..(self.d - 1) * self.keys.slots + piece.padded()].as_ptr()
+    }
+}
+
+/// Bound on scores (in base 2, by Cauchy and Schwarz) above which they are computed with
+/// [`exact_score`]: an f32 of this size has a rounding of 2^-18, what is left of `p` being right to 4e-6.
+const EXACT_ABOVE: f32 = 64.0;
+
+/// Queries of `R` rows, interleaved.
+pub(super) struct Queries<'a, const R: usize> {
+    pub(super) rows: [Row; R],
+    /// In base 2: times `factor`.
+    pub(super) scaled: &'a [f32],
+    /// As they are, where scores are so large that the rounding of `scaled` would show.
+    pub(super) raw: Option<&'a [f32]>,
+    /// `log2(e) * scale`
+    pub(super) factor: f32,
+}
+
+impl<'a, const R: usize> Queries<'a, R> {
+    #[inline(always)]
+    pub(super) fn take<S: Simd>(
+        s: S,
+        sequence: &Sequence,
+        rows: [Row; R],
+        largest_key: f32,
+        scaled: &'a mut Buffer,
+        raw: &'a mut Buffer,
+    ) -> Self {
+        let d = sequence.shape.d;
+        let factor = sequence.shape.scale * LOG2_E;
+        let scaled = scaled.take(R * d);
+        for (r, row) in rows.iter().enumerate() {
+            interleave_row::<R>(sequence.query(row), factor, &mut scaled[r..]);
+        }
+        let norms = dots::<S, R>(s, scaled, scaled).map(f32::sqrt);
+        let exact = norms.iter().any(|norm| norm.is_finite() && norm * largest_key > EXACT_ABOVE);
+        let raw = exact.then(|| {
+            let raw = raw.take(R * d);
+            for (r, row) in rows.iter().enumerate() {
+                interleave_row::<R>(sequence.query(row), 1.0, &mut raw[r..]);
+            }
+            &*raw
+        });
+        Self { rows, scaled, raw, factor }
+    }
+}
+
 /// Running maximum (base 2) and sum of `R` rows.
 pub(super) struct Softmax<const R: usize> {
     pub(super) max: [f32; R],
@@ -155,22 +236,17 @@ impl<const R: usize> Softmax<R> {
     /// Takes in a stretch of pieces: `scores` then holds, for the kept ones, the exponentials relative to the
     /// new maximum, 0 where a row does not see the key.
     #[inline(always)]
-    #[expect(clippy::too_many_arguments, reason = "keys, rows, and where scores go")]
     pub(super) fn stretch<S: Simd>(
         &mut self,
         s: S,
-        shape: &Shape,
-        keys: &KeyOrder,
-        k_panels: &[f32],
-        rows: &[Row; R],
-        q: &[f32],
+        panels: &KeyPanels,
+        queries: &Queries<R>,
         pieces: &[Piece],
         scores: &mut [f32],
     ) {
         let mut max = [s.splat(f32::NEG_INFINITY); R];
         for piece in pieces {
-            let panel = &k_panels[piece.key_head * shape.d * keys.slots..][..shape.d * keys.slots];
-            score_piece::<S, R>(s, keys, panel, rows, q, piece, scores, &mut max);
+            score_piece::<S, R>(s, panels, queries, piece, scores, &mut max);
         }
         let mut base = [0.0; R];
         for r in 0..R {
@@ -179,6 +255,12 @@ impl<const R: usize> Softmax<R> {
             self.max[r] = new;
             // A row that saw nothing yet has no maximum to subtract: its scores are all -inf.
             base[r] = if new == f32::NEG_INFINITY { 0.0 } else { new };
+        }
+        if let Some(raw) = queries.raw {
+            for piece in pieces {
+                score_piece_exactly::<S, R>(s, panels, queries, raw, &base, piece, scores);
+            }
+            base = [0.0; R];
         }
         let mut sum = [s.zero(); R];
         for piece in pieces {
@@ -200,39 +282,57 @@ impl<const R: usize> Softmax<R> {
 
 /// Scores of a piece into the stretch, -inf where a row does not see the key, and their maximum.
 #[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "keys, rows, and where scores go")]
 fn score_piece<S: Simd, const R: usize>(
     s: S,
-    keys: &KeyOrder,
-    panel: &[f32],
-    rows: &[Row; R],
-    q: &[f32],
+    panels: &KeyPanels,
+    queries: &Queries<R>,
     piece: &Piece,
     scores: &mut [f32],
     max: &mut [S::V; R],
 ) {
-    let padded = piece.padded();
-    let panel = &panel[piece.slot(keys)..];
-    let d = q.len() / R;
-    assert!(
-        panel.len() >= (d - 1) * keys.slots + padded && scores.len() >= (R - 1) * STRETCH + piece.at + padded
-    );
+    let (len, stride, d) = (piece.padded(), panels.keys.slots, panels.d);
+    let (panel, q) = (panels.piece(piece), &queries.scaled[..R * d]);
+    assert!(scores.len() >= (R - 1) * STRETCH + piece.at + len);
     let mut j = 0;
-    // SAFETY: vectors end at `padded`, which `panel` and `scores` hold as asserted above; `q` holds d * R values.
+    // SAFETY: vectors end at `len`, a multiple of LANES, which the panel holds at each of d strides and `scores`
+    // in each of R rows, as asserted above; `q` holds d * R values.
     unsafe {
-        while j + 2 * S::LANES <= padded {
-            let panel = panel.as_ptr().add(j);
-            let block = score::<S, R, 2>(s, q.as_ptr(), panel, keys.slots, d);
+        while j + 2 * S::LANES <= len {
+            let block = score::<S, R, 2>(s, q.as_ptr(), panel.add(j), stride, d);
             let out = scores.as_mut_ptr().add(piece.at + j);
-            finish_scores(s, rows, piece, j, block, out, max);
+            finish_scores(s, &queries.rows, piece, j, block, out, max);
             j += 2 * S::LANES;
         }
-        while j < padded {
-            let panel = panel.as_ptr().add(j);
-            let block = score::<S, R, 1>(s, q.as_ptr(), panel, keys.slots, d);
+        while j < len {
+            let block = score::<S, R, 1>(s, q.as_ptr(), panel.add(j), stride, d);
             let out = scores.as_mut_ptr().add(piece.at + j);
-            finish_scores(s, rows, piece, j, block, out, max);
+            finish_scores(s, &queries.rows, piece, j, block, out, max);
             j += S::LANES;
+        }
+    }
+}
+
+/// Replaces the scores of a piece by more exact ones, relative to `base`.
+#[inline(always)]
+fn score_piece_exactly<S: Simd, const R: usize>(
+    s: S,
+    panels: &KeyPanels,
+    queries: &Queries<R>,
+    raw: &[f32],
+    base: &[f32; R],
+    piece: &Piece,
+    scores: &mut [f32],
+) {
+    let (len, stride, d) = (piece.padded(), panels.keys.slots, panels.d);
+    let (panel, q) = (panels.piece(piece), &raw[..R * d]);
+    for j in (0..len).step_by(S::LANES) {
+        // SAFETY: j + LANES <= len, which the panel holds at each of d strides; `q` holds d * R values.
+        let block =
+            unsafe { exact_score::<S, R>(s, q.as_ptr(), panel.add(j), stride, d, queries.factor, base) };
+        for r in 0..R {
+            let visible = piece.visible(&queries.rows[r]).saturating_sub(j);
+            let score = s.first(visible, block[r], s.splat(f32::NEG_INFINITY));
+            s.store(score, &mut scores[r * STRETCH + piece.at + j..]);
         }
     }
 }
@@ -272,21 +372,10 @@ pub(super) fn stretches(pieces: &[Piece]) -> impl Iterator<Item = &[Piece]> {
     pieces.chunk_by(|_, next| next.at > 0)
 }
 
-/// `out[x * R + r] = factor * x-th feature of row r`, where a row's features start at `token * width + offset`.
+/// `out[x * R] = factor * row[x]`
 #[inline(always)]
-pub(super) fn interleave<const R: usize>(
-    rows: &[Row; R],
-    features: &[f32],
-    width: usize,
-    offset: impl Fn(&Row) -> usize,
-    factor: f32,
-    out: &mut [f32],
-) {
-    let d = out.len() / R;
-    for (r, row) in rows.iter().enumerate() {
-        let features = &features[row.token * width + offset(row)..][..d];
-        for (out, x) in out[r..].iter_mut().step_by(R).zip(features) {
-            *out = factor * x;
-        }
+pub(super) fn interleave_row<const R: usize>(row: &[f32], factor: f32, out: &mut [f32]) {
+    for (out, x) in out.iter_mut().step_by(R).zip(row) {
+        *out = factor * x;
     }
 }

@@ -55,7 +55,9 @@ pub(super) struct Scratch {
 #[derive(Default)]
 pub(super) struct Tile {
     pub(super) q: Buffer,
+    pub(super) raw_q: Buffer,
     pub(super) d_o: Buffer,
+    pub(super) o: Buffer,
     pub(super) scores: Buffer,
     pub(super) gradients: Buffer,
     pub(super) sums: Buffer,
@@ -64,9 +66,9 @@ pub(super) struct Tile {
 
 impl Scratch {
     pub(super) fn bytes(&self) -> usize {
-        let Tile { q, d_o, scores, gradients, sums, pieces } = &self.tile;
+        let Tile { q, raw_q, d_o, o, scores, gradients, sums, pieces } = &self.tile;
         let panels = [&self.k_panels, &self.v_panels, &self.rows, &self.dk_panels, &self.dv_panels];
-        let tile = [q, d_o, scores, gradients, sums];
+        let tile = [q, raw_q, d_o, o, scores, gradients, sums];
         panels.into_iter().chain(tile).map(Buffer::bytes).sum::<usize>()
             + self.keys.tokens.capacity() * 4
             + self.queries.tokens.capacity() * 4

@@ -36,6 +36,47 @@ pub(super) unsafe fn score<S: Simd, const R: usize, const C: usize>(
     out
 }
 
+/// `score * factor - shift[r]` of `R` rows with one vector of keys, to about one rounding of the result however
+/// large the score: products and sums carry their rounding errors along (Ogita, Rump, Oishi 2005, Dot2).
+///
+/// # Safety
+/// As [`score`] with `C = 1`.
+#[inline(always)]
+pub(super) unsafe fn exact_score<S: Simd, const R: usize>(
+    s: S,
+    rows: *const f32,
+    panel: *const f32,
+    stride: usize,
+    d: usize,
+    factor: f32,
+    shift: &[f32; R],
+) -> [S::V; R] {
+    let mut high = [s.zero(); R];
+    let mut low = [s.zero(); R];
+    for x in 0..d {
+        // SAFETY: the caller's promise.
+        let key = unsafe { s.load_ptr(panel.add(x * stride)) };
+        for r in 0..R {
+            // SAFETY: the caller's promise.
+            let row = s.splat(unsafe { *rows.add(x * R + r) });
+            let product = s.mul(row, key);
+            let product_error = s.mul_sub(row, key, product);
+            let sum = s.add(high[r], product);
+            let back = s.sub(sum, high[r]);
+            let sum_error = s.add(s.sub(high[r], s.sub(sum, back)), s.sub(product, back));
+            high[r] = sum;
+            low[r] = s.add(low[r], s.add(product_error, sum_error));
+        }
+    }
+    let factor = s.splat(factor);
+    let mut out = [s.zero(); R];
+    for r in 0..R {
+        let high = s.mul_sub(high[r], factor, s.splat(shift[r]));
+        out[r] = s.mul_add(low[r], factor, high);
+    }
+    out
+}
+
 /// `sums[r][x] += sum over j in keys of weights[r][j] * rows[j][x]`: probabilities times values.
 ///
 /// `weights` has rows of `weight_stride`, `rows` and `sums` rows of `padded` and `sum_stride` values; `first..R`
@@ -208,4 +249,17 @@ unsafe fn accumulate_vectors<S: Simd, const R: usize, const C: usize>(
             }
         }
     }
+}
+
+/// Dot products of interleaved rows, summed in the order of [`score`]: where a row has a single key, so that `o`
+/// is its value, `do . v - delta` is exactly 0.
+#[inline(always)]
+pub(super) fn dots<S: Simd, const R: usize>(s: S, a: &[f32], b: &[f32]) -> [f32; R] {
+    let mut sums = [0.0; R];
+    for (a, b) in a.chunks_exact(R).zip(b.chunks_exact(R)) {
+        for r in 0..R {
+            sums[r] = s.mul_add_one(a[r], b[r], sums[r]);
+        }
+    }
+    sums
 }

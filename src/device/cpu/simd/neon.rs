@@ -39,6 +39,15 @@ impl Simd for Neon {
         round(a) = vrndnq_f32;
     }
     #[inline(always)]
+    fn mul_sub(self, a: float32x4_t, b: float32x4_t, c: float32x4_t) -> float32x4_t {
+        // SAFETY: NEON is part of aarch64.
+        unsafe { vfmaq_f32(vnegq_f32(c), a, b) }
+    }
+    #[inline(always)]
+    fn mul_add_one(self, a: f32, b: f32, c: f32) -> f32 {
+        a.mul_add(b, c)
+    }
+    #[inline(always)]
     fn splat(self, x: f32) -> float32x4_t {
         // SAFETY: NEON is part of aarch64.
         unsafe { vdupq_n_f32(x) }

@@ -55,6 +55,15 @@ impl Simd for Portable {
         map(|i| a[i] * b[i] + c[i])
     }
     #[inline(always)]
+    fn mul_sub(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        // A product of two f32 is exact in f64.
+        map(|i| (f64::from(a[i]) * f64::from(b[i]) - f64::from(c[i])) as f32)
+    }
+    #[inline(always)]
+    fn mul_add_one(self, a: f32, b: f32, c: f32) -> f32 {
+        a * b + c
+    }
+    #[inline(always)]
     fn max(self, a: Self::V, b: Self::V) -> Self::V {
         map(|i| if a[i] > b[i] { a[i] } else { b[i] })
     }

@@ -73,8 +73,13 @@ impl Simd for Avx512 {
         mul(a, b) = _mm512_mul_ps;
         div(a, b) = _mm512_div_ps;
         mul_add(a, b, c) = _mm512_fmadd_ps;
+        mul_sub(a, b, c) = _mm512_fmsub_ps;
         max(a, b) = _mm512_max_ps;
         scale_by_power(a, n) = _mm512_scalef_ps;
+    }
+    #[inline(always)]
+    fn mul_add_one(self, a: f32, b: f32, c: f32) -> f32 {
+        a.mul_add(b, c)
     }
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
@@ -133,7 +138,12 @@ impl Simd for Avx2 {
         mul(a, b) = _mm256_mul_ps;
         div(a, b) = _mm256_div_ps;
         mul_add(a, b, c) = _mm256_fmadd_ps;
+        mul_sub(a, b, c) = _mm256_fmsub_ps;
         max(a, b) = _mm256_max_ps;
+    }
+    #[inline(always)]
+    fn mul_add_one(self, a: f32, b: f32, c: f32) -> f32 {
+        a.mul_add(b, c)
     }
     #[inline(always)]
     fn splat(self, x: f32) -> __m256 {

@@ -5,6 +5,8 @@ pub mod batch;
 pub mod data;
 pub mod device;
 pub mod error;
+pub mod evaluate;
+pub mod history;
 pub mod model;
 
 pub use error::{Error, Result};

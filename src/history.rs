@@ -77,6 +77,7 @@ impl<'a> View<'a> {
     pub fn histories(&self, questions: Vec<Question>, max_length: usize) -> Vec<History> {
         let mut histories: Vec<History> = Vec::new();
         let mut shared = History::default();
+        let mut shared_length = 0;
         for question in questions {
             let length = self.length(question.event);
             let group = Group {
@@ -85,8 +86,7 @@ impl<'a> View<'a> {
                 targets: question.targets,
             };
             if length <= max_length {
-                shared.items = self.items[..length].to_vec();
-                shared.labels = self.labels[..length].to_vec();
+                shared_length = length;
                 shared.groups.push(group);
             } else {
                 histories.push(History {
@@ -97,6 +97,8 @@ impl<'a> View<'a> {
             }
         }
         if !shared.groups.is_empty() {
+            shared.items = self.items[..shared_length].to_vec();
+            shared.labels = self.labels[..shared_length].to_vec();
             histories.insert(0, shared);
         }
         histories

@@ -8,5 +8,6 @@ pub mod error;
 pub mod evaluate;
 pub mod history;
 pub mod model;
+pub mod train;
 
 pub use error::{Error, Result};

@@ -41,7 +41,7 @@ impl Error {
     /// 130 interrupted. (2, wrong usage, is clap's.)
     pub fn exit_code(&self) -> u8 {
         match self {
-            Error::Data(_) => 3,
+            Error::Data(error) => error.exit_code(),
             Error::Attention(_) | Error::Io { .. } => 1,
         }
     }

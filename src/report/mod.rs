@@ -1,0 +1,1 @@
+//! Tables, figures and the final JSON of a run.

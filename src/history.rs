@@ -72,6 +72,12 @@ impl<'a> View<'a> {
         }
     }
 
+    /// The last `max_length` seen events.
+    pub fn recent(&self, max_length: usize) -> (&[u32], &[u8]) {
+        let start = self.items.len().saturating_sub(max_length);
+        (&self.items[start..], &self.labels[start..])
+    }
+
     /// Histories that answer `questions` (ascending by event) exactly: one for all that fit in `max_length`, one
     /// window for each of the others. Groups keep the order of the questions.
     pub fn histories(&self, questions: Vec<Question>, max_length: usize) -> Vec<History> {

@@ -1,8 +1,6 @@
 //! Metrics against a naive computation and against cases worked by hand.
 
-use dfar::evaluate::metrics::{
-    GaucRule, ScoredGroups, auc, expected_ndcg, expected_reciprocal_rank,
-};
+use dfar::evaluate::metrics::{GaucRule, ScoredGroups, auc, expected_ndcg, expected_reciprocal_rank};
 use proptest::prelude::*;
 
 /// Every (positive, negative) pair, one at a time.
@@ -86,7 +84,10 @@ fn gauc_by_hand() {
 #[test]
 fn nothing_to_measure() {
     assert_eq!(ScoredGroups { user: &[], scores: &[], candidates: 10 }.metrics(GaucRule::BothClasses), None);
-    assert_eq!(ScoredGroups { user: &[0], scores: &[1.0], candidates: 1 }.metrics(GaucRule::BothClasses), None);
+    assert_eq!(
+        ScoredGroups { user: &[0], scores: &[1.0], candidates: 1 }.metrics(GaucRule::BothClasses),
+        None
+    );
 }
 
 proptest! {

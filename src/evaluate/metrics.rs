@@ -13,13 +13,15 @@ pub const NDCG_CUTOFF: usize = 10;
 const DFAR_MIN_ROWS: usize = 10;
 
 /// Which users count in GAUC.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 pub enum GaucRule {
     /// Users that have both classes; the others are left out and counted.
     #[default]
+    #[serde(rename = "none")]
+    #[value(name = "none")]
     BothClasses,
     /// As the published DFAR code: a user with fewer than 10 rows counts with AUC 1. Inflates; for comparison only.
+    #[serde(rename = "dfar")]
     Dfar,
 }
 

@@ -5,6 +5,9 @@
 //! metrics; groups of skipped events are reported apart.
 
 pub mod metrics;
+mod rank;
+
+pub use rank::rank;
 
 use crate::batch::{Batch, BatchError, History};
 use crate::data::{Dataset, Part};
@@ -197,7 +200,8 @@ pub fn part_report(
     let mut by_length = Vec::new();
     let mut from = 0;
     for to in edges.iter().copied().map(Some).chain([None]) {
-        let inside = |user, event| event >= from && to.is_none_or(|to| event <= to) && is_liked(data, user, event);
+        let inside =
+            |user, event| event >= from && to.is_none_or(|to| event <= to) && is_liked(data, user, event);
         if let Some(metrics) = metrics_of(&inside) {
             by_length.push(LengthBucket { from, to, metrics });
         }

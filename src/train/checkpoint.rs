@@ -239,9 +239,14 @@ impl ModelFile {
     /// Reads and checks the file.
     pub fn load(path: &Path) -> Result<Self, FileError> {
         let (info, tensors, crc32): (ModelInfo, _, _) = file::read(path, MODEL)?;
-        let bytes = |name: &str| tensors.bytes.iter().find(|(n, _)| n == name).map(|(_, bytes)| bytes.as_slice());
+        let bytes =
+            |name: &str| tensors.bytes.iter().find(|(n, _)| n == name).map(|(_, bytes)| bytes.as_slice());
         let items = names(bytes(ITEM_NAMES), bytes(ITEM_NAME_ENDS), info.model.items).ok_or_else(|| {
-            FileError::Format { path: path.to_owned(), kind: MODEL, reason: "its item names are missing or cut".into() }
+            FileError::Format {
+                path: path.to_owned(),
+                kind: MODEL,
+                reason: "its item names are missing or cut".into(),
+            }
         })?;
         Ok(Self { info, parameters: tensors.values, items, crc32 })
     }

@@ -90,8 +90,8 @@ pub struct Config {
     pub negative_pool: usize,
     /// Share of the training targets used by an epoch.
     pub sample_rate: f64,
-    /// Users that count in GAUC.
-    pub gauc: GaucRule,
+    /// Users that count in GAUC: `none` is compatible with nothing, those with both classes count.
+    pub gauc_compat: GaucRule,
     /// Upper edges (in events) of the history lengths that metrics are split by; empty: quartiles of the test groups.
     pub length_edges: Vec<u32>,
     /// Seconds between checkpoints inside an epoch.
@@ -131,7 +131,7 @@ impl Default for Config {
             negatives: 9,
             negative_pool: 0,
             sample_rate: 1.0,
-            gauc: GaucRule::BothClasses,
+            gauc_compat: GaucRule::BothClasses,
             length_edges: Vec::new(),
             checkpoint_seconds: 60,
             threads: 0,
@@ -170,6 +170,12 @@ pub enum ConfigError {
         /// The nearest key that exists.
         suggestion: Option<String>,
     },
+    /// A key that a resumed run cannot change.
+    #[error("--{} cannot change when a run is resumed; start a new run", key.replace('_', "-"))]
+    FixedKey {
+        /// The key.
+        key: String,
+    },
     /// A value that makes no run.
     #[error("{key} = {value}: {reason}")]
     Value {
@@ -198,6 +204,9 @@ const ALIASES: [(&str, &str); 8] = [
     ("n_layers", "blocks"),
 ];
 
+/// Keys that may change when a run is resumed: how long and on what, not what.
+pub const RESUME_KEYS: [&str; 6] = ["epochs", "patience", "checkpoint_seconds", "threads", "device", "data"];
+
 impl Config {
     /// Defaults, then the keys of `file`, then those of `flags`.
     pub fn layered(file: Option<&Path>, flags: toml::Table) -> Result<Self, ConfigError> {
@@ -208,6 +217,23 @@ impl Config {
         table.extend(flags);
         let config: Config = table.try_into().map_err(|e: toml::de::Error| ConfigError::Syntax {
             origin: file.map_or("flags".into(), |p| p.display().to_string()),
+            reason: e.message().to_owned(),
+        })?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// This configuration with the keys of `flags` replaced; only [`RESUME_KEYS`] may differ.
+    pub fn resumed(&self, flags: toml::Table) -> Result<Self, ConfigError> {
+        let mut table = toml::Table::try_from(self).expect("a config is a table");
+        for (key, value) in flags {
+            if !RESUME_KEYS.contains(&key.as_str()) && table.get(&key) != Some(&value) {
+                return Err(ConfigError::FixedKey { key });
+            }
+            table.insert(key, value);
+        }
+        let config: Config = table.try_into().map_err(|e: toml::de::Error| ConfigError::Syntax {
+            origin: "flags".into(),
             reason: e.message().to_owned(),
         })?;
         config.check()?;
@@ -235,9 +261,12 @@ impl Config {
                 return refuse(key, value.to_string(), "must be at least 1");
             }
         }
-        for (key, value) in
-            [("lr", self.lr), ("max_grad_norm", self.max_grad_norm), ("embed_l2", self.embed_l2), ("bpr", self.bpr)]
-        {
+        for (key, value) in [
+            ("lr", self.lr),
+            ("max_grad_norm", self.max_grad_norm),
+            ("embed_l2", self.embed_l2),
+            ("bpr", self.bpr),
+        ] {
             if !(value.is_finite() && value >= 0.0) {
                 return refuse(key, value.to_string(), "must be a number, 0 or above");
             }
@@ -311,9 +340,10 @@ fn read_table(path: &Path) -> Result<toml::Table, ConfigError> {
     let origin = path.display().to_string();
     let text = std::fs::read_to_string(path)
         .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
-    let table: toml::Table = text
-        .parse()
-        .map_err(|e: toml::de::Error| ConfigError::Syntax { origin: origin.clone(), reason: e.to_string() })?;
+    let table: toml::Table = text.parse().map_err(|e: toml::de::Error| ConfigError::Syntax {
+        origin: origin.clone(),
+        reason: e.to_string(),
+    })?;
     let known = known_keys();
     let mut out = toml::Table::new();
     for (key, value) in table {
@@ -391,8 +421,11 @@ mod tests {
 
     #[test]
     fn a_misspelt_key_names_its_neighbour() {
-        let error = |text| Config::layered(Some(file(text).path()), toml::Table::new()).unwrap_err().to_string();
-        assert!(error("batch-tokens = 3").ends_with("unknown key `batch-tokens`; did you mean `batch_tokens`?"));
+        let error =
+            |text| Config::layered(Some(file(text).path()), toml::Table::new()).unwrap_err().to_string();
+        assert!(
+            error("batch-tokens = 3").ends_with("unknown key `batch-tokens`; did you mean `batch_tokens`?")
+        );
         assert!(error("pateince = 3").ends_with("did you mean `patience`?"));
         assert!(error("zzz = 3").ends_with("unknown key `zzz`"));
     }
@@ -406,7 +439,9 @@ mod tests {
 
     #[test]
     fn values_that_make_no_run_are_refused() {
-        for text in ["heads = 0", "lr = -1.0", "lr = nan", "sample_rate = 0.0", "length_edges = [3, 3]", "lr = 'x'"] {
+        for text in
+            ["heads = 0", "lr = -1.0", "lr = nan", "sample_rate = 0.0", "length_edges = [3, 3]", "lr = 'x'"]
+        {
             assert!(Config::layered(Some(file(text).path()), toml::Table::new()).is_err(), "{text}");
         }
     }

@@ -134,14 +134,14 @@ pub fn write<T: Serialize>(
 
 /// Reads and checks what [`write()`] wrote; also returns the checksum.
 pub fn read<T: DeserializeOwned>(path: &Path, kind: &'static str) -> Result<(T, Tensors, u32), FileError> {
-    let bytes =
-        std::fs::read(path).map_err(|source| FileError::Read { path: path.to_owned(), source })?;
+    let bytes = std::fs::read(path).map_err(|source| FileError::Read { path: path.to_owned(), source })?;
     let refuse = |reason: String| FileError::Format { path: path.to_owned(), kind, reason };
     let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| refuse(e.to_string()))?;
     let text = header.metadata().as_ref().and_then(|m| m.get(KEY));
     let text = text.ok_or_else(|| refuse(format!("no `{KEY}` entry in its metadata")))?;
     // The version first: a later one may have another content.
-    let envelope: Envelope<serde_json::Value> = serde_json::from_str(text).map_err(|e| refuse(e.to_string()))?;
+    let envelope: Envelope<serde_json::Value> =
+        serde_json::from_str(text).map_err(|e| refuse(e.to_string()))?;
     if envelope.kind != kind {
         return Err(refuse(format!("it is a {} file", envelope.kind)));
     }
@@ -193,7 +193,11 @@ mod tests {
     fn sample() -> Tensors {
         Tensors {
             values: vec![
-                HostTensor { name: "b".into(), shape: vec![2, 2], values: vec![1.0, -0.0, f32::MIN_POSITIVE, 4.0] },
+                HostTensor {
+                    name: "b".into(),
+                    shape: vec![2, 2],
+                    values: vec![1.0, -0.0, f32::MIN_POSITIVE, 4.0],
+                },
                 HostTensor { name: "c".into(), shape: vec![1], values: vec![5.0] },
             ],
             bytes: vec![("a".into(), vec![1, 2, 3])],

@@ -1,7 +1,9 @@
 //! The loop: epochs of drawn batches, validation, early stopping, and a checkpoint whenever one is due.
 
 use super::TrainError;
-use super::checkpoint::{Best, Checkpoint, CheckpointInfo, DataInfo, EpochRecord, EpochSums, ModelFile, ModelInfo, State};
+use super::checkpoint::{
+    Best, Checkpoint, CheckpointInfo, DataInfo, EpochRecord, EpochSums, ModelFile, ModelInfo, State,
+};
 use super::config::Config;
 use super::draw::{Drawer, Plan, PlanSize};
 use super::log::Log;
@@ -303,7 +305,7 @@ impl<'a, D: Device> Fit<'a, D> {
         valid_time: Duration,
         plan: &Plan,
     ) -> Result<(EpochRecord, bool), TrainError> {
-        let valid = evaluate::part_report(self.data, Part::Valid, valid_scores, self.config.gauc, &[]);
+        let valid = evaluate::part_report(self.data, Part::Valid, valid_scores, self.config.gauc_compat, &[]);
         let sums = std::mem::take(&mut self.state.sums);
         let mean = |sum: f64| sum / sums.rows as f64;
         let record = EpochRecord {

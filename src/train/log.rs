@@ -23,8 +23,7 @@ impl Log {
             file.seek(SeekFrom::End(0))?;
             Ok((file, bytes))
         };
-        let (file, bytes) =
-            open().map_err(|source| FileError::Write { path: path.to_owned(), source })?;
+        let (file, bytes) = open().map_err(|source| FileError::Write { path: path.to_owned(), source })?;
         Ok(Self { path: path.to_owned(), file, bytes })
     }
 

@@ -10,7 +10,7 @@ pub mod negatives;
 pub mod run;
 
 pub use config::Config;
-pub use fit::{Event, Fit, Outcome};
+pub use fit::{Event, Fit, Outcome, check_data, score_options};
 
 use crate::batch::BatchError;
 use crate::evaluate::EvaluateError;
@@ -110,7 +110,9 @@ impl TrainError {
             TrainError::UnknownItem { .. } => 3,
             TrainError::NonFinite { .. }
             | TrainError::Model(ModelError::NonFinite { .. })
-            | TrainError::Evaluate(EvaluateError::NonFinite { .. } | EvaluateError::Model(ModelError::NonFinite { .. })) => 5,
+            | TrainError::Evaluate(
+                EvaluateError::NonFinite { .. } | EvaluateError::Model(ModelError::NonFinite { .. }),
+            ) => 5,
             TrainError::Interrupted | TrainError::Evaluate(EvaluateError::Interrupted) => 130,
             TrainError::Run(_) | TrainError::Model(_) | TrainError::Batch(_) | TrainError::Evaluate(_) => 1,
         }

@@ -176,7 +176,8 @@ pub struct Batch {
     pub touched_item: Touched,
     /// Touched rows of the position table.
     pub touched_position: Touched,
-    /// Touched rows of the label table: always both. Pairs count for both labels and are not listed.
+    /// Touched rows of the label table: always both. Members count tokens, then pairs scored for the negative
+    /// interest (`N + pair`), then pairs scored for the positive one (`N + C + pair`).
     pub touched_label: Touched,
 }
 
@@ -246,7 +247,9 @@ impl Batch {
         let candidates = batch.item.iter().chain(&batch.pair_item).copied();
         batch.touched_item = touched(candidates.collect());
         batch.touched_position = touched(batch.position.clone());
-        let label: Vec<u32> = batch.label.iter().map(|&l| l.into()).collect();
+        let pairs = batch.pair_item.len();
+        let interests = std::iter::repeat_n(0, pairs).chain(std::iter::repeat_n(1, pairs));
+        let label: Vec<u32> = batch.label.iter().map(|&l| l.into()).chain(interests).collect();
         batch.touched_label = Touched { row: vec![0, 1], source: Lists::by_key(&label, 2) };
         Ok(batch)
     }

@@ -2,6 +2,7 @@
 
 use crate::attention::AttentionError;
 use crate::data::DataError;
+use crate::verify::VerifyError;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
@@ -27,6 +28,9 @@ pub enum Error {
     /// A run: its configuration, its files, its course.
     #[error(transparent)]
     Train(#[from] crate::train::TrainError),
+    /// A reference case.
+    #[error(transparent)]
+    Verify(#[from] VerifyError),
     /// The operating system refused something.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
@@ -52,6 +56,7 @@ impl Error {
         match self {
             Error::Data(error) => error.exit_code(),
             Error::Train(error) => error.exit_code(),
+            Error::Verify(_) => 3,
             Error::Model(crate::model::ModelError::NonFinite { .. }) => 5,
             Error::Attention(_) | Error::Batch(_) | Error::Model(_) | Error::Io { .. } => 1,
         }

@@ -49,6 +49,43 @@ impl ModelConfig {
     }
 }
 
+impl ModelConfig {
+    /// Whether these numbers make a network.
+    pub fn check(&self) -> Result<(), ModelError> {
+        let error = |field, value, reason| Err(ModelError::Config { field, value, reason });
+        let [attention0, attention1] = self.attention;
+        let [tower0, tower1] = self.tower;
+        let sizes = [
+            ("items", self.items),
+            ("max_length", self.max_length),
+            ("width", self.width),
+            ("heads", self.heads),
+            ("blocks", self.blocks),
+            ("attention", attention0.min(attention1)),
+            ("tower", tower0.min(tower1)),
+        ];
+        for (field, value) in sizes {
+            if value == 0 {
+                return error(field, value, "must be at least 1");
+            }
+        }
+        if self.width % self.heads != 0 {
+            return error("width", self.width, "must be a multiple of the number of heads");
+        }
+        if self.fha && self.heads > 1 && self.heads % 2 != 0 {
+            return error(
+                "heads",
+                self.heads,
+                "factorization heads come in two groups: use an even number, or 1",
+            );
+        }
+        if u32::try_from(self.items).is_err() {
+            return error("items", self.items, "item ids are 32 bits wide");
+        }
+        Ok(())
+    }
+}
+
 /// Weights of the loss.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

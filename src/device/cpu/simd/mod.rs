@@ -56,6 +56,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
     /// `value` where `condition > 0`, else 0: the derivative mask of ReLU.
     fn where_positive(self, condition: Self::V, value: Self::V) -> Self::V;
+    /// Lanes `0..n` of `a`, the others of `otherwise`. `n` may exceed [`Simd::LANES`].
+    fn first(self, n: usize, a: Self::V, otherwise: Self::V) -> Self::V;
     /// Nearest integer.
     fn round(self, a: Self::V) -> Self::V;
     /// `a * 2^n` for whole `n`; underflows to 0, overflows to infinity.
@@ -207,6 +209,13 @@ mod tests {
             check(s.where_positive(va, vb), &|a, b| if a > 0.0 { b } else { 0.0 });
             check(s.round(va), &|a, _| a.round_ties_even());
             check(s.scale_by_power(va, s.splat(-3.0)), &|a, _| a / 8.0);
+            for n in [0, 1, S::LANES - 1, S::LANES, S::LANES + 5, usize::MAX] {
+                let mut out = vec![0.0; S::LANES];
+                s.store(s.first(n, va, vb), &mut out);
+                for i in 0..S::LANES {
+                    assert_eq!(out[i], if i < n { a[i] } else { b[i] }, "{} first {n}, lane {i}", S::NAME);
+                }
+            }
             assert_eq!(s.sum(va), a.iter().sum::<f32>());
             assert_eq!(s.max_lane(vb), 2.5);
             for x in

@@ -67,6 +67,14 @@ impl Simd for Neon {
         }
     }
     #[inline(always)]
+    fn first(self, n: usize, a: float32x4_t, otherwise: float32x4_t) -> float32x4_t {
+        // SAFETY: NEON is part of aarch64; the array has 4 values.
+        unsafe {
+            let lane = vld1q_u32([0, 1, 2, 3].as_ptr());
+            vbslq_f32(vcltq_u32(lane, vdupq_n_u32(n.min(4) as u32)), a, otherwise)
+        }
+    }
+    #[inline(always)]
     fn scale_by_power(self, a: float32x4_t, n: float32x4_t) -> float32x4_t {
         // SAFETY: NEON is part of aarch64.
         unsafe {

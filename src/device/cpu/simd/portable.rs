@@ -63,6 +63,10 @@ impl Simd for Portable {
         map(|i| if condition[i] > 0.0 { value[i] } else { 0.0 })
     }
     #[inline(always)]
+    fn first(self, n: usize, a: Self::V, otherwise: Self::V) -> Self::V {
+        map(|i| if i < n { a[i] } else { otherwise[i] })
+    }
+    #[inline(always)]
     fn round(self, a: Self::V) -> Self::V {
         map(|i| a[i].round_ties_even())
     }

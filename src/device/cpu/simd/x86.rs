@@ -100,6 +100,11 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    fn first(self, n: usize, a: __m512, otherwise: __m512) -> __m512 {
+        // SAFETY: `self` exists, so `new` found the features.
+        unsafe { _mm512_mask_mov_ps(otherwise, ((1u32 << n.min(16)) - 1) as __mmask16, a) }
+    }
+    #[inline(always)]
     fn round(self, a: __m512) -> __m512 {
         // SAFETY: `self` exists, so `new` found the features.
         unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
@@ -149,6 +154,15 @@ impl Simd for Avx2 {
     fn where_positive(self, condition: __m256, value: __m256) -> __m256 {
         // SAFETY: `self` exists, so `new` found the features.
         unsafe { _mm256_and_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(condition, _mm256_setzero_ps()), value) }
+    }
+    #[inline(always)]
+    fn first(self, n: usize, a: __m256, otherwise: __m256) -> __m256 {
+        // SAFETY: `self` exists, so `new` found the features.
+        unsafe {
+            let lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+            let below = _mm256_cmpgt_epi32(_mm256_set1_epi32(n.min(8) as i32), lane);
+            _mm256_blendv_ps(otherwise, a, _mm256_castsi256_ps(below))
+        }
     }
     #[inline(always)]
     fn round(self, a: __m256) -> __m256 {

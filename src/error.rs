@@ -25,6 +25,9 @@ pub enum Error {
     /// The network.
     #[error(transparent)]
     Model(#[from] crate::model::ModelError),
+    /// A run: its configuration, its files, its course.
+    #[error(transparent)]
+    Train(#[from] crate::train::TrainError),
     /// A reference case.
     #[error(transparent)]
     Verify(#[from] VerifyError),
@@ -51,7 +54,9 @@ impl Error {
     /// 130 interrupted. (2, wrong usage, is clap's.)
     pub fn exit_code(&self) -> u8 {
         match self {
-            Error::Data(_) | Error::Verify(_) => 3,
+            Error::Data(error) => error.exit_code(),
+            Error::Train(error) => error.exit_code(),
+            Error::Verify(_) => 3,
             Error::Model(crate::model::ModelError::NonFinite { .. }) => 5,
             Error::Attention(_) | Error::Batch(_) | Error::Model(_) | Error::Io { .. } => 1,
         }

@@ -51,10 +51,15 @@
 
 pub mod attention;
 pub mod batch;
+pub mod cli;
 pub mod data;
 pub mod device;
 pub mod error;
+pub mod evaluate;
+pub mod history;
 pub mod model;
+pub mod report;
+pub mod train;
 pub mod verify;
 
 pub use error::{Error, Result};

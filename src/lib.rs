@@ -52,6 +52,7 @@
 pub mod attention;
 pub mod batch;
 pub mod cli;
+pub mod bench;
 pub mod data;
 pub mod device;
 pub mod error;

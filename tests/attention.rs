@@ -131,7 +131,22 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
     #[test]
     fn fused_is_the_reference(problem in problem()) {
-        assert_within(&errors(&problem.options, &problem.batch()), &problem);
+        let batch = problem.batch();
+        let mut errors = errors(&problem.options, &batch);
+        if problem.magnitude > 1.0 {
+            // A softmax that is all but a maximum leaves of dq and dk small remainders of large terms that
+            // cancel. Eight roundings of those terms, p (dp - delta) scale k (or q), are within tolerance.
+            let d = problem.options.head_dim;
+            let norm = |x: &[f32]| x.chunks(d).map(|x| x.iter().map(|x| x * x).sum::<f32>().sqrt()).fold(0.0, f32::max);
+            let terms = norm(&batch.d_o) * norm(&batch.v) * problem.options.scale * norm(&batch.q).max(norm(&batch.k));
+            let gradients = reference::backward(&problem.options, batch.inputs(), &batch.d_o).expect("valid inputs");
+            for (name, x) in [("dq", &gradients.dq), ("dk", &gradients.dk)] {
+                let largest = x.iter().fold(0.0, |m: f64, x| m.max(x.abs()));
+                let error = errors.iter_mut().find(|e| e.tensor == name).expect("gradients are compared");
+                error.tolerance += f64::from(8.0 * f32::EPSILON * terms) / largest;
+            }
+        }
+        assert_within(&errors, &problem);
     }
 }
 

@@ -197,7 +197,7 @@ impl Product<'_> {
                 Finish::Add => store!(|out, _bias, sum| simd.add(simd.load_ptr(out), sum)),
                 Finish::Bias(_) => store!(|_out, bias, sum| simd.add(sum, simd.load_ptr(bias))),
                 Finish::BiasRelu(_) => {
-                    store!(|_out, bias, sum| { simd.max(simd.zero(), simd.add(sum, simd.load_ptr(bias))) })
+                    store!(|_out, bias, sum| simd.max(simd.zero(), simd.add(sum, simd.load_ptr(bias))))
                 }
                 Finish::WherePositive => {
                     store!(|out, _bias, sum| simd.where_positive(simd.load_ptr(out), sum))

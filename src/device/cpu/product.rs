@@ -40,6 +40,8 @@ pub enum Finish<'a> {
     Bias(&'a [f32]),
     /// `max(sum + bias[column], 0)` replaces the output.
     BiasRelu(&'a [f32]),
+    /// `max(output + sum, 0)` replaces the output.
+    AddRelu,
     /// Replaces the output where that was positive; elsewhere the output becomes 0. The backward of ReLU.
     WherePositive,
 }
@@ -197,7 +199,10 @@ impl Product<'_> {
                 Finish::Add => store!(|out, _bias, sum| simd.add(simd.load_ptr(out), sum)),
                 Finish::Bias(_) => store!(|_out, bias, sum| simd.add(sum, simd.load_ptr(bias))),
                 Finish::BiasRelu(_) => {
-                    store!(|_out, bias, sum| { simd.max(simd.zero(), simd.add(sum, simd.load_ptr(bias))) })
+                    store!(|_out, bias, sum| simd.max(simd.zero(), simd.add(sum, simd.load_ptr(bias))))
+                }
+                Finish::AddRelu => {
+                    store!(|out, _bias, sum| simd.max(simd.zero(), simd.add(simd.load_ptr(out), sum)))
                 }
                 Finish::WherePositive => {
                     store!(|out, _bias, sum| simd.where_positive(simd.load_ptr(out), sum))
@@ -236,6 +241,7 @@ mod tests {
                     Finish::Add,
                     Finish::Bias(&bias),
                     Finish::BiasRelu(&bias),
+                    Finish::AddRelu,
                     Finish::WherePositive,
                 ] {
                     let mut out = start.clone();
@@ -249,6 +255,7 @@ mod tests {
                             Finish::Add => was + sum,
                             Finish::Bias(_) => sum + bias,
                             Finish::BiasRelu(_) => (sum + bias).max(0.0),
+                            Finish::AddRelu => (was + sum).max(0.0),
                             Finish::WherePositive if was > 0.0 => sum,
                             Finish::WherePositive => 0.0,
                         };

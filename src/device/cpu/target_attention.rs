@@ -1,16 +1,16 @@
 //! Target attention: a small perceptron scores every (history token, candidate) pair, a softmax over each row's
 //! history weighs its tokens. Contracts: [`Device::target_attention`](crate::device::Device::target_attention).
 //!
-//! **Sharing.** With the four row blocks `A, R, S, P` of `w0` (multiplying `a`, `r`, `a - r`, `a * r`) and one
-//! candidate `r`,
+//! **Sharing.** With the four row blocks `A, R, S, P` of `w0` (multiplying `a`, `r`, `a - r`, `a * r`),
 //!
 //! ```text
-//! [a, r, a - r, a * r] w0 + b0 = a M + c     M = (A + S) + diag(r) P     c = r (R - S) + b0
+//! [a, r, a - r, a * r] w0 + b0 = z + c + (a * r) P      z = a (A + S)      c = r (R - S) + b0
 //! ```
 //!
-//! so a pair's first layer is one `[T, D] [D, hidden0]` product, a quarter of the published one, and no
-//! concatenation is ever stored. Tokens go through both layers in tiles whose activations stay in the first
-//! cache levels; the backward computes them again.
+//! where `z` is computed once a token, `c` once a candidate, and only the last term, a quarter of the published
+//! layer, once a pair. No concatenation is ever stored, and all weights are shared by all pairs, so the scores of
+//! a chunk go through both layers in tiles that may span pairs and sequences. A tile's activations stay in the
+//! first cache levels; the backward computes them again.
 //!
 //! **Rows of a pair** share its scores and differ only in how long a prefix they see, so with the rows in order of
 //! length one online softmax serves all of them: each row is the running state at its length.
@@ -22,7 +22,7 @@ pub mod unfused;
 
 pub use backward::backward;
 
-use super::elementwise::{add_assign, exp_sum, pad_rows, transpose};
+use super::elementwise::{add_assign, exp_sum, pad_rows};
 use super::product::{Finish, Left, product};
 use super::scratch::{carve, carved_len, padded, with_scratch};
 use super::simd::{Kernel, Simd, dispatch};
@@ -30,9 +30,10 @@ use crate::device::{TargetIndex, TargetWeights};
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Tokens in a tile: their activations (`hidden[0] + hidden[1]` values each) and a layer's weight fit the first two
-/// cache levels.
-const TILE: usize = 64;
+/// Scores in a tile. Their activations and one weight together should about fit the first cache level, and the
+/// more there are the less often weight gradients are read and written; a multiple of the 5 and 8 rows of
+/// [`product`]'s register tiles.
+const TILE: usize = 80;
 
 /// Widths of the perceptron and the distances between rows in working memory (suffix `_wide`).
 #[derive(Clone, Copy)]
@@ -157,8 +158,15 @@ impl Packed<'_> {
         Packed { token, product, candidate, b0, w1, b1, w2, b2: weights.b2[0] }
     }
 
-    /// `c = r (R - S) + b0` for all pairs of `r`.
-    fn constants(&self, shape: Shape, r: &[f32], out: &mut [f32]) {
+    /// `z = a (A + S)` for all tokens of `a`, rows padded.
+    fn token_terms(&self, shape: Shape, a: &[f32], out: &mut [f32]) {
+        let sizes = [a.len() / shape.width, shape.hidden[0], shape.width];
+        let wide = shape.hidden_wide[0];
+        product(sizes, Left::rows(a, shape.width), (self.token, wide), (out, wide), Finish::Store);
+    }
+
+    /// `c = r (R - S) + b0` for all pairs of `r`, rows padded.
+    fn candidate_terms(&self, shape: Shape, r: &[f32], out: &mut [f32]) {
         let sizes = [r.len() / shape.width, shape.hidden[0], shape.width];
         let wide = shape.hidden_wide[0];
         product(
@@ -170,37 +178,95 @@ impl Packed<'_> {
         );
     }
 
-    /// Both hidden layers of the tokens `a` of one pair with effective weight `m` and bias `constant`.
-    fn hidden(&self, shape: Shape, a: &[f32], m: &[f32], constant: &[f32], h0: &mut [f32], h1: &mut [f32]) {
-        let n = a.len() / shape.width;
-        let (wide, left) = (shape.hidden_wide, Left::rows(a, shape.width));
-        let sizes = [n, shape.hidden[0], shape.width];
-        product(sizes, left, (m, wide[0]), (h0, wide[0]), Finish::BiasRelu(constant));
-        let sizes = [n, shape.hidden[1], shape.hidden[0]];
-        product(sizes, Left::rows(h0, wide[0]), (self.w1, wide[1]), (h1, wide[1]), Finish::BiasRelu(self.b1));
+    /// Both hidden layers of a tile of `n` scores from `x = a * r` and `h0 = z + c`, rows padded.
+    fn hidden(&self, shape: Shape, n: usize, x: &[f32], h0: &mut [f32], h1: &mut [f32]) {
+        let ([n0, n1], wide) = (shape.hidden, shape.hidden_wide);
+        let left = Left::rows(x, shape.width_wide);
+        product([n, n0, shape.width], left, (self.product, wide[0]), (h0, wide[0]), Finish::AddRelu);
+        let finish = Finish::BiasRelu(self.b1);
+        product([n, n1, n0], Left::rows(h0, wide[0]), (self.w1, wide[1]), (h1, wide[1]), finish);
     }
 }
 
-/// `out[i] = base[i] + r[i] * factor[i]` row by row, for padded rows: `M` from `A + S` and `P`.
-fn add_scaled_rows(base: &[f32], factor: &[f32], r: &[f32], out: &mut [f32]) {
-    struct AddScaledRows<'a>(&'a [f32], &'a [f32], &'a [f32], &'a mut [f32]);
-    impl Kernel for AddScaledRows<'_> {
-        type Output = ();
-        #[inline(always)]
-        fn run<S: Simd>(self, s: S) {
-            let Self(base, factor, r, out) = self;
-            let wide = out.len() / r.len();
-            let rows = base.chunks_exact(wide).zip(factor.chunks_exact(wide)).zip(out.chunks_exact_mut(wide));
-            for (((base, factor), out), r) in rows.zip(r) {
-                let r = s.splat(*r);
-                let vectors = base.chunks_exact(S::LANES).zip(factor.chunks_exact(S::LANES));
-                for ((base, factor), out) in vectors.zip(out.chunks_exact_mut(S::LANES)) {
-                    s.store(s.mul_add(r, s.load(factor), s.load(base)), out);
-                }
+/// A pair as the tiles see it; positions are relative to the chunk.
+struct Pair {
+    scores: Range<usize>,
+    first_token: usize,
+}
+
+/// The pairs of a chunk.
+fn pairs(index: &TargetIndex<[u32]>, chunk: &Chunk) -> Vec<Pair> {
+    let mut pairs = Vec::with_capacity(chunk.pairs.len());
+    for sequence in chunk.sequences.clone() {
+        for pair in index.pair_offsets[sequence] as usize..index.pair_offsets[sequence + 1] as usize {
+            let scores = &index.score_offsets[pair..];
+            let relative = |offset: u32| offset as usize - chunk.scores.start;
+            pairs.push(Pair {
+                scores: relative(scores[0])..relative(scores[1]),
+                first_token: index.cu_seqlens[sequence] as usize - chunk.tokens.start,
+            });
+        }
+    }
+    pairs
+}
+
+/// Consecutive scores of one pair in a tile.
+struct Segment {
+    pair: usize,
+    /// Rows of the tile.
+    rows: Range<usize>,
+    /// Tokens of the chunk.
+    tokens: Range<usize>,
+}
+
+/// The segments that make up the scores `tile` of a chunk.
+fn segments<'a>(pairs: &'a [Pair], tile: &Range<usize>) -> impl Iterator<Item = Segment> + use<'a> {
+    let tile = tile.clone();
+    let first = pairs.partition_point(|pair| pair.scores.end <= tile.start);
+    let inside = pairs[first..].iter().take_while(move |pair| pair.scores.start < tile.end);
+    inside.enumerate().filter(|(_, pair)| !pair.scores.is_empty()).map(move |(i, pair)| {
+        let scores = pair.scores.start.max(tile.start)..pair.scores.end.min(tile.end);
+        let token = |score: usize| pair.first_token + score - pair.scores.start;
+        Segment {
+            pair: first + i,
+            rows: scores.start - tile.start..scores.end - tile.start,
+            tokens: token(scores.start)..token(scores.end),
+        }
+    })
+}
+
+/// The values of the rows `range`, `wide` each.
+fn rows(range: &Range<usize>, wide: usize) -> Range<usize> {
+    range.start * wide..range.end * wide
+}
+
+/// `x = a * r` and `h0 = z + c` for the tokens of one pair, rows padded.
+struct Inputs<'a> {
+    a: &'a [f32],
+    r: &'a [f32],
+    z: &'a [f32],
+    c: &'a [f32],
+    x: &'a mut [f32],
+    h0: &'a mut [f32],
+}
+
+impl Kernel for Inputs<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for (a, x) in self.a.chunks_exact(self.r.len()).zip(self.x.chunks_exact_mut(self.r.len())) {
+            let vectors = a.chunks_exact(S::LANES).zip(self.r.chunks_exact(S::LANES));
+            for ((a, r), x) in vectors.zip(x.chunks_exact_mut(S::LANES)) {
+                s.store(s.mul(s.load(a), s.load(r)), x);
+            }
+        }
+        for (z, h0) in self.z.chunks_exact(self.c.len()).zip(self.h0.chunks_exact_mut(self.c.len())) {
+            let vectors = z.chunks_exact(S::LANES).zip(self.c.chunks_exact(S::LANES));
+            for ((z, c), h0) in vectors.zip(h0.chunks_exact_mut(S::LANES)) {
+                s.store(s.add(s.load(z), s.load(c)), h0);
             }
         }
     }
-    dispatch(AddScaledRows(base, factor, r, out));
 }
 
 /// `e[t] = h1[t] . w2 + b2` for padded rows `h1`.
@@ -233,10 +299,24 @@ fn by_length(index: &TargetIndex<[u32]>, range: Range<usize>, order: &mut Vec<(u
     }
 }
 
-/// Tiles of about equal size that cover `tokens`.
-fn tiles(tokens: usize) -> impl Iterator<Item = Range<usize>> {
-    let count = tokens.div_ceil(TILE).max(1);
-    (0..count).map(move |i| tokens * i / count..tokens * (i + 1) / count)
+/// The tiles of `scores` scores.
+fn tiles(scores: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..scores).step_by(TILE).map(move |start| start..(start + TILE).min(scores))
+}
+
+/// `x` itself where its rows are whole cache lines, else a copy in `memory` with padded rows.
+fn padded_rows<'a>(x: &'a [f32], width: usize, memory: &'a mut [f32]) -> &'a [f32] {
+    let wide = padded(width);
+    if width == wide {
+        return x;
+    }
+    pad_rows(x, width, wide, memory);
+    memory
+}
+
+/// Values [`padded_rows`] needs for `rows` rows.
+fn padded_rows_len(rows: usize, width: usize) -> usize {
+    if width == padded(width) { 0 } else { rows * padded(width) }
 }
 
 /// [`Device::target_attention`](crate::device::Device::target_attention) on slices.
@@ -304,57 +384,68 @@ fn forward_chunk(
     lse: &mut [f32],
     att: &mut [f32],
 ) {
-    let (width, [h0_wide, h1_wide]) = (shape.width, shape.hidden_wide);
-    let span = |offsets: &[u32], i: usize| offsets[i] as usize..offsets[i + 1] as usize;
-    let (tokens, pairs) = longest(index, chunk);
+    let (width, width_wide, [h0_wide, h1_wide]) = (shape.width, shape.width_wide, shape.hidden_wide);
+    let [s, a] = [s, a].map(|x| &x[rows(&chunk.tokens, width)]);
+    let r = &r[rows(&chunk.pairs, width)];
+    let pairs = pairs(index, chunk);
+    let longest = pairs.iter().map(|pair| pair.scores.len()).max().unwrap_or(0);
     let lens = [
-        pairs * h0_wide,
-        width * h0_wide,
+        chunk.tokens.len() * h0_wide,
+        pairs.len() * h0_wide,
+        padded_rows_len(chunk.tokens.len(), width),
+        padded_rows_len(chunk.tokens.len(), width),
+        padded_rows_len(pairs.len(), width),
+        TILE * width_wide,
         TILE * h0_wide,
         TILE * h1_wide,
-        tokens * shape.width_wide,
-        tokens,
-        shape.width_wide,
+        longest,
+        width_wide,
     ];
-    let mut order = Vec::new();
     with_scratch(carved_len(&lens), |mut memory| {
-        let [constants, m, h0, h1, s_wide, p, sum] = carve(&mut memory, lens);
-        for sequence in chunk.sequences.clone() {
-            let pairs = span(index.pair_offsets, sequence);
-            let at = span(index.cu_seqlens, sequence).start * width;
-            let (s, a) = (&s[at..][..span(index.cu_seqlens, sequence).len() * width], &a[at..]);
-            if pairs.is_empty() {
-                continue;
-            }
-            pad_rows(s, width, shape.width_wide, s_wide);
-            packed.constants(shape, &r[pairs.start * width..pairs.end * width], constants);
-            for (pair, constant) in pairs.zip(constants.chunks_exact(h0_wide)) {
-                let scored = span(index.score_offsets, pair);
-                let e = &mut e[scored.start - chunk.scores.start..][..scored.len()];
-                add_scaled_rows(packed.token, packed.product, &r[pair * width..(pair + 1) * width], m);
-                for tile in tiles(scored.len()) {
-                    let a = &a[tile.start * width..tile.end * width];
-                    packed.hidden(shape, a, m, constant, h0, h1);
-                    scores(&h1[..tile.len() * h1_wide], packed.w2, packed.b2, &mut e[tile]);
-                }
-                by_length(index, span(index.rows.offsets, pair), &mut order);
-                softmax_rows(shape, e, s_wide, &order, p, sum, |member, row_lse, row_att| {
-                    let member = member - chunk.members.start;
-                    lse[member] = row_lse;
-                    att[member * width..(member + 1) * width].copy_from_slice(row_att);
-                });
-            }
+        let [z, c, s_wide, a_wide, r_wide, x, h0, h1, p, sum] = carve(&mut memory, lens);
+        packed.token_terms(shape, a, z);
+        packed.candidate_terms(shape, r, c);
+        let [s, a, r] = [(s, s_wide), (a, a_wide), (r, r_wide)].map(|(x, wide)| padded_rows(x, width, wide));
+        for tile in tiles(e.len()) {
+            fill_inputs(shape, &pairs, &tile, [a, r, z, c], x, h0);
+            packed.hidden(shape, tile.len(), x, h0, h1);
+            scores(&h1[..tile.len() * h1_wide], packed.w2, packed.b2, &mut e[tile]);
+        }
+        let mut order = Vec::new();
+        for (i, pair) in pairs.iter().enumerate() {
+            let members =
+                index.rows.offsets[chunk.pairs.start + i]..index.rows.offsets[chunk.pairs.start + i + 1];
+            by_length(index, members.start as usize..members.end as usize, &mut order);
+            let (e, s) = (&e[pair.scores.clone()], &s[pair.first_token * width_wide..]);
+            softmax_rows(shape, e, s, &order, p, sum, |member, row_lse, row_att| {
+                let member = member - chunk.members.start;
+                lse[member] = row_lse;
+                att[member * width..(member + 1) * width].copy_from_slice(row_att);
+            });
         }
     });
 }
 
-/// Tokens of the longest sequence of a chunk, and pairs of the one with the most.
-fn longest(index: &TargetIndex<[u32]>, chunk: &Chunk) -> (usize, usize) {
-    let most = |offsets: &[u32]| {
-        let lens = chunk.sequences.clone().map(|i| offsets[i + 1] - offsets[i]);
-        lens.max().unwrap_or(0) as usize
-    };
-    (most(index.cu_seqlens), most(index.pair_offsets))
+/// The inputs of [`Packed::hidden`] for the scores `tile`; all rows padded.
+fn fill_inputs(
+    shape: Shape,
+    pairs: &[Pair],
+    tile: &Range<usize>,
+    [a, r, z, c]: [&[f32]; 4],
+    x: &mut [f32],
+    h0: &mut [f32],
+) {
+    let (width, hidden) = (shape.width_wide, shape.hidden_wide[0]);
+    for Segment { pair, rows: here, tokens } in segments(pairs, tile) {
+        dispatch(Inputs {
+            a: &a[rows(&tokens, width)],
+            r: &r[pair * width..][..width],
+            z: &z[rows(&tokens, hidden)],
+            c: &c[pair * hidden..][..hidden],
+            x: &mut x[rows(&here, width)],
+            h0: &mut h0[rows(&here, hidden)],
+        });
+    }
 }
 
 /// One online softmax over `e`, emitting `(member, lse, att)` at the length of each `(length, member)` of `order`.

@@ -10,16 +10,17 @@
 //! From the longest row to the shortest these are running sums `G = sum e^(ref - lse_i) g_i`, with `ref` the `lse` of
 //! the shortest row so far: `lse` grows with length, so no exponent is ever positive.
 //!
-//! Perceptron, per pair with `dz` the gradient of the first layer before its ReLU:
+//! Perceptron, with `x = a * r` and `dz` the gradient of the first layer before its ReLU:
 //!
 //! ```text
-//! dM = a^T dz       da += dz M^T      dc = column sums of dz
-//! dA = sum dM       dP = sum diag(r) dM       dR = sum r dc       dS = dA - dR       db0 = sum dc
-//! dr = rowwise dot of dM and P  +  (R - S) dc
+//! per score     dP += x^T dz                    y = dz P^T      da += y * r      dr += y * a
+//! per token     dZ  = sum of dz over pairs      dA = a^T dZ     da += dZ (A + S)^T
+//! per pair      dc  = sum of dz over tokens     dR = r^T dc     dr += dc (R - S)^T      db0 = sum dc
+//! in the end    dS  = dA - dR
 //! ```
 
 use super::*;
-use crate::device::cpu::elementwise::add_column_sums;
+use crate::device::cpu::elementwise::{add_column_sums, transpose};
 
 /// What the backward reads beside [`Packed`]: transposes, rows padded with zeros.
 struct Transposed<'a> {
@@ -57,11 +58,11 @@ impl Transposed<'_> {
 
 /// Sums of weight gradients over the pairs of a chunk, rows padded.
 struct Sums<'a> {
-    /// `sum dM: [D, hidden0]`
+    /// `dA: [D, hidden0]`
     token: &'a mut [f32],
-    /// `sum diag(r) dM: [D, hidden0]`
+    /// `dP: [D, hidden0]`
     product: &'a mut [f32],
-    /// `sum r dc: [D, hidden0]`
+    /// `dR: [D, hidden0]`
     candidate: &'a mut [f32],
     b0: &'a mut [f32],
     /// Transposed: `[hidden1, hidden0]`
@@ -193,147 +194,226 @@ struct Task<'a> {
     sums: Sums<'a>,
 }
 
-/// Working memory of a pair, see [`Task::run`].
-struct Memory<'a> {
-    m: &'a mut [f32],
-    m_transposed: &'a mut [f32],
-    dm: &'a mut [f32],
-    h0: &'a mut [f32],
-    h1: &'a mut [f32],
-    de: &'a mut [f32],
-}
-
 impl Task<'_> {
     fn run(
         &mut self,
         [s, a, r]: [&[f32]; 3],
-        [e, lse, att, datt]: [&[f32]; 4],
+        scored: [&[f32]; 4],
         ds: &mut [f32],
         da: &mut [f32],
         dr: &mut [f32],
     ) {
-        let shape = self.shape;
+        let (shape, chunk) = (self.shape, self.chunk);
         let (width, width_wide, [h0_wide, h1_wide]) = (shape.width, shape.width_wide, shape.hidden_wide);
-        let span = |offsets: &[u32], i: usize| offsets[i] as usize..offsets[i + 1] as usize;
-        let (tokens, pairs) = longest(self.index, self.chunk);
+        let [s, a] = [s, a].map(|x| &x[rows(&chunk.tokens, width)]);
+        let r = &r[rows(&chunk.pairs, width)];
+        let pairs = pairs(self.index, chunk);
+        let tokens = chunk.tokens.len();
         let lens = [
-            pairs * h0_wide,
-            pairs * h0_wide,
-            width * h0_wide,
-            shape.hidden[0] * width_wide,
-            width * h0_wide,
+            tokens * h0_wide,
+            tokens * h0_wide,
+            pairs.len() * h0_wide,
+            pairs.len() * h0_wide,
+            padded_rows_len(tokens, width),
+            padded_rows_len(tokens, width),
+            padded_rows_len(pairs.len(), width),
+            tokens * width_wide,
+            pairs.len() * width_wide,
+            chunk.scores.len(),
+            TILE * width_wide,
             TILE * h0_wide,
             TILE * h1_wide,
-            tokens * width_wide,
-            tokens * width_wide,
-            tokens * width_wide,
-            tokens,
-            tokens,
-            width_wide,
-            pairs * width_wide,
         ];
+        with_scratch(carved_len(&lens), |mut memory| {
+            let [z, dz_sum, c, dc, s_wide, a_wide, r_wide, d_wide, dr_wide, de, x, h0, h1] =
+                carve(&mut memory, lens);
+            self.packed.token_terms(shape, a, z);
+            self.packed.candidate_terms(shape, r, c);
+            let s = padded_rows(s, width, s_wide);
+            let (a_rows, r_rows) = (a, r);
+            let [a, r] = [(a, a_wide), (r, r_wide)].map(|(x, wide)| padded_rows(x, width, wide));
+
+            d_wide.fill(0.0);
+            self.softmax(&pairs, scored, (s, d_wide), de);
+            unpad(d_wide, width_wide, ds, width, add_assign);
+
+            for sums in [&mut *d_wide, dr_wide, dz_sum, dc] {
+                sums.fill(0.0);
+            }
+            for tile in tiles(de.len()) {
+                let n = tile.len();
+                fill_inputs(shape, &pairs, &tile, [a, r, z, c], x, h0);
+                self.packed.hidden(shape, n, x, h0, h1);
+                self.tile(n, &de[tile.clone()], x, h0, h1);
+                // Now y in `x`, dz in `h0`.
+                for Segment { pair, rows: here, tokens } in segments(&pairs, &tile) {
+                    let (token_rows, pair_row) =
+                        (rows(&tokens, width_wide), rows(&(pair..pair + 1), width_wide));
+                    let (y, dz) = (&x[rows(&here, width_wide)], &h0[rows(&here, h0_wide)]);
+                    dispatch(Scatter {
+                        y,
+                        a: &a[token_rows.clone()],
+                        r: &r[pair_row.clone()],
+                        da: &mut d_wide[token_rows],
+                        dr: &mut dr_wide[pair_row],
+                        dz,
+                        dz_sum: &mut dz_sum[rows(&tokens, h0_wide)],
+                        dc: &mut dc[rows(&(pair..pair + 1), h0_wide)],
+                    });
+                }
+            }
+
+            let ([n0, _], sums, transposed) = (shape.hidden, &mut self.sums, self.transposed);
+            for (x, dx, grad, sum, weight) in [
+                (a_rows, &mut *d_wide, &*dz_sum, &mut *sums.token, transposed.token),
+                (r_rows, &mut *dr_wide, &*dc, &mut *sums.candidate, transposed.candidate),
+            ] {
+                let n = x.len() / width;
+                let left = Left::transposed(x, width);
+                product([width, n0, n], left, (grad, h0_wide), (sum, h0_wide), Finish::Add);
+                let (left, out) = (Left::rows(grad, h0_wide), (dx, width_wide));
+                product([n, width, n0], left, (weight, width_wide), out, Finish::Add);
+            }
+            add_column_sums(dc, sums.b0);
+            unpad(d_wide, width_wide, da, width, |from, to| to.copy_from_slice(from));
+            unpad(dr_wide, width_wide, dr, width, |from, to| to.copy_from_slice(from));
+        });
+    }
+
+    /// Backward of all softmaxes of the chunk: writes `de`, adds to `ds`.
+    fn softmax(
+        &self,
+        pairs: &[Pair],
+        [e, lse, att, datt]: [&[f32]; 4],
+        (s, ds): (&[f32], &mut [f32]),
+        de: &mut [f32],
+    ) {
+        let Self { shape: Shape { width, width_wide, .. }, index, chunk, .. } = *self;
+        let e = &e[chunk.scores.clone()];
+        let longest = pairs.iter().map(|pair| pair.scores.len()).max().unwrap_or(0);
+        let lens = [longest, width_wide];
         let mut order = Vec::new();
         with_scratch(carved_len(&lens), |mut memory| {
-            let [constants, dc, m, m_transposed, dm, h0, h1, s_wide, ds_wide, da_wide, de, p, g, dr_wide] =
-                carve(&mut memory, lens);
-            let mut memory = Memory { m, m_transposed, dm, h0, h1, de };
-            for sequence in self.chunk.sequences.clone() {
-                let pairs = span(self.index.pair_offsets, sequence);
-                let tokens = span(self.index.cu_seqlens, sequence);
-                let here = (tokens.start - self.chunk.tokens.start) * width..;
-                let (ds, da) = (&mut ds[here.clone()][..tokens.len() * width], &mut da[here]);
-                let da = &mut da[..tokens.len() * width];
-                if pairs.is_empty() {
-                    da.fill(0.0);
-                    continue;
-                }
-                let tokens = tokens.start * width..tokens.end * width;
-                let (s, a) = (&s[tokens.clone()], &a[tokens]);
-                let r = &r[pairs.start * width..pairs.end * width];
-                pad_rows(s, width, width_wide, s_wide);
-                let ds_wide = &mut ds_wide[..s.len() / width * width_wide];
-                let da_wide = &mut da_wide[..s.len() / width * width_wide];
-                ds_wide.fill(0.0);
-                da_wide.fill(0.0);
-                self.packed.constants(shape, r, constants);
-                let dc = &mut dc[..pairs.len() * h0_wide];
-                dc.fill(0.0);
-                for (i, pair) in pairs.clone().enumerate() {
-                    by_length(self.index, span(self.index.rows.offsets, pair), &mut order);
-                    let length = order.last().map_or(0, |(length, _)| *length);
-                    let e = &e[span(self.index.score_offsets, pair)][..length];
-                    let rows = order.iter().rev().map(|&(length, member)| {
-                        let row = self.index.rows.members[member] as usize;
-                        let vector = row * width..(row + 1) * width;
-                        (length, lse[row], &att[vector.clone()], &datt[vector])
-                    });
-                    softmax_rows_backward(e, rows, (s_wide, ds_wide), memory.de, p, g);
-                    let r = &r[i * width..(i + 1) * width];
-                    let constant = &constants[i * h0_wide..(i + 1) * h0_wide];
-                    let dc = &mut dc[i * h0_wide..(i + 1) * h0_wide];
-                    let dr = &mut dr_wide[i * width_wide..][..width];
-                    self.pair(&a[..length * width], r, constant, &mut memory, da_wide, dc, dr);
-                }
-                self.candidates(r, dc, dr_wide);
-                let dr = &mut dr[(pairs.start - self.chunk.pairs.start) * width..][..r.len()];
-                unpad(dr_wide, width_wide, dr, width, |from, to| to.copy_from_slice(from));
-                unpad(da_wide, width_wide, da, width, |from, to| to.copy_from_slice(from));
-                unpad(ds_wide, width_wide, ds, width, add_assign);
+            let [p, g] = carve(&mut memory, lens);
+            for (i, pair) in pairs.iter().enumerate() {
+                let members = &index.rows.offsets[chunk.pairs.start + i..];
+                by_length(index, members[0] as usize..members[1] as usize, &mut order);
+                let rows = order.iter().rev().map(|&(length, member)| {
+                    let row = index.rows.members[member] as usize;
+                    let vector = row * width..(row + 1) * width;
+                    (length, lse[row], &att[vector.clone()], &datt[vector])
+                });
+                let (e, de) = (&e[pair.scores.clone()], &mut de[pair.scores.clone()]);
+                let first = pair.first_token * width_wide;
+                softmax_rows_backward(e, rows, (&s[first..], &mut ds[first..]), de, p, g);
             }
         });
     }
 
-    /// Backward of the perceptron for the tokens `a` of one pair, from `memory.de`: adds to the sums and to `da`,
-    /// writes `dc` and the part of `dr` that comes through `a * r`.
-    #[allow(clippy::too_many_arguments)]
-    fn pair(
-        &mut self,
-        a: &[f32],
-        r: &[f32],
-        constant: &[f32],
-        memory: &mut Memory,
-        da_wide: &mut [f32],
-        dc: &mut [f32],
-        dr: &mut [f32],
-    ) {
-        let Memory { m, m_transposed, dm, h0, h1, de } = memory;
-        let (shape, packed, sums) = (self.shape, self.packed, &mut self.sums);
-        let (width, width_wide, wide) = (shape.width, shape.width_wide, shape.hidden_wide);
-        let [n0, n1] = shape.hidden;
-        add_scaled_rows(packed.token, packed.product, r, m);
-        add_scaled_columns(self.transposed.token, self.transposed.product, r, width_wide, m_transposed);
-        dm.fill(0.0);
-        for tile in tiles(a.len() / width) {
-            let n = tile.len();
-            let a = &a[tile.start * width..tile.end * width];
-            packed.hidden(shape, a, m, constant, h0, h1);
-            let (h0, h1) = (&mut h0[..n * wide[0]], &mut h1[..n * wide[1]]);
-            scores_backward(&de[tile.clone()], packed.w2, h1, sums.b1, sums.w2);
-            let dh1 = &*h1;
-            let left = Left::transposed(dh1, wide[1]);
-            product([n1, n0, n], left, (&*h0, wide[0]), (sums.w1, wide[0]), Finish::Add);
-            let left = Left::rows(dh1, wide[1]);
-            let w1 = (self.transposed.w1, wide[0]);
-            product([n, n0, n1], left, w1, (h0, wide[0]), Finish::WherePositive);
-            let dz = &*h0;
-            add_column_sums(dz, dc);
-            let left = Left::transposed(a, width);
-            product([width, n0, n], left, (dz, wide[0]), (dm, wide[0]), Finish::Add);
-            let da = (&mut da_wide[tile.start * width_wide..], width_wide);
-            product([n, width, n0], Left::rows(dz, wide[0]), (m_transposed, width_wide), da, Finish::Add);
+    /// Backward of the perceptron for `n` scores with gradients `de`, from `x` and the activations: adds to the
+    /// weights' sums, replaces `h1` by the gradient before its ReLU, `h0` by `dz` and `x` by `y = dz P^T`.
+    fn tile(&mut self, n: usize, de: &[f32], x: &mut [f32], h0: &mut [f32], h1: &mut [f32]) {
+        let (shape, packed, transposed, sums) = (self.shape, self.packed, self.transposed, &mut self.sums);
+        let ([n0, n1], [h0_wide, h1_wide]) = (shape.hidden, shape.hidden_wide);
+        let (width, width_wide) = (shape.width, shape.width_wide);
+        scores_backward(de, packed.w2, &mut h1[..n * h1_wide], sums.b1, sums.w2);
+        let left = Left::transposed(h1, h1_wide);
+        product([n1, n0, n], left, (&*h0, h0_wide), (sums.w1, h0_wide), Finish::Add);
+        let (left, out) = (Left::rows(h1, h1_wide), (&mut *h0, h0_wide));
+        product([n, n0, n1], left, (transposed.w1, h0_wide), out, Finish::WherePositive);
+        let left = Left::transposed(x, width_wide);
+        product([width, n0, n], left, (&*h0, h0_wide), (sums.product, h0_wide), Finish::Add);
+        let (left, out) = (Left::rows(h0, h0_wide), (&mut *x, width_wide));
+        product([n, width, n0], left, (transposed.product, width_wide), out, Finish::Store);
+    }
+}
+
+/// What a tile's `y` and `dz` mean for the tokens of one pair, rows padded: `da += y * r`, `dr += sum of y * a`,
+/// `dz_sum += dz`, `dc += sum of dz`.
+struct Scatter<'a> {
+    y: &'a [f32],
+    a: &'a [f32],
+    r: &'a [f32],
+    da: &'a mut [f32],
+    dr: &'a mut [f32],
+    dz: &'a [f32],
+    dz_sum: &'a mut [f32],
+    dc: &'a mut [f32],
+}
+
+impl Kernel for Scatter<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(mut self, simd: S) {
+        // Up to five vectors of columns at a time: their sums stay in registers, and enough of them to hide the
+        // latency of addition.
+        let vectors = self.dr.len() / S::LANES;
+        let mut j = 0;
+        while j < vectors {
+            match vectors - j {
+                1 => self.inputs::<S, 1>(simd, j),
+                2 | 3 => self.inputs::<S, 2>(simd, j),
+                _ => self.inputs::<S, 4>(simd, j),
+            }
+            j += [1, 2, 2, 4][(vectors - j).min(4) - 1];
         }
-        fold(dm, packed.product, r, sums.token, sums.product, dr);
-        add_assign(dc, sums.b0);
+        let vectors = self.dc.len() / S::LANES;
+        let mut j = 0;
+        while j < vectors {
+            match vectors - j {
+                5.. => self.hidden::<S, 5>(simd, j),
+                _ => self.hidden::<S, 1>(simd, j),
+            }
+            j += if vectors - j >= 5 { 5 } else { 1 };
+        }
+    }
+}
+
+impl Scatter<'_> {
+    #[inline(always)]
+    fn inputs<S: Simd, const C: usize>(&mut self, simd: S, j: usize) {
+        let wide = self.r.len();
+        let (mut r, mut sums) = ([simd.zero(); C], [simd.zero(); C]);
+        for c in 0..C {
+            r[c] = simd.load(&self.r[(j + c) * S::LANES..]);
+            sums[c] = simd.load(&self.dr[(j + c) * S::LANES..]);
+        }
+        let columns = j * S::LANES..(j + C) * S::LANES;
+        let rows = self.y.chunks_exact(wide).zip(self.a.chunks_exact(wide));
+        for ((y, a), da) in rows.zip(self.da.chunks_exact_mut(wide)) {
+            let (y, a, da) = (&y[columns.clone()], &a[columns.clone()], &mut da[columns.clone()]);
+            for c in 0..C {
+                let at = c * S::LANES;
+                let y = simd.load(&y[at..]);
+                simd.store(simd.mul_add(y, r[c], simd.load(&da[at..])), &mut da[at..]);
+                sums[c] = simd.mul_add(y, simd.load(&a[at..]), sums[c]);
+            }
+        }
+        for c in 0..C {
+            simd.store(sums[c], &mut self.dr[(j + c) * S::LANES..]);
+        }
     }
 
-    /// What the constants' gradients `dc` of a sequence's pairs mean for `R - S` and for `r`.
-    fn candidates(&mut self, r: &[f32], dc: &[f32], dr_wide: &mut [f32]) {
-        let (width, wide, width_wide) = (self.shape.width, self.shape.hidden_wide[0], self.shape.width_wide);
-        let (pairs, h0) = (r.len() / width, self.shape.hidden[0]);
-        let left = Left::transposed(r, width);
-        product([width, h0, pairs], left, (dc, wide), (self.sums.candidate, wide), Finish::Add);
-        let candidate = (self.transposed.candidate, width_wide);
-        product([pairs, width, h0], Left::rows(dc, wide), candidate, (dr_wide, width_wide), Finish::Add);
+    #[inline(always)]
+    fn hidden<S: Simd, const C: usize>(&mut self, simd: S, j: usize) {
+        let wide = self.dc.len();
+        let mut sums = [simd.zero(); C];
+        for c in 0..C {
+            sums[c] = simd.load(&self.dc[(j + c) * S::LANES..]);
+        }
+        let columns = j * S::LANES..(j + C) * S::LANES;
+        for (dz, sum) in self.dz.chunks_exact(wide).zip(self.dz_sum.chunks_exact_mut(wide)) {
+            let (dz, sum) = (&dz[columns.clone()], &mut sum[columns.clone()]);
+            for c in 0..C {
+                let at = c * S::LANES;
+                let dz = simd.load(&dz[at..]);
+                simd.store(simd.add(simd.load(&sum[at..]), dz), &mut sum[at..]);
+                sums[c] = simd.add(sums[c], dz);
+            }
+        }
+        for c in 0..C {
+            simd.store(sums[c], &mut self.dc[(j + c) * S::LANES..]);
+        }
     }
 }
 
@@ -345,7 +425,7 @@ fn unpad(from: &[f32], padded: usize, to: &mut [f32], width: usize, put: impl Fn
 }
 
 /// Backward of a pair's softmaxes. `rows` are `(length, lse, att, datt)` from the longest to the shortest; writes
-/// `de` up to the longest and adds to `ds`.
+/// `de` and adds to `ds`.
 fn softmax_rows_backward<'a>(
     e: &[f32],
     rows: impl Iterator<Item = (usize, f32, &'a [f32], &'a [f32])>,
@@ -357,6 +437,7 @@ fn softmax_rows_backward<'a>(
     let wide = g.len();
     let mut rows = rows.take_while(|(length, ..)| *length > 0).peekable();
     let (mut reference, mut offset) = (f32::INFINITY, 0.0);
+    de[rows.peek().map_or(0, |(length, ..)| *length)..].fill(0.0);
     g.fill(0.0);
     while let Some((length, lse, att, datt)) = rows.next() {
         let scale = (lse - reference).exp();
@@ -433,54 +514,4 @@ fn scores_backward(de: &[f32], w2: &[f32], h1: &mut [f32], db1: &mut [f32], dw2:
         }
     }
     dispatch(ScoresBackward(de, w2, h1, db1, dw2));
-}
-
-/// `out[i, j] = base[i, j] + factor[i, j] * r[j]` for padded rows: `M^T`.
-fn add_scaled_columns(base: &[f32], factor: &[f32], r: &[f32], wide: usize, out: &mut [f32]) {
-    struct AddScaledColumns<'a>(&'a [f32], &'a [f32], &'a [f32], &'a mut [f32]);
-    impl Kernel for AddScaledColumns<'_> {
-        type Output = ();
-        #[inline(always)]
-        fn run<S: Simd>(self, s: S) {
-            let Self(base, factor, r, out) = self;
-            let wide = r.len();
-            let rows = base.chunks_exact(wide).zip(factor.chunks_exact(wide)).zip(out.chunks_exact_mut(wide));
-            for ((base, factor), out) in rows {
-                for j in (0..wide).step_by(S::LANES) {
-                    let value = s.mul_add(s.load(&r[j..]), s.load(&factor[j..]), s.load(&base[j..]));
-                    s.store(value, &mut out[j..]);
-                }
-            }
-        }
-    }
-    with_scratch(wide, |r_wide| {
-        pad_rows(r, r.len(), wide, r_wide);
-        dispatch(AddScaledColumns(base, factor, r_wide, out));
-    });
-}
-
-/// `token += dm`, `product += diag(r) dm`, `dr = rowwise dot of dm and p`, for padded rows.
-fn fold(dm: &[f32], p: &[f32], r: &[f32], token: &mut [f32], product: &mut [f32], dr: &mut [f32]) {
-    struct Fold<'a>(&'a [f32], &'a [f32], &'a [f32], &'a mut [f32], &'a mut [f32], &'a mut [f32]);
-    impl Kernel for Fold<'_> {
-        type Output = ();
-        #[inline(always)]
-        fn run<S: Simd>(self, s: S) {
-            let Self(dm, p, r, token, product, dr) = self;
-            let wide = dm.len() / r.len();
-            let inputs = dm.chunks_exact(wide).zip(p.chunks_exact(wide)).zip(r);
-            let outputs = token.chunks_exact_mut(wide).zip(product.chunks_exact_mut(wide)).zip(dr);
-            for (((dm, p), r), ((token, product), dr)) in inputs.zip(outputs) {
-                let (r, mut dot) = (s.splat(*r), s.zero());
-                for j in (0..wide).step_by(S::LANES) {
-                    let dm = s.load(&dm[j..]);
-                    dot = s.mul_add(dm, s.load(&p[j..]), dot);
-                    s.store(s.add(s.load(&token[j..]), dm), &mut token[j..]);
-                    s.store(s.mul_add(r, dm, s.load(&product[j..])), &mut product[j..]);
-                }
-                *dr = s.sum(dot);
-            }
-        }
-    }
-    dispatch(Fold(dm, p, r, token, product, dr));
 }

@@ -492,9 +492,9 @@ proptest! {
         let options = SyntheticOptions { users, items, events_per_user: 9.0, seed, negatives: 1, split };
         let [first, second] = ["a", "b"].map(|name| folder.path().join(name));
         match synthetic::write(&options, &first) {
-            Ok(protocol) => {
+            Ok(made) => {
                 let data = Dataset::open(&first).unwrap();
-                prop_assert_eq!(data.protocol(), &protocol);
+                prop_assert_eq!(data.protocol(), &made.protocol);
                 prop_assert_eq!((data.users(), data.items()), (users, items));
                 walk(&data);
                 synthetic::write(&options, &second).unwrap();

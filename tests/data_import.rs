@@ -308,12 +308,12 @@ fn the_same_log_makes_the_same_bytes() {
     let mut made = Vec::new();
     for memory in [1 << 20, 1 << 20, 4000] {
         bench.options.sort_memory = memory;
-        let hash = import(&bench.options, &()).unwrap().candidates.hash;
+        let hash = import(&bench.options, &()).unwrap().protocol.candidates.hash;
         made.push((hash, std::fs::read(&bench.options.output).unwrap()));
     }
     assert!(made.windows(2).all(|pair| pair[0] == pair[1]));
     bench.options.candidates.seed = 2;
-    assert_ne!(import(&bench.options, &()).unwrap().candidates.hash, made[0].0);
+    assert_ne!(import(&bench.options, &()).unwrap().protocol.candidates.hash, made[0].0);
     // Nothing but the logs and the output lies about.
     assert_eq!(std::fs::read_dir(bench.folder.path()).unwrap().count(), 2);
 }
@@ -550,7 +550,7 @@ fn bad_rows_are_skipped_up_to_a_number() {
     }
     bench.options.skip_bad_rows = 2;
     let told = Told::default();
-    let protocol = import(&bench.options, &told).unwrap();
+    let protocol = import(&bench.options, &told).unwrap().protocol;
     assert_eq!(*told.0.borrow(), [1, 3]);
     assert_eq!((protocol.source.rows, protocol.source.bad_rows), (4, 2));
     assert_eq!(bench.events(), usual());

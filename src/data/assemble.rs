@@ -5,7 +5,7 @@ use super::format::Section;
 use super::log::{Event, Log, each_user};
 use super::split::{Cuts, Part};
 use super::writer::{Counts, Writer};
-use super::{DataError, Protocol};
+use super::{DataError, Made, Protocol};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use std::path::Path;
@@ -28,13 +28,13 @@ pub(super) struct Workplace<'a> {
     pub sort_memory: usize,
 }
 
-/// Makes the file and returns the protocol with the hash of the groups filled in.
+/// Makes the file; the hash of the groups is filled in in its protocol.
 pub(super) fn assemble(
     mut log: Log,
     mut protocol: Protocol,
     scorer: Option<&dyn Scorer>,
     workplace: Workplace,
-) -> Result<Protocol, DataError> {
+) -> Result<Made, DataError> {
     let Workplace { output, folder, sort_memory } = workplace;
     let options = protocol.candidates.clone();
     let cuts =
@@ -90,7 +90,7 @@ pub(super) fn assemble(
         ceiling: scorer.is_some(),
     };
     writer.finish(output, counts, &protocol)?;
-    Ok(protocol)
+    Ok(Made { users: counts.users, items: counts.items, events: counts.events, protocol })
 }
 
 /// Writes histories and their split; returns each item's number of training events.

@@ -31,5 +31,5 @@ mod writer;
 
 pub use dataset::{Dataset, EvaluationGroups, Group, UserEvents};
 pub use error::{BadRow, DataError};
-pub use protocol::{Candidates, CountedRecords, KCore, Protocol, Repeats, Source, Weighting};
+pub use protocol::{Candidates, CountedRecords, KCore, Made, Protocol, Repeats, Source, Weighting};
 pub use split::{Part, Split};

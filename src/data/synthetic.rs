@@ -25,7 +25,7 @@ use super::external_sort::RecordWriter;
 use super::log::{Event, Log};
 use super::names::Names;
 use super::writer::folder_of;
-use super::{Candidates, DataError, Protocol, Repeats, Source, Split, Weighting};
+use super::{Candidates, DataError, Made, Protocol, Repeats, Source, Split, Weighting};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -83,8 +83,8 @@ impl Default for SyntheticOptions {
     }
 }
 
-/// Makes a data set file and returns the protocol it carries.
-pub fn write(options: &SyntheticOptions, path: impl AsRef<Path>) -> Result<Protocol, DataError> {
+/// Makes a data set file.
+pub fn write(options: &SyntheticOptions, path: impl AsRef<Path>) -> Result<Made, DataError> {
     let path = path.as_ref();
     let folder = folder_of(path);
     let process = Process::new(options)?;
@@ -94,7 +94,6 @@ pub fn write(options: &SyntheticOptions, path: impl AsRef<Path>) -> Result<Proto
         process.generate(user, &mut history);
         events.extend(&history)?;
     }
-    // Items nobody met have no place in a log; there are none but in tiny sets.
     let log = Log {
         events: events.finish()?,
         users: numbered("users", options.users)?,

@@ -21,7 +21,9 @@ use super::k_core::{self, RepeatFilter};
 use super::log::Event;
 use super::names::Names;
 use super::writer::folder_of;
-use super::{Candidates, CountedRecords, DataError, KCore, Protocol, Repeats, Source, Split, Weighting};
+use super::{
+    Candidates, CountedRecords, DataError, KCore, Made, Protocol, Repeats, Source, Split, Weighting,
+};
 use rows::Rows;
 use std::path::PathBuf;
 
@@ -169,11 +171,11 @@ pub trait Progress {
 /// Says nothing.
 impl Progress for () {}
 
-/// Imports logs into a data set file and returns the protocol it carries.
+/// Imports logs into a data set file.
 ///
 /// Memory: an entry for each user and item, one history, and [`ImportOptions::sort_memory`]; nothing grows with the
 /// number of rows but temporary files (24 bytes a row, up to three times).
-pub fn import(options: &ImportOptions, progress: &dyn Progress) -> Result<Protocol, DataError> {
+pub fn import(options: &ImportOptions, progress: &dyn Progress) -> Result<Made, DataError> {
     let folder = options.temporary.as_deref().unwrap_or(folder_of(&options.output));
     let mut users = Names::new("users");
     let mut items = Names::new("items");

@@ -1,11 +1,15 @@
 //! The data set file: what is written is read back, and nothing else is ever accepted.
 
-use dfar::data::format::{ENTRY_LENGTH, Entry, HEADER_LENGTH, Header, Section};
+use dfar::data::format::{ENTRY_LENGTH, Entry, HEADER_LENGTH, Section};
+
 use dfar::data::import::{ImportOptions, LogFormat, import};
 use dfar::data::synthetic::{self, SyntheticOptions};
 use dfar::data::{DataError, Dataset, Part, Split};
 use proptest::prelude::*;
 use std::sync::OnceLock;
+
+mod data_support;
+use data_support::{change_header, entry, sign, sign_table};
 
 /// A small imported file: 7 users, 12 items, names beyond ASCII.
 fn small() -> &'static [u8] {
@@ -58,37 +62,6 @@ fn open(bytes: &[u8]) -> Result<Dataset, DataError> {
 
 fn refusal(bytes: &[u8]) -> DataError {
     open(bytes).expect_err("the file should be refused")
-}
-
-fn entry(bytes: &[u8], section: Section) -> Entry {
-    let start = HEADER_LENGTH + ENTRY_LENGTH * section as usize;
-    bytemuck::pod_read_unaligned(&bytes[start..start + ENTRY_LENGTH])
-}
-
-/// Puts right the checksums after a change: what a program with a fault, or somebody with a grudge, would write.
-fn sign(bytes: &mut [u8]) {
-    for section in Section::ALL {
-        let mut entry = entry(bytes, section);
-        let own = entry.offset as usize..(entry.offset + entry.length) as usize;
-        if let Some(own) = bytes.get(own) {
-            entry.checksum = crc32fast::hash(own);
-        }
-        let start = HEADER_LENGTH + ENTRY_LENGTH * section as usize;
-        bytes[start..start + ENTRY_LENGTH].copy_from_slice(bytemuck::bytes_of(&entry));
-    }
-    sign_table(bytes);
-}
-
-fn sign_table(bytes: &mut [u8]) {
-    let table = crc32fast::hash(&bytes[HEADER_LENGTH..HEADER_LENGTH + ENTRY_LENGTH * Section::ALL.len()]);
-    change_header(bytes, |header| header.table_checksum = table);
-}
-
-fn change_header(bytes: &mut [u8], change: impl FnOnce(&mut Header)) {
-    let mut header: Header = bytemuck::pod_read_unaligned(&bytes[..HEADER_LENGTH]);
-    change(&mut header);
-    header.header_checksum = crc32fast::hash(&bytemuck::bytes_of(&header)[..HEADER_LENGTH - 4]);
-    bytes[..HEADER_LENGTH].copy_from_slice(bytemuck::bytes_of(&header));
 }
 
 /// The file with one section's values changed and all checksums put right.
@@ -292,7 +265,7 @@ fn tables_that_cannot_be_are_refused() {
 #[test]
 fn counts_must_fit_the_sections() {
     for change in [
-        (|header| header.users += 1) as fn(&mut Header),
+        (|header| header.users += 1) as fn(&mut dfar::data::format::Header),
         |header| header.items += 1,
         |header| header.events -= 1,
         |header| header.events = u64::MAX,

@@ -55,13 +55,14 @@ pub(super) fn assemble(
         let mut drawn = Vec::new();
         let mut scores = Vec::new();
         each_user(&mut log.events, |user, history| {
+            if options.exclude_seen {
+                sampler.exclude(history.iter().map(|event| event.item));
+            }
             for event in part.events(cuts.cut(user, history), history.len()) {
                 let target = history[event].item;
-                let seen = if options.exclude_seen { history } else { &history[event..=event] };
                 drawn.clear();
                 drawn.push(target);
-                let seen = seen.iter().map(|event| event.item);
-                sampler.draw(options.negatives, seen, &mut rng, &mut drawn).map_err(|available| {
+                sampler.draw(options.negatives, target, &mut rng, &mut drawn).map_err(|available| {
                     let user = log.users.get(user).to_owned();
                     DataError::NotEnoughItems { user, needed: options.negatives, available }
                 })?;

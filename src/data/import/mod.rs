@@ -176,6 +176,7 @@ impl Progress for () {}
 /// Memory: an entry for each user and item, one history, and [`ImportOptions::sort_memory`]; nothing grows with the
 /// number of rows but temporary files (24 bytes a row, up to three times).
 pub fn import(options: &ImportOptions, progress: &dyn Progress) -> Result<Made, DataError> {
+    refuse_own_input(options)?;
     let folder = options.temporary.as_deref().unwrap_or(folder_of(&options.output));
     let mut users = Names::new("users");
     let mut items = Names::new("items");
@@ -219,4 +220,17 @@ pub fn import(options: &ImportOptions, progress: &dyn Progress) -> Result<Made, 
     };
     let workplace = Workplace { output: &options.output, folder, sort_memory: options.sort_memory };
     assemble(log, protocol, None, workplace)
+}
+
+/// The output replaces what was there under its name: that must not be a log.
+fn refuse_own_input(options: &ImportOptions) -> Result<(), DataError> {
+    let Ok(output) = options.output.canonicalize() else { return Ok(()) };
+    match options.inputs.iter().find(|input| input.canonicalize().is_ok_and(|input| input == output)) {
+        Some(input) => Err(DataError::InvalidOption {
+            option: "output",
+            value: input.display().to_string(),
+            reason: "is one of the inputs",
+        }),
+        None => Ok(()),
+    }
 }

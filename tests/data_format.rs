@@ -8,8 +8,9 @@ use dfar::data::{DataError, Dataset, Part, Split};
 use proptest::prelude::*;
 use std::sync::OnceLock;
 
-mod data_support;
-use data_support::{change_header, entry, sign, sign_table};
+#[path = "data_support/checksums.rs"]
+mod checksums;
+use checksums::{change_header, entry, sign, sign_table};
 
 /// A small imported file: 7 users, 12 items, names beyond ASCII.
 fn small() -> &'static [u8] {

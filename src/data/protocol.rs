@@ -17,8 +17,8 @@ pub struct Made {
     pub protocol: Protocol,
 }
 
-/// How a data set was made. Stored in the file; belongs in every result computed from it, since figures of two
-/// protocols cannot be compared.
+/// How a data set was made. Stored in the file; belongs in every result computed from it, since figures of
+/// two protocols cannot be compared.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Protocol {

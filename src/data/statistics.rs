@@ -28,8 +28,8 @@ pub struct Statistics {
     pub test_without_history: u64,
     /// First and last time, in milliseconds since 1970.
     pub times: [i64; 2],
-    /// AUC of the generating process's own scores over the liked test groups: no model can be expected above it.
-    /// Synthetic sets only.
+    /// AUC of the generating process's own scores over the liked test groups: no model can be expected above
+    /// it. Synthetic sets only.
     pub ceiling_auc: Option<f64>,
     /// How the data set was made.
     pub protocol: Protocol,

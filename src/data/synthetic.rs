@@ -1,7 +1,7 @@
 //! A synthetic log whose true probabilities are known.
 //!
-//! Items lie in clusters, the clusters on a ring, and within a cluster an item's share falls as a power of its rank
-//! (Zipf). A user likes three clusters and dislikes three; every [`DRIFT`] events one of the liked ones is
+//! Items lie in clusters, the clusters on a ring, and within a cluster an item's share falls as a power of
+//! its rank (Zipf). A user likes three clusters and dislikes three; every 40 events one of the liked ones is
 //! exchanged. An event is drawn as
 //!
 //! ```text
@@ -10,15 +10,15 @@
 //! feedback  liked with a probability set by k being liked, disliked or neither
 //! ```
 //!
-//! where the walk stays near the last cluster after a like and goes to the far side of the ring after a skip. So
-//! the same item before means opposite things, depending on its feedback: who ignores feedback sees a mixture of
-//! both and cannot reach what mixed feedback can.
+//! where the walk stays near the last cluster after a like and goes to the far side of the ring after a skip.
+//! So the same item before means opposite things, depending on its feedback: who ignores feedback sees a
+//! mixture of both and cannot reach what mixed feedback can.
 //!
-//! **The ceiling.** In a group the target comes from `p(i | liked, history)` and the negatives from the popularity
-//! `q(i)` among the training events, so no score separates them better than the likelihood ratio
+//! **The ceiling.** In a group the target comes from `p(i | liked, history)` and the negatives from the
+//! popularity `q(i)` among the training events, so no score separates them better than the likelihood ratio
 //! `log p(i | liked, history) - log q(i)` (Neyman and Pearson); dividing by `p(liked | history)` makes scores
-//! comparable between groups. The process knows the user's tastes, which a model has to infer: a model comes near
-//! the ceiling, not up to it.
+//! comparable between groups. The process knows the user's tastes, which a model has to infer: a model comes
+//! near the ceiling, not up to it.
 
 use super::assemble::{Scorer, Workplace, assemble};
 use super::external_sort::RecordWriter;
@@ -370,8 +370,8 @@ mod tests {
         let stored = statistics::ceiling_auc(&data, Part::Test).expect("synthetic sets have one");
         assert_eq!(ceiling, stored);
 
-        // The best that can be done without seeing feedback: the last event counts as liked and as skipped, each
-        // with its probability.
+        // The best that can be done without seeing feedback: the last event counts as liked and as skipped,
+        // each with its probability.
         let blind = auc(&data, |user, history, item| {
             let now = process.tastes(user).nth(history.len() / DRIFT).expect("periods do not end");
             let mut p = process.next_cluster(&now, None);

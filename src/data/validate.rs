@@ -1,7 +1,7 @@
 //! Checks of every value in a data set file whose header, table and checksums hold.
 //!
-//! A checksum says that the bytes are those which were written, not that they make sense: a file may come from a
-//! program with a fault, or from somebody with a grudge.
+//! A checksum says that the bytes are those which were written, not that they make sense: a file may come
+//! from a program with a fault, or from somebody with a grudge.
 
 use super::DataError;
 use super::format::{Contents, Section};
@@ -12,8 +12,8 @@ use std::path::Path;
 /// A value that cannot be: index within the section and what is wrong.
 type Fault = (usize, &'static str);
 
-/// Checks all values. After it, every id indexes its table, every range lies inside its section, every history is
-/// in time order, every name is text, and the groups are exactly the validation and test events.
+/// Checks all values. After it, every id indexes its table, every range lies inside its section, every
+/// history is in time order, every name is text, and the groups are exactly the validation and test events.
 pub(super) fn validate(contents: &Contents, bytes: &[u8], path: &Path) -> Result<(), DataError> {
     let fail = |section: Section| {
         move |(index, reason): Fault| DataError::Value {

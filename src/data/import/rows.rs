@@ -92,8 +92,8 @@ impl<'a> Rows<'a> {
             .flexible(true)
             .delimiter(layout.delimiter)
             .quoting(layout.quoted)
-            // A carriage return before it is trimmed with the field; the crate's own CRLF handling leaves it open
-            // which line a record is on.
+            // A carriage return before it is trimmed with the field; the crate's own CRLF handling leaves it
+            // open which line a record is on.
             .terminator(::csv::Terminator::Any(b'\n'))
             .from_reader(Rationed { inner: source.all, ration: &ration });
         if layout.header {

@@ -389,7 +389,12 @@ fn groups_that_cannot_be_are_refused() {
 
 #[test]
 fn protocols_of_another_shape_are_refused() {
-    for change in [(|v| v[0] = b'[') as fn(&mut [u8]), |v| v[2] = b'x', |v| *v.last_mut().unwrap() = b' '] {
+    let fewer = |v: &mut [u8]| {
+        let place = v.windows(14).position(|words| words == b"\"negatives\":3,").unwrap();
+        v[place + 12] = b'2';
+    };
+    let changes: [fn(&mut [u8]); 4] = [|v| v[0] = b'[', |v| v[2] = b'x', |v| v[v.len() - 1] = b' ', fewer];
+    for change in changes {
         let error = refusal(&with(small(), Section::Protocol, change));
         assert!(matches!(error, DataError::Protocol { .. }), "{error}");
     }

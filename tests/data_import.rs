@@ -376,6 +376,13 @@ fn shares_outside_their_range_are_refused() {
 }
 
 #[test]
+fn a_threshold_that_is_no_number_is_refused() {
+    let mut bench = Bench::new(LogFormat::MovieLens, &["1\t2\t3\t4\n"]);
+    bench.options.positive_above = Some(f64::NAN);
+    assert!(matches!(bench.run(), Err(DataError::InvalidOption { option: "positive-above", .. })));
+}
+
+#[test]
 fn missing_logs_are_named() {
     let mut bench = Bench::new(LogFormat::MovieLens, &[]);
     let missing = bench.folder.path().join("missing.csv");

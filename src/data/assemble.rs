@@ -37,6 +37,9 @@ pub(super) fn assemble(
 ) -> Result<Made, DataError> {
     let Workplace { output, folder, sort_memory } = workplace;
     let options = protocol.candidates.clone();
+    if u32::try_from(options.negatives).is_err() {
+        return Err(DataError::TooMany { what: "negatives", limit: u64::from(u32::MAX) });
+    }
     let cuts =
         Cuts::new(protocol.split, &mut log.events, log.users.len(), options.seed, folder, sort_memory)?;
     let mut writer = Writer::new(folder);

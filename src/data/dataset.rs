@@ -79,8 +79,12 @@ impl Dataset {
 
     fn validated(path: PathBuf, bytes: Bytes) -> Result<Dataset, DataError> {
         let contents = format::read_contents(&bytes, &path)?;
-        let protocol = serde_json::from_slice(contents.slice(&bytes, Section::Protocol))
-            .map_err(|error| DataError::Protocol { path: path.clone(), reason: error.to_string() })?;
+        let bad_protocol = |reason| DataError::Protocol { path: path.clone(), reason };
+        let protocol: Protocol = serde_json::from_slice(contents.slice(&bytes, Section::Protocol))
+            .map_err(|error| bad_protocol(error.to_string()))?;
+        if protocol.candidates.negatives != contents.negatives {
+            return Err(bad_protocol("its number of negatives is not the header's".to_owned()));
+        }
         validate::validate(&contents, &bytes, &path)?;
         Ok(Dataset { path, bytes, contents, protocol })
     }

@@ -310,8 +310,8 @@ fn read_header(bytes: &[u8], path: &Path) -> Result<Header, DataError> {
     Ok(header)
 }
 
-/// Compares every section's length with the counts. Name sections have any length (their offsets are checked
-/// by [`validate`]), and the group counts are set by the sections of group users.
+/// Compares every section's length with the counts. Name sections have any length (`validate` checks their
+/// offsets), and the group counts are set by the sections of group users.
 fn check_lengths(header: &Header, contents: &Contents, path: &Path) -> Result<(), DataError> {
     let length = |section: Section| contents.ranges[section as usize].len() as u64;
     let groups = |users: Section| length(users) / 4;

@@ -179,6 +179,10 @@ impl Progress for () {}
 /// with the number of rows but temporary files (24 bytes a row, up to three times).
 pub fn import(options: &ImportOptions, progress: &dyn Progress) -> Result<Made, DataError> {
     refuse_own_input(options)?;
+    if options.positive_above.is_some_and(f64::is_nan) {
+        let reason = "is no number to be above";
+        return Err(DataError::InvalidOption { option: "positive-above", value: "NaN".to_owned(), reason });
+    }
     let folder = options.temporary.as_deref().unwrap_or(folder_of(&options.output));
     let mut users = Names::new("users");
     let mut items = Names::new("items");

@@ -6,7 +6,7 @@ use dfar::data::candidates::CandidateOptions;
 use dfar::data::import::{self, ColumnOptions, ImportOptions, LogFormat, Progress, TimeUnit};
 use dfar::data::statistics::{Statistics, statistics};
 use dfar::data::synthetic::{self, SyntheticOptions};
-use dfar::data::{BadRow, CountedRecords, DataError, Dataset, KCore, Protocol, Repeats, Split};
+use dfar::data::{BadRow, CountedRecords, Dataset, KCore, Made, Protocol, Repeats, Split};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::fmt::Write;
 use std::io::IsTerminal;
@@ -264,10 +264,10 @@ fn import(args: Import) -> dfar::Result<()> {
     options.sort_memory = (args.sort_memory as usize) << 20;
 
     let progress = Bar::new(&options.inputs, args.quiet, args.no_progress);
-    let protocol = import::import(&options, &progress)?;
+    let made = import::import(&options, &progress)?;
     progress.bar.finish_and_clear();
     if !args.quiet {
-        report(&options.output, &protocol)?;
+        report(&options.output, &made);
     }
     Ok(())
 }
@@ -285,28 +285,24 @@ fn synth(args: Synth) -> dfar::Result<()> {
         negatives: args.candidates,
         split: args.split.with(0.8, 0.1),
     };
-    let protocol = synthetic::write(&options, &args.output)?;
+    let made = synthetic::write(&options, &args.output)?;
     if !args.quiet {
-        report(&args.output, &protocol)?;
+        report(&args.output, &made);
     }
     Ok(())
 }
 
 /// Says on stderr what was made.
-fn report(output: &Path, protocol: &Protocol) -> Result<(), DataError> {
-    let data = Dataset::open(output)?;
+fn report(output: &Path, made: &Made) {
+    let Made { users, items, events, protocol } = made;
     let source = &protocol.source;
     eprintln!(
-        "{}: {} users, {} items, {} events of {} rows ({} bad, {} repeated)",
+        "{}: {users} users, {items} items, {events} events of {} rows ({} bad, {} repeated)",
         output.display(),
-        data.users(),
-        data.items(),
-        data.events(),
         source.rows,
         source.bad_rows,
         source.repeated_rows,
     );
-    Ok(())
 }
 
 /// A bar over the bytes of all inputs, shown only on a terminal.

@@ -5,15 +5,15 @@ use super::format::Section;
 use super::log::{Event, Log, each_user};
 use super::split::{Cuts, Part};
 use super::writer::{Counts, Writer};
-use super::{DataError, Protocol};
+use super::{DataError, Made, Protocol};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use std::path::Path;
 
 /// A generating process that can score candidates by its own probabilities.
 pub(super) trait Scorer {
-    /// Appends a score for each candidate as the next liked item of `user` after `history`, given how often each
-    /// item (and any item) is in the training events that negatives are drawn from.
+    /// Appends a score for each candidate as the next liked item of `user` after `history`, given how often
+    /// each item (and any item) is in the training events that negatives are drawn from.
     fn score(&self, user: u32, history: &[Event], drawn: &[u32], candidates: &[u32], out: &mut Vec<f32>);
 }
 
@@ -28,15 +28,18 @@ pub(super) struct Workplace<'a> {
     pub sort_memory: usize,
 }
 
-/// Makes the file and returns the protocol with the hash of the groups filled in.
+/// Makes the file; the hash of the groups is filled in in its protocol.
 pub(super) fn assemble(
     mut log: Log,
     mut protocol: Protocol,
     scorer: Option<&dyn Scorer>,
     workplace: Workplace,
-) -> Result<Protocol, DataError> {
+) -> Result<Made, DataError> {
     let Workplace { output, folder, sort_memory } = workplace;
     let options = protocol.candidates.clone();
+    if u32::try_from(options.negatives).is_err() {
+        return Err(DataError::TooMany { what: "negatives", limit: u64::from(u32::MAX) });
+    }
     let cuts =
         Cuts::new(protocol.split, &mut log.events, log.users.len(), options.seed, folder, sort_memory)?;
     let mut writer = Writer::new(folder);
@@ -55,13 +58,14 @@ pub(super) fn assemble(
         let mut drawn = Vec::new();
         let mut scores = Vec::new();
         each_user(&mut log.events, |user, history| {
+            if options.exclude_seen {
+                sampler.exclude(history.iter().map(|event| event.item));
+            }
             for event in part.events(cuts.cut(user, history), history.len()) {
                 let target = history[event].item;
-                let seen = if options.exclude_seen { history } else { &history[event..=event] };
                 drawn.clear();
                 drawn.push(target);
-                let seen = seen.iter().map(|event| event.item);
-                sampler.draw(options.negatives, seen, &mut rng, &mut drawn).map_err(|available| {
+                sampler.draw(options.negatives, target, &mut rng, &mut drawn).map_err(|available| {
                     let user = log.users.get(user).to_owned();
                     DataError::NotEnoughItems { user, needed: options.negatives, available }
                 })?;
@@ -90,7 +94,7 @@ pub(super) fn assemble(
         ceiling: scorer.is_some(),
     };
     writer.finish(output, counts, &protocol)?;
-    Ok(protocol)
+    Ok(Made { users: counts.users, items: counts.items, events: counts.events, protocol })
 }
 
 /// Writes histories and their split; returns each item's number of training events.

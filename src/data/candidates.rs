@@ -2,10 +2,9 @@
 
 use super::log::ItemSet;
 use rand::{Rng, RngExt};
-use serde::{Deserialize, Serialize};
 
 /// What is drawn for each group.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CandidateOptions {
     /// Negatives a group.
     pub negatives: usize,
@@ -26,7 +25,11 @@ impl Default for CandidateOptions {
 pub(super) struct Sampler {
     counts: Vec<u32>,
     table: AliasTable,
+    /// Items with a weight.
     drawable: usize,
+    excluded: ItemSet,
+    /// Those of them with a weight.
+    excluded_drawable: usize,
     taken: ItemSet,
 }
 
@@ -34,8 +37,14 @@ impl Sampler {
     /// A sampler by these weights; `None` when all are zero.
     pub(super) fn new(counts: Vec<u32>) -> Option<Sampler> {
         let drawable = counts.iter().filter(|&&count| count > 0).count();
-        let taken = ItemSet::new(counts.len());
-        (drawable > 0).then(|| Sampler { table: AliasTable::new(&counts), counts, drawable, taken })
+        (drawable > 0).then(|| Sampler {
+            table: AliasTable::new(&counts),
+            drawable,
+            excluded: ItemSet::new(counts.len()),
+            excluded_drawable: 0,
+            taken: ItemSet::new(counts.len()),
+            counts,
+        })
     }
 
     /// The weights.
@@ -43,32 +52,40 @@ impl Sampler {
         &self.counts
     }
 
-    /// Appends `wanted` distinct items to `out`, none of them in `excluded`; the number of items that may be drawn
-    /// where that is too small.
+    /// Sets the items that are not drawn from now on.
+    pub(super) fn exclude(&mut self, items: impl Iterator<Item = u32>) {
+        self.excluded.clear();
+        self.excluded_drawable = 0;
+        for item in items {
+            if self.excluded.insert(item) && self.counts[item as usize] > 0 {
+                self.excluded_drawable += 1;
+            }
+        }
+    }
+
+    /// Appends `wanted` distinct items to `out`, neither excluded nor the target; the number of items that
+    /// may be drawn where that is too small.
     ///
-    /// This is drawing one after the other by weight among the items still allowed. Rejection does it in constant
-    /// time a draw; after many rejections in a row (few items left, or nearly all the weight taken) the rest is
-    /// drawn by a scan over all items, with the same distribution.
+    /// This is drawing one after the other by weight among the items still allowed. Rejection does it in
+    /// constant time a draw; after many rejections in a row (few items left, or nearly all the weight taken)
+    /// an item is drawn by a scan over all of them, with the same distribution.
     pub(super) fn draw(
         &mut self,
         wanted: usize,
-        excluded: impl Iterator<Item = u32>,
+        target: u32,
         rng: &mut impl Rng,
         out: &mut Vec<u32>,
     ) -> Result<(), usize> {
         const PATIENCE: usize = 200;
         self.taken.clear();
-        let mut available = self.drawable;
-        for item in excluded {
-            if self.taken.insert(item) && self.counts[item as usize] > 0 {
-                available -= 1;
-            }
-        }
+        self.taken.insert(target);
+        let target_counts = self.counts[target as usize] > 0 && !self.excluded.contains(target);
+        let available = self.drawable - self.excluded_drawable - usize::from(target_counts);
         if available < wanted {
             return Err(available);
         }
         for _ in 0..wanted {
-            let drawn = (0..PATIENCE).map(|_| self.table.draw(rng)).find(|&item| !self.taken.contains(item));
+            let drawn = (0..PATIENCE).map(|_| self.table.draw(rng)).find(|&item| self.allows(item));
             let item = drawn.unwrap_or_else(|| self.draw_by_scan(rng));
             self.taken.insert(item);
             out.push(item);
@@ -76,10 +93,14 @@ impl Sampler {
         Ok(())
     }
 
+    fn allows(&self, item: u32) -> bool {
+        !self.taken.contains(item) && !self.excluded.contains(item)
+    }
+
     fn draw_by_scan(&self, rng: &mut impl Rng) -> u32 {
         let allowed = || {
             let weights = self.counts.iter().enumerate();
-            weights.filter(|&(item, &weight)| weight > 0 && !self.taken.contains(item as u32))
+            weights.filter(|&(item, &weight)| weight > 0 && self.allows(item as u32))
         };
         let total: u64 = allowed().map(|(_, &weight)| u64::from(weight)).sum();
         let mut left = rng.random_range(0..total);
@@ -95,8 +116,8 @@ impl Sampler {
 
 /// Walker's alias method in Vose's form, in integers: draws by weight in constant time, exactly.
 ///
-/// Every item has a column of height `total`; what its weight (times the number of items) does not fill is filled
-/// by one other item.
+/// Every item has a column of height `total`; what its weight (times the number of items) does not fill is
+/// filled by one other item.
 #[derive(Debug)]
 struct AliasTable {
     total: u64,
@@ -170,29 +191,37 @@ mod tests {
         let mut sampler = Sampler::new(counts).unwrap();
         let mut rng = ChaCha8Rng::seed_from_u64(5);
         let mut out = Vec::new();
-        sampler.draw(10, [0].into_iter(), &mut rng, &mut out).unwrap();
+        sampler.draw(10, 0, &mut rng, &mut out).unwrap();
         out.sort_unstable();
         assert_eq!(out, [1, 2, 3, 4, 5, 6, 8, 9, 10, 11]);
-        assert_eq!(sampler.draw(11, [0, 0, 7].into_iter(), &mut rng, &mut out), Err(10));
+        assert_eq!(sampler.draw(11, 0, &mut rng, &mut out), Err(10));
+        // Twice the same, one without weight, and the target among the excluded: each counts once.
+        sampler.exclude([3, 3, 7, 0].into_iter());
+        assert_eq!(sampler.draw(10, 0, &mut rng, &mut out), Err(9));
+        assert_eq!(sampler.draw(9, 1, &mut rng, &mut out), Err(8));
+        out.clear();
+        sampler.draw(8, 1, &mut rng, &mut out).unwrap();
+        out.sort_unstable();
+        assert_eq!(out, [2, 4, 5, 6, 8, 9, 10, 11]);
     }
 
     #[test]
     fn draws_follow_popularity() {
-        let counts = vec![10, 20, 30, 40];
+        let counts = vec![10, 20, 30, 40, 0];
         let mut sampler = Sampler::new(counts.clone()).unwrap();
         let mut rng = ChaCha8Rng::seed_from_u64(9);
-        let mut seen = [0.0; 4];
+        let mut seen = [0.0; 5];
         let draws = 100_000;
         for _ in 0..draws {
             let mut out = Vec::new();
-            sampler.draw(1, [].into_iter(), &mut rng, &mut out).unwrap();
+            sampler.draw(1, 4, &mut rng, &mut out).unwrap();
             seen[out[0] as usize] += 1.0;
         }
         for (item, count) in counts.into_iter().enumerate() {
             let expected = f64::from(count) / 100.0;
             let deviation = (expected * (1.0 - expected) / f64::from(draws)).sqrt();
             let found = seen[item] / f64::from(draws);
-            assert!((found - expected).abs() < 5.0 * deviation, "item {item}: {found} against {expected}");
+            assert!((found - expected).abs() <= 5.0 * deviation, "item {item}: {found} against {expected}");
         }
     }
 }

@@ -31,22 +31,22 @@ pub struct UserEvents<'a> {
     pub valid_end: usize,
 }
 
-/// The evaluation groups of a part, G of them: one for every event of the part, liked or skipped, in the order of
-/// users and events. The history of a group is everything the user did before the event (nothing, where `event`
-/// is 0: users who appear late have such groups).
+/// The evaluation groups of a part, G of them: one for every event of the part, liked or skipped, in the
+/// order of users and events. The history of a group is everything the user did before the event (nothing,
+/// where `event` is 0: users who appear late have such groups).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct EvaluationGroups<'a> {
     /// `[G]` users.
     pub user: &'a [u32],
-    /// `[G]` the target's index within the user's events. The event's feedback says whether the group counts in
-    /// the main metrics (liked) or is reported apart (skipped).
+    /// `[G]` the target's index within the user's events. The event's feedback says whether the group counts
+    /// in the main metrics (liked) or is reported apart (skipped).
     pub event: &'a [u32],
     /// `[G, negatives_per_group]` items: never the target, none twice within a group.
     pub negatives: &'a [u32],
     /// Negatives a group.
     pub negatives_per_group: usize,
-    /// `[G, 1 + negatives_per_group]` the generating process's own score of the target, then of each negative.
-    /// Synthetic sets only.
+    /// `[G, 1 + negatives_per_group]` the generating process's own score of the target, then of each
+    /// negative. Synthetic sets only.
     pub ceiling: Option<&'a [f32]>,
 }
 
@@ -79,8 +79,12 @@ impl Dataset {
 
     fn validated(path: PathBuf, bytes: Bytes) -> Result<Dataset, DataError> {
         let contents = format::read_contents(&bytes, &path)?;
-        let protocol = serde_json::from_slice(contents.slice(&bytes, Section::Protocol))
-            .map_err(|error| DataError::Protocol { path: path.clone(), reason: error.to_string() })?;
+        let bad_protocol = |reason| DataError::Protocol { path: path.clone(), reason };
+        let protocol: Protocol = serde_json::from_slice(contents.slice(&bytes, Section::Protocol))
+            .map_err(|error| bad_protocol(error.to_string()))?;
+        if protocol.candidates.negatives != contents.negatives {
+            return Err(bad_protocol("its number of negatives is not the header's".to_owned()));
+        }
         validate::validate(&contents, &bytes, &path)?;
         Ok(Dataset { path, bytes, contents, protocol })
     }

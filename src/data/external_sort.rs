@@ -35,7 +35,8 @@ impl Record for i64 {
     }
 }
 
-/// A sequence of records in a temporary file (in memory while it is small), written once, read as often as wanted.
+/// A sequence of records in a temporary file (in memory while it is small), written once, read as often as
+/// wanted.
 #[derive(Debug)]
 pub(super) struct RecordFile<R> {
     file: SpooledTempFile,

@@ -7,9 +7,9 @@
 //!          the file ends where the last section ends
 //! ```
 //!
-//! All numbers are little-endian. A file is untrusted: [`validate`] checks every offset, count, id, order and
-//! checksum once, and everything after it indexes without fear. There is one way to write a given data set, so a
-//! flipped bit anywhere, padding included, is found.
+//! All numbers are little-endian. A file is untrusted: [`Dataset::open`](super::Dataset::open) checks every
+//! offset, count, id, order and checksum once, and everything after it indexes without fear. There is one way to
+//! write a given data set, so a flipped bit anywhere, padding included, is found.
 
 use super::DataError;
 use bytemuck::{Pod, Zeroable};
@@ -194,8 +194,8 @@ pub(super) struct Contents {
 }
 
 impl Contents {
-    /// A section's elements. Casting cannot fail after [`read_contents`]: offsets are multiples of 64, the bytes
-    /// start on a multiple of 8, and lengths were compared with the counts.
+    /// A section's elements. Casting cannot fail after [`read_contents`]: offsets are multiples of 64, the
+    /// bytes start on a multiple of 8, and lengths were compared with the counts.
     pub fn slice<'a, T: Pod>(&self, bytes: &'a [u8], section: Section) -> &'a [T] {
         bytemuck::cast_slice(&bytes[self.ranges[section as usize].clone()])
     }
@@ -310,8 +310,8 @@ fn read_header(bytes: &[u8], path: &Path) -> Result<Header, DataError> {
     Ok(header)
 }
 
-/// Compares every section's length with the counts. Name sections have any length (their offsets are checked by
-/// [`validate`]), and the group counts are set by the sections of group users.
+/// Compares every section's length with the counts. Name sections have any length (`validate` checks their
+/// offsets), and the group counts are set by the sections of group users.
 fn check_lengths(header: &Header, contents: &Contents, path: &Path) -> Result<(), DataError> {
     let length = |section: Section| contents.ranges[section as usize].len() as u64;
     let groups = |users: Section| length(users) / 4;

@@ -31,7 +31,7 @@ impl Record for Event {
     }
 }
 
-/// A log whose users and items are numbered without gaps, each with at least one event.
+/// A log whose users and items are numbered without gaps.
 #[derive(Debug)]
 pub(super) struct Log {
     /// Events by user, then time, then place in the input.

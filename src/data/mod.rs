@@ -2,7 +2,7 @@
 //!
 //! A log goes through one road, each step a room of its own:
 //!
-//! 1. [`import`](mod@import) reads rows of one of the known formats, drops what cannot be read, and numbers users and items;
+//! 1. [`import`](mod@import) reads rows of one of the known formats and numbers users and items;
 //! 2. `external_sort` orders the events by user and time with bounded memory;
 //! 3. `k_core` drops repeated pairs, rare items and rare users;
 //! 4. [`split`] cuts every history into training, validation and test events;
@@ -31,5 +31,5 @@ mod writer;
 
 pub use dataset::{Dataset, EvaluationGroups, Group, UserEvents};
 pub use error::{BadRow, DataError};
-pub use protocol::{Candidates, CountedRecords, KCore, Protocol, Repeats, Source, Weighting};
+pub use protocol::{Candidates, CountedRecords, KCore, Made, Protocol, Repeats, Source, Weighting};
 pub use split::{Part, Split};

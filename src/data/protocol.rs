@@ -4,8 +4,21 @@ use super::split::Split;
 use super::synthetic::SyntheticOptions;
 use serde::{Deserialize, Serialize};
 
-/// How a data set was made. Stored in the file; belongs in every result computed from it, since figures of two
-/// protocols cannot be compared.
+/// What an import or a generation made.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Made {
+    /// Users in the file.
+    pub users: usize,
+    /// Items in the file.
+    pub items: usize,
+    /// Events in the file.
+    pub events: u64,
+    /// The protocol the file carries.
+    pub protocol: Protocol,
+}
+
+/// How a data set was made. Stored in the file; belongs in every result computed from it, since figures of
+/// two protocols cannot be compared.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Protocol {

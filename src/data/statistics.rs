@@ -28,8 +28,8 @@ pub struct Statistics {
     pub test_without_history: u64,
     /// First and last time, in milliseconds since 1970.
     pub times: [i64; 2],
-    /// AUC of the generating process's own scores over the liked test groups: no model can be expected above it.
-    /// Synthetic sets only.
+    /// AUC of the generating process's own scores over the liked test groups: no model can be expected above
+    /// it. Synthetic sets only.
     pub ceiling_auc: Option<f64>,
     /// How the data set was made.
     pub protocol: Protocol,
@@ -119,7 +119,7 @@ pub fn ceiling_auc(data: &Dataset, part: Part) -> Option<f64> {
 }
 
 /// Share of (target, negative) pairs in which the target scores higher, ties counted half.
-fn area_under_curve(rows: &mut [(f32, bool)]) -> Option<f64> {
+pub(super) fn area_under_curve(rows: &mut [(f32, bool)]) -> Option<f64> {
     rows.sort_unstable_by(|a, b| a.0.total_cmp(&b.0));
     let (mut below, mut targets, mut wins) = (0.0, 0.0, 0.0);
     for tied in rows.chunk_by(|a, b| a.0 == b.0) {

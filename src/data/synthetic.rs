@@ -1,7 +1,7 @@
 //! A synthetic log whose true probabilities are known.
 //!
-//! Items lie in clusters, the clusters on a ring, and within a cluster an item's share falls as a power of its rank
-//! (Zipf). A user likes three clusters and dislikes three; every [`DRIFT`] events one of the liked ones is
+//! Items lie in clusters, the clusters on a ring, and within a cluster an item's share falls as a power of
+//! its rank (Zipf). A user likes three clusters and dislikes three; every 40 events one of the liked ones is
 //! exchanged. An event is drawn as
 //!
 //! ```text
@@ -10,22 +10,22 @@
 //! feedback  liked with a probability set by k being liked, disliked or neither
 //! ```
 //!
-//! where the walk stays near the last cluster after a like and goes to the far side of the ring after a skip. So
-//! the same item before means opposite things, depending on its feedback: who ignores feedback sees a mixture of
-//! both and cannot reach what mixed feedback can.
+//! where the walk stays near the last cluster after a like and goes to the far side of the ring after a skip.
+//! So the same item before means opposite things, depending on its feedback: who ignores feedback sees a
+//! mixture of both and cannot reach what mixed feedback can.
 //!
-//! **The ceiling.** In a group the target comes from `p(i | liked, history)` and the negatives from the popularity
-//! `q(i)` among the training events, so no score separates them better than the likelihood ratio
+//! **The ceiling.** In a group the target comes from `p(i | liked, history)` and the negatives from the
+//! popularity `q(i)` among the training events, so no score separates them better than the likelihood ratio
 //! `log p(i | liked, history) - log q(i)` (Neyman and Pearson); dividing by `p(liked | history)` makes scores
-//! comparable between groups. The process knows the user's tastes, which a model has to infer: a model comes near
-//! the ceiling, not up to it.
+//! comparable between groups. The process knows the user's tastes, which a model has to infer: a model comes
+//! near the ceiling, not up to it.
 
 use super::assemble::{Scorer, Workplace, assemble};
 use super::external_sort::RecordWriter;
 use super::log::{Event, Log};
 use super::names::Names;
 use super::writer::folder_of;
-use super::{Candidates, DataError, Protocol, Repeats, Source, Split, Weighting};
+use super::{Candidates, DataError, Made, Protocol, Repeats, Source, Split, Weighting};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -38,11 +38,11 @@ const TASTES: usize = 3;
 /// Events after which one liked cluster is exchanged.
 const DRIFT: usize = 40;
 /// Share of the walk in the choice of a cluster.
-const WALK: f64 = 0.75;
+const WALK: f64 = 0.8;
 /// Share of liked and of disliked clusters in a user's taste; all clusters share the rest by popularity.
 const TASTE: [f64; 2] = [0.5, 0.2];
 /// Probability that an event in a liked, a disliked and any other cluster is liked.
-const LIKED: [f64; 3] = [0.85, 0.15, 0.5];
+const LIKED: [f64; 3] = [0.8, 0.2, 0.5];
 /// Probability of a step of so many clusters, to either side, around the walk's aim.
 const STEPS: [f64; 3] = [0.5, 0.17, 0.08];
 /// Exponent and offset of the Zipf law.
@@ -83,8 +83,8 @@ impl Default for SyntheticOptions {
     }
 }
 
-/// Makes a data set file and returns the protocol it carries.
-pub fn write(options: &SyntheticOptions, path: impl AsRef<Path>) -> Result<Protocol, DataError> {
+/// Makes a data set file.
+pub fn write(options: &SyntheticOptions, path: impl AsRef<Path>) -> Result<Made, DataError> {
     let path = path.as_ref();
     let folder = folder_of(path);
     let process = Process::new(options)?;
@@ -94,7 +94,6 @@ pub fn write(options: &SyntheticOptions, path: impl AsRef<Path>) -> Result<Proto
         process.generate(user, &mut history);
         events.extend(&history)?;
     }
-    // Items nobody met have no place in a log; there are none but in tiny sets.
     let log = Log {
         events: events.finish()?,
         users: numbered("users", options.users)?,
@@ -321,4 +320,96 @@ fn pick(probabilities: &[f64], rng: &mut ChaCha8Rng) -> usize {
 
 fn exponential(rng: &mut ChaCha8Rng, mean: f64) -> f64 {
     -mean * (1.0 - rng.random::<f64>()).ln()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::{Dataset, Part, statistics};
+
+    /// AUC over the liked test groups by a score of (user, history, candidate).
+    fn auc(data: &Dataset, mut score: impl FnMut(u32, &[Event], u32) -> f32) -> f64 {
+        let mut rows = Vec::new();
+        for group in data.groups(Part::Test).iter() {
+            let events = data.user(group.user);
+            let target = group.event as usize;
+            if events.feedback[target] == 0 {
+                continue;
+            }
+            let history: Vec<Event> = (0..target)
+                .map(|place| Event {
+                    time: events.times[place],
+                    user: group.user,
+                    item: events.items[place],
+                    feedback: u64::from(events.feedback[place]),
+                })
+                .collect();
+            rows.push((score(group.user, &history, events.items[target]), true));
+            rows.extend(group.negatives.iter().map(|&item| (score(group.user, &history, item), false)));
+        }
+        statistics::area_under_curve(&mut rows).expect("there are liked test groups")
+    }
+
+    #[test]
+    fn feedback_is_worth_knowing_and_popularity_is_not() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let path = folder.path().join("synthetic.dfar");
+        let options = SyntheticOptions::default();
+        write(&options, &path).expect("the options are good");
+        let data = Dataset::open(&path).expect("the file is good");
+        let process = Process::new(&options).expect("the options are good");
+        let drawn = data.train_popularity();
+
+        // The stored scores are the process's, computed again here from the file alone.
+        let mut again = Vec::new();
+        let ceiling = auc(&data, |user, history, item| {
+            again.clear();
+            process.score(user, history, &drawn, &[item], &mut again);
+            again[0]
+        });
+        let stored = statistics::ceiling_auc(&data, Part::Test).expect("synthetic sets have one");
+        assert_eq!(ceiling, stored);
+
+        // The best that can be done without seeing feedback: the last event counts as liked and as skipped,
+        // each with its probability.
+        let blind = auc(&data, |user, history, item| {
+            let now = process.tastes(user).nth(history.len() / DRIFT).expect("periods do not end");
+            let mut p = process.next_cluster(&now, None);
+            if let Some(last) = history.last() {
+                let cluster = process.cluster(last.item);
+                let like = now.liking(cluster);
+                let [after_like, after_skip] =
+                    [true, false].map(|liked| process.next_cluster(&now, Some((cluster, liked))));
+                p = std::array::from_fn(|k| like * after_like[k] + (1.0 - like) * after_skip[k]);
+            }
+            let liked: [f64; CLUSTERS] = std::array::from_fn(|k| p[k] * now.liking(k));
+            let cluster = process.cluster(item);
+            let share = process.weights[item as usize] / process.cluster_weights[cluster];
+            (liked[cluster] / liked.iter().sum::<f64>() * share / f64::from(drawn[item as usize]).max(0.5))
+                .ln() as f32
+        });
+        let popularity = auc(&data, |_, _, item| drawn[item as usize] as f32);
+        eprintln!("ceiling {ceiling:.4}, without feedback {blind:.4}, popularity {popularity:.4}");
+        assert!((0.80..0.92).contains(&ceiling), "ceiling {ceiling}");
+        assert!(ceiling - blind > 0.04, "ceiling {ceiling}, without feedback {blind}");
+        assert!(
+            popularity < 0.6 && blind > popularity + 0.1,
+            "popularity {popularity}, without feedback {blind}"
+        );
+    }
+
+    #[test]
+    fn clusters_are_drawn_with_probabilities() {
+        let process = Process::new(&SyntheticOptions::default()).expect("the options are good");
+        for user in 0..20 {
+            for now in process.tastes(user).take(8) {
+                assert!(now.liked.iter().all(|cluster| !now.disliked.contains(cluster)));
+                for last in [None, Some((3, true)), Some((15, false))] {
+                    let p = process.next_cluster(&now, last);
+                    assert!(p.iter().all(|&p| p > 0.0));
+                    assert!((p.iter().sum::<f64>() - 1.0).abs() < 1e-12);
+                }
+            }
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! Checks of every value in a data set file whose header, table and checksums hold.
 //!
-//! A checksum says that the bytes are those which were written, not that they make sense: a file may come from a
-//! program with a fault, or from somebody with a grudge.
+//! A checksum says that the bytes are those which were written, not that they make sense: a file may come
+//! from a program with a fault, or from somebody with a grudge.
 
 use super::DataError;
 use super::format::{Contents, Section};
@@ -12,8 +12,8 @@ use std::path::Path;
 /// A value that cannot be: index within the section and what is wrong.
 type Fault = (usize, &'static str);
 
-/// Checks all values. After it, every id indexes its table, every range lies inside its section, every history is
-/// in time order, every name is text, and the groups are exactly the validation and test events.
+/// Checks all values. After it, every id indexes its table, every range lies inside its section, every
+/// history is in time order, every name is text, and the groups are exactly the validation and test events.
 pub(super) fn validate(contents: &Contents, bytes: &[u8], path: &Path) -> Result<(), DataError> {
     let fail = |section: Section| {
         move |(index, reason): Fault| DataError::Value {
@@ -161,19 +161,22 @@ impl GroupItems<'_> {
         if self.per_group == 0 {
             return Ok(());
         }
-        let fault =
-            self.negatives.par_chunks_exact(self.per_group).enumerate().find_map_first(|(group, own)| {
-                let event = self.offsets[self.users[group] as usize] as usize + self.events[group] as usize;
-                if own.contains(&self.items[event]) {
-                    return Some((group * self.per_group, "the target is among the negatives of its group"));
-                }
-                let mut sorted = own.to_vec();
-                sorted.sort_unstable();
-                sorted
-                    .windows(2)
-                    .any(|pair| pair[0] == pair[1])
-                    .then_some((group * self.per_group, "a negative stands twice in its group"))
-            });
+        let check = |sorted: &mut Vec<u32>, (group, own): (usize, &[u32])| {
+            let fault = |reason| Some((group * self.per_group, reason));
+            let event = self.offsets[self.users[group] as usize] as usize + self.events[group] as usize;
+            if own.contains(&self.items[event]) {
+                return fault("the target is among the negatives of its group");
+            }
+            sorted.clear();
+            sorted.extend_from_slice(own);
+            sorted.sort_unstable();
+            match sorted.windows(2).any(|pair| pair[0] == pair[1]) {
+                true => fault("a negative stands twice in its group"),
+                false => None,
+            }
+        };
+        let groups = self.negatives.par_chunks_exact(self.per_group).enumerate();
+        let fault = groups.map_init(Vec::new, check).find_map_first(|fault| fault);
         fault.map_or(Ok(()), Err)
     }
 }

@@ -1,7 +1,7 @@
 //! KuaiRand: `log_*.csv`, whose columns are found by name, so excerpts with other columns or tabs are fine.
 //!
-//! The label is one of the log's flags: `long_view` (effective view) unless another is asked for, e.g. `is_click`
-//! or an excerpt's `label`. Times are milliseconds.
+//! The label is one of the log's flags: `long_view` (effective view) unless another is asked for, e.g.
+//! `is_click` or an excerpt's `label`. Times are milliseconds.
 
 use super::DataError;
 use super::layout::{Head, Layout, delimited};

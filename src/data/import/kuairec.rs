@@ -1,7 +1,7 @@
 //! KuaiRec: `big_matrix.csv` and `small_matrix.csv`.
 //!
-//! There is no flag; its authors suggest a watch ratio above 2 as liked. Times are seconds with a fraction; some
-//! rows have none, which makes them bad rows (`--skip-bad-rows`).
+//! There is no flag; its authors suggest a watch ratio above 2 as liked. Times are seconds with a fraction;
+//! some rows have none, which makes them bad rows (`--skip-bad-rows`).
 
 use super::DataError;
 use super::layout::{Head, Layout, delimited};

@@ -1,8 +1,8 @@
 //! Reading interaction logs of the formats that public data sets come in.
 //!
-//! A format's file decides, from the first lines of a log, where the columns are, and what counts as liked; the
-//! rows are then read in one way for all ([`rows`]). Rows stream: users and items are numbered as they appear, the
-//! events are sorted by user and time on disk.
+//! A format's file decides, from the first lines of a log, where the columns are, and what counts as liked;
+//! the rows are then read in one way for all (`rows`). Rows stream: users and items are numbered as they
+//! appear, the events are sorted by user and time on disk.
 
 mod amazon;
 mod csv;
@@ -21,7 +21,9 @@ use super::k_core::{self, RepeatFilter};
 use super::log::Event;
 use super::names::Names;
 use super::writer::folder_of;
-use super::{Candidates, CountedRecords, DataError, KCore, Protocol, Repeats, Source, Split, Weighting};
+use super::{
+    Candidates, CountedRecords, DataError, KCore, Made, Protocol, Repeats, Source, Split, Weighting,
+};
 use rows::Rows;
 use std::path::PathBuf;
 
@@ -60,8 +62,8 @@ pub struct ColumnOptions {
 /// The unit of a log's times. Data sets hold milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum TimeUnit {
-    /// Values below 10^11 in magnitude are seconds (until the year 5138), others up to 10^14 milliseconds (since
-    /// 1973); above that a row is bad.
+    /// Values below 10^11 in magnitude are seconds (until the year 5138), others up to 10^14 milliseconds
+    /// (since 1973); above that a row is bad.
     #[default]
     Auto,
     /// Seconds, with a fraction or without.
@@ -81,7 +83,8 @@ pub struct ImportOptions {
     pub output: PathBuf,
     /// Columns.
     pub columns: ColumnOptions,
-    /// A label above this is liked; `None`: 3 for ratings, 2 for KuaiRec's watch ratio, and flags must be 0 or 1.
+    /// A label above this is liked; `None`: 3 for ratings, 2 for KuaiRec's watch ratio, and flags must be 0
+    /// or 1.
     pub positive_above: Option<f64>,
     /// Unit of the times.
     pub time_unit: TimeUnit,
@@ -102,8 +105,9 @@ pub struct ImportOptions {
 }
 
 impl ImportOptions {
-    /// The paper's preparation for this kind of log: k-core 10, counted on liked records and split in time (80 %,
-    /// 10 %, 10 %) for micro-video logs, counted on all records and leaving the last two events out otherwise.
+    /// The paper's preparation for this kind of log: k-core 10, counted on liked records and split in time
+    /// (80 %, 10 %, 10 %) for micro-video logs, counted on all records and leaving the last two events out
+    /// otherwise.
     pub fn new(format: LogFormat, inputs: Vec<PathBuf>, output: PathBuf) -> ImportOptions {
         ImportOptions {
             format,
@@ -169,11 +173,16 @@ pub trait Progress {
 /// Says nothing.
 impl Progress for () {}
 
-/// Imports logs into a data set file and returns the protocol it carries.
+/// Imports logs into a data set file.
 ///
-/// Memory: an entry for each user and item, one history, and [`ImportOptions::sort_memory`]; nothing grows with the
-/// number of rows but temporary files (24 bytes a row, up to three times).
-pub fn import(options: &ImportOptions, progress: &dyn Progress) -> Result<Protocol, DataError> {
+/// Memory: an entry for each user and item, one history, and [`ImportOptions::sort_memory`]; nothing grows
+/// with the number of rows but temporary files (24 bytes a row, up to three times).
+pub fn import(options: &ImportOptions, progress: &dyn Progress) -> Result<Made, DataError> {
+    refuse_own_input(options)?;
+    if options.positive_above.is_some_and(f64::is_nan) {
+        let reason = "is no number to be above";
+        return Err(DataError::InvalidOption { option: "positive-above", value: "NaN".to_owned(), reason });
+    }
     let folder = options.temporary.as_deref().unwrap_or(folder_of(&options.output));
     let mut users = Names::new("users");
     let mut items = Names::new("items");
@@ -217,4 +226,17 @@ pub fn import(options: &ImportOptions, progress: &dyn Progress) -> Result<Protoc
     };
     let workplace = Workplace { output: &options.output, folder, sort_memory: options.sort_memory };
     assemble(log, protocol, None, workplace)
+}
+
+/// The output replaces what was there under its name: that must not be a log.
+fn refuse_own_input(options: &ImportOptions) -> Result<(), DataError> {
+    let Ok(output) = options.output.canonicalize() else { return Ok(()) };
+    match options.inputs.iter().find(|input| input.canonicalize().is_ok_and(|input| input == output)) {
+        Some(input) => Err(DataError::InvalidOption {
+            option: "output",
+            value: input.display().to_string(),
+            reason: "is one of the inputs",
+        }),
+        None => Ok(()),
+    }
 }

@@ -86,28 +86,40 @@ impl<'a> Rows<'a> {
         mut each: impl FnMut(Row) -> Result<(), DataError>,
     ) -> Result<(), DataError> {
         let positive = self.positive(&layout.label.name, layout.flag);
-        let budget = Cell::new(ROW_BYTES);
+        let ration = Ration::default();
         let mut reader = ::csv::ReaderBuilder::new()
             .has_headers(layout.header)
             .flexible(true)
             .delimiter(layout.delimiter)
             .quoting(layout.quoted)
-            .from_reader(Rationed { inner: source.all, budget: &budget });
+            // A carriage return before it is trimmed with the field; the crate's own CRLF handling leaves it
+            // open which line a record is on.
+            .terminator(::csv::Terminator::Any(b'\n'))
+            .from_reader(Rationed { inner: source.all, ration: &ration });
+        if layout.header {
+            reader.byte_headers().map_err(|error| read_error(error, path, 1))?;
+        }
         let mut record = ::csv::ByteRecord::new();
         loop {
-            budget.set(ROW_BYTES);
+            ration.left.set(ROW_BYTES);
             let line = reader.position().line();
             match reader.read_byte_record(&mut record) {
                 Ok(true) => {}
                 Ok(false) => return Ok(()),
                 Err(error) => return Err(read_error(error, path, line)),
             }
-            // Blank lines before it are not part of a record.
-            let line = record.position().map_or(line, ::csv::Position::line);
+            if record.len() == 1 && record[0].trim_ascii().is_empty() {
+                continue;
+            }
             self.read += 1;
             match self.parse(&record, layout, positive) {
                 Ok(row) => each(row)?,
-                Err(fault) => self.skip(path, line, fault)?,
+                Err(fault) => {
+                    // Only a record without a line end makes the parser look for more before it gives it out.
+                    let end = reader.position().line() - u64::from(!ration.ended.get());
+                    let within = record.as_slice().iter().filter(|&&byte| byte == b'\n').count() as u64;
+                    self.skip(path, end - within, fault)?;
+                }
             }
         }
     }
@@ -310,17 +322,33 @@ impl Review<'_> {
     }
 }
 
-/// Reads until the budget is spent; whoever parses records fills it up before each.
+/// What may be read for one record.
+#[derive(Debug)]
+struct Ration {
+    /// Bytes left; filled up before each record.
+    left: Cell<usize>,
+    /// Whether the end of the file was met.
+    ended: Cell<bool>,
+}
+
+impl Default for Ration {
+    fn default() -> Self {
+        Ration { left: Cell::new(ROW_BYTES), ended: Cell::new(false) }
+    }
+}
+
+/// Reads until the ration is used up.
 struct Rationed<'a, R> {
     inner: R,
-    budget: &'a Cell<usize>,
+    ration: &'a Ration,
 }
 
 impl<R: Read> Read for Rationed<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
         let count = self.inner.read(buffer)?;
-        let left = self.budget.get().checked_sub(count);
-        self.budget.set(left.ok_or_else(|| std::io::Error::from(ErrorKind::FileTooLarge))?);
+        let left = self.ration.left.get().checked_sub(count);
+        self.ration.left.set(left.ok_or_else(|| std::io::Error::from(ErrorKind::FileTooLarge))?);
+        self.ration.ended.set(count == 0);
         Ok(count)
     }
 }

@@ -6,7 +6,7 @@ use crate::verify::VerifyError;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
-/// Result with [`Error`].
+/// Result with [`enum@Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Anything that can go wrong.

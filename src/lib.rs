@@ -51,8 +51,8 @@
 
 pub mod attention;
 pub mod batch;
-pub mod cli;
 pub mod bench;
+pub mod cli;
 pub mod data;
 pub mod device;
 pub mod error;

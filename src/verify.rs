@@ -241,7 +241,13 @@ pub fn relative_error(x: &[f32], reference: &[f64], scale: f64) -> f64 {
     assert_eq!(x.len(), reference.len(), "a tensor and its reference have the same shape");
     let differences = x.iter().zip(reference).map(|(&x, &r)| {
         let (x, difference) = (f64::from(x), (f64::from(x) - r).abs());
-        if x == r { 0.0 } else if difference.is_finite() { difference } else { f64::INFINITY }
+        if x == r {
+            0.0
+        } else if difference.is_finite() {
+            difference
+        } else {
+            f64::INFINITY
+        }
     });
     let difference = differences.fold(0.0, f64::max);
     if difference == 0.0 { 0.0 } else { difference / scale }

@@ -23,7 +23,8 @@ fn run(options: &FhaOptions, batch: &Batch) -> Results {
     };
     forward(options, batch.inputs(), &mut r.o, &mut r.lse).expect("inputs should be accepted");
     let gradients = Gradients { dq: &mut r.dq, dk: &mut r.dk, dv: &mut r.dv };
-    backward(options, batch.inputs(), &r.o, &r.lse, &batch.d_o, gradients).expect("inputs should be accepted");
+    backward(options, batch.inputs(), &r.o, &r.lse, &batch.d_o, gradients)
+        .expect("inputs should be accepted");
     r
 }
 
@@ -31,7 +32,8 @@ fn run(options: &FhaOptions, batch: &Batch) -> Results {
 fn errors(options: &FhaOptions, batch: &Batch) -> Vec<TensorError> {
     let fused = run(options, batch);
     let output = reference::forward(options, batch.inputs()).expect("inputs should be accepted");
-    let gradients = reference::backward(options, batch.inputs(), &batch.d_o).expect("inputs should be accepted");
+    let gradients =
+        reference::backward(options, batch.inputs(), &batch.d_o).expect("inputs should be accepted");
     let mut errors = vec![compare("o", &fused.o, &output.o), compare("lse", &fused.lse, &output.lse)];
     errors.extend(compare_gradients(&[
         ("dq", &fused.dq, &gradients.dq),
@@ -161,7 +163,8 @@ fn long_sequences_are_the_reference() {
         let batch = Batch::random(&options, lengths, 3);
         assert_within(&errors(&options, &batch), &(options, lengths));
     }
-    let options = FhaOptions { label_mask: LabelMask::None, pairing: Pairing::PerHead, ..FhaOptions::new(3, 5) };
+    let options =
+        FhaOptions { label_mask: LabelMask::None, pairing: Pairing::PerHead, ..FhaOptions::new(3, 5) };
     assert_within(&errors(&options, &Batch::random(&options, &[1500, 7], 4)), &options);
 }
 
@@ -171,13 +174,8 @@ fn a_head_of_eight_is_one_of_sixteen_with_zeros() {
     let wide = FhaOptions { scale: narrow.scale, ..FhaOptions::new(2, 16) };
     let batch = Batch::random(&narrow, &[50, 3, 17], 5);
     let pad = |x: &[f32]| x.chunks(8).flat_map(|x| x.iter().copied().chain([0.0; 8])).collect::<Vec<f32>>();
-    let padded = Batch {
-        q: pad(&batch.q),
-        k: pad(&batch.k),
-        v: pad(&batch.v),
-        d_o: pad(&batch.d_o),
-        ..batch.clone()
-    };
+    let padded =
+        Batch { q: pad(&batch.q), k: pad(&batch.k), v: pad(&batch.v), d_o: pad(&batch.d_o), ..batch.clone() };
     let (narrow, wide) = (run(&narrow, &batch), run(&wide, &padded));
     assert_eq!(narrow.lse, wide.lse);
     for (narrow, wide) in [(&narrow.o, &wide.o), (&narrow.dk, &wide.dk), (&narrow.dv, &wide.dv)] {
@@ -213,7 +211,8 @@ fn the_number_of_threads_does_not_show() {
     let lengths: Vec<usize> = (0..60).map(|i| i * 13 % 90).chain([1500, 700, 1029]).collect();
     let batch = Batch::random(&options, &lengths, 7);
     let with = |threads: usize| {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads should start");
+        let pool =
+            rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads should start");
         pool.install(|| run(&options, &batch)).bits()
     };
     let one = with(1);
@@ -297,8 +296,7 @@ fn large_whole_scores_are_the_reference() {
 
 #[test]
 fn a_row_without_keys_is_zero() {
-    let options =
-        FhaOptions { causal: false, normalization: Normalization::Masked, ..FhaOptions::new(2, 4) };
+    let options = FhaOptions { causal: false, normalization: Normalization::Masked, ..FhaOptions::new(2, 4) };
     // A positive query meets only key head 1 of positive tokens, so some are always there; rows without keys
     // need infinitely small scores.
     let mut batch = Batch::random(&options, &[6], 11);

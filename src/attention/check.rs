@@ -126,7 +126,8 @@ impl FhaOptions {
         let (tokens, shape) = (last as usize, "[N, H, d]");
         let width = heads.saturating_mul(head_dim);
         let lengths = [inputs.q.len(), inputs.k.len(), inputs.v.len()];
-        if lengths.iter().all(|&l| l == lengths[0]) && lengths[0] % width == 0 && lengths[0] / width != tokens {
+        if lengths.iter().all(|&l| l == lengths[0]) && lengths[0] % width == 0 && lengths[0] / width != tokens
+        {
             return Err(AttentionError::LastSequence { end: last, tokens: lengths[0] / width });
         }
         for (name, found) in ["q", "k", "v"].into_iter().zip(lengths) {
@@ -144,7 +145,12 @@ impl FhaOptions {
     }
 
     /// [`check`](Self::check), and the lengths of `o` and `lse`.
-    pub(crate) fn check_outputs(&self, inputs: &Inputs, o: usize, lse: usize) -> Result<usize, AttentionError> {
+    pub(crate) fn check_outputs(
+        &self,
+        inputs: &Inputs,
+        o: usize,
+        lse: usize,
+    ) -> Result<usize, AttentionError> {
         let tokens = self.check(inputs)?;
         length("o", "[N, Q, K, d]", o, self.output_len(tokens))?;
         length("lse", "[N, Q]", lse, self.lse_len(tokens))?;

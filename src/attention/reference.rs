@@ -4,7 +4,9 @@
 //! and [`naive_backward`] are the very same code in f32, the unfused side of the benchmarks. Sequences run in
 //! parallel, and the code is compiled for the same instruction set as the fused engine.
 
-use super::{AttentionError, FhaOptions, Gradients, Inputs, LabelMask, Normalization, Pairing, check::length};
+use super::{
+    AttentionError, FhaOptions, Gradients, Inputs, LabelMask, Normalization, Pairing, check::length,
+};
 use crate::device::cpu::simd::{Kernel, Simd, dispatch};
 use rayon::prelude::*;
 
@@ -130,8 +132,7 @@ pub fn naive_backward(
 ) -> Result<(), AttentionError> {
     let tokens = options.check(&inputs)?;
     length("d_o", "[N, Q, K, d]", d_o.len(), options.output_len(tokens))?;
-    for (name, found) in
-        [("dq", gradients.dq.len()), ("dk", gradients.dk.len()), ("dv", gradients.dv.len())]
+    for (name, found) in [("dq", gradients.dq.len()), ("dk", gradients.dk.len()), ("dv", gradients.dv.len())]
     {
         length(name, "[N, H, d]", found, inputs.q.len())?;
     }
@@ -154,9 +155,8 @@ pub fn forward_in<F: Real>(
     cu_seqlens: &[u32],
     label: &[u8],
 ) -> Output<F> {
-    let parts: Vec<Output<F>> = sequences(options, tokens, cu_seqlens, label)
-        .map(|sequence| dispatch(Forward(sequence)).1)
-        .collect();
+    let parts: Vec<Output<F>> =
+        sequences(options, tokens, cu_seqlens, label).map(|sequence| dispatch(Forward(sequence)).1).collect();
     Output { o: concat(&parts, |x| &x.o), lse: concat(&parts, |x| &x.lse) }
 }
 

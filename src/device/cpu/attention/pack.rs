@@ -9,6 +9,9 @@ pub(super) const ALIGN: usize = 16;
 /// Keys a row tile scores before it turns scores into probabilities: a multiple of [`ALIGN`].
 pub(super) const STRETCH: usize = 1024;
 
+/// Values from one row's scores to the next: a whole page would put all rows in the same lines of the cache.
+pub(super) const STRIDE: usize = STRETCH + ALIGN;
+
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 struct Line([f32; ALIGN]);
@@ -111,10 +114,19 @@ impl KeyOrder {
     }
 
     /// (slot, token) of every key.
-    pub(super) fn iter(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
+    fn iter(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
         (0..2).flat_map(move |list| {
             let slots = self.base[list]..self.base[list] + self.len[list];
             slots.map(move |slot| (slot, self.tokens[slot] as usize))
+        })
+    }
+
+    /// The keys in blocks of [`ALIGN`] slots: (first slot, tokens). The last block of a list may hold fewer.
+    fn blocks(&self) -> impl Iterator<Item = (usize, &[u32])> + '_ {
+        (0..2).flat_map(move |list| {
+            let end = self.base[list] + self.len[list];
+            let starts = (self.base[list]..end).step_by(ALIGN);
+            starts.map(move |slot| (slot, &self.tokens[slot..end.min(slot + ALIGN)]))
         })
     }
 
@@ -126,15 +138,18 @@ impl KeyOrder {
     pub(super) fn pack_panels(&self, sequence: &Sequence, x: &[f32], panels: &mut [f32]) {
         let (d, width) = (sequence.shape.d, sequence.shape.width());
         for (head, panel) in panels.chunks_exact_mut((d * self.slots).max(1)).enumerate() {
-            for (slot, token) in self.iter() {
-                let row = &x[token * width + head * d..][..d];
-                for (out, &x) in panel[slot..].iter_mut().step_by(self.slots).zip(row) {
-                    *out = x;
+            for (slot, tokens) in self.blocks() {
+                let mut rows: [&[f32]; ALIGN] = [&[]; ALIGN];
+                for (row, &token) in rows.iter_mut().zip(tokens) {
+                    *row = &x[token as usize * width + head * d..][..d];
                 }
-            }
-            for line in panel.chunks_exact_mut(self.slots.max(1)) {
-                for padding in self.padding() {
-                    line[padding].fill(0.0);
+                for feature in 0..d {
+                    let line = &mut panel[feature * self.slots + slot..][..ALIGN];
+                    let (line, padding) = line.split_at_mut(tokens.len());
+                    for (out, row) in line.iter_mut().zip(&rows) {
+                        *out = row[feature];
+                    }
+                    padding.fill(0.0);
                 }
             }
         }
@@ -151,10 +166,12 @@ impl KeyOrder {
     ) {
         let (d, width) = (sequence.shape.d, sequence.shape.width());
         for (head, panel) in panels.chunks_exact((d * self.slots).max(1)).enumerate() {
-            for (slot, token) in self.iter() {
-                let row = &mut x[(token - first) * width + head * d..][..d];
-                for (out, &x) in row.iter_mut().zip(panel[slot..].iter().step_by(self.slots)) {
-                    *out = x * factor;
+            for (slot, tokens) in self.blocks() {
+                for feature in 0..d {
+                    let line = &panel[feature * self.slots + slot..][..tokens.len()];
+                    for (value, &token) in line.iter().zip(tokens) {
+                        x[(token as usize - first) * width + head * d + feature] = value * factor;
+                    }
                 }
             }
         }
@@ -182,7 +199,13 @@ impl KeyOrder {
 }
 
 impl QueryOrder {
-    pub(super) fn arrange(&mut self, sequence: &Sequence, keys: &KeyOrder, key_range: Range<usize>, queries: Range<usize>) {
+    pub(super) fn arrange(
+        &mut self,
+        sequence: &Sequence,
+        keys: &KeyOrder,
+        key_range: Range<usize>,
+        queries: Range<usize>,
+    ) {
         self.tokens.clear();
         self.visible.clear();
         for list in 0..sequence.shape.lists {

@@ -95,11 +95,31 @@ pub(super) fn accumulate_rows<S: Simd, const R: usize>(
 ) {
     let mut x = 0;
     while x + 2 * S::LANES <= padded {
-        accumulate_columns::<S, R, 2>(s, weights, weight_stride, rows, padded, keys.clone(), sums, sum_stride, x);
+        accumulate_columns::<S, R, 2>(
+            s,
+            weights,
+            weight_stride,
+            rows,
+            padded,
+            keys.clone(),
+            sums,
+            sum_stride,
+            x,
+        );
         x += 2 * S::LANES;
     }
     while x < padded {
-        accumulate_columns::<S, R, 1>(s, weights, weight_stride, rows, padded, keys.clone(), sums, sum_stride, x);
+        accumulate_columns::<S, R, 1>(
+            s,
+            weights,
+            weight_stride,
+            rows,
+            padded,
+            keys.clone(),
+            sums,
+            sum_stride,
+            x,
+        );
         x += S::LANES;
     }
 }
@@ -169,11 +189,25 @@ pub(super) fn accumulate_panel<S: Simd, const R: usize>(
     // SAFETY: vectors end at `len`, a multiple of LANES, which `weights` and `panel` hold as asserted above.
     unsafe {
         while j + 2 * S::LANES <= len {
-            accumulate_vectors::<S, R, 2>(s, weights.as_ptr().add(j), weight_stride, rows, panel.as_mut_ptr().add(j), stride);
+            accumulate_vectors::<S, R, 2>(
+                s,
+                weights.as_ptr().add(j),
+                weight_stride,
+                rows,
+                panel.as_mut_ptr().add(j),
+                stride,
+            );
             j += 2 * S::LANES;
         }
         while j < len {
-            accumulate_vectors::<S, R, 1>(s, weights.as_ptr().add(j), weight_stride, rows, panel.as_mut_ptr().add(j), stride);
+            accumulate_vectors::<S, R, 1>(
+                s,
+                weights.as_ptr().add(j),
+                weight_stride,
+                rows,
+                panel.as_mut_ptr().add(j),
+                stride,
+            );
             j += S::LANES;
         }
     }

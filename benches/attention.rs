@@ -14,7 +14,10 @@ fn attention(c: &mut Criterion) {
     ];
     for (pass, forms) in passes {
         let mut group = c.benchmark_group(format!("attention/{pass}"));
-        group.warm_up_time(Duration::from_millis(200)).measurement_time(Duration::from_secs(1)).sample_size(10);
+        group
+            .warm_up_time(Duration::from_millis(200))
+            .measurement_time(Duration::from_secs(1))
+            .sample_size(10);
         for length in [20, 50, 100, 200, 300, 1024] {
             let mut batch = Batch::new(FhaOptions::new(2, 16), length, 4096);
             batch.forward().expect("the options are valid");

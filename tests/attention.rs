@@ -143,7 +143,7 @@ proptest! {
             for (name, x) in [("dq", &gradients.dq), ("dk", &gradients.dk)] {
                 let largest = x.iter().fold(0.0, |m: f64, x| m.max(x.abs()));
                 let error = errors.iter_mut().find(|e| e.tensor == name).expect("gradients are compared");
-                error.tolerance += f64::from(8.0 * f32::EPSILON * terms) / largest;
+                error.tolerance += f64::from(8.0 * f32::EPSILON * terms) / largest.max(f64::MIN_POSITIVE);
             }
         }
         assert_within(&errors, &problem);

@@ -155,7 +155,8 @@ impl<'a> KeyPanels<'a> {
         let (d, slots) = (sequence.shape.d, keys.slots);
         let panels = buffer.take(sequence.shape.width() * slots);
         keys.pack_panels(sequence, sequence.k, panels);
-        let mut largest = 0.0f32;
+        // As bits, which order like the floats they are: squares are not negative.
+        let mut largest = 0;
         for panel in panels.chunks_exact((d * slots).max(1)) {
             for slot in (0..slots).step_by(S::LANES) {
                 let mut squares = s.zero();
@@ -165,10 +166,11 @@ impl<'a> KeyPanels<'a> {
                 }
                 let mut lanes = [0.0; ALIGN];
                 s.store(squares, &mut lanes);
-                largest = lanes.iter().filter(|x| x.is_finite()).fold(largest, |m, &x| m.max(x));
+                let finite = |x: &f32| if x.is_finite() { x.to_bits() } else { 0 };
+                largest = lanes.iter().fold(largest, |m, x| m.max(finite(x)));
             }
         }
-        Self { keys, panels, d, largest: largest.sqrt() }
+        Self { keys, panels, d, largest: f32::from_bits(largest).sqrt() }
     }
 
     /// The panel of a piece: `d` lines of its keys, [`KeyOrder::slots`] apart.

@@ -379,7 +379,7 @@ fn refused(options: &FhaOptions, inputs: Inputs) -> AttentionError {
 
 #[test]
 fn wrong_arguments_are_named() {
-    let x = [0.0; 2 * 2 * 1];
+    let x = [0.0; 2 * 2];
     let good = Inputs { q: &x, k: &x, v: &x, cu_seqlens: &[0, 2], label: &[0, 1] };
     let options = FhaOptions::new(2, 1);
     let mut o = [0.0; 4];

@@ -1,4 +1,6 @@
 //! Label order: which key and query tokens stand where, and the packed copies the row tiles read.
+//!
+//! What copies is inlined into the kernels, to be compiled for their instruction set.
 
 use super::{Group, Sequence, Shape};
 use std::ops::Range;
@@ -100,6 +102,7 @@ pub(super) struct QueryOrder {
 }
 
 impl KeyOrder {
+    #[inline(always)]
     pub(super) fn arrange(&mut self, sequence: &Sequence, keys: Range<usize>) {
         self.tokens.clear();
         self.slots = 0;
@@ -114,6 +117,7 @@ impl KeyOrder {
     }
 
     /// (slot, token) of every key.
+    #[inline(always)]
     fn iter(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
         (0..2).flat_map(move |list| {
             let slots = self.base[list]..self.base[list] + self.len[list];
@@ -122,6 +126,7 @@ impl KeyOrder {
     }
 
     /// The keys in blocks of [`ALIGN`] slots: (first slot, tokens). The last block of a list may hold fewer.
+    #[inline(always)]
     fn blocks(&self) -> impl Iterator<Item = (usize, &[u32])> + '_ {
         (0..2).flat_map(move |list| {
             let end = self.base[list] + self.len[list];
@@ -130,11 +135,13 @@ impl KeyOrder {
         })
     }
 
+    #[inline(always)]
     fn padding(&self) -> [Range<usize>; 2] {
         [self.base[0] + self.len[0]..self.base[1], self.base[1] + self.len[1]..self.slots]
     }
 
     /// Packs `x` (`[T, H, d]`) as panels `[H, d, slots]`.
+    #[inline(always)]
     pub(super) fn pack_panels(&self, sequence: &Sequence, x: &[f32], panels: &mut [f32]) {
         let (d, width) = (sequence.shape.d, sequence.shape.width());
         for (head, panel) in panels.chunks_exact_mut((d * self.slots).max(1)).enumerate() {
@@ -156,6 +163,7 @@ impl KeyOrder {
     }
 
     /// The inverse of [`pack_panels`](Self::pack_panels), times `factor`, to tokens counted from `first`.
+    #[inline(always)]
     pub(super) fn unpack_panels(
         &self,
         sequence: &Sequence,
@@ -178,6 +186,7 @@ impl KeyOrder {
     }
 
     /// Packs `x` (`[T, H, d]`) as rows `[H, slots, padded]`, `padded >= d`. Returns whether all values are finite.
+    #[inline(always)]
     pub(super) fn pack_rows(&self, sequence: &Sequence, x: &[f32], padded: usize, rows: &mut [f32]) -> bool {
         let (d, width) = (sequence.shape.d, sequence.shape.width());
         let mut largest = 0;
@@ -199,6 +208,7 @@ impl KeyOrder {
 }
 
 impl QueryOrder {
+    #[inline(always)]
     pub(super) fn arrange(
         &mut self,
         sequence: &Sequence,

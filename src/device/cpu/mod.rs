@@ -4,6 +4,6 @@ pub mod simd;
 
 mod elementwise;
 pub mod linear;
-mod product;
+pub mod product;
 mod scratch;
 pub mod target_attention;

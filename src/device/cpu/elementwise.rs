@@ -11,14 +11,14 @@ macro_rules! for_columns {
         let vectors = $width / $simd::LANES;
         let mut vector = 0;
         macro_rules! run {
-                        ($count:literal) => {{
-                            const $columns: usize = $count;
-                            let $first = vector * $simd::LANES;
-                            #[allow(clippy::needless_range_loop)]
-                            $block
-                            vector += $columns;
-                        }};
-                    }
+                            ($count:literal) => {{
+                                const $columns: usize = $count;
+                                let $first = vector * $simd::LANES;
+                                #[allow(clippy::needless_range_loop)]
+                                $block
+                                vector += $columns;
+                            }};
+                        }
         while vector < vectors {
             match vectors - vector {
                 5.. => run!(5),

@@ -4,6 +4,6 @@ pub mod simd;
 
 mod elementwise;
 pub mod linear;
-pub mod product;
+mod product;
 mod scratch;
 pub mod target_attention;

@@ -10,23 +10,21 @@ macro_rules! for_columns {
     ($simd:ident, $width:expr, |$columns:ident, $first:ident| $block:block) => {{
         let vectors = $width / $simd::LANES;
         let mut vector = 0;
-        macro_rules! run {
-                            ($count:literal) => {{
-                                const $columns: usize = $count;
-                                let $first = vector * $simd::LANES;
-                                #[allow(clippy::needless_range_loop)]
-                                $block
-                                vector += $columns;
-                            }};
-                        }
         while vector < vectors {
             match vectors - vector {
-                5.. => run!(5),
-                3.. => run!(3),
-                2 => run!(2),
-                _ => run!(1),
+                5.. => for_columns!(@run 5, $simd, vector, $columns, $first, $block),
+                3.. => for_columns!(@run 3, $simd, vector, $columns, $first, $block),
+                2 => for_columns!(@run 2, $simd, vector, $columns, $first, $block),
+                _ => for_columns!(@run 1, $simd, vector, $columns, $first, $block),
             }
         }
+    }};
+    (@run $count:literal, $simd:ident, $vector:ident, $columns:ident, $first:ident, $block:block) => {{
+        const $columns: usize = $count;
+        let $first = $vector * $simd::LANES;
+        #[allow(clippy::needless_range_loop)]
+        $block
+        $vector += $columns;
     }};
 }
 pub(super) use for_columns;

@@ -2,8 +2,8 @@
 //!
 //! `cargo bench --bench target_attention`. The rate is of (history token, candidate) scores. Arithmetic per score
 //! at `D = 32`, hidden `(80, 40)`, fused: forward `2 (32*80 + 80*40 + 40)` = 11.6 kFLOP; backward, which computes
-//! the activations again, `2 (3*32*80 + 3*80*40 + 3*40)` = 34.8 kFLOP. `peak` is the rate of this core's
-//! multiply-add units in FLOP, to compare with.
+//! the activations again, `2 (3*32*80 + 3*80*40 + 2*40)` = 34.7 kFLOP; what is shared by candidates or by tokens is
+//! not counted. `peak` is the rate of this core's multiply-add units in FLOP, to compare with.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use dfar::device::cpu::simd::{Kernel, Simd, dispatch};
@@ -44,9 +44,8 @@ struct Output {
 impl Workload {
     fn new(width: usize, hidden: [usize; 2], sequences: u32, length: u32, candidates: u32) -> Self {
         let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(1);
-        let mut values = |n: usize, scale: f32| -> Vec<f32> {
-            (0..n).map(|_| rng.random_range(-scale..scale)).collect()
-        };
+        let mut values =
+            |n: usize, scale: f32| -> Vec<f32> { (0..n).map(|_| rng.random_range(-scale..scale)).collect() };
         let multiples = |n: u32, step: u32| (0..=n).map(|i| i * step).collect::<Vec<_>>();
         let pairs = sequences * candidates;
         let [tokens, rows, scores] = [sequences * length, pairs, pairs * length].map(|n| n as usize);

@@ -44,9 +44,8 @@ struct Output {
 impl Workload {
     fn new(width: usize, hidden: [usize; 2], sequences: u32, length: u32, candidates: u32) -> Self {
         let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(1);
-        let mut values = |n: usize, scale: f32| -> Vec<f32> {
-            (0..n).map(|_| rng.random_range(-scale..scale)).collect()
-        };
+        let mut values =
+            |n: usize, scale: f32| -> Vec<f32> { (0..n).map(|_| rng.random_range(-scale..scale)).collect() };
         let multiples = |n: u32, step: u32| (0..=n).map(|i| i * step).collect::<Vec<_>>();
         let pairs = sequences * candidates;
         let [tokens, rows, scores] = [sequences * length, pairs, pairs * length].map(|n| n as usize);

@@ -114,8 +114,8 @@ impl Batch {
             kept += pairs * slots * kept_heads;
         }
         let products = match pass {
-            Pass::Forward => inside + kept,               // q.k, p.v
-            Pass::Backward => 3.0 * inside + 2.0 * kept,  // q.k, dq, dk; do.v, dv
+            Pass::Forward => inside + kept,              // q.k, p.v
+            Pass::Backward => 3.0 * inside + 2.0 * kept, // q.k, dq, dk; do.v, dv
         };
         (products * head_dim as f64, inside)
     }
@@ -210,7 +210,8 @@ pub struct Row {
 
 impl Row {
     /// Names of the columns.
-    pub const HEADER: &str = "pass      length  naive ms  fused ms  speed-up  Mtokens/s  GFLOP/s  Gexp/s  scratch KiB";
+    pub const HEADER: &str =
+        "pass      length  naive ms  fused ms  speed-up  Mtokens/s  GFLOP/s  Gexp/s  scratch KiB";
     /// What the columns mean.
     pub const FOOTNOTE: &str = "GFLOP/s and Gexp/s count what the mathematics needs, not what tiles add. Scratch is \
          what all threads hold beside inputs and outputs,\nthe largest so far in this run. The naive backward pass \
@@ -220,7 +221,8 @@ impl Row {
 impl fmt::Display for Row {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let pass = if self.pass == Pass::Forward { "forward" } else { "backward" };
-        let or_dash = |x: Option<f64>, decimals: usize| x.map_or("-".to_owned(), |x| format!("{x:.decimals$}"));
+        let or_dash =
+            |x: Option<f64>, decimals: usize| x.map_or("-".to_owned(), |x| format!("{x:.decimals$}"));
         let (naive, speed_up) = (or_dash(self.naive_ms, 2), or_dash(self.speed_up, 1));
         write!(f, "{pass:<8} {:>7} {naive:>9} {:>9.3} {speed_up:>9}", self.length, self.fused_ms)?;
         write!(f, " {:>10.2} {:>8.1}", self.tokens_per_second / 1e6, self.gflops)?;

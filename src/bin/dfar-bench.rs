@@ -161,7 +161,8 @@ fn run_attention(arguments: &Attention) -> Result<()> {
         naive: !arguments.no_naive,
     };
     let pool = rayon::ThreadPoolBuilder::new().num_threads(arguments.threads).build();
-    let pool = pool.map_err(|error| Error::io("start threads on", "this machine")(std::io::Error::other(error)))?;
+    let pool =
+        pool.map_err(|error| Error::io("start threads on", "this machine")(std::io::Error::other(error)))?;
     println!("{}", plan.conditions(pool.current_num_threads()));
     println!("{}", Row::HEADER);
     let mut rows = Vec::new();

@@ -54,7 +54,8 @@ impl Kernel for Backward<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { sequence, saved, keys: key_range, queries: range, normalizers, mut dq, mut dkv, scratch } = self;
+        let Self { sequence, saved, keys: key_range, queries: range, normalizers, mut dq, mut dkv, scratch } =
+            self;
         let shape = sequence.shape;
         let Scratch { keys, queries, k_panels, v_panels, rows, dk_panels, dv_panels, tile } = scratch;
         keys.arrange(&sequence, key_range.clone());

@@ -145,7 +145,12 @@ pub(super) struct KeyPanels<'a> {
 
 impl<'a> KeyPanels<'a> {
     #[inline(always)]
-    pub(super) fn pack<S: Simd>(s: S, sequence: &Sequence, keys: &'a KeyOrder, buffer: &'a mut Buffer) -> Self {
+    pub(super) fn pack<S: Simd>(
+        s: S,
+        sequence: &Sequence,
+        keys: &'a KeyOrder,
+        buffer: &'a mut Buffer,
+    ) -> Self {
         let (d, slots) = (sequence.shape.d, keys.slots);
         let panels = buffer.take(sequence.shape.width() * slots);
         keys.pack_panels(sequence, sequence.k, panels);

@@ -86,6 +86,19 @@ impl ModelConfig {
     }
 }
 
+/// Spread of the initial embeddings and MLP weights. (Projections of the blocks are Glorot uniform either way.)
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Initialization {
+    /// Standard deviation 0.01 throughout, as the published code, whose MLPs have batch norm to make up for it.
+    /// Without batch norm the signal through three such layers starts vanishingly small and training stays for long
+    /// where every candidate scores alike.
+    Small,
+    /// Embeddings 0.3; an MLP weight `sqrt(2 / (inputs + outputs))`, so that signals keep their size.
+    #[default]
+    Scaled,
+}
+
 /// Weights of the loss.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -8,7 +8,7 @@ mod optimizer;
 mod parameters;
 mod tensors;
 
-pub use config::{AdamOptions, LossOptions, ModelConfig, ModelError};
+pub use config::{AdamOptions, Initialization, LossOptions, ModelConfig, ModelError};
 pub use optimizer::Optimizer;
 
 use crate::batch::Batch;
@@ -59,9 +59,19 @@ impl<D: Device> Model<D> {
     /// Initial values from `seed`: embeddings and MLPs truncated normal with standard deviation 0.01, the blocks'
     /// projections Glorot uniform, layer norms 1 and 0.
     pub fn new(device: Arc<D>, config: ModelConfig, seed: u64) -> Result<Self, ModelError> {
+        Self::initialized(device, config, seed, Initialization::Small)
+    }
+
+    /// As [`Model::new`], with a choice of how wide the initial values spread.
+    pub fn initialized(
+        device: Arc<D>,
+        config: ModelConfig,
+        seed: u64,
+        initialization: Initialization,
+    ) -> Result<Self, ModelError> {
         config.check()?;
         let layout = Layout::new(&config);
-        let values = layout.initial(seed);
+        let values = layout.initial(seed, initialization);
         let parameters = Tensors::upload(&*device, values.iter().map(|v| &v[..]))?;
         Ok(Self { device, config, layout, parameters })
     }

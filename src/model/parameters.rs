@@ -1,6 +1,6 @@
 //! The one place where parameters are named: their order, shapes and initial values.
 
-use super::{HostTensor, ModelConfig, ModelError};
+use super::{HostTensor, Initialization, ModelConfig, ModelError};
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -10,8 +10,10 @@ pub type Id = usize;
 /// How a parameter starts.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Initial {
-    /// Normal with standard deviation 0.01, values beyond two of them drawn again: embeddings and MLPs.
-    TruncatedNormal,
+    /// Normal, values beyond two standard deviations drawn again; how wide, [`Initialization`] says.
+    Embedding,
+    /// As embeddings: weights of the target attention and the towers.
+    Mlp,
     /// Uniform within `sqrt(6 / (inputs + outputs))`: projections of the blocks.
     Glorot,
     /// Layer norm scales.
@@ -92,14 +94,13 @@ impl Layout {
     pub fn new(config: &ModelConfig) -> Self {
         let mut names = Namer { specs: Vec::new() };
         let width = config.width;
-        let item = names.tensor("item".into(), vec![config.items, width], Initial::TruncatedNormal);
-        let position =
-            names.tensor("position".into(), vec![config.max_length, width], Initial::TruncatedNormal);
-        let label = names.tensor("label".into(), vec![2, width], Initial::TruncatedNormal);
+        let item = names.tensor("item".into(), vec![config.items, width], Initial::Embedding);
+        let position = names.tensor("position".into(), vec![config.max_length, width], Initial::Embedding);
+        let label = names.tensor("label".into(), vec![2, width], Initial::Embedding);
         let encoder = names.blocks("encoder", config);
         let interest = INTERESTS.map(|name| names.blocks(name, config));
         let target = INTERESTS.map(|name| Target {
-            w: names.tensor(format!("target_{name}.w"), vec![width, width], Initial::TruncatedNormal),
+            w: names.tensor(format!("target_{name}.w"), vec![width, width], Initial::Mlp),
             mlp: names.mlp(&format!("target_{name}.mlp"), 4 * width, config.attention),
         });
         let tower = INTERESTS.map(|name| names.mlp(&format!("tower_{name}"), 4 * width, config.tower));
@@ -107,11 +108,11 @@ impl Layout {
     }
 
     /// Initial values, each tensor from a stream of its own.
-    pub fn initial(&self, seed: u64) -> Vec<Vec<f32>> {
+    pub fn initial(&self, seed: u64, initialization: Initialization) -> Vec<Vec<f32>> {
         let tensor = |(id, spec): (usize, &Spec)| {
             let mut rng = ChaCha8Rng::seed_from_u64(seed);
             rng.set_stream(id as u64);
-            draw(spec, &mut rng)
+            draw(spec, initialization, &mut rng)
         };
         self.specs.iter().enumerate().map(tensor).collect()
     }
@@ -192,11 +193,11 @@ impl Namer {
 
     fn mlp(&mut self, name: &str, inputs: usize, hidden: [usize; 2]) -> [Linear; 3] {
         let widths = [(inputs, hidden[0]), (hidden[0], hidden[1]), (hidden[1], 1)];
-        std::array::from_fn(|i| self.linear(format!("{name}.{i}"), widths[i], Initial::TruncatedNormal))
+        std::array::from_fn(|i| self.linear(format!("{name}.{i}"), widths[i], Initial::Mlp))
     }
 }
 
-fn draw(spec: &Spec, rng: &mut impl Rng) -> Vec<f32> {
+fn draw(spec: &Spec, initialization: Initialization, rng: &mut impl Rng) -> Vec<f32> {
     let n = spec.len();
     match spec.initial {
         Initial::One => vec![1.0; n],
@@ -205,7 +206,14 @@ fn draw(spec: &Spec, rng: &mut impl Rng) -> Vec<f32> {
             let limit = (6.0 / (spec.shape[0] + spec.shape[1]) as f32).sqrt();
             (0..n).map(|_| rng.random_range(-limit..limit)).collect()
         }
-        Initial::TruncatedNormal => (0..n).map(|_| 0.01 * truncated_normal(rng)).collect(),
+        Initial::Embedding | Initial::Mlp => {
+            let std = match (initialization, spec.initial) {
+                (Initialization::Small, _) => 0.01,
+                (Initialization::Scaled, Initial::Embedding) => 0.3,
+                (Initialization::Scaled, _) => (2.0 / (spec.shape[0] + spec.shape[1]) as f32).sqrt(),
+            };
+            (0..n).map(|_| std * truncated_normal(rng)).collect()
+        }
     }
 }
 
@@ -227,14 +235,22 @@ mod tests {
     #[test]
     fn initial_values_follow_their_specs() {
         let layout = Layout::new(&ModelConfig::new(500, 20));
-        let values = layout.initial(7);
-        assert_eq!(values, layout.initial(7));
-        assert_ne!(values[layout.item], layout.initial(8)[layout.item]);
-        let item = &values[layout.item];
-        assert!(item.iter().all(|x| x.abs() <= 0.02));
-        let variance = item.iter().map(|x| (x * x) as f64).sum::<f64>() / item.len() as f64;
-        // A normal truncated at two deviations has variance 0.7737.
-        assert!((variance / 1e-4 - 0.7737).abs() < 0.02, "{variance}");
+        let values = layout.initial(7, Initialization::Small);
+        assert_eq!(values, layout.initial(7, Initialization::Small));
+        assert_ne!(values[layout.item], layout.initial(8, Initialization::Small)[layout.item]);
+        let first = layout.tower[0][0].w; // 128 by 100
+        for (initialization, tensor, std) in [
+            (Initialization::Small, layout.item, 0.01),
+            (Initialization::Small, first, 0.01),
+            (Initialization::Scaled, layout.item, 0.3),
+            (Initialization::Scaled, first, (2.0f32 / 228.0).sqrt()),
+        ] {
+            let drawn = &layout.initial(7, initialization)[tensor];
+            assert!(drawn.iter().all(|x| x.abs() <= 2.0 * std));
+            let variance = drawn.iter().map(|x| (x / std * x / std) as f64).sum::<f64>() / drawn.len() as f64;
+            // A normal truncated at two deviations has variance 0.7737.
+            assert!((variance - 0.7737).abs() < 0.02, "{variance}");
+        }
         let q = &values[layout.encoder[0].q.w];
         assert!(q.iter().all(|x| x.abs() <= (6.0f32 / 64.0).sqrt()) && q.iter().any(|x| x.abs() > 0.25));
     }

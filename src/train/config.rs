@@ -6,7 +6,7 @@ use crate::attention::Normalization;
 use crate::device::Clip;
 use crate::evaluate::metrics::GaucRule;
 use crate::history::Feedback;
-use crate::model::{AdamOptions, LossOptions, ModelConfig};
+use crate::model::{AdamOptions, Initialization, LossOptions, ModelConfig};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use thiserror::Error;
@@ -58,6 +58,8 @@ pub struct Config {
     pub heads: usize,
     /// Blocks in the encoder and in each interest encoder.
     pub blocks: usize,
+    /// Spread of the initial embeddings and MLP weights.
+    pub init: Initialization,
     /// Factorization heads.
     pub fha: bool,
     /// Label mask of the encoder.
@@ -109,21 +111,22 @@ impl Default for Config {
             seed: 2020,
             epochs: 100,
             patience: 5,
-            batch_tokens: 4096,
+            batch_tokens: 512,
             batch_rows: 16384,
             max_length: 100,
             width: 32,
             heads: 2,
             blocks: 1,
+            init: Initialization::Scaled,
             fha: true,
             label_mask: true,
             normalization: Normalization::Joint,
-            lr: 1e-3,
+            lr: 3e-3,
             max_grad_norm: 2.0,
             clip: ClipMode::PerTensor,
             dense_embeddings: false,
             bpr: 0.1,
-            idl: 0.1,
+            idl: 1e-3,
             embed_l2: 1e-6,
             train_targets: TrainTargets::Positive,
             feedback: Feedback::Mixed,

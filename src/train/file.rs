@@ -127,7 +127,10 @@ pub fn write<T: Serialize>(
     let text = serde_json::to_string(&envelope).expect("run metadata has string keys and finite numbers");
     let metadata = HashMap::from([(KEY.to_owned(), text)]);
     replace(path, |temporary| {
-        safetensors::serialize_to_file(views, Some(metadata), temporary).map_err(io::Error::other)
+        // The library writes private files; ours have the permissions of any new file.
+        let permissions = File::create(temporary)?.metadata()?.permissions();
+        safetensors::serialize_to_file(views, Some(metadata), temporary).map_err(io::Error::other)?;
+        std::fs::set_permissions(temporary, permissions)
     })?;
     Ok(crc32)
 }

@@ -98,7 +98,8 @@ impl<'a, D: Device> Fit<'a, D> {
         config: Config,
         run: &'a Run,
     ) -> Result<Self, TrainError> {
-        let model = Model::new(device.clone(), config.model(data.items()), config.seed)?;
+        let network = config.model(data.items());
+        let model = Model::initialized(device.clone(), network, config.seed, config.init)?;
         let optimizer = Optimizer::new(&model)?;
         run.write_config(&config.to_toml())?;
         let log = Log::open(&run.log(), 0)?;

@@ -4,6 +4,7 @@ use clap::Args;
 use dfar::attention::Normalization;
 use dfar::evaluate::metrics::GaucRule;
 use dfar::history::Feedback;
+use dfar::model::Initialization;
 use dfar::train::TrainError;
 use dfar::train::config::{ClipMode, DeviceChoice};
 use dfar::train::draw::TrainTargets;
@@ -73,6 +74,9 @@ pub struct Flags {
     /// Softmax denominator under the label mask [default: joint].
     #[arg(long, help_heading = "Model", value_parser = normalization)]
     normalization: Option<Normalization>,
+    /// Spread of the initial embeddings and MLP weights [default: scaled].
+    #[arg(long, value_enum, help_heading = "Model")]
+    init: Option<Initialization>,
     /// Ablation: plain multi-head attention.
     #[arg(long = "no-fha", help_heading = "Model", num_args = 0, default_missing_value = "false")]
     fha: Option<bool>,

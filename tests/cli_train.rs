@@ -1,0 +1,265 @@
+//! The `dfar-train` command as a user meets it.
+
+use dfar::data::synthetic::{self, SyntheticOptions};
+use dfar::train::checkpoint::Checkpoint;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+const SMALL: [&str; 8] = ["--width", "8", "--max-length", "10", "--batch-tokens", "150", "--epochs", "2"];
+
+fn command(dir: &Path, args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dfar-train"));
+    command.current_dir(dir).args(args).env("RAYON_NUM_THREADS", "1");
+    command
+}
+
+fn dfar_train(dir: &Path, args: &[&str]) -> Output {
+    command(dir, args).output().unwrap()
+}
+
+fn code(output: &Output) -> i32 {
+    output.status.code().expect("the program should exit by itself")
+}
+
+fn stdout(output: &Output) -> String {
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+fn folder() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let options =
+        SyntheticOptions { users: 40, items: 40, events_per_user: 15.0, ..SyntheticOptions::default() };
+    synthetic::write(&options, dir.path().join("x.dfar")).unwrap();
+    dir
+}
+
+/// A finished small run in `dir/out`.
+fn trained(dir: &Path, out: &str, more: &[&str]) -> Output {
+    let args = [&["--data", "x.dfar", "--out", out], &SMALL[..], more].concat();
+    let output = dfar_train(dir, &args);
+    assert_eq!(code(&output), 0, "{}", stderr(&output));
+    output
+}
+
+fn bytes(path: impl AsRef<Path>) -> Vec<u8> {
+    std::fs::read(path).unwrap()
+}
+
+#[test]
+fn help_lists_the_flags_and_commands() {
+    let output = dfar_train(Path::new("."), &["--help"]);
+    assert_eq!(code(&output), 0);
+    for word in ["evaluate", "score", "--no-fha", "--train-targets", "--resume", "Exit codes"] {
+        assert!(stdout(&output).contains(word), "{word}");
+    }
+}
+
+#[test]
+fn mistakes_say_what_they_are_and_leave_nothing_behind() {
+    let dir = folder();
+    std::fs::write(dir.path().join("bad.toml"), "pateince = 3\n").unwrap();
+    std::fs::write(dir.path().join("not.dfar"), "hello").unwrap();
+    for (args, expected, message) in [
+        (&["--heads", "two"][..], 2, "invalid value 'two'"),
+        (&["--no-such-flag"], 2, "--no-such-flag"),
+        (&["--config", "bad.toml"], 2, "did you mean `patience`?"),
+        (&["--config", "missing.toml"], 2, "missing.toml"),
+        (&["--lr", "nan"], 2, "lr = NaN"),
+        (&["--data", "missing.dfar"], 3, "missing.dfar"),
+        (&["--data", "not.dfar"], 3, "not a dfar data set"),
+        (&["--resume", "nowhere"], 3, "holds no run"),
+        (&["evaluate", "--run", "nowhere"], 3, "holds no run"),
+        (&["score", "--run", "nowhere", "--history", ""], 3, "holds no run"),
+        (&["--data", "x.dfar", "--heads", "3"], 1, "heads"),
+    ] {
+        let output = dfar_train(dir.path(), args);
+        assert_eq!(code(&output), expected, "{args:?}: {}", stderr(&output));
+        assert!(stderr(&output).contains(message), "{args:?}: {}", stderr(&output));
+        assert!(output.stdout.is_empty());
+    }
+}
+
+#[test]
+fn a_run_leaves_what_it_promises() {
+    let dir = folder();
+    let output = trained(dir.path(), "run", &[]);
+    let table = stdout(&output);
+    for word in ["AUC", "MRR", "NDCG@10", "GAUC", "popularity", "DFAR", "ceiling", "best epoch"] {
+        assert!(table.contains(word), "{word} in\n{table}");
+    }
+    let log = stderr(&output);
+    assert!(log.contains("epoch 1: loss") && log.contains("validation AUC"), "{log}");
+    assert!(!log.contains('\u{1b}'), "no bars without a terminal");
+
+    let run = dir.path().join("run");
+    let metrics: serde_json::Value = serde_json::from_slice(&bytes(run.join("metrics.json"))).unwrap();
+    for part in ["test", "valid"] {
+        for name in ["auc", "mrr", "ndcg", "gauc"] {
+            let value = metrics[part][name].as_f64().unwrap_or_else(|| panic!("{part} {name}: {metrics}"));
+            assert!((0.0..=1.0).contains(&value));
+        }
+    }
+    for name in ["best_epoch", "seconds", "instances_per_second", "parameters"] {
+        assert!(metrics[name].as_f64().unwrap() > 0.0, "{name}");
+    }
+    assert!(metrics["data"]["protocol"]["candidates"]["hash"].is_string());
+    assert!(String::from_utf8(bytes(run.join("curves.svg"))).unwrap().starts_with("<svg"));
+    let log = String::from_utf8(bytes(run.join("log.jsonl"))).unwrap();
+    assert!(log.lines().all(|line| serde_json::from_str::<serde_json::Value>(line).is_ok()));
+
+    // --json prints the same metrics, and nothing else on stdout; evaluate finds the same again.
+    let output = trained(dir.path(), "run2", &["--json", "--quiet"]);
+    assert!(output.stderr.is_empty(), "{}", stderr(&output));
+    let printed: serde_json::Value = serde_json::from_str(&stdout(&output)).unwrap();
+    assert_eq!(printed["test"], metrics["test"]);
+    let again = dfar_train(dir.path(), &["evaluate", "--run", "run", "--json"]);
+    let again: serde_json::Value = serde_json::from_str(&stdout(&again)).unwrap();
+    assert_eq!((&again["test"], &again["valid"]), (&metrics["test"], &metrics["valid"]));
+}
+
+#[test]
+fn a_saved_configuration_repeats_the_run_and_flags_win_over_it() {
+    let dir = folder();
+    trained(dir.path(), "first", &["--bpr", "0.3", "--no-label-mask"]);
+    let repeat = |out: &str, more: &[&str]| {
+        let output =
+            dfar_train(dir.path(), &[&["--config", "first/config.toml", "--out", out], more].concat());
+        assert_eq!(code(&output), 0, "{}", stderr(&output));
+        bytes(dir.path().join(out).join("model.safetensors"))
+    };
+    let first = bytes(dir.path().join("first/model.safetensors"));
+    assert!(repeat("second", &[]) == first);
+    assert!(repeat("third", &["--seed", "9"]) != first);
+}
+
+#[test]
+fn runs_are_not_overwritten() {
+    let dir = folder();
+    trained(dir.path(), "run", &[]);
+    let output = dfar_train(dir.path(), &["--data", "x.dfar", "--out", "run"]);
+    assert_eq!(code(&output), 2);
+    assert!(stderr(&output).contains("finished run"), "{}", stderr(&output));
+    // Without --out: runs/x, then runs/x-2.
+    for expected in ["runs/x", "runs/x-2"] {
+        let output = dfar_train(dir.path(), &[&["--data", "x.dfar"], &SMALL[..]].concat());
+        assert_eq!(code(&output), 0, "{}", stderr(&output));
+        assert!(dir.path().join(expected).join("metrics.json").exists());
+    }
+}
+
+#[test]
+fn score_ranks_original_ids() {
+    let dir = folder();
+    trained(dir.path(), "run", &[]);
+    let score = |args: &[&str]| dfar_train(dir.path(), &[&["score", "--run", "run"], args].concat());
+    let output = score(&["--history", "3:1, 7:0", "--candidates", "1,2,5", "--json"]);
+    assert_eq!(code(&output), 0, "{}", stderr(&output));
+    let ranking: Vec<serde_json::Value> = serde_json::from_str(&stdout(&output)).unwrap();
+    let mut items: Vec<&str> = ranking.iter().map(|r| r["item"].as_str().unwrap()).collect();
+    let logits: Vec<f64> = ranking.iter().map(|r| r["logit"].as_f64().unwrap()).collect();
+    assert!(logits.is_sorted_by(|a, b| a >= b));
+    items.sort_unstable();
+    assert_eq!(items, ["1", "2", "5"]);
+    // No history, no candidates: the best of all items.
+    let output = score(&["--history", "", "--top", "4"]);
+    assert_eq!(stdout(&output).lines().count(), 1 + 4, "{}", stderr(&output));
+
+    for (args, expected, message) in [
+        (["--history", "3:1,nosuch:1"], 3, "unknown item `nosuch` in --history"),
+        (["--history", "3"], 2, "`3` is not ITEM:1"),
+        (["--history", "3:2"], 2, "`3:2` is not ITEM:1"),
+    ] {
+        let output = score(&args);
+        assert_eq!(code(&output), expected);
+        assert!(stderr(&output).contains(message), "{}", stderr(&output));
+    }
+    let output = score(&["--history", "3:1", "--candidates", "1,zzz"]);
+    assert!(stderr(&output).contains("unknown item `zzz` in --candidates"));
+}
+
+#[test]
+fn divergence_exits_with_5() {
+    let dir = folder();
+    let args = ["--data", "x.dfar", "--out", "run", "--lr", "1e30", "--max-grad-norm", "0"];
+    let output = dfar_train(dir.path(), &[&args, &SMALL[..]].concat());
+    assert_eq!(code(&output), 5, "{}", stderr(&output));
+    assert!(stderr(&output).contains("at step "), "{}", stderr(&output));
+    Checkpoint::load(&dir.path().join("run/checkpoint.safetensors")).unwrap();
+}
+
+#[test]
+fn only_the_length_of_a_resumed_run_may_change() {
+    let dir = folder();
+    trained(dir.path(), "run", &[]);
+    let output = dfar_train(dir.path(), &["--resume", "run", "--lr", "0.1"]);
+    assert_eq!(code(&output), 2);
+    assert!(stderr(&output).contains("--lr cannot change"), "{}", stderr(&output));
+    let output = dfar_train(dir.path(), &["--resume", "run", "--epochs", "3"]);
+    assert_eq!(code(&output), 0, "{}", stderr(&output));
+    let longer = dir.path().join("run/model.safetensors");
+    let args = ["--data", "x.dfar", "--out", "three", "--epochs", "3"];
+    let output = dfar_train(dir.path(), &[&args, &SMALL[..6]].concat());
+    assert_eq!(code(&output), 0, "{}", stderr(&output));
+    assert!(bytes(longer) == bytes(dir.path().join("three/model.safetensors")));
+}
+
+/// Waits until the run in `dir` has a line with `text` in its log.
+fn wait_for(dir: &Path, text: &str) {
+    let start = Instant::now();
+    while !std::fs::read_to_string(dir.join("log.jsonl")).is_ok_and(|log| log.contains(text)) {
+        assert!(start.elapsed() < Duration::from_secs(120), "no {text} in the log");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+const ENDLESS: [&str; 6] = ["--data", "x.dfar", "--out", "run", "--patience", "0"];
+
+#[cfg(unix)]
+#[test]
+fn an_interrupt_saves_and_says_how_to_go_on() {
+    let dir = folder();
+    let args = [&ENDLESS[..], &SMALL[..6], &["--epochs", "100000"]].concat();
+    let child = command(dir.path(), &args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    wait_for(&dir.path().join("run"), "\"epoch\":2");
+    let killed = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(killed.success());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(code(&output), 130, "{}", stderr(&output));
+    assert!(stderr(&output).contains("dfar-train --resume run"), "{}", stderr(&output));
+    let checkpoint = Checkpoint::load(&dir.path().join("run/checkpoint.safetensors")).unwrap();
+    let epochs = (checkpoint.info.state.epoch + 1).to_string();
+    let output = dfar_train(dir.path(), &["--resume", "run", "--epochs", &epochs]);
+    assert_eq!(code(&output), 0, "{}", stderr(&output));
+}
+
+/// Killed without warning while it writes a checkpoint after every step, five times over.
+#[cfg(unix)]
+#[test]
+fn a_killed_run_can_be_loaded_and_ends_the_same() {
+    let dir = folder();
+    trained(dir.path(), "whole", &["--patience", "0"]);
+    let args = [&ENDLESS[..], &SMALL[..], &["--checkpoint-seconds", "0"]].concat();
+    let run = dir.path().join("run");
+    let mut resume: Vec<&str> = Vec::new();
+    for round in 0..5u64 {
+        let args = if resume.is_empty() { &args } else { &resume };
+        let mut child = command(dir.path(), args).stderr(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+        let start = Instant::now();
+        while !run.join("checkpoint.safetensors").exists() && start.elapsed() < Duration::from_secs(60) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        std::thread::sleep(Duration::from_millis(3 + 11 * round));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        Checkpoint::load(&run.join("checkpoint.safetensors")).unwrap();
+        resume = vec!["--resume", "run"];
+    }
+    let output = dfar_train(dir.path(), &["--resume", "run"]);
+    assert_eq!(code(&output), 0, "{}", stderr(&output));
+    assert!(bytes(run.join("model.safetensors")) == bytes(dir.path().join("whole/model.safetensors")));
+}

@@ -1,0 +1,206 @@
+//! A run that is stopped, however it is stopped, and continued ends where the uninterrupted run ends: bit for bit.
+
+use dfar::batch::Batch;
+use dfar::data::Dataset;
+use dfar::data::synthetic::{self, SyntheticOptions};
+use dfar::device::cpu::Cpu;
+use dfar::history::without_sharing;
+use dfar::model::{Initialization, Model};
+use dfar::report;
+use dfar::train::checkpoint::{Checkpoint, ModelFile};
+use dfar::train::draw::Drawer;
+use dfar::train::run::Run;
+use dfar::train::{Config, Event, Fit, Outcome, TrainError};
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::sync::Arc;
+
+fn data() -> Dataset {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("x.dfar");
+    let options =
+        SyntheticOptions { users: 40, items: 40, events_per_user: 15.0, ..SyntheticOptions::default() };
+    synthetic::write(&options, &path).unwrap();
+    Dataset::from_bytes(&std::fs::read(&path).unwrap(), "x.dfar").unwrap()
+}
+
+fn config() -> Config {
+    Config { epochs: 3, width: 8, max_length: 10, batch_tokens: 150, ..Config::default() }
+}
+
+/// Trains in `dir`, stopping after `stop` steps (of this session) if given.
+fn session(dir: &Path, data: &Dataset, resume: bool, stop: Option<u64>) -> Result<Outcome, TrainError> {
+    let device = Arc::new(Cpu::new());
+    let run = if resume { Run::resume(dir)? } else { Run::create(dir)? };
+    let mut fit = match resume {
+        false => Fit::start(device.clone(), data, config(), &run)?,
+        true => {
+            let checkpoint = Checkpoint::load(&run.checkpoint())?;
+            let config = checkpoint.info.config.clone();
+            Fit::resume(device.clone(), data, config, &run, checkpoint)?
+        }
+    };
+    let mut taken = 0;
+    let outcome = fit.run(&mut |event| {
+        taken += u64::from(matches!(event, Event::Step { .. }));
+        // Also while scoring: an interrupt may come at any time.
+        if stop.is_some_and(|stop| taken >= stop) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    })?;
+    if outcome == Outcome::Finished {
+        let (config, state) = (config(), (fit.state(), fit.data_info()));
+        report::finish(device, data, &config, &run, state, &mut |_| ControlFlow::Continue(()))?;
+    }
+    Ok(outcome)
+}
+
+fn model_bytes(dir: &Path) -> Vec<u8> {
+    std::fs::read(dir.join("model.safetensors")).unwrap()
+}
+
+#[test]
+fn interrupted_and_resumed_is_uninterrupted() {
+    let data = data();
+    let dir = tempfile::tempdir().unwrap();
+    let whole = dir.path().join("whole");
+    assert_eq!(session(&whole, &data, false, None).unwrap(), Outcome::Finished);
+    let expected = Checkpoint::load(&whole.join("checkpoint.safetensors")).unwrap();
+    let batches = expected.info.state.history[0].size.batches as u64;
+    assert!(batches >= 3, "the test should stop inside an epoch");
+
+    // Inside an epoch, at its last batch (so that validation is what is interrupted), and again and again.
+    for stops in [vec![2], vec![batches], vec![1, 1, batches - 1, 3]] {
+        let parts = dir.path().join(format!("{stops:?}"));
+        for (i, stop) in stops.iter().enumerate() {
+            assert_eq!(session(&parts, &data, i > 0, Some(*stop)).unwrap(), Outcome::Interrupted);
+        }
+        assert_eq!(session(&parts, &data, true, None).unwrap(), Outcome::Finished);
+        assert!(model_bytes(&parts) == model_bytes(&whole), "stopped after {stops:?} steps");
+        let found = Checkpoint::load(&parts.join("checkpoint.safetensors")).unwrap();
+        assert_eq!(found.parameters, expected.parameters);
+        assert_eq!(found.moments, expected.moments);
+        let loss = |c: &Checkpoint| c.info.state.history.iter().map(|e| e.loss).collect::<Vec<_>>();
+        assert_eq!(loss(&found), loss(&expected));
+    }
+}
+
+#[test]
+fn the_log_has_every_step_once_after_a_resume() {
+    let data = data();
+    let dir = tempfile::tempdir().unwrap();
+    session(dir.path(), &data, false, Some(2)).unwrap();
+    // A line after the checkpoint, as a killed process leaves it.
+    let log = dir.path().join("log.jsonl");
+    let text = std::fs::read_to_string(&log).unwrap();
+    std::fs::write(&log, format!("{text}{{\"event\":\"step\",\"step\":999}}\n{{\"cut")).unwrap();
+    session(dir.path(), &data, true, None).unwrap();
+    let lines: Vec<serde_json::Value> = std::fs::read_to_string(&log)
+        .unwrap()
+        .lines()
+        .map(|line| serde_json::from_str(line).expect("every line is JSON"))
+        .collect();
+    assert!(lines.iter().all(|line| line["step"] != 999));
+    let epochs: Vec<_> = lines.iter().filter(|l| l["event"] == "epoch").map(|l| l["epoch"].clone()).collect();
+    assert_eq!(epochs, [1, 2, 3]);
+}
+
+#[test]
+fn the_number_of_threads_changes_nothing() {
+    let data = data();
+    let dir = tempfile::tempdir().unwrap();
+    let bytes = [1, 3].map(|threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let dir = dir.path().join(threads.to_string());
+        pool.install(|| session(&dir, &data, false, None)).unwrap();
+        model_bytes(&dir)
+    });
+    assert!(bytes[0] == bytes[1]);
+}
+
+#[test]
+fn another_data_set_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    session(dir.path(), &data(), false, Some(1)).unwrap();
+    let path = dir.path().join("other.dfar");
+    let options = SyntheticOptions { users: 41, items: 40, ..SyntheticOptions::default() };
+    synthetic::write(&options, &path).unwrap();
+    let error = session(dir.path(), &Dataset::open(&path).unwrap(), true, None).unwrap_err();
+    assert!(matches!(error, TrainError::OtherData { .. }), "{error}");
+    assert_eq!(error.exit_code(), 3);
+}
+
+#[test]
+fn a_run_is_used_by_one_process_and_never_overwritten() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = data();
+    session(dir.path(), &data, false, Some(1)).unwrap();
+    let error = session(dir.path(), &data, false, None).unwrap_err();
+    assert!(error.to_string().contains("--resume"), "{error}");
+    let held = Run::resume(dir.path()).unwrap();
+    assert!(session(dir.path(), &data, true, None).unwrap_err().to_string().contains("in use"));
+    drop(held);
+    session(dir.path(), &data, true, None).unwrap();
+}
+
+#[test]
+fn a_model_file_serves_alone() {
+    let data = data();
+    let dir = tempfile::tempdir().unwrap();
+    session(dir.path(), &data, false, None).unwrap();
+    let file = ModelFile::load(&dir.path().join("model.safetensors")).unwrap();
+    let names: Vec<&str> = (0..data.items() as u32).map(|item| data.item_name(item)).collect();
+    assert_eq!(file.items, names);
+    let report: report::RunReport =
+        serde_json::from_slice(&std::fs::read(dir.path().join("metrics.json")).unwrap()).unwrap();
+    assert_eq!(report.best_epoch, file.info.epoch);
+    // The report is of the model in the file, not of the last step's.
+    let valid = report.evaluation.valid.unwrap().liked.auc;
+    assert_eq!(Some(valid), file.info.valid_auc);
+}
+
+#[test]
+fn divergence_names_its_place_and_keeps_the_checkpoint() {
+    let data = data();
+    let dir = tempfile::tempdir().unwrap();
+    let run = Run::create(dir.path()).unwrap();
+    let config = Config { lr: 1e30, max_grad_norm: 0.0, ..config() };
+    let mut fit = Fit::start(Arc::new(Cpu::new()), &data, config, &run).unwrap();
+    let error = fit.run(&mut |_| ControlFlow::Continue(())).unwrap_err();
+    assert_eq!(error.exit_code(), 5);
+    match &error {
+        TrainError::NonFinite { epoch: 1, batch, step, tensor } => {
+            assert!(*batch >= 1 && *step == *batch as u64 && !tensor.is_empty(), "{error}");
+        }
+        other => panic!("{other}"),
+    }
+    let kept = Checkpoint::load(&run.checkpoint()).unwrap();
+    assert!(kept.parameters.iter().all(|t| t.values.iter().all(|v| v.is_finite())));
+}
+
+/// Drawn batches, windows and all, by the long way: the same loss and the same gradients. (Groups of equal size:
+/// the disentangling loss is a mean over histories, which the long way has one of a row.)
+#[test]
+fn drawn_batches_cost_and_teach_the_same_without_sharing() {
+    let data = data();
+    let config = config();
+    let drawer = Drawer::new(&data, config.draw());
+    let plan = drawer.plan(0);
+    let device = Arc::new(Cpu::new());
+    let model = Model::initialized(device, config.model(data.items()), 5, Initialization::Scaled).unwrap();
+    for batch in 0..plan.size.batches {
+        let histories = drawer.draw(&plan, 0, batch);
+        let run = |histories: &[_]| {
+            let batch = Batch::pack(histories).unwrap();
+            model.gradients(&batch, &config.loss()).unwrap()
+        };
+        let (loss, gradients) = run(&histories);
+        let (long_loss, long_gradients) = run(&without_sharing(&histories));
+        assert!((loss.loss - long_loss.loss).abs() < 1e-5 * loss.loss.abs(), "{loss:?}\n{long_loss:?}");
+        for (a, b) in gradients.iter().zip(&long_gradients) {
+            assert_eq!((&a.name, &a.shape), (&b.name, &b.shape));
+            let norm = |v: &[f32]| v.iter().map(|x| f64::from(x * x)).sum::<f64>().sqrt();
+            let difference: Vec<f32> = a.values.iter().zip(&b.values).map(|(x, y)| x - y).collect();
+            let bound = 1e-4 * norm(&a.values) + 1e-7;
+            assert!(norm(&difference) < bound, "{}: {} > {bound}", a.name, norm(&difference));
+        }
+    }
+}

@@ -248,7 +248,8 @@ fn a_killed_run_can_be_loaded_and_ends_the_same() {
     let mut resume: Vec<&str> = Vec::new();
     for round in 0..5u64 {
         let args = if resume.is_empty() { &args } else { &resume };
-        let mut child = command(dir.path(), args).stderr(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+        let mut child =
+            command(dir.path(), args).stderr(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
         let start = Instant::now();
         while !run.join("checkpoint.safetensors").exists() && start.elapsed() < Duration::from_secs(60) {
             std::thread::sleep(Duration::from_millis(1));

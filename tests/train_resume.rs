@@ -44,7 +44,11 @@ fn session(dir: &Path, data: &Dataset, resume: bool, stop: Option<u64>) -> Resul
     let outcome = fit.run(&mut |event| {
         taken += u64::from(matches!(event, Event::Step { .. }));
         // Also while scoring: an interrupt may come at any time.
-        if stop.is_some_and(|stop| taken >= stop) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        if stop.is_some_and(|stop| taken >= stop) {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
     })?;
     if outcome == Outcome::Finished {
         let (config, state) = (config(), (fit.state(), fit.data_info()));

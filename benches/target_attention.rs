@@ -2,8 +2,8 @@
 //!
 //! `cargo bench --bench target_attention`. The rate is of (history token, candidate) scores. Arithmetic per score
 //! at `D = 32`, hidden `(80, 40)`, fused: forward `2 (32*80 + 80*40 + 40)` = 11.6 kFLOP; backward, which computes
-//! the activations again, `2 (3*32*80 + 3*80*40 + 3*40)` = 34.8 kFLOP. `peak` is the rate of this core's
-//! multiply-add units in FLOP, to compare with.
+//! the activations again, `2 (3*32*80 + 3*80*40 + 2*40)` = 34.7 kFLOP; what is shared by candidates or by tokens is
+//! not counted. `peak` is the rate of this core's multiply-add units in FLOP, to compare with.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use dfar::device::cpu::simd::{Kernel, Simd, dispatch};

@@ -126,8 +126,8 @@ impl FhaOptions {
         let (tokens, shape) = (last as usize, "[N, H, d]");
         let width = heads.saturating_mul(head_dim);
         let lengths = [inputs.q.len(), inputs.k.len(), inputs.v.len()];
-        if lengths.iter().all(|&l| l == lengths[0]) && lengths[0] % width == 0 && lengths[0] / width != tokens
-        {
+        let agree = lengths.iter().all(|&length| length == lengths[0]);
+        if agree && lengths[0].is_multiple_of(width) && lengths[0] / width != tokens {
             return Err(AttentionError::LastSequence { end: last, tokens: lengths[0] / width });
         }
         for (name, found) in ["q", "k", "v"].into_iter().zip(lengths) {

@@ -17,9 +17,14 @@
 //! | `forward`, `backward` | a row tile through all its keys |
 //!
 //! Work is split in two by tokens until a piece is small: at sequence boundaries, and inside sequences longer
-//! than [`CHUNK`]. Every piece writes its own rows of the outputs, and where the splits fall depends only on
+//! than `CHUNK`. Every piece writes its own rows of the outputs, and where the splits fall depends only on
 //! `cu_seqlens`, so the number of threads never shows in a result. The packed keys of one sequence, `O(T)`, are
 //! the largest thing in memory; each thread keeps its scratch for the next call.
+
+#![allow(
+    clippy::needless_range_loop,
+    reason = "registers are indexed by row and vector, several arrays at once"
+)]
 
 mod backward;
 mod forward;

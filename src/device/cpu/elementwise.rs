@@ -2,6 +2,43 @@
 
 use super::simd::{Kernel, Simd, dispatch};
 
+/// Runs a block for every few vectors of columns of rows of `$width` values, a multiple of 16: `$columns` becomes the
+/// constant number of vectors and `$first` the first column. What belongs to a column (a factor, a running sum) can
+/// then stay in registers over all rows, in independent chains that hide the latency of addition. A macro, so that
+/// the block is inlined and compiled with the instructions of `$simd`.
+macro_rules! for_columns {
+    ($simd:ident, $width:expr, |$columns:ident, $first:ident| $block:block) => {{
+        let vectors = $width / $simd::LANES;
+        let mut vector = 0;
+        while vector < vectors {
+            match vectors - vector {
+                5.. => for_columns!(@run 5, $simd, vector, $columns, $first, $block),
+                3.. => for_columns!(@run 3, $simd, vector, $columns, $first, $block),
+                2 => for_columns!(@run 2, $simd, vector, $columns, $first, $block),
+                _ => for_columns!(@run 1, $simd, vector, $columns, $first, $block),
+            }
+        }
+    }};
+    (@run $count:literal, $simd:ident, $vector:ident, $columns:ident, $first:ident, $block:block) => {{
+        const $columns: usize = $count;
+        let $first = $vector * $simd::LANES;
+        #[allow(clippy::needless_range_loop)]
+        $block
+        $vector += $columns;
+    }};
+}
+pub(super) use for_columns;
+
+/// The vectors of `x` from column `first` on.
+#[inline(always)]
+pub fn load_columns<S: Simd, const C: usize>(s: S, x: &[f32], first: usize) -> [S::V; C] {
+    let mut vectors = [s.zero(); C];
+    for (c, vector) in vectors.iter_mut().enumerate() {
+        *vector = s.load(&x[first + c * S::LANES..]);
+    }
+    vectors
+}
+
 /// `sums[j] += sum over rows of values[row, j]` for rows of `sums.len()` values, a multiple of 16.
 pub fn add_column_sums(values: &[f32], sums: &mut [f32]) {
     struct ColumnSums<'a>(&'a [f32], &'a mut [f32]);
@@ -11,29 +48,18 @@ pub fn add_column_sums(values: &[f32], sums: &mut [f32]) {
         fn run<S: Simd>(self, s: S) {
             let Self(values, sums) = self;
             let width = sums.len();
-            // Several columns of vectors at a time, to hide the latency of addition.
-            let mut j = 0;
-            while j + 4 * S::LANES <= width {
-                columns::<S, 4>(s, values, sums, j);
-                j += 4 * S::LANES;
-            }
-            while j < width {
-                columns::<S, 1>(s, values, sums, j);
-                j += S::LANES;
-            }
-        }
-    }
-    #[inline(always)]
-    fn columns<S: Simd, const C: usize>(s: S, values: &[f32], sums: &mut [f32], j: usize) {
-        let mut total = [s.zero(); C];
-        for row in values.chunks_exact(sums.len()) {
-            for (c, total) in total.iter_mut().enumerate() {
-                *total = s.add(*total, s.load(&row[j + c * S::LANES..]));
-            }
-        }
-        for (c, total) in total.into_iter().enumerate() {
-            let out = &mut sums[j + c * S::LANES..];
-            s.store(s.add(s.load(out), total), out);
+            for_columns!(S, width, |C, j| {
+                let mut total = load_columns::<S, C>(s, sums, j);
+                for row in values.chunks_exact(width) {
+                    let row = &row[j..j + C * S::LANES];
+                    for c in 0..C {
+                        total[c] = s.add(total[c], s.load(&row[c * S::LANES..]));
+                    }
+                }
+                for c in 0..C {
+                    s.store(total[c], &mut sums[j + c * S::LANES..]);
+                }
+            });
         }
     }
     assert!(sums.len().is_multiple_of(super::scratch::LINE));

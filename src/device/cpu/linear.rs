@@ -6,6 +6,7 @@
 use super::elementwise::{add_assign, add_column_sums, pad_rows, relu_backward, transpose};
 use super::product::{Finish, Left, product};
 use super::scratch::{carve, carved_len, padded, with_scratch};
+use super::simd::{Kernel, Simd, dispatch};
 use crate::device::{Activation, Store};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -13,9 +14,9 @@ use std::ops::Range;
 /// Rows multiplied at a time: activations of this many rows stay in the first two cache levels.
 const BLOCK: usize = 64;
 
-/// Rows of a chunk: enough to pay for a partial gradient, and never more than 128 chunks.
+/// Rows of a chunk: enough to pay for a partial gradient, and never more than 64 chunks.
 fn chunk_rows(rows: usize) -> usize {
-    rows.div_ceil(128).max(256)
+    rows.div_ceil(64).max(512)
 }
 
 /// [`crate::device::Device::linear`] on slices.
@@ -45,6 +46,14 @@ pub fn forward(
         };
         let chunks = x.par_chunks(rows * inputs).zip(y.par_chunks_mut(rows * outputs));
         chunks.for_each(|(x, y)| {
+            if outputs == 1 && store == Store::Overwrite {
+                dot_rows(x, w, bias.map_or(0.0, |bias| bias[0]), y);
+                if activation == Activation::Relu {
+                    // Unlike f32::max, keeps a NaN.
+                    y.iter_mut().filter(|y| **y < 0.0).for_each(|y| *y = 0.0);
+                }
+                return;
+            }
             for (x, y) in x.chunks(BLOCK * inputs).zip(y.chunks_mut(BLOCK * outputs)) {
                 let shape = [y.len() / outputs, outputs, inputs];
                 let x = Left::rows(x, inputs);
@@ -74,7 +83,8 @@ pub fn backward(
     assert_eq!(w.len(), inputs * outputs, "w is not [inputs, outputs]");
     assert_eq!(y.len(), dy.len(), "y and dy differ in length");
     let rows = chunk_rows(dy.len() / outputs);
-    let partials = Partials::new(dy.len().div_ceil(rows * outputs), inputs, outputs);
+    let chunks = dy.len().div_ceil(rows * outputs);
+    let partials = Partials { chunks, inputs, outputs, swapped: outputs == 1 };
     let wide_inputs = padded(inputs);
     let (mut dx, dx_store) = dx.map_or((None, Store::Overwrite), |(dx, store)| (Some(dx), store));
     if let Some(dx) = &dx {
@@ -93,11 +103,12 @@ pub fn backward(
             })
             .collect();
         chunks.into_par_iter().for_each(|(partial, x, y, dy, mut dx)| {
-            if activation == Activation::Relu {
-                relu_backward(y, dy);
-            }
             partial.fill(0.0);
-            for (x, dy) in x.chunks(BLOCK * inputs).zip(dy.chunks(BLOCK * outputs)) {
+            let blocks = y.chunks(BLOCK * outputs).zip(dy.chunks_mut(BLOCK * outputs));
+            for (x, (y, dy)) in x.chunks(BLOCK * inputs).zip(blocks) {
+                if activation == Activation::Relu {
+                    relu_backward(y, dy);
+                }
                 partials.add(x, dy, partial);
                 if let Some(dx) = &mut dx {
                     let dx = dx.split_off_mut(..x.len()).expect("dx is as long as x");
@@ -172,7 +183,8 @@ pub fn label_backward(
     assert_eq!(dx.len(), x.len(), "dx and x differ in length");
     let rows = chunk_rows(dy.len() / outputs);
     let (wide, wide_inputs) = (padded(outputs), padded(inputs));
-    let partials = Partials::new(dy.len().div_ceil(rows * outputs), 2 * inputs, outputs);
+    let chunks = dy.len().div_ceil(rows * outputs);
+    let partials = Partials { chunks, inputs: 2 * inputs, outputs, swapped: false };
     with_scratch(partials.len() + 2 * outputs * wide_inputs, |memory| {
         let (partial, transposed) = memory.split_at_mut(partials.len());
         for (w, transposed) in
@@ -215,20 +227,26 @@ pub fn label_backward(
 }
 
 /// Partial gradients of a `[inputs, outputs]` weight and its bias, one a chunk: padded rows, the bias last.
+///
+/// A single output would leave most of every vector empty; `swapped` then takes the weight as `[outputs, inputs]`,
+/// which is the same in memory.
 struct Partials {
     chunks: usize,
     inputs: usize,
     outputs: usize,
+    swapped: bool,
 }
 
 impl Partials {
-    fn new(chunks: usize, inputs: usize, outputs: usize) -> Self {
-        Self { chunks, inputs, outputs }
+    /// Rows and columns of the weight's gradient.
+    fn shape(&self) -> (usize, usize) {
+        if self.swapped { (1, self.inputs) } else { (self.inputs, self.outputs) }
     }
 
     /// Values of one chunk.
     fn each(&self) -> usize {
-        (self.inputs + 1) * padded(self.outputs)
+        let (rows, columns) = self.shape();
+        (rows + 1) * padded(columns)
     }
 
     /// Values of all chunks.
@@ -238,42 +256,69 @@ impl Partials {
 
     /// Adds `x^T dy` and the column sums of `dy` for one block of rows.
     fn add(&self, x: &[f32], dy: &[f32], partial: &mut [f32]) {
-        let (outputs, wide) = (self.outputs, padded(self.outputs));
-        if outputs < wide {
-            let rows = dy.len() / outputs;
-            with_scratch(rows * wide, |dy_rows| {
-                pad_rows(dy, outputs, wide, dy_rows);
-                self.add_padded(x, dy_rows, partial);
+        let ((rows, columns), n) = (self.shape(), dy.len() / self.outputs);
+        let wide = padded(columns);
+        let (left, right) = if self.swapped { (dy, x) } else { (x, dy) };
+        let (dw, dbias) = partial.split_at_mut(rows * wide);
+        let mut add = |right: &[f32]| {
+            product([rows, columns, n], Left::transposed(left, rows), (right, wide), (dw, wide), Finish::Add);
+            if self.swapped {
+                dbias[0] += dy.iter().sum::<f32>();
+            } else {
+                add_column_sums(right, dbias);
+            }
+        };
+        if columns < wide {
+            with_scratch(n * wide, |right_wide| {
+                pad_rows(right, columns, wide, right_wide);
+                add(right_wide);
             });
         } else {
-            self.add_padded(x, dy, partial);
+            add(right);
         }
-    }
-
-    fn add_padded(&self, x: &[f32], dy: &[f32], partial: &mut [f32]) {
-        let wide = padded(self.outputs);
-        let (dw, dbias) = partial.split_at_mut(self.inputs * wide);
-        let shape = [self.inputs, self.outputs, dy.len() / wide];
-        product(shape, Left::transposed(x, self.inputs), (dy, wide), (dw, wide), Finish::Add);
-        add_column_sums(dy, dbias);
     }
 
     /// Writes the sums over the chunks, in their order.
     fn reduce(&self, partial: &[f32], dw: &mut [f32], dbias: Option<&mut [f32]>) {
-        let (outputs, wide) = (self.outputs, padded(self.outputs));
-        assert_eq!(dw.len(), self.inputs * outputs, "dw is not [inputs, outputs]");
+        let (rows, columns) = self.shape();
+        let wide = padded(columns);
+        assert_eq!(dw.len(), self.inputs * self.outputs, "dw is not [inputs, outputs]");
         let row_sum = |row: usize, out: &mut [f32]| {
             out.fill(0.0);
             for chunk in partial.chunks_exact(self.each()) {
-                add_assign(&chunk[row * wide..row * wide + outputs], out);
+                add_assign(&chunk[row * wide..][..out.len()], out);
             }
         };
-        dw.par_chunks_mut(outputs).with_min_len(16).enumerate().for_each(|(row, dw)| row_sum(row, dw));
+        dw.par_chunks_mut(columns).with_min_len(16).enumerate().for_each(|(row, dw)| row_sum(row, dw));
         if let Some(dbias) = dbias {
-            assert_eq!(dbias.len(), outputs, "dbias is not [outputs]");
-            row_sum(self.inputs, dbias);
+            assert_eq!(dbias.len(), self.outputs, "dbias is not [outputs]");
+            row_sum(rows, dbias);
         }
     }
+}
+
+/// `y = x w + bias` for a single output.
+fn dot_rows(x: &[f32], w: &[f32], bias: f32, y: &mut [f32]) {
+    struct DotRows<'a>(&'a [f32], &'a [f32], f32, &'a mut [f32]);
+    impl Kernel for DotRows<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) {
+            let Self(x, w, bias, y) = self;
+            for (x, y) in x.chunks_exact(w.len()).zip(y) {
+                let (mut sum, mut rest) = (s.zero(), bias);
+                let (x, w) = (x.chunks_exact(S::LANES), w.chunks_exact(S::LANES));
+                for (x, w) in x.remainder().iter().zip(w.remainder()) {
+                    rest += x * w;
+                }
+                for (x, w) in x.zip(w) {
+                    sum = s.mul_add(s.load(x), s.load(w), sum);
+                }
+                *y = s.sum(sum) + rest;
+            }
+        }
+    }
+    dispatch(DotRows(x, w, bias, y));
 }
 
 /// `y = finish(left right)` where the rows of `right` are padded and those of `y` are not.

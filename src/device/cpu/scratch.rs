@@ -56,7 +56,7 @@ mod tests {
             let mut rest = &mut memory[..];
             let parts = carve(&mut rest, [3, 17, 0]);
             assert_eq!(parts.each_ref().map(|p| p.len()), [3, 17, 0]);
-            assert!(parts.iter().all(|p| p.as_ptr() as usize % 64 == 0));
+            assert!(parts.iter().all(|p| (p.as_ptr() as usize).is_multiple_of(64)));
             assert!(rest.is_empty());
             parts[0].as_ptr() as usize
         });

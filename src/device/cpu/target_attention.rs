@@ -22,7 +22,7 @@ pub mod unfused;
 
 pub use backward::backward;
 
-use super::elementwise::{add_assign, exp_sum, pad_rows};
+use super::elementwise::{add_assign, exp_sum, for_columns, load_columns, pad_rows};
 use super::product::{Finish, Left, product};
 use super::scratch::{carve, carved_len, padded, with_scratch};
 use super::simd::{Kernel, Simd, dispatch};
@@ -254,18 +254,24 @@ impl Kernel for Inputs<'_> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        for (a, x) in self.a.chunks_exact(self.r.len()).zip(self.x.chunks_exact_mut(self.r.len())) {
-            let vectors = a.chunks_exact(S::LANES).zip(self.r.chunks_exact(S::LANES));
-            for ((a, r), x) in vectors.zip(x.chunks_exact_mut(S::LANES)) {
-                s.store(s.mul(s.load(a), s.load(r)), x);
+        for_columns!(S, self.r.len(), |C, j| {
+            let r = load_columns::<S, C>(s, self.r, j);
+            for (a, x) in self.a.chunks_exact(self.r.len()).zip(self.x.chunks_exact_mut(self.r.len())) {
+                let (a, x) = (&a[j..j + C * S::LANES], &mut x[j..j + C * S::LANES]);
+                for c in 0..C {
+                    s.store(s.mul(s.load(&a[c * S::LANES..]), r[c]), &mut x[c * S::LANES..]);
+                }
             }
-        }
-        for (z, h0) in self.z.chunks_exact(self.c.len()).zip(self.h0.chunks_exact_mut(self.c.len())) {
-            let vectors = z.chunks_exact(S::LANES).zip(self.c.chunks_exact(S::LANES));
-            for ((z, c), h0) in vectors.zip(h0.chunks_exact_mut(S::LANES)) {
-                s.store(s.add(s.load(z), s.load(c)), h0);
+        });
+        for_columns!(S, self.c.len(), |C, j| {
+            let constant = load_columns::<S, C>(s, self.c, j);
+            for (z, h0) in self.z.chunks_exact(self.c.len()).zip(self.h0.chunks_exact_mut(self.c.len())) {
+                let (z, h0) = (&z[j..j + C * S::LANES], &mut h0[j..j + C * S::LANES]);
+                for c in 0..C {
+                    s.store(s.add(s.load(&z[c * S::LANES..]), constant[c]), &mut h0[c * S::LANES..]);
+                }
             }
-        }
+        });
     }
 }
 

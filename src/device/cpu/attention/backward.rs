@@ -12,7 +12,7 @@
 //! and sum are computed again ([`Normalizers`]).
 
 use super::forward::{KeyPanels, Queries, Softmax, interleave_row, stretches};
-use super::pack::{Buffer, Piece, QueryOrder, Row, STRETCH, Scratch, Tile, cut};
+use super::pack::{Buffer, Piece, QueryOrder, Row, STRIDE, Scratch, Tile, cut};
 use super::product::{accumulate_panel, accumulate_rows, dots, exact_score, score};
 use super::{Group, Saved, Sequence, Shape};
 use crate::device::cpu::simd::{Kernel, Simd};
@@ -145,7 +145,7 @@ impl Context<'_> {
         let Tile { q, raw_q, d_o, o, scores, gradients, sums, pieces } = &mut *self.tile;
         cut(shape, group, rows[R - 1].visible, pieces);
         let queries = Queries::<R>::take(s, &self.sequence, rows, self.k_panels.largest, q, raw_q);
-        let [scores, gradients] = [scores, gradients].map(|x| x.take(R * STRETCH));
+        let [scores, gradients] = [scores, gradients].map(|x| x.take(R * STRIDE));
         let first = self.first * shape.query_slots;
         let normalizers =
             self.normalizers.take(s, &self.k_panels, &queries, pieces, self.saved.lse, shape, first, scores);
@@ -177,15 +177,15 @@ impl Context<'_> {
             if let Some([dk, dv]) = &mut self.d_panels {
                 let [dk, dv] = [dk, dv].map(|x| &mut x[head..][..(d - 1) * slots + len]);
                 if piece.kept {
-                    accumulate_panel::<S, R>(s, scores, STRETCH, d_o, dv, slots, len);
+                    accumulate_panel::<S, R>(s, scores, STRIDE, d_o, dv, slots, len);
                 }
-                accumulate_panel::<S, R>(s, gradients, STRETCH, queries.scaled, dk, slots, len);
+                accumulate_panel::<S, R>(s, gradients, STRIDE, queries.scaled, dk, slots, len);
             }
             if let Some(k_rows) = self.k_rows {
                 let from = (piece.key_head * slots + piece.slot(keys)) * self.padded;
                 let k_rows = &k_rows[from..][..piece.len * self.padded];
                 let all = 0..piece.len;
-                accumulate_rows::<S, R>(s, gradients, STRETCH, k_rows, self.padded, all, sums, self.padded);
+                accumulate_rows::<S, R>(s, gradients, STRIDE, k_rows, self.padded, all, sums, self.padded);
             }
         }
         if let Some(dq) = &mut self.dq {
@@ -239,7 +239,7 @@ impl Normalizers<'_> {
     }
 }
 
-/// `p` of a piece into `out[r * STRETCH ..]`, 0 where a row does not see the key.
+/// `p` of a piece into `out[r * STRIDE ..]`, 0 where a row does not see the key.
 #[inline(always)]
 fn probabilities<S: Simd, const R: usize>(
     s: S,
@@ -252,7 +252,7 @@ fn probabilities<S: Simd, const R: usize>(
     let (len, stride, panel) = (piece.padded(), panels.keys.slots, panels.piece(piece));
     let q = queries.scaled;
     let d = q.len() / R;
-    assert!(out.len() >= (R - 1) * STRETCH + len);
+    assert!(out.len() >= (R - 1) * STRIDE + len);
     let shared = piece.visible(&queries.rows[0]);
     let visible = queries.rows.map(|row| piece.visible(&row));
     let mut j = 0;
@@ -283,7 +283,7 @@ fn probabilities<S: Simd, const R: usize>(
 }
 
 /// # Safety
-/// `out` must be valid for writing `C` vectors at each of `R` strides of [`STRETCH`].
+/// `out` must be valid for writing `C` vectors at each of `R` strides of [`STRIDE`].
 #[inline(always)]
 unsafe fn exponentials<S: Simd, const R: usize, const C: usize>(
     s: S,
@@ -301,7 +301,7 @@ unsafe fn exponentials<S: Simd, const R: usize, const C: usize>(
                 p = s.first(visible[r].saturating_sub(j + c * S::LANES), p, s.zero());
             }
             // SAFETY: the caller's promise.
-            unsafe { s.store_ptr(p, out.add(r * STRETCH + c * S::LANES)) };
+            unsafe { s.store_ptr(p, out.add(r * STRIDE + c * S::LANES)) };
         }
     }
 }
@@ -322,7 +322,7 @@ unsafe fn score_gradients<S: Simd, const R: usize>(
     p: &[f32],
     out: &mut [f32],
 ) {
-    assert!(p.len() >= (R - 1) * STRETCH + len && out.len() >= (R - 1) * STRETCH + len);
+    assert!(p.len() >= (R - 1) * STRIDE + len && out.len() >= (R - 1) * STRIDE + len);
     let mut j = 0;
     while j < len {
         // SAFETY: `panel` by the caller's promise; `p` and `out` hold the vectors at j < len of every row.
@@ -342,7 +342,7 @@ unsafe fn score_gradients<S: Simd, const R: usize>(
 }
 
 /// # Safety
-/// `p` and `out` must be valid for `C` vectors at each of `R` strides of [`STRETCH`].
+/// `p` and `out` must be valid for `C` vectors at each of `R` strides of [`STRIDE`].
 #[inline(always)]
 unsafe fn times_probability<S: Simd, const R: usize, const C: usize>(
     s: S,
@@ -353,7 +353,7 @@ unsafe fn times_probability<S: Simd, const R: usize, const C: usize>(
 ) {
     for r in 0..R {
         for c in 0..C {
-            let at = r * STRETCH + c * S::LANES;
+            let at = r * STRIDE + c * S::LANES;
             // SAFETY: the caller's promise.
             unsafe {
                 let ds = s.mul(s.load_ptr(p.add(at)), s.sub(block[r][c], s.splat(delta[r])));
@@ -368,7 +368,7 @@ unsafe fn times_probability<S: Simd, const R: usize, const C: usize>(
 fn unkept_gradients<S: Simd, const R: usize>(s: S, delta: &[f32; R], len: usize, p: &[f32], out: &mut [f32]) {
     for r in 0..R {
         let minus = s.splat(-delta[r]);
-        let (p, out) = (&p[r * STRETCH..][..len], &mut out[r * STRETCH..][..len]);
+        let (p, out) = (&p[r * STRIDE..][..len], &mut out[r * STRIDE..][..len]);
         for (p, out) in p.chunks_exact(S::LANES).zip(out.chunks_exact_mut(S::LANES)) {
             s.store(s.mul(s.load(p), minus), out);
         }

@@ -1,6 +1,6 @@
 //! The forward pass of a range of queries of one sequence.
 
-use super::pack::{ALIGN, Buffer, KeyOrder, Piece, QueryOrder, Row, STRETCH, Scratch, Tile, cut};
+use super::pack::{ALIGN, Buffer, KeyOrder, Piece, QueryOrder, Row, STRIDE, Scratch, Tile, cut};
 use super::product::{accumulate_rows, dots, exact_score, score};
 use super::{Group, Sequence};
 use crate::device::cpu::simd::{Kernel, Simd};
@@ -84,7 +84,7 @@ impl Context<'_> {
         let sum_stride = shape.key_slots * padded;
         let sums = sums.take(R * sum_stride);
         sums.fill(0.0);
-        let scores = scores.take(R * STRETCH);
+        let scores = scores.take(R * STRIDE);
         let mut softmax = Softmax::<R>::new();
         for stretch in stretches(pieces) {
             let before = softmax.max;
@@ -102,11 +102,11 @@ impl Context<'_> {
                 let weights = &scores[piece.at..];
                 // Hidden keys have weight 0, which hides any value but those that are not finite.
                 let shared = if self.values.finite { piece.len } else { piece.visible(&rows[0]) };
-                accumulate_rows::<S, R>(s, weights, STRETCH, values, padded, 0..shared, sums, sum_stride);
+                accumulate_rows::<S, R>(s, weights, STRIDE, values, padded, 0..shared, sums, sum_stride);
                 for r in 0..R {
                     let own = shared..piece.visible(&rows[r]);
                     if !own.is_empty() {
-                        let (weights, sums) = (&weights[r * STRETCH..], &mut sums[r * sum_stride..]);
+                        let (weights, sums) = (&weights[r * STRIDE..], &mut sums[r * sum_stride..]);
                         accumulate_rows::<S, 1>(s, weights, 0, values, padded, own, sums, 0);
                     }
                 }
@@ -128,7 +128,8 @@ impl Context<'_> {
                     *out = sum * inverse;
                 }
             }
-            self.lse[place] = ((f64::from(max) + f64::from(sum).log2()) * std::f64::consts::LN_2) as f32;
+            // Not max * LN_2 in f32: of a large maximum that would lose what the sum adds.
+            self.lse[place] = (f64::from(max) * std::f64::consts::LN_2 + f64::from(sum.ln())) as f32;
         }
     }
 }
@@ -154,7 +155,8 @@ impl<'a> KeyPanels<'a> {
         let (d, slots) = (sequence.shape.d, keys.slots);
         let panels = buffer.take(sequence.shape.width() * slots);
         keys.pack_panels(sequence, sequence.k, panels);
-        let mut largest = 0.0f32;
+        // As bits, which order like the floats they are: squares are not negative.
+        let mut largest = 0;
         for panel in panels.chunks_exact((d * slots).max(1)) {
             for slot in (0..slots).step_by(S::LANES) {
                 let mut squares = s.zero();
@@ -164,10 +166,11 @@ impl<'a> KeyPanels<'a> {
                 }
                 let mut lanes = [0.0; ALIGN];
                 s.store(squares, &mut lanes);
-                largest = lanes.iter().filter(|x| x.is_finite()).fold(largest, |m, &x| m.max(x));
+                let finite = |x: &f32| if x.is_finite() { x.to_bits() } else { 0 };
+                largest = lanes.iter().fold(largest, |m, x| m.max(finite(x)));
             }
         }
-        Self { keys, panels, d, largest: largest.sqrt() }
+        Self { keys, panels, d, largest: f32::from_bits(largest).sqrt() }
     }
 
     /// The panel of a piece: `d` lines of its keys, [`KeyOrder::slots`] apart.
@@ -270,7 +273,7 @@ impl<const R: usize> Softmax<R> {
         let mut sum = [s.zero(); R];
         for piece in pieces {
             for r in 0..R {
-                let scores = &mut scores[r * STRETCH + piece.at..][..piece.padded()];
+                let scores = &mut scores[r * STRIDE + piece.at..][..piece.padded()];
                 let base = s.splat(base[r]);
                 for vector in scores.chunks_exact_mut(S::LANES) {
                     let p = s.exp2(s.sub(s.load(vector), base));
@@ -297,7 +300,7 @@ fn score_piece<S: Simd, const R: usize>(
 ) {
     let (len, stride, d) = (piece.padded(), panels.keys.slots, panels.d);
     let (panel, q) = (panels.piece(piece), &queries.scaled[..R * d]);
-    assert!(scores.len() >= (R - 1) * STRETCH + piece.at + len);
+    assert!(scores.len() >= (R - 1) * STRIDE + piece.at + len);
     let mut j = 0;
     // SAFETY: vectors end at `len`, a multiple of LANES, which the panel holds at each of d strides and `scores`
     // in each of R rows, as asserted above; `q` holds d * R values.
@@ -337,13 +340,13 @@ fn score_piece_exactly<S: Simd, const R: usize>(
         for r in 0..R {
             let visible = piece.visible(&queries.rows[r]).saturating_sub(j);
             let score = s.first(visible, block[r], s.splat(f32::NEG_INFINITY));
-            s.store(score, &mut scores[r * STRETCH + piece.at + j..]);
+            s.store(score, &mut scores[r * STRIDE + piece.at + j..]);
         }
     }
 }
 
 /// # Safety
-/// `out` must be valid for writing `C` vectors at each of `R` strides of [`STRETCH`].
+/// `out` must be valid for writing `C` vectors at each of `R` strides of [`STRIDE`].
 #[inline(always)]
 unsafe fn finish_scores<S: Simd, const R: usize, const C: usize>(
     s: S,
@@ -367,7 +370,7 @@ unsafe fn finish_scores<S: Simd, const R: usize, const C: usize>(
         for c in 0..C {
             max[r] = s.max(max[r], block[r][c]);
             // SAFETY: the caller's promise.
-            unsafe { s.store_ptr(block[r][c], out.add(r * STRETCH + c * S::LANES)) };
+            unsafe { s.store_ptr(block[r][c], out.add(r * STRIDE + c * S::LANES)) };
         }
     }
 }

@@ -1,4 +1,6 @@
 //! Label order: which key and query tokens stand where, and the packed copies the row tiles read.
+//!
+//! What copies is inlined into the kernels, to be compiled for their instruction set.
 
 use super::{Group, Sequence, Shape};
 use std::ops::Range;
@@ -8,6 +10,9 @@ pub(super) const ALIGN: usize = 16;
 
 /// Keys a row tile scores before it turns scores into probabilities: a multiple of [`ALIGN`].
 pub(super) const STRETCH: usize = 1024;
+
+/// Values from one row's scores to the next: a whole page would put all rows in the same lines of the cache.
+pub(super) const STRIDE: usize = STRETCH + ALIGN;
 
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
@@ -97,6 +102,7 @@ pub(super) struct QueryOrder {
 }
 
 impl KeyOrder {
+    #[inline(always)]
     pub(super) fn arrange(&mut self, sequence: &Sequence, keys: Range<usize>) {
         self.tokens.clear();
         self.slots = 0;
@@ -111,36 +117,53 @@ impl KeyOrder {
     }
 
     /// (slot, token) of every key.
-    pub(super) fn iter(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
+    #[inline(always)]
+    fn iter(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
         (0..2).flat_map(move |list| {
             let slots = self.base[list]..self.base[list] + self.len[list];
             slots.map(move |slot| (slot, self.tokens[slot] as usize))
         })
     }
 
+    /// The keys in blocks of [`ALIGN`] slots: (first slot, tokens). The last block of a list may hold fewer.
+    #[inline(always)]
+    fn blocks(&self) -> impl Iterator<Item = (usize, &[u32])> + '_ {
+        (0..2).flat_map(move |list| {
+            let end = self.base[list] + self.len[list];
+            let starts = (self.base[list]..end).step_by(ALIGN);
+            starts.map(move |slot| (slot, &self.tokens[slot..end.min(slot + ALIGN)]))
+        })
+    }
+
+    #[inline(always)]
     fn padding(&self) -> [Range<usize>; 2] {
         [self.base[0] + self.len[0]..self.base[1], self.base[1] + self.len[1]..self.slots]
     }
 
     /// Packs `x` (`[T, H, d]`) as panels `[H, d, slots]`.
+    #[inline(always)]
     pub(super) fn pack_panels(&self, sequence: &Sequence, x: &[f32], panels: &mut [f32]) {
         let (d, width) = (sequence.shape.d, sequence.shape.width());
         for (head, panel) in panels.chunks_exact_mut((d * self.slots).max(1)).enumerate() {
-            for (slot, token) in self.iter() {
-                let row = &x[token * width + head * d..][..d];
-                for (out, &x) in panel[slot..].iter_mut().step_by(self.slots).zip(row) {
-                    *out = x;
+            for (slot, tokens) in self.blocks() {
+                let mut rows: [&[f32]; ALIGN] = [&[]; ALIGN];
+                for (row, &token) in rows.iter_mut().zip(tokens) {
+                    *row = &x[token as usize * width + head * d..][..d];
                 }
-            }
-            for line in panel.chunks_exact_mut(self.slots.max(1)) {
-                for padding in self.padding() {
-                    line[padding].fill(0.0);
+                for feature in 0..d {
+                    let line = &mut panel[feature * self.slots + slot..][..ALIGN];
+                    let (line, padding) = line.split_at_mut(tokens.len());
+                    for (out, row) in line.iter_mut().zip(&rows) {
+                        *out = row[feature];
+                    }
+                    padding.fill(0.0);
                 }
             }
         }
     }
 
     /// The inverse of [`pack_panels`](Self::pack_panels), times `factor`, to tokens counted from `first`.
+    #[inline(always)]
     pub(super) fn unpack_panels(
         &self,
         sequence: &Sequence,
@@ -151,37 +174,41 @@ impl KeyOrder {
     ) {
         let (d, width) = (sequence.shape.d, sequence.shape.width());
         for (head, panel) in panels.chunks_exact((d * self.slots).max(1)).enumerate() {
-            for (slot, token) in self.iter() {
-                let row = &mut x[(token - first) * width + head * d..][..d];
-                for (out, &x) in row.iter_mut().zip(panel[slot..].iter().step_by(self.slots)) {
-                    *out = x * factor;
+            for (slot, tokens) in self.blocks() {
+                for feature in 0..d {
+                    let line = &panel[feature * self.slots + slot..][..tokens.len()];
+                    for (value, &token) in line.iter().zip(tokens) {
+                        x[(token as usize - first) * width + head * d + feature] = value * factor;
+                    }
                 }
             }
         }
     }
 
     /// Packs `x` (`[T, H, d]`) as rows `[H, slots, padded]`, `padded >= d`. Returns whether all values are finite.
+    #[inline(always)]
     pub(super) fn pack_rows(&self, sequence: &Sequence, x: &[f32], padded: usize, rows: &mut [f32]) -> bool {
         let (d, width) = (sequence.shape.d, sequence.shape.width());
-        let mut zero = 0.0;
+        let mut largest = 0;
         for (head, rows) in rows.chunks_exact_mut((padded * self.slots).max(1)).enumerate() {
             for (slot, token) in self.iter() {
                 let row = &mut rows[slot * padded..][..padded];
                 let (values, padding) = row.split_at_mut(d);
                 values.copy_from_slice(&x[token * width + head * d..][..d]);
                 padding.fill(0.0);
-                // 0 for finite values, NaN for any other: cheaper than a test of each.
-                zero += values.iter().fold(0.0, |zero, x| zero + x * 0.0);
+                // Without its sign, a float orders as its bits do: infinity and NaN come last.
+                largest = values.iter().fold(largest, |m, x| m.max(x.abs().to_bits()));
             }
             for padding in self.padding() {
                 rows[padding.start * padded..padding.end * padded].fill(0.0);
             }
         }
-        zero == 0.0
+        largest < f32::INFINITY.to_bits()
     }
 }
 
 impl QueryOrder {
+    #[inline(always)]
     pub(super) fn arrange(
         &mut self,
         sequence: &Sequence,

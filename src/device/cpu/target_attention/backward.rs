@@ -20,7 +20,7 @@
 //! ```
 
 use super::*;
-use crate::device::cpu::elementwise::{add_column_sums, transpose};
+use crate::device::cpu::elementwise::{add_column_sums, for_columns, load_columns, transpose};
 
 /// What the backward reads beside [`Packed`]: transposes, rows padded with zeros.
 struct Transposed<'a> {
@@ -344,76 +344,41 @@ struct Scatter<'a> {
 impl Kernel for Scatter<'_> {
     type Output = ();
     #[inline(always)]
-    fn run<S: Simd>(mut self, simd: S) {
-        // Up to five vectors of columns at a time: their sums stay in registers, and enough of them to hide the
-        // latency of addition.
-        let vectors = self.dr.len() / S::LANES;
-        let mut j = 0;
-        while j < vectors {
-            match vectors - j {
-                1 => self.inputs::<S, 1>(simd, j),
-                2 | 3 => self.inputs::<S, 2>(simd, j),
-                _ => self.inputs::<S, 4>(simd, j),
-            }
-            j += [1, 2, 2, 4][(vectors - j).min(4) - 1];
-        }
-        let vectors = self.dc.len() / S::LANES;
-        let mut j = 0;
-        while j < vectors {
-            match vectors - j {
-                5.. => self.hidden::<S, 5>(simd, j),
-                _ => self.hidden::<S, 1>(simd, j),
-            }
-            j += if vectors - j >= 5 { 5 } else { 1 };
-        }
-    }
-}
-
-impl Scatter<'_> {
-    #[inline(always)]
-    fn inputs<S: Simd, const C: usize>(&mut self, simd: S, j: usize) {
+    fn run<S: Simd>(self, s: S) {
         let wide = self.r.len();
-        let (mut r, mut sums) = ([simd.zero(); C], [simd.zero(); C]);
-        for c in 0..C {
-            r[c] = simd.load(&self.r[(j + c) * S::LANES..]);
-            sums[c] = simd.load(&self.dr[(j + c) * S::LANES..]);
-        }
-        let columns = j * S::LANES..(j + C) * S::LANES;
-        let rows = self.y.chunks_exact(wide).zip(self.a.chunks_exact(wide));
-        for ((y, a), da) in rows.zip(self.da.chunks_exact_mut(wide)) {
-            let (y, a, da) = (&y[columns.clone()], &a[columns.clone()], &mut da[columns.clone()]);
-            for c in 0..C {
-                let at = c * S::LANES;
-                let y = simd.load(&y[at..]);
-                simd.store(simd.mul_add(y, r[c], simd.load(&da[at..])), &mut da[at..]);
-                sums[c] = simd.mul_add(y, simd.load(&a[at..]), sums[c]);
+        for_columns!(S, wide, |C, j| {
+            let (r, mut sums) = (load_columns::<S, C>(s, self.r, j), load_columns::<S, C>(s, self.dr, j));
+            let rows = self.y.chunks_exact(wide).zip(self.a.chunks_exact(wide));
+            for ((y, a), da) in rows.zip(self.da.chunks_exact_mut(wide)) {
+                let columns = j..j + C * S::LANES;
+                let (y, a, da) = (&y[columns.clone()], &a[columns.clone()], &mut da[columns]);
+                for c in 0..C {
+                    let at = c * S::LANES;
+                    let y = s.load(&y[at..]);
+                    s.store(s.mul_add(y, r[c], s.load(&da[at..])), &mut da[at..]);
+                    sums[c] = s.mul_add(y, s.load(&a[at..]), sums[c]);
+                }
             }
-        }
-        for c in 0..C {
-            simd.store(sums[c], &mut self.dr[(j + c) * S::LANES..]);
-        }
-    }
-
-    #[inline(always)]
-    fn hidden<S: Simd, const C: usize>(&mut self, simd: S, j: usize) {
+            for c in 0..C {
+                s.store(sums[c], &mut self.dr[j + c * S::LANES..]);
+            }
+        });
         let wide = self.dc.len();
-        let mut sums = [simd.zero(); C];
-        for c in 0..C {
-            sums[c] = simd.load(&self.dc[(j + c) * S::LANES..]);
-        }
-        let columns = j * S::LANES..(j + C) * S::LANES;
-        for (dz, sum) in self.dz.chunks_exact(wide).zip(self.dz_sum.chunks_exact_mut(wide)) {
-            let (dz, sum) = (&dz[columns.clone()], &mut sum[columns.clone()]);
-            for c in 0..C {
-                let at = c * S::LANES;
-                let dz = simd.load(&dz[at..]);
-                simd.store(simd.add(simd.load(&sum[at..]), dz), &mut sum[at..]);
-                sums[c] = simd.add(sums[c], dz);
+        for_columns!(S, wide, |C, j| {
+            let mut sums = load_columns::<S, C>(s, self.dc, j);
+            for (dz, sum) in self.dz.chunks_exact(wide).zip(self.dz_sum.chunks_exact_mut(wide)) {
+                let (dz, sum) = (&dz[j..j + C * S::LANES], &mut sum[j..j + C * S::LANES]);
+                for c in 0..C {
+                    let at = c * S::LANES;
+                    let dz = s.load(&dz[at..]);
+                    s.store(s.add(s.load(&sum[at..]), dz), &mut sum[at..]);
+                    sums[c] = s.add(sums[c], dz);
+                }
             }
-        }
-        for c in 0..C {
-            simd.store(sums[c], &mut self.dc[(j + c) * S::LANES..]);
-        }
+            for c in 0..C {
+                s.store(sums[c], &mut self.dc[j + c * S::LANES..]);
+            }
+        });
     }
 }
 
@@ -498,19 +463,25 @@ fn scores_backward(de: &[f32], w2: &[f32], h1: &mut [f32], db1: &mut [f32], dw2:
         fn run<S: Simd>(self, s: S) {
             let Self(de, w2, h1, db1, dw2) = self;
             let wide = w2.len();
-            for j in (0..wide).step_by(S::LANES) {
-                let w2 = s.load(&w2[j..]);
-                let (mut bias, mut weight) = (s.load(&db1[j..]), s.load(&dw2[j..]));
+            for_columns!(S, wide, |C, j| {
+                let w2 = load_columns::<S, C>(s, w2, j);
+                let mut bias = load_columns::<S, C>(s, db1, j);
+                let mut weight = load_columns::<S, C>(s, dw2, j);
                 for (h1, de) in h1.chunks_exact_mut(wide).zip(de) {
-                    let (h, de) = (s.load(&h1[j..]), s.splat(*de));
-                    let gradient = s.where_positive(h, s.mul(de, w2));
-                    weight = s.mul_add(de, h, weight);
-                    bias = s.add(bias, gradient);
-                    s.store(gradient, &mut h1[j..]);
+                    let (h1, de) = (&mut h1[j..j + C * S::LANES], s.splat(*de));
+                    for c in 0..C {
+                        let h = s.load(&h1[c * S::LANES..]);
+                        let gradient = s.where_positive(h, s.mul(de, w2[c]));
+                        weight[c] = s.mul_add(de, h, weight[c]);
+                        bias[c] = s.add(bias[c], gradient);
+                        s.store(gradient, &mut h1[c * S::LANES..]);
+                    }
                 }
-                s.store(bias, &mut db1[j..]);
-                s.store(weight, &mut dw2[j..]);
-            }
+                for c in 0..C {
+                    s.store(bias[c], &mut db1[j + c * S::LANES..]);
+                    s.store(weight[c], &mut dw2[j + c * S::LANES..]);
+                }
+            });
         }
     }
     dispatch(ScoresBackward(de, w2, h1, db1, dw2));

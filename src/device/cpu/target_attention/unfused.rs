@@ -40,7 +40,7 @@ fn pair_of_row(index: &TargetIndex<[u32]>) -> Vec<usize> {
 }
 
 /// Cuts `x` into pieces of `lens` values.
-fn cut<'a>(mut x: &'a mut [f32], lens: impl Iterator<Item = usize>) -> Vec<&'a mut [f32]> {
+fn cut(mut x: &mut [f32], lens: impl Iterator<Item = usize>) -> Vec<&mut [f32]> {
     lens.map(|len| super::split(&mut x, len)).collect()
 }
 

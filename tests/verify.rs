@@ -1,0 +1,123 @@
+//! `dfar-bench verify`: what it says of good, bad and broken cases.
+
+mod common;
+
+use dfar::verify::{
+    Case, GRADIENT_TOLERANCE, VerifyError, compare, compare_gradients, relative_error, verify,
+};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+fn golden(name: &str) -> PathBuf {
+    common::root().join(format!("tests/golden/{name}.safetensors"))
+}
+
+fn run(arguments: &[&str], folder: &Path) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dfar-bench"));
+    command.arg("verify").arg(folder).args(arguments).output().expect("dfar-bench should start")
+}
+
+fn folder_with(files: &[(&str, &[u8])]) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().expect("a folder should be made");
+    for (name, bytes) in files {
+        std::fs::write(folder.path().join(name), bytes).expect("a file should be written");
+    }
+    folder
+}
+
+/// The bytes of a good case.
+fn good() -> Vec<u8> {
+    std::fs::read(golden("fha_tiny")).expect("the case should be there")
+}
+
+#[test]
+fn good_cases_pass() {
+    let folder = folder_with(&[("a.safetensors", &good()), ("notes.txt", b"not a case")]);
+    let output = run(&[], folder.path());
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(0), "{text}");
+    assert!(text.ends_with("1 passed, 0 failed, 0 skipped\n"), "{text}");
+
+    let output = run(&["--json"], folder.path());
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).expect("it should print JSON");
+    assert_eq!((&json["passed"], &json["failed"]), (&1.into(), &0.into()));
+    let tensors = json["cases"][0]["outcome"]["checked"].as_array().expect("a checked case lists tensors");
+    let names: Vec<&str> = tensors.iter().filter_map(|t| t["tensor"].as_str()).collect();
+    assert_eq!(names, ["o", "lse", "dq", "dk", "dv"]);
+}
+
+/// One value of the last tensor in the file off by a little: found, and the exit code says so.
+#[test]
+fn a_wrong_result_fails() {
+    let mut bytes = good();
+    let case = Case::read(&golden("fha_tiny")).expect("the case should be readable");
+    let v = case.f64s("o", &[None; 4]).expect("o is there");
+    let (index, old) =
+        v.iter().enumerate().max_by(|a, b| a.1.abs().total_cmp(&b.1.abs())).expect("o has values");
+    let (old, new) = (old.to_le_bytes(), (v[index] * 1.0001).to_le_bytes());
+    let at = bytes.windows(8).position(|w| w == old).expect("the value should be in the file");
+    bytes[at..at + 8].copy_from_slice(&new);
+    let folder = folder_with(&[("a.safetensors", &bytes), ("b.safetensors", &good())]);
+    let output = run(&[], folder.path());
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("FAILED") && text.ends_with("1 passed, 1 failed, 0 skipped\n"), "{text}");
+}
+
+#[test]
+fn broken_files_are_errors() {
+    let write = |bytes: &[u8]| folder_with(&[("x.safetensors", bytes)]);
+    let read = |bytes: &[u8]| {
+        let folder = write(bytes);
+        verify(&folder.path().join("x.safetensors")).expect_err("it should be refused")
+    };
+    // `from` and `to` have the same length, so that no offset in the file changes.
+    let with = |from: &str, to: &str| {
+        let mut bytes = good();
+        assert_eq!(from.len(), to.len());
+        let at = bytes.windows(from.len()).position(|w| w == from.as_bytes());
+        let at = at.unwrap_or_else(|| panic!("{from} should be in the file"));
+        bytes[at..at + to.len()].copy_from_slice(to.as_bytes());
+        read(&bytes)
+    };
+    let bytes = good();
+    for end in [0, 7, 8, 100, bytes.len() - 1] {
+        assert!(matches!(read(&bytes[..end]), VerifyError::Format { .. }), "cut to {end} bytes");
+    }
+    assert!(matches!(read(&[0xff; 64]), VerifyError::Format { .. }));
+    assert!(matches!(with("\"case\"", "\"cast\""), VerifyError::NotACase { .. }));
+    assert!(matches!(with("\\\"fha\\\"", "\\\"fxx\\\""), VerifyError::Kind { kind, .. } if kind == "fxx"));
+    assert!(matches!(with("\\\"heads\\\"", "\\\"beads\\\""), VerifyError::Metadata { .. }));
+    assert!(
+        matches!(with("\"label\"", "\"lebal\""), VerifyError::Missing { tensor, .. } if tensor == "label")
+    );
+    assert!(matches!(with("\\\"heads\\\": 2", "\\\"heads\\\": 4"), VerifyError::Shape { .. }));
+    assert!(matches!(with("\\\"heads\\\": 2", "\\\"heads\\\": 0"), VerifyError::Shape { .. }));
+
+    let output = run(&[], write(&bytes[..100]).path());
+    assert_eq!(output.status.code(), Some(3));
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(text.starts_with("error: ") && text.contains("x.safetensors"), "{text}");
+    assert_eq!(run(&[], folder_with(&[]).path()).status.code(), Some(3));
+    assert_eq!(run(&[], Path::new("/no/such/folder")).status.code(), Some(3));
+}
+
+#[test]
+fn errors_are_measured_as_documented() {
+    assert_eq!(relative_error(&[1.0, 2.0], &[1.0, 2.5], 2.5), 0.2);
+    assert_eq!(relative_error(&[], &[], 0.0), 0.0);
+    assert_eq!(relative_error(&[0.0], &[0.0], 0.0), 0.0);
+    assert_eq!(relative_error(&[1e-30], &[0.0], 0.0), f64::INFINITY);
+    assert_eq!(relative_error(&[f32::NEG_INFINITY], &[f64::NEG_INFINITY], 1.0), 0.0);
+    for bad in [f32::NAN, f32::INFINITY] {
+        assert_eq!(relative_error(&[bad, 0.0], &[1.0, 0.0], 1.0), f64::INFINITY);
+        assert!(!compare("o", &[bad], &[1.0]).passes());
+    }
+    // A gradient of 0 next to one of 1: rounding of 1 passes, ten times that does not.
+    let zero = |x: f32| compare_gradients(&[("dq", &[x], &[0.0]), ("dv", &[1.0], &[1.0])])[0].passes();
+    assert!(zero(1e-7) && !zero(1.2e-6));
+    // A gradient of 1/100 next to one of 1 is judged by its own scale.
+    let small = |x: f32| &compare_gradients(&[("dq", &[x], &[0.01]), ("dv", &[1.0], &[1.0])])[0].error * 1.0;
+    assert!((small(0.01 * 1.001) - 1e-3).abs() < 1e-6);
+    assert!(small(0.01) < GRADIENT_TOLERANCE);
+}

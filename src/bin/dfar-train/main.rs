@@ -100,8 +100,8 @@ struct Evaluate {
 /// ceiling.
 const SYNTHETIC: SyntheticOptions = SyntheticOptions {
     users: 1000,
-    items: 100,
-    events_per_user: 40.0,
+    items: 64,
+    events_per_user: 30.0,
     seed: 1,
     negatives: 9,
     split: Split::Temporal { train: 0.8, valid: 0.1 },

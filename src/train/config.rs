@@ -50,7 +50,7 @@ pub struct Config {
     pub batch_tokens: usize,
     /// Most rows (instances) of a training batch.
     pub batch_rows: usize,
-    /// Longest history; older events are cut off.
+    /// Longest history; older events are cut off. Default 100, for the synthetic set [`SYNTHETIC_MAX_LENGTH`].
     pub max_length: usize,
     /// Model width.
     pub width: usize,
@@ -92,7 +92,7 @@ pub struct Config {
     pub negative_pool: usize,
     /// Share of the training targets used by an epoch.
     pub sample_rate: f64,
-    /// Users that count in GAUC: `none` is compatible with nothing, those with both classes count.
+    /// Users that count in GAUC: `none`, those with both classes; `dfar`, as the published code.
     pub gauc_compat: GaucRule,
     /// Upper edges (in events) of the history lengths that metrics are split by; empty: quartiles of the test groups.
     pub length_edges: Vec<u32>,
@@ -207,6 +207,9 @@ const ALIASES: [(&str, &str); 8] = [
     ("n_layers", "blocks"),
 ];
 
+/// Default `max_length` for the embedded synthetic set, whose next event depends on the last one above all.
+pub const SYNTHETIC_MAX_LENGTH: i64 = 20;
+
 /// Keys that may change when a run is resumed: how long and on what, not what.
 pub const RESUME_KEYS: [&str; 6] = ["epochs", "patience", "checkpoint_seconds", "threads", "device", "data"];
 
@@ -218,6 +221,9 @@ impl Config {
             Some(path) => read_table(path)?,
         };
         table.extend(flags);
+        if !table.contains_key("data") && !table.contains_key("max_length") {
+            table.insert("max_length".to_owned(), SYNTHETIC_MAX_LENGTH.into());
+        }
         let config: Config = table.try_into().map_err(|e: toml::de::Error| ConfigError::Syntax {
             origin: file.map_or("flags".into(), |p| p.display().to_string()),
             reason: e.message().to_owned(),
@@ -407,6 +413,10 @@ mod tests {
         let flags = toml::Table::from_iter([("heads".to_owned(), toml::Value::Integer(8))]);
         let config = Config::layered(Some(file.path()), flags).unwrap();
         assert_eq!((config.lr, config.heads, config.width), (0.5, 8, Config::default().width));
+        let length = |flags| Config::layered(None, flags).unwrap().max_length;
+        assert_eq!(length(toml::Table::new()), 20);
+        assert_eq!(length(toml::Table::from_iter([("data".to_owned(), "x.dfar".into())])), 100);
+        assert_eq!(length(toml::Table::from_iter([("max_length".to_owned(), 7.into())])), 7);
     }
 
     #[test]

@@ -102,6 +102,7 @@ impl TrainError {
         use file::FileError;
         match self {
             TrainError::Config(_) | TrainError::Usage { .. } => 2,
+            TrainError::Model(ModelError::Config { .. }) => 2,
             TrainError::Run(run::RunError::Exists { .. }) => 2,
             TrainError::Run(run::RunError::Missing { .. }) => 3,
             TrainError::File(FileError::Write { .. }) => 1,

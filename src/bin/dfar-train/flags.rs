@@ -34,16 +34,16 @@ pub struct Flags {
     /// Epochs without a better validation AUC before stopping; 0: never [default: 5].
     #[arg(long, help_heading = "Training")]
     patience: Option<usize>,
-    /// Most tokens of a batch.
+    /// Most tokens of a batch [default: 512].
     #[arg(long, help_heading = "Training")]
     batch_tokens: Option<usize>,
-    /// Most instances of a batch.
+    /// Most instances of a batch [default: 16384].
     #[arg(long, help_heading = "Training")]
     batch_rows: Option<usize>,
-    /// Learning rate of Adam.
+    /// Learning rate of Adam [default: 0.003].
     #[arg(long, help_heading = "Training", alias = "learning-rate")]
     lr: Option<f64>,
-    /// Weight of the squares of the touched embedding rows.
+    /// Weight of the squares of the touched embedding rows [default: 1e-6].
     #[arg(long, help_heading = "Training")]
     embed_l2: Option<f64>,
     /// Limit on gradient norms; 0: none [default: 2].
@@ -59,16 +59,16 @@ pub struct Flags {
     #[arg(long, help_heading = "Training")]
     checkpoint_seconds: Option<u64>,
 
-    /// Longest history; older events are cut off.
+    /// Longest history; older events are cut off [default: 100; synthetic set: 20].
     #[arg(long, help_heading = "Model")]
     max_length: Option<usize>,
-    /// Model width.
+    /// Model width [default: 32].
     #[arg(long, help_heading = "Model")]
     width: Option<usize>,
-    /// Attention heads.
+    /// Attention heads [default: 2].
     #[arg(long, help_heading = "Model")]
     heads: Option<usize>,
-    /// Blocks in each encoder.
+    /// Blocks in each encoder [default: 1].
     #[arg(long, help_heading = "Model")]
     blocks: Option<usize>,
     /// Softmax denominator under the label mask [default: joint].
@@ -84,10 +84,10 @@ pub struct Flags {
     #[arg(long = "no-label-mask", help_heading = "Model", num_args = 0, default_missing_value = "false")]
     label_mask: Option<bool>,
 
-    /// Weight of the interest-wise BPR loss; 0: the "w/o IBL" ablation.
+    /// Weight of the interest-wise BPR loss; 0: the "w/o IBL" ablation [default: 0.1].
     #[arg(long, help_heading = "Loss")]
     bpr: Option<f64>,
-    /// Weight of the disentangling loss; 0: the "w/o IDL" ablation.
+    /// Weight of the disentangling loss; 0: the "w/o IDL" ablation [default: 0.001].
     #[arg(long, help_heading = "Loss", allow_negative_numbers = true)]
     idl: Option<f64>,
 
@@ -103,7 +103,7 @@ pub struct Flags {
     /// Negatives per training group [default: 9].
     #[arg(long, help_heading = "Instances")]
     negatives: Option<usize>,
-    /// Distinct negatives that the groups of one history draw theirs from; 0: no limit.
+    /// Distinct negatives that the groups of one history draw theirs from; 0: no limit [default: 0].
     #[arg(long, help_heading = "Instances")]
     negative_pool: Option<usize>,
     /// Share of the training targets used by an epoch [default: 1].

@@ -7,7 +7,7 @@ mod score;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use dfar::cli;
 use dfar::data::synthetic::{self, SyntheticOptions};
-use dfar::data::{DataError, Dataset};
+use dfar::data::{DataError, Dataset, Split};
 use dfar::device::cpu::Cpu;
 use dfar::model::Model;
 use dfar::report;
@@ -96,6 +96,17 @@ struct Evaluate {
     output: Output,
 }
 
+/// The embedded set: small enough to learn in a minute or two, with enough events of each item to come near its
+/// ceiling.
+const SYNTHETIC: SyntheticOptions = SyntheticOptions {
+    users: 1000,
+    items: 64,
+    events_per_user: 30.0,
+    seed: 1,
+    negatives: 9,
+    split: Split::Temporal { train: 0.8, valid: 0.1 },
+};
+
 /// Set by Ctrl-C; looked at after every batch.
 static STOP: AtomicBool = AtomicBool::new(false);
 
@@ -115,10 +126,12 @@ fn train(args: Train) -> dfar::Result<()> {
     let (run, config, checkpoint) = match &args.resume {
         None => {
             let config = Config::layered(args.config.as_deref(), flags).map_err(TrainError::from)?;
-            // Opened before the directory is made: a mistyped path leaves nothing behind.
-            if let Some(path) = &config.data {
-                Dataset::open(path)?;
-            }
+            // Checked before the directory is made: a mistake leaves nothing behind.
+            let items = match &config.data {
+                Some(path) => Dataset::open(path)?.items(),
+                None => SYNTHETIC.items,
+            };
+            config.model(items).check().map_err(TrainError::from)?;
             let run = match &args.out {
                 Some(dir) => Run::create(dir),
                 None => Run::create_numbered(Path::new("runs"), &default_name(&config)),
@@ -234,7 +247,7 @@ fn synthetic_data(run: &Run, progress: &Progress) -> Result<Dataset, DataError> 
     let path = run.synthetic_data();
     if !path.exists() {
         progress.line("no --data: making the embedded synthetic set");
-        synthetic::write(&SyntheticOptions::default(), &path)?;
+        synthetic::write(&SYNTHETIC, &path)?;
     }
     Dataset::open(path)
 }

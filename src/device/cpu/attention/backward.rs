@@ -158,8 +158,11 @@ impl Context<'_> {
         // Gradients of the outputs carry the factor, so that p needs none; rows that only fill the tile are 0.
         let [d_o, o] = [d_o, o].map(|x| x.take(R * d * key_slots));
         let at = |row: &Row| (row.token * shape.query_slots + row.slot) * key_slots * d;
+        for filler in &mut normalizers[range.len()..] {
+            *filler = Normalizer { shift: filler.shift, ..Normalizer::default() };
+        }
         for (r, row) in rows.iter().enumerate() {
-            let factor = if r < range.len() { normalizers[r].factor } else { 0.0 };
+            let factor = normalizers[r].factor;
             interleave_row::<R>(&self.saved.d_o[at(row)..][..key_slots * d], factor, &mut d_o[r..]);
             interleave_row::<R>(&self.saved.o[at(row)..][..key_slots * d], 1.0, &mut o[r..]);
         }

@@ -2,6 +2,7 @@
 
 pub mod attention;
 pub mod limits;
+pub mod train;
 
 use std::time::{Duration, Instant};
 

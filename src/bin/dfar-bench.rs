@@ -2,7 +2,10 @@
 use clap::{Parser, Subcommand, ValueEnum};
 use dfar::attention::{FhaOptions, Normalization};
 use dfar::bench::attention::{Plan, Row};
-use dfar::bench::limits;
+use dfar::bench::{self, limits};
+use dfar::data::Dataset;
+use dfar::data::synthetic::{self, SyntheticOptions};
+use dfar::train::Config;
 use dfar::verify::{self, Outcome, Report};
 use dfar::{Error, Result};
 use std::path::PathBuf;
@@ -22,6 +25,8 @@ enum Command {
     Verify(Verify),
     /// Time the attention operation, naive and fused, by sequence length
     Attention(Attention),
+    /// Time training steps on a data set, with and without what histories and candidates share
+    Train(Train),
     /// Measure the multiply-adds and exponentials per second this machine can do at most
     Limits {
         /// Print JSON
@@ -73,6 +78,34 @@ struct Attention {
     json: Option<PathBuf>,
 }
 
+#[derive(clap::Args)]
+struct Train {
+    /// Data set made by dfar-data; without it, a synthetic one
+    #[arg(long, value_name = "X.dfar")]
+    data: Option<PathBuf>,
+    /// Longest history
+    #[arg(long, default_value_t = 100)]
+    max_length: usize,
+    /// Sampled negatives of each target
+    #[arg(long, default_value_t = 9)]
+    negatives: usize,
+    /// Batches of an epoch to time, spread evenly over it
+    #[arg(long, default_value_t = 12)]
+    batches: usize,
+    /// Tokens of a batch, before anything is taken apart
+    #[arg(long, default_value_t = 2048)]
+    batch_tokens: usize,
+    /// Where to run
+    #[arg(long, value_enum, default_value_t = Device::Cpu)]
+    device: Device,
+    /// Threads; 0 for one a core
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
 #[derive(Clone, Copy, ValueEnum)]
 enum Pass {
     Forward,
@@ -95,6 +128,7 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Verify(arguments) => run_verify(&arguments),
         Command::Attention(arguments) => run_attention(&arguments).map(|()| true),
+        Command::Train(arguments) => run_train(&arguments).map(|()| true),
         Command::Limits { json } => run_limits(json).map(|()| true),
     };
     match result {
@@ -160,9 +194,7 @@ fn run_attention(arguments: &Attention) -> Result<()> {
         backward: !matches!(arguments.pass, Pass::Forward),
         naive: !arguments.no_naive,
     };
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(arguments.threads).build();
-    let pool =
-        pool.map_err(|error| Error::io("start threads on", "this machine")(std::io::Error::other(error)))?;
+    let pool = pool(arguments.threads)?;
     println!("{}", plan.conditions(pool.current_num_threads()));
     println!("{}", Row::HEADER);
     let mut rows = Vec::new();
@@ -178,6 +210,62 @@ fn run_attention(arguments: &Attention) -> Result<()> {
         std::fs::write(path, text + "\n").map_err(Error::io("write", path))?;
     }
     Ok(())
+}
+
+fn run_train(arguments: &Train) -> Result<()> {
+    let Device::Cpu = arguments.device;
+    let folder = tempfile::tempdir().map_err(Error::io("make", "a temporary folder"))?;
+    let path = match &arguments.data {
+        Some(path) => path.clone(),
+        None => {
+            let path = folder.path().join("synthetic.dfar");
+            synthetic::write(&SyntheticOptions::default(), &path)?;
+            path
+        }
+    };
+    let data = Dataset::open(&path)?;
+    let config = Config {
+        max_length: arguments.max_length,
+        negatives: arguments.negatives,
+        batch_tokens: arguments.batch_tokens,
+        ..Config::default()
+    };
+    let pool = pool(arguments.threads)?;
+    let rows = pool.install(|| bench::train::measure(&data, &config, arguments.batches))?;
+    if arguments.json {
+        println!("{}", serde_json::to_string_pretty(&rows).expect("numbers and strings are valid JSON"));
+        return Ok(());
+    }
+    println!(
+        "training steps on {}, at most {} events a history, {} candidates, {} threads",
+        arguments.data.as_ref().map_or("a synthetic set".into(), |path| path.display().to_string()),
+        arguments.max_length,
+        arguments.negatives + 1,
+        pool.current_num_threads()
+    );
+    println!(
+        "{:<26}{:>11}{:>11}{:>10}{:>14}{:>9}{:>9}",
+        "shared", "instances", "tokens", "seconds", "instances/s", "ratio", "loss"
+    );
+    for row in &rows {
+        let ratio = rows[0].instances_per_second / row.instances_per_second;
+        println!(
+            "{:<26}{:>11}{:>11}{:>10.2}{:>14.0}{:>9.1}{:>9.4}",
+            row.sharing.name(),
+            row.instances,
+            row.tokens,
+            row.seconds,
+            row.instances_per_second,
+            ratio,
+            row.loss
+        );
+    }
+    Ok(())
+}
+
+fn pool(threads: usize) -> Result<rayon::ThreadPool> {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+    pool.map_err(|error| Error::io("start threads on", "this machine")(std::io::Error::other(error)))
 }
 
 fn run_limits(json: bool) -> Result<()> {

@@ -204,7 +204,6 @@ pub trait Device: Send + Sync {
         y: &mut Self::Buffer<f32>,
     ) -> Result<(), DeviceError>;
     /// Gradients of [`Device::layer_norm`]; the row statistics are recomputed from `x`.
-    #[allow(clippy::too_many_arguments)]
     fn layer_norm_backward(
         &self,
         width: usize,
@@ -229,7 +228,6 @@ pub trait Device: Send + Sync {
     ) -> Result<(), DeviceError>;
     /// Gradients of [`Device::linear`]. `dy` is the gradient of `y` and is multiplied in place by the derivative of
     /// the activation (read off `y`) when there is one.
-    #[allow(clippy::too_many_arguments)]
     fn linear_backward(
         &self,
         x: &Self::Buffer<f32>,
@@ -244,7 +242,6 @@ pub trait Device: Send + Sync {
     ) -> Result<(), DeviceError>;
     /// [`Device::linear`] where row `n` uses the half `label[n]` of a weight `[2 * inputs, outputs]`: the output
     /// projection of compact FHA. `tokens_by_label[f]` lists the rows of label `f` in order.
-    #[allow(clippy::too_many_arguments)]
     fn label_linear(
         &self,
         x: &Self::Buffer<f32>,
@@ -255,7 +252,6 @@ pub trait Device: Send + Sync {
         widths: (usize, usize),
     ) -> Result<(), DeviceError>;
     /// Gradients of [`Device::label_linear`].
-    #[allow(clippy::too_many_arguments)]
     fn label_linear_backward(
         &self,
         x: &Self::Buffer<f32>,
@@ -270,7 +266,6 @@ pub trait Device: Send + Sync {
 
     // ---------------------------------------------------------------- attention
     /// [`crate::attention::forward`] on device buffers.
-    #[allow(clippy::too_many_arguments)]
     fn attention(
         &self,
         options: &FhaOptions,
@@ -283,7 +278,6 @@ pub trait Device: Send + Sync {
         lse: &mut Self::Buffer<f32>,
     ) -> Result<(), DeviceError>;
     /// [`crate::attention::backward`] on device buffers.
-    #[allow(clippy::too_many_arguments)]
     fn attention_backward(
         &self,
         options: &FhaOptions,
@@ -304,7 +298,6 @@ pub trait Device: Send + Sync {
     /// `mean[g] = (1 / divisor[g]) * sum of x[start[b]..start[b] + count[g]]` for the groups `g` of sequence `b`
     /// (`group_offsets[b]..group_offsets[b + 1]`, counts ascending inside a sequence); 0 where the divisor is 0.
     /// `x: [.., width]`, `mean: [G, width]`.
-    #[allow(clippy::too_many_arguments)]
     fn prefix_mean(
         &self,
         width: usize,
@@ -316,7 +309,6 @@ pub trait Device: Send + Sync {
         mean: &mut Self::Buffer<f32>,
     ) -> Result<(), DeviceError>;
     /// `dx` of [`Device::prefix_mean`], overwritten everywhere.
-    #[allow(clippy::too_many_arguments)]
     fn prefix_mean_backward(
         &self,
         width: usize,
@@ -332,7 +324,6 @@ pub trait Device: Send + Sync {
     /// Scores `e: [score_offsets[C]]` with `e[pair, t] = MLP([a_t, r, a_t - r, a_t * r])`, and for every row
     /// `att[row] = sum_t softmax_t(e[pair, t]) s_t` over its history (0 where that is empty), `lse: [R]`.
     /// `s, a: [N, D]`, `r: [C, D]`, `att: [R, D]`.
-    #[allow(clippy::too_many_arguments)]
     fn target_attention(
         &self,
         width: usize,
@@ -348,7 +339,6 @@ pub trait Device: Send + Sync {
     ) -> Result<(), DeviceError>;
     /// Gradients of [`Device::target_attention`] from `datt: [R, D]`: `ds` added to, `da`, `dr` and the weights'
     /// overwritten. The gradient of `b2` is exactly 0 (a softmax does not see a constant) and is written so.
-    #[allow(clippy::too_many_arguments)]
     fn target_attention_backward(
         &self,
         width: usize,
@@ -378,7 +368,6 @@ pub trait Device: Send + Sync {
     ) -> Result<(), DeviceError>;
     /// One part of the gradient of [`Device::concat`]: `dx[i] = sum over the rows of segment i of dy[row, part]`
     /// (segments `None`: row `i` itself). `dy: [rows, parts * width]`.
-    #[allow(clippy::too_many_arguments)]
     fn concat_backward(
         &self,
         width: usize,
@@ -390,7 +379,6 @@ pub trait Device: Send + Sync {
     ) -> Result<(), DeviceError>;
     /// BCE and IBL over rows and their gradients: `logit_pos, logit_neg, target: [R]` to the unweighted means
     /// `[bce, ibl]`; `d_pos`, `d_neg` are gradients of `bce + bpr * ibl`.
-    #[allow(clippy::too_many_arguments)]
     fn rank_loss(
         &self,
         bpr: f32,
@@ -402,7 +390,6 @@ pub trait Device: Send + Sync {
     ) -> Result<[f64; 2], DeviceError>;
     /// Mean over rows of `cos(x, y)` (0 with zero gradient where a squared norm is under 1e-12), and `weight`
     /// times its gradients, added to `dx` and `dy`.
-    #[allow(clippy::too_many_arguments)]
     fn cosine_loss(
         &self,
         width: usize,

@@ -69,10 +69,10 @@ impl ModelConfig {
                 return error(field, value, "must be at least 1");
             }
         }
-        if self.width % self.heads != 0 {
+        if !self.width.is_multiple_of(self.heads) {
             return error("width", self.width, "must be a multiple of the number of heads");
         }
-        if self.fha && self.heads > 1 && self.heads % 2 != 0 {
+        if self.fha && self.heads > 1 && !self.heads.is_multiple_of(2) {
             return error(
                 "heads",
                 self.heads,

@@ -81,8 +81,6 @@ impl<D: Device> Optimizer<D> {
         list[layout.label] = (&gradients.label, Some((&batch.touched_label.row, width(layout.label))));
         self.step(device, layout, options, parameters, list)
     }
-
-    #[allow(clippy::type_complexity)]
     fn step(
         &mut self,
         device: &D,
@@ -118,8 +116,6 @@ impl<D: Device> Optimizer<D> {
         Ok(norm)
     }
 }
-
-#[allow(clippy::type_complexity)]
 fn first_non_finite<D: Device>(
     device: &D,
     layout: &Layout,

@@ -18,7 +18,6 @@ pub fn forward(width: usize, x: &[f32], gamma: &[f32], beta: &[f32], y: &mut [f3
 }
 
 /// See [`crate::device::Device::layer_norm_backward`].
-#[allow(clippy::too_many_arguments)]
 pub fn backward(
     width: usize,
     x: &[f32],

@@ -67,7 +67,6 @@ pub fn forward(
 ///
 /// # Panics
 /// Where a length does not fit `widths`.
-#[allow(clippy::too_many_arguments)]
 pub fn backward(
     x: &[f32],
     w: &[f32],
@@ -167,7 +166,6 @@ pub fn label_forward(
 ///
 /// # Panics
 /// Where a length does not fit `widths`, or a token is not a row.
-#[allow(clippy::too_many_arguments)]
 pub fn label_backward(
     x: &[f32],
     w: &[f32],

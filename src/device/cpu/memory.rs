@@ -16,7 +16,7 @@ pub struct Pool {
     free: Mutex<BTreeMap<usize, Vec<Vec<Line>>>>,
 }
 
-/// Values in memory of a [`Pool`], to which it returns when dropped.
+/// Values in memory of a device's pool, to which it returns when dropped.
 pub struct CpuBuffer<T: Element> {
     lines: Vec<Line>,
     len: usize,

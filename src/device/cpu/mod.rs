@@ -57,11 +57,9 @@ fn target_index<'a>(i: &TargetIndex<'a, Indices>) -> TargetIndex<'a, [u32]> {
     }
 }
 
-fn target_weights<'a>(w: TargetWeights<&'a Floats>) -> TargetWeights<&'a [f32]> {
+fn target_weights(w: TargetWeights<&Floats>) -> TargetWeights<&[f32]> {
     TargetWeights { w0: w.w0, b0: w.b0, w1: w.w1, b1: w.b1, w2: w.w2, b2: w.b2 }
 }
-
-#[allow(clippy::too_many_arguments)]
 impl Device for Cpu {
     type Buffer<T: Element> = CpuBuffer<T>;
 

@@ -3,7 +3,6 @@
 use rayon::prelude::*;
 
 /// See [`crate::device::Device::prefix_mean`].
-#[allow(clippy::too_many_arguments)]
 pub fn forward(
     width: usize,
     x: &[f32],
@@ -32,7 +31,6 @@ pub fn forward(
 }
 
 /// See [`crate::device::Device::prefix_mean_backward`].
-#[allow(clippy::too_many_arguments)]
 pub fn backward(
     width: usize,
     start: &[u32],

@@ -27,7 +27,6 @@ pub fn scatter_add(width: usize, x: &[f32], index: &[u32], y: &mut [f32]) {
 }
 
 /// See [`crate::device::Device::segment_sum`].
-#[allow(clippy::too_many_arguments)]
 pub fn segment_sum(
     width: usize,
     sources: &[&[f32]],

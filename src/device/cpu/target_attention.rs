@@ -329,7 +329,6 @@ fn padded_rows_len(rows: usize, width: usize) -> usize {
 ///
 /// # Panics
 /// Where the lengths of the buffers do not fit each other.
-#[allow(clippy::too_many_arguments)]
 pub fn forward(
     width: usize,
     hidden: [usize; 2],
@@ -378,8 +377,6 @@ pub fn forward(
 fn split<'a>(rest: &mut &'a mut [f32], len: usize) -> &'a mut [f32] {
     rest.split_off_mut(..len).expect("chunks add up to the whole")
 }
-
-#[allow(clippy::too_many_arguments)]
 fn forward_chunk(
     shape: Shape,
     index: &TargetIndex<[u32]>,

@@ -329,7 +329,6 @@ impl OutputProducts<'_> {
 impl Normalizers<'_> {
     /// Those of a tile. Unless they were recorded, `center` and `delta` are still to be found.
     #[inline(always)]
-    #[expect(clippy::too_many_arguments, reason = "rows, keys, and what is known of them")]
     fn take<S: Simd, const R: usize>(
         &mut self,
         s: S,

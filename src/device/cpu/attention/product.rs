@@ -82,7 +82,6 @@ pub(super) unsafe fn exact_score<S: Simd, const R: usize>(
 /// `weights` has rows of `weight_stride`, `rows` and `sums` rows of `padded` and `sum_stride` values; `first..R`
 /// are the rows of `sums` that take part.
 #[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "three matrices with their strides")]
 pub(super) fn accumulate_rows<S: Simd, const R: usize>(
     s: S,
     weights: &[f32],
@@ -125,7 +124,6 @@ pub(super) fn accumulate_rows<S: Simd, const R: usize>(
 }
 
 #[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "three matrices with their strides")]
 fn accumulate_columns<S: Simd, const R: usize, const C: usize>(
     s: S,
     weights: &[f32],

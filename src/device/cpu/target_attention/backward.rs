@@ -112,7 +112,6 @@ impl Sums<'_> {
 ///
 /// # Panics
 /// Where the lengths of the buffers do not fit each other.
-#[allow(clippy::too_many_arguments)]
 pub fn backward(
     width: usize,
     hidden: [usize; 2],

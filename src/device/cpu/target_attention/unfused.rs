@@ -53,7 +53,6 @@ fn pair_lens(index: &TargetIndex<[u32]>, width: usize) -> impl Iterator<Item = u
 ///
 /// # Panics
 /// Where the lengths of the buffers do not fit each other.
-#[allow(clippy::too_many_arguments)]
 pub fn forward(
     width: usize,
     hidden: [usize; 2],
@@ -111,7 +110,6 @@ pub fn forward(
 ///
 /// # Panics
 /// Where the lengths of the buffers do not fit each other.
-#[allow(clippy::too_many_arguments)]
 pub fn backward(
     width: usize,
     hidden: [usize; 2],

@@ -7,7 +7,7 @@ use dfar::attention::{
     AttentionError, FhaOptions, Gradients, Inputs, LabelMask, Normalization, Pairing, backward, forward,
     reference,
 };
-use dfar::verify::{Fha, TensorError, compare, compare_gradients, verify_fha};
+use dfar::verify::{Fha, TensorError, compare, compare_gradients, relative_error, verify_fha};
 use proptest::prelude::*;
 
 /// Runs forward and backward. Outputs start as garbage: they must be overwritten.
@@ -289,6 +289,28 @@ fn large_scores_do_not_overflow() {
         // Probabilities of what is kept cannot add up to more than 1.
         let largest = batch.v.iter().fold(0.0f32, |m, x| m.max(x.abs()));
         assert!(r.o.iter().all(|x| x.abs() <= largest * 1.0001));
+    }
+}
+
+/// Where one key takes nearly all of the probability, `ds` is what is left of a cancellation: it once kept only three
+/// digits. Every gradient is judged by its own scale here, however small.
+#[test]
+fn a_saturated_softmax_keeps_its_gradients() {
+    for (lengths, seed) in [(&[50usize, 21][..], 31), (&[50, 21], 32), (&[9, 30], 33), (&[1100], 34)] {
+        for normalization in [Normalization::Joint, Normalization::Masked] {
+            let options = FhaOptions { normalization, ..FhaOptions::new(2, 16) };
+            let mut batch = Batch::random(&options, lengths, seed);
+            for x in batch.q.iter_mut().chain(&mut batch.k) {
+                *x *= 30.0;
+            }
+            let fused = run(&options, &batch);
+            let exact = reference::backward(&options, batch.inputs(), &batch.d_o).expect("inputs are valid");
+            for (name, x, r) in [("dq", &fused.dq, &exact.dq), ("dk", &fused.dk, &exact.dk)] {
+                let largest = r.iter().fold(0.0, |m: f64, x| m.max(x.abs()));
+                let error = relative_error(x, r, largest);
+                assert!(error < 5e-5, "{lengths:?} {normalization:?} {name}: {error:e} of {largest:e}");
+            }
+        }
     }
 }
 

@@ -8,22 +8,28 @@
 //! dv += p^T do,  dk += ds^T q,  dq += ds k
 //! ```
 //!
-//! A single-precision `lse` of some hundreds is too coarse to normalise with, so for rows of large scores maximum
-//! and sum are computed again ([`Normalizers`]).
+//! Large scores need more care, at the price of two more passes over the keys of such rows ([`Normalizers`]):
+//!
+//! - A single-precision `lse` of some hundreds is too coarse to normalise with: maximum and sum are computed again.
+//! - One key may take nearly all of the probability. What is left of `ds` is then a difference of nearly equal
+//!   numbers, so both are taken relative to that key: `ds = p * ((do . v - center) - sum p (do . v - center))` with
+//!   `center` its `do . v`, which makes its own difference exactly 0.
 
 use super::forward::{KeyPanels, Queries, Softmax, interleave_row, stretches};
-use super::pack::{Buffer, Piece, QueryOrder, Row, STRIDE, Scratch, Tile, cut};
+use super::pack::{Buffer, KeyOrder, Piece, QueryOrder, Row, STRIDE, Scratch, Tile, cut};
 use super::product::{accumulate_panel, accumulate_rows, dots, exact_score, score};
 use super::{Group, Saved, Sequence, Shape};
 use crate::device::cpu::simd::{Kernel, Simd};
 use std::f32::consts::{LN_2, LOG2_E};
 use std::ops::Range;
 
-/// `p = exp2(score - shift) * factor` for one row.
+/// `p = exp2(score - shift) * factor` and `ds = p * (do . v - center - delta)` for one row.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct Normalizer {
     shift: f32,
     factor: f32,
+    center: f32,
+    delta: f32,
 }
 
 /// Normalizers of the rows of a sequence, `[T, Q]`.
@@ -146,34 +152,64 @@ impl Context<'_> {
         cut(shape, group, rows[R - 1].visible, pieces);
         let queries = Queries::<R>::take(s, &self.sequence, rows, self.k_panels.largest, q, raw_q);
         let [scores, gradients] = [scores, gradients].map(|x| x.take(R * STRIDE));
-        let first = self.first * shape.query_slots;
-        let normalizers =
-            self.normalizers.take(s, &self.k_panels, &queries, pieces, self.saved.lse, shape, first, scores);
+        let mut normalizers =
+            self.normalizers.take(s, &self.k_panels, &queries, pieces, self.saved.lse, shape, scores);
 
         // Gradients of the outputs carry the factor, so that p needs none; rows that only fill the tile are 0.
         let [d_o, o] = [d_o, o].map(|x| x.take(R * d * key_slots));
         let at = |row: &Row| (row.token * shape.query_slots + row.slot) * key_slots * d;
+        for filler in &mut normalizers[range.len()..] {
+            *filler = Normalizer { shift: filler.shift, ..Normalizer::default() };
+        }
         for (r, row) in rows.iter().enumerate() {
-            let factor = if r < range.len() { normalizers[r].factor } else { 0.0 };
+            let factor = normalizers[r].factor;
             interleave_row::<R>(&self.saved.d_o[at(row)..][..key_slots * d], factor, &mut d_o[r..]);
             interleave_row::<R>(&self.saved.o[at(row)..][..key_slots * d], 1.0, &mut o[r..]);
         }
         let shift = normalizers.map(|normalizer| normalizer.shift);
-        let delta = dots::<S, R>(s, d_o, o);
+        let products =
+            OutputProducts { d_o, v_panels: self.v_panels, first_head: group.key_heads.start, d, slots };
+        if !matches!(self.normalizers, Normalizers::Recorded(_)) {
+            let (center, delta) = if queries.raw.is_some() {
+                products.centered(
+                    s,
+                    &self.k_panels,
+                    &queries,
+                    pieces,
+                    &normalizers,
+                    [&mut *scores, &mut *gradients],
+                )
+            } else {
+                ([0.0; R], dots::<S, R>(s, d_o, o))
+            };
+            for r in 0..R {
+                (normalizers[r].center, normalizers[r].delta) = (center[r], delta[r]);
+            }
+        }
+        if let Normalizers::Record(record) = &mut self.normalizers {
+            for (row, normalizer) in rows.iter().zip(normalizers).take(range.len()) {
+                record[(row.token - self.first) * shape.query_slots + row.slot] = normalizer;
+            }
+        }
+        // What `do . v` of a kept key, and 0 of another, are relative to.
+        let delta = normalizers.map(|normalizer| normalizer.center + normalizer.delta);
+        let (center, rest) = (normalizers.map(|n| n.center), normalizers.map(|n| n.delta));
         let sums = sums.take(R * self.padded);
         sums.fill(0.0);
         for piece in pieces.iter() {
             let head = piece.key_head * d * slots + piece.slot(keys);
             let len = piece.padded();
-            let v_panel = self.v_panels[head..][..(d - 1) * slots + len].as_ptr();
-            let d_o = &d_o[(piece.key_head - group.key_heads.start) * d * R..][..d * R];
             probabilities::<S, R>(s, &self.k_panels, &queries, piece, &shift, scores);
             if piece.kept {
-                // SAFETY: the panel holds `len` keys at each of d strides, as sliced above.
-                unsafe { score_gradients::<S, R>(s, d_o, v_panel, slots, &delta, len, scores, gradients) };
+                products.visit::<S, R>(s, piece, keys, |r, j, product| {
+                    let at = r * STRIDE + j;
+                    let away = s.sub(s.sub(product, s.splat(center[r])), s.splat(rest[r]));
+                    s.store(s.mul(s.load(&scores[at..]), away), &mut gradients[at..]);
+                });
             } else {
                 unkept_gradients::<S, R>(s, &delta, len, scores, gradients);
             }
+            let d_o = products.of_head::<R>(piece);
             if let Some([dk, dv]) = &mut self.d_panels {
                 let [dk, dv] = [dk, dv].map(|x| &mut x[head..][..(d - 1) * slots + len]);
                 if piece.kept {
@@ -199,8 +235,99 @@ impl Context<'_> {
     }
 }
 
+/// `do . v`, for a tile of rows.
+struct OutputProducts<'a> {
+    /// Rows interleaved: `[key slots, d, R]`.
+    d_o: &'a [f32],
+    v_panels: &'a [f32],
+    /// Key head of the first of `d_o`'s slots.
+    first_head: usize,
+    d: usize,
+    slots: usize,
+}
+
+impl OutputProducts<'_> {
+    /// The rows' `do` for the piece's key head: `[d, R]`.
+    #[inline(always)]
+    fn of_head<const R: usize>(&self, piece: &Piece) -> &[f32] {
+        &self.d_o[(piece.key_head - self.first_head) * self.d * R..][..self.d * R]
+    }
+
+    /// Calls `each(row, key, products)` for the vectors of keys of a piece; the same numbers every time.
+    #[inline(always)]
+    fn visit<S: Simd, const R: usize>(
+        &self,
+        s: S,
+        piece: &Piece,
+        keys: &KeyOrder,
+        mut each: impl FnMut(usize, usize, S::V),
+    ) {
+        let (d_o, len) = (self.of_head::<R>(piece), piece.padded());
+        let from = piece.key_head * self.d * self.slots + piece.slot(keys);
+        let panel = self.v_panels[from..][..(self.d - 1) * self.slots + len].as_ptr();
+        let mut j = 0;
+        while j < len {
+            // SAFETY: the panel holds `len` keys, whole vectors, at each of d strides, as sliced above; `d_o` holds
+            // d * R values.
+            unsafe {
+                if j + 2 * S::LANES <= len {
+                    let block = score::<S, R, 2>(s, d_o.as_ptr(), panel.add(j), self.slots, self.d);
+                    for r in 0..R {
+                        each(r, j, block[r][0]);
+                        each(r, j + S::LANES, block[r][1]);
+                    }
+                    j += 2 * S::LANES;
+                } else {
+                    let block = score::<S, R, 1>(s, d_o.as_ptr(), panel.add(j), self.slots, self.d);
+                    for r in 0..R {
+                        each(r, j, block[r][0]);
+                    }
+                    j += S::LANES;
+                }
+            }
+        }
+    }
+
+    /// For every row `do . v` of its most probable key, 0 where that is not kept, and the sum over all keys of
+    /// `p * (do . v - that)`, `p` being normalised here (`do` carries the factor once already).
+    #[inline(always)]
+    fn centered<S: Simd, const R: usize>(
+        &self,
+        s: S,
+        panels: &KeyPanels,
+        queries: &Queries<R>,
+        pieces: &[Piece],
+        normalizers: &[Normalizer; R],
+        [p, products]: [&mut [f32]; 2],
+    ) -> ([f32; R], [f32; R]) {
+        let shift = &normalizers.map(|normalizer| normalizer.shift);
+        let (mut best, mut center, mut rest) = ([f32::NEG_INFINITY; R], [0.0; R], [0.0f64; R]);
+        for pass in 0..2 {
+            for piece in pieces {
+                probabilities::<S, R>(s, panels, queries, piece, shift, p);
+                if piece.kept {
+                    self.visit::<S, R>(s, piece, panels.keys, |r, j, product| {
+                        s.store(product, &mut products[r * STRIDE + j..]);
+                    });
+                }
+                for r in 0..R {
+                    for j in r * STRIDE..r * STRIDE + piece.len {
+                        let product = if piece.kept { products[j] } else { 0.0 };
+                        if pass == 1 {
+                            rest[r] += f64::from(p[j]) * f64::from(product - center[r]);
+                        } else if p[j] > best[r] {
+                            (best[r], center[r]) = (p[j], product);
+                        }
+                    }
+                }
+            }
+        }
+        (center, std::array::from_fn(|r| (rest[r] * f64::from(normalizers[r].factor)) as f32))
+    }
+}
+
 impl Normalizers<'_> {
-    /// Those of a tile; `first` is the place in `lse` of the first query of this piece of work.
+    /// Those of a tile. Unless they were recorded, `center` and `delta` are still to be found.
     #[inline(always)]
     #[expect(clippy::too_many_arguments, reason = "rows, keys, and what is known of them")]
     fn take<S: Simd, const R: usize>(
@@ -211,14 +338,17 @@ impl Normalizers<'_> {
         pieces: &[Piece],
         lse: &[f32],
         shape: &Shape,
-        first: usize,
         scores: &mut [f32],
     ) -> [Normalizer; R] {
         let places = queries.rows.map(|row| row.token * shape.query_slots + row.slot);
         if let Self::Recorded(recorded) = self {
             return places.map(|place| recorded[place]);
         }
-        let mut normalizers = places.map(|place| Normalizer { shift: lse[place] * LOG2_E, factor: 1.0 });
+        let mut normalizers = places.map(|place| Normalizer {
+            shift: lse[place] * LOG2_E,
+            factor: 1.0,
+            ..Normalizer::default()
+        });
         if queries.raw.is_some() {
             let mut softmax = Softmax::<R>::new();
             for stretch in stretches(pieces) {
@@ -226,13 +356,8 @@ impl Normalizers<'_> {
             }
             for r in 0..R {
                 if lse[places[r]].is_finite() {
-                    normalizers[r] = Normalizer { shift: softmax.max[r], factor: 1.0 / softmax.sum[r] };
+                    (normalizers[r].shift, normalizers[r].factor) = (softmax.max[r], 1.0 / softmax.sum[r]);
                 }
-            }
-        }
-        if let Self::Record(record) = self {
-            for (place, normalizer) in places.into_iter().zip(normalizers) {
-                record[place - first] = normalizer;
             }
         }
         normalizers
@@ -302,63 +427,6 @@ unsafe fn exponentials<S: Simd, const R: usize, const C: usize>(
             }
             // SAFETY: the caller's promise.
             unsafe { s.store_ptr(p, out.add(r * STRIDE + c * S::LANES)) };
-        }
-    }
-}
-
-/// `out = p * (do . v - delta)`.
-///
-/// # Safety
-/// `panel` must be valid for reading `len` values at every of `d_o.len() / R` multiples of `stride`.
-#[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "rows, keys, and where the result goes")]
-unsafe fn score_gradients<S: Simd, const R: usize>(
-    s: S,
-    d_o: &[f32],
-    panel: *const f32,
-    stride: usize,
-    delta: &[f32; R],
-    len: usize,
-    p: &[f32],
-    out: &mut [f32],
-) {
-    assert!(p.len() >= (R - 1) * STRIDE + len && out.len() >= (R - 1) * STRIDE + len);
-    let mut j = 0;
-    while j < len {
-        // SAFETY: `panel` by the caller's promise; `p` and `out` hold the vectors at j < len of every row.
-        unsafe {
-            let (p, out) = (p.as_ptr().add(j), out.as_mut_ptr().add(j));
-            if j + 2 * S::LANES <= len {
-                let block = score::<S, R, 2>(s, d_o.as_ptr(), panel.add(j), stride, d_o.len() / R);
-                times_probability(s, block, delta, p, out);
-                j += 2 * S::LANES;
-            } else {
-                let block = score::<S, R, 1>(s, d_o.as_ptr(), panel.add(j), stride, d_o.len() / R);
-                times_probability(s, block, delta, p, out);
-                j += S::LANES;
-            }
-        }
-    }
-}
-
-/// # Safety
-/// `p` and `out` must be valid for `C` vectors at each of `R` strides of [`STRIDE`].
-#[inline(always)]
-unsafe fn times_probability<S: Simd, const R: usize, const C: usize>(
-    s: S,
-    block: [[S::V; C]; R],
-    delta: &[f32; R],
-    p: *const f32,
-    out: *mut f32,
-) {
-    for r in 0..R {
-        for c in 0..C {
-            let at = r * STRIDE + c * S::LANES;
-            // SAFETY: the caller's promise.
-            unsafe {
-                let ds = s.mul(s.load_ptr(p.add(at)), s.sub(block[r][c], s.splat(delta[r])));
-                s.store_ptr(ds, out.add(at));
-            }
         }
     }
 }

@@ -144,7 +144,7 @@ impl Panel {
             svg,
             "<path d=\"M{:.1} {TOP:.1}V{bottom:.1}H{right:.1}\" fill=\"none\" stroke=\"#444\"/>\
              <text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\">epoch</text>\
-             <text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\" transform=\"rotate(-90 {0:.1} {4:.1})\">{name}</text>",
+             <text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\" transform=\"rotate(-90 {3:.1} {4:.1})\">{name}</text>",
             self.left,
             self.left + PANEL.0 / 2.0,
             bottom + 40.0,

@@ -212,12 +212,13 @@ def main():
     p.add_argument("--peers", nargs="+", help="only these rows")
     p.add_argument("--tokens", type=int, default=TOKENS)
     p.add_argument("--no-skewed", action="store_true")
-    p.add_argument("--no-compile", action="store_true", help="everything eager (quick look at correctness)")
+    p.add_argument("--compile", action="store_true", help="with --check: compiled as in timing (minutes per peer)")
+    p.add_argument("--no-compile", action="store_true", help="time everything eager")
     a = p.parse_args()
     torch._dynamo.config.recompile_limit = 256
     torch._dynamo.config.accumulated_recompile_limit = 4096
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    eager = a.no_compile or (a.check and device.type == "cpu")
+    eager = a.no_compile or (a.check and not a.compile)
     a.compiler = (lambda f: f) if eager else (lambda f: torch.compile(f, dynamic=False))
     if a.check:
         sys.exit(0 if check(device, a.compiler, a.golden) else 1)

@@ -7,8 +7,8 @@ import torch
 
 from .model import Dfar, clip_each, loss
 
-# f32: the specification asks 5e-5 of kernels; a whole network's gradients lose about one digit more.
-TOLERANCE = {"f64": 1e-9, "f32": 5e-4}
+# f32: the specification asks 5e-5 of one kernel's gradients; this is the whole network's.
+TOLERANCE = {"f64": 1e-9, "f32": 1e-4}
 
 
 def load(path, dtype, device):

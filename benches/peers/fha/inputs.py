@@ -1,4 +1,5 @@
 """Random inputs, golden cases, and the gate: a peer that is wrong is not timed."""
+import functools
 import glob
 import json
 import os
@@ -27,6 +28,14 @@ class Inputs:
     def qkv(self):
         return self.q, self.k, self.v
 
+    def gradient(self, peer):
+        """What flows back into o; a peer that adds up the slots gets the sum."""
+        return self.do if peer.exact else self._summed
+
+    @functools.cached_property
+    def _summed(self):
+        return self.do.sum(2, keepdim=True)
+
     @property
     def bytes(self):
         return sum(x.nbytes for x in (*self.qkv, self.do, self.label))
@@ -41,8 +50,7 @@ def forward_backward(peer, x, batch, normalization):
     """-> o, lse, (dq, dk, dv). Fresh leaves, so that nothing of an earlier call is accumulated or kept."""
     q, k, v = (t.detach().requires_grad_() for t in x.qkv)
     o, lse = peer(q, k, v, x.label, batch, normalization)
-    do = x.do if peer.exact else x.do.sum(2, keepdim=True)
-    return o, lse, torch.autograd.grad(o, (q, k, v), do)
+    return o, lse, torch.autograd.grad(o, (q, k, v), x.gradient(peer))
 
 
 def errors(peer, x, batch, normalization, backward, sequences=None):
@@ -62,9 +70,8 @@ def errors(peer, x, batch, normalization, backward, sequences=None):
 def _reference(peer, x, part, normalization, backward):
     leaves = [t[part].double().requires_grad_(backward) for t in x.qkv]
     o, lse = reference.fha_sequence(*leaves, x.label[part], normalization)
-    do = x.do[part].double()
     shown = o if peer.exact else o.sum(2, keepdim=True)
-    grads = torch.autograd.grad(shown, leaves, do if peer.exact else do.sum(2, keepdim=True)) if backward else ()
+    grads = torch.autograd.grad(shown, leaves, x.gradient(peer)[part].double()) if backward else ()
     return {"o": shown.detach(), "lse": lse.detach(), **dict(zip(("dq", "dk", "dv"), grads))}
 
 

@@ -13,7 +13,7 @@ import torch
 
 from fha import inputs, reference, timing
 from fha.batch import Batch, skewed_lengths, uniform_lengths
-from fha.engines import ENGINES
+from fha.engines import ENGINES, without_gpu
 from fha.flex import Flex
 from fha.naive import Naive
 from fha.pairs import Pairs, Varlen
@@ -53,10 +53,11 @@ def peers(compiler):
 
 
 def cpu_peers(compiler):
-    """What runs without a GPU; the pair-heads mathematics on a plain stand-in for the library."""
+    """What can be checked without a GPU: the libraries' kernels are played by stand-ins that take every precision."""
+    without_gpu()
     chosen = {n: p for n, p in peers(compiler).items() if n.split("_")[0] in ("naive", "flex")
               or n in ("sdpa_padded", "sdpa_bucketed")}
-    return {**chosen, "pairs_plain": (Pairs(compiler, ENGINES["plain"]), lambda *a: None)}
+    return {**chosen, **{f"pairs_{name}": (Pairs(compiler, e), lambda *a: None) for name, e in ENGINES.items()}}
 
 
 def check_cases(dtype, device, golden):
@@ -71,7 +72,7 @@ def check_cases(dtype, device, golden):
             yield name, case["normalization"], batch, inputs.golden_inputs(t, batch, dtype)
 
 
-def check(device, compiler, golden):
+def check(device, compiler, golden, only):
     """Every peer on small random and golden inputs; True if all agree with float64."""
     good = True
 
@@ -89,6 +90,8 @@ def check(device, compiler, golden):
             report("reference", worst < 1e-11, f"{name}: {worst:.1e}")
     on_cpu = device.type == "cpu"
     for name, (peer, allowed) in (cpu_peers if on_cpu else peers)(compiler).items():
+        if only and name not in only:
+            continue
         # The CPU takes FlexAttention forward only.
         backward = not (on_cpu and name.startswith("flex"))
         for dtype in ("f64", "f32", "bf16") if on_cpu else ("f32", "bf16", "f16"):
@@ -115,6 +118,12 @@ def check(device, compiler, golden):
     return good
 
 
+def spread(lengths, count=8):
+    """Sequences to compare on the timed batch itself: the first, the last, the longest and some between."""
+    last = len(lengths) - 1
+    return sorted({max(range(last + 1), key=lengths.__getitem__), *(last * i // (count - 1) for i in range(count))})
+
+
 def time_one(peer, sets, batch, norm, dtype, backward):
     """-> fields of a row. Raises if the peer is wrong or fails."""
     step = (lambda x: inputs.forward_backward(peer, x, batch, norm)) if backward else \
@@ -123,8 +132,7 @@ def time_one(peer, sets, batch, norm, dtype, backward):
     step(sets[0])
     torch.cuda.synchronize()
     compile_s = time.perf_counter() - start
-    longest = max(range(len(batch.lengths)), key=batch.lengths.__getitem__)
-    found = inputs.errors(peer, sets[0], batch, norm, backward, sorted({0, longest, len(batch.lengths) - 1}))
+    found = inputs.errors(peer, sets[0], batch, norm, backward, spread(batch.lengths))
     worst = max(found.values())
     row = dict(max_rel_err=worst, compile_s=round(compile_s, 2), backend=peer.backend, lse=peer.has_lse, exact=peer.exact)
     if not worst <= inputs.TOLERANCE[dtype]:
@@ -221,7 +229,7 @@ def main():
     eager = a.no_compile or (a.check and not a.compile)
     a.compiler = (lambda f: f) if eager else (lambda f: torch.compile(f, dynamic=False))
     if a.check:
-        sys.exit(0 if check(device, a.compiler, a.golden) else 1)
+        sys.exit(0 if check(device, a.compiler, a.golden, a.peers) else 1)
     if device.type == "cpu":
         sys.exit("timing needs a CUDA GPU; --check runs without one")
     run(a, device)

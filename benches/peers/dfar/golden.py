@@ -40,13 +40,12 @@ def share(batch, shared):
     return (*(x.repeat_interleave(C, 0) for x in (items, labels, lengths)), candidates.reshape(-1, 1), target.reshape(-1, 1))
 
 
-def compare(path, dtype, device, shared, compiler):
+def compare(path, dtype, device, shared):
     """-> {what: relative error}"""
     case, model, batch, t = load(path, dtype, device)
     batch = share(batch, shared)
-    f = compiler(loss)
     error = lambda x, ref, floor=1e-30: float((x.detach().cpu().double() - ref).abs().max() / max(float(ref.abs().max()), floor))
-    total, parts, logits = f(model, *batch, case)
+    total, parts, logits = loss(model, *batch, case)
     total.backward()
     found = {"loss": error(total, t["loss"]), "logits": error(logits, t["logits"])}
     for name, part in parts.items():
@@ -58,7 +57,7 @@ def compare(path, dtype, device, shared, compiler):
     optimizer = torch.optim.Adam(model.parameters(), lr=case["lr"], eps=1e-8)
     for step in range(case["steps"]):
         optimizer.zero_grad()
-        total, *_ = f(model, *batch, case)
+        total, *_ = loss(model, *batch, case)
         total.backward()
         clip_each([p.grad for p in model.parameters()], case["clip"])
         optimizer.step()
@@ -69,7 +68,7 @@ def compare(path, dtype, device, shared, compiler):
     return found
 
 
-def check(folder, device, compiler):
+def check(folder, device):
     """Prints a line per case, precision and sharing; True if all agree."""
     good = True
     paths = sorted(glob.glob(os.path.join(folder, "dfar_*.safetensors")))
@@ -78,7 +77,7 @@ def check(folder, device, compiler):
     for path in paths:
         for name, dtype in (("f64", torch.float64), ("f32", torch.float32)):
             for shared in (False, True):
-                found = compare(path, dtype, device, shared, compiler)
+                found = compare(path, dtype, device, shared)
                 bad = {k: e for k, e in found.items() if not e <= TOLERANCE[name]}
                 good &= not bad
                 worst = max(found, key=found.get)

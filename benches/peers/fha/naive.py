@@ -5,11 +5,12 @@ from . import heads
 from .batch import pad, unpad
 
 
-def dense(q, k, v, causal, normalization):
+def dense(q, k, v):
     """q: [B, T, g, d], k: [B, T, K, d], v: [B, T, K, w] -> o [B, T, g, K, w], lse [B, T, g]; softmax in float32 at least."""
     s = torch.einsum("biad,bjcd->baicj", q, k)
     s = s.to(torch.promote_types(s.dtype, torch.float32)) * q.shape[-1] ** -0.5
-    s = torch.where(causal[:, None, :], s, -torch.inf)
+    step = torch.arange(q.shape[1], device=q.device)
+    s = torch.where(step[None, None, :] <= step[:, None, None], s, -torch.inf)
     lse = s.flatten(3).logsumexp(3)
     p = (s - lse[..., None, None]).exp().to(q.dtype)
     return torch.einsum("baicj,bjcw->biacw", p, v), lse.transpose(1, 2)
@@ -28,7 +29,6 @@ class Naive:
         buckets = batch.buckets(self.bucketed)
         outs = []
         for b in buckets:
-            causal = torch.ones(b.shape[1], b.shape[1], dtype=torch.bool, device=q.device).tril()
-            outs.append(self.dense(pad(q, b), pad(k, b), pad(v, b), causal, normalization))
+            outs.append(self.dense(pad(q, b), pad(k, b), pad(v, b)))
         o, lse = (unpad(list(parts), buckets, batch.tokens) for parts in zip(*outs))
         return heads.pairs_to_slots(o, normalization), lse

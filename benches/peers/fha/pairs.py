@@ -34,7 +34,7 @@ def merge(out, lse, K, normalization):
     out = out.unflatten(1, (K, -1))
     if K > 1:
         out = (out * (lse - total).exp().permute(2, 0, 1)[..., None]).to(out.dtype)
-    return heads.pairs_to_slots(out.transpose(1, 2), normalization), total.t()
+    return heads.pairs_to_slots(out.transpose(1, 2), normalization).contiguous(), total.t()
 
 
 LEADING_BITS = {torch.bfloat16: -0x10000, torch.float16: -0x2000}     # of a float32, as many as the type holds

@@ -10,6 +10,7 @@ import argparse
 import datetime
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -21,11 +22,13 @@ BROKEN_DEVICE = 75
 def environment():
     import torch
     import triton
-    smi = subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.max.sm", "--format=csv,noheader"],
+    if not torch.cuda.is_available():
+        sys.exit("no CUDA GPU here; attention.py --check and training.py --check run without one")
+    smi = shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.max.sm", "--format=csv,noheader"],
                          capture_output=True, text=True)
     p = torch.cuda.get_device_properties(0)
     return dict(gpu=p.name, multiprocessors=p.multi_processor_count, memory_gib=round(p.total_memory / 2**30, 1),
-                l2_mib=p.L2_cache_size / 2**20, nvidia_smi=smi.stdout.strip(), torch=torch.__version__, triton=triton.__version__,
+                l2_mib=p.L2_cache_size / 2**20, nvidia_smi=smi.stdout.strip() if smi else None, torch=torch.__version__, triton=triton.__version__,
                 cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(), python=sys.version.split()[0],
                 date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))
 

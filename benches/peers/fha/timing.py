@@ -26,14 +26,14 @@ def _median_ms(call, budget_ms, least=5, most=200):
     return statistics.median(times)
 
 
-def eager_ms(step, sets, budget_ms=200):
+def eager_ms(step, sets, budget_ms=100):
     for x in sets:
         step(x)
     torch.cuda.synchronize()
     return _median_ms(lambda i: step(sets[i % len(sets)]), budget_ms)
 
 
-def graph_ms(step, sets, budget_ms=200):
+def graph_ms(step, sets, budget_ms=100):
     """Median over replays, divided by the number of calls in the graph."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

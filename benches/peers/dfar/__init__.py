@@ -1,0 +1,1 @@
+"""DFAR in PyTorch on padded batches, as a competent user would write it after the paper."""

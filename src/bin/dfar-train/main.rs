@@ -46,7 +46,7 @@ enum Command {
 
 #[derive(Args)]
 struct Train {
-    /// Directory of the new run [default: runs/<name of the data set>, numbered when there is one].
+    /// Directory of the new run [default: `runs/NAME`, named after the data set and numbered when there is one].
     #[arg(long, short, value_name = "DIR")]
     out: Option<PathBuf>,
     /// Configuration of an earlier run, or your own; flags win over it.

@@ -170,7 +170,7 @@ impl Context<'_> {
         let products =
             OutputProducts { d_o, v_panels: self.v_panels, first_head: group.key_heads.start, d, slots };
         if !matches!(self.normalizers, Normalizers::Recorded(_)) {
-            let (center, delta) = if queries.raw.is_some() {
+            let [center, delta] = if queries.raw.is_some() {
                 products.centered(
                     s,
                     &self.k_panels,
@@ -180,7 +180,7 @@ impl Context<'_> {
                     [&mut *scores, &mut *gradients],
                 )
             } else {
-                ([0.0; R], dots::<S, R>(s, d_o, o))
+                [[0.0; R], dots::<S, R>(s, d_o, o)]
             };
             for r in 0..R {
                 (normalizers[r].center, normalizers[r].delta) = (center[r], delta[r]);
@@ -201,11 +201,7 @@ impl Context<'_> {
             let len = piece.padded();
             probabilities::<S, R>(s, &self.k_panels, &queries, piece, &shift, scores);
             if piece.kept {
-                products.visit::<S, R>(s, piece, keys, |r, j, product| {
-                    let at = r * STRIDE + j;
-                    let away = s.sub(s.sub(product, s.splat(center[r])), s.splat(rest[r]));
-                    s.store(s.mul(s.load(&scores[at..]), away), &mut gradients[at..]);
-                });
+                products.score_gradients(s, piece, keys, [&center, &rest], scores, gradients);
             } else {
                 unkept_gradients::<S, R>(s, &delta, len, scores, gradients);
             }
@@ -253,35 +249,34 @@ impl OutputProducts<'_> {
         &self.d_o[(piece.key_head - self.first_head) * self.d * R..][..self.d * R]
     }
 
-    /// Calls `each(row, key, products)` for the vectors of keys of a piece; the same numbers every time.
+    /// `out = p * (do . v - center - rest)` for the keys of a piece.
     #[inline(always)]
-    fn visit<S: Simd, const R: usize>(
+    fn score_gradients<S: Simd, const R: usize>(
         &self,
         s: S,
         piece: &Piece,
         keys: &KeyOrder,
-        mut each: impl FnMut(usize, usize, S::V),
+        [center, rest]: [&[f32; R]; 2],
+        p: &[f32],
+        out: &mut [f32],
     ) {
         let (d_o, len) = (self.of_head::<R>(piece), piece.padded());
         let from = piece.key_head * self.d * self.slots + piece.slot(keys);
         let panel = self.v_panels[from..][..(self.d - 1) * self.slots + len].as_ptr();
+        assert!(p.len() >= (R - 1) * STRIDE + len && out.len() >= (R - 1) * STRIDE + len);
         let mut j = 0;
         while j < len {
-            // SAFETY: the panel holds `len` keys, whole vectors, at each of d strides, as sliced above; `d_o` holds
-            // d * R values.
+            // SAFETY: the panel holds `len` keys, whole vectors, at each of d strides, as sliced above, and `d_o`
+            // d * R values; `p` and `out` hold the vectors at j < len of every row, as asserted.
             unsafe {
+                let (p, out) = (p.as_ptr().add(j), out.as_mut_ptr().add(j));
                 if j + 2 * S::LANES <= len {
                     let block = score::<S, R, 2>(s, d_o.as_ptr(), panel.add(j), self.slots, self.d);
-                    for r in 0..R {
-                        each(r, j, block[r][0]);
-                        each(r, j + S::LANES, block[r][1]);
-                    }
+                    times_probability(s, block, [center, rest], p, out);
                     j += 2 * S::LANES;
                 } else {
                     let block = score::<S, R, 1>(s, d_o.as_ptr(), panel.add(j), self.slots, self.d);
-                    for r in 0..R {
-                        each(r, j, block[r][0]);
-                    }
+                    times_probability(s, block, [center, rest], p, out);
                     j += S::LANES;
                 }
             }
@@ -298,31 +293,52 @@ impl OutputProducts<'_> {
         queries: &Queries<R>,
         pieces: &[Piece],
         normalizers: &[Normalizer; R],
-        [p, products]: [&mut [f32]; 2],
-    ) -> ([f32; R], [f32; R]) {
-        let shift = &normalizers.map(|normalizer| normalizer.shift);
+        [p, gradients]: [&mut [f32]; 2],
+    ) -> [[f32; R]; 2] {
+        let shift = normalizers.map(|normalizer| normalizer.shift);
         let (mut best, mut center, mut rest) = ([f32::NEG_INFINITY; R], [0.0; R], [0.0f64; R]);
-        for pass in 0..2 {
-            for piece in pieces {
-                probabilities::<S, R>(s, panels, queries, piece, shift, p);
-                if piece.kept {
-                    self.visit::<S, R>(s, piece, panels.keys, |r, j, product| {
-                        s.store(product, &mut products[r * STRIDE + j..]);
-                    });
-                }
-                for r in 0..R {
-                    for j in r * STRIDE..r * STRIDE + piece.len {
-                        let product = if piece.kept { products[j] } else { 0.0 };
-                        if pass == 1 {
-                            rest[r] += f64::from(p[j]) * f64::from(product - center[r]);
-                        } else if p[j] > best[r] {
-                            (best[r], center[r]) = (p[j], product);
-                        }
+        for piece in pieces {
+            probabilities::<S, R>(s, panels, queries, piece, &shift, p);
+            for r in 0..R {
+                for (j, &p) in p[r * STRIDE..][..piece.len].iter().enumerate() {
+                    if p > best[r] {
+                        best[r] = p;
+                        center[r] =
+                            if piece.kept { self.product::<S, R>(s, piece, panels.keys, r, j) } else { 0.0 };
                     }
                 }
             }
         }
-        (center, std::array::from_fn(|r| (rest[r] * f64::from(normalizers[r].factor)) as f32))
+        for piece in pieces {
+            probabilities::<S, R>(s, panels, queries, piece, &shift, p);
+            if piece.kept {
+                self.score_gradients(s, piece, panels.keys, [&center, &[0.0; R]], p, gradients);
+            } else {
+                unkept_gradients::<S, R>(s, &center, piece.padded(), p, gradients);
+            }
+            for r in 0..R {
+                let piece = &gradients[r * STRIDE..][..piece.len];
+                rest[r] += piece.iter().map(|&x| f64::from(x)).sum::<f64>();
+            }
+        }
+        let factor = |r: usize| f64::from(normalizers[r].factor);
+        [center, std::array::from_fn(|r| (rest[r] * factor(r)) as f32)]
+    }
+
+    /// `do . v` of one row and key: the very number that [`OutputProducts::score_gradients`] finds, so that their
+    /// difference is 0.
+    #[inline(always)]
+    fn product<S: Simd, const R: usize>(
+        &self,
+        s: S,
+        piece: &Piece,
+        keys: &KeyOrder,
+        row: usize,
+        key: usize,
+    ) -> f32 {
+        let from = piece.key_head * self.d * self.slots + piece.slot(keys) + key;
+        let products = self.of_head::<R>(piece).chunks_exact(R).enumerate();
+        products.fold(0.0, |sum, (x, d_o)| s.mul_add_one(d_o[row], self.v_panels[from + x * self.slots], sum))
     }
 }
 
@@ -426,6 +442,29 @@ unsafe fn exponentials<S: Simd, const R: usize, const C: usize>(
             }
             // SAFETY: the caller's promise.
             unsafe { s.store_ptr(p, out.add(r * STRIDE + c * S::LANES)) };
+        }
+    }
+}
+
+/// # Safety
+/// `p` and `out` must be valid for `C` vectors at each of `R` strides of [`STRIDE`].
+#[inline(always)]
+unsafe fn times_probability<S: Simd, const R: usize, const C: usize>(
+    s: S,
+    block: [[S::V; C]; R],
+    [center, rest]: [&[f32; R]; 2],
+    p: *const f32,
+    out: *mut f32,
+) {
+    for r in 0..R {
+        for c in 0..C {
+            let at = r * STRIDE + c * S::LANES;
+            // SAFETY: the caller's promise.
+            unsafe {
+                let away = s.sub(s.sub(block[r][c], s.splat(center[r])), s.splat(rest[r]));
+                let ds = s.mul(s.load_ptr(p.add(at)), away);
+                s.store_ptr(ds, out.add(at));
+            }
         }
     }
 }

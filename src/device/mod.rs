@@ -1,2 +1,3 @@
 //! Where computation happens.
 pub mod cpu;
+pub mod cuda;

@@ -1,0 +1,34 @@
+// Arguments of the kernels, one struct per operation, passed by value.
+//
+// src/device/cuda/params.rs holds the same structs for the host; both sides assert size and offsets.
+#pragma once
+
+// Arguments of every kernel of attention.cu. N tokens, H heads, d their width, Q query slots, K key slots.
+// Pointers that a kernel does not name in its contract may be null.
+struct AttentionParams {
+    const void* q;             // [N, H, d]
+    const void* k;             // [N, H, d]
+    const void* v;             // [N, H, d]
+    void* o;                   // [N, Q, K, d]
+    float* lse;                // [N, Q], natural logarithm
+    const void* d_o;           // [N, Q, K, d]
+    float* delta;              // [N, Q]
+    void* dq;                  // [N, H, d]
+    void* dk;                  // [N, H, d]
+    void* dv;                  // [N, H, d]
+    const unsigned* order;     // [N] tokens of each sequence by label, negatives first; null: as they come
+    const unsigned* feedback;  // [N] 2 * (positives of the sequence up to and with this token) + label; null: no labels
+    const void* items;         // [gridDim.x] (see seqlen.cuh), longest first
+    unsigned heads;            // H
+    unsigned query_slots;      // Q
+    unsigned key_slots;        // K; with 1, blockIdx.y is the head and slot of query and key alike
+    unsigned group;            // heads of one feedback group, H / 2; 0: no labels
+    unsigned causal;           // a token sees itself and what came before; else everything
+    unsigned masked;           // only kept pairs enter the denominator
+    float scale;               // factor on the scores
+    unsigned rows;             // N * Q
+};
+
+static_assert(sizeof(AttentionParams) == 136, "AttentionParams is mirrored by src/device/cuda/params.rs");
+static_assert(__builtin_offsetof(AttentionParams, items) == 96, "mirrored by src/device/cuda/params.rs");
+static_assert(__builtin_offsetof(AttentionParams, scale) == 128, "mirrored by src/device/cuda/params.rs");

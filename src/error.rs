@@ -2,6 +2,7 @@
 
 use crate::attention::AttentionError;
 use crate::data::DataError;
+use crate::verify::VerifyError;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
@@ -18,6 +19,18 @@ pub enum Error {
     /// A log file or a data set file.
     #[error(transparent)]
     Data(#[from] DataError),
+    /// Histories that cannot be packed.
+    #[error(transparent)]
+    Batch(#[from] crate::batch::BatchError),
+    /// The network.
+    #[error(transparent)]
+    Model(#[from] crate::model::ModelError),
+    /// A run: its configuration, its files, its course.
+    #[error(transparent)]
+    Train(#[from] crate::train::TrainError),
+    /// A reference case.
+    #[error(transparent)]
+    Verify(#[from] VerifyError),
     /// The operating system refused something.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
@@ -41,8 +54,11 @@ impl Error {
     /// 130 interrupted. (2, wrong usage, is clap's.)
     pub fn exit_code(&self) -> u8 {
         match self {
-            Error::Data(_) => 3,
-            Error::Attention(_) | Error::Io { .. } => 1,
+            Error::Data(error) => error.exit_code(),
+            Error::Train(error) => error.exit_code(),
+            Error::Verify(_) => 3,
+            Error::Model(crate::model::ModelError::NonFinite { .. }) => 5,
+            Error::Attention(_) | Error::Batch(_) | Error::Model(_) | Error::Io { .. } => 1,
         }
     }
 }

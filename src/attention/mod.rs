@@ -8,7 +8,32 @@
 //! | `o` | `[N, Q, K, d]` f32 | output; `Q` = [`FhaOptions::query_slots`], `K` = [`FhaOptions::key_slots`] |
 //! | `lse` | `[N, Q]` f32 | natural logarithm of each softmax denominator |
 
-use thiserror::Error;
+//!
+//! [`forward`] and [`backward`] run on the CPU engine: fused, vectorised, parallel over sequences and the tiles of
+//! long ones, with memory proportional to the number of tokens and the same bits whatever the number of threads.
+//! [`reference`](mod@reference) is the same mathematics in its plainest form.
+//!
+//! ```
+//! use dfar::attention::{FhaOptions, Inputs, forward};
+//!
+//! let options = FhaOptions::new(2, 4);
+//! let (q, k, v) = ([0.1; 3 * 2 * 4], [0.2; 3 * 2 * 4], [0.3; 3 * 2 * 4]); // 3 tokens, 2 heads of width 4
+//! let inputs = Inputs { q: &q, k: &k, v: &v, cu_seqlens: &[0, 2, 3], label: &[1, 0, 1] };
+//! let mut o = vec![0.0; options.output_len(3)];
+//! let mut lse = vec![0.0; options.lse_len(3)];
+//! forward(&options, inputs, &mut o, &mut lse)?;
+//! // The first token is positive: it reads itself with key head 1, and nothing with key head 0.
+//! assert_eq!(o[..4], [0.0; 4]);
+//! assert!((o[4] - 0.15).abs() < 1e-6);
+//! # Ok::<(), dfar::attention::AttentionError>(())
+//! ```
+
+mod check;
+pub mod reference;
+
+pub use crate::device::cpu::attention::{backward, forward};
+pub use check::AttentionError;
+pub(crate) use check::length;
 
 /// Which softmax denominator a row has when the label mask is on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, serde::Serialize, serde::Deserialize)]
@@ -85,6 +110,16 @@ impl FhaOptions {
         }
     }
 
+    /// Values of `o` for `tokens` tokens: `N * Q * K * d`.
+    pub fn output_len(&self, tokens: usize) -> usize {
+        tokens * self.query_slots() * self.key_slots() * self.head_dim
+    }
+
+    /// Values of `lse` for `tokens` tokens: `N * Q`.
+    pub fn lse_len(&self, tokens: usize) -> usize {
+        tokens * self.query_slots()
+    }
+
     /// Output slots per query head: `H`, one a key head; 1 for [`Pairing::PerHead`].
     pub fn key_slots(&self) -> usize {
         match self.pairing {
@@ -94,20 +129,28 @@ impl FhaOptions {
     }
 }
 
-/// An argument that cannot be computed with, named.
-#[derive(Clone, Debug, PartialEq, Error)]
-#[non_exhaustive]
-pub enum AttentionError {
-    /// A buffer whose length does not follow from the options and `cu_seqlens`.
-    #[error("attention: {name} has {found} values, but its shape {shape} needs {expected}")]
-    Length {
-        /// Argument.
-        name: &'static str,
-        /// Shape in words, e.g. `[N, H, d]`.
-        shape: &'static str,
-        /// Values needed.
-        expected: usize,
-        /// Values given.
-        found: usize,
-    },
+/// What the operation reads. Plain slices of packed tokens; shapes in the [module's table](self).
+#[derive(Clone, Copy, Debug)]
+pub struct Inputs<'a> {
+    /// Queries, `[N, H, d]`.
+    pub q: &'a [f32],
+    /// Keys, `[N, H, d]`.
+    pub k: &'a [f32],
+    /// Values, `[N, H, d]`.
+    pub v: &'a [f32],
+    /// Prefix sums of the sequence lengths, `[B + 1]`.
+    pub cu_seqlens: &'a [u32],
+    /// Feedback of each token, `[N]`: 0 or 1. May be empty, and is not read, with [`LabelMask::None`].
+    pub label: &'a [u8],
+}
+
+/// Where [`backward`] writes the gradients; each `[N, H, d]`, overwritten.
+#[derive(Debug)]
+pub struct Gradients<'a> {
+    /// Of the queries.
+    pub dq: &'a mut [f32],
+    /// Of the keys.
+    pub dk: &'a mut [f32],
+    /// Of the values.
+    pub dv: &'a mut [f32],
 }

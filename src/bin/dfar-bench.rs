@@ -1,2 +1,190 @@
 //! `dfar-bench`: verify against reference cases, and measure.
-fn main() {}
+use clap::{Parser, Subcommand, ValueEnum};
+use dfar::attention::{FhaOptions, Normalization};
+use dfar::bench::attention::{Plan, Row};
+use dfar::bench::limits;
+use dfar::verify::{self, Outcome, Report};
+use dfar::{Error, Result};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Check this machine's results against reference cases, and measure its speed.
+#[derive(Parser)]
+#[command(name = "dfar-bench", version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Compare with reference cases: prints the largest relative error per tensor, fails (1) beyond the tolerance
+    Verify(Verify),
+    /// Time the attention operation, naive and fused, by sequence length
+    Attention(Attention),
+    /// Measure the multiply-adds and exponentials per second this machine can do at most
+    Limits {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(clap::Args)]
+struct Verify {
+    /// Folder of case files (*.safetensors)
+    folder: PathBuf,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(clap::Args)]
+struct Attention {
+    /// Lengths of the sequences, each a row of the table
+    #[arg(long, value_delimiter = ',', default_value = "20,50,100,200,300,1024")]
+    seq_lens: Vec<usize>,
+    /// Heads, an even number
+    #[arg(long, default_value_t = 2)]
+    heads: usize,
+    /// Width of a head
+    #[arg(long, default_value_t = 16)]
+    head_dim: usize,
+    /// Tokens of a batch (whole sequences of them, at least one)
+    #[arg(long, default_value_t = 16384)]
+    batch_tokens: usize,
+    /// What to time
+    #[arg(long, value_enum, default_value_t = Pass::Both)]
+    pass: Pass,
+    /// Softmax denominator
+    #[arg(long, value_enum, default_value_t = Denominator::Joint)]
+    normalization: Denominator,
+    /// Where to run
+    #[arg(long, value_enum, default_value_t = Device::Cpu)]
+    device: Device,
+    /// Leave the naive form out
+    #[arg(long)]
+    no_naive: bool,
+    /// Threads; 0 for one a core
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+    /// Also write the rows to this file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Pass {
+    Forward,
+    Backward,
+    Both,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Denominator {
+    Joint,
+    Masked,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Device {
+    Cpu,
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().command {
+        Command::Verify(arguments) => run_verify(&arguments),
+        Command::Attention(arguments) => run_attention(&arguments).map(|()| true),
+        Command::Limits { json } => run_limits(json).map(|()| true),
+    };
+    match result {
+        Ok(passed) => ExitCode::from(u8::from(!passed)),
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+/// Whether every case passed.
+fn run_verify(arguments: &Verify) -> Result<bool> {
+    let mut reports = Vec::new();
+    for path in verify::cases(&arguments.folder)? {
+        let report = verify::verify(&path)?;
+        if !arguments.json {
+            print_report(&report);
+        }
+        reports.push(report);
+    }
+    let failed = reports.iter().filter(|report| !report.passes()).count();
+    let skipped = reports.iter().filter(|report| matches!(report.outcome, Outcome::Skipped(_))).count();
+    let passed = reports.len() - failed - skipped;
+    if arguments.json {
+        let summary = serde_json::json!({
+            "passed": passed, "failed": failed, "skipped": skipped, "cases": reports,
+        });
+        println!("{summary:#}");
+    } else {
+        println!("{passed} passed, {failed} failed, {skipped} skipped");
+    }
+    Ok(failed == 0)
+}
+
+fn print_report(report: &Report) {
+    match &report.outcome {
+        Outcome::Skipped(reason) => println!("{:<28} skipped: {reason}", report.case),
+        Outcome::Checked(errors) => {
+            for (index, error) in errors.iter().enumerate() {
+                let case = if index == 0 { &report.case } else { "" };
+                let verdict = if error.passes() { "ok" } else { "FAILED" };
+                let (tensor, error, tolerance) = (&error.tensor, error.error, error.tolerance);
+                println!("{case:<28} {tensor:<24} {error:>8.1e}  (tolerance {tolerance:.0e})  {verdict}");
+            }
+        }
+    }
+}
+
+fn run_attention(arguments: &Attention) -> Result<()> {
+    let Device::Cpu = arguments.device;
+    let options = FhaOptions {
+        normalization: match arguments.normalization {
+            Denominator::Joint => Normalization::Joint,
+            Denominator::Masked => Normalization::Masked,
+        },
+        ..FhaOptions::new(arguments.heads, arguments.head_dim)
+    };
+    let plan = Plan {
+        options,
+        batch_tokens: arguments.batch_tokens,
+        forward: !matches!(arguments.pass, Pass::Backward),
+        backward: !matches!(arguments.pass, Pass::Forward),
+        naive: !arguments.no_naive,
+    };
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(arguments.threads).build();
+    let pool = pool.map_err(|error| Error::io("start threads on", "this machine")(std::io::Error::other(error)))?;
+    println!("{}", plan.conditions(pool.current_num_threads()));
+    println!("{}", Row::HEADER);
+    let mut rows = Vec::new();
+    for &length in &arguments.seq_lens {
+        for row in pool.install(|| plan.measure(length))? {
+            println!("{row}");
+            rows.push(row);
+        }
+    }
+    println!("{}", Row::FOOTNOTE);
+    if let Some(path) = &arguments.json {
+        let text = serde_json::to_string_pretty(&rows).expect("numbers and strings are valid JSON");
+        std::fs::write(path, text + "\n").map_err(Error::io("write", path))?;
+    }
+    Ok(())
+}
+
+fn run_limits(json: bool) -> Result<()> {
+    let limits = limits::measure();
+    if json {
+        println!("{}", serde_json::to_string_pretty(&limits).expect("numbers and strings are valid JSON"));
+    } else {
+        println!("{limits}");
+    }
+    Ok(())
+}

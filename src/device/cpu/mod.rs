@@ -1,2 +1,389 @@
-//! The CPU engine.
+//! The CPU engine: every operation as a function over slices in the file of its name, and the [`Device`] that
+//! lends them pooled memory. Work is cut into chunks that do not depend on the number of threads, and partial
+//! sums are added in chunk order, so results are the same bits on 1 thread and on 64.
+
+mod adam;
+pub mod attention;
+mod elementwise;
+mod layer_norm;
+pub mod linear;
+mod loss;
+mod memory;
+mod prefix_mean;
+mod product;
+mod rows;
+mod scratch;
 pub mod simd;
+pub mod target_attention;
+
+pub use memory::CpuBuffer;
+
+use super::{
+    Activation, AdamStep, AdamTensor, Device, DeviceError, Element, Segments, Store, TargetIndex,
+    TargetWeights,
+};
+use crate::attention::{self as fha, FhaOptions};
+use std::sync::Arc;
+
+type Floats = CpuBuffer<f32>;
+type Indices = CpuBuffer<u32>;
+type Bytes = CpuBuffer<u8>;
+type Done = Result<(), DeviceError>;
+
+/// The processor this program runs on, with rayon's threads.
+#[derive(Default)]
+pub struct Cpu {
+    pool: Arc<memory::Pool>,
+}
+
+impl Cpu {
+    /// A CPU with an empty memory pool.
+    pub fn new() -> Self {
+        Self::default()
+    }
+}
+
+fn segments<'a>(s: &Segments<'a, Indices>) -> Segments<'a, [u32]> {
+    Segments { offsets: s.offsets, members: s.members }
+}
+
+fn target_index<'a>(i: &TargetIndex<'a, Indices>) -> TargetIndex<'a, [u32]> {
+    TargetIndex {
+        cu_seqlens: i.cu_seqlens,
+        pair_offsets: i.pair_offsets,
+        score_offsets: i.score_offsets,
+        rows: segments(&i.rows),
+        row_length: i.row_length,
+    }
+}
+
+fn target_weights<'a>(w: TargetWeights<&'a Floats>) -> TargetWeights<&'a [f32]> {
+    TargetWeights { w0: w.w0, b0: w.b0, w1: w.w1, b1: w.b1, w2: w.w2, b2: w.b2 }
+}
+
+#[allow(clippy::too_many_arguments)]
+impl Device for Cpu {
+    type Buffer<T: Element> = CpuBuffer<T>;
+
+    fn name(&self) -> String {
+        format!("cpu ({}, {} threads)", simd::name(), rayon::current_num_threads())
+    }
+
+    fn alloc<T: Element>(&self, len: usize) -> Result<CpuBuffer<T>, DeviceError> {
+        Ok(self.pool.take(len))
+    }
+    fn zeros<T: Element>(&self, len: usize) -> Result<CpuBuffer<T>, DeviceError> {
+        let mut buffer = self.pool.take(len);
+        buffer.fill(bytemuck::Zeroable::zeroed());
+        Ok(buffer)
+    }
+    fn upload<T: Element>(&self, host: &[T]) -> Result<CpuBuffer<T>, DeviceError> {
+        let mut buffer = self.pool.take(host.len());
+        buffer.copy_from_slice(host);
+        Ok(buffer)
+    }
+    fn download<T: Element>(&self, buffer: &CpuBuffer<T>) -> Result<Vec<T>, DeviceError> {
+        Ok(buffer.to_vec())
+    }
+
+    fn gather_sum(&self, width: usize, tables: &[(&Floats, &Indices)], y: &mut Floats) -> Done {
+        let tables: Vec<(&[f32], &[u32])> = tables.iter().map(|&(t, i)| (&**t, &**i)).collect();
+        rows::gather_sum(width, &tables, y);
+        Ok(())
+    }
+    fn scatter_add(&self, width: usize, x: &Floats, index: &Indices, y: &mut Floats) -> Done {
+        rows::scatter_add(width, x, index, y);
+        Ok(())
+    }
+    fn segment_sum(
+        &self,
+        width: usize,
+        sources: &[&Floats],
+        list: Segments<Indices>,
+        l2: f32,
+        table: &Floats,
+        row: &Indices,
+        y: &mut Floats,
+    ) -> Done {
+        let sources: Vec<&[f32]> = sources.iter().map(|s| &***s).collect();
+        rows::segment_sum(width, &sources, segments(&list), l2, table, row, y);
+        Ok(())
+    }
+    fn half_square_sum(&self, width: usize, table: &Floats, row: &Indices) -> Result<f64, DeviceError> {
+        Ok(rows::half_square_sum(width, table, row))
+    }
+    fn add(&self, x: &Floats, y: &mut Floats) -> Done {
+        rows::add(x, y);
+        Ok(())
+    }
+
+    fn layer_norm(&self, width: usize, x: &Floats, gamma: &Floats, beta: &Floats, y: &mut Floats) -> Done {
+        layer_norm::forward(width, x, gamma, beta, y);
+        Ok(())
+    }
+    fn layer_norm_backward(
+        &self,
+        width: usize,
+        x: &Floats,
+        gamma: &Floats,
+        dy: &Floats,
+        dx: (&mut Floats, Store),
+        dgamma: &mut Floats,
+        dbeta: &mut Floats,
+    ) -> Done {
+        layer_norm::backward(width, x, gamma, dy, dx.0, dx.1, dgamma, dbeta);
+        Ok(())
+    }
+
+    fn linear(
+        &self,
+        x: &Floats,
+        w: &Floats,
+        bias: Option<&Floats>,
+        activation: Activation,
+        y: (&mut Floats, Store),
+        widths: (usize, usize),
+    ) -> Done {
+        linear::forward(x, w, bias.map(|b| &**b), activation, (&mut **y.0, y.1), widths);
+        Ok(())
+    }
+    fn linear_backward(
+        &self,
+        x: &Floats,
+        w: &Floats,
+        activation: Activation,
+        y: &Floats,
+        dy: &mut Floats,
+        dx: Option<(&mut Floats, Store)>,
+        dw: &mut Floats,
+        dbias: Option<&mut Floats>,
+        widths: (usize, usize),
+    ) -> Done {
+        linear::backward(
+            x,
+            w,
+            activation,
+            y,
+            dy,
+            dx.map(|(dx, store)| (&mut **dx, store)),
+            dw,
+            dbias.map(|b| &mut **b),
+            widths,
+        );
+        Ok(())
+    }
+    fn label_linear(
+        &self,
+        x: &Floats,
+        w: &Floats,
+        bias: &Floats,
+        tokens_by_label: [&Indices; 2],
+        y: (&mut Floats, Store),
+        widths: (usize, usize),
+    ) -> Done {
+        linear::label_forward(x, w, bias, tokens_by_label.map(|t| &**t), (&mut **y.0, y.1), widths);
+        Ok(())
+    }
+    fn label_linear_backward(
+        &self,
+        x: &Floats,
+        w: &Floats,
+        tokens_by_label: [&Indices; 2],
+        dy: &Floats,
+        dx: &mut Floats,
+        dw: &mut Floats,
+        dbias: &mut Floats,
+        widths: (usize, usize),
+    ) -> Done {
+        linear::label_backward(x, w, tokens_by_label.map(|t| &**t), dy, dx, dw, dbias, widths);
+        Ok(())
+    }
+
+    fn attention(
+        &self,
+        options: &FhaOptions,
+        q: &Floats,
+        k: &Floats,
+        v: &Floats,
+        cu_seqlens: &Indices,
+        label: &Bytes,
+        o: &mut Floats,
+        lse: &mut Floats,
+    ) -> Done {
+        Ok(fha::forward(options, fha::Inputs { q, k, v, cu_seqlens, label }, o, lse)?)
+    }
+    fn attention_backward(
+        &self,
+        options: &FhaOptions,
+        q: &Floats,
+        k: &Floats,
+        v: &Floats,
+        cu_seqlens: &Indices,
+        label: &Bytes,
+        o: &Floats,
+        lse: &Floats,
+        d_o: &Floats,
+        dq: &mut Floats,
+        dk: &mut Floats,
+        dv: &mut Floats,
+    ) -> Done {
+        let inputs = fha::Inputs { q, k, v, cu_seqlens, label };
+        Ok(fha::backward(options, inputs, o, lse, d_o, fha::Gradients { dq, dk, dv })?)
+    }
+
+    fn prefix_mean(
+        &self,
+        width: usize,
+        x: &Floats,
+        start: &Indices,
+        group_offsets: &Indices,
+        count: &Indices,
+        divisor: &Indices,
+        mean: &mut Floats,
+    ) -> Done {
+        prefix_mean::forward(width, x, start, group_offsets, count, divisor, mean);
+        Ok(())
+    }
+    fn prefix_mean_backward(
+        &self,
+        width: usize,
+        start: &Indices,
+        group_offsets: &Indices,
+        count: &Indices,
+        divisor: &Indices,
+        dmean: &Floats,
+        dx: &mut Floats,
+    ) -> Done {
+        prefix_mean::backward(width, start, group_offsets, count, divisor, dmean, dx);
+        Ok(())
+    }
+
+    fn target_attention(
+        &self,
+        width: usize,
+        hidden: [usize; 2],
+        index: TargetIndex<Indices>,
+        s: &Floats,
+        a: &Floats,
+        r: &Floats,
+        weights: TargetWeights<&Floats>,
+        e: &mut Floats,
+        lse: &mut Floats,
+        att: &mut Floats,
+    ) -> Done {
+        target_attention::forward(
+            width,
+            hidden,
+            target_index(&index),
+            s,
+            a,
+            r,
+            target_weights(weights),
+            e,
+            lse,
+            att,
+        );
+        Ok(())
+    }
+    fn target_attention_backward(
+        &self,
+        width: usize,
+        hidden: [usize; 2],
+        index: TargetIndex<Indices>,
+        s: &Floats,
+        a: &Floats,
+        r: &Floats,
+        weights: TargetWeights<&Floats>,
+        e: &Floats,
+        lse: &Floats,
+        att: &Floats,
+        datt: &Floats,
+        ds: &mut Floats,
+        da: &mut Floats,
+        dr: &mut Floats,
+        gradients: TargetWeights<&mut Floats>,
+    ) -> Done {
+        let TargetWeights { w0, b0, w1, b1, w2, b2 } = gradients;
+        let gradients = TargetWeights {
+            w0: &mut **w0,
+            b0: &mut **b0,
+            w1: &mut **w1,
+            b1: &mut **b1,
+            w2: &mut **w2,
+            b2: &mut **b2,
+        };
+        target_attention::backward(
+            width,
+            hidden,
+            target_index(&index),
+            s,
+            a,
+            r,
+            target_weights(weights),
+            e,
+            lse,
+            att,
+            datt,
+            ds,
+            da,
+            dr,
+            gradients,
+        );
+        Ok(())
+    }
+
+    fn concat(&self, width: usize, parts: &[(&Floats, Option<&Indices>)], y: &mut Floats) -> Done {
+        let parts: Vec<(&[f32], Option<&[u32]>)> =
+            parts.iter().map(|&(x, i)| (&**x, i.map(|i| &**i))).collect();
+        rows::concat(width, &parts, y);
+        Ok(())
+    }
+    fn concat_backward(
+        &self,
+        width: usize,
+        part: usize,
+        parts: usize,
+        dy: &Floats,
+        list: Option<Segments<Indices>>,
+        dx: (&mut Floats, Store),
+    ) -> Done {
+        rows::concat_backward(width, part, parts, dy, list.as_ref().map(segments), dx.0, dx.1);
+        Ok(())
+    }
+    fn rank_loss(
+        &self,
+        bpr: f32,
+        logit_pos: &Floats,
+        logit_neg: &Floats,
+        target: &Floats,
+        d_pos: &mut Floats,
+        d_neg: &mut Floats,
+    ) -> Result<[f64; 2], DeviceError> {
+        Ok(loss::rank(bpr, logit_pos, logit_neg, target, d_pos, d_neg))
+    }
+    fn cosine_loss(
+        &self,
+        width: usize,
+        weight: f32,
+        x: &Floats,
+        y: &Floats,
+        dx: &mut Floats,
+        dy: &mut Floats,
+    ) -> Result<f64, DeviceError> {
+        Ok(loss::cosine(width, weight, x, y, dx, dy))
+    }
+
+    fn adam(&self, step: &AdamStep, tensors: &mut [AdamTensor<Floats, Indices>]) -> Result<f64, DeviceError> {
+        let mut tensors: Vec<_> = tensors
+            .iter_mut()
+            .map(|t| adam::Tensor {
+                value: t.value,
+                first: t.first,
+                second: t.second,
+                gradient: t.gradient,
+                rows: t.rows.map(|(rows, width)| (&**rows, width)),
+            })
+            .collect();
+        Ok(adam::step(step, &mut tensors))
+    }
+}

@@ -52,10 +52,16 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn div(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a * b + c`, in one rounding where the machine has it.
     fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// `a * b - c`, in one rounding where the machine has it. Exact for `c` the rounded product, everywhere.
+    fn mul_sub(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// [`mul_add`](Self::mul_add) of single values, with the very same rounding.
+    fn mul_add_one(self, a: f32, b: f32, c: f32) -> f32;
     /// Lane-wise maximum; a NaN in `b` is kept.
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
     /// `value` where `condition > 0`, else 0: the derivative mask of ReLU.
     fn where_positive(self, condition: Self::V, value: Self::V) -> Self::V;
+    /// Lanes `0..n` of `a`, the others of `otherwise`. `n` may exceed [`Simd::LANES`].
+    fn first(self, n: usize, a: Self::V, otherwise: Self::V) -> Self::V;
     /// Nearest integer.
     fn round(self, a: Self::V) -> Self::V;
     /// `a * 2^n` for whole `n`; underflows to 0, overflows to infinity.
@@ -190,7 +196,7 @@ mod tests {
         fn run<S: Simd>(self, s: S) {
             let a: Vec<f32> = (0..S::LANES).map(|i| i as f32 * 0.75 - 3.0).collect();
             let b: Vec<f32> = (0..S::LANES).map(|i| 2.5 - i as f32).collect();
-            let (va, vb) = (s.load(&a), s.load(&b));
+            let (va, vb, vc) = (s.load(&a), s.load(&b), s.splat(0.3));
             let check = |v: S::V, f: &dyn Fn(f32, f32) -> f32| {
                 let mut out = vec![0.0; S::LANES];
                 s.store(v, &mut out);
@@ -203,10 +209,22 @@ mod tests {
             check(s.mul(va, vb), &|a, b| a * b);
             check(s.div(va, vb), &|a, b| a / b);
             check(s.mul_add(va, vb, s.splat(1.0)), &|a, b| a * b + 1.0);
+            check(s.mul_sub(va, vb, s.splat(1.0)), &|a, b| a * b - 1.0);
+            let (x, y) = (1.0 + f32::EPSILON, 3.0 + 7.0 * f32::EPSILON);
+            let rounding = (f64::from(x) * f64::from(y) - f64::from(x * y)) as f32;
+            check(s.mul_sub(s.splat(x), s.splat(y), s.splat(x * y)), &|_, _| rounding);
+            check(s.mul_add(va, vb, vc), &|a, b| s.mul_add_one(a, b, 0.3));
             check(s.max(va, vb), &f32::max);
             check(s.where_positive(va, vb), &|a, b| if a > 0.0 { b } else { 0.0 });
             check(s.round(va), &|a, _| a.round_ties_even());
             check(s.scale_by_power(va, s.splat(-3.0)), &|a, _| a / 8.0);
+            for n in [0, 1, S::LANES - 1, S::LANES, S::LANES + 5, usize::MAX] {
+                let mut out = vec![0.0; S::LANES];
+                s.store(s.first(n, va, vb), &mut out);
+                for i in 0..S::LANES {
+                    assert_eq!(out[i], if i < n { a[i] } else { b[i] }, "{} first {n}, lane {i}", S::NAME);
+                }
+            }
             assert_eq!(s.sum(va), a.iter().sum::<f32>());
             assert_eq!(s.max_lane(vb), 2.5);
             for x in

@@ -39,6 +39,15 @@ impl Simd for Neon {
         round(a) = vrndnq_f32;
     }
     #[inline(always)]
+    fn mul_sub(self, a: float32x4_t, b: float32x4_t, c: float32x4_t) -> float32x4_t {
+        // SAFETY: NEON is part of aarch64.
+        unsafe { vfmaq_f32(vnegq_f32(c), a, b) }
+    }
+    #[inline(always)]
+    fn mul_add_one(self, a: f32, b: f32, c: f32) -> f32 {
+        a.mul_add(b, c)
+    }
+    #[inline(always)]
     fn splat(self, x: f32) -> float32x4_t {
         // SAFETY: NEON is part of aarch64.
         unsafe { vdupq_n_f32(x) }
@@ -64,6 +73,14 @@ impl Simd for Neon {
         unsafe {
             let mask = vcgtzq_f32(condition);
             vreinterpretq_f32_u32(vandq_u32(mask, vreinterpretq_u32_f32(value)))
+        }
+    }
+    #[inline(always)]
+    fn first(self, n: usize, a: float32x4_t, otherwise: float32x4_t) -> float32x4_t {
+        // SAFETY: NEON is part of aarch64; the array has 4 values.
+        unsafe {
+            let lane = vld1q_u32([0, 1, 2, 3].as_ptr());
+            vbslq_f32(vcltq_u32(lane, vdupq_n_u32(n.min(4) as u32)), a, otherwise)
         }
     }
     #[inline(always)]

@@ -55,12 +55,25 @@ impl Simd for Portable {
         map(|i| a[i] * b[i] + c[i])
     }
     #[inline(always)]
+    fn mul_sub(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        // A product of two f32 is exact in f64.
+        map(|i| (f64::from(a[i]) * f64::from(b[i]) - f64::from(c[i])) as f32)
+    }
+    #[inline(always)]
+    fn mul_add_one(self, a: f32, b: f32, c: f32) -> f32 {
+        a * b + c
+    }
+    #[inline(always)]
     fn max(self, a: Self::V, b: Self::V) -> Self::V {
         map(|i| if a[i] > b[i] { a[i] } else { b[i] })
     }
     #[inline(always)]
     fn where_positive(self, condition: Self::V, value: Self::V) -> Self::V {
         map(|i| if condition[i] > 0.0 { value[i] } else { 0.0 })
+    }
+    #[inline(always)]
+    fn first(self, n: usize, a: Self::V, otherwise: Self::V) -> Self::V {
+        map(|i| if i < n { a[i] } else { otherwise[i] })
     }
     #[inline(always)]
     fn round(self, a: Self::V) -> Self::V {

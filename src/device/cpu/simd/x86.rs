@@ -73,8 +73,13 @@ impl Simd for Avx512 {
         mul(a, b) = _mm512_mul_ps;
         div(a, b) = _mm512_div_ps;
         mul_add(a, b, c) = _mm512_fmadd_ps;
+        mul_sub(a, b, c) = _mm512_fmsub_ps;
         max(a, b) = _mm512_max_ps;
         scale_by_power(a, n) = _mm512_scalef_ps;
+    }
+    #[inline(always)]
+    fn mul_add_one(self, a: f32, b: f32, c: f32) -> f32 {
+        a.mul_add(b, c)
     }
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
@@ -98,6 +103,11 @@ impl Simd for Avx512 {
             let mask = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(condition, _mm512_setzero_ps());
             _mm512_maskz_mov_ps(mask, value)
         }
+    }
+    #[inline(always)]
+    fn first(self, n: usize, a: __m512, otherwise: __m512) -> __m512 {
+        // SAFETY: `self` exists, so `new` found the features.
+        unsafe { _mm512_mask_mov_ps(otherwise, ((1u32 << n.min(16)) - 1) as __mmask16, a) }
     }
     #[inline(always)]
     fn round(self, a: __m512) -> __m512 {
@@ -128,7 +138,12 @@ impl Simd for Avx2 {
         mul(a, b) = _mm256_mul_ps;
         div(a, b) = _mm256_div_ps;
         mul_add(a, b, c) = _mm256_fmadd_ps;
+        mul_sub(a, b, c) = _mm256_fmsub_ps;
         max(a, b) = _mm256_max_ps;
+    }
+    #[inline(always)]
+    fn mul_add_one(self, a: f32, b: f32, c: f32) -> f32 {
+        a.mul_add(b, c)
     }
     #[inline(always)]
     fn splat(self, x: f32) -> __m256 {
@@ -149,6 +164,15 @@ impl Simd for Avx2 {
     fn where_positive(self, condition: __m256, value: __m256) -> __m256 {
         // SAFETY: `self` exists, so `new` found the features.
         unsafe { _mm256_and_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(condition, _mm256_setzero_ps()), value) }
+    }
+    #[inline(always)]
+    fn first(self, n: usize, a: __m256, otherwise: __m256) -> __m256 {
+        // SAFETY: `self` exists, so `new` found the features.
+        unsafe {
+            let lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+            let below = _mm256_cmpgt_epi32(_mm256_set1_epi32(n.min(8) as i32), lane);
+            _mm256_blendv_ps(otherwise, a, _mm256_castsi256_ps(below))
+        }
     }
     #[inline(always)]
     fn round(self, a: __m256) -> __m256 {

@@ -1,2 +1,0 @@
-//! `dfar-train`: train, evaluate and score.
-fn main() {}

@@ -1,0 +1,142 @@
+//! The flags that are keys of a configuration. A flag not given leaves no trace, so the file's value stands.
+
+use clap::Args;
+use dfar::attention::Normalization;
+use dfar::evaluate::metrics::GaucRule;
+use dfar::history::Feedback;
+use dfar::train::TrainError;
+use dfar::train::config::{ClipMode, DeviceChoice};
+use dfar::train::draw::TrainTargets;
+use dfar::train::negatives::NegativeSource;
+use serde::Serialize;
+use std::path::PathBuf;
+
+/// Names and meanings are those of `dfar::train::Config`, where the defaults are.
+#[derive(Args, Serialize)]
+pub struct Flags {
+    /// Data set made by `dfar-data` [default: an embedded synthetic set].
+    #[arg(long, short, value_name = "X.dfar")]
+    data: Option<PathBuf>,
+    /// Seed of initial values, shuffles and negatives [default: 2020].
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Threads; 0: one per core. Results do not depend on it [default: 0].
+    #[arg(long)]
+    threads: Option<usize>,
+    /// Where to compute [default: auto].
+    #[arg(long, value_enum)]
+    device: Option<DeviceChoice>,
+
+    /// Most epochs [default: 100].
+    #[arg(long, help_heading = "Training")]
+    epochs: Option<usize>,
+    /// Epochs without a better validation AUC before stopping; 0: never [default: 5].
+    #[arg(long, help_heading = "Training")]
+    patience: Option<usize>,
+    /// Most tokens of a batch.
+    #[arg(long, help_heading = "Training")]
+    batch_tokens: Option<usize>,
+    /// Most instances of a batch.
+    #[arg(long, help_heading = "Training")]
+    batch_rows: Option<usize>,
+    /// Learning rate of Adam.
+    #[arg(long, help_heading = "Training", alias = "learning-rate")]
+    lr: Option<f64>,
+    /// Weight of the squares of the touched embedding rows.
+    #[arg(long, help_heading = "Training")]
+    embed_l2: Option<f64>,
+    /// Limit on gradient norms; 0: none [default: 2].
+    #[arg(long, help_heading = "Training")]
+    max_grad_norm: Option<f64>,
+    /// What the limit applies to [default: per-tensor].
+    #[arg(long, value_enum, help_heading = "Training")]
+    clip: Option<ClipMode>,
+    /// Update every embedding row at every step.
+    #[arg(long, help_heading = "Training", num_args = 0, default_missing_value = "true")]
+    dense_embeddings: Option<bool>,
+    /// Seconds between checkpoints within an epoch [default: 60].
+    #[arg(long, help_heading = "Training")]
+    checkpoint_seconds: Option<u64>,
+
+    /// Longest history; older events are cut off.
+    #[arg(long, help_heading = "Model")]
+    max_length: Option<usize>,
+    /// Model width.
+    #[arg(long, help_heading = "Model")]
+    width: Option<usize>,
+    /// Attention heads.
+    #[arg(long, help_heading = "Model")]
+    heads: Option<usize>,
+    /// Blocks in each encoder.
+    #[arg(long, help_heading = "Model")]
+    blocks: Option<usize>,
+    /// Softmax denominator under the label mask [default: joint].
+    #[arg(long, help_heading = "Model", value_parser = normalization)]
+    normalization: Option<Normalization>,
+    /// Ablation: plain multi-head attention.
+    #[arg(long = "no-fha", help_heading = "Model", num_args = 0, default_missing_value = "false")]
+    fha: Option<bool>,
+    /// Ablation: no label mask.
+    #[arg(long = "no-label-mask", help_heading = "Model", num_args = 0, default_missing_value = "false")]
+    label_mask: Option<bool>,
+
+    /// Weight of the interest-wise BPR loss; 0: the "w/o IBL" ablation.
+    #[arg(long, help_heading = "Loss")]
+    bpr: Option<f64>,
+    /// Weight of the disentangling loss; 0: the "w/o IDL" ablation.
+    #[arg(long, help_heading = "Loss", allow_negative_numbers = true)]
+    idl: Option<f64>,
+
+    /// Events asked about in training [default: positive].
+    #[arg(long, value_enum, help_heading = "Instances")]
+    train_targets: Option<TrainTargets>,
+    /// What of the feedback the model sees [default: mixed].
+    #[arg(long, value_enum, help_heading = "Instances")]
+    feedback: Option<Feedback>,
+    /// Source of training negatives [default: in-batch].
+    #[arg(long, value_enum, help_heading = "Instances")]
+    train_negatives: Option<NegativeSource>,
+    /// Negatives per training group [default: 9].
+    #[arg(long, help_heading = "Instances")]
+    negatives: Option<usize>,
+    /// Distinct negatives that the groups of one history draw theirs from; 0: no limit.
+    #[arg(long, help_heading = "Instances")]
+    negative_pool: Option<usize>,
+    /// Share of the training targets used by an epoch [default: 1].
+    #[arg(long, help_heading = "Instances")]
+    sample_rate: Option<f64>,
+
+    /// Users that count in GAUC [default: none].
+    #[arg(long, value_enum, help_heading = "Evaluation")]
+    gauc_compat: Option<GaucRule>,
+    /// Upper edges of the history lengths to split metrics by [default: quartiles].
+    #[arg(long, value_name = "EVENTS", value_delimiter = ',', help_heading = "Evaluation")]
+    length_edges: Option<Vec<u32>>,
+}
+
+impl Flags {
+    /// The flags given, as keys of a configuration.
+    pub fn table(&self) -> Result<toml::Table, TrainError> {
+        let mut table = toml::Table::try_from(self)
+            .map_err(|e| TrainError::Usage { argument: "flags", reason: e.to_string() })?;
+        if let Some(path) = &self.data {
+            // The run may be repeated from another working directory.
+            let path = std::path::absolute(path)
+                .map_err(|e| TrainError::Usage { argument: "--data", reason: e.to_string() })?;
+            let path = path.into_os_string().into_string().map_err(|path| TrainError::Usage {
+                argument: "--data",
+                reason: format!("{} is not UTF-8 and cannot be written to config.toml", path.display()),
+            })?;
+            table.insert("data".to_owned(), path.into());
+        }
+        Ok(table)
+    }
+}
+
+fn normalization(text: &str) -> Result<Normalization, String> {
+    match text {
+        "joint" => Ok(Normalization::Joint),
+        "masked" => Ok(Normalization::Masked),
+        _ => Err("possible values: joint, masked".to_owned()),
+    }
+}

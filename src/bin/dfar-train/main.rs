@@ -1,0 +1,269 @@
+//! `dfar-train`: train, evaluate and score.
+
+mod flags;
+mod progress;
+mod score;
+
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use dfar::cli;
+use dfar::data::synthetic::{self, SyntheticOptions};
+use dfar::data::{DataError, Dataset};
+use dfar::device::cpu::Cpu;
+use dfar::model::Model;
+use dfar::report;
+use dfar::train::checkpoint::{Checkpoint, DataInfo, ModelFile};
+use dfar::train::config::{Config, DeviceChoice};
+use dfar::train::run::{self, Run, RunError};
+use dfar::train::{Fit, Outcome, TrainError};
+use flags::Flags;
+use progress::Progress;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Train DFAR on a data set, evaluate it, and write everything into a run directory.
+///
+/// Without --data it trains on an embedded synthetic set, whose best possible figures are known. Results go to
+/// stdout, logs and progress bars to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 bad input, 4 no usable
+/// GPU, 5 non-finite loss, 130 interrupted (and saved).
+#[derive(Parser)]
+#[command(name = "dfar-train", version, args_conflicts_with_subcommands = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    train: Train,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Score the test and validation groups with a run's best model.
+    Evaluate(Evaluate),
+    /// Rank items, given by their original ids, after a history.
+    Score(score::Score),
+}
+
+#[derive(Args)]
+struct Train {
+    /// Directory of the new run [default: runs/<name of the data set>, numbered when there is one].
+    #[arg(long, short, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Configuration of an earlier run, or your own; flags win over it.
+    #[arg(long, value_name = "FILE.toml")]
+    config: Option<PathBuf>,
+    /// Continue the run in this directory; the result is that of a run never stopped.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["out", "config"])]
+    resume: Option<PathBuf>,
+    #[command(flatten)]
+    flags: Flags,
+    #[command(flatten)]
+    output: Output,
+}
+
+/// What is printed.
+#[derive(Args, Clone, Copy)]
+struct Output {
+    /// Print results as JSON.
+    #[arg(long)]
+    json: bool,
+    /// Print no logs and no bars.
+    #[arg(long, short)]
+    quiet: bool,
+    /// Print plain lines in the place of bars, as when stderr is no terminal.
+    #[arg(long)]
+    no_progress: bool,
+}
+
+#[derive(Args)]
+struct Evaluate {
+    /// The run.
+    #[arg(long, value_name = "DIR")]
+    run: PathBuf,
+    /// Data set with the same items [default: the run's].
+    #[arg(long, value_name = "X.dfar")]
+    data: Option<PathBuf>,
+    /// Upper edges of the history lengths to split by [default: the run's, or quartiles].
+    #[arg(long, value_name = "EVENTS", value_delimiter = ',')]
+    length_edges: Option<Vec<u32>>,
+    /// Users that count in GAUC [default: the run's].
+    #[arg(long, value_enum)]
+    gauc_compat: Option<dfar::evaluate::metrics::GaucRule>,
+    /// Threads; 0: one per core.
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+    #[command(flatten)]
+    output: Output,
+}
+
+/// Set by Ctrl-C; looked at after every batch.
+static STOP: AtomicBool = AtomicBool::new(false);
+
+fn main() -> ExitCode {
+    // Parsed by hand so that what derive cannot say is an error like clap's own.
+    let cli = Cli::from_arg_matches(&Cli::command().get_matches()).unwrap_or_else(|e| e.exit());
+    let result = match cli.command {
+        None => train(cli.train),
+        Some(Command::Evaluate(args)) => evaluate(args),
+        Some(Command::Score(args)) => score::score(args),
+    };
+    cli::exit(result)
+}
+
+fn train(args: Train) -> dfar::Result<()> {
+    let flags = args.flags.table()?;
+    let (run, config, checkpoint) = match &args.resume {
+        None => {
+            let config = Config::layered(args.config.as_deref(), flags).map_err(TrainError::from)?;
+            // Opened before the directory is made: a mistyped path leaves nothing behind.
+            if let Some(path) = &config.data {
+                Dataset::open(path)?;
+            }
+            let run = match &args.out {
+                Some(dir) => Run::create(dir),
+                None => Run::create_numbered(Path::new("runs"), &default_name(&config)),
+            };
+            (run.map_err(TrainError::from)?, config, None)
+        }
+        Some(dir) => {
+            let run = Run::resume(dir).map_err(TrainError::from)?;
+            let checkpoint = Checkpoint::load(&run.checkpoint()).map_err(TrainError::from)?;
+            let config = checkpoint.info.config.resumed(flags).map_err(TrainError::from)?;
+            (run, config, Some(checkpoint))
+        }
+    };
+    set_threads(config.threads);
+    let progress = Progress::new(args.output.quiet, args.output.no_progress, &STOP);
+    stop_on_interrupt(&progress);
+    let data = match &config.data {
+        Some(path) => Dataset::open(path)?,
+        None => synthetic_data(&run, &progress)?,
+    };
+    let device = device(config.device);
+    progress.line(&format!(
+        "{}: {} users, {} items, {} events; run in {}",
+        data.path().display(),
+        report::count(data.users()),
+        report::count(data.items()),
+        report::count(data.events()),
+        run.dir().display()
+    ));
+    let mut fit = match checkpoint {
+        None => Fit::start(device.clone(), &data, config.clone(), &run)?,
+        Some(checkpoint) => {
+            let state = &checkpoint.info.state;
+            progress.line(&format!("resuming at epoch {}, batch {}", state.epoch + 1, state.batch + 1));
+            Fit::resume(device.clone(), &data, config.clone(), &run, checkpoint)?
+        }
+    };
+    let mut observe = |event: dfar::train::Event<'_>| progress.observe(event);
+    let finished = match fit.run(&mut observe)? {
+        Outcome::Finished => {
+            report::finish(device, &data, &config, &run, (fit.state(), fit.data_info()), &mut observe)
+        }
+        Outcome::Interrupted => Err(TrainError::Interrupted),
+    };
+    progress.clear();
+    let report = finished.inspect_err(|error| {
+        if error.exit_code() == 130 {
+            progress.always(&format!(
+                "interrupted; everything is saved. Continue with: dfar-train --resume {}",
+                run.dir().display()
+            ));
+        }
+    })?;
+    cli::print(&match args.output.json {
+        true => format!("{}\n", serde_json::to_string_pretty(&report).expect("a report is plain numbers")),
+        false => report.to_string(),
+    })
+}
+
+fn evaluate(args: Evaluate) -> dfar::Result<()> {
+    let (mut config, file) = open_run(&args.run)?;
+    set_threads(args.threads);
+    let progress = Progress::new(args.output.quiet, args.output.no_progress, &STOP);
+    stop_on_interrupt(&progress);
+    let data = Dataset::open(data_path(args.data.as_deref(), &config, &args.run))?;
+    let info = DataInfo::of(&data);
+    if info.vocabulary != file.info.data.vocabulary {
+        return Err(TrainError::OtherData { path: data.path().to_owned(), what: "its items" }.into());
+    }
+    if info.content != file.info.data.content {
+        progress.line("note: these are not the events the model was trained on");
+    }
+    config.gauc_compat = args.gauc_compat.unwrap_or(config.gauc_compat);
+    config.length_edges = args.length_edges.unwrap_or(config.length_edges);
+    let device = device(config.device);
+    let model = Model::from_tensors(device, file.info.model, &file.parameters)?;
+    let evaluation = report::evaluate_model(&model, &data, &config, &mut |event| progress.observe(event));
+    progress.clear();
+    let evaluation = evaluation?;
+    cli::print(&match args.output.json {
+        true => {
+            let mut json = serde_json::to_value(&evaluation).expect("an evaluation is plain numbers");
+            json["data"] = serde_json::to_value(&info).expect("plain data");
+            json["best_epoch"] = file.info.epoch.into();
+            format!("{}\n", serde_json::to_string_pretty(&json).expect("plain JSON"))
+        }
+        false => report::evaluation_text(&evaluation),
+    })
+}
+
+/// The configuration and the best model of a run.
+fn open_run(dir: &Path) -> dfar::Result<(Config, ModelFile)> {
+    let missing = |what| TrainError::Run(RunError::Missing { dir: dir.to_owned(), what });
+    if !run::config_path(dir).exists() {
+        return Err(missing("config.toml").into());
+    }
+    if !run::model_path(dir).exists() {
+        return Err(missing("model.safetensors").into());
+    }
+    let config =
+        Config::layered(Some(&run::config_path(dir)), toml::Table::new()).map_err(TrainError::from)?;
+    let file = ModelFile::load(&run::model_path(dir)).map_err(TrainError::from)?;
+    Ok((config, file))
+}
+
+/// The data set given, or the run's own.
+fn data_path(given: Option<&Path>, config: &Config, run: &Path) -> PathBuf {
+    given.map(Path::to_owned).or_else(|| config.data.clone()).unwrap_or_else(|| run::synthetic_path(run))
+}
+
+/// The embedded set, made once a run.
+fn synthetic_data(run: &Run, progress: &Progress) -> Result<Dataset, DataError> {
+    let path = run.synthetic_data();
+    if !path.exists() {
+        progress.line("no --data: making the embedded synthetic set");
+        synthetic::write(&SyntheticOptions::default(), &path)?;
+    }
+    Dataset::open(path)
+}
+
+fn default_name(config: &Config) -> String {
+    let stem = config.data.as_deref().and_then(Path::file_stem);
+    stem.map_or_else(|| "synthetic".to_owned(), |stem| stem.to_string_lossy().into_owned())
+}
+
+fn device(choice: DeviceChoice) -> Arc<Cpu> {
+    match choice {
+        DeviceChoice::Auto | DeviceChoice::Cpu => Arc::new(Cpu::new()),
+    }
+}
+
+fn set_threads(threads: usize) {
+    // Fails only when the pool exists already, which nothing before this makes.
+    let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+}
+
+/// The first Ctrl-C asks for a clean end, the second ends at once (checkpoints are whole at any moment).
+fn stop_on_interrupt(progress: &Progress) {
+    let shown = progress.clone();
+    let handler = move || {
+        if STOP.swap(true, Ordering::SeqCst) {
+            std::process::exit(130);
+        }
+        shown.line("stopping after this batch; press Ctrl-C again to stop at once");
+    };
+    // Without a handler Ctrl-C still ends the program, with the last checkpoint kept.
+    let _ = ctrlc::set_handler(handler);
+}

@@ -1,0 +1,27 @@
+//! What the binaries share: printing results and turning errors into exit codes.
+
+use crate::{Error, Result};
+use std::io::{ErrorKind, Write};
+use std::process::ExitCode;
+
+/// Ends a binary: the error goes to stderr, its code (see [`Error::exit_code`]) to the shell.
+///
+/// A closed pipe on stdout (`dfar-data info x.dfar | head -1`) is how readers say that they have enough: no
+/// message, exit code 0.
+pub fn exit(result: Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Error::Io { source, .. }) if source.kind() == ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(error) => {
+            // Nobody is left to tell when stderr is closed as well.
+            let _ = writeln!(std::io::stderr(), "error: {error}");
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+/// Writes results to stdout, without the panic of `print!` when the reader has gone.
+pub fn print(text: &str) -> Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).map_err(Error::io("write", "<stdout>"))
+}

@@ -1,0 +1,228 @@
+//! What can be wrong with a log file or a data set file: one variant a rejection.
+
+use std::path::{Path, PathBuf};
+use thiserror::Error;
+
+/// A log file or a data set file that cannot be used, or a request the data cannot meet.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum DataError {
+    /// The operating system would not let us read.
+    #[error("cannot read {}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The operating system would not let us write: a fault of the run, not of the data.
+    #[error("cannot write {}: {source}", path.display())]
+    Write {
+        /// The file or the folder of temporary files.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+
+    /// The magic bytes are missing: some other kind of file.
+    #[error("{} is not a dfar data set (its first bytes are not the magic of one)", path.display())]
+    NotADataset {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Written by a later, or by an unknown, version of this format.
+    #[error("{} has data set version {found}, this program reads version {supported}", path.display())]
+    UnsupportedVersion {
+        /// The file.
+        path: PathBuf,
+        /// Its version.
+        found: u32,
+        /// Ours.
+        supported: u32,
+    },
+    /// The file is shorter than its header says (or than a header is).
+    #[error("{} is cut short: {actual} bytes of {expected}", path.display())]
+    Truncated {
+        /// The file.
+        path: PathBuf,
+        /// Bytes it should have.
+        expected: u64,
+        /// Bytes it has.
+        actual: u64,
+    },
+    /// The file is longer than its header says.
+    #[error("{} has {actual} bytes where its header says {expected}", path.display())]
+    TrailingBytes {
+        /// The file.
+        path: PathBuf,
+        /// Bytes it should have.
+        expected: u64,
+        /// Bytes it has.
+        actual: u64,
+    },
+    /// The header does not match its own checksum.
+    #[error("{} has a damaged header (checksum mismatch)", path.display())]
+    HeaderChecksum {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The section table is damaged or does not describe a file of this version.
+    #[error("{} has a bad section table at {section}: {reason}", path.display())]
+    SectionTable {
+        /// The file.
+        path: PathBuf,
+        /// The section, or `table`.
+        section: &'static str,
+        /// What is wrong.
+        reason: &'static str,
+    },
+    /// A section's length contradicts the counts of the header.
+    #[error("{}: section {section} has {actual} bytes, expected {expected}", path.display())]
+    SectionLength {
+        /// The file.
+        path: PathBuf,
+        /// The section.
+        section: &'static str,
+        /// Bytes the counts call for.
+        expected: u64,
+        /// Bytes it has.
+        actual: u64,
+    },
+    /// A section's bytes do not match their checksum.
+    #[error("{}: section {section} is damaged (checksum mismatch)", path.display())]
+    Checksum {
+        /// The file.
+        path: PathBuf,
+        /// The section.
+        section: &'static str,
+    },
+    /// A value that no data set can have, in a section whose checksum holds.
+    #[error("{}: section {section}, entry {index}: {reason}", path.display())]
+    Value {
+        /// The file.
+        path: PathBuf,
+        /// The section.
+        section: &'static str,
+        /// Index of the entry within the section.
+        index: u64,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// The protocol section is not what this version writes.
+    #[error("{}: section protocol cannot be read: {reason}", path.display())]
+    Protocol {
+        /// The file.
+        path: PathBuf,
+        /// The parser's message.
+        reason: String,
+    },
+
+    /// A row of a log that cannot be read.
+    #[error("{0}")]
+    BadRow(Box<BadRow>),
+    /// More rows than the caller allowed cannot be read; this is the one that was too many.
+    #[error("more than {allowed} bad rows, the last: {row}")]
+    TooManyBadRows {
+        /// How many were allowed.
+        allowed: u64,
+        /// The row beyond them.
+        row: Box<BadRow>,
+    },
+    /// A column that the format, or an option, calls for is not in the header.
+    #[error("{}: no column {column} (the columns are: {})", path.display(), available.join(", "))]
+    MissingColumn {
+        /// The log.
+        path: PathBuf,
+        /// What was looked for.
+        column: String,
+        /// What the header has.
+        available: Vec<String>,
+    },
+    /// The log is not of the format it is said to be, or leaves a choice open.
+    #[error("{} cannot be read as {format}: {reason}", path.display())]
+    UnknownLayout {
+        /// The log.
+        path: PathBuf,
+        /// The format asked for.
+        format: &'static str,
+        /// Why not, and what to do.
+        reason: String,
+    },
+    /// A step of the preparation left no events.
+    #[error("nothing is left after {step} ({before} events before it)")]
+    NothingLeft {
+        /// The step.
+        step: &'static str,
+        /// Events that entered it.
+        before: u64,
+    },
+    /// Too few distinct items to draw the negatives of a group from.
+    #[error(
+        "user {user} needs {needed} negatives for an evaluation group, but only {available} other items \
+         occur in the training events that may be drawn"
+    )]
+    NotEnoughItems {
+        /// The user of the group, by original id.
+        user: String,
+        /// Negatives a group.
+        needed: usize,
+        /// Distinct items that may be drawn.
+        available: usize,
+    },
+    /// More users, items or events than the format can number.
+    #[error("more than {limit} {what}")]
+    TooMany {
+        /// What there is too much of.
+        what: &'static str,
+        /// The largest number of them.
+        limit: u64,
+    },
+    /// An option with a value outside its range.
+    #[error("option {option}: {value} {reason}")]
+    InvalidOption {
+        /// The option, as spelt on the command line without dashes.
+        option: &'static str,
+        /// The value given.
+        value: String,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+}
+
+/// A row of a log that cannot be read.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("{}:{line}: {field} `{value}`: {reason}", path.display())]
+pub struct BadRow {
+    /// The log.
+    pub path: PathBuf,
+    /// Line, counted from 1.
+    pub line: u64,
+    /// Column, by its name in the header or its role.
+    pub field: String,
+    /// What stands there (the first 80 characters).
+    pub value: String,
+    /// Why that cannot be used.
+    pub reason: String,
+}
+
+impl DataError {
+    /// Exit code of the binaries: 3 bad input, 1 where only writing failed.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            DataError::Write { .. } => 1,
+            _ => 3,
+        }
+    }
+
+    /// For `map_err` where a file is read.
+    pub(crate) fn read(path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> DataError {
+        let path = path.as_ref().to_owned();
+        move |source| DataError::Read { path, source }
+    }
+
+    /// For `map_err` where a file is written.
+    pub(crate) fn write(path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> DataError {
+        let path = path.as_ref().to_owned();
+        move |source| DataError::Write { path, source }
+    }
+}

@@ -1,0 +1,242 @@
+//! Reading interaction logs of the formats that public data sets come in.
+//!
+//! A format's file decides, from the first lines of a log, where the columns are, and what counts as liked;
+//! the rows are then read in one way for all (`rows`). Rows stream: users and items are numbered as they
+//! appear, the events are sorted by user and time on disk.
+
+mod amazon;
+mod csv;
+mod inter;
+mod kuairand;
+mod kuairec;
+mod layout;
+mod movielens;
+mod rows;
+mod source;
+
+use super::assemble::{Workplace, assemble};
+use super::candidates::CandidateOptions;
+use super::external_sort::{ExternalSorter, RecordWriter};
+use super::k_core::{self, RepeatFilter};
+use super::log::Event;
+use super::names::Names;
+use super::writer::folder_of;
+use super::{
+    Candidates, CountedRecords, DataError, KCore, Made, Protocol, Repeats, Source, Split, Weighting,
+};
+use rows::Rows;
+use std::path::PathBuf;
+
+/// The known formats.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    /// `u.data`, `ratings.dat`, `ratings.csv`.
+    MovieLens,
+    /// Reviews or ratings of 2014, 2018 and 2023, csv or JSON lines.
+    Amazon,
+    /// KuaiRand's `log_*.csv`.
+    KuaiRand,
+    /// KuaiRec's `big_matrix.csv`, `small_matrix.csv`.
+    KuaiRec,
+    /// RecBole's atomic files.
+    Inter,
+    /// Any delimited text; columns are given.
+    Csv,
+}
+
+/// Which columns to read, by name or by 0-based number; what is not given, the format decides.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ColumnOptions {
+    /// Users.
+    pub user: Option<String>,
+    /// Items.
+    pub item: Option<String>,
+    /// Times.
+    pub time: Option<String>,
+    /// Ratings or flags.
+    pub label: Option<String>,
+    /// The byte between fields.
+    pub delimiter: Option<u8>,
+}
+
+/// The unit of a log's times. Data sets hold milliseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum TimeUnit {
+    /// Values below 10^11 in magnitude are seconds (until the year 5138), others up to 10^14 milliseconds
+    /// (since 1973); above that a row is bad.
+    #[default]
+    Auto,
+    /// Seconds, with a fraction or without.
+    Seconds,
+    /// Milliseconds.
+    Milliseconds,
+}
+
+/// What to import and how. Start from [`ImportOptions::new`], which knows each format's habits.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ImportOptions {
+    /// Format of all inputs.
+    pub format: LogFormat,
+    /// Logs, read one after the other; gzip is recognised by its first bytes, `-` is standard input.
+    pub inputs: Vec<PathBuf>,
+    /// The data set file to make.
+    pub output: PathBuf,
+    /// Columns.
+    pub columns: ColumnOptions,
+    /// A label above this is liked; `None`: 3 for ratings, 2 for KuaiRec's watch ratio, and flags must be 0
+    /// or 1.
+    pub positive_above: Option<f64>,
+    /// Unit of the times.
+    pub time_unit: TimeUnit,
+    /// Repeated (user, item) pairs.
+    pub repeats: Repeats,
+    /// Frequency filter.
+    pub k_core: Option<KCore>,
+    /// Training, validation, test.
+    pub split: Split,
+    /// Evaluation groups.
+    pub candidates: CandidateOptions,
+    /// Bad rows to skip before giving up.
+    pub skip_bad_rows: u64,
+    /// Folder of temporary files; `None`: that of the output.
+    pub temporary: Option<PathBuf>,
+    /// Bytes of events sorted in memory at a time.
+    pub sort_memory: usize,
+}
+
+impl ImportOptions {
+    /// The paper's preparation for this kind of log: k-core 10, counted on liked records and split in time
+    /// (80 %, 10 %, 10 %) for micro-video logs, counted on all records and leaving the last two events out
+    /// otherwise.
+    pub fn new(format: LogFormat, inputs: Vec<PathBuf>, output: PathBuf) -> ImportOptions {
+        ImportOptions {
+            format,
+            inputs,
+            output,
+            columns: ColumnOptions::default(),
+            positive_above: None,
+            time_unit: TimeUnit::Auto,
+            repeats: Repeats::First,
+            k_core: Some(KCore { k: 10, on: format.counted_records(), until_stable: false }),
+            split: if format.micro_video() {
+                Split::Temporal { train: 0.8, valid: 0.1 }
+            } else {
+                Split::LeaveLast
+            },
+            candidates: CandidateOptions::default(),
+            skip_bad_rows: 0,
+            temporary: None,
+            sort_memory: 32 << 20,
+        }
+    }
+}
+
+impl LogFormat {
+    /// The name on the command line and in the protocol.
+    pub fn name(self) -> &'static str {
+        match self {
+            LogFormat::MovieLens => "movielens",
+            LogFormat::Amazon => "amazon",
+            LogFormat::KuaiRand => "kuairand",
+            LogFormat::KuaiRec => "kuairec",
+            LogFormat::Inter => "inter",
+            LogFormat::Csv => "csv",
+        }
+    }
+
+    /// The records that the paper counts towards the k-core for this kind of log.
+    pub fn counted_records(self) -> CountedRecords {
+        if self.micro_video() { CountedRecords::Positive } else { CountedRecords::All }
+    }
+
+    fn micro_video(self) -> bool {
+        matches!(self, LogFormat::KuaiRand | LogFormat::KuaiRec)
+    }
+}
+
+/// Told how an import gets on.
+pub trait Progress {
+    /// Another `count` bytes of the inputs, as they lie on disk, have been read.
+    fn bytes(&self, count: u64) {
+        let _ = count;
+    }
+
+    /// A bad row was skipped.
+    fn skipped(&self, row: &super::BadRow) {
+        let _ = row;
+    }
+
+    /// All rows are read; the rest (sorting, filtering, writing) takes a fraction of the time.
+    fn finishing(&self) {}
+}
+
+/// Says nothing.
+impl Progress for () {}
+
+/// Imports logs into a data set file.
+///
+/// Memory: an entry for each user and item, one history, and [`ImportOptions::sort_memory`]; nothing grows
+/// with the number of rows but temporary files (24 bytes a row, up to three times).
+pub fn import(options: &ImportOptions, progress: &dyn Progress) -> Result<Made, DataError> {
+    refuse_own_input(options)?;
+    if options.positive_above.is_some_and(f64::is_nan) {
+        let reason = "is no number to be above";
+        return Err(DataError::InvalidOption { option: "positive-above", value: "NaN".to_owned(), reason });
+    }
+    let folder = options.temporary.as_deref().unwrap_or(folder_of(&options.output));
+    let mut users = Names::new("users");
+    let mut items = Names::new("items");
+    let mut sorter = ExternalSorter::new(folder, options.sort_memory);
+    let mut rows = Rows::new(options, progress);
+    for input in &options.inputs {
+        rows.read(input, |row| {
+            let (user, item) = (users.intern(row.user)?, items.intern(row.item)?);
+            sorter.push(Event { time: row.time, user, item, feedback: u64::from(row.liked) })
+        })?;
+    }
+    progress.finishing();
+
+    let mut repeats = RepeatFilter::new(options.repeats, items.len());
+    let mut events = RecordWriter::new(folder);
+    sorter.drain(|event| if repeats.keeps(&event) { events.push(&event) } else { Ok(()) })?;
+    let log = k_core::filter(events.finish()?, users, items, options.k_core, folder)?;
+
+    let file_name =
+        |path: &PathBuf| path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+    let protocol = Protocol {
+        source: Source {
+            format: options.format.name().to_owned(),
+            files: options.inputs.iter().map(file_name).collect(),
+            rows: rows.read,
+            bad_rows: rows.skipped,
+            repeated_rows: repeats.dropped,
+        },
+        positive: rows.rule,
+        repeats: options.repeats,
+        k_core: options.k_core,
+        split: options.split,
+        candidates: Candidates {
+            negatives: options.candidates.negatives,
+            weighting: Weighting::TrainPopularity,
+            exclude_seen: options.candidates.exclude_seen,
+            seed: options.candidates.seed,
+            hash: String::new(),
+        },
+        synthetic: None,
+    };
+    let workplace = Workplace { output: &options.output, folder, sort_memory: options.sort_memory };
+    assemble(log, protocol, None, workplace)
+}
+
+/// The output replaces what was there under its name: that must not be a log.
+fn refuse_own_input(options: &ImportOptions) -> Result<(), DataError> {
+    let Ok(output) = options.output.canonicalize() else { return Ok(()) };
+    match options.inputs.iter().find(|input| input.canonicalize().is_ok_and(|input| input == output)) {
+        Some(input) => Err(DataError::InvalidOption {
+            option: "output",
+            value: input.display().to_string(),
+            reason: "is one of the inputs",
+        }),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,121 @@
+//! Original ids: each distinct one once, numbered in the order of first appearance.
+
+use super::DataError;
+use std::hash::{BuildHasher, RandomState};
+
+/// Marks a free slot; hence ids go up to `u32::MAX - 1`.
+const FREE: u32 = u32::MAX;
+
+/// Distinct names, end to end in one buffer, found by a hash table of 4-byte slots: about 20 bytes and the
+/// name itself for each, where a `HashMap<String, u32>` takes 60. (Tens of millions of items are normal.)
+#[derive(Debug, Default)]
+pub(super) struct Names {
+    what: &'static str,
+    text: String,
+    ends: Vec<u64>,
+    slots: Vec<u32>,
+    hasher: RandomState,
+}
+
+impl Names {
+    /// No names yet; `what` (users, items) is for messages.
+    pub(super) fn new(what: &'static str) -> Names {
+        Names { what, ..Names::default() }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// # Panics
+    /// If there is no such id.
+    pub(super) fn get(&self, id: u32) -> &str {
+        let start = if id == 0 { 0 } else { self.ends[id as usize - 1] };
+        &self.text[start as usize..self.ends[id as usize] as usize]
+    }
+
+    /// The id of a name, a new one where it is met for the first time.
+    pub(super) fn intern(&mut self, name: &str) -> Result<u32, DataError> {
+        // Half full at most: probes stay short.
+        if self.slots.len() < 2 * (self.len() + 1) {
+            self.grow();
+        }
+        let slot = self.slot(name);
+        if self.slots[slot] != FREE {
+            return Ok(self.slots[slot]);
+        }
+        let id = self.len() as u32;
+        if id == FREE {
+            return Err(DataError::TooMany { what: self.what, limit: u64::from(FREE) });
+        }
+        self.slots[slot] = id;
+        self.text.push_str(name);
+        self.ends.push(self.text.len() as u64);
+        Ok(id)
+    }
+
+    /// Drops the names without a `true`, and numbers the others anew in their old order. Nothing can be
+    /// interned afterwards without a table being built again.
+    pub(super) fn retain(&mut self, keep: &[bool]) {
+        let mut kept = Names::new(self.what);
+        for (id, _) in keep.iter().enumerate().filter(|&(_, &keep)| keep) {
+            kept.text.push_str(self.get(id as u32));
+            kept.ends.push(kept.text.len() as u64);
+        }
+        *self = kept;
+    }
+
+    /// The slot where the name is, or would be.
+    fn slot(&self, name: &str) -> usize {
+        let mask = self.slots.len() - 1;
+        let mut slot = self.hasher.hash_one(name) as usize & mask;
+        while self.slots[slot] != FREE && self.get(self.slots[slot]) != name {
+            slot = (slot + 1) & mask;
+        }
+        slot
+    }
+
+    fn grow(&mut self) {
+        self.slots = vec![FREE; (4 * (self.len() + 1)).next_power_of_two().max(64)];
+        for id in 0..self.len() as u32 {
+            let slot = self.slot(self.get(id));
+            self.slots[slot] = id;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::HashMap;
+
+    proptest! {
+        #[test]
+        fn numbers_by_first_appearance(words in prop::collection::vec("[ab]{0,6}", 0..300)) {
+            let mut names = Names::new("users");
+            let mut model = HashMap::new();
+            for word in &words {
+                let next = model.len() as u32;
+                let expected = *model.entry(word.clone()).or_insert(next);
+                prop_assert_eq!(names.intern(word).unwrap(), expected);
+            }
+            prop_assert_eq!(names.len(), model.len());
+            for (word, id) in model {
+                prop_assert_eq!(names.get(id), word);
+            }
+        }
+    }
+
+    #[test]
+    fn retaining_renumbers_in_order() {
+        let mut names = Names::new("items");
+        for name in ["a", "bb", "", "ccc"] {
+            names.intern(name).unwrap();
+        }
+        names.retain(&[false, true, false, true]);
+        assert_eq!((names.len(), names.get(0), names.get(1)), (2, "bb", "ccc"));
+        assert_eq!(names.intern("ccc").unwrap(), 1);
+        assert_eq!(names.intern("a").unwrap(), 2);
+    }
+}

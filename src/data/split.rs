@@ -1,0 +1,163 @@
+//! Cutting every history into training, validation and test events, in this order in time.
+
+use super::DataError;
+use super::external_sort::{ExternalSorter, RecordFile};
+use super::format::Section;
+use super::log::Event;
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+use std::ops::Range;
+use std::path::Path;
+
+/// One of the two parts that models are evaluated on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Part {
+    /// Validation.
+    Valid,
+    /// Test.
+    Test,
+}
+
+impl Part {
+    /// The part's events within a history of `length` events with this split.
+    pub(super) fn events(self, [train_end, valid_end]: [u32; 2], length: usize) -> Range<usize> {
+        match self {
+            Part::Valid => train_end as usize..valid_end as usize,
+            Part::Test => valid_end as usize..length,
+        }
+    }
+
+    /// The sections with the part's groups: users, events, negatives, ceiling.
+    pub(super) fn sections(self) -> [Section; 4] {
+        use Section::*;
+        match self {
+            Part::Valid => [ValidUsers, ValidEvents, ValidNegatives, ValidCeiling],
+            Part::Test => [TestUsers, TestEvents, TestNegatives, TestCeiling],
+        }
+    }
+}
+
+/// How histories are cut.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Split {
+    /// The last event of every user is tested, the one before validates. Users with fewer than three events
+    /// are for training only.
+    LeaveLast,
+    /// One point in time for everybody: the first `train` of all events train, the next `valid` validate, the
+    /// rest is tested. Events at the very moment of a cut go to the later part, so no part looks into the
+    /// next.
+    Temporal {
+        /// Share of the events, 0 to 1.
+        train: f64,
+        /// Share of the events, 0 to 1.
+        valid: f64,
+    },
+    /// Whole users, shuffled: `train` of them train, `valid` validate, the rest is tested (as in the
+    /// published code for micro-video; it asks for a model of people never seen).
+    ByUser {
+        /// Share of the users, 0 to 1.
+        train: f64,
+        /// Share of the users, 0 to 1.
+        valid: f64,
+    },
+}
+
+impl Split {
+    /// The same way of cutting with other shares (which [`Split::LeaveLast`] has none of).
+    pub fn with_shares(self, train: f64, valid: f64) -> Split {
+        match self {
+            Split::LeaveLast => Split::LeaveLast,
+            Split::Temporal { .. } => Split::Temporal { train, valid },
+            Split::ByUser { .. } => Split::ByUser { train, valid },
+        }
+    }
+}
+
+/// A split made definite for one log.
+#[derive(Debug)]
+pub(super) enum Cuts {
+    LeaveLast,
+    Temporal { valid_from: i64, test_from: i64 },
+    ByUser { places: Vec<u32>, valid_from: u32, test_from: u32 },
+}
+
+impl Cuts {
+    /// Finds the points in time, or shuffles the users.
+    pub(super) fn new(
+        split: Split,
+        events: &mut RecordFile<Event>,
+        users: usize,
+        seed: u64,
+        folder: &Path,
+        sort_memory: usize,
+    ) -> Result<Cuts, DataError> {
+        match split {
+            Split::LeaveLast => Ok(Cuts::LeaveLast),
+            Split::Temporal { train, valid } => {
+                let [first, second] = places(train, valid, events.len())?;
+                let mut times = ExternalSorter::new(folder, sort_memory);
+                let mut reader = events.read()?;
+                while let Some(event) = reader.next()? {
+                    times.push(event.time)?;
+                }
+                // A cut behind the last event leaves nothing to the later parts.
+                let (mut valid_from, mut test_from) = (i64::MAX, i64::MAX);
+                let mut place = 0;
+                times.drain(|time| {
+                    if place == first {
+                        valid_from = time;
+                    }
+                    if place == second {
+                        test_from = time;
+                    }
+                    place += 1;
+                    Ok(())
+                })?;
+                Ok(Cuts::Temporal { valid_from, test_from })
+            }
+            Split::ByUser { train, valid } => {
+                let [first, second] = places(train, valid, users as u64)?;
+                let mut places: Vec<u32> = (0..users as u32).collect();
+                places.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
+                Ok(Cuts::ByUser { places, valid_from: first as u32, test_from: second as u32 })
+            }
+        }
+    }
+
+    /// `[train_end, valid_end]` of one history.
+    pub(super) fn cut(&self, user: u32, history: &[Event]) -> [u32; 2] {
+        let length = history.len() as u32;
+        match self {
+            Cuts::LeaveLast if length < 3 => [length, length],
+            Cuts::LeaveLast => [length - 2, length - 1],
+            Cuts::Temporal { valid_from, test_from } => {
+                let before = |cut: i64| history.partition_point(|event| event.time < cut) as u32;
+                [before(*valid_from), before(*test_from)]
+            }
+            Cuts::ByUser { places, valid_from, test_from } => match places[user as usize] {
+                place if place < *valid_from => [length, length],
+                place if place < *test_from => [0, length],
+                _ => [0, 0],
+            },
+        }
+    }
+}
+
+/// Where validation and test begin among `count` things in order.
+fn places(train: f64, valid: f64, count: u64) -> Result<[u64; 2], DataError> {
+    let refuse = |option, value: f64, reason| {
+        Err(DataError::InvalidOption { option, value: value.to_string(), reason })
+    };
+    if !(train > 0.0 && train <= 1.0) {
+        return refuse("train-share", train, "is not above 0 and at most 1");
+    }
+    if !(valid >= 0.0 && train + valid <= 1.0 + 1e-9) {
+        return refuse("valid-share", valid, "is negative, or more than the training share leaves");
+    }
+    // Shares such as 0.8 are not exact; without the nudge 0.8 + 0.1 of 10 would be 8.999.
+    let place = |share: f64| ((share * count as f64 + 1e-6).floor() as u64).min(count);
+    Ok([place(train), place(train + valid)])
+}

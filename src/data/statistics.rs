@@ -1,0 +1,148 @@
+//! What `dfar-data info` tells about a data set.
+
+use super::{Dataset, Part, Protocol};
+use serde::Serialize;
+
+/// The paper's Table 1 and what else describes a data set.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Statistics {
+    /// Users.
+    pub users: usize,
+    /// Items.
+    pub items: usize,
+    /// Liked events.
+    pub positive: u64,
+    /// Skipped events.
+    pub negative: u64,
+    /// Events a user, on average.
+    pub mean_records_per_user: f64,
+    /// Quantiles of the number of events of a user.
+    pub history_length: Vec<Quantile>,
+    /// Training events.
+    pub train: PartSize,
+    /// Validation events, each with an evaluation group.
+    pub valid: PartSize,
+    /// Test events, each with an evaluation group.
+    pub test: PartSize,
+    /// Liked test groups without any event before them.
+    pub test_without_history: u64,
+    /// First and last time, in milliseconds since 1970.
+    pub times: [i64; 2],
+    /// AUC of the generating process's own scores over the liked test groups: no model can be expected above
+    /// it. Synthetic sets only.
+    pub ceiling_auc: Option<f64>,
+    /// How the data set was made.
+    pub protocol: Protocol,
+}
+
+/// A quantile.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Quantile {
+    /// Share of the users with at most this many, 0 to 1.
+    pub share: f64,
+    /// Events.
+    pub events: usize,
+}
+
+/// Events of a part by feedback.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+pub struct PartSize {
+    /// Liked.
+    pub liked: u64,
+    /// Skipped.
+    pub skipped: u64,
+}
+
+impl PartSize {
+    fn add(&mut self, feedback: &[u8]) {
+        let liked = feedback.iter().filter(|&&y| y == 1).count() as u64;
+        self.liked += liked;
+        self.skipped += feedback.len() as u64 - liked;
+    }
+}
+
+/// Reads a whole data set once.
+pub fn statistics(data: &Dataset) -> Statistics {
+    let [mut train, mut valid, mut test] = [PartSize::default(); 3];
+    let mut lengths = Vec::with_capacity(data.users());
+    let mut times = [i64::MAX, i64::MIN];
+    for user in 0..data.users() as u32 {
+        let events = data.user(user);
+        train.add(&events.feedback[..events.train_end]);
+        valid.add(&events.feedback[events.train_end..events.valid_end]);
+        test.add(&events.feedback[events.valid_end..]);
+        lengths.push(events.items.len());
+        if let (Some(&first), Some(&last)) = (events.times.first(), events.times.last()) {
+            times = [times[0].min(first), times[1].max(last)];
+        }
+    }
+    lengths.sort_unstable();
+    let quantile = |share: f64| Quantile {
+        share,
+        events: *lengths
+            .get((share * lengths.len() as f64).ceil() as usize - usize::from(share > 0.0))
+            .unwrap_or(&0),
+    };
+    let groups = data.groups(Part::Test);
+    let liked = |group: &super::Group| data.user(group.user).feedback[group.event as usize] == 1;
+    let test_without_history = groups.iter().filter(|group| group.event == 0 && liked(group)).count() as u64;
+    Statistics {
+        users: data.users(),
+        items: data.items(),
+        positive: train.liked + valid.liked + test.liked,
+        negative: train.skipped + valid.skipped + test.skipped,
+        mean_records_per_user: data.events() as f64 / data.users().max(1) as f64,
+        history_length: [0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0].map(quantile).to_vec(),
+        train,
+        valid,
+        test,
+        test_without_history,
+        times,
+        ceiling_auc: ceiling_auc(data, Part::Test),
+        protocol: data.protocol().clone(),
+    }
+}
+
+/// AUC of the generating process's scores over the rows of a part's liked groups, ties counted half; `None`
+/// without scores, or without liked groups.
+pub fn ceiling_auc(data: &Dataset, part: Part) -> Option<f64> {
+    let groups = data.groups(part);
+    groups.ceiling?;
+    let mut rows = Vec::new();
+    for group in groups.iter() {
+        if data.user(group.user).feedback[group.event as usize] == 1 {
+            let scores = group.ceiling.into_iter().flatten();
+            rows.extend(scores.enumerate().map(|(place, &score)| (score, place == 0)));
+        }
+    }
+    area_under_curve(&mut rows)
+}
+
+/// Share of (target, negative) pairs in which the target scores higher, ties counted half.
+pub(super) fn area_under_curve(rows: &mut [(f32, bool)]) -> Option<f64> {
+    rows.sort_unstable_by(|a, b| a.0.total_cmp(&b.0));
+    let (mut below, mut targets, mut wins) = (0.0, 0.0, 0.0);
+    for tied in rows.chunk_by(|a, b| a.0 == b.0) {
+        let own = tied.iter().filter(|row| row.1).count() as f64;
+        let other = tied.len() as f64 - own;
+        wins += own * (below + other / 2.0);
+        below += other;
+        targets += own;
+    }
+    (targets > 0.0 && below > 0.0).then(|| wins / (targets * below))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn area_counts_ties_half() {
+        let auc = |rows: &[(f32, bool)]| area_under_curve(&mut rows.to_vec());
+        assert_eq!(auc(&[(1.0, true), (0.0, false)]), Some(1.0));
+        assert_eq!(auc(&[(0.0, true), (1.0, false)]), Some(0.0));
+        assert_eq!(auc(&[(0.5, true), (0.5, false)]), Some(0.5));
+        assert_eq!(auc(&[(2.0, true), (1.0, true), (1.0, false), (0.0, false)]), Some(3.5 / 4.0));
+        assert_eq!(auc(&[(0.5, true)]), None);
+    }
+}

@@ -1,0 +1,154 @@
+//! Passes over rows of f32 that are bound by memory, vectorised.
+
+use super::simd::{Kernel, Simd, dispatch};
+
+/// `sums[j] += sum over rows of values[row, j]` for rows of `sums.len()` values, a multiple of 16.
+pub fn add_column_sums(values: &[f32], sums: &mut [f32]) {
+    struct ColumnSums<'a>(&'a [f32], &'a mut [f32]);
+    impl Kernel for ColumnSums<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) {
+            let Self(values, sums) = self;
+            let width = sums.len();
+            // Several columns of vectors at a time, to hide the latency of addition.
+            let mut j = 0;
+            while j + 4 * S::LANES <= width {
+                columns::<S, 4>(s, values, sums, j);
+                j += 4 * S::LANES;
+            }
+            while j < width {
+                columns::<S, 1>(s, values, sums, j);
+                j += S::LANES;
+            }
+        }
+    }
+    #[inline(always)]
+    fn columns<S: Simd, const C: usize>(s: S, values: &[f32], sums: &mut [f32], j: usize) {
+        let mut total = [s.zero(); C];
+        for row in values.chunks_exact(sums.len()) {
+            for (c, total) in total.iter_mut().enumerate() {
+                *total = s.add(*total, s.load(&row[j + c * S::LANES..]));
+            }
+        }
+        for (c, total) in total.into_iter().enumerate() {
+            let out = &mut sums[j + c * S::LANES..];
+            s.store(s.add(s.load(out), total), out);
+        }
+    }
+    assert!(sums.len().is_multiple_of(super::scratch::LINE));
+    if !sums.is_empty() {
+        dispatch(ColumnSums(values, sums));
+    }
+}
+
+/// `dy = 0` where `y` is not positive: the derivative of ReLU read off its output.
+pub fn relu_backward(y: &[f32], dy: &mut [f32]) {
+    struct ReluBackward<'a>(&'a [f32], &'a mut [f32]);
+    impl Kernel for ReluBackward<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) {
+            let (y, dy) = (self.0.chunks_exact(S::LANES), self.1);
+            let rest = y.remainder();
+            let mut out = dy.chunks_exact_mut(S::LANES);
+            for (y, dy) in y.zip(&mut out) {
+                s.store(s.where_positive(s.load(y), s.load(dy)), dy);
+            }
+            for (y, dy) in rest.iter().zip(out.into_remainder()) {
+                *dy = if *y > 0.0 { *dy } else { 0.0 };
+            }
+        }
+    }
+    assert_eq!(y.len(), dy.len());
+    dispatch(ReluBackward(y, dy));
+}
+
+/// `p = e^(x - shift)`, and the sum of `p`.
+pub fn exp_sum(x: &[f32], shift: f32, p: &mut [f32]) -> f32 {
+    struct ExpSum<'a>(&'a [f32], f32, &'a mut [f32]);
+    impl Kernel for ExpSum<'_> {
+        type Output = f32;
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) -> f32 {
+            let Self(x, shift, p) = self;
+            // (x - shift) first: both are large and near each other where it matters.
+            let (log2e, shift) = (s.splat(std::f32::consts::LOG2_E), s.splat(shift));
+            let mut total = s.zero();
+            let mut x = x.chunks_exact(S::LANES);
+            let mut out = p.chunks_exact_mut(S::LANES);
+            for (x, p) in (&mut x).zip(&mut out) {
+                let value = s.exp2(s.mul(s.sub(s.load(x), shift), log2e));
+                total = s.add(total, value);
+                s.store(value, p);
+            }
+            let mut total = s.sum(total);
+            for (x, p) in x.remainder().iter().zip(out.into_remainder()) {
+                let mut lanes = [0.0; 16];
+                let value = s.exp2(s.mul(s.sub(s.splat(*x), shift), log2e));
+                s.store(value, &mut lanes);
+                *p = lanes[0];
+                total += *p;
+            }
+            total
+        }
+    }
+    assert_eq!(x.len(), p.len());
+    dispatch(ExpSum(x, shift, p))
+}
+
+/// `y += x`
+pub fn add_assign(x: &[f32], y: &mut [f32]) {
+    assert_eq!(x.len(), y.len());
+    for (y, x) in y.iter_mut().zip(x) {
+        *y += x;
+    }
+}
+
+/// Copies a row-major `[rows, width]` matrix to rows `padded` apart, zeros behind each.
+pub fn pad_rows(x: &[f32], width: usize, padded: usize, out: &mut [f32]) {
+    for (x, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(padded)) {
+        out[..width].copy_from_slice(x);
+        out[width..].fill(0.0);
+    }
+}
+
+/// Writes the transpose of a row-major `[rows, width]` matrix to rows `padded` apart, zeros behind each.
+pub fn transpose(x: &[f32], width: usize, padded: usize, out: &mut [f32]) {
+    for (j, out) in out.chunks_exact_mut(padded).take(width).enumerate() {
+        out.fill(0.0);
+        for (row, out) in x.chunks_exact(width).zip(out) {
+            *out = row[j];
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn agree_with_their_scalar_meaning() {
+        let x: Vec<f32> = (0..160 * 3).map(|i| (i as f32 * 0.37).sin()).collect();
+        let mut sums = vec![1.0; 160];
+        add_column_sums(&x, &mut sums);
+        for (j, sum) in sums.iter().enumerate() {
+            assert!((sum - (1.0 + x[j] + x[j + 160] + x[j + 320])).abs() < 1e-6);
+        }
+        for len in [0, 1, 15, 16, 37] {
+            let mut dy = vec![2.0; len];
+            relu_backward(&x[..len], &mut dy);
+            assert!(dy.iter().zip(&x).all(|(dy, x)| *dy == if *x > 0.0 { 2.0 } else { 0.0 }));
+            let mut p = vec![0.0; len];
+            let sum = exp_sum(&x[..len], 0.5, &mut p);
+            let want: Vec<f64> = x[..len].iter().map(|x| (f64::from(*x) - 0.5).exp()).collect();
+            assert!(p.iter().zip(&want).all(|(p, want)| (f64::from(*p) - want).abs() < 1e-6));
+            assert!((f64::from(sum) - want.iter().sum::<f64>()).abs() < 1e-5);
+        }
+        let mut out = vec![9.0; 6 * 16];
+        transpose(&x[..12], 6, 16, &mut out);
+        assert!((0..6).all(|j| out[j * 16] == x[j] && out[j * 16 + 1] == x[6 + j] && out[j * 16 + 2] == 0.0));
+        pad_rows(&x[..12], 6, 16, &mut out);
+        assert!(out[..6] == x[..6] && out[16..22] == x[6..12] && out[6..16] == [0.0; 10]);
+    }
+}

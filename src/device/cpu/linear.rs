@@ -1,0 +1,486 @@
+//! Linear layers: `y = activation(x w + bias)` and the variant whose weight depends on a row's label.
+//!
+//! Rows are cut into chunks whose size follows from their number alone. A chunk's partial weight gradient is
+//! summed in the order of its rows, the partials in the order of the chunks: the bits do not depend on threads.
+
+use super::elementwise::{add_assign, add_column_sums, pad_rows, relu_backward, transpose};
+use super::product::{Finish, Left, product};
+use super::scratch::{carve, carved_len, padded, with_scratch};
+use crate::device::{Activation, Store};
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// Rows multiplied at a time: activations of this many rows stay in the first two cache levels.
+const BLOCK: usize = 64;
+
+/// Rows of a chunk: enough to pay for a partial gradient, and never more than 128 chunks.
+fn chunk_rows(rows: usize) -> usize {
+    rows.div_ceil(128).max(256)
+}
+
+/// [`crate::device::Device::linear`] on slices.
+///
+/// # Panics
+/// Where a length does not fit `widths`.
+pub fn forward(
+    x: &[f32],
+    w: &[f32],
+    bias: Option<&[f32]>,
+    activation: Activation,
+    (y, store): (&mut [f32], Store),
+    (inputs, outputs): (usize, usize),
+) {
+    check_rows(x.len(), y.len(), inputs, outputs);
+    assert_eq!(w.len(), inputs * outputs, "w is not [inputs, outputs]");
+    let rows = chunk_rows(y.len() / outputs);
+    let wide = padded(outputs);
+    with_scratch(carved_len(&[inputs * wide, wide]), |memory| {
+        let [packed, bias_padded] = carve(&mut { memory }, [inputs * wide, wide]);
+        pad_rows(w, outputs, wide, packed);
+        pad_rows(bias.unwrap_or_default(), outputs, wide, bias_padded);
+        bias_padded[bias.map_or(0, <[f32]>::len)..].fill(0.0);
+        let finish = match activation {
+            Activation::Relu => Finish::BiasRelu(bias_padded),
+            Activation::None => Finish::Bias(bias_padded),
+        };
+        let chunks = x.par_chunks(rows * inputs).zip(y.par_chunks_mut(rows * outputs));
+        chunks.for_each(|(x, y)| {
+            for (x, y) in x.chunks(BLOCK * inputs).zip(y.chunks_mut(BLOCK * outputs)) {
+                let shape = [y.len() / outputs, outputs, inputs];
+                let x = Left::rows(x, inputs);
+                product_to(shape, x, packed, (y, store), finish);
+            }
+        });
+    });
+}
+
+/// [`crate::device::Device::linear_backward`] on slices.
+///
+/// # Panics
+/// Where a length does not fit `widths`.
+#[allow(clippy::too_many_arguments)]
+pub fn backward(
+    x: &[f32],
+    w: &[f32],
+    activation: Activation,
+    y: &[f32],
+    dy: &mut [f32],
+    dx: Option<(&mut [f32], Store)>,
+    dw: &mut [f32],
+    dbias: Option<&mut [f32]>,
+    (inputs, outputs): (usize, usize),
+) {
+    check_rows(x.len(), dy.len(), inputs, outputs);
+    assert_eq!(w.len(), inputs * outputs, "w is not [inputs, outputs]");
+    assert_eq!(y.len(), dy.len(), "y and dy differ in length");
+    let rows = chunk_rows(dy.len() / outputs);
+    let partials = Partials::new(dy.len().div_ceil(rows * outputs), inputs, outputs);
+    let wide_inputs = padded(inputs);
+    let (mut dx, dx_store) = dx.map_or((None, Store::Overwrite), |(dx, store)| (Some(dx), store));
+    if let Some(dx) = &dx {
+        assert_eq!(dx.len(), x.len(), "dx and x differ in length");
+    }
+    with_scratch(partials.len() + outputs * wide_inputs, |memory| {
+        let (partial, transposed) = memory.split_at_mut(partials.len());
+        transpose(w, outputs, wide_inputs, transposed);
+        let chunks: Vec<_> = partial
+            .chunks_mut(partials.each())
+            .zip(x.chunks(rows * inputs))
+            .zip(y.chunks(rows * outputs).zip(dy.chunks_mut(rows * outputs)))
+            .map(|((partial, x), (y, dy))| {
+                let dx = dx.as_mut().map(|dx| dx.split_off_mut(..x.len()).expect("dx is as long as x"));
+                (partial, x, y, dy, dx)
+            })
+            .collect();
+        chunks.into_par_iter().for_each(|(partial, x, y, dy, mut dx)| {
+            if activation == Activation::Relu {
+                relu_backward(y, dy);
+            }
+            partial.fill(0.0);
+            for (x, dy) in x.chunks(BLOCK * inputs).zip(dy.chunks(BLOCK * outputs)) {
+                partials.add(x, dy, partial);
+                if let Some(dx) = &mut dx {
+                    let dx = dx.split_off_mut(..x.len()).expect("dx is as long as x");
+                    let shape = [dx.len() / inputs, inputs, outputs];
+                    product_to(shape, Left::rows(dy, outputs), transposed, (dx, dx_store), Finish::Store);
+                }
+            }
+        });
+        partials.reduce(partial, dw, dbias);
+    });
+}
+
+/// [`crate::device::Device::label_linear`] on slices.
+///
+/// # Panics
+/// Where a length does not fit `widths`, or a token is not a row.
+pub fn label_forward(
+    x: &[f32],
+    w: &[f32],
+    bias: &[f32],
+    tokens_by_label: [&[u32]; 2],
+    (y, store): (&mut [f32], Store),
+    (inputs, outputs): (usize, usize),
+) {
+    check_rows(x.len(), y.len(), inputs, outputs);
+    assert_eq!(w.len(), 2 * inputs * outputs, "w is not [2 * inputs, outputs]");
+    let (rows, wide) = (chunk_rows(y.len() / outputs), padded(outputs));
+    with_scratch(carved_len(&[2 * inputs * wide, wide]), |memory| {
+        let [packed, bias_padded] = carve(&mut { memory }, [2 * inputs * wide, wide]);
+        pad_rows(w, outputs, wide, packed);
+        pad_rows(bias, outputs, wide, bias_padded);
+        let packed = packed.split_at(inputs * wide);
+        let chunks = x.par_chunks(rows * inputs).zip(y.par_chunks_mut(rows * outputs));
+        chunks.enumerate().for_each(|(chunk, (x, y))| {
+            with_scratch(carved_len(&[BLOCK * inputs, BLOCK * wide]), |memory| {
+                let [gathered, result] = carve(&mut { memory }, [BLOCK * inputs, BLOCK * wide]);
+                let here = chunk * rows..chunk * rows + y.len() / outputs;
+                for (tokens, w) in tokens_by_label.into_iter().zip([packed.0, packed.1]) {
+                    for tokens in tokens_in(tokens, &here).chunks(BLOCK) {
+                        gather(x, inputs, inputs, tokens, here.start, gathered);
+                        let shape = [tokens.len(), outputs, inputs];
+                        let finish = Finish::Bias(bias_padded);
+                        product(shape, Left::rows(gathered, inputs), (w, wide), (result, wide), finish);
+                        for (token, result) in tokens.iter().zip(result.chunks_exact(wide)) {
+                            let row = (*token as usize - here.start) * outputs;
+                            put(&result[..outputs], &mut y[row..row + outputs], store);
+                        }
+                    }
+                }
+            });
+        });
+    });
+}
+
+/// [`crate::device::Device::label_linear_backward`] on slices.
+///
+/// # Panics
+/// Where a length does not fit `widths`, or a token is not a row.
+#[allow(clippy::too_many_arguments)]
+pub fn label_backward(
+    x: &[f32],
+    w: &[f32],
+    tokens_by_label: [&[u32]; 2],
+    dy: &[f32],
+    dx: &mut [f32],
+    dw: &mut [f32],
+    dbias: &mut [f32],
+    (inputs, outputs): (usize, usize),
+) {
+    check_rows(x.len(), dy.len(), inputs, outputs);
+    assert_eq!(w.len(), 2 * inputs * outputs, "w is not [2 * inputs, outputs]");
+    assert_eq!(dx.len(), x.len(), "dx and x differ in length");
+    let rows = chunk_rows(dy.len() / outputs);
+    let (wide, wide_inputs) = (padded(outputs), padded(inputs));
+    let partials = Partials::new(dy.len().div_ceil(rows * outputs), 2 * inputs, outputs);
+    with_scratch(partials.len() + 2 * outputs * wide_inputs, |memory| {
+        let (partial, transposed) = memory.split_at_mut(partials.len());
+        for (w, transposed) in
+            w.chunks_exact(inputs * outputs).zip(transposed.chunks_exact_mut(outputs * wide_inputs))
+        {
+            transpose(w, outputs, wide_inputs, transposed);
+        }
+        let chunks = partial.par_chunks_mut(partials.each()).zip(x.par_chunks(rows * inputs));
+        let chunks = chunks.zip(dy.par_chunks(rows * outputs).zip(dx.par_chunks_mut(rows * inputs)));
+        chunks.enumerate().for_each(|(chunk, ((partial, x), (dy, dx)))| {
+            let lens = [BLOCK * inputs, BLOCK * wide, BLOCK * wide_inputs];
+            with_scratch(carved_len(&lens), |memory| {
+                let [x_rows, dy_rows, dx_rows] = carve(&mut { memory }, lens);
+                partial.fill(0.0);
+                let here = chunk * rows..chunk * rows + dy.len() / outputs;
+                let (dw, dbias) = partial.split_at_mut(2 * inputs * wide);
+                let halves =
+                    dw.chunks_exact_mut(inputs * wide).zip(transposed.chunks_exact(outputs * wide_inputs));
+                for (tokens, (dw, w)) in tokens_by_label.into_iter().zip(halves) {
+                    for tokens in tokens_in(tokens, &here).chunks(BLOCK) {
+                        let n = tokens.len();
+                        gather(x, inputs, inputs, tokens, here.start, x_rows);
+                        gather(dy, outputs, wide, tokens, here.start, dy_rows);
+                        let x_rows = Left::transposed(x_rows, inputs);
+                        product([inputs, outputs, n], x_rows, (dy_rows, wide), (dw, wide), Finish::Add);
+                        add_column_sums(&dy_rows[..n * wide], dbias);
+                        let dy_rows = Left::rows(dy_rows, wide);
+                        let out = (&mut *dx_rows, wide_inputs);
+                        product([n, inputs, outputs], dy_rows, (w, wide_inputs), out, Finish::Store);
+                        for (token, row) in tokens.iter().zip(dx_rows.chunks_exact(wide_inputs)) {
+                            let at = (*token as usize - here.start) * inputs;
+                            dx[at..at + inputs].copy_from_slice(&row[..inputs]);
+                        }
+                    }
+                }
+            });
+        });
+        partials.reduce(partial, dw, Some(dbias));
+    });
+}
+
+/// Partial gradients of a `[inputs, outputs]` weight and its bias, one a chunk: padded rows, the bias last.
+struct Partials {
+    chunks: usize,
+    inputs: usize,
+    outputs: usize,
+}
+
+impl Partials {
+    fn new(chunks: usize, inputs: usize, outputs: usize) -> Self {
+        Self { chunks, inputs, outputs }
+    }
+
+    /// Values of one chunk.
+    fn each(&self) -> usize {
+        (self.inputs + 1) * padded(self.outputs)
+    }
+
+    /// Values of all chunks.
+    fn len(&self) -> usize {
+        self.chunks * self.each()
+    }
+
+    /// Adds `x^T dy` and the column sums of `dy` for one block of rows.
+    fn add(&self, x: &[f32], dy: &[f32], partial: &mut [f32]) {
+        let (outputs, wide) = (self.outputs, padded(self.outputs));
+        if outputs < wide {
+            let rows = dy.len() / outputs;
+            with_scratch(rows * wide, |dy_rows| {
+                pad_rows(dy, outputs, wide, dy_rows);
+                self.add_padded(x, dy_rows, partial);
+            });
+        } else {
+            self.add_padded(x, dy, partial);
+        }
+    }
+
+    fn add_padded(&self, x: &[f32], dy: &[f32], partial: &mut [f32]) {
+        let wide = padded(self.outputs);
+        let (dw, dbias) = partial.split_at_mut(self.inputs * wide);
+        let shape = [self.inputs, self.outputs, dy.len() / wide];
+        product(shape, Left::transposed(x, self.inputs), (dy, wide), (dw, wide), Finish::Add);
+        add_column_sums(dy, dbias);
+    }
+
+    /// Writes the sums over the chunks, in their order.
+    fn reduce(&self, partial: &[f32], dw: &mut [f32], dbias: Option<&mut [f32]>) {
+        let (outputs, wide) = (self.outputs, padded(self.outputs));
+        assert_eq!(dw.len(), self.inputs * outputs, "dw is not [inputs, outputs]");
+        let row_sum = |row: usize, out: &mut [f32]| {
+            out.fill(0.0);
+            for chunk in partial.chunks_exact(self.each()) {
+                add_assign(&chunk[row * wide..row * wide + outputs], out);
+            }
+        };
+        dw.par_chunks_mut(outputs).with_min_len(16).enumerate().for_each(|(row, dw)| row_sum(row, dw));
+        if let Some(dbias) = dbias {
+            assert_eq!(dbias.len(), outputs, "dbias is not [outputs]");
+            row_sum(self.inputs, dbias);
+        }
+    }
+}
+
+/// `y = finish(left right)` where the rows of `right` are padded and those of `y` are not.
+fn product_to(
+    [m, n, k]: [usize; 3],
+    left: Left,
+    right: &[f32],
+    (y, store): (&mut [f32], Store),
+    finish: Finish,
+) {
+    let wide = padded(n);
+    let right = (right, wide);
+    match (store, finish) {
+        (Store::Overwrite, _) if n == wide => product([m, n, k], left, right, (y, n), finish),
+        (Store::Add, Finish::Store) if n == wide => product([m, n, k], left, right, (y, n), Finish::Add),
+        _ => with_scratch(m * wide, |result| {
+            product([m, n, k], left, right, (result, wide), finish);
+            for (result, y) in result.chunks_exact(wide).zip(y.chunks_exact_mut(n)) {
+                put(&result[..n], y, store);
+            }
+        }),
+    }
+}
+
+fn put(x: &[f32], y: &mut [f32], store: Store) {
+    match store {
+        Store::Overwrite => y.copy_from_slice(x),
+        Store::Add => add_assign(x, y),
+    }
+}
+
+/// The tokens of an ascending list that lie in `here`.
+fn tokens_in<'a>(tokens: &'a [u32], here: &Range<usize>) -> &'a [u32] {
+    let below = |end: usize| tokens.partition_point(|token| (*token as usize) < end);
+    &tokens[below(here.start)..below(here.end)]
+}
+
+/// Copies the rows `tokens - first` of `x` to rows `padded` apart, zeros behind each.
+fn gather(x: &[f32], width: usize, padded: usize, tokens: &[u32], first: usize, out: &mut [f32]) {
+    for (token, out) in tokens.iter().zip(out.chunks_exact_mut(padded)) {
+        let row = (*token as usize - first) * width;
+        out[..width].copy_from_slice(&x[row..row + width]);
+        out[width..].fill(0.0);
+    }
+}
+
+fn check_rows(x: usize, y: usize, inputs: usize, outputs: usize) {
+    assert!(inputs > 0 && outputs > 0, "a layer without inputs or outputs");
+    assert_eq!(x % inputs, 0, "x is not [n, inputs]");
+    assert_eq!(y, x / inputs * outputs, "y is not [n, outputs]");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rand::{RngExt, SeedableRng};
+
+    fn random(len: usize, rng: &mut impl RngExt) -> Vec<f32> {
+        (0..len).map(|_| rng.random_range(-1.0..1.0)).collect()
+    }
+
+    #[track_caller]
+    fn assert_close(name: &str, got: &[f32], want: &[f64]) {
+        let largest = want.iter().fold(1e-3f64, |m, x| m.max(x.abs()));
+        assert_eq!(got.len(), want.len(), "{name}");
+        for (i, (got, want)) in got.iter().zip(want).enumerate() {
+            let error = (f64::from(*got) - want).abs();
+            assert!(error <= 1e-5 * largest, "{name}[{i}] = {got}, not {want} (largest {largest})");
+        }
+    }
+
+    /// `[m, k] [k, n]` in f64, entries by function.
+    fn naive(
+        [m, n, k]: [usize; 3],
+        a: impl Fn(usize, usize) -> f32,
+        b: impl Fn(usize, usize) -> f32,
+    ) -> Vec<f64> {
+        let entry = |i, j| (0..k).map(|l| f64::from(a(i, l)) * f64::from(b(l, j))).sum();
+        (0..m).flat_map(|i| (0..n).map(move |j| (i, j))).map(|(i, j)| entry(i, j)).collect()
+    }
+
+    const SHAPES: [(usize, usize, usize); 9] = [
+        (0, 8, 8),
+        (1, 5, 1),
+        (70, 64, 1),
+        (300, 32, 32),
+        (257, 128, 100),
+        (65, 100, 64),
+        (600, 7, 33),
+        (33, 64, 32),
+        (1000, 1, 3),
+    ];
+
+    #[test]
+    fn layer_and_gradients_agree_with_f64() {
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(7);
+        for (n, inputs, outputs) in SHAPES {
+            let widths = (inputs, outputs);
+            let (x, w) = (random(n * inputs, &mut rng), random(inputs * outputs, &mut rng));
+            let (bias, start) = (random(outputs, &mut rng), random(n * outputs, &mut rng));
+            let dx_start = random(n * inputs, &mut rng);
+            for (activation, store, with_bias) in [
+                (Activation::None, Store::Overwrite, true),
+                (Activation::Relu, Store::Overwrite, true),
+                (Activation::None, Store::Add, false),
+                (Activation::None, Store::Add, true),
+                (Activation::None, Store::Overwrite, false),
+            ] {
+                let mut y = start.clone();
+                let given = with_bias.then_some(&bias[..]);
+                forward(&x, &w, given, activation, (&mut y, store), widths);
+                let mut want =
+                    naive([n, outputs, inputs], |i, l| x[i * inputs + l], |l, j| w[l * outputs + j]);
+                for (i, want) in want.iter_mut().enumerate() {
+                    *want += given.map_or(0.0, |b| f64::from(b[i % outputs]));
+                    *want = if activation == Activation::Relu { want.max(0.0) } else { *want };
+                    *want += if store == Store::Add { f64::from(start[i]) } else { 0.0 };
+                }
+                assert_close("y", &y, &want);
+
+                let dy = random(n * outputs, &mut rng);
+                let masked =
+                    |i: usize| if activation == Activation::Relu && y[i] <= 0.0 { 0.0 } else { dy[i] };
+                let (mut dy_given, mut dx) = (dy.clone(), dx_start.clone());
+                let (mut dw, mut dbias) = (vec![f32::NAN; w.len()], vec![f32::NAN; outputs]);
+                let dx_out = Some((&mut dx[..], store));
+                backward(&x, &w, activation, &y, &mut dy_given, dx_out, &mut dw, Some(&mut dbias), widths);
+                assert!(dy_given.iter().enumerate().all(|(i, dy)| *dy == masked(i)));
+                let shape = [n, inputs, outputs];
+                let mut want = naive(shape, |i, l| masked(i * outputs + l), |l, j| w[j * outputs + l]);
+                if store == Store::Add {
+                    want.iter_mut().zip(&dx_start).for_each(|(want, start)| *want += f64::from(*start));
+                }
+                assert_close("dx", &dx, &want);
+                let shape = [inputs, outputs, n];
+                let want = naive(shape, |i, l| x[l * inputs + i], |l, j| masked(l * outputs + j));
+                assert_close("dw", &dw, &want);
+                assert_close(
+                    "dbias",
+                    &dbias,
+                    &naive([1, outputs, n], |_, _| 1.0, |l, j| masked(l * outputs + j)),
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn label_layer_and_gradients_agree_with_f64() {
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(8);
+        for (n, inputs, outputs) in SHAPES {
+            let widths = (inputs, outputs);
+            let (x, w) = (random(n * inputs, &mut rng), random(2 * inputs * outputs, &mut rng));
+            let (bias, start) = (random(outputs, &mut rng), random(n * outputs, &mut rng));
+            let label: Vec<usize> = (0..n).map(|_| rng.random_range(0..2)).collect();
+            let tokens =
+                [0, 1].map(|f| (0..n as u32).filter(|t| label[*t as usize] == f).collect::<Vec<_>>());
+            let tokens = [&tokens[0][..], &tokens[1][..]];
+            let weight = |i: usize, l: usize, j: usize| w[(label[i] * inputs + l) * outputs + j];
+            for store in [Store::Overwrite, Store::Add] {
+                let mut y = start.clone();
+                label_forward(&x, &w, &bias, tokens, (&mut y, store), widths);
+                let mut want = Vec::new();
+                for (i, j) in (0..n).flat_map(|i| (0..outputs).map(move |j| (i, j))) {
+                    let sum = naive([1, 1, inputs], |_, l| x[i * inputs + l], |l, _| weight(i, l, j))[0];
+                    let was = if store == Store::Add { f64::from(start[i * outputs + j]) } else { 0.0 };
+                    want.push(sum + f64::from(bias[j]) + was);
+                }
+                assert_close("y", &y, &want);
+            }
+            let dy = random(n * outputs, &mut rng);
+            let mut dx = vec![f32::NAN; x.len()];
+            let (mut dw, mut dbias) = (vec![f32::NAN; w.len()], vec![f32::NAN; outputs]);
+            label_backward(&x, &w, tokens, &dy, &mut dx, &mut dw, &mut dbias, widths);
+            let mut want = Vec::new();
+            for (i, l) in (0..n).flat_map(|i| (0..inputs).map(move |l| (i, l))) {
+                want.push(naive([1, 1, outputs], |_, j| dy[i * outputs + j], |j, _| weight(i, l, j))[0]);
+            }
+            assert_close("dx", &dx, &want);
+            let is = |f: usize, i: usize| if label[i] == f { 1.0 } else { 0.0 };
+            let shape = [2 * inputs, outputs, n];
+            let x_of = |row: usize, i: usize| x[i * inputs + row % inputs] * is(row / inputs, i);
+            assert_close("dw", &dw, &naive(shape, x_of, |i, j| dy[i * outputs + j]));
+            assert_close("dbias", &dbias, &naive([1, outputs, n], |_, _| 1.0, |i, j| dy[i * outputs + j]));
+        }
+    }
+
+    #[test]
+    fn bits_do_not_depend_on_the_number_of_threads() {
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(9);
+        let (n, inputs, outputs) = (3000, 40, 24);
+        let (x, w) = (random(n * inputs, &mut rng), random(2 * inputs * outputs, &mut rng));
+        let dy = random(n * outputs, &mut rng);
+        let even_odd = [0, 1].map(|f| (0..n as u32).filter(|t| t % 2 == f).collect::<Vec<_>>());
+        let run = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
+            pool.install(|| {
+                let mut out =
+                    [inputs * outputs, outputs, 2 * inputs * outputs, outputs].map(|n| vec![0.0; n]);
+                let [dw, dbias, dw2, dbias2] = &mut out;
+                let (none, widths) = (Activation::None, (inputs, outputs));
+                let w1 = &w[..inputs * outputs];
+                backward(&x, w1, none, &dy, &mut dy.clone(), None, dw, Some(dbias), widths);
+                let tokens = [&even_odd[0][..], &even_odd[1][..]];
+                label_backward(&x, &w, tokens, &dy, &mut x.clone(), dw2, dbias2, widths);
+                out
+            })
+        };
+        assert!(run(1) == run(3));
+    }
+}

@@ -1,0 +1,91 @@
+//! Pooled host memory: a training step allocates nothing once every size has been seen.
+
+use crate::device::{Buffer, Element};
+use std::collections::BTreeMap;
+use std::ops::{Deref, DerefMut};
+use std::sync::{Arc, Mutex};
+
+/// A cache line, the unit of allocation: every buffer starts on a 64-byte boundary.
+#[derive(Clone, Copy, bytemuck::Zeroable, bytemuck::Pod)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
+
+/// Memory to be used again, by capacity in lines.
+#[derive(Default)]
+pub struct Pool {
+    free: Mutex<BTreeMap<usize, Vec<Vec<Line>>>>,
+}
+
+/// Values in memory of a [`Pool`], to which it returns when dropped.
+pub struct CpuBuffer<T: Element> {
+    lines: Vec<Line>,
+    len: usize,
+    pool: Arc<Pool>,
+    element: std::marker::PhantomData<T>,
+}
+
+impl Pool {
+    /// `len` values; what they are is unspecified (zeros, or what the memory last held).
+    pub fn take<T: Element>(self: &Arc<Self>, len: usize) -> CpuBuffer<T> {
+        let lines = size_class((len * size_of::<T>()).div_ceil(size_of::<Line>()));
+        let recycled = self.lock().get_mut(&lines).and_then(Vec::pop);
+        let lines = recycled.unwrap_or_else(|| vec![bytemuck::Zeroable::zeroed(); lines]);
+        CpuBuffer { lines, len, pool: self.clone(), element: std::marker::PhantomData }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<usize, Vec<Vec<Line>>>> {
+        // The map is never left half-changed, so a panic elsewhere while it was locked does no harm.
+        self.free.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+/// Rounds up to an eighth of a power of two, so that batches of nearly equal size share buffers.
+fn size_class(lines: usize) -> usize {
+    let step = (lines.next_power_of_two() / 8).max(1);
+    lines.next_multiple_of(step)
+}
+
+impl<T: Element> Drop for CpuBuffer<T> {
+    fn drop(&mut self) {
+        let lines = std::mem::take(&mut self.lines);
+        if !lines.is_empty() {
+            self.pool.lock().entry(lines.len()).or_default().push(lines);
+        }
+    }
+}
+
+impl<T: Element> Deref for CpuBuffer<T> {
+    type Target = [T];
+    fn deref(&self) -> &[T] {
+        &bytemuck::cast_slice(&self.lines)[..self.len]
+    }
+}
+
+impl<T: Element> DerefMut for CpuBuffer<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.len]
+    }
+}
+
+impl<T: Element> Buffer<T> for CpuBuffer<T> {
+    fn len(&self) -> usize {
+        self.len
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_returns_to_the_pool() {
+        let pool = Arc::new(Pool::default());
+        let first = pool.take::<f32>(1000);
+        let address = first.as_ptr() as usize;
+        assert_eq!(address % 64, 0);
+        drop(first);
+        let second = pool.take::<u32>(990);
+        assert_eq!(second.as_ptr() as usize, address, "nearly the same size uses the same memory");
+        assert_eq!((second.len(), pool.take::<u8>(0).len()), (990, 0));
+    }
+}

@@ -1,0 +1,78 @@
+//! Means of the prefixes of each sequence, in one pass over it.
+
+use rayon::prelude::*;
+
+/// See [`crate::device::Device::prefix_mean`].
+#[allow(clippy::too_many_arguments)]
+pub fn forward(
+    width: usize,
+    x: &[f32],
+    start: &[u32],
+    group_offsets: &[u32],
+    count: &[u32],
+    divisor: &[u32],
+    mean: &mut [f32],
+) {
+    split_rows(width, group_offsets, mean).into_par_iter().enumerate().for_each_init(
+        || vec![0f64; width],
+        |sum, (b, mean)| {
+            sum.fill(0.0);
+            let x = &x[start[b] as usize * width..start[b + 1] as usize * width];
+            let mut token = 0;
+            for (g, mean) in (group_offsets[b] as usize..).zip(mean.chunks_exact_mut(width)) {
+                while token < count[g] as usize {
+                    sum.iter_mut().zip(&x[token * width..][..width]).for_each(|(s, &x)| *s += x as f64);
+                    token += 1;
+                }
+                let factor = reciprocal(divisor[g]);
+                mean.iter_mut().zip(sum.iter()).for_each(|(m, s)| *m = (s * factor) as f32);
+            }
+        },
+    );
+}
+
+/// See [`crate::device::Device::prefix_mean_backward`].
+#[allow(clippy::too_many_arguments)]
+pub fn backward(
+    width: usize,
+    start: &[u32],
+    group_offsets: &[u32],
+    count: &[u32],
+    divisor: &[u32],
+    dmean: &[f32],
+    dx: &mut [f32],
+) {
+    split_rows(width, start, dx).into_par_iter().enumerate().for_each_init(
+        || vec![0f64; width],
+        |sum, (b, dx)| {
+            sum.fill(0.0);
+            // From the last token back: the groups that still contain it are those already passed.
+            let mut groups = (group_offsets[b] as usize..group_offsets[b + 1] as usize).rev().peekable();
+            for (token, dx) in dx.chunks_exact_mut(width).enumerate().rev() {
+                while let Some(g) = groups.next_if(|&g| count[g] as usize > token) {
+                    let factor = reciprocal(divisor[g]);
+                    sum.iter_mut()
+                        .zip(&dmean[g * width..][..width])
+                        .for_each(|(s, &d)| *s += d as f64 * factor);
+                }
+                dx.iter_mut().zip(sum.iter()).for_each(|(dx, s)| *dx = *s as f32);
+            }
+        },
+    );
+}
+
+fn reciprocal(divisor: u32) -> f64 {
+    if divisor == 0 { 0.0 } else { 1.0 / divisor as f64 }
+}
+
+/// The rows of each sequence.
+fn split_rows<'a>(width: usize, offsets: &[u32], mut x: &'a mut [f32]) -> Vec<&'a mut [f32]> {
+    offsets
+        .windows(2)
+        .map(|o| {
+            let (head, tail) = std::mem::take(&mut x).split_at_mut((o[1] - o[0]) as usize * width);
+            x = tail;
+            head
+        })
+        .collect()
+}

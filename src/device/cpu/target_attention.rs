@@ -1,0 +1,487 @@
+//! Target attention: a small perceptron scores every (history token, candidate) pair, a softmax over each row's
+//! history weighs its tokens. Contracts: [`Device::target_attention`](crate::device::Device::target_attention).
+//!
+//! **Sharing.** With the four row blocks `A, R, S, P` of `w0` (multiplying `a`, `r`, `a - r`, `a * r`),
+//!
+//! ```text
+//! [a, r, a - r, a * r] w0 + b0 = z + c + (a * r) P      z = a (A + S)      c = r (R - S) + b0
+//! ```
+//!
+//! where `z` is computed once a token, `c` once a candidate, and only the last term, a quarter of the published
+//! layer, once a pair. No concatenation is ever stored, and all weights are shared by all pairs, so the scores of
+//! a chunk go through both layers in tiles that may span pairs and sequences. A tile's activations stay in the
+//! first cache levels; the backward computes them again.
+//!
+//! **Rows of a pair** share its scores and differ only in how long a prefix they see, so with the rows in order of
+//! length one online softmax serves all of them: each row is the running state at its length.
+//!
+//! Chunks of whole sequences run in parallel; they follow from the index alone, so bits do not depend on threads.
+
+mod backward;
+pub mod unfused;
+
+pub use backward::backward;
+
+use super::elementwise::{add_assign, exp_sum, pad_rows};
+use super::product::{Finish, Left, product};
+use super::scratch::{carve, carved_len, padded, with_scratch};
+use super::simd::{Kernel, Simd, dispatch};
+use crate::device::{TargetIndex, TargetWeights};
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// Scores in a tile. Their activations and one weight together should about fit the first cache level, and the
+/// more there are the less often weight gradients are read and written; a multiple of the 5 and 8 rows of
+/// [`product`]'s register tiles.
+const TILE: usize = 80;
+
+/// Widths of the perceptron and the distances between rows in working memory (suffix `_wide`).
+#[derive(Clone, Copy)]
+struct Shape {
+    width: usize,
+    hidden: [usize; 2],
+    width_wide: usize,
+    hidden_wide: [usize; 2],
+}
+
+impl Shape {
+    fn new(width: usize, hidden: [usize; 2]) -> Self {
+        assert!(width > 0 && hidden[0] > 0 && hidden[1] > 0, "a layer of width 0");
+        Self { width, hidden, width_wide: padded(width), hidden_wide: hidden.map(padded) }
+    }
+
+    /// Panics where a weight's length does not fit.
+    fn check<F: AsRef<[f32]>>(&self, weights: &TargetWeights<F>) {
+        let [h0, h1] = self.hidden;
+        let TargetWeights { w0, b0, w1, b1, w2, b2 } = weights;
+        let found = [w0, b0, w1, b1, w2, b2].map(|w| w.as_ref().len());
+        assert_eq!(found, [4 * self.width * h0, h0, h0 * h1, h1, h1, 1], "lengths of the target weights");
+    }
+}
+
+/// One chunk's sequences, pairs and members of the rows' segments, and where its scores lie.
+struct Chunk {
+    sequences: Range<usize>,
+    pairs: Range<usize>,
+    members: Range<usize>,
+    scores: Range<usize>,
+    tokens: Range<usize>,
+}
+
+/// Cuts the sequences into chunks of at least 2048 scored (token, pair) combinations, at most about 64 in all.
+fn chunks(index: &TargetIndex<[u32]>) -> Vec<Chunk> {
+    let at = |offsets: &[u32], i: usize| offsets[i] as usize;
+    let sequences = index.cu_seqlens.len() - 1;
+    let enough = (at(index.score_offsets, index.score_offsets.len() - 1) / 64).max(2048);
+    let chunk = |sequences: Range<usize>| {
+        let of = |offsets: &[u32], range: &Range<usize>| at(offsets, range.start)..at(offsets, range.end);
+        let pairs = of(index.pair_offsets, &sequences);
+        Chunk {
+            members: of(index.rows.offsets, &pairs),
+            scores: of(index.score_offsets, &pairs),
+            tokens: of(index.cu_seqlens, &sequences),
+            sequences,
+            pairs,
+        }
+    };
+    let mut chunks = Vec::new();
+    let mut start = 0;
+    for end in 1..=sequences {
+        let candidate = chunk(start..end);
+        if candidate.scores.len() >= enough || end == sequences {
+            chunks.push(candidate);
+            start = end;
+        }
+    }
+    chunks
+}
+
+/// Panics where the index does not fit the buffers.
+fn check_index(index: &TargetIndex<[u32]>, shape: Shape, s: &[f32], a: &[f32], r: &[f32], e: &[f32]) {
+    let last = |offsets: &[u32]| *offsets.last().expect("offsets start with 0") as usize;
+    let ascending = |offsets: &[u32]| offsets[0] == 0 && offsets.is_sorted();
+    let pairs = index.score_offsets.len() - 1;
+    let offsets = [index.cu_seqlens, index.pair_offsets, index.score_offsets, index.rows.offsets];
+    assert!(offsets.into_iter().all(ascending), "offsets must ascend from 0");
+    assert_eq!(index.pair_offsets.len(), index.cu_seqlens.len(), "pair_offsets is not [B + 1]");
+    assert_eq!(last(index.pair_offsets), pairs, "score_offsets is not [C + 1]");
+    assert_eq!(index.rows.offsets.len(), pairs + 1, "offsets of rows are not [C + 1]");
+    assert_eq!(last(index.rows.offsets), index.rows.members.len(), "members of rows are not [R]");
+    assert_eq!(index.row_length.len(), index.rows.members.len(), "row_length is not [R]");
+    assert_eq!([s.len(), a.len()], [last(index.cu_seqlens) * shape.width; 2], "s and a are not [N, D]");
+    assert_eq!(r.len(), pairs * shape.width, "r is not [C, D]");
+    assert_eq!(e.len(), last(index.score_offsets), "e is not [score_offsets[C]]");
+}
+
+/// The perceptron's weights as the tiles read them: blocks combined, rows padded with zeros.
+struct Packed<'a> {
+    /// `A + S: [D, hidden0]`
+    token: &'a [f32],
+    /// `P: [D, hidden0]`
+    product: &'a [f32],
+    /// `R - S: [D, hidden0]`
+    candidate: &'a [f32],
+    b0: &'a [f32],
+    /// `[hidden0, hidden1]`
+    w1: &'a [f32],
+    b1: &'a [f32],
+    w2: &'a [f32],
+    b2: f32,
+}
+
+impl Packed<'_> {
+    fn lens(shape: Shape) -> [usize; 7] {
+        let (d, [h0, h1]) = (shape.width, shape.hidden_wide);
+        [d * h0, d * h0, d * h0, h0, shape.hidden[0] * h1, h1, h1]
+    }
+
+    fn new<'a>(
+        shape: Shape,
+        weights: &TargetWeights<&[f32]>,
+        [token, product, candidate, b0, w1, b1, w2]: [&'a mut [f32]; 7],
+    ) -> Packed<'a> {
+        let ([h0, h1], [h0_wide, h1_wide]) = (shape.hidden, shape.hidden_wide);
+        let block = |i: usize| &weights.w0[i * shape.width * h0..(i + 1) * shape.width * h0];
+        let combine = |out: &mut [f32], i: usize, j: usize, sign: f32| {
+            pad_rows(block(i), h0, h0_wide, out);
+            for (out, x) in out.chunks_exact_mut(h0_wide).zip(block(j).chunks_exact(h0)) {
+                out.iter_mut().zip(x).for_each(|(out, x)| *out += sign * x);
+            }
+        };
+        combine(token, 0, 2, 1.0);
+        combine(candidate, 1, 2, -1.0);
+        pad_rows(block(3), h0, h0_wide, product);
+        pad_rows(weights.b0, h0, h0_wide, b0);
+        pad_rows(weights.w1, h1, h1_wide, w1);
+        pad_rows(weights.b1, h1, h1_wide, b1);
+        pad_rows(weights.w2, h1, h1_wide, w2);
+        Packed { token, product, candidate, b0, w1, b1, w2, b2: weights.b2[0] }
+    }
+
+    /// `z = a (A + S)` for all tokens of `a`, rows padded.
+    fn token_terms(&self, shape: Shape, a: &[f32], out: &mut [f32]) {
+        let sizes = [a.len() / shape.width, shape.hidden[0], shape.width];
+        let wide = shape.hidden_wide[0];
+        product(sizes, Left::rows(a, shape.width), (self.token, wide), (out, wide), Finish::Store);
+    }
+
+    /// `c = r (R - S) + b0` for all pairs of `r`, rows padded.
+    fn candidate_terms(&self, shape: Shape, r: &[f32], out: &mut [f32]) {
+        let sizes = [r.len() / shape.width, shape.hidden[0], shape.width];
+        let wide = shape.hidden_wide[0];
+        product(
+            sizes,
+            Left::rows(r, shape.width),
+            (self.candidate, wide),
+            (out, wide),
+            Finish::Bias(self.b0),
+        );
+    }
+
+    /// Both hidden layers of a tile of `n` scores from `x = a * r` and `h0 = z + c`, rows padded.
+    fn hidden(&self, shape: Shape, n: usize, x: &[f32], h0: &mut [f32], h1: &mut [f32]) {
+        let ([n0, n1], wide) = (shape.hidden, shape.hidden_wide);
+        let left = Left::rows(x, shape.width_wide);
+        product([n, n0, shape.width], left, (self.product, wide[0]), (h0, wide[0]), Finish::AddRelu);
+        let finish = Finish::BiasRelu(self.b1);
+        product([n, n1, n0], Left::rows(h0, wide[0]), (self.w1, wide[1]), (h1, wide[1]), finish);
+    }
+}
+
+/// A pair as the tiles see it; positions are relative to the chunk.
+struct Pair {
+    scores: Range<usize>,
+    first_token: usize,
+}
+
+/// The pairs of a chunk.
+fn pairs(index: &TargetIndex<[u32]>, chunk: &Chunk) -> Vec<Pair> {
+    let mut pairs = Vec::with_capacity(chunk.pairs.len());
+    for sequence in chunk.sequences.clone() {
+        for pair in index.pair_offsets[sequence] as usize..index.pair_offsets[sequence + 1] as usize {
+            let scores = &index.score_offsets[pair..];
+            let relative = |offset: u32| offset as usize - chunk.scores.start;
+            pairs.push(Pair {
+                scores: relative(scores[0])..relative(scores[1]),
+                first_token: index.cu_seqlens[sequence] as usize - chunk.tokens.start,
+            });
+        }
+    }
+    pairs
+}
+
+/// Consecutive scores of one pair in a tile.
+struct Segment {
+    pair: usize,
+    /// Rows of the tile.
+    rows: Range<usize>,
+    /// Tokens of the chunk.
+    tokens: Range<usize>,
+}
+
+/// The segments that make up the scores `tile` of a chunk.
+fn segments<'a>(pairs: &'a [Pair], tile: &Range<usize>) -> impl Iterator<Item = Segment> + use<'a> {
+    let tile = tile.clone();
+    let first = pairs.partition_point(|pair| pair.scores.end <= tile.start);
+    let inside = pairs[first..].iter().take_while(move |pair| pair.scores.start < tile.end);
+    inside.enumerate().filter(|(_, pair)| !pair.scores.is_empty()).map(move |(i, pair)| {
+        let scores = pair.scores.start.max(tile.start)..pair.scores.end.min(tile.end);
+        let token = |score: usize| pair.first_token + score - pair.scores.start;
+        Segment {
+            pair: first + i,
+            rows: scores.start - tile.start..scores.end - tile.start,
+            tokens: token(scores.start)..token(scores.end),
+        }
+    })
+}
+
+/// The values of the rows `range`, `wide` each.
+fn rows(range: &Range<usize>, wide: usize) -> Range<usize> {
+    range.start * wide..range.end * wide
+}
+
+/// `x = a * r` and `h0 = z + c` for the tokens of one pair, rows padded.
+struct Inputs<'a> {
+    a: &'a [f32],
+    r: &'a [f32],
+    z: &'a [f32],
+    c: &'a [f32],
+    x: &'a mut [f32],
+    h0: &'a mut [f32],
+}
+
+impl Kernel for Inputs<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for (a, x) in self.a.chunks_exact(self.r.len()).zip(self.x.chunks_exact_mut(self.r.len())) {
+            let vectors = a.chunks_exact(S::LANES).zip(self.r.chunks_exact(S::LANES));
+            for ((a, r), x) in vectors.zip(x.chunks_exact_mut(S::LANES)) {
+                s.store(s.mul(s.load(a), s.load(r)), x);
+            }
+        }
+        for (z, h0) in self.z.chunks_exact(self.c.len()).zip(self.h0.chunks_exact_mut(self.c.len())) {
+            let vectors = z.chunks_exact(S::LANES).zip(self.c.chunks_exact(S::LANES));
+            for ((z, c), h0) in vectors.zip(h0.chunks_exact_mut(S::LANES)) {
+                s.store(s.add(s.load(z), s.load(c)), h0);
+            }
+        }
+    }
+}
+
+/// `e[t] = h1[t] . w2 + b2` for padded rows `h1`.
+fn scores(h1: &[f32], w2: &[f32], b2: f32, e: &mut [f32]) {
+    struct Scores<'a>(&'a [f32], &'a [f32], f32, &'a mut [f32]);
+    impl Kernel for Scores<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) {
+            let Self(h1, w2, b2, e) = self;
+            for (h1, e) in h1.chunks_exact(w2.len()).zip(e) {
+                let mut sum = s.zero();
+                for (h1, w2) in h1.chunks_exact(S::LANES).zip(w2.chunks_exact(S::LANES)) {
+                    sum = s.mul_add(s.load(h1), s.load(w2), sum);
+                }
+                *e = s.sum(sum) + b2;
+            }
+        }
+    }
+    dispatch(Scores(h1, w2, b2, e));
+}
+
+/// The members `range` of the rows' segments in order of length; ties in the order given.
+fn by_length(index: &TargetIndex<[u32]>, range: Range<usize>, order: &mut Vec<(usize, usize)>) {
+    order.clear();
+    order
+        .extend(range.map(|member| (index.row_length[index.rows.members[member] as usize] as usize, member)));
+    if !order.is_sorted() {
+        order.sort_unstable();
+    }
+}
+
+/// The tiles of `scores` scores.
+fn tiles(scores: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..scores).step_by(TILE).map(move |start| start..(start + TILE).min(scores))
+}
+
+/// `x` itself where its rows are whole cache lines, else a copy in `memory` with padded rows.
+fn padded_rows<'a>(x: &'a [f32], width: usize, memory: &'a mut [f32]) -> &'a [f32] {
+    let wide = padded(width);
+    if width == wide {
+        return x;
+    }
+    pad_rows(x, width, wide, memory);
+    memory
+}
+
+/// Values [`padded_rows`] needs for `rows` rows.
+fn padded_rows_len(rows: usize, width: usize) -> usize {
+    if width == padded(width) { 0 } else { rows * padded(width) }
+}
+
+/// [`Device::target_attention`](crate::device::Device::target_attention) on slices.
+///
+/// # Panics
+/// Where the lengths of the buffers do not fit each other.
+#[allow(clippy::too_many_arguments)]
+pub fn forward(
+    width: usize,
+    hidden: [usize; 2],
+    index: TargetIndex<[u32]>,
+    s: &[f32],
+    a: &[f32],
+    r: &[f32],
+    weights: TargetWeights<&[f32]>,
+    e: &mut [f32],
+    lse: &mut [f32],
+    att: &mut [f32],
+) {
+    let shape = Shape::new(width, hidden);
+    shape.check(&weights);
+    check_index(&index, shape, s, a, r, e);
+    let rows = index.row_length.len();
+    assert_eq!([lse.len(), att.len()], [rows, rows * width], "lse and att are not [R], [R, D]");
+    let lens = Packed::lens(shape);
+    with_scratch(carved_len(&lens) + padded(rows) + padded(rows * width), |mut memory| {
+        let packed = Packed::new(shape, &weights, carve(&mut memory, lens));
+        // In the order of the segments' members, where a chunk's rows lie together.
+        let [lse_members, att_members] = carve(&mut memory, [rows, rows * width]);
+        let mut rest = (&mut e[..], &mut *lse_members, &mut *att_members);
+        let tasks: Vec<_> = chunks(&index)
+            .into_iter()
+            .map(|chunk| {
+                let e = split(&mut rest.0, chunk.scores.len());
+                let lse = split(&mut rest.1, chunk.members.len());
+                let att = split(&mut rest.2, chunk.members.len() * width);
+                (chunk, e, lse, att)
+            })
+            .collect();
+        tasks.into_par_iter().for_each(|(chunk, e, lse, att)| {
+            forward_chunk(shape, &index, [s, a, r], &packed, &chunk, e, lse, att);
+        });
+        for (member, row) in index.rows.members.iter().enumerate() {
+            let row = *row as usize;
+            lse[row] = lse_members[member];
+            att[row * width..(row + 1) * width]
+                .copy_from_slice(&att_members[member * width..(member + 1) * width]);
+        }
+    });
+}
+
+/// Takes the first `len` values off `rest`.
+fn split<'a>(rest: &mut &'a mut [f32], len: usize) -> &'a mut [f32] {
+    rest.split_off_mut(..len).expect("chunks add up to the whole")
+}
+
+#[allow(clippy::too_many_arguments)]
+fn forward_chunk(
+    shape: Shape,
+    index: &TargetIndex<[u32]>,
+    [s, a, r]: [&[f32]; 3],
+    packed: &Packed,
+    chunk: &Chunk,
+    e: &mut [f32],
+    lse: &mut [f32],
+    att: &mut [f32],
+) {
+    let (width, width_wide, [h0_wide, h1_wide]) = (shape.width, shape.width_wide, shape.hidden_wide);
+    let [s, a] = [s, a].map(|x| &x[rows(&chunk.tokens, width)]);
+    let r = &r[rows(&chunk.pairs, width)];
+    let pairs = pairs(index, chunk);
+    let longest = pairs.iter().map(|pair| pair.scores.len()).max().unwrap_or(0);
+    let lens = [
+        chunk.tokens.len() * h0_wide,
+        pairs.len() * h0_wide,
+        padded_rows_len(chunk.tokens.len(), width),
+        padded_rows_len(chunk.tokens.len(), width),
+        padded_rows_len(pairs.len(), width),
+        TILE * width_wide,
+        TILE * h0_wide,
+        TILE * h1_wide,
+        longest,
+        width_wide,
+    ];
+    with_scratch(carved_len(&lens), |mut memory| {
+        let [z, c, s_wide, a_wide, r_wide, x, h0, h1, p, sum] = carve(&mut memory, lens);
+        packed.token_terms(shape, a, z);
+        packed.candidate_terms(shape, r, c);
+        let [s, a, r] = [(s, s_wide), (a, a_wide), (r, r_wide)].map(|(x, wide)| padded_rows(x, width, wide));
+        for tile in tiles(e.len()) {
+            fill_inputs(shape, &pairs, &tile, [a, r, z, c], x, h0);
+            packed.hidden(shape, tile.len(), x, h0, h1);
+            scores(&h1[..tile.len() * h1_wide], packed.w2, packed.b2, &mut e[tile]);
+        }
+        let mut order = Vec::new();
+        for (i, pair) in pairs.iter().enumerate() {
+            let members =
+                index.rows.offsets[chunk.pairs.start + i]..index.rows.offsets[chunk.pairs.start + i + 1];
+            by_length(index, members.start as usize..members.end as usize, &mut order);
+            let (e, s) = (&e[pair.scores.clone()], &s[pair.first_token * width_wide..]);
+            softmax_rows(shape, e, s, &order, p, sum, |member, row_lse, row_att| {
+                let member = member - chunk.members.start;
+                lse[member] = row_lse;
+                att[member * width..(member + 1) * width].copy_from_slice(row_att);
+            });
+        }
+    });
+}
+
+/// The inputs of [`Packed::hidden`] for the scores `tile`; all rows padded.
+fn fill_inputs(
+    shape: Shape,
+    pairs: &[Pair],
+    tile: &Range<usize>,
+    [a, r, z, c]: [&[f32]; 4],
+    x: &mut [f32],
+    h0: &mut [f32],
+) {
+    let (width, hidden) = (shape.width_wide, shape.hidden_wide[0]);
+    for Segment { pair, rows: here, tokens } in segments(pairs, tile) {
+        dispatch(Inputs {
+            a: &a[rows(&tokens, width)],
+            r: &r[pair * width..][..width],
+            z: &z[rows(&tokens, hidden)],
+            c: &c[pair * hidden..][..hidden],
+            x: &mut x[rows(&here, width)],
+            h0: &mut h0[rows(&here, hidden)],
+        });
+    }
+}
+
+/// One online softmax over `e`, emitting `(member, lse, att)` at the length of each `(length, member)` of `order`.
+fn softmax_rows(
+    shape: Shape,
+    e: &[f32],
+    s_wide: &[f32],
+    order: &[(usize, usize)],
+    p: &mut [f32],
+    sum: &mut [f32],
+    mut emit: impl FnMut(usize, f32, &[f32]),
+) {
+    let (width, wide) = (shape.width, shape.width_wide);
+    let (mut largest, mut denominator, mut done) = (f32::NEG_INFINITY, 0.0, 0);
+    sum.fill(0.0);
+    with_scratch(wide, |att| {
+        for &(length, member) in order {
+            if length > done {
+                let e = &e[done..length];
+                let before = largest;
+                largest = e.iter().copied().fold(before, f32::max);
+                let scale = if done == 0 { 0.0 } else { (before - largest).exp() };
+                let p = &mut p[..e.len()];
+                denominator = denominator * scale + exp_sum(e, largest, p);
+                sum.iter_mut().for_each(|x| *x *= scale);
+                let s = &s_wide[done * wide..];
+                let left = Left::rows(p, e.len());
+                product([1, width, e.len()], left, (s, wide), (sum, wide), Finish::Add);
+                done = length;
+            }
+            if length == 0 {
+                emit(member, f32::NEG_INFINITY, &sum[..width]);
+            } else {
+                att.iter_mut().zip(&*sum).for_each(|(att, sum)| *att = sum / denominator);
+                emit(member, largest + denominator.ln(), &att[..width]);
+            }
+        }
+    });
+}

@@ -1,0 +1,148 @@
+//! Ranking metrics over candidate groups. Definitions: `docs/training.md`.
+//!
+//! Nothing here favours the positive: a tie counts half in AUC, and MRR and NDCG are expectations over a uniformly
+//! random order of tied candidates, so a model that gives every candidate one score is worth exactly what
+//! guessing is worth.
+
+use serde::{Deserialize, Serialize};
+
+/// Ranks counted by NDCG.
+pub const NDCG_CUTOFF: usize = 10;
+
+/// Users with fewer rows than this count as AUC 1 under [`GaucRule::Dfar`].
+const DFAR_MIN_ROWS: usize = 10;
+
+/// Which users count in GAUC.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+pub enum GaucRule {
+    /// Users that have both classes; the others are left out and counted.
+    #[default]
+    #[serde(rename = "none")]
+    #[value(name = "none")]
+    BothClasses,
+    /// As the published DFAR code: a user with fewer than 10 rows counts with AUC 1. Inflates; for comparison only.
+    #[serde(rename = "dfar")]
+    Dfar,
+}
+
+/// Metrics of a set of groups.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Metrics {
+    /// Area under the ROC curve over all rows, ties counted half.
+    pub auc: f64,
+    /// Mean over groups of the expected reciprocal rank of the positive.
+    pub mrr: f64,
+    /// Mean over groups of the expected NDCG@10 of the positive.
+    pub ndcg: f64,
+    /// AUC within each user, weighted by the user's rows. `None` when no user has both classes.
+    pub gauc: Option<f64>,
+    /// Groups scored.
+    pub groups: usize,
+    /// Rows scored: groups times candidates.
+    pub rows: usize,
+    /// Users that count in GAUC.
+    pub gauc_users: usize,
+    /// Users left out of GAUC because all their rows have one class.
+    pub gauc_users_left_out: usize,
+}
+
+/// Scored groups of one size: the first candidate of each group is its positive.
+#[derive(Clone, Copy, Debug)]
+pub struct ScoredGroups<'a> {
+    /// `[G]` user of each group.
+    pub user: &'a [u32],
+    /// `[G * candidates]`, all finite.
+    pub scores: &'a [f32],
+    /// Candidates per group, the positive included.
+    pub candidates: usize,
+}
+
+impl ScoredGroups<'_> {
+    /// All metrics; `None` when there is no group or no negative.
+    ///
+    /// # Panics
+    /// When `scores` is not `[user.len() * candidates]`.
+    pub fn metrics(&self, rule: GaucRule) -> Option<Metrics> {
+        let (groups, candidates) = (self.user.len(), self.candidates);
+        assert_eq!(self.scores.len(), groups * candidates, "one score per candidate");
+        if groups == 0 || candidates < 2 {
+            return None;
+        }
+        let (mut mrr, mut ndcg) = (0.0, 0.0);
+        for group in self.scores.chunks_exact(candidates) {
+            let (above, ties) = standing(group);
+            mrr += expected_reciprocal_rank(above, ties);
+            ndcg += expected_ndcg(above, ties);
+        }
+        let labelled = |i: usize| (self.scores[i], i.is_multiple_of(candidates));
+        let all = auc(&mut (0..self.scores.len()).map(labelled).collect::<Vec<_>>())?;
+
+        let mut by_user: Vec<u32> = (0..groups as u32).collect();
+        by_user.sort_by_key(|&g| self.user[g as usize]);
+        let (mut sum, mut weight, mut users, mut left_out) = (0.0, 0.0, 0, 0);
+        let mut rows = Vec::new();
+        for of_user in by_user.chunk_by(|&a, &b| self.user[a as usize] == self.user[b as usize]) {
+            rows.clear();
+            for &g in of_user {
+                rows.extend((g as usize * candidates..(g as usize + 1) * candidates).map(labelled));
+            }
+            let of_user = match rule {
+                GaucRule::Dfar if rows.len() < DFAR_MIN_ROWS => Some(1.0),
+                _ => auc(&mut rows),
+            };
+            match of_user {
+                Some(auc) => {
+                    sum += auc * rows.len() as f64;
+                    weight += rows.len() as f64;
+                    users += 1;
+                }
+                None => left_out += 1,
+            }
+        }
+        Some(Metrics {
+            auc: all,
+            mrr: mrr / groups as f64,
+            ndcg: ndcg / groups as f64,
+            gauc: (users > 0).then(|| sum / weight),
+            groups,
+            rows: self.scores.len(),
+            gauc_users: users,
+            gauc_users_left_out: left_out,
+        })
+    }
+}
+
+/// Area under the ROC curve of `(score, is positive)` rows, ties counted half; `None` unless both classes occur.
+/// Sorts `rows`. Scores must be finite.
+pub fn auc(rows: &mut [(f32, bool)]) -> Option<f64> {
+    rows.sort_unstable_by(|a, b| a.0.total_cmp(&b.0));
+    // Twice the number of (positive, negative) pairs in the right order, so that half-counted ties stay integers.
+    let (mut twice, mut negatives_below) = (0u128, 0u128);
+    for tie in rows.chunk_by(|a, b| a.0 == b.0) {
+        let positives = tie.iter().filter(|r| r.1).count() as u128;
+        let negatives = tie.len() as u128 - positives;
+        twice += positives * (2 * negatives_below + negatives);
+        negatives_below += negatives;
+    }
+    let pairs = negatives_below * (rows.len() as u128 - negatives_below);
+    (pairs > 0).then(|| twice as f64 / (2 * pairs) as f64)
+}
+
+/// How many of `group[1..]` score above `group[0]`, and how many the same.
+fn standing(group: &[f32]) -> (usize, usize) {
+    let positive = group[0];
+    let above = group[1..].iter().filter(|&&s| s > positive).count();
+    let ties = group[1..].iter().filter(|&&s| s == positive).count();
+    (above, ties)
+}
+
+/// Mean of `1 / rank` over the ranks `above + 1 ..= above + ties + 1`, all equally likely.
+pub fn expected_reciprocal_rank(above: usize, ties: usize) -> f64 {
+    (above + 1..=above + ties + 1).map(|rank| 1.0 / rank as f64).sum::<f64>() / (ties + 1) as f64
+}
+
+/// Mean of `1 / log2(rank + 1)` (0 beyond [`NDCG_CUTOFF`]) over the same ranks.
+pub fn expected_ndcg(above: usize, ties: usize) -> f64 {
+    let gain = |rank: usize| 1.0 / ((rank + 1) as f64).log2();
+    (above + 1..=(above + ties + 1).min(NDCG_CUTOFF)).map(gain).sum::<f64>() / (ties + 1) as f64
+}

@@ -1,0 +1,220 @@
+//! Scoring a data set's candidate groups, and what the scores are worth.
+//!
+//! Every event of the validation and test parts has a group: the event's item and the negatives that were sampled
+//! when the data set was made, so that every model is scored on the same rows. Groups of liked events make the
+//! metrics; groups of skipped events are reported apart.
+
+pub mod metrics;
+mod rank;
+
+pub use rank::rank;
+
+use crate::batch::{Batch, BatchError, History};
+use crate::data::{Dataset, Part};
+use crate::device::Device;
+use crate::history::{Feedback, Question, View};
+use crate::model::{Model, ModelError};
+use metrics::{GaucRule, Metrics, ScoredGroups};
+use serde::{Deserialize, Serialize};
+use std::ops::ControlFlow;
+use thiserror::Error;
+
+/// An evaluation that could not be finished.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum EvaluateError {
+    /// The histories could not be packed.
+    #[error(transparent)]
+    Batch(#[from] BatchError),
+    /// The model failed.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The model gave a score that cannot be ranked.
+    #[error("the score of candidate {candidate} for event {event} of user {user} is {score}")]
+    NonFinite {
+        /// User.
+        user: u32,
+        /// Index of the event.
+        event: u32,
+        /// Index in the group.
+        candidate: usize,
+        /// The score.
+        score: f32,
+    },
+    /// The caller asked to stop.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+/// How histories are shown and batched.
+#[derive(Clone, Copy, Debug)]
+pub struct ScoreOptions {
+    /// What of the feedback the model sees; must be what it was trained with.
+    pub feedback: Feedback,
+    /// Most tokens of a batch (one history may exceed it alone).
+    pub batch_tokens: usize,
+    /// Most rows of a batch (one history may exceed it alone).
+    pub batch_rows: usize,
+}
+
+/// The model's logits of all groups of a part: `[G, 1 + negatives]`, in the order of the groups.
+///
+/// `progress` is told how many groups are done, and may stop the evaluation.
+pub fn score_part<D: Device>(
+    model: &Model<D>,
+    data: &Dataset,
+    part: Part,
+    options: &ScoreOptions,
+    progress: &mut dyn FnMut(usize) -> ControlFlow<()>,
+) -> Result<Vec<f32>, EvaluateError> {
+    let groups = data.groups(part);
+    let candidates = 1 + groups.negatives_per_group;
+    let mut scores = Vec::with_capacity(groups.len() * candidates);
+    let mut batch: Vec<History> = Vec::new();
+    let (mut tokens, mut rows) = (0, 0);
+    let mut flush = |batch: &mut Vec<History>| -> Result<(), EvaluateError> {
+        if batch.is_empty() {
+            return Ok(());
+        }
+        let first = scores.len();
+        scores.extend(model.score(&Batch::pack(batch)?)?);
+        if let Some(at) = scores[first..].iter().position(|s| !s.is_finite()) {
+            let (group, candidate) = ((first + at) / candidates, (first + at) % candidates);
+            let (user, event) = (groups.user[group], groups.event[group]);
+            return Err(EvaluateError::NonFinite { user, event, candidate, score: scores[first + at] });
+        }
+        batch.clear();
+        match progress(scores.len() / candidates) {
+            ControlFlow::Continue(()) => Ok(()),
+            ControlFlow::Break(()) => Err(EvaluateError::Interrupted),
+        }
+    };
+    let mut next = 0;
+    for of_user in groups.user.chunk_by(|a, b| a == b) {
+        let events = data.user(of_user[0]);
+        let view = View::new(events.items, events.feedback, options.feedback);
+        let questions = (next..next + of_user.len())
+            .map(|g| {
+                let group = groups.get(g);
+                let event = group.event as usize;
+                let candidates = [&[events.items[event]], group.negatives].concat();
+                Question { event, targets: vec![0.0; candidates.len()], candidates }
+            })
+            .collect();
+        next += of_user.len();
+        // Histories come in the order of their questions (the shared one serves the first of them), so scores
+        // come in the order of the groups.
+        for history in view.histories(questions, model.config().max_length) {
+            let more = (history.items.len(), history.groups.len() * candidates);
+            if tokens + more.0 > options.batch_tokens || rows + more.1 > options.batch_rows {
+                flush(&mut batch)?;
+                (tokens, rows) = (0, 0);
+            }
+            tokens += more.0;
+            rows += more.1;
+            batch.push(history);
+        }
+    }
+    flush(&mut batch)?;
+    Ok(scores)
+}
+
+/// The popularity baseline: every candidate scores the number of training events of its item.
+pub fn popularity_scores(data: &Dataset, part: Part) -> Vec<f32> {
+    let popularity = data.train_popularity();
+    let score = |item: u32| popularity[item as usize] as f32;
+    let groups = data.groups(part).iter();
+    groups
+        .flat_map(|g| {
+            let target = data.user(g.user).items[g.event as usize];
+            std::iter::once(target).chain(g.negatives.iter().copied())
+        })
+        .map(score)
+        .collect()
+}
+
+/// What the scores of a part are worth.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PartReport {
+    /// Groups whose target was liked: the figures to quote.
+    #[serde(flatten)]
+    pub liked: Metrics,
+    /// Groups whose target was skipped. Here a *low* figure is the wish: the skipped item is in the positive's place.
+    pub skipped: Option<Metrics>,
+    /// AUC of liked targets (positive) against skipped targets (negative), without sampled items.
+    pub liked_above_skipped: Option<f64>,
+    /// Liked groups by the number of events before the target.
+    pub by_length: Vec<LengthBucket>,
+}
+
+/// Metrics of the groups whose history has `from..=to` events.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LengthBucket {
+    /// Shortest history.
+    pub from: u32,
+    /// Longest history; none for the last bucket.
+    pub to: Option<u32>,
+    /// Metrics.
+    #[serde(flatten)]
+    pub metrics: Metrics,
+}
+
+/// Upper edges that split the liked groups of a part into four of about equal size.
+pub fn quartile_edges(data: &Dataset, part: Part) -> Vec<u32> {
+    let mut lengths: Vec<u32> =
+        data.groups(part).iter().filter(|g| is_liked(data, g.user, g.event)).map(|g| g.event).collect();
+    lengths.sort_unstable();
+    let mut edges: Vec<u32> =
+        (1..4).filter_map(|quarter| lengths.get(lengths.len() * quarter / 4).copied()).collect();
+    edges.dedup();
+    edges
+}
+
+/// Metrics of a part from its scores `[G, 1 + negatives]`; `None` when no target of the part was liked.
+/// `edges` are the upper edges of the length buckets, ascending.
+pub fn part_report(
+    data: &Dataset,
+    part: Part,
+    scores: &[f32],
+    rule: GaucRule,
+    edges: &[u32],
+) -> Option<PartReport> {
+    let groups = data.groups(part);
+    let candidates = 1 + groups.negatives_per_group;
+    let metrics_of = |keep: &dyn Fn(u32, u32) -> bool| {
+        let (mut user, mut kept) = (Vec::new(), Vec::new());
+        for (group, of_group) in groups.iter().zip(scores.chunks_exact(candidates)) {
+            if keep(group.user, group.event) {
+                user.push(group.user);
+                kept.extend_from_slice(of_group);
+            }
+        }
+        ScoredGroups { user: &user, scores: &kept, candidates }.metrics(rule)
+    };
+    let liked = metrics_of(&|user, event| is_liked(data, user, event))?;
+    let mut targets: Vec<(f32, bool)> = groups
+        .iter()
+        .zip(scores.chunks_exact(candidates))
+        .map(|(group, of_group)| (of_group[0], is_liked(data, group.user, group.event)))
+        .collect();
+    let mut by_length = Vec::new();
+    let mut from = 0;
+    for to in edges.iter().copied().map(Some).chain([None]) {
+        let inside =
+            |user, event| event >= from && to.is_none_or(|to| event <= to) && is_liked(data, user, event);
+        if let Some(metrics) = metrics_of(&inside) {
+            by_length.push(LengthBucket { from, to, metrics });
+        }
+        from = to.map_or(from, |to| to + 1);
+    }
+    Some(PartReport {
+        liked,
+        skipped: metrics_of(&|user, event| !is_liked(data, user, event)),
+        liked_above_skipped: metrics::auc(&mut targets),
+        by_length,
+    })
+}
+
+fn is_liked(data: &Dataset, user: u32, event: u32) -> bool {
+    data.user(user).feedback[event as usize] == 1
+}

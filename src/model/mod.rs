@@ -1,0 +1,205 @@
+//! DFAR: parameters, layers with their backward passes, the network and its loss. Written once, for every device.
+
+mod block;
+mod config;
+mod indices;
+mod network;
+mod optimizer;
+mod parameters;
+mod tensors;
+
+pub use config::{AdamOptions, LossOptions, ModelConfig, ModelError};
+pub use optimizer::Optimizer;
+
+use crate::batch::Batch;
+use crate::device::Device;
+use indices::Indices;
+use network::{Gradients, Network};
+use parameters::Layout;
+use std::sync::Arc;
+use tensors::Tensors;
+
+/// A named parameter, gradient or optimiser moment on the host.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HostTensor {
+    /// E.g. `encoder.q.w`.
+    pub name: String,
+    /// Row-major shape.
+    pub shape: Vec<usize>,
+    /// Values.
+    pub values: Vec<f32>,
+}
+
+/// What one training step saw. The parts are unweighted means; `loss` is their weighted sum.
+#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
+pub struct StepLoss {
+    /// Total.
+    pub loss: f64,
+    /// Binary cross-entropy of the positive logit.
+    pub bce: f64,
+    /// Interest-wise BPR.
+    pub ibl: f64,
+    /// Disentangling: mean cosine over histories plus mean cosine over instances.
+    pub idl: f64,
+    /// Half the squares of the touched embedding rows.
+    pub l2: f64,
+    /// Norm of all gradients before clipping; 0 where no gradients were asked for.
+    pub gradient_norm: f64,
+}
+
+/// DFAR on a device.
+pub struct Model<D: Device> {
+    device: Arc<D>,
+    config: ModelConfig,
+    layout: Layout,
+    parameters: Tensors<D>,
+}
+
+impl<D: Device> Model<D> {
+    /// Initial values from `seed`: embeddings and MLPs truncated normal with standard deviation 0.01, the blocks'
+    /// projections Glorot uniform, layer norms 1 and 0.
+    pub fn new(device: Arc<D>, config: ModelConfig, seed: u64) -> Result<Self, ModelError> {
+        config.check()?;
+        let layout = Layout::new(&config);
+        let values = layout.initial(seed);
+        let parameters = Tensors::upload(&*device, values.iter().map(|v| &v[..]))?;
+        Ok(Self { device, config, layout, parameters })
+    }
+
+    /// From parameters by name: all of them, with the right shapes.
+    pub fn from_tensors(
+        device: Arc<D>,
+        config: ModelConfig,
+        tensors: &[HostTensor],
+    ) -> Result<Self, ModelError> {
+        config.check()?;
+        let layout = Layout::new(&config);
+        let parameters = Tensors::upload(&*device, layout.arrange("", tensors)?)?;
+        Ok(Self { device, config, layout, parameters })
+    }
+
+    /// What the model is.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The device it lives on.
+    pub fn device(&self) -> &Arc<D> {
+        &self.device
+    }
+
+    /// Number of trained values.
+    pub fn parameters(&self) -> usize {
+        self.layout.specs.iter().map(|s| s.len()).sum()
+    }
+
+    /// All parameters, in a fixed order.
+    pub fn tensors(&self) -> Result<Vec<HostTensor>, ModelError> {
+        self.parameters.download(&*self.device, &self.layout, "")
+    }
+
+    /// Positive logit of every row, `[R]`: the score of a candidate is its sigmoid.
+    pub fn score(&self, batch: &Batch) -> Result<Vec<f32>, ModelError> {
+        self.with_network(batch, |network| Ok(self.device.download(&network.score()?)?))
+    }
+
+    /// Both logits of every row, `[R]` each: negative interest first.
+    pub fn logits(&self, batch: &Batch) -> Result<[Vec<f32>; 2], ModelError> {
+        self.with_network(batch, |network| {
+            let [negative, positive] = network.logits()?;
+            Ok([self.device.download(&negative)?, self.device.download(&positive)?])
+        })
+    }
+
+    /// Loss and the gradient of every parameter, embedding tables filled with zeros where the batch does not touch them.
+    pub fn gradients(
+        &self,
+        batch: &Batch,
+        loss: &LossOptions,
+    ) -> Result<(StepLoss, Vec<HostTensor>), ModelError> {
+        self.with_network(batch, |network| {
+            let (loss, gradients) = network.gradients(loss)?;
+            let gradients = self.fill_tables(gradients, network.batch)?;
+            Ok((loss, gradients.download(&*self.device, &self.layout, "")?))
+        })
+    }
+
+    /// One step: loss, gradients, clip, Adam. On a non-finite loss or gradient nothing is updated and
+    /// [`ModelError::NonFinite`] says where it was found.
+    pub fn train_step(
+        &mut self,
+        batch: &Batch,
+        loss: &LossOptions,
+        adam: &AdamOptions,
+        optimizer: &mut Optimizer<D>,
+    ) -> Result<StepLoss, ModelError> {
+        self.check_batch(batch)?;
+        let indices = Indices::upload(&*self.device, batch)?;
+        let network = Network {
+            device: &*self.device,
+            config: &self.config,
+            layout: &self.layout,
+            p: &self.parameters,
+            batch: &indices,
+        };
+        let (mut loss, gradients) = network.gradients(loss)?;
+        loss.gradient_norm = if adam.dense_embeddings {
+            let gradients = self.fill_tables(gradients, &indices)?;
+            optimizer.step_dense(&*self.device, &self.layout, adam, &mut self.parameters, &gradients)?
+        } else {
+            optimizer.step_sparse(
+                &*self.device,
+                &self.layout,
+                adam,
+                &mut self.parameters,
+                &gradients,
+                &indices,
+            )?
+        };
+        Ok(loss)
+    }
+
+    fn with_network<T>(
+        &self,
+        batch: &Batch,
+        run: impl FnOnce(Network<D>) -> Result<T, ModelError>,
+    ) -> Result<T, ModelError> {
+        self.check_batch(batch)?;
+        let indices = Indices::upload(&*self.device, batch)?;
+        run(Network {
+            device: &*self.device,
+            config: &self.config,
+            layout: &self.layout,
+            p: &self.parameters,
+            batch: &indices,
+        })
+    }
+
+    /// Puts the rows of the embedding gradients into whole tables.
+    fn fill_tables(&self, gradients: Gradients<D>, batch: &Indices<D>) -> Result<Tensors<D>, ModelError> {
+        let Gradients { mut dense, item, position, label } = gradients;
+        let tables = [
+            (self.layout.item, item, &batch.touched_item),
+            (self.layout.position, position, &batch.touched_position),
+            (self.layout.label, label, &batch.touched_label),
+        ];
+        for (id, rows, touched) in tables {
+            dense[id] = self.device.zeros(self.layout.specs[id].len())?;
+            self.device.scatter_add(self.config.width, &rows, &touched.row, &mut dense[id])?;
+        }
+        Ok(dense)
+    }
+
+    /// Everything an index could get wrong, before a device sees it.
+    fn check_batch(&self, batch: &Batch) -> Result<(), ModelError> {
+        let check = |what, found: Option<&u32>, limit: usize| match found {
+            Some(&found) if found as usize >= limit => {
+                Err(ModelError::Batch { what, found: found as usize, limit })
+            }
+            _ => Ok(()),
+        };
+        check("item", batch.item.iter().max(), self.config.items)?;
+        check("candidate item", batch.pair_item.iter().max(), self.config.items)?;
+        check("history position", batch.position.iter().max(), self.config.max_length)
+    }
+}

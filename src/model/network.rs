@@ -1,0 +1,485 @@
+//! The network of one batch, forward and backward: `docs/mathematics.md` line by line.
+//!
+//! ```text
+//! s        = E_item[x] + E_pos[t] + E_lab[y]                       [N, D]
+//! seq      = Encoder(s)                                            [N, D]
+//! for each interest f (0 negative, 1 positive), with its own tokens of seq:
+//!   mean_f = prefix means of Encoder_f(seq[y = f])                 [G, D]
+//!   att_f  = target attention of the candidates over s             [R, D]
+//!   logit_f = Tower_f([E_item[c], mean, mean_f, att_f])            [R]
+//! ```
+
+use super::block::{self, BlockState, Sequences};
+use super::indices::Indices;
+use super::parameters::{Layout, Linear};
+use super::tensors::Tensors;
+use super::{LossOptions, ModelConfig, ModelError, StepLoss};
+use crate::attention::{FhaOptions, LabelMask, Pairing};
+use crate::device::{Activation, Buffer, Device, DeviceError, Store, TargetWeights};
+
+/// Interests, by feedback.
+const NEGATIVE: usize = 0;
+const POSITIVE: usize = 1;
+/// Parts of a tower's input: candidate, mean, mean of the interest, attended vector.
+const PARTS: usize = 4;
+const CANDIDATE: usize = 0;
+const MEAN: usize = 1;
+const MEAN_OF_INTEREST: usize = 2;
+const ATTENDED: usize = 3;
+
+/// Gradients of one batch: small tensors whole, embedding tables by touched row.
+pub struct Gradients<D: Device> {
+    pub dense: Tensors<D>,
+    pub item: D::Buffer<f32>,
+    pub position: D::Buffer<f32>,
+    pub label: D::Buffer<f32>,
+}
+
+/// A network bound to its parameters and one batch.
+pub struct Network<'a, D: Device> {
+    pub device: &'a D,
+    pub config: &'a ModelConfig,
+    pub layout: &'a Layout,
+    pub p: &'a Tensors<D>,
+    pub batch: &'a Indices<D>,
+}
+
+/// Everything before the interests part.
+struct Encoded<D: Device> {
+    s: D::Buffer<f32>,
+    seq: D::Buffer<f32>,
+    blocks: Vec<BlockState<D>>,
+    mean: D::Buffer<f32>,
+}
+
+/// One interest.
+struct Interest<D: Device> {
+    blocks: Vec<BlockState<D>>,
+    mean: D::Buffer<f32>,
+    a: D::Buffer<f32>,
+    r: D::Buffer<f32>,
+    e: D::Buffer<f32>,
+    lse: D::Buffer<f32>,
+    att: D::Buffer<f32>,
+    /// Input of the tower, then the output of each of its layers; the last is the logit.
+    tower: [D::Buffer<f32>; 4],
+}
+
+type Done = Result<(), DeviceError>;
+
+impl<D: Device> Network<'_, D> {
+    /// Positive logits `[R]`. The negative interest does not enter them and is not computed.
+    pub fn score(&self) -> Result<D::Buffer<f32>, DeviceError> {
+        let encoded = self.encode()?;
+        let Interest { tower: [_, _, _, logit], .. } = self.interest(&encoded, POSITIVE)?;
+        Ok(logit)
+    }
+
+    /// Both logits, negative first: `[R]` each.
+    pub fn logits(&self) -> Result<[D::Buffer<f32>; 2], DeviceError> {
+        let encoded = self.encode()?;
+        let logit = |f| self.interest(&encoded, f).map(|Interest { tower: [_, _, _, logit], .. }| logit);
+        Ok([logit(NEGATIVE)?, logit(POSITIVE)?])
+    }
+
+    /// Loss and gradients.
+    pub fn gradients(&self, options: &LossOptions) -> Result<(StepLoss, Gradients<D>), ModelError> {
+        let (device, batch, width) = (self.device, self.batch, self.config.width);
+        let encoded = self.encode()?;
+        let interests = [self.interest(&encoded, NEGATIVE)?, self.interest(&encoded, POSITIVE)?];
+
+        let mut loss = StepLoss::default();
+        let mut d_logit = [device.alloc(batch.rows)?, device.alloc(batch.rows)?];
+        let [d_neg, d_pos] = &mut d_logit;
+        let [neg, pos] = &interests;
+        [loss.bce, loss.ibl] =
+            device.rank_loss(options.bpr, &pos.tower[3], &neg.tower[3], &batch.target, d_pos, d_neg)?;
+
+        let mut grads = Tensors::gradients(device, self.layout)?;
+        let mut d_mean = device.zeros(batch.groups * width)?;
+        let mut d_candidate = device.zeros(batch.pairs * width)?;
+        let mut d_means = [device.alloc(batch.groups * width)?, device.alloc(batch.groups * width)?];
+        let mut d_atts = [device.alloc(batch.rows * width)?, device.alloc(batch.rows * width)?];
+        for f in [NEGATIVE, POSITIVE] {
+            let dx = self.tower_backward(&interests[f], f, &mut d_logit[f], &mut grads)?;
+            device.concat_backward(
+                width,
+                CANDIDATE,
+                PARTS,
+                &dx,
+                Some(batch.pair_rows.segments()),
+                (&mut d_candidate, Store::Add),
+            )?;
+            device.concat_backward(
+                width,
+                MEAN,
+                PARTS,
+                &dx,
+                Some(batch.group_rows.segments()),
+                (&mut d_mean, Store::Add),
+            )?;
+            device.concat_backward(
+                width,
+                MEAN_OF_INTEREST,
+                PARTS,
+                &dx,
+                Some(batch.group_rows.segments()),
+                (&mut d_means[f], Store::Overwrite),
+            )?;
+            device.concat_backward(width, ATTENDED, PARTS, &dx, None, (&mut d_atts[f], Store::Overwrite))?;
+        }
+        let [d_neg, d_pos] = &mut d_means;
+        loss.idl = device.cosine_loss(width, options.idl, &pos.mean, &neg.mean, d_pos, d_neg)?;
+        let [d_neg, d_pos] = &mut d_atts;
+        loss.idl += device.cosine_loss(width, options.idl, &pos.att, &neg.att, d_pos, d_neg)?;
+
+        let mut d_s = device.zeros(batch.tokens * width)?;
+        let mut d_seq = device.alloc(batch.tokens * width)?;
+        device.prefix_mean_backward(
+            width,
+            &batch.cu_seqlens,
+            &batch.group_offsets,
+            &batch.group_length,
+            &batch.group_length,
+            &d_mean,
+            &mut d_seq,
+        )?;
+        let mut d_r = Vec::with_capacity(2);
+        for (f, interest) in interests.into_iter().enumerate() {
+            d_r.push(self.target_backward(&encoded.s, &interest, f, &d_atts[f], &mut d_s, &mut grads)?);
+            self.interest_encoder_backward(interest, f, &d_means[f], &mut d_seq, &mut grads)?;
+        }
+        let options_of_encoder = self.encoder_options();
+        let d_input = block::backward(
+            device,
+            &self.layout.encoder,
+            self.p,
+            &mut grads,
+            &self.sequences(&options_of_encoder),
+            encoded.blocks,
+            d_seq,
+        )?;
+        device.add(&d_input, &mut d_s)?;
+        device.add(&d_r[NEGATIVE], &mut d_candidate)?;
+        device.add(&d_r[POSITIVE], &mut d_candidate)?;
+
+        let rows = |id,
+                    touched: &super::indices::DeviceTouched<D>,
+                    sources: &[&D::Buffer<f32>]|
+         -> Result<(D::Buffer<f32>, f64), DeviceError> {
+            let mut y = device.alloc(touched.row.len() * width)?;
+            device.segment_sum(
+                width,
+                sources,
+                touched.source.segments(),
+                options.embed_l2,
+                &self.p[id],
+                &touched.row,
+                &mut y,
+            )?;
+            Ok((y, device.half_square_sum(width, &self.p[id], &touched.row)?))
+        };
+        let (item, item_l2) = rows(self.layout.item, &batch.touched_item, &[&d_s, &d_candidate])?;
+        let (position, position_l2) = rows(self.layout.position, &batch.touched_position, &[&d_s])?;
+        let (label, label_l2) =
+            rows(self.layout.label, &batch.touched_label, &[&d_s, &d_r[NEGATIVE], &d_r[POSITIVE]])?;
+        loss.l2 = item_l2 + position_l2 + label_l2;
+        loss.loss = loss.bce
+            + options.bpr as f64 * loss.ibl
+            + options.idl as f64 * loss.idl
+            + options.embed_l2 as f64 * loss.l2;
+        for (part, value) in [("bce", loss.bce), ("ibl", loss.ibl), ("idl", loss.idl), ("l2", loss.l2)] {
+            if !value.is_finite() {
+                return Err(ModelError::NonFinite { tensor: format!("loss.{part}") });
+            }
+        }
+        Ok((loss, Gradients { dense: grads, item, position, label }))
+    }
+
+    /// Attention of the encoder.
+    fn encoder_options(&self) -> FhaOptions {
+        let masked = self.config.label_mask && self.config.fha && self.config.heads > 1;
+        FhaOptions {
+            label_mask: if masked { LabelMask::Feedback } else { LabelMask::None },
+            normalization: self.config.normalization,
+            ..self.interest_options()
+        }
+    }
+
+    /// Attention of the interests' encoders: one label, so no mask.
+    fn interest_options(&self) -> FhaOptions {
+        let heads = self.config.heads;
+        FhaOptions {
+            label_mask: LabelMask::None,
+            pairing: if self.config.fha { Pairing::Factorized } else { Pairing::PerHead },
+            ..FhaOptions::new(heads, self.config.width / heads)
+        }
+    }
+
+    fn sequences<'a>(&'a self, options: &'a FhaOptions) -> Sequences<'a, D> {
+        let batch = self.batch;
+        let masked = options.label_mask == LabelMask::Feedback;
+        Sequences {
+            tokens: batch.tokens,
+            cu_seqlens: &batch.cu_seqlens,
+            label: if masked { &batch.label } else { &batch.no_label },
+            tokens_by_label: [&batch.split[0].token, &batch.split[1].token],
+            options,
+        }
+    }
+
+    fn interest_sequences<'a>(&'a self, f: usize, options: &'a FhaOptions) -> Sequences<'a, D> {
+        let split = &self.batch.split[f];
+        Sequences {
+            tokens: split.tokens,
+            cu_seqlens: &split.cu_seqlens,
+            label: &self.batch.no_label,
+            tokens_by_label: [&split.token, &split.token],
+            options,
+        }
+    }
+
+    fn encode(&self) -> Result<Encoded<D>, DeviceError> {
+        let (device, batch, width) = (self.device, self.batch, self.config.width);
+        let tables = [
+            (&self.p[self.layout.item], &batch.item),
+            (&self.p[self.layout.position], &batch.position),
+            (&self.p[self.layout.label], &batch.label_row),
+        ];
+        let gather = || -> Result<D::Buffer<f32>, DeviceError> {
+            let mut s = device.alloc(batch.tokens * width)?;
+            device.gather_sum(width, &tables, &mut s)?;
+            Ok(s)
+        };
+        let options = self.encoder_options();
+        let (seq, blocks) =
+            block::forward(device, &self.layout.encoder, self.p, &self.sequences(&options), gather()?)?;
+        let mut mean = device.alloc(batch.groups * width)?;
+        device.prefix_mean(
+            width,
+            &seq,
+            &batch.cu_seqlens,
+            &batch.group_offsets,
+            &batch.group_length,
+            &batch.group_length,
+            &mut mean,
+        )?;
+        Ok(Encoded { s: gather()?, seq, blocks, mean })
+    }
+
+    fn interest(&self, encoded: &Encoded<D>, f: usize) -> Result<Interest<D>, DeviceError> {
+        let (device, batch, width) = (self.device, self.batch, self.config.width);
+        let split = &batch.split[f];
+
+        let mut x = device.alloc(split.tokens * width)?;
+        device.gather_sum(width, &[(&encoded.seq, &split.token)], &mut x)?;
+        let options = self.interest_options();
+        let (y, blocks) = block::forward(
+            device,
+            &self.layout.interest[f],
+            self.p,
+            &self.interest_sequences(f, &options),
+            x,
+        )?;
+        let mut mean = device.alloc(batch.groups * width)?;
+        device.prefix_mean(
+            width,
+            &y,
+            &split.cu_seqlens,
+            &batch.group_offsets,
+            &split.count,
+            &batch.group_length,
+            &mut mean,
+        )?;
+
+        let target = &self.layout.target[f];
+        let mut a = device.alloc(batch.tokens * width)?;
+        device.linear(
+            &encoded.s,
+            &self.p[target.w],
+            None,
+            Activation::None,
+            (&mut a, Store::Overwrite),
+            (width, width),
+        )?;
+        let mut r = device.alloc(batch.pairs * width)?;
+        device.gather_sum(
+            width,
+            &[
+                (&self.p[self.layout.item], &batch.pair_item),
+                (&self.p[self.layout.label], &batch.interest_row[f]),
+            ],
+            &mut r,
+        )?;
+        let (mut e, mut lse, mut att) =
+            (device.alloc(batch.scores)?, device.alloc(batch.rows)?, device.alloc(batch.rows * width)?);
+        device.target_attention(
+            width,
+            self.config.attention,
+            batch.target(),
+            &encoded.s,
+            &a,
+            &r,
+            self.target_weights(f),
+            &mut e,
+            &mut lse,
+            &mut att,
+        )?;
+
+        let mut input = device.alloc(batch.rows * PARTS * width)?;
+        let parts = [
+            (&self.p[self.layout.item], Some(&batch.row_item)),
+            (&encoded.mean, Some(&batch.row_group)),
+            (&mean, Some(&batch.row_group)),
+            (&att, None),
+        ];
+        device.concat(width, &parts, &mut input)?;
+        let [first, second, last] = self.layout.tower[f];
+        let h1 = self.tower_layer(&input, &first, Activation::Relu)?;
+        let h2 = self.tower_layer(&h1, &second, Activation::Relu)?;
+        let logit = self.tower_layer(&h2, &last, Activation::None)?;
+        Ok(Interest { blocks, mean, a, r, e, lse, att, tower: [input, h1, h2, logit] })
+    }
+
+    fn tower_layer(
+        &self,
+        x: &D::Buffer<f32>,
+        layer: &Linear,
+        activation: Activation,
+    ) -> Result<D::Buffer<f32>, DeviceError> {
+        let mut y = self.device.alloc(self.batch.rows * layer.widths.1)?;
+        self.device.linear(
+            x,
+            &self.p[layer.w],
+            Some(&self.p[layer.b]),
+            activation,
+            (&mut y, Store::Overwrite),
+            layer.widths,
+        )?;
+        Ok(y)
+    }
+
+    fn tower_backward(
+        &self,
+        interest: &Interest<D>,
+        f: usize,
+        d_logit: &mut D::Buffer<f32>,
+        grads: &mut Tensors<D>,
+    ) -> Result<D::Buffer<f32>, DeviceError> {
+        let [first, second, last] = self.layout.tower[f];
+        let [input, h1, h2, logit] = &interest.tower;
+        let mut layer = |layer: Linear,
+                         activation,
+                         x: &D::Buffer<f32>,
+                         y: &D::Buffer<f32>,
+                         dy: &mut D::Buffer<f32>|
+         -> Result<D::Buffer<f32>, DeviceError> {
+            let mut dx = self.device.alloc(self.batch.rows * layer.widths.0)?;
+            let [dw, db] = grads.two([layer.w, layer.b]);
+            self.device.linear_backward(
+                x,
+                &self.p[layer.w],
+                activation,
+                y,
+                dy,
+                Some((&mut dx, Store::Overwrite)),
+                dw,
+                Some(db),
+                layer.widths,
+            )?;
+            Ok(dx)
+        };
+        let mut d_h2 = layer(last, Activation::None, h2, logit, d_logit)?;
+        let mut d_h1 = layer(second, Activation::Relu, h1, h2, &mut d_h2)?;
+        layer(first, Activation::Relu, input, h1, &mut d_h1)
+    }
+
+    /// Adds to `d_s` and returns the gradient of `r: [C, D]`.
+    fn target_backward(
+        &self,
+        s: &D::Buffer<f32>,
+        interest: &Interest<D>,
+        f: usize,
+        d_att: &D::Buffer<f32>,
+        d_s: &mut D::Buffer<f32>,
+        grads: &mut Tensors<D>,
+    ) -> Result<D::Buffer<f32>, DeviceError> {
+        let (device, batch, width) = (self.device, self.batch, self.config.width);
+        let target = &self.layout.target[f];
+        let (mut da, mut dr) = (device.alloc(batch.tokens * width)?, device.alloc(batch.pairs * width)?);
+        let [m0, m1, m2] = target.mlp;
+        let [w0, b0, w1, b1, w2, b2] = grads.six([m0.w, m0.b, m1.w, m1.b, m2.w, m2.b]);
+        let gradients = TargetWeights { w0, b0, w1, b1, w2, b2 };
+        let Interest { a, r, e, lse, att, .. } = interest;
+        device.target_attention_backward(
+            width,
+            self.config.attention,
+            batch.target(),
+            s,
+            a,
+            r,
+            self.target_weights(f),
+            e,
+            lse,
+            att,
+            d_att,
+            d_s,
+            &mut da,
+            &mut dr,
+            gradients,
+        )?;
+        let dw = &mut grads[target.w];
+        device.linear_backward(
+            s,
+            &self.p[target.w],
+            Activation::None,
+            a,
+            &mut da,
+            Some((d_s, Store::Add)),
+            dw,
+            None,
+            (width, width),
+        )?;
+        Ok(dr)
+    }
+
+    /// Adds to `d_seq`.
+    fn interest_encoder_backward(
+        &self,
+        interest: Interest<D>,
+        f: usize,
+        d_mean: &D::Buffer<f32>,
+        d_seq: &mut D::Buffer<f32>,
+        grads: &mut Tensors<D>,
+    ) -> Done {
+        let (device, batch, width) = (self.device, self.batch, self.config.width);
+        let split = &batch.split[f];
+        let mut dy = device.alloc(split.tokens * width)?;
+        device.prefix_mean_backward(
+            width,
+            &split.cu_seqlens,
+            &batch.group_offsets,
+            &split.count,
+            &batch.group_length,
+            d_mean,
+            &mut dy,
+        )?;
+        let options = self.interest_options();
+        let dx = block::backward(
+            device,
+            &self.layout.interest[f],
+            self.p,
+            grads,
+            &self.interest_sequences(f, &options),
+            interest.blocks,
+            dy,
+        )?;
+        device.scatter_add(width, &dx, &split.token, d_seq)
+    }
+
+    fn target_weights(&self, f: usize) -> TargetWeights<&D::Buffer<f32>> {
+        let [m0, m1, m2] = self.layout.target[f].mlp;
+        let p = self.p;
+        TargetWeights { w0: &p[m0.w], b0: &p[m0.b], w1: &p[m1.w], b1: &p[m1.b], w2: &p[m2.w], b2: &p[m2.b] }
+    }
+}

@@ -1,0 +1,241 @@
+//! The one place where parameters are named: their order, shapes and initial values.
+
+use super::{HostTensor, ModelConfig, ModelError};
+use rand::{Rng, RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// Index of a parameter in every list of tensors.
+pub type Id = usize;
+
+/// How a parameter starts.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Initial {
+    /// Normal with standard deviation 0.01, values beyond two of them drawn again: embeddings and MLPs.
+    TruncatedNormal,
+    /// Uniform within `sqrt(6 / (inputs + outputs))`: projections of the blocks.
+    Glorot,
+    /// Layer norm scales.
+    One,
+    /// Biases.
+    Zero,
+}
+
+/// Name, shape and start of a parameter.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Spec {
+    pub name: String,
+    pub shape: Vec<usize>,
+    pub initial: Initial,
+}
+
+impl Spec {
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+}
+
+/// Scale and offset of a layer norm.
+#[derive(Clone, Copy, Debug)]
+pub struct Norm {
+    pub gamma: Id,
+    pub beta: Id,
+}
+
+/// Weight `[in, out]` and bias of a linear layer.
+#[derive(Clone, Copy, Debug)]
+pub struct Linear {
+    pub w: Id,
+    pub b: Id,
+    pub widths: (usize, usize),
+}
+
+/// One encoder block.
+#[derive(Clone, Copy, Debug)]
+pub struct Block {
+    pub ln_in: Norm,
+    pub q: Linear,
+    pub k: Linear,
+    pub v: Linear,
+    pub o: Linear,
+    pub ln_ffn: Norm,
+    pub ffn1: Linear,
+    pub ffn2: Linear,
+    pub ln_out: Norm,
+}
+
+/// Target attention of one interest.
+#[derive(Clone, Copy, Debug)]
+pub struct Target {
+    /// `[D, D]`, no bias.
+    pub w: Id,
+    pub mlp: [Linear; 3],
+}
+
+/// All parameters of a network. Interests are indexed by feedback: 0 negative, 1 positive.
+#[derive(Clone, Debug)]
+pub struct Layout {
+    pub specs: Vec<Spec>,
+    pub item: Id,
+    pub position: Id,
+    pub label: Id,
+    pub encoder: Vec<Block>,
+    pub interest: [Vec<Block>; 2],
+    pub target: [Target; 2],
+    pub tower: [[Linear; 3]; 2],
+}
+
+/// Names of the interests, by feedback.
+pub const INTERESTS: [&str; 2] = ["negative", "positive"];
+
+impl Layout {
+    /// The parameters of `config`, which has been checked.
+    pub fn new(config: &ModelConfig) -> Self {
+        let mut names = Namer { specs: Vec::new() };
+        let width = config.width;
+        let item = names.tensor("item".into(), vec![config.items, width], Initial::TruncatedNormal);
+        let position =
+            names.tensor("position".into(), vec![config.max_length, width], Initial::TruncatedNormal);
+        let label = names.tensor("label".into(), vec![2, width], Initial::TruncatedNormal);
+        let encoder = names.blocks("encoder", config);
+        let interest = INTERESTS.map(|name| names.blocks(name, config));
+        let target = INTERESTS.map(|name| Target {
+            w: names.tensor(format!("target_{name}.w"), vec![width, width], Initial::TruncatedNormal),
+            mlp: names.mlp(&format!("target_{name}.mlp"), 4 * width, config.attention),
+        });
+        let tower = INTERESTS.map(|name| names.mlp(&format!("tower_{name}"), 4 * width, config.tower));
+        Self { specs: names.specs, item, position, label, encoder, interest, target, tower }
+    }
+
+    /// Initial values, each tensor from a stream of its own.
+    pub fn initial(&self, seed: u64) -> Vec<Vec<f32>> {
+        let tensor = |(id, spec): (usize, &Spec)| {
+            let mut rng = ChaCha8Rng::seed_from_u64(seed);
+            rng.set_stream(id as u64);
+            draw(spec, &mut rng)
+        };
+        self.specs.iter().enumerate().map(tensor).collect()
+    }
+
+    /// The values of `tensors` in order, after checking that they are these parameters and no others.
+    pub fn arrange<'a>(&self, prefix: &str, tensors: &'a [HostTensor]) -> Result<Vec<&'a [f32]>, ModelError> {
+        let mismatch = |name: &str, expected: &[usize], found: &[usize]| ModelError::Tensor {
+            name: name.to_owned(),
+            expected: expected.to_vec(),
+            found: found.to_vec(),
+        };
+        let own = |t: &&HostTensor| t.name.starts_with(prefix);
+        for t in tensors.iter().filter(own) {
+            let name = &t.name[prefix.len()..];
+            if !self.specs.iter().any(|s| s.name == name) {
+                return Err(mismatch(&t.name, &[], &t.shape));
+            }
+        }
+        self.specs
+            .iter()
+            .map(|spec| {
+                let name = format!("{prefix}{}", spec.name);
+                let t = tensors
+                    .iter()
+                    .find(|t| t.name == name)
+                    .ok_or_else(|| mismatch(&name, &spec.shape, &[]))?;
+                let fits = t.shape == spec.shape && t.values.len() == spec.len();
+                if fits { Ok(&t.values[..]) } else { Err(mismatch(&name, &spec.shape, &t.shape)) }
+            })
+            .collect()
+    }
+}
+
+struct Namer {
+    specs: Vec<Spec>,
+}
+
+impl Namer {
+    fn tensor(&mut self, name: String, shape: Vec<usize>, initial: Initial) -> Id {
+        self.specs.push(Spec { name, shape, initial });
+        self.specs.len() - 1
+    }
+
+    fn norm(&mut self, name: String, width: usize) -> Norm {
+        Norm {
+            gamma: self.tensor(format!("{name}.gamma"), vec![width], Initial::One),
+            beta: self.tensor(format!("{name}.beta"), vec![width], Initial::Zero),
+        }
+    }
+
+    fn linear(&mut self, name: String, widths: (usize, usize), initial: Initial) -> Linear {
+        let w = self.tensor(format!("{name}.w"), vec![widths.0, widths.1], initial);
+        Linear { w, b: self.tensor(format!("{name}.b"), vec![widths.1], Initial::Zero), widths }
+    }
+
+    /// Blocks `NAME`, `NAME.1`, `NAME.2`, ...: the first without a number, as in a network of one block.
+    fn blocks(&mut self, name: &str, config: &ModelConfig) -> Vec<Block> {
+        let name_of = |i: usize| if i == 0 { name.to_owned() } else { format!("{name}.{i}") };
+        (0..config.blocks).map(|i| self.block(&name_of(i), config)).collect()
+    }
+
+    fn block(&mut self, name: &str, config: &ModelConfig) -> Block {
+        let width = config.width;
+        let square = (width, width);
+        let pairs = if config.fha { config.heads } else { 1 };
+        Block {
+            ln_in: self.norm(format!("{name}.ln_in"), width),
+            q: self.linear(format!("{name}.q"), square, Initial::Glorot),
+            k: self.linear(format!("{name}.k"), square, Initial::Glorot),
+            v: self.linear(format!("{name}.v"), square, Initial::Glorot),
+            o: self.linear(format!("{name}.o"), (pairs * width, width), Initial::Glorot),
+            ln_ffn: self.norm(format!("{name}.ln_ffn"), width),
+            ffn1: self.linear(format!("{name}.ffn1"), square, Initial::Glorot),
+            ffn2: self.linear(format!("{name}.ffn2"), square, Initial::Glorot),
+            ln_out: self.norm(format!("{name}.ln_out"), width),
+        }
+    }
+
+    fn mlp(&mut self, name: &str, inputs: usize, hidden: [usize; 2]) -> [Linear; 3] {
+        let widths = [(inputs, hidden[0]), (hidden[0], hidden[1]), (hidden[1], 1)];
+        std::array::from_fn(|i| self.linear(format!("{name}.{i}"), widths[i], Initial::TruncatedNormal))
+    }
+}
+
+fn draw(spec: &Spec, rng: &mut impl Rng) -> Vec<f32> {
+    let n = spec.len();
+    match spec.initial {
+        Initial::One => vec![1.0; n],
+        Initial::Zero => vec![0.0; n],
+        Initial::Glorot => {
+            let limit = (6.0 / (spec.shape[0] + spec.shape[1]) as f32).sqrt();
+            (0..n).map(|_| rng.random_range(-limit..limit)).collect()
+        }
+        Initial::TruncatedNormal => (0..n).map(|_| 0.01 * truncated_normal(rng)).collect(),
+    }
+}
+
+/// A standard normal value within two standard deviations (Box and Muller, drawn again beyond).
+fn truncated_normal(rng: &mut impl Rng) -> f32 {
+    loop {
+        let radius = (-2.0 * (1.0 - rng.random::<f64>()).ln()).sqrt();
+        let value = radius * (std::f64::consts::TAU * rng.random::<f64>()).cos();
+        if value.abs() <= 2.0 {
+            return value as f32;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn initial_values_follow_their_specs() {
+        let layout = Layout::new(&ModelConfig::new(500, 20));
+        let values = layout.initial(7);
+        assert_eq!(values, layout.initial(7));
+        assert_ne!(values[layout.item], layout.initial(8)[layout.item]);
+        let item = &values[layout.item];
+        assert!(item.iter().all(|x| x.abs() <= 0.02));
+        let variance = item.iter().map(|x| (x * x) as f64).sum::<f64>() / item.len() as f64;
+        // A normal truncated at two deviations has variance 0.7737.
+        assert!((variance / 1e-4 - 0.7737).abs() < 0.02, "{variance}");
+        let q = &values[layout.encoder[0].q.w];
+        assert!(q.iter().all(|x| x.abs() <= (6.0f32 / 64.0).sqrt()) && q.iter().any(|x| x.abs() > 0.25));
+    }
+}

@@ -1,0 +1,123 @@
+//! What a run came to: the final figures as JSON, as a table, and as curves.
+
+mod curves;
+mod finish;
+mod table;
+
+pub use curves::{CurvePoint, Reference, curves_svg};
+pub use finish::{evaluate_model, finish};
+pub use table::{count, evaluation_text, table};
+
+use crate::data::{Dataset, Part};
+use crate::evaluate::metrics::{GaucRule, Metrics};
+use crate::evaluate::{self, PartReport};
+use crate::history::Feedback;
+use crate::train::checkpoint::{DataInfo, State};
+use crate::train::draw::PlanSize;
+use serde::{Deserialize, Serialize};
+
+/// Figures of the validation and test groups.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Evaluation {
+    /// Test groups; none when no test event was liked.
+    pub test: Option<PartReport>,
+    /// Validation groups; none when no validation event was liked.
+    pub valid: Option<PartReport>,
+    /// The same groups scored by the number of training events of each candidate.
+    pub popularity: Baseline,
+    /// The same groups scored by the true probabilities; synthetic data only.
+    pub ceiling: Option<Baseline>,
+}
+
+/// Metrics of something to compare with.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Baseline {
+    /// On the test groups.
+    pub test: Option<Metrics>,
+    /// On the validation groups.
+    pub valid: Option<Metrics>,
+}
+
+impl Evaluation {
+    /// Metrics from the scores of both parts. Empty `edges`: quartiles of the test groups.
+    pub fn new(data: &Dataset, test: &[f32], valid: &[f32], rule: GaucRule, edges: &[u32]) -> Self {
+        let edges =
+            if edges.is_empty() { evaluate::quartile_edges(data, Part::Test) } else { edges.to_vec() };
+        let liked =
+            |part, scores: &[f32]| evaluate::part_report(data, part, scores, rule, &[]).map(|r| r.liked);
+        let popularity = |part| liked(part, &evaluate::popularity_scores(data, part));
+        let ceiling = |part| data.groups(part).ceiling.and_then(|scores| liked(part, scores));
+        Self {
+            test: evaluate::part_report(data, Part::Test, test, rule, &edges),
+            valid: evaluate::part_report(data, Part::Valid, valid, rule, &edges),
+            popularity: Baseline { test: popularity(Part::Test), valid: popularity(Part::Valid) },
+            ceiling: data
+                .groups(Part::Test)
+                .ceiling
+                .map(|_| Baseline { test: ceiling(Part::Test), valid: ceiling(Part::Valid) }),
+        }
+    }
+}
+
+/// `metrics.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RunReport {
+    /// The best epoch's model on the evaluation groups, and what it compares with.
+    #[serde(flatten)]
+    pub evaluation: Evaluation,
+    /// Epoch with the best validation AUC, from 1.
+    pub best_epoch: usize,
+    /// Epochs trained.
+    pub epochs: usize,
+    /// Optimiser steps taken.
+    pub steps: u64,
+    /// Wall-clock seconds of all sessions, evaluation included.
+    pub seconds: f64,
+    /// Training rows per second, over all epochs, evaluation excluded.
+    pub instances_per_second: f64,
+    /// Trained values.
+    pub parameters: usize,
+    /// What of the feedback the model saw.
+    pub feedback: Feedback,
+    /// What the last epoch amounted to: windows are the passes that could not be shared.
+    pub epoch_size: PlanSize,
+    /// What it was trained and evaluated on, and by which protocol.
+    pub data: DataInfo,
+    /// Where it was computed.
+    pub device: String,
+    /// Version of the program.
+    pub version: String,
+}
+
+impl RunReport {
+    /// The report of a finished run.
+    pub fn new(evaluation: Evaluation, state: &State, data: &DataInfo, model: RunModel) -> Self {
+        let train_seconds: f64 = state.history.iter().map(|e| e.train_seconds).sum();
+        let rows: usize = state.history.iter().map(|e| e.size.rows).sum();
+        Self {
+            evaluation,
+            best_epoch: state.best.as_ref().map_or(0, |best| best.epoch),
+            epochs: state.epoch,
+            steps: state.steps,
+            seconds: state.seconds,
+            instances_per_second: if rows == 0 { 0.0 } else { rows as f64 / train_seconds },
+            parameters: model.parameters,
+            feedback: model.feedback,
+            epoch_size: state.history.last().map(|e| e.size).unwrap_or_default(),
+            data: data.clone(),
+            device: model.device,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        }
+    }
+}
+
+/// What a report says of the model.
+#[derive(Clone, Debug)]
+pub struct RunModel {
+    /// Trained values.
+    pub parameters: usize,
+    /// What of the feedback it saw.
+    pub feedback: Feedback,
+    /// Where it was computed.
+    pub device: String,
+}

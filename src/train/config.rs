@@ -1,0 +1,448 @@
+//! What a run is: every number that shapes it, in one flat TOML table.
+
+use super::draw::{DrawOptions, TrainTargets};
+use super::negatives::NegativeSource;
+use crate::attention::Normalization;
+use crate::device::Clip;
+use crate::evaluate::metrics::GaucRule;
+use crate::history::Feedback;
+use crate::model::{AdamOptions, LossOptions, ModelConfig};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+use thiserror::Error;
+
+/// How gradients are clipped to `max_grad_norm`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum ClipMode {
+    /// Each tensor's gradient on its own.
+    #[default]
+    PerTensor,
+    /// All gradients together.
+    Global,
+}
+
+/// Where to compute.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum DeviceChoice {
+    /// The best there is.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+}
+
+/// Everything needed to repeat a run. Keys of the TOML file are the flags of `dfar-train` with `_` for `-`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Data set file; none: the embedded synthetic set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data: Option<PathBuf>,
+    /// Seed of the initial values, the shuffles and the negatives.
+    pub seed: u64,
+    /// Most passes over the training events.
+    pub epochs: usize,
+    /// Epochs without a better validation AUC after which training stops; 0: never.
+    pub patience: usize,
+    /// Most tokens of a training batch.
+    pub batch_tokens: usize,
+    /// Most rows (instances) of a training batch.
+    pub batch_rows: usize,
+    /// Longest history; older events are cut off.
+    pub max_length: usize,
+    /// Model width.
+    pub width: usize,
+    /// Attention heads.
+    pub heads: usize,
+    /// Blocks in the encoder and in each interest encoder.
+    pub blocks: usize,
+    /// Factorization heads.
+    pub fha: bool,
+    /// Label mask of the encoder.
+    pub label_mask: bool,
+    /// Softmax denominator under the label mask.
+    pub normalization: Normalization,
+    /// Learning rate of Adam.
+    pub lr: f64,
+    /// Limit on gradient norms; 0: none.
+    pub max_grad_norm: f64,
+    /// What that limit applies to.
+    pub clip: ClipMode,
+    /// Update every embedding row at every step, not only those the batch touches.
+    pub dense_embeddings: bool,
+    /// Weight of the interest-wise BPR loss.
+    pub bpr: f64,
+    /// Weight of the disentangling loss.
+    pub idl: f64,
+    /// Weight of the squares of the touched embedding rows.
+    pub embed_l2: f64,
+    /// Events asked about in training.
+    pub train_targets: TrainTargets,
+    /// What of the feedback the model sees.
+    pub feedback: Feedback,
+    /// Source of training negatives.
+    pub train_negatives: NegativeSource,
+    /// Negatives per training group.
+    pub negatives: usize,
+    /// Distinct negatives shared by the groups of one pass; 0: every group draws its own.
+    pub negative_pool: usize,
+    /// Share of the training targets used by an epoch.
+    pub sample_rate: f64,
+    /// Users that count in GAUC: `none` is compatible with nothing, those with both classes count.
+    pub gauc_compat: GaucRule,
+    /// Upper edges (in events) of the history lengths that metrics are split by; empty: quartiles of the test groups.
+    pub length_edges: Vec<u32>,
+    /// Seconds between checkpoints inside an epoch.
+    pub checkpoint_seconds: u64,
+    /// Threads; 0: one per core. Results do not depend on it.
+    pub threads: usize,
+    /// Device.
+    pub device: DeviceChoice,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            data: None,
+            seed: 2020,
+            epochs: 100,
+            patience: 5,
+            batch_tokens: 4096,
+            batch_rows: 16384,
+            max_length: 100,
+            width: 32,
+            heads: 2,
+            blocks: 1,
+            fha: true,
+            label_mask: true,
+            normalization: Normalization::Joint,
+            lr: 1e-3,
+            max_grad_norm: 2.0,
+            clip: ClipMode::PerTensor,
+            dense_embeddings: false,
+            bpr: 0.1,
+            idl: 0.1,
+            embed_l2: 1e-6,
+            train_targets: TrainTargets::Positive,
+            feedback: Feedback::Mixed,
+            train_negatives: NegativeSource::InBatch,
+            negatives: 9,
+            negative_pool: 0,
+            sample_rate: 1.0,
+            gauc_compat: GaucRule::BothClasses,
+            length_edges: Vec::new(),
+            checkpoint_seconds: 60,
+            threads: 0,
+            device: DeviceChoice::Auto,
+        }
+    }
+}
+
+/// A configuration that cannot be used.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read {}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Not TOML, or a value of the wrong kind.
+    #[error("{origin}: {reason}")]
+    Syntax {
+        /// The file, or `flags`.
+        origin: String,
+        /// Parser's message.
+        reason: String,
+    },
+    /// A key that does not exist.
+    #[error("{origin}: unknown key `{key}`{}", did_you_mean(suggestion))]
+    UnknownKey {
+        /// The file.
+        origin: String,
+        /// The key.
+        key: String,
+        /// The nearest key that exists.
+        suggestion: Option<String>,
+    },
+    /// A key that a resumed run cannot change.
+    #[error("--{} cannot change when a run is resumed; start a new run", key.replace('_', "-"))]
+    FixedKey {
+        /// The key.
+        key: String,
+    },
+    /// A value that makes no run.
+    #[error("{key} = {value}: {reason}")]
+    Value {
+        /// The key.
+        key: &'static str,
+        /// Its value.
+        value: String,
+        /// Why not.
+        reason: &'static str,
+    },
+}
+
+fn did_you_mean(suggestion: &Option<String>) -> String {
+    suggestion.as_ref().map(|s| format!("; did you mean `{s}`?")).unwrap_or_default()
+}
+
+/// Spellings of other frameworks that are understood in files.
+const ALIASES: [(&str, &str); 8] = [
+    ("learning_rate", "lr"),
+    ("stopping_step", "patience"),
+    ("max_item_list_length", "max_length"),
+    ("max_seq_length", "max_length"),
+    ("hidden_size", "width"),
+    ("embedding_size", "width"),
+    ("n_heads", "heads"),
+    ("n_layers", "blocks"),
+];
+
+/// Keys that may change when a run is resumed: how long and on what, not what.
+pub const RESUME_KEYS: [&str; 6] = ["epochs", "patience", "checkpoint_seconds", "threads", "device", "data"];
+
+impl Config {
+    /// Defaults, then the keys of `file`, then those of `flags`.
+    pub fn layered(file: Option<&Path>, flags: toml::Table) -> Result<Self, ConfigError> {
+        let mut table = match file {
+            None => toml::Table::new(),
+            Some(path) => read_table(path)?,
+        };
+        table.extend(flags);
+        let config: Config = table.try_into().map_err(|e: toml::de::Error| ConfigError::Syntax {
+            origin: file.map_or("flags".into(), |p| p.display().to_string()),
+            reason: e.message().to_owned(),
+        })?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// This configuration with the keys of `flags` replaced; only [`RESUME_KEYS`] may differ.
+    pub fn resumed(&self, flags: toml::Table) -> Result<Self, ConfigError> {
+        let mut table = toml::Table::try_from(self).expect("a config is a table");
+        for (key, value) in flags {
+            if !RESUME_KEYS.contains(&key.as_str()) && table.get(&key) != Some(&value) {
+                return Err(ConfigError::FixedKey { key });
+            }
+            table.insert(key, value);
+        }
+        let config: Config = table.try_into().map_err(|e: toml::de::Error| ConfigError::Syntax {
+            origin: "flags".into(),
+            reason: e.message().to_owned(),
+        })?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// As TOML.
+    pub fn to_toml(&self) -> String {
+        toml::to_string(self).expect("a flat table of plain values is TOML")
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        let refuse = |key, value: String, reason| Err(ConfigError::Value { key, value, reason });
+        for (key, value) in [
+            ("batch_tokens", self.batch_tokens),
+            ("batch_rows", self.batch_rows),
+            ("max_length", self.max_length),
+            ("width", self.width),
+            ("heads", self.heads),
+            ("blocks", self.blocks),
+            ("negatives", self.negatives),
+            ("epochs", self.epochs),
+        ] {
+            if value == 0 {
+                return refuse(key, value.to_string(), "must be at least 1");
+            }
+        }
+        for (key, value) in [
+            ("lr", self.lr),
+            ("max_grad_norm", self.max_grad_norm),
+            ("embed_l2", self.embed_l2),
+            ("bpr", self.bpr),
+        ] {
+            if !(value.is_finite() && value >= 0.0) {
+                return refuse(key, value.to_string(), "must be a number, 0 or above");
+            }
+        }
+        if !self.idl.is_finite() {
+            return refuse("idl", self.idl.to_string(), "must be a number");
+        }
+        if !(self.sample_rate > 0.0 && self.sample_rate <= 1.0) {
+            return refuse("sample_rate", self.sample_rate.to_string(), "must be above 0 and at most 1");
+        }
+        if !self.length_edges.is_sorted_by(|a, b| a < b) {
+            return refuse("length_edges", format!("{:?}", self.length_edges), "must ascend");
+        }
+        if self.feedback != Feedback::Mixed && self.train_targets == TrainTargets::Feedback {
+            return refuse(
+                "train_targets",
+                "feedback".into(),
+                "a feedback-blind model is not trained on skipped events; use `positive` or `all`",
+            );
+        }
+        Ok(())
+    }
+
+    /// The network, for a data set with this many items.
+    pub fn model(&self, items: usize) -> ModelConfig {
+        ModelConfig {
+            width: self.width,
+            heads: self.heads,
+            blocks: self.blocks,
+            normalization: self.normalization,
+            fha: self.fha,
+            label_mask: self.label_mask,
+            ..ModelConfig::new(items, self.max_length)
+        }
+    }
+
+    /// Weights of the loss.
+    pub fn loss(&self) -> LossOptions {
+        LossOptions { bpr: self.bpr as f32, idl: self.idl as f32, embed_l2: self.embed_l2 as f32 }
+    }
+
+    /// The optimiser.
+    pub fn adam(&self) -> AdamOptions {
+        let norm = self.max_grad_norm as f32;
+        let clip = match self.clip {
+            _ if norm == 0.0 => None,
+            ClipMode::PerTensor => Some(Clip::PerTensor(norm)),
+            ClipMode::Global => Some(Clip::Global(norm)),
+        };
+        AdamOptions { lr: self.lr as f32, clip, dense_embeddings: self.dense_embeddings }
+    }
+
+    /// How batches are drawn.
+    pub fn draw(&self) -> DrawOptions {
+        DrawOptions {
+            seed: self.seed,
+            targets: self.train_targets,
+            feedback: self.feedback,
+            max_length: self.max_length,
+            source: self.train_negatives,
+            negatives: self.negatives,
+            negative_pool: self.negative_pool,
+            sample_rate: self.sample_rate,
+            batch_tokens: self.batch_tokens,
+            batch_rows: self.batch_rows,
+        }
+    }
+}
+
+fn read_table(path: &Path) -> Result<toml::Table, ConfigError> {
+    let origin = path.display().to_string();
+    let text = std::fs::read_to_string(path)
+        .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+    let table: toml::Table = text.parse().map_err(|e: toml::de::Error| ConfigError::Syntax {
+        origin: origin.clone(),
+        reason: e.to_string(),
+    })?;
+    let known = known_keys();
+    let mut out = toml::Table::new();
+    for (key, value) in table {
+        let name = ALIASES.iter().find(|(alias, _)| *alias == key).map_or(key.as_str(), |(_, name)| name);
+        if !known.iter().any(|k| k == name) {
+            return Err(ConfigError::UnknownKey { origin, suggestion: nearest(&key, &known), key });
+        }
+        out.insert(name.to_owned(), value);
+    }
+    Ok(out)
+}
+
+fn known_keys() -> Vec<String> {
+    let all = Config { data: Some(PathBuf::new()), ..Config::default() };
+    toml::Table::try_from(all).expect("a config is a table").into_iter().map(|(key, _)| key).collect()
+}
+
+/// The known key at the smallest edit distance, when that is small for its length.
+fn nearest(key: &str, known: &[String]) -> Option<String> {
+    let key = key.replace('-', "_").to_lowercase();
+    known
+        .iter()
+        .map(|k| (edit_distance(&key, k), k))
+        .min()
+        .filter(|(distance, k)| *distance <= 1 + k.len() / 4)
+        .map(|(_, k)| k.clone())
+}
+
+fn edit_distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, &y) in b.iter().enumerate() {
+            let substitute = diagonal + usize::from(x != y);
+            diagonal = row[j + 1];
+            row[j + 1] = substitute.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    fn file(text: &str) -> tempfile::NamedTempFile {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(text.as_bytes()).unwrap();
+        file
+    }
+
+    #[test]
+    fn flags_win_over_the_file_and_the_file_over_defaults() {
+        let file = file("lr = 0.5\nheads = 4\n");
+        let flags = toml::Table::from_iter([("heads".to_owned(), toml::Value::Integer(8))]);
+        let config = Config::layered(Some(file.path()), flags).unwrap();
+        assert_eq!((config.lr, config.heads, config.width), (0.5, 8, Config::default().width));
+    }
+
+    #[test]
+    fn what_is_saved_is_what_is_read() {
+        let config = Config {
+            data: Some("a b.dfar".into()),
+            length_edges: vec![5, 9],
+            lr: 0.1 + 0.2,
+            feedback: Feedback::PositiveOnly,
+            ..Config::default()
+        };
+        let file = file(&config.to_toml());
+        assert_eq!(Config::layered(Some(file.path()), toml::Table::new()).unwrap(), config);
+    }
+
+    #[test]
+    fn a_misspelt_key_names_its_neighbour() {
+        let error =
+            |text| Config::layered(Some(file(text).path()), toml::Table::new()).unwrap_err().to_string();
+        assert!(
+            error("batch-tokens = 3").ends_with("unknown key `batch-tokens`; did you mean `batch_tokens`?")
+        );
+        assert!(error("pateince = 3").ends_with("did you mean `patience`?"));
+        assert!(error("zzz = 3").ends_with("unknown key `zzz`"));
+    }
+
+    #[test]
+    fn other_frameworks_spellings_are_understood() {
+        let file = file("learning_rate = 0.25\nstopping_step = 3\n");
+        let config = Config::layered(Some(file.path()), toml::Table::new()).unwrap();
+        assert_eq!((config.lr, config.patience), (0.25, 3));
+    }
+
+    #[test]
+    fn values_that_make_no_run_are_refused() {
+        for text in
+            ["heads = 0", "lr = -1.0", "lr = nan", "sample_rate = 0.0", "length_edges = [3, 3]", "lr = 'x'"]
+        {
+            assert!(Config::layered(Some(file(text).path()), toml::Table::new()).is_err(), "{text}");
+        }
+    }
+}

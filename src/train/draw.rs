@@ -1,0 +1,284 @@
+//! The one place where a training batch is drawn.
+//!
+//! An epoch is a **plan**: every pass (a user's shared prefixes, or one window) in a shuffled order, cut into
+//! batches. A batch is drawn from its plan and nothing else, with random numbers keyed on (seed, epoch, batch):
+//! batch 17 of epoch 3 is the same whether 16 batches were drawn before it or none, so a run continues exactly
+//! where it stopped.
+
+use super::negatives::{BatchTargets, NegativeSampler, NegativeSource};
+use crate::batch::History;
+use crate::data::{Dataset, UserEvents};
+use crate::history::{Feedback, Question, View};
+use rand::seq::SliceRandom;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+use std::ops::Range;
+
+/// Which training events are asked about, and how.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum TrainTargets {
+    /// Every liked event is the positive of a group.
+    #[default]
+    Positive,
+    /// Every event, liked or skipped, is the positive of a group (as the published code).
+    All,
+    /// Liked events as in `positive`; skipped events are single rows with target 0.
+    Feedback,
+}
+
+/// How batches are drawn.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DrawOptions {
+    /// Key of every random number.
+    pub seed: u64,
+    /// Events asked about.
+    pub targets: TrainTargets,
+    /// What of the histories the model sees.
+    pub feedback: Feedback,
+    /// Longest history.
+    pub max_length: usize,
+    /// Source of negatives.
+    pub source: NegativeSource,
+    /// Negatives per group.
+    pub negatives: usize,
+    /// Distinct negatives a pass draws its groups' negatives from, so that a candidate is scored once for several
+    /// groups; 0: every group draws its own.
+    pub negative_pool: usize,
+    /// Share of the targets that an epoch uses, drawn anew each epoch.
+    pub sample_rate: f64,
+    /// Most tokens of a batch (one pass may exceed it alone).
+    pub batch_tokens: usize,
+    /// Most rows of a batch (one pass may exceed it alone).
+    pub batch_rows: usize,
+}
+
+/// The batches of one epoch.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Plan {
+    passes: Vec<Pass>,
+    /// End of each batch among the passes.
+    ends: Vec<usize>,
+    /// Totals.
+    pub size: PlanSize,
+}
+
+/// What an epoch amounts to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlanSize {
+    /// Batches.
+    pub batches: usize,
+    /// Tokens encoded.
+    pub tokens: usize,
+    /// Instances: (history, candidate) rows that enter the loss.
+    pub rows: usize,
+    /// Events asked about.
+    pub targets: usize,
+    /// Passes that serve all the prefixes of a user that fit the model.
+    pub shared_passes: usize,
+    /// Passes that serve a single event of a longer history.
+    pub windows: usize,
+}
+
+/// One history to encode. `event` is 0 for the shared prefixes of `user` (event 0 is never asked about: nothing
+/// came before it), otherwise the one event this window is for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Pass {
+    user: u32,
+    event: u32,
+    tokens: u32,
+    rows: u32,
+}
+
+/// Draws the batches of a data set's training events.
+#[derive(Debug)]
+pub struct Drawer<'a> {
+    data: &'a Dataset,
+    options: DrawOptions,
+    sampler: NegativeSampler,
+}
+
+/// What a random number is for: part of its key.
+enum Purpose {
+    Shuffle = 1,
+    Negatives = 2,
+}
+
+fn rng(seed: u64, purpose: Purpose, epoch: u64, batch: u64) -> ChaCha8Rng {
+    let mut key = [0; 32];
+    for (bytes, word) in key.chunks_exact_mut(8).zip([seed, purpose as u64, epoch, batch]) {
+        bytes.copy_from_slice(&word.to_le_bytes());
+    }
+    ChaCha8Rng::from_seed(key)
+}
+
+/// A number in `0..1` from a key: splitmix64's finaliser over its words.
+fn keyed_uniform(words: [u64; 4]) -> f64 {
+    let mut hash = 0u64;
+    for word in words {
+        hash = (hash ^ word).wrapping_add(0x9e37_79b9_7f4a_7c15);
+        hash = (hash ^ (hash >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        hash = (hash ^ (hash >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        hash ^= hash >> 31;
+    }
+    (hash >> 11) as f64 / (1u64 << 53) as f64
+}
+
+impl<'a> Drawer<'a> {
+    /// A drawer for the training events of `data`.
+    pub fn new(data: &'a Dataset, options: DrawOptions) -> Self {
+        Self { data, sampler: NegativeSampler::new(data, options.source), options }
+    }
+
+    /// The batches of an epoch.
+    pub fn plan(&self, epoch: u64) -> Plan {
+        let mut plan = Plan::default();
+        for user in 0..self.data.users() as u32 {
+            let events = self.data.user(user);
+            let view = View::new(events.items, events.feedback, self.options.feedback);
+            let mut shared = Pass { user, event: 0, tokens: 0, rows: 0 };
+            for event in self.targets(epoch, user, &events) {
+                let rows = self.rows_of(events.feedback[event]);
+                let length = view.length(event);
+                plan.size.targets += 1;
+                if length <= self.options.max_length {
+                    shared.tokens = length as u32;
+                    shared.rows += rows;
+                } else {
+                    let (event, tokens) = (event as u32, self.options.max_length as u32);
+                    plan.passes.push(Pass { user, event, tokens, rows });
+                    plan.size.windows += 1;
+                }
+            }
+            if shared.rows > 0 {
+                plan.passes.push(shared);
+                plan.size.shared_passes += 1;
+            }
+        }
+        plan.passes.shuffle(&mut rng(self.options.seed, Purpose::Shuffle, epoch, 0));
+
+        let (mut tokens, mut rows) = (0, 0);
+        for (i, pass) in plan.passes.iter().enumerate() {
+            tokens += pass.tokens as usize;
+            rows += pass.rows as usize;
+            let full = tokens > self.options.batch_tokens || rows > self.options.batch_rows;
+            if full && i > plan.ends.last().copied().unwrap_or(0) {
+                plan.ends.push(i);
+                (tokens, rows) = (pass.tokens as usize, pass.rows as usize);
+            }
+            plan.size.tokens += pass.tokens as usize;
+            plan.size.rows += pass.rows as usize;
+        }
+        if !plan.passes.is_empty() {
+            plan.ends.push(plan.passes.len());
+        }
+        plan.size.batches = plan.ends.len();
+        plan
+    }
+
+    /// Histories and groups of batch `batch` of an epoch's plan.
+    ///
+    /// # Panics
+    /// When there is no such batch.
+    pub fn draw(&self, plan: &Plan, epoch: u64, batch: usize) -> Vec<History> {
+        let passes = &plan.passes[plan.range(batch)];
+        let asked: Vec<Vec<usize>> = passes.iter().map(|pass| self.asked(epoch, pass)).collect();
+        let mut targets = BatchTargets::default();
+        for (pass, asked) in passes.iter().zip(&asked) {
+            let items = self.data.user(pass.user).items;
+            targets.targets.extend(asked.iter().map(|&event| (pass.user, items[event])));
+        }
+        let mut rng = rng(self.options.seed, Purpose::Negatives, epoch, batch as u64);
+        let mut histories = Vec::with_capacity(passes.len());
+        for (pass, asked) in passes.iter().zip(asked) {
+            let events = self.data.user(pass.user);
+            let view = View::new(events.items, events.feedback, self.options.feedback);
+            let pool = match self.options.negative_pool {
+                0 => None,
+                // One more than a group takes, so that its positive can be passed over.
+                size if asked.len() > 1 => {
+                    let size = size.max(self.options.negatives + 1);
+                    Some(self.sampler.draw(&mut rng, &targets, pass.user, None, size))
+                }
+                _ => None,
+            };
+            let mut questions = Vec::with_capacity(asked.len());
+            for event in asked {
+                let item = events.items[event];
+                let mut candidates = vec![item];
+                let target = self.target_of(events.feedback[event]);
+                if target == 1.0 {
+                    candidates.extend(match &pool {
+                        None => self.sampler.draw(
+                            &mut rng,
+                            &targets,
+                            pass.user,
+                            Some(item),
+                            self.options.negatives,
+                        ),
+                        Some(pool) => choose(&mut rng, pool, item, self.options.negatives),
+                    });
+                }
+                let mut targets = vec![0.0; candidates.len()];
+                targets[0] = target;
+                questions.push(Question { event, candidates, targets });
+            }
+            histories.extend(view.histories(questions, self.options.max_length));
+        }
+        histories
+    }
+
+    /// The training events of a user that an epoch asks about, ascending.
+    fn targets(&self, epoch: u64, user: u32, events: &UserEvents<'_>) -> impl Iterator<Item = usize> {
+        let Self { options, .. } = self;
+        let feedback = &events.feedback[..events.train_end];
+        (1..feedback.len()).filter(move |&event| {
+            (feedback[event] == 1 || options.targets != TrainTargets::Positive)
+                && (options.sample_rate >= 1.0
+                    || keyed_uniform([options.seed, epoch, user.into(), event as u64]) < options.sample_rate)
+        })
+    }
+
+    /// The events a pass is for.
+    fn asked(&self, epoch: u64, pass: &Pass) -> Vec<usize> {
+        if pass.event > 0 {
+            return vec![pass.event as usize];
+        }
+        let events = self.data.user(pass.user);
+        let view = View::new(events.items, events.feedback, self.options.feedback);
+        self.targets(epoch, pass.user, &events)
+            .take_while(|&event| view.length(event) <= self.options.max_length)
+            .collect()
+    }
+
+    /// Target of an event that is asked about.
+    fn target_of(&self, feedback: u8) -> f32 {
+        if feedback == 1 || self.options.targets == TrainTargets::All { 1.0 } else { 0.0 }
+    }
+
+    /// Rows of an event that is asked about.
+    fn rows_of(&self, feedback: u8) -> u32 {
+        let negatives = self.options.negatives.min(self.data.items() - 1);
+        if self.target_of(feedback) == 1.0 { 1 + negatives as u32 } else { 1 }
+    }
+}
+
+impl Plan {
+    fn range(&self, batch: usize) -> Range<usize> {
+        let start = if batch == 0 { 0 } else { self.ends[batch - 1] };
+        start..self.ends[batch]
+    }
+}
+
+/// `count` distinct members of `pool` other than `positive`, or as many as there are.
+fn choose(rng: &mut ChaCha8Rng, pool: &[u32], positive: u32, count: usize) -> Vec<u32> {
+    let mut rest: Vec<u32> = pool.iter().copied().filter(|&item| item != positive).collect();
+    let count = count.min(rest.len());
+    for i in 0..count {
+        let j = rng.random_range(i..rest.len());
+        rest.swap(i, j);
+    }
+    rest.truncate(count);
+    rest
+}

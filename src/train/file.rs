@@ -1,0 +1,240 @@
+//! Files that are whole or absent: written under another name, forced to disk, renamed; tensors with a checksum.
+
+use crate::model::HostTensor;
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use thiserror::Error;
+
+/// The only version of the metadata there has been.
+const VERSION: u32 = 1;
+/// Key of the safetensors metadata. One key: several would be written in no fixed order.
+const KEY: &str = "dfar";
+
+/// A run file that cannot be written, or is not what it should be.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum FileError {
+    /// Reading failed.
+    #[error("cannot read {}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Writing failed.
+    #[error("cannot write {}: {source}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Not a safetensors file, or one of another program.
+    #[error("{} is not a dfar {kind} file: {reason}", path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// `checkpoint` or `model`.
+        kind: &'static str,
+        /// What is wrong.
+        reason: String,
+    },
+    /// Written by a later program.
+    #[error("{} has version {found}; this program reads version {VERSION}", path.display())]
+    Version {
+        /// The file.
+        path: PathBuf,
+        /// Its version.
+        found: u32,
+    },
+    /// The tensors are not those that were written.
+    #[error("{} is damaged: checksum {found:08x}, expected {expected:08x}", path.display())]
+    Checksum {
+        /// The file.
+        path: PathBuf,
+        /// Of the metadata.
+        expected: u32,
+        /// Of the tensors.
+        found: u32,
+    },
+}
+
+/// Replaces `path` by what `write` writes: readers see the old file or all of the new one, whenever power fails.
+pub fn replace(path: &Path, write: impl FnOnce(&Path) -> io::Result<()>) -> Result<(), FileError> {
+    let name = path.file_name().expect("a run file has a name").to_string_lossy();
+    let temporary = path.with_file_name(format!(".{name}.partial"));
+    let replaced = (|| {
+        write(&temporary)?;
+        File::open(&temporary)?.sync_all()?;
+        std::fs::rename(&temporary, path)?;
+        // The rename itself lives in the folder.
+        File::open(path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))?.sync_all()
+    })();
+    replaced.map_err(|source| {
+        let _ = std::fs::remove_file(&temporary);
+        FileError::Write { path: path.to_owned(), source }
+    })
+}
+
+/// [`replace`] with these bytes.
+pub fn replace_bytes(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
+    replace(path, |temporary| File::create(temporary)?.write_all(bytes))
+}
+
+/// Tensors of a file, before and after.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Tensors {
+    /// f32 tensors.
+    pub values: Vec<HostTensor>,
+    /// Byte strings by name.
+    pub bytes: Vec<(String, Vec<u8>)>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Envelope<T> {
+    kind: String,
+    version: u32,
+    crc32: u32,
+    content: T,
+}
+
+/// Writes tensors and what is to be known about them; returns the checksum of the tensors.
+pub fn write<T: Serialize>(
+    path: &Path,
+    kind: &'static str,
+    content: &T,
+    tensors: &Tensors,
+) -> Result<u32, FileError> {
+    let view = |dtype, shape: Vec<usize>, data| {
+        TensorView::new(dtype, shape, data).expect("a tensor's shape and its values agree")
+    };
+    let mut views: Vec<(&str, TensorView<'_>)> = Vec::new();
+    for tensor in &tensors.values {
+        let data = bytemuck::cast_slice(&tensor.values);
+        views.push((&tensor.name, view(Dtype::F32, tensor.shape.clone(), data)));
+    }
+    for (name, bytes) in &tensors.bytes {
+        views.push((name, view(Dtype::U8, vec![bytes.len()], bytes)));
+    }
+    views.sort_by_key(|(name, _)| *name);
+    let crc32 = checksum(views.iter().map(|(name, view)| (*name, view.data())));
+    let envelope = Envelope { kind: kind.to_owned(), version: VERSION, crc32, content };
+    let text = serde_json::to_string(&envelope).expect("run metadata has string keys and finite numbers");
+    let metadata = HashMap::from([(KEY.to_owned(), text)]);
+    replace(path, |temporary| {
+        safetensors::serialize_to_file(views, Some(metadata), temporary).map_err(io::Error::other)
+    })?;
+    Ok(crc32)
+}
+
+/// Reads and checks what [`write()`] wrote; also returns the checksum.
+pub fn read<T: DeserializeOwned>(path: &Path, kind: &'static str) -> Result<(T, Tensors, u32), FileError> {
+    let bytes = std::fs::read(path).map_err(|source| FileError::Read { path: path.to_owned(), source })?;
+    let refuse = |reason: String| FileError::Format { path: path.to_owned(), kind, reason };
+    let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| refuse(e.to_string()))?;
+    let text = header.metadata().as_ref().and_then(|m| m.get(KEY));
+    let text = text.ok_or_else(|| refuse(format!("no `{KEY}` entry in its metadata")))?;
+    // The version first: a later one may have another content.
+    let envelope: Envelope<serde_json::Value> =
+        serde_json::from_str(text).map_err(|e| refuse(e.to_string()))?;
+    if envelope.kind != kind {
+        return Err(refuse(format!("it is a {} file", envelope.kind)));
+    }
+    if envelope.version != VERSION {
+        return Err(FileError::Version { path: path.to_owned(), found: envelope.version });
+    }
+    let content = serde_json::from_value(envelope.content).map_err(|e| refuse(e.to_string()))?;
+    let file = SafeTensors::deserialize(&bytes).map_err(|e| refuse(e.to_string()))?;
+    let mut views = file.tensors();
+    views.sort_by(|a, b| a.0.cmp(&b.0));
+    let found = checksum(views.iter().map(|(name, view)| (name.as_str(), view.data())));
+    if found != envelope.crc32 {
+        return Err(FileError::Checksum { path: path.to_owned(), expected: envelope.crc32, found });
+    }
+    let mut tensors = Tensors::default();
+    for (name, view) in views {
+        match view.dtype() {
+            Dtype::F32 => tensors.values.push(HostTensor {
+                shape: view.shape().to_vec(),
+                values: f32s(view.data()),
+                name,
+            }),
+            Dtype::U8 => tensors.bytes.push((name, view.data().to_vec())),
+            other => return Err(refuse(format!("tensor {name} is {other:?}"))),
+        }
+    }
+    Ok((content, tensors, found))
+}
+
+/// The data need not be aligned for f32 in the file.
+fn f32s(bytes: &[u8]) -> Vec<f32> {
+    bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().expect("chunks of 4"))).collect()
+}
+
+fn checksum<'a>(tensors: impl Iterator<Item = (&'a str, &'a [u8])>) -> u32 {
+    let mut hasher = crc32fast::Hasher::new();
+    for (name, data) in tensors {
+        hasher.update(name.as_bytes());
+        hasher.update(&(data.len() as u64).to_le_bytes());
+        hasher.update(data);
+    }
+    hasher.finalize()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> Tensors {
+        Tensors {
+            values: vec![
+                HostTensor {
+                    name: "b".into(),
+                    shape: vec![2, 2],
+                    values: vec![1.0, -0.0, f32::MIN_POSITIVE, 4.0],
+                },
+                HostTensor { name: "c".into(), shape: vec![1], values: vec![5.0] },
+            ],
+            bytes: vec![("a".into(), vec![1, 2, 3])],
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.safetensors");
+        let crc = write(&path, "model", &(0.1f64 + 0.2, "text"), &sample()).unwrap();
+        let (content, tensors, found): ((f64, String), _, _) = read(&path, "model").unwrap();
+        assert_eq!((content.0.to_bits(), content.1.as_str()), ((0.1f64 + 0.2).to_bits(), "text"));
+        assert_eq!((tensors, found), (sample(), crc));
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file stays");
+    }
+
+    #[test]
+    fn every_damaged_file_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.safetensors");
+        write(&path, "model", &7, &sample()).unwrap();
+        let good = std::fs::read(&path).unwrap();
+        let reads = |bytes: &[u8]| {
+            std::fs::write(&path, bytes).unwrap();
+            read::<i32>(&path, "model")
+        };
+        for length in 0..good.len() {
+            assert!(reads(&good[..length]).is_err(), "cut to {length} bytes");
+        }
+        let data = good.len() - 3 - 5 * 4;
+        for at in data..good.len() {
+            let mut bad = good.clone();
+            bad[at] ^= 16;
+            assert!(reads(&bad).is_err(), "byte {at} altered");
+        }
+        assert!(reads(&good).is_ok());
+        assert!(matches!(read::<i32>(&path, "checkpoint"), Err(FileError::Format { .. })));
+    }
+}

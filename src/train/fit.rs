@@ -1,0 +1,407 @@
+//! The loop: epochs of drawn batches, validation, early stopping, and a checkpoint whenever one is due.
+
+use super::TrainError;
+use super::checkpoint::{
+    Best, Checkpoint, CheckpointInfo, DataInfo, EpochRecord, EpochSums, ModelFile, ModelInfo, State,
+};
+use super::config::Config;
+use super::draw::{Drawer, Plan, PlanSize};
+use super::log::Log;
+use super::run::Run;
+use crate::batch::{Batch, BatchError};
+use crate::data::{Dataset, Part};
+use crate::device::Device;
+use crate::evaluate::{self, ScoreOptions};
+use crate::model::{Model, ModelError, Optimizer, StepLoss};
+use serde_json::json;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
+use std::time::{Duration, Instant};
+
+/// Steps between two step lines of the log.
+const LOG_EVERY: u64 = 20;
+
+/// What happens during a run, told to the caller as it happens.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Event<'a> {
+    /// An epoch begins or goes on.
+    Epoch {
+        /// From 1.
+        epoch: usize,
+        /// Most epochs there will be.
+        epochs: usize,
+        /// What it amounts to.
+        size: &'a PlanSize,
+        /// Batches already done.
+        done: usize,
+    },
+    /// A step was taken.
+    Step {
+        /// Batches done in this epoch.
+        done: usize,
+        /// Steps taken in the run.
+        steps: u64,
+        /// The step's loss.
+        loss: &'a StepLoss,
+        /// Mean over this epoch so far.
+        sums: &'a EpochSums,
+    },
+    /// Groups of a part were scored.
+    Scored {
+        /// The part.
+        part: Part,
+        /// Groups done.
+        done: usize,
+        /// Groups there are.
+        groups: usize,
+    },
+    /// An epoch was completed and validated.
+    EpochEnd {
+        /// What it came to.
+        record: &'a EpochRecord,
+        /// Whether it is the best so far.
+        best: bool,
+    },
+}
+
+/// How a call to [`Fit::run`] ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Training is over: by early stopping, or at the last epoch.
+    Finished,
+    /// The caller asked to stop; the checkpoint is saved.
+    Interrupted,
+}
+
+/// A run in progress.
+pub struct Fit<'a, D: Device> {
+    device: Arc<D>,
+    data: &'a Dataset,
+    config: Config,
+    run: &'a Run,
+    model: Model<D>,
+    optimizer: Optimizer<D>,
+    info: DataInfo,
+    state: State,
+    log: Log,
+    session: Instant,
+    saved: Instant,
+}
+
+impl<'a, D: Device> Fit<'a, D> {
+    /// Starts a run: writes `config.toml` and the first checkpoint, so that it can be resumed from its first moment.
+    pub fn start(
+        device: Arc<D>,
+        data: &'a Dataset,
+        config: Config,
+        run: &'a Run,
+    ) -> Result<Self, TrainError> {
+        let model = Model::new(device.clone(), config.model(data.items()), config.seed)?;
+        let optimizer = Optimizer::new(&model)?;
+        run.write_config(&config.to_toml())?;
+        let log = Log::open(&run.log(), 0)?;
+        let now = Instant::now();
+        let (info, state) = (DataInfo::of(data), State::default());
+        let mut fit =
+            Self { device, data, config, run, model, optimizer, info, state, log, session: now, saved: now };
+        fit.log.line(&json!({
+            "event": "start", "version": env!("CARGO_PKG_VERSION"), "device": fit.device.name(),
+            "parameters": fit.model.parameters(), "data": fit.info,
+        }))?;
+        fit.save()?;
+        Ok(fit)
+    }
+
+    /// Continues a run from its checkpoint, with `config` in the place of the checkpoint's (the caller decides which
+    /// of its values may differ).
+    pub fn resume(
+        device: Arc<D>,
+        data: &'a Dataset,
+        config: Config,
+        run: &'a Run,
+        checkpoint: Checkpoint,
+    ) -> Result<Self, TrainError> {
+        let CheckpointInfo { model: network, data: expected, state, .. } = checkpoint.info;
+        let info = DataInfo::of(data);
+        check_data(data, &expected, &info)?;
+        let model = Model::from_tensors(device.clone(), network, &checkpoint.parameters)?;
+        let optimizer = Optimizer::from_tensors(&model, &checkpoint.moments, state.steps)?;
+        if let Some(best) = &state.best {
+            let file = ModelFile::load(&run.model())?;
+            // A later model than the checkpoint's will be made again; any other is somebody else's.
+            if file.crc32 != best.crc32 && file.info.epoch <= state.epoch {
+                return Err(TrainError::OtherModel { path: run.model() });
+            }
+        }
+        run.write_config(&config.to_toml())?;
+        let mut log = Log::open(&run.log(), state.log_bytes)?;
+        log.line(&json!({ "event": "resume", "epoch": state.epoch + 1, "batch": state.batch }))?;
+        let now = Instant::now();
+        Ok(Self { device, data, config, run, model, optimizer, info, state, log, session: now, saved: now })
+    }
+
+    /// Where the run stands.
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+    /// The data it is about.
+    pub fn data_info(&self) -> &DataInfo {
+        &self.info
+    }
+    /// The model as it is now: after the last step, not the best.
+    pub fn model(&self) -> &Model<D> {
+        &self.model
+    }
+
+    /// Trains to the end. `observe` is told of every step and stops the run by [`ControlFlow::Break`].
+    pub fn run(
+        &mut self,
+        observe: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
+    ) -> Result<Outcome, TrainError> {
+        let before = self.state.seconds;
+        self.session = Instant::now();
+        let result = self.epochs(before, observe);
+        self.state.seconds = before + self.session.elapsed().as_secs_f64();
+        match result {
+            Ok(Outcome::Finished) => self.save()?,
+            // The checkpoint is the last good one: what came after it is not to be trusted.
+            Err(_) => {}
+            // Saved where it happened.
+            Ok(Outcome::Interrupted) => {}
+        }
+        result
+    }
+
+    fn epochs(
+        &mut self,
+        before: f64,
+        observe: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
+    ) -> Result<Outcome, TrainError> {
+        let drawer = Drawer::new(self.data, self.config.draw());
+        while !self.finished() {
+            let plan = drawer.plan(self.state.epoch as u64);
+            if plan.size.batches == 0 {
+                return Err(TrainError::NoTargets { path: self.data.path().to_owned() });
+            }
+            let (epoch, epochs, done) = (self.state.epoch + 1, self.config.epochs, self.state.batch);
+            let mut stop = observe(Event::Epoch { epoch, epochs, size: &plan.size, done });
+            if stop.is_continue() {
+                stop = self.steps(&drawer, &plan, before, observe)?;
+            }
+            let mut scores = None;
+            if stop.is_continue() {
+                let start = Instant::now();
+                match self.score(Part::Valid, observe) {
+                    Ok(found) => scores = Some((found, start.elapsed())),
+                    Err(TrainError::Evaluate(evaluate::EvaluateError::Interrupted)) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            let Some((scores, elapsed)) = scores else {
+                self.state.seconds = before + self.session.elapsed().as_secs_f64();
+                self.save()?;
+                return Ok(Outcome::Interrupted);
+            };
+            let (record, best) = self.end_epoch(&scores, elapsed, &plan)?;
+            self.state.seconds = before + self.session.elapsed().as_secs_f64();
+            self.save()?;
+            if observe(Event::EpochEnd { record: &record, best }).is_break() && !self.finished() {
+                return Ok(Outcome::Interrupted);
+            }
+        }
+        Ok(Outcome::Finished)
+    }
+
+    /// Whether no epoch is left to do.
+    fn finished(&self) -> bool {
+        let Config { epochs, patience, .. } = self.config;
+        self.state.epoch >= epochs || (patience > 0 && self.state.stale >= patience)
+    }
+
+    /// The rest of an epoch's batches; `Break` when the caller asked to stop.
+    fn steps(
+        &mut self,
+        drawer: &Drawer<'_>,
+        plan: &Plan,
+        before: f64,
+        observe: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
+    ) -> Result<ControlFlow<()>, TrainError> {
+        let (epoch, first) = (self.state.epoch, self.state.batch);
+        std::thread::scope(|scope| {
+            // The next batch is drawn and packed while the device works on this one.
+            let (sender, receiver) = sync_channel::<Result<Batch, BatchError>>(1);
+            scope.spawn(move || {
+                for batch in first..plan.size.batches {
+                    let packed = Batch::pack(&drawer.draw(plan, epoch as u64, batch));
+                    if sender.send(packed).is_err() {
+                        break; // The loop has ended early.
+                    }
+                }
+            });
+            let mut since = Instant::now();
+            for batch in receiver {
+                let batch = batch?;
+                let loss = self.step(&batch)?;
+                let elapsed = since.elapsed();
+                since = Instant::now();
+                self.state.sums.add(batch.rows(), &loss, elapsed.as_secs_f64());
+                self.state.batch += 1;
+                self.state.steps += 1;
+                if self.state.steps.is_multiple_of(LOG_EVERY) {
+                    self.log.line(&json!({
+                        "event": "step", "epoch": epoch + 1, "batch": self.state.batch, "step": self.state.steps,
+                        "loss": loss, "rows": batch.rows(), "seconds": elapsed.as_secs_f64(),
+                    }))?;
+                }
+                let told = observe(Event::Step {
+                    done: self.state.batch,
+                    steps: self.state.steps,
+                    loss: &loss,
+                    sums: &self.state.sums,
+                });
+                if told.is_break() {
+                    return Ok(told);
+                }
+                if self.saved.elapsed() >= Duration::from_secs(self.config.checkpoint_seconds) {
+                    self.state.seconds = before + self.session.elapsed().as_secs_f64();
+                    self.save()?;
+                }
+            }
+            Ok(ControlFlow::Continue(()))
+        })
+    }
+
+    fn step(&mut self, batch: &Batch) -> Result<StepLoss, TrainError> {
+        let (loss, adam) = (self.config.loss(), self.config.adam());
+        self.model.train_step(batch, &loss, &adam, &mut self.optimizer).map_err(|error| match error {
+            ModelError::NonFinite { tensor } => TrainError::NonFinite {
+                epoch: self.state.epoch + 1,
+                batch: self.state.batch + 1,
+                step: self.state.steps + 1,
+                tensor,
+            },
+            other => other.into(),
+        })
+    }
+
+    fn score(
+        &self,
+        part: Part,
+        observe: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
+    ) -> Result<Vec<f32>, TrainError> {
+        let groups = self.data.groups(part).len();
+        let options = score_options(&self.config);
+        Ok(evaluate::score_part(&self.model, self.data, part, &options, &mut |done| {
+            observe(Event::Scored { part, done, groups })
+        })?)
+    }
+
+    /// Records the epoch, and keeps its model if it is the best.
+    fn end_epoch(
+        &mut self,
+        valid_scores: &[f32],
+        valid_time: Duration,
+        plan: &Plan,
+    ) -> Result<(EpochRecord, bool), TrainError> {
+        let valid = evaluate::part_report(self.data, Part::Valid, valid_scores, self.config.gauc_compat, &[]);
+        let sums = std::mem::take(&mut self.state.sums);
+        let mean = |sum: f64| sum / sums.rows as f64;
+        let record = EpochRecord {
+            epoch: self.state.epoch + 1,
+            loss: mean(sums.loss),
+            bce: mean(sums.bce),
+            ibl: mean(sums.ibl),
+            idl: mean(sums.idl),
+            valid_auc: valid.as_ref().map(|v| v.liked.auc),
+            valid_gauc: valid.as_ref().and_then(|v| v.liked.gauc),
+            instances_per_second: sums.rows as f64 / sums.seconds,
+            train_seconds: sums.seconds,
+            valid_seconds: valid_time.as_secs_f64(),
+            size: plan.size,
+        };
+        // Without validation there is nothing to choose by: the last epoch is kept.
+        let best = match (&self.state.best, record.valid_auc) {
+            (Some(Best { valid_auc: Some(best), .. }), Some(auc)) => auc > *best,
+            _ => true,
+        };
+        if best {
+            let parameters = self.finite_parameters()?;
+            let info = ModelInfo {
+                model: self.model.config().clone(),
+                feedback: self.config.feedback,
+                data: self.info.clone(),
+                epoch: record.epoch,
+                valid_auc: record.valid_auc,
+            };
+            let crc32 = ModelFile::save(&self.run.model(), &info, parameters, self.data)?;
+            self.state.best = Some(Best { epoch: record.epoch, valid_auc: record.valid_auc, crc32 });
+            self.state.stale = 0;
+        } else {
+            self.state.stale += 1;
+        }
+        self.state.epoch += 1;
+        self.state.batch = 0;
+        self.state.history.push(record.clone());
+        let mut line = serde_json::to_value(&record).expect("a record is plain numbers");
+        line["event"] = "epoch".into();
+        line["best"] = best.into();
+        self.log.line(&line)?;
+        Ok((record, best))
+    }
+
+    /// The parameters, none of which may be lost to a bad update: what is saved must be usable.
+    fn finite_parameters(&self) -> Result<Vec<crate::model::HostTensor>, TrainError> {
+        let parameters = self.model.tensors()?;
+        match parameters.iter().find(|t| t.values.iter().any(|v| !v.is_finite())) {
+            None => Ok(parameters),
+            Some(tensor) => Err(TrainError::NonFinite {
+                epoch: self.state.epoch + 1,
+                batch: self.state.batch,
+                step: self.state.steps,
+                tensor: tensor.name.clone(),
+            }),
+        }
+    }
+
+    /// Writes the checkpoint.
+    fn save(&mut self) -> Result<(), TrainError> {
+        let parameters = self.finite_parameters()?;
+        self.state.log_bytes = self.log.sync()?;
+        let info = CheckpointInfo {
+            config: self.config.clone(),
+            model: self.model.config().clone(),
+            data: self.info.clone(),
+            state: self.state.clone(),
+        };
+        let moments = self.optimizer.tensors()?;
+        Checkpoint { info, parameters, moments }.save(&self.run.checkpoint())?;
+        self.saved = Instant::now();
+        Ok(())
+    }
+}
+
+/// How a run's model is scored.
+pub fn score_options(config: &Config) -> ScoreOptions {
+    ScoreOptions {
+        feedback: config.feedback,
+        batch_tokens: config.batch_tokens.max(4096),
+        batch_rows: config.batch_rows.max(4096),
+    }
+}
+
+/// Refuses a data set other than the one a run or a model knows.
+pub fn check_data(data: &Dataset, expected: &DataInfo, found: &DataInfo) -> Result<(), TrainError> {
+    let path = data.path().to_owned();
+    if expected.vocabulary != found.vocabulary || expected.items != found.items {
+        return Err(TrainError::OtherData { path, what: "its items" });
+    }
+    if expected.content != found.content {
+        return Err(TrainError::OtherData { path, what: "its events" });
+    }
+    if expected.protocol.candidates != found.protocol.candidates {
+        return Err(TrainError::OtherData { path, what: "its evaluation candidates" });
+    }
+    Ok(())
+}

@@ -1,0 +1,43 @@
+//! `log.jsonl`: one JSON object a line, cut back to the checkpoint when a run continues.
+
+use super::file::FileError;
+use serde::Serialize;
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+/// The log of a run.
+pub struct Log {
+    path: PathBuf,
+    file: File,
+    bytes: u64,
+}
+
+impl Log {
+    /// Opens the log and drops what was written after `bytes`: those steps will be done again.
+    pub fn open(path: &Path, bytes: u64) -> Result<Self, FileError> {
+        let open = || -> io::Result<(File, u64)> {
+            let mut file = File::options().create(true).truncate(false).write(true).open(path)?;
+            let bytes = bytes.min(file.metadata()?.len());
+            file.set_len(bytes)?;
+            file.seek(SeekFrom::End(0))?;
+            Ok((file, bytes))
+        };
+        let (file, bytes) = open().map_err(|source| FileError::Write { path: path.to_owned(), source })?;
+        Ok(Self { path: path.to_owned(), file, bytes })
+    }
+
+    /// Appends a line.
+    pub fn line(&mut self, value: &impl Serialize) -> Result<(), FileError> {
+        let mut line = serde_json::to_vec(value).expect("log lines have string keys");
+        line.push(b'\n');
+        self.bytes += line.len() as u64;
+        self.file.write_all(&line).map_err(|source| FileError::Write { path: self.path.clone(), source })
+    }
+
+    /// Bytes written so far, which are safe on disk when this returns.
+    pub fn sync(&mut self) -> Result<u64, FileError> {
+        self.file.sync_data().map_err(|source| FileError::Write { path: self.path.clone(), source })?;
+        Ok(self.bytes)
+    }
+}

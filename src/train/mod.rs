@@ -1,0 +1,120 @@
+//! Training: drawing batches, the loop with early stopping, checkpoints, the run directory.
+
+pub mod checkpoint;
+pub mod config;
+pub mod draw;
+pub mod file;
+mod fit;
+mod log;
+pub mod negatives;
+pub mod run;
+
+pub use config::Config;
+pub use fit::{Event, Fit, Outcome, check_data, score_options};
+
+use crate::batch::BatchError;
+use crate::evaluate::EvaluateError;
+use crate::model::ModelError;
+use std::path::PathBuf;
+use thiserror::Error;
+
+/// A run that could not be finished.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum TrainError {
+    /// The configuration.
+    #[error(transparent)]
+    Config(#[from] config::ConfigError),
+    /// The run directory.
+    #[error(transparent)]
+    Run(#[from] run::RunError),
+    /// One of its files.
+    #[error(transparent)]
+    File(#[from] file::FileError),
+    /// The model could not be built or run.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// A batch could not be packed.
+    #[error(transparent)]
+    Batch(#[from] BatchError),
+    /// Validation or test.
+    #[error(transparent)]
+    Evaluate(#[from] EvaluateError),
+    /// Training diverged.
+    #[error(
+        "non-finite value in {tensor} at step {step} (epoch {epoch}, batch {batch}); the last good checkpoint is kept. \
+         A lower --lr or --max-grad-norm may help"
+    )]
+    NonFinite {
+        /// Epoch, from 1.
+        epoch: usize,
+        /// Batch of the epoch, from 1.
+        batch: usize,
+        /// Optimiser step, from 1.
+        step: u64,
+        /// The tensor.
+        tensor: String,
+    },
+    /// Nothing can be learnt from the data set.
+    #[error("{} has no training target: no user has a second event that counts", path.display())]
+    NoTargets {
+        /// The data set.
+        path: PathBuf,
+    },
+    /// A file belongs to something else.
+    #[error("{} is not the data set of this run: {what} differ", path.display())]
+    OtherData {
+        /// The data set.
+        path: PathBuf,
+        /// What differs.
+        what: &'static str,
+    },
+    /// The model file is not the one the checkpoint speaks of.
+    #[error("{} is not the best model of this run's checkpoint", path.display())]
+    OtherModel {
+        /// The model file.
+        path: PathBuf,
+    },
+    /// An item that the model does not know.
+    #[error("unknown item `{item}` in {argument}")]
+    UnknownItem {
+        /// Original id.
+        item: String,
+        /// The argument it was given in.
+        argument: &'static str,
+    },
+    /// Something of the command line that clap cannot check.
+    #[error("{argument}: {reason}")]
+    Usage {
+        /// The argument.
+        argument: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Stopped by the user.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+impl TrainError {
+    /// Exit code: 1 the run failed, 2 usage, 3 bad input data, 5 non-finite, 130 interrupted.
+    pub fn exit_code(&self) -> u8 {
+        use file::FileError;
+        match self {
+            TrainError::Config(_) | TrainError::Usage { .. } => 2,
+            TrainError::Run(run::RunError::Exists { .. }) => 2,
+            TrainError::Run(run::RunError::Missing { .. }) => 3,
+            TrainError::File(FileError::Write { .. }) => 1,
+            TrainError::File(_) => 3,
+            TrainError::NoTargets { .. } | TrainError::OtherData { .. } | TrainError::OtherModel { .. } => 3,
+            TrainError::UnknownItem { .. } => 3,
+            TrainError::NonFinite { .. }
+            | TrainError::Model(ModelError::NonFinite { .. })
+            | TrainError::Evaluate(
+                EvaluateError::NonFinite { .. } | EvaluateError::Model(ModelError::NonFinite { .. }),
+            ) => 5,
+            TrainError::Interrupted | TrainError::Evaluate(EvaluateError::Interrupted) => 130,
+            TrainError::Run(_) | TrainError::Model(_) | TrainError::Batch(_) | TrainError::Evaluate(_) => 1,
+        }
+    }
+}

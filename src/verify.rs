@@ -1,0 +1,253 @@
+//! Engines against reference cases: files of inputs and float64 results that an independent program computed.
+//!
+//! A case is a safetensors file whose metadata entry `case` is JSON with a `kind`:
+//!
+//! - `fha`: the attention operation. Options `heads`, `head_dim`, `label_mask`, `normalization`, `causal`, `scale`;
+//!   tensors `q`, `k`, `v`, `do` (f32), `cu_seqlens` (u32), `label` (u8) and the results `o`, `lse`, `dq`, `dk`,
+//!   `dv` (f64).
+//! - `dfar`: the network and its training step. The network's shape and the weights of the loss; tensors `param.*`
+//!   (f32), the batch (`cu_seqlens`, `history_item`, `history_label`, `candidate`, `target`) and the results
+//!   `logits`, `loss`, `loss.*`, `grad.*`, `step_losses`, `after.*` (f64), the last after `steps` Adam steps.
+//!
+//! The error of a tensor is `max |x - reference| / scale`, where `scale` is the largest `|reference|`, with one
+//! exception. A gradient can be mathematically 0, or nearly (the softmax of a single score has none), and then
+//! what is computed is the rounding of terms that cancel. So for gradients an absolute error of one f32 rounding
+//! (2^-23) of the largest reference gradient in the case is within tolerance whatever the tensor's own scale:
+//! `scale = max(max |reference|, 2^-23 * largest / tolerance)`. Any gradient above 1/400 of the largest is judged
+//! by its own scale alone.
+
+mod case;
+mod dfar;
+pub use case::{Case, VerifyError};
+pub use dfar::verify_dfar;
+
+use crate::attention::{self, FhaOptions, Gradients, Inputs, LabelMask, Normalization, Pairing};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+
+/// Largest error of a forward result in f32.
+pub const FORWARD_TOLERANCE: f64 = 1e-5;
+/// Largest error of a gradient in f32.
+pub const GRADIENT_TOLERANCE: f64 = 5e-5;
+
+/// How far one tensor is from its reference.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct TensorError {
+    /// Its name in the case.
+    pub tensor: String,
+    /// `max |x - reference| / scale`; infinite where one of the two is not finite and the other differs.
+    pub error: f64,
+    /// Largest error that passes.
+    pub tolerance: f64,
+}
+
+impl TensorError {
+    /// Whether the error is within the tolerance.
+    pub fn passes(&self) -> bool {
+        self.error <= self.tolerance
+    }
+}
+
+/// What became of one case.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// Every result was compared.
+    Checked(Vec<TensorError>),
+    /// Nothing was compared, for this reason.
+    Skipped(&'static str),
+}
+
+/// One case and what became of it.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// Name of the case: that of its file, without extension.
+    pub case: String,
+    /// What became of it.
+    pub outcome: Outcome,
+}
+
+impl Report {
+    /// Whether nothing was out of tolerance. True of a skipped case, which did not fail, either.
+    pub fn passes(&self) -> bool {
+        match &self.outcome {
+            Outcome::Checked(errors) => errors.iter().all(TensorError::passes),
+            Outcome::Skipped(_) => true,
+        }
+    }
+}
+
+/// The case files of a folder, in alphabetical order.
+///
+/// # Errors
+/// [`VerifyError::Io`], and [`VerifyError::NoCases`] for a folder without any.
+pub fn cases(folder: &Path) -> Result<Vec<PathBuf>, VerifyError> {
+    let io = |source| VerifyError::Io { path: folder.to_owned(), source };
+    let mut paths = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(io)? {
+        let path = entry.map_err(io)?.path();
+        if path.extension().is_some_and(|e| e == "safetensors") {
+            paths.push(path);
+        }
+    }
+    paths.sort();
+    if paths.is_empty() {
+        return Err(VerifyError::NoCases { path: folder.to_owned() });
+    }
+    Ok(paths)
+}
+
+/// Reads a case and compares what this machine computes with it.
+///
+/// # Errors
+/// [`VerifyError`]: a file that cannot be read, or is not a case.
+pub fn verify(path: &Path) -> Result<Report, VerifyError> {
+    let case = Case::read(path)?;
+    let outcome = match case.kind.as_str() {
+        "fha" => Outcome::Checked(verify_fha(&case)?),
+        "dfar" => Outcome::Checked(verify_dfar(&case)?),
+        kind => return Err(VerifyError::Kind { path: path.to_owned(), kind: kind.to_owned() }),
+    };
+    Ok(Report { case: case.name, outcome })
+}
+
+/// The `fha` part of a case's metadata.
+#[derive(Deserialize)]
+struct FhaCase {
+    heads: usize,
+    head_dim: usize,
+    label_mask: bool,
+    normalization: Normalization,
+    causal: bool,
+    scale: f64,
+}
+
+/// An `fha` case in memory.
+#[derive(Clone, Debug)]
+pub struct Fha {
+    /// Options of the operation.
+    pub options: FhaOptions,
+    /// `[B + 1]`
+    pub cu_seqlens: Vec<u32>,
+    /// `[N]`
+    pub label: Vec<u8>,
+    /// Queries, keys and values, `[N, H, d]` each.
+    pub qkv: [Vec<f32>; 3],
+    /// Gradient with respect to the output, `[N, Q, K, d]`.
+    pub d_o: Vec<f32>,
+    /// Reference output, `[N, Q, K, d]`.
+    pub o: Vec<f64>,
+    /// Reference logarithms of the denominators, `[N, Q]`.
+    pub lse: Vec<f64>,
+    /// Reference gradients of queries, keys and values, `[N, H, d]` each.
+    pub gradients: [Vec<f64>; 3],
+}
+
+impl Fha {
+    /// Takes the case apart.
+    ///
+    /// # Errors
+    /// Metadata or tensors that are missing, of another type or of another shape.
+    pub fn new(case: &Case) -> Result<Self, VerifyError> {
+        let FhaCase { heads, head_dim, label_mask, normalization, causal, scale } = case.options()?;
+        let options = FhaOptions {
+            heads,
+            head_dim,
+            label_mask: if label_mask { LabelMask::Feedback } else { LabelMask::None },
+            normalization,
+            pairing: Pairing::Factorized,
+            causal,
+            scale: scale as f32,
+        };
+        let cu_seqlens = case.u32s("cu_seqlens", &[None])?;
+        let tokens = cu_seqlens.last().map_or(0, |&end| end as usize);
+        let (slots, d) = (options.query_slots(), head_dim);
+        let input = [tokens, heads, d].map(Some);
+        let output = [tokens, slots, heads, d].map(Some);
+        let f32s = |name| case.f32s(name, &input);
+        let f64s = |name| case.f64s(name, &input);
+        Ok(Self {
+            options,
+            label: case.u8s("label", &[Some(tokens)])?,
+            qkv: [f32s("q")?, f32s("k")?, f32s("v")?],
+            d_o: case.f32s("do", &output)?,
+            o: case.f64s("o", &output)?,
+            lse: case.f64s("lse", &[Some(tokens), Some(slots)])?,
+            gradients: [f64s("dq")?, f64s("dk")?, f64s("dv")?],
+            cu_seqlens,
+        })
+    }
+
+    /// The inputs, as the operation takes them.
+    pub fn inputs(&self) -> Inputs<'_> {
+        let [q, k, v] = &self.qkv;
+        Inputs { q, k, v, cu_seqlens: &self.cu_seqlens, label: &self.label }
+    }
+}
+
+/// Runs the fused engine on an `fha` case.
+///
+/// # Errors
+/// A case that is not complete, or not acceptable to the operation.
+pub fn verify_fha(case: &Case) -> Result<Vec<TensorError>, VerifyError> {
+    let fha = Fha::new(case)?;
+    let refused = |source| VerifyError::Attention { path: case.path.clone(), source };
+    let (mut o, mut lse) = (vec![0.0; fha.o.len()], vec![0.0; fha.lse.len()]);
+    attention::forward(&fha.options, fha.inputs(), &mut o, &mut lse).map_err(refused)?;
+    let [mut dq, mut dk, mut dv] = [(); 3].map(|()| vec![0.0; fha.qkv[0].len()]);
+    let gradients = Gradients { dq: &mut dq, dk: &mut dk, dv: &mut dv };
+    attention::backward(&fha.options, fha.inputs(), &o, &lse, &fha.d_o, gradients).map_err(refused)?;
+
+    let mut errors = vec![compare("o", &o, &fha.o), compare("lse", &lse, &fha.lse)];
+    let [dq_reference, dk_reference, dv_reference] = &fha.gradients;
+    errors.extend(compare_gradients(&[
+        ("dq", &dq, dq_reference),
+        ("dk", &dk, dk_reference),
+        ("dv", &dv, dv_reference),
+    ]));
+    Ok(errors)
+}
+
+/// Compares a forward result.
+pub fn compare(tensor: &str, x: &[f32], reference: &[f64]) -> TensorError {
+    let error = relative_error(x, reference, largest(reference));
+    TensorError { tensor: tensor.to_owned(), error, tolerance: FORWARD_TOLERANCE }
+}
+
+/// Compares all gradients of a case: (name, value, reference).
+pub fn compare_gradients(gradients: &[(&str, &[f32], &[f64])]) -> Vec<TensorError> {
+    let tolerance = GRADIENT_TOLERANCE;
+    let overall = gradients.iter().map(|(_, _, reference)| largest(reference)).fold(0.0, f64::max);
+    let floor = f64::from(f32::EPSILON) * overall / tolerance;
+    let compare = |&(tensor, x, reference): &(&str, &[f32], &[f64])| TensorError {
+        tensor: tensor.to_owned(),
+        error: relative_error(x, reference, largest(reference).max(floor)),
+        tolerance,
+    };
+    gradients.iter().map(compare).collect()
+}
+
+fn largest(reference: &[f64]) -> f64 {
+    reference.iter().filter(|x| x.is_finite()).fold(0.0, |max, x| max.max(x.abs()))
+}
+
+/// `max |x - reference| / scale`. Equal values have no difference, whatever they are; a difference that is not
+/// finite, or any difference where `scale` is 0, is an infinite error.
+///
+/// # Panics
+/// For slices of different lengths.
+pub fn relative_error(x: &[f32], reference: &[f64], scale: f64) -> f64 {
+    assert_eq!(x.len(), reference.len(), "a tensor and its reference have the same shape");
+    let differences = x.iter().zip(reference).map(|(&x, &r)| {
+        let (x, difference) = (f64::from(x), (f64::from(x) - r).abs());
+        if x == r {
+            0.0
+        } else if difference.is_finite() {
+            difference
+        } else {
+            f64::INFINITY
+        }
+    });
+    let difference = differences.fold(0.0, f64::max);
+    if difference == 0.0 { 0.0 } else { difference / scale }
+}

@@ -1,0 +1,210 @@
+//! `dfar-data` as users run it: results on stdout, messages on stderr, exit codes.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+const LOG: &str = "\
+user_id,video_id,time_ms,long_view,is_click
+1,10,1000000000001,1,0
+1,11,1000000000002,0,1
+1,12,1000000000003,1,1
+2,10,1000000000004,1,0
+2,12,1000000000005,0,0
+2,13,1000000000006,1,1
+3,11,1000000000007,1,0
+3,13,1000000000008,0,1
+3,10,1000000000009,1,1
+";
+
+fn dfar_data(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_dfar-data")).args(arguments).stdin(Stdio::null()).output().unwrap()
+}
+
+#[track_caller]
+fn succeeds(arguments: &[&str]) -> (String, String) {
+    let output = dfar_data(arguments);
+    let [out, err] = [output.stdout, output.stderr].map(|text| String::from_utf8(text).unwrap());
+    assert_eq!(output.status.code(), Some(0), "{err}");
+    (out, err)
+}
+
+#[track_caller]
+fn fails(arguments: &[&str], code: i32) -> String {
+    let output = dfar_data(arguments);
+    let err = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(code), "{err}");
+    assert!(output.stdout.is_empty());
+    err
+}
+
+struct Folder(tempfile::TempDir);
+
+impl Folder {
+    fn new() -> Folder {
+        let folder = Folder(tempfile::tempdir().unwrap());
+        std::fs::write(folder.0.path().join("log.csv"), LOG).unwrap();
+        folder
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.0.path().join(name).to_str().unwrap().to_owned()
+    }
+
+    /// Imports the log with these flags on top.
+    fn import<'a>(&'a self, log: &'a str, output: &'a str, flags: &[&'a str]) -> Vec<&'a str> {
+        let usual = ["import", "--format", "kuairand", "--input", log, "--output", output];
+        usual.iter().chain(&["--k-core", "0", "--candidates", "1"]).chain(flags).copied().collect()
+    }
+}
+
+#[test]
+fn import_then_info() {
+    let folder = Folder::new();
+    let [log, output] = ["log.csv", "x.dfar"].map(|name| folder.path(name));
+    let (out, err) = succeeds(&folder.import(&log, &output, &["--split", "leave-last"]));
+    assert_eq!(out, "");
+    assert!(err.contains("3 users, 4 items, 9 events of 9 rows"), "{err}");
+    // stderr is no terminal here, so there are no bars.
+    assert!(!err.contains('\r') && !err.contains('\x1b'), "{err:?}");
+
+    let (out, err) = succeeds(&["info", &output]);
+    assert_eq!(err, "");
+    for words in ["leave-last", "long_view = 1", "kuairand log.csv", "1 by training popularity"] {
+        assert!(out.contains(words), "no {words:?} in {out}");
+    }
+
+    let (out, _) = succeeds(&["info", "--json", &output]);
+    let json: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(json["users"], 3);
+    assert_eq!(json["items"], 4);
+    assert_eq!(json["positive"], 6);
+    assert_eq!(json["negative"], 3);
+    assert_eq!(json["mean_records_per_user"], 3.0);
+    assert_eq!(json["train"], serde_json::json!({"liked": 3, "skipped": 0}));
+    assert_eq!(json["valid"], serde_json::json!({"liked": 0, "skipped": 3}));
+    assert_eq!(json["test"], serde_json::json!({"liked": 3, "skipped": 0}));
+    assert_eq!(json["history_length"][0], serde_json::json!({"share": 0.0, "events": 3}));
+    assert_eq!(json["times"], serde_json::json!([1_000_000_000_001_i64, 1_000_000_000_009_i64]));
+    assert_eq!(json["protocol"]["split"]["kind"], "leave-last");
+    assert_eq!(json["protocol"]["candidates"]["negatives"], 1);
+    assert_eq!(json["ceiling_auc"], serde_json::Value::Null);
+}
+
+#[test]
+fn flags_reach_the_protocol() {
+    let folder = Folder::new();
+    let [log, output] = ["log.csv", "x.dfar"].map(|name| folder.path(name));
+    let flags = [
+        "--label-column",
+        "is_click",
+        "--positive-above",
+        "-1",
+        "--split",
+        "temporal",
+        "--train-share",
+        "0.5",
+        "--valid-share",
+        "0.25",
+        "--seed",
+        "77",
+        "--keep-repeats",
+        "--skip-bad-rows",
+        "3",
+        "--quiet",
+    ];
+    let (_, err) = succeeds(&folder.import(&log, &output, &flags));
+    assert_eq!(err, "");
+    let (out, _) = succeeds(&["info", "--json", &output]);
+    let json: serde_json::Value = serde_json::from_str(&out).unwrap();
+    let protocol = &json["protocol"];
+    assert_eq!(protocol["positive"], "is_click > -1");
+    assert_eq!(protocol["split"], serde_json::json!({"kind": "temporal", "train": 0.5, "valid": 0.25}));
+    assert_eq!(protocol["repeats"], "keep");
+    assert_eq!(protocol["k_core"], serde_json::Value::Null);
+    assert_eq!(protocol["candidates"]["seed"], 77);
+    assert_eq!((json["positive"].as_u64(), json["negative"].as_u64()), (Some(9), Some(0)));
+}
+
+#[test]
+fn standard_input_is_a_log() {
+    let folder = Folder::new();
+    let [log, output] = ["log.csv", "x.dfar"].map(|name| folder.path(name));
+    let status = Command::new(env!("CARGO_BIN_EXE_dfar-data"))
+        .args(folder.import("-", &output, &["--quiet"]))
+        .stdin(std::fs::File::open(log).unwrap())
+        .status()
+        .unwrap();
+    assert!(status.success());
+    assert!(succeeds(&["info", &output]).0.contains("9 rows"));
+}
+
+#[test]
+fn bad_rows_exit_3_with_their_place() {
+    let folder = Folder::new();
+    let [log, output] = ["bad.csv", "x.dfar"].map(|name| folder.path(name));
+    std::fs::write(&log, LOG.replacen("1000000000005", "later", 1)).unwrap();
+    let err = fails(&folder.import(&log, &output, &[]), 3);
+    assert!(err.contains(&format!("{log}:6: time_ms `later`: not a number")), "{err}");
+    assert!(!Path::new(&output).exists());
+    let (_, err) = succeeds(&folder.import(&log, &output, &["--skip-bad-rows", "1"]));
+    assert!(err.contains("skipped: ") && err.contains("(1 bad, 0 repeated)"), "{err}");
+}
+
+#[test]
+fn exit_codes() {
+    let folder = Folder::new();
+    let [log, output, missing] = ["log.csv", "x.dfar", "missing"].map(|name| folder.path(name));
+    fails(&["import"], 2);
+    fails(&["import", "--format", "nothing", "--input", &log, "--output", &output], 2);
+    fails(&folder.import(&log, &output, &["--delimiter", "ab"]), 2);
+    fails(&folder.import(&missing, &output, &[]), 3);
+    fails(&folder.import(&log, &output, &["--label-column", "nothing"]), 3);
+    fails(&["info", &missing], 3);
+    let err = fails(&["info", &log], 3);
+    assert!(err.contains("not a dfar data set"), "{err}");
+    // Writing fails, the data are good: the run failed.
+    let nowhere: PathBuf = Path::new(&missing).join("x.dfar");
+    fails(&folder.import(&log, nowhere.to_str().unwrap(), &[]), 1);
+    for arguments in [&["--help"][..], &["import", "--help"], &["--version"]] {
+        succeeds(arguments);
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_reader_that_leaves_is_no_error() {
+    let folder = Folder::new();
+    let [log, output] = ["log.csv", "x.dfar"].map(|name| folder.path(name));
+    succeeds(&folder.import(&log, &output, &[]));
+    let mut child = Command::new(env!("CARGO_BIN_EXE_dfar-data"))
+        .args(["info", &output])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    assert!(output.stderr.is_empty());
+}
+
+#[test]
+fn synth_tells_the_ceiling() {
+    let folder = Folder::new();
+    let output = folder.path("s.dfar");
+    let arguments =
+        ["synth", "--users", "200", "--items", "100", "--events", "6000", "--seed", "4", "--output", &output];
+    let (out, err) = succeeds(&arguments);
+    assert_eq!(out, "");
+    assert!(err.contains("200 users, 100 items"), "{err}");
+    let (out, _) = succeeds(&["info", "--json", &output]);
+    let json: serde_json::Value = serde_json::from_str(&out).unwrap();
+    let ceiling = json["ceiling_auc"].as_f64().unwrap();
+    assert!((0.75..0.95).contains(&ceiling), "{ceiling}");
+    let events = json["positive"].as_u64().unwrap() + json["negative"].as_u64().unwrap();
+    assert!((4500..7500).contains(&events), "{events}");
+    assert_eq!(json["protocol"]["synthetic"]["seed"], 4);
+    assert!(succeeds(&["info", &output]).0.contains("ceiling"));
+    let err = fails(&["synth", "--users", "0", "--output", &output], 3);
+    assert!(err.contains("users"), "{err}");
+}

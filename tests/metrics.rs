@@ -1,0 +1,131 @@
+//! Metrics against a naive computation and against cases worked by hand.
+
+use dfar::evaluate::metrics::{GaucRule, ScoredGroups, auc, expected_ndcg, expected_reciprocal_rank};
+use proptest::prelude::*;
+
+/// Every (positive, negative) pair, one at a time.
+fn naive_auc(rows: &[(f32, bool)]) -> Option<f64> {
+    let (mut right, mut pairs) = (0.0, 0.0);
+    for &(p, positive) in rows {
+        for &(n, other) in rows {
+            if positive && !other {
+                pairs += 1.0;
+                right += if p > n { 1.0 } else { f64::from(u8::from(p == n)) / 2.0 };
+            }
+        }
+    }
+    (pairs > 0.0).then(|| right / pairs)
+}
+
+/// Averages a rank statistic over every order of the tied candidates, by listing the orders.
+fn over_orders(group: &[f32], statistic: impl Fn(usize) -> f64) -> f64 {
+    let mut ranks = Vec::new();
+    let mut order: Vec<usize> = (0..group.len()).collect();
+    permute(&mut order, 0, &mut |order| {
+        if order.windows(2).all(|w| group[w[0]] >= group[w[1]]) {
+            ranks.push(1 + order.iter().position(|&i| i == 0).unwrap());
+        }
+    });
+    ranks.iter().map(|&r| statistic(r)).sum::<f64>() / ranks.len() as f64
+}
+
+fn permute(order: &mut [usize], from: usize, visit: &mut impl FnMut(&[usize])) {
+    if from == order.len() {
+        return visit(order);
+    }
+    for i in from..order.len() {
+        order.swap(from, i);
+        permute(order, from + 1, visit);
+        order.swap(from, i);
+    }
+}
+
+#[test]
+fn auc_by_hand() {
+    // Positives 3 and 1 against negatives 2 and 1: right, right, wrong, tie -> 2.5 / 4.
+    assert_eq!(auc(&mut [(3.0, true), (2.0, false), (1.0, true), (1.0, false)]), Some(0.625));
+    assert_eq!(auc(&mut [(0.0, true), (-0.0, false)]), Some(0.5), "0 and -0 tie");
+    assert_eq!(auc(&mut [(1.0, true), (2.0, true)]), None);
+    assert_eq!(auc(&mut []), None);
+}
+
+#[test]
+fn ranks_by_hand() {
+    assert_eq!(expected_reciprocal_rank(0, 0), 1.0);
+    assert_eq!(expected_reciprocal_rank(1, 1), (1.0 / 2.0 + 1.0 / 3.0) / 2.0);
+    assert_eq!(expected_ndcg(0, 0), 1.0);
+    assert_eq!(expected_ndcg(2, 0), 0.5, "1 / log2(4)");
+    assert_eq!(expected_ndcg(10, 0), 0.0, "rank 11 is beyond the cutoff");
+    assert_eq!(expected_ndcg(9, 1), 0.5 / 11f64.log2(), "half the orders put it at rank 10");
+}
+
+#[test]
+fn one_score_for_all_is_worth_guessing() {
+    let metrics = ScoredGroups { user: &[0, 0, 1], scores: &[0.3; 30], candidates: 10 }
+        .metrics(GaucRule::BothClasses)
+        .unwrap();
+    let guess: f64 = (1..=10).map(|r| 1.0 / f64::from(r)).sum::<f64>() / 10.0;
+    assert_eq!((metrics.auc, metrics.gauc), (0.5, Some(0.5)));
+    assert!((metrics.mrr - guess).abs() < 1e-12);
+}
+
+#[test]
+fn gauc_by_hand() {
+    // User 7: one group, AUC 1, 2 rows. User 3: two groups (not adjacent), AUC 1/2: 4 rows.
+    let groups = ScoredGroups { user: &[3, 7, 3], scores: &[1.0, 2.0, 9.0, 8.0, 2.0, 1.0], candidates: 2 };
+    // User 3: positives 1, 2; negatives 2, 1: wrong, tie, tie, right -> 2 / 4.
+    let metrics = groups.metrics(GaucRule::BothClasses).unwrap();
+    assert_eq!(metrics.gauc, Some((1.0 * 2.0 + 0.5 * 4.0) / 6.0));
+    assert_eq!((metrics.gauc_users, metrics.gauc_users_left_out), (2, 0));
+    assert_eq!(metrics.mrr, (0.5 + 1.0 + 1.0) / 3.0);
+    assert_eq!(groups.metrics(GaucRule::Dfar).unwrap().gauc, Some(1.0), "fewer than 10 rows count as 1");
+}
+
+#[test]
+fn nothing_to_measure() {
+    assert_eq!(ScoredGroups { user: &[], scores: &[], candidates: 10 }.metrics(GaucRule::BothClasses), None);
+    assert_eq!(
+        ScoredGroups { user: &[0], scores: &[1.0], candidates: 1 }.metrics(GaucRule::BothClasses),
+        None
+    );
+}
+
+proptest! {
+    #[test]
+    fn auc_is_the_naive_auc(rows in prop::collection::vec(((-3i8..4).prop_map(f32::from), any::<bool>()), 0..60)) {
+        let naive = naive_auc(&rows);
+        let fast = auc(&mut rows.clone());
+        prop_assert_eq!(naive.is_some(), fast.is_some());
+        if let (Some(naive), Some(fast)) = (naive, fast) {
+            prop_assert!((naive - fast).abs() < 1e-12);
+        }
+    }
+
+    #[test]
+    fn ranks_are_the_mean_over_all_orders(group in prop::collection::vec((0i8..4).prop_map(f32::from), 2..7)) {
+        let metrics = ScoredGroups { user: &[0], scores: &group, candidates: group.len() }
+            .metrics(GaucRule::BothClasses).unwrap();
+        prop_assert!((metrics.mrr - over_orders(&group, |r| 1.0 / r as f64)).abs() < 1e-12);
+        prop_assert!((metrics.ndcg - over_orders(&group, |r| 1.0 / ((r + 1) as f64).log2())).abs() < 1e-12);
+    }
+
+    #[test]
+    fn gauc_is_the_weighted_mean_of_naive_aucs(
+        users in prop::collection::vec(0u32..4, 1..12),
+        seed in prop::collection::vec(-3i8..4, 36),
+    ) {
+        let scores: Vec<f32> = (0..users.len() * 3).map(|i| f32::from(seed[i % 36])).collect();
+        let (mut sum, mut weight) = (0.0, 0.0);
+        for user in 0..4 {
+            let rows: Vec<(f32, bool)> = (0..scores.len())
+                .filter(|i| users[i / 3] == user).map(|i| (scores[i], i % 3 == 0)).collect();
+            if let Some(auc) = naive_auc(&rows) {
+                sum += auc * rows.len() as f64;
+                weight += rows.len() as f64;
+            }
+        }
+        let metrics = ScoredGroups { user: &users, scores: &scores, candidates: 3 }
+            .metrics(GaucRule::BothClasses).unwrap();
+        prop_assert!((metrics.gauc.unwrap() - sum / weight).abs() < 1e-12);
+    }
+}

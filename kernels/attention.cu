@@ -249,10 +249,12 @@ template <class E, int D> __device__ __forceinline__ void forward(const Attentio
 #pragma unroll
             for (int j = 0; j < KEYS / 16; ++j) {
                 if (j * 16 >= columns) continue;
+                float low[2][4];
+                refine(s[j], low, scale, q, keys + j * 16 * STRIDE);
 #pragma unroll
                 for (int i = 0; i < 8; ++i) {
                     float& x = s[j][i / 4][i % 4];
-                    x = exp2_fast(multiply_add(x, scale, -peak[i / 2 % 2]));
+                    x = exp2_fast(exponent<E>(x, low[i / 4][i % 4], scale, peak[i / 2 % 2]));
                     softmax.sum[i / 2 % 2] += x;
                 }
                 if (kept) accumulate<E, D>(acc, s[j], values + j * 16 * STRIDE, scratch);
@@ -325,8 +327,12 @@ template <class E, int D> __device__ __forceinline__ void delta(const AttentionP
 // lse in base 2, such that 2^(score - lse) is 0 for a row that saw nothing.
 __device__ __forceinline__ float base_2_lse(float lse) { return lse == -INF ? INF : lse * LOG2_E; }
 
+// Whether p is corrected for the rounding of lse. An lse of 1e4 in f32 is off by up to 5e-4, and p of the whole row with it.
+// The pass that visits a row's every p adds them up and divides by the sum, which should be 1; it leaves the factor for dk_dv.
+template <class E> constexpr bool CORRECTED = sizeof(E) == 4;
+
 // dq: a block of query rows as in forward. Reads q, k, v, d_o, lse, delta, order, feedback; writes dq of its tokens,
-// zeros for the heads of the other group included.
+// zeros for the heads of the other group included, and in f32 correction.
 template <class E, int D> __device__ __forceinline__ void dq(const AttentionParams& p) {
     constexpr int KEYS = TILE<E, D>, STRIDE = Tile<E, D>::STRIDE;
     const int lane = lane_index(), warp = uniform(warp_index()), warps = blockDim.x / 32;
@@ -364,6 +370,7 @@ template <class E, int D> __device__ __forceinline__ void dq(const AttentionPara
     }
 
     const float scale = p.scale * LOG2_E;
+    float sum[2] = {0.0f, 0.0f};
     stage_rows<E, D>(q_tile, p.q, rows, 0, [&](int row) { return problem.query(p, item, first + row); });
     __syncwarp();
     Rows<E, D, true> q, d_o;
@@ -406,23 +413,40 @@ template <class E, int D> __device__ __forceinline__ void dq(const AttentionPara
 #pragma unroll
             for (int j = 0; j < KEYS / 16; ++j) {
                 if (j * 16 >= columns) continue;
-                float s[2][4], dp[2][4];
+                float s[2][4], low[2][4], dp[2][4];
                 scores(s, q, keys + j * 16 * STRIDE);
+                refine(s, low, scale, q, keys + j * 16 * STRIDE);
                 if (kept) scores(dp, d_o, values + j * 16 * STRIDE);
                 const bool diagonal = j * 16 + 16 > seen_by_all;
 #pragma unroll
                 for (int i = 0; i < 8; ++i) {
                     const int half = i / 2 % 2, column = j * 16 + i / 4 * 8 + (lane & 3) * 2 + i % 2;
                     float& x = s[i / 4][i % 4];
-                    const float weight = exp2_fast(multiply_add(x, scale, -lse[half]));
+                    float weight = exp2_fast(exponent<E>(x, low[i / 4][i % 4], scale, lse[half]));
+                    if (diagonal && column >= limit[half]) weight = 0.0f;
+                    if constexpr (CORRECTED<E>) sum[half] += weight;
                     x = weight * ((kept ? dp[i / 4][i % 4] : 0.0f) - delta[half]);
-                    if (diagonal && column >= limit[half]) x = 0.0f;
                 }
                 accumulate<E, D>(acc, s, keys + j * 16 * STRIDE, scratch);
             }
         }
     }
 
+    if constexpr (CORRECTED<E>) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int row = (lane >> 2) + i * 8;
+            sum[i] += shuffle_xor(sum[i], 1);
+            sum[i] += shuffle_xor(sum[i], 2);
+            const float correction = sum[i] == 0.0f ? 1.0f : 1.0f / sum[i];
+#pragma unroll
+            for (int n = 0; n < D / 8; ++n) {
+                acc[n][2 * i] *= correction;
+                acc[n][2 * i + 1] *= correction;
+            }
+            if ((lane & 3) == 0 && row < rows) p.correction[problem.row(p, item, first + row)] = correction;
+        }
+    }
     store_accumulator<D>(out, D + 4, acc, p.scale);
     __syncwarp();
     write_rows<E, D>(p.dq, out, D + 4, rows, [&](int row) { return problem.query(p, item, first + row); });
@@ -438,7 +462,7 @@ template <class E, int D> __device__ __forceinline__ void dq(const AttentionPara
 }
 
 // dk_dv: one block takes 16 * warps keys of one label, starting at item.first in label order, of key head blockIdx.y, and
-// all query rows that see them. Reads q, k, v, d_o, lse, delta, order, feedback; writes dk and dv of its keys (zeros where
+// all query rows that see them. Reads q, k, v, d_o, lse, delta, order, feedback, in f32 correction; writes dk and dv of its keys (zeros where
 // nothing is kept). Works on transposed scores: rows are keys, columns query rows.
 template <class E, int D> __device__ __forceinline__ void dk_dv(const AttentionParams& p) {
     constexpr int QUERIES = TILE<E, D>, STRIDE = Tile<E, D>::STRIDE;
@@ -452,6 +476,7 @@ template <class E, int D> __device__ __forceinline__ void dk_dv(const AttentionP
     E* const d_o_tile = carve.take<E>(2 * QUERIES * STRIDE);
     float* const lse_tile = carve.take<float>(2 * QUERIES);
     float* const delta_tile = carve.take<float>(2 * QUERIES);
+    float* const correction_tile = carve.take<float>(CORRECTED<E> ? 2 * QUERIES : 0);
     E* const k_tile = carve.take<E>(warps * 16 * STRIDE) + warp * 16 * STRIDE;
     E* const v_tile = carve.take<E>(warps * 16 * STRIDE) + warp * 16 * STRIDE;
     float* const out = carve.take<float>(warps * 16 * (D + 4)) + warp * 16 * (D + 4);
@@ -511,6 +536,7 @@ template <class E, int D> __device__ __forceinline__ void dk_dv(const AttentionP
             const size_t row = problem.row(p, item, from + (i < count ? i : 0));
             lse_tile[stage * QUERIES + i] = i < count ? base_2_lse(p.lse[row]) : INF;
             delta_tile[stage * QUERIES + i] = i < count ? p.delta[row] : 0.0f;
+            if constexpr (CORRECTED<E>) correction_tile[stage * QUERIES + i] = i < count ? p.correction[row] : 0.0f;
         }
     };
 
@@ -530,8 +556,9 @@ template <class E, int D> __device__ __forceinline__ void dk_dv(const AttentionP
             const bool diagonal = row < warp_all_from;
             const E* const queries = q_tile + (at + j * 16) * STRIDE;
             const E* const d_o = d_o_tile + (at + j * 16) * STRIDE;
-            float s[2][4], dp[2][4];
+            float s[2][4], low[2][4], dp[2][4];
             scores(s, k, queries);
+            refine(s, low, scale, k, queries);
             if (kept) scores(dp, v, d_o);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
@@ -540,8 +567,13 @@ template <class E, int D> __device__ __forceinline__ void dk_dv(const AttentionP
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     float& x = s[half][i];
-                    x = exp2_fast(multiply_add(x, scale, i % 2 ? -lse.y : -lse.x));
+                    x = exp2_fast(exponent<E>(x, low[half][i], scale, i % 2 ? lse.y : lse.x));
                     if (diagonal && row + column + i % 2 < own_from[i / 2]) x = 0.0f;
+                }
+                if constexpr (CORRECTED<E>) {
+                    const float2 factor = *reinterpret_cast<const float2*>(correction_tile + at + j * 16 + column);
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) s[half][i] *= i % 2 ? factor.y : factor.x;
                 }
             }
             if (kept) accumulate<E, D>(dv, s, d_o, scratch);
@@ -570,7 +602,7 @@ template <class E, int D> __device__ __forceinline__ void dk_dv(const AttentionP
 // A module is compiled for one element type and width: -DDFAR_ELEMENT=bf16 -DDFAR_HEAD_DIM=16.
 #ifdef DFAR_ELEMENT
 #define DFAR_KERNEL(name)                                                                                    \
-    extern "C" __global__ void __launch_bounds__(THREADS) attention_##name(const __grid_constant__ AttentionParams p) { \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_##name(const __grid_constant__ AttentionParams p) { \
         name<DFAR_ELEMENT, DFAR_HEAD_DIM>(p);                                                                \
     }
 DFAR_KERNEL(forward)

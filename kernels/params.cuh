@@ -13,6 +13,7 @@ struct AttentionParams {
     float* lse;                // [N, Q], natural logarithm
     const void* d_o;           // [N, Q, K, d]
     float* delta;              // [N, Q]
+    float* correction;         // [N, Q] f32 only: 1 / (sum of a row's p as backward computes them)
     void* dq;                  // [N, H, d]
     void* dk;                  // [N, H, d]
     void* dv;                  // [N, H, d]
@@ -29,6 +30,6 @@ struct AttentionParams {
     unsigned rows;             // N * Q
 };
 
-static_assert(sizeof(AttentionParams) == 136, "AttentionParams is mirrored by src/device/cuda/params.rs");
-static_assert(__builtin_offsetof(AttentionParams, items) == 96, "mirrored by src/device/cuda/params.rs");
-static_assert(__builtin_offsetof(AttentionParams, scale) == 128, "mirrored by src/device/cuda/params.rs");
+static_assert(sizeof(AttentionParams) == 144, "AttentionParams is mirrored by src/device/cuda/params.rs");
+static_assert(__builtin_offsetof(AttentionParams, items) == 104, "mirrored by src/device/cuda/params.rs");
+static_assert(__builtin_offsetof(AttentionParams, scale) == 136, "mirrored by src/device/cuda/params.rs");

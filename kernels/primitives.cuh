@@ -74,6 +74,10 @@ __device__ __forceinline__ float log2_fast(float x) {
 }
 __device__ __forceinline__ float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ __forceinline__ float largest(float a, float b) { return fmaxf(a, b); }
+__device__ __forceinline__ float magnitude(float x) { return fabsf(x); }
+// One rounding each, never fused into what follows.
+__device__ __forceinline__ float multiply_exactly(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ float add_exactly(float a, float b) { return __fadd_rn(a, b); }
 
 // Two numbers, rounded to nearest, in one register; `low` comes first in memory.
 template <class E> __device__ __forceinline__ unsigned pack(float low, float high);

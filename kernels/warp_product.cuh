@@ -103,6 +103,52 @@ __device__ __forceinline__ void scores(float (&c)[2][4], const Rows<E, D, HELD>&
     }
 }
 
+// Above this size (in base 2) an f32 score is rounded by more than 2^-18, and p would be less exact than an f32 path
+// should be: its low half is computed as well.
+constexpr float LARGE_SCORE = 64.0f;
+
+// Scores of the f32 path that are large, again: c + low is the product with all its roundings made up for. Scores
+// of -inf, which is also what hidden pairs have, stay so.
+template <class E, int D, bool HELD>
+__device__ __forceinline__ void refine(float (&c)[2][4], float (&low)[2][4], float scale, const Rows<E, D, HELD>& rows,
+                                       const E* tile) {
+    if constexpr (sizeof(E) == 4) {
+        bool large = false;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const float size = magnitude(c[i / 4][i % 4] * scale);
+            large |= size > LARGE_SCORE && size < INF;
+            low[i / 4][i % 4] = 0.0f;
+        }
+        if (!any_lane(large)) return;
+        constexpr int STRIDE = Tile<E, D>::STRIDE;
+        const int lane = lane_index();
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const float* const a = rows.at + ((lane >> 2) + i / 2 % 2 * 8) * STRIDE;
+            const float* const b = tile + ((lane & 3) * 2 + i / 4 * 8 + i % 2) * STRIDE;
+            float sum = 0.0f, rest = 0.0f;
+#pragma unroll 4
+            for (int k = 0; k < D; ++k) {
+                const float product = multiply_exactly(a[k], b[k]), next = add_exactly(sum, product);
+                const float took = add_exactly(next, -sum);
+                rest += multiply_add(a[k], b[k], -product) +
+                        add_exactly(add_exactly(sum, -add_exactly(next, -took)), add_exactly(product, -took));
+                sum = next;
+            }
+            if (c[i / 4][i % 4] == -INF) continue;
+            c[i / 4][i % 4] = sum;
+            low[i / 4][i % 4] = rest;
+        }
+    }
+}
+
+// scale * score - shift, of a refined score.
+template <class E> __device__ __forceinline__ float exponent(float score, float low, float scale, float shift) {
+    const float x = multiply_add(score, scale, -shift);
+    return sizeof(E) == 4 ? multiply_add(low, scale, x) : x;
+}
+
 // `scratch`: SCRATCH<E> floats of the warp's own.
 template <class E, int D>
 __device__ __forceinline__ void accumulate(float (&acc)[D / 8][4], const float (&c)[2][4], const E* tile, float* scratch) {

@@ -24,6 +24,8 @@ pub struct AttentionParams {
     pub d_o: Pointer,
     /// `[N, Q]`
     pub delta: Pointer,
+    /// `[N, Q]`, f32 only
+    pub correction: Pointer,
     /// `[N, H, d]`
     pub dq: Pointer,
     /// `[N, H, d]`
@@ -69,7 +71,7 @@ pub struct Item {
 }
 
 // As in params.cuh and seqlen.cuh.
-const _: () = assert!(size_of::<AttentionParams>() == 136);
-const _: () = assert!(offset_of!(AttentionParams, items) == 96);
-const _: () = assert!(offset_of!(AttentionParams, scale) == 128);
+const _: () = assert!(size_of::<AttentionParams>() == 144);
+const _: () = assert!(offset_of!(AttentionParams, items) == 104);
+const _: () = assert!(offset_of!(AttentionParams, scale) == 136);
 const _: () = assert!(size_of::<Item>() == 16);

@@ -5,9 +5,9 @@
 //! the long sequences start at once and the short ones fill the gaps.
 
 use super::CudaError;
-use super::params::Item;
+use super::params::{AttentionParams, Item};
 use super::tile::{DELTA_THREADS, Element, Tile, tile};
-use crate::attention::{FhaOptions, LabelMask, Pairing};
+use crate::attention::{FhaOptions, LabelMask, Normalization, Pairing};
 
 /// Order, feedback and work of one batch.
 #[derive(Clone, Debug, PartialEq)]
@@ -161,6 +161,21 @@ impl Plan {
         }
     }
 
+    /// Arguments that are no pointers; those are null.
+    pub fn params(&self, options: &FhaOptions) -> AttentionParams {
+        AttentionParams {
+            heads: options.heads as u32,
+            query_slots: options.query_slots() as u32,
+            key_slots: options.key_slots() as u32,
+            group: if options.label_mask == LabelMask::Feedback { options.heads as u32 / 2 } else { 0 },
+            causal: options.causal.into(),
+            masked: (options.normalization == Normalization::Masked).into(),
+            scale: options.scale,
+            rows: (self.tokens * options.query_slots()) as u32,
+            ..AttentionParams::default()
+        }
+    }
+
     /// Grid and block of a pass.
     pub fn launch(&self, options: &FhaOptions, pass: Pass) -> Launch {
         let rows = self.tokens * options.query_slots();
@@ -184,7 +199,6 @@ impl Plan {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::attention::Normalization;
 
     fn plan(options: &FhaOptions, cu_seqlens: &[u32], label: &[u8]) -> Plan {
         Plan::new(Element::Bf16, options, cu_seqlens, label, 227 << 10).expect("it should fit")

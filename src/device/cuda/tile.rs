@@ -135,7 +135,8 @@ impl Variant {
 
     fn dk_dv(&self, warps: usize) -> usize {
         let mut carve = Carve(0);
-        carve.take(2 * self.tile(), 4).take(2 * self.tile(), 4);
+        let corrected = if self.size == 4 { 2 * self.tile() } else { 0 };
+        carve.take(2 * self.tile(), 4).take(2 * self.tile(), 4).take(corrected, 4);
         carve.0 + self.dq(warps)
     }
 }

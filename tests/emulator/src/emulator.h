@@ -125,6 +125,9 @@ inline float exp2_fast(float x) {
 inline float log2_fast(float x) { return std::log2(x); }
 inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline float largest(float a, float b) { return std::fmax(a, b); }
+inline float magnitude(float x) { return std::fabs(x); }
+inline float multiply_exactly(float a, float b) { return a * b; }
+inline float add_exactly(float a, float b) { return a + b; }
 
 template <class E> unsigned pack(float low, float high);
 template <> inline unsigned pack<bf16>(float low, float high) {

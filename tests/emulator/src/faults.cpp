@@ -1,7 +1,8 @@
 // Kernels with one planted fault each; `data` holds 64 floats, of which the first half was filled and the second never written.
 #include "primitives.cuh"
 
-static float keep;
+float dfar_emulator_keep;  // visible outside, so that what is read for it is read
+#define keep dfar_emulator_keep
 
 static void fill(const void* p) { (*static_cast<float* const*>(p))[threadIdx.x] = float(threadIdx.x); }
 
@@ -39,7 +40,7 @@ static void race_between_warps(const void*) {
     float* shared = reinterpret_cast<float*>(shared_memory());
     shared[threadIdx.x] = 1.0f;
     __syncwarp();
-    keep = shared[threadIdx.x ^ 32];
+    keep = shared[threadIdx.x & 31];
 }
 static void race_inside_a_warp(const void*) {
     float* shared = reinterpret_cast<float*>(shared_memory());
@@ -50,8 +51,8 @@ static void write_after_read(const void*) {
     float* shared = reinterpret_cast<float*>(shared_memory());
     shared[threadIdx.x] = 1.0f;
     __syncthreads();
-    keep = shared[threadIdx.x ^ 32];
-    shared[threadIdx.x] = 2.0f;
+    keep = shared[0];
+    if (threadIdx.x == 32) shared[0] = 2.0f;
 }
 static void divergent_barrier(const void*) {
     if (threadIdx.x < 40) __syncthreads();

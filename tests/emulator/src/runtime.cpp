@@ -34,7 +34,7 @@ dfar_fibre_switch:
 )");
 struct Context { void* at = nullptr; };
 static void prepare(Context& context, unsigned char* stack, size_t bytes, void (*entry)()) {
-    void** top = reinterpret_cast<void**>(stack + bytes) - 2;  // 16-byte aligned after the return address is popped
+    void** top = reinterpret_cast<void**>(stack + bytes) - 3;  // at its first instruction a function finds the stack at 8 modulo 16
     *top = nullptr;
     *--top = reinterpret_cast<void*>(entry);
     for (int i = 0; i < 6; ++i) *--top = nullptr;
@@ -62,7 +62,8 @@ constinit thread_local Thread* self = nullptr;
 // State of one byte of device memory.
 enum State : unsigned char { NONE, UNWRITTEN, WRITTEN, READ_ONLY };
 
-// Who last touched a byte of shared memory, and when, counted in barriers.
+// Who last wrote, or last read, a byte of shared memory, and when, counted in barriers. Of several readers only the
+// last is remembered: a race with an earlier one can go unseen.
 struct Touch {
     int thread = -1;
     unsigned block_time = 0, warp_time = 0;
@@ -153,7 +154,8 @@ static bool judge(Device& d, Fibre& fibre, const void* at, size_t bytes, Access 
     }
     if (address < d.memory || address >= d.memory + ARENA) return true;  // the fibre's own stack, or a constant
     const size_t offset = address - d.memory;
-    const bool is_shared = d.shared && address >= d.shared - GAP && address < d.shared + d.shared_bytes + GAP;
+    // Bytes of the gaps count to the nearer neighbour.
+    const bool is_shared = d.shared && address >= d.shared - GAP / 2 && address < d.shared + d.shared_bytes + GAP / 2;
     const char* space = is_shared ? "shared" : "global";
     if (bytes <= 16 && offset % bytes) {
         d.fail("misaligned %s of %zu bytes of %s memory", verb, bytes, space);

@@ -84,13 +84,19 @@ __device__ __forceinline__ void stage_rows(E* tile, const void* source, int coun
     }
 }
 
-// The block's threads start copying rows to a tile: row i from `source` + D * `index`(i), zeros from `count` up to the
-// next multiple of 16; what lies beyond is not touched, and not read.
+// Threads that copy together: the block's, or those that share one sequence.
+struct Team {
+    int thread, threads;
+};
+__device__ __forceinline__ Team whole_block() { return Team{int(threadIdx.x), int(blockDim.x)}; }
+
+// The team starts copying rows to a tile: row i from `source` + D * `index`(i), zeros from `count` up to the next multiple
+// of 16 and `more` rows beyond; what lies further is not touched, and not read.
 template <class E, int D, class Index>
-__device__ __forceinline__ void copy_rows(E* tile, const void* source, int count, Index index) {
+__device__ __forceinline__ void copy_rows(const Team& team, E* tile, const void* source, int count, int more, Index index) {
     using T = Tile<E, D>;
-    const int rows = (count + 15) & ~15;
-    for (int i = threadIdx.x; i < rows * T::CHUNKS; i += blockDim.x) {
+    const int rows = ((count + 15) & ~15) + more;
+    for (int i = team.thread; i < rows * T::CHUNKS; i += team.threads) {
         const int row = i / T::CHUNKS, chunk = i % T::CHUNKS;
         const bool valid = row < count;
         const E* from = static_cast<const E*>(source) + (valid ? index(row) * D : 0) + chunk * T::PER_CHUNK;
@@ -135,27 +141,33 @@ __device__ __forceinline__ void copy_keys(E* k_tile, E* v_tile, const AttentionP
     const int left = visible.of(walk.label) - walk.first, count = left < KEYS ? left : KEYS;
     const unsigned sorted = walk.first + (walk.label ? item.negatives : 0);
     const auto index = [&](int row) { return problem.key(p, token_at(p, item, sorted + row), walk.head); };
-    copy_rows<E, D>(k_tile, p.k, count, index);
-    if (is_kept(p, walk.head, walk.label)) copy_rows<E, D>(v_tile, p.v, count, index);
+    copy_rows<E, D>(whole_block(), k_tile, p.k, count, 0, index);
+    if (is_kept(p, walk.head, walk.label)) copy_rows<E, D>(whole_block(), v_tile, p.v, count, 0, index);
 }
 
 // ------------------------------------------------------------------------------------------------------------ forward
 //
-// One block: 16 * warps query rows of one sequence, starting at item.first, with all key heads. Reads q, k, v, order, feedback;
-// writes o and lse of its rows, each element once. The unnormalised output of a finished key head waits in shared
-// memory, in f32, for the denominator, which is known when the last head is done.
+// Two regimes. Streamed: a block takes 16 * warps query rows of one sequence, starting at item.first, and key tiles pass by.
+// Whole: `item_warps` of a block's warps take a whole short sequence, so a block holds several; all of its keys and values are
+// loaded at once, and after one barrier each warp works by itself. A launch's last block may hold items of no tokens.
+//
+// Reads q, k, v, order, feedback; writes o and lse of its rows, each element once. The unnormalised output of a
+// finished key head waits in shared memory, in f32, for the denominator, which is known when the last head is done.
 //
 // Exponentials: H per visible (row, key), up to 16 x 16 granularity at the diagonal and at the ends of the labels.
-template <class E, int D> __device__ __forceinline__ void forward(const AttentionParams& p) {
+template <class E, int D, bool WHOLE> __device__ __forceinline__ void forward(const AttentionParams& p) {
     constexpr int KEYS = TILE<E, D>, STRIDE = Tile<E, D>::STRIDE;
     const int lane = lane_index(), warp = uniform(warp_index()), warps = blockDim.x / 32;
-    const Item item = load_item(p);
+    const int item_warps = WHOLE ? p.item_warps : warps, items = warps / item_warps, member = warp / item_warps;
+    const Item item = load_item(p, blockIdx.x * items + member);
     const Problem problem(p);
     const int out_stride = problem.key_heads * D + 4;
 
+    // Streamed: two stages of one tile. Whole: all keys of all heads, in label order, `capacity` rows a head.
     Carve carve{shared_memory()};
-    E* const k_tile = carve.take<E>(2 * KEYS * STRIDE);
-    E* const v_tile = carve.take<E>(2 * KEYS * STRIDE);
+    const int tile_rows = WHOLE ? problem.key_heads * p.capacity : 2 * KEYS;
+    E* const k_tile = carve.take<E>(items * tile_rows * STRIDE) + member * tile_rows * STRIDE;
+    E* const v_tile = carve.take<E>(items * tile_rows * STRIDE) + member * tile_rows * STRIDE;
     E* const q_tile = carve.take<E>(warps * 16 * STRIDE) + warp * 16 * STRIDE;
     float* const out = carve.take<float>(warps * 16 * out_stride) + warp * 16 * out_stride;
     // Of each row and head: the reference its output is relative to; then 1 / denominator and the last reference.
@@ -165,11 +177,12 @@ template <class E, int D> __device__ __forceinline__ void forward(const Attentio
     float* const last_peak = inverse + 16;
 
     // Rows of the block and of the warp; a warp past the end has none, and only helps loading.
-    const int all_rows = item.length * problem.slots, block_first = item.first, first = block_first + warp * 16;
-    const int block_last = (block_first + warps * 16 < all_rows ? block_first + warps * 16 : all_rows) - 1;
+    const int all_rows = item.length * problem.slots, block_first = item.first;
+    const int first = block_first + (warp - member * item_warps) * 16;
+    const int block_last = (block_first + item_warps * 16 < all_rows ? block_first + item_warps * 16 : all_rows) - 1;
     const int rows = first > block_last ? 0 : (block_last + 1 - first < 16 ? block_last + 1 - first : 16);
     const Visible nothing{0, 0};
-    const Visible block_visible = visible_keys(p, item, block_last / problem.slots);
+    const Visible block_visible = item.length ? visible_keys(p, item, block_last / problem.slots) : nothing;
     const Visible warp_most = rows ? visible_keys(p, item, (first + rows - 1) / problem.slots) : nothing;
     const Visible warp_least = rows == 16 ? visible_keys(p, item, first / problem.slots) : nothing;
     Visible own[2];
@@ -193,7 +206,25 @@ template <class E, int D> __device__ __forceinline__ void forward(const Attentio
     walk.start();
     int stage = 0;
     bool more = walk.settle(p, problem, block_visible);
-    if (more) copy_keys<E, D, KEYS>(k_tile, v_tile, p, problem, item, block_visible, walk);
+    if constexpr (WHOLE) {
+        const Team team{int(threadIdx.x) - member * item_warps * 32, item_warps * 32};
+        for (unsigned head = 0; item.length && head < problem.key_heads; ++head) {
+            E* const keys = k_tile + head * p.capacity * STRIDE;
+            E* const values = v_tile + head * p.capacity * STRIDE;
+            const auto index = [&](int row) { return problem.key(p, token_at(p, item, row), head); };
+            // Chunks of the positives start anywhere, and end up to 15 rows after them.
+            copy_rows<E, D>(team, keys, p.k, item.length, 16, index);
+            for (int label = 0; label < 2; ++label) {
+                const int from = label ? item.negatives : 0, count = label ? item.length - item.negatives : item.negatives;
+                if (!is_kept(p, head, label) || count == 0) continue;
+                copy_rows<E, D>(team, values + from * STRIDE, p.v, count, 0, [&](int row) { return index(from + row); });
+            }
+        }
+        copy_wait();
+        __syncthreads();
+    } else if (more) {
+        copy_keys<E, D, KEYS>(k_tile, v_tile, p, problem, item, block_visible, walk);
+    }
 
     for (unsigned head = 0; head < problem.key_heads; ++head) {
         float acc[D / 8][4];
@@ -201,15 +232,18 @@ template <class E, int D> __device__ __forceinline__ void forward(const Attentio
         for (int n = 0; n < D / 8; ++n) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0.0f;
 
         while (more && walk.head == head) {
-            copy_wait();
-            __syncthreads();  // the tile is there, and everyone has done with the one before
+            if constexpr (!WHOLE) {
+                copy_wait();
+                __syncthreads();  // the tile is there, and everyone has done with the one before
+            }
             const KeyWalk<KEYS> tile = walk;
-            const E* const keys = k_tile + stage * KEYS * STRIDE;
-            const E* const values = v_tile + stage * KEYS * STRIDE;
+            const int at = WHOLE ? head * p.capacity + (tile.label ? item.negatives : 0) + tile.first : stage * KEYS;
+            const E* const keys = k_tile + at * STRIDE;
+            const E* const values = v_tile + at * STRIDE;
             stage ^= 1;
             walk.advance();
             more = walk.settle(p, problem, block_visible);
-            if (more) {
+            if (!WHOLE && more) {
                 copy_keys<E, D, KEYS>(k_tile + stage * KEYS * STRIDE, v_tile + stage * KEYS * STRIDE, p, problem, item,
                                       block_visible, walk);
             }
@@ -336,7 +370,7 @@ template <class E> constexpr bool CORRECTED = sizeof(E) == 4;
 template <class E, int D> __device__ __forceinline__ void dq(const AttentionParams& p) {
     constexpr int KEYS = TILE<E, D>, STRIDE = Tile<E, D>::STRIDE;
     const int lane = lane_index(), warp = uniform(warp_index()), warps = blockDim.x / 32;
-    const Item item = load_item(p);
+    const Item item = load_item(p, blockIdx.x);
     const Problem problem(p);
 
     Carve carve{shared_memory()};
@@ -467,7 +501,7 @@ template <class E, int D> __device__ __forceinline__ void dq(const AttentionPara
 template <class E, int D> __device__ __forceinline__ void dk_dv(const AttentionParams& p) {
     constexpr int QUERIES = TILE<E, D>, STRIDE = Tile<E, D>::STRIDE;
     const int lane = lane_index(), warp = uniform(warp_index()), warps = blockDim.x / 32;
-    const Item item = load_item(p);
+    const Item item = load_item(p, blockIdx.x);
     const Problem problem(p);
     const unsigned head = p.key_slots == 1 ? 0 : blockIdx.y;
 
@@ -525,10 +559,10 @@ template <class E, int D> __device__ __forceinline__ void dk_dv(const AttentionP
     const float scale = p.scale * LOG2_E;
     const auto copy_queries = [&](int stage, int from) {
         const int rest = all_rows - from, count = rest < QUERIES ? rest : QUERIES;
-        copy_rows<E, D>(q_tile + stage * QUERIES * STRIDE, p.q, count,
+        copy_rows<E, D>(whole_block(), q_tile + stage * QUERIES * STRIDE, p.q, count, 0,
                         [&](int row) { return problem.query(p, item, from + row); });
         if (kept) {
-            copy_rows<E, D>(d_o_tile + stage * QUERIES * STRIDE, p.d_o, count, [&](int row) {
+            copy_rows<E, D>(whole_block(), d_o_tile + stage * QUERIES * STRIDE, p.d_o, count, 0, [&](int row) {
                 return problem.row(p, item, from + row) * problem.key_heads + head;
             });
         }
@@ -601,12 +635,13 @@ template <class E, int D> __device__ __forceinline__ void dk_dv(const AttentionP
 //
 // A module is compiled for one element type and width: -DDFAR_ELEMENT=bf16 -DDFAR_HEAD_DIM=16.
 #ifdef DFAR_ELEMENT
-#define DFAR_KERNEL(name)                                                                                    \
+#define DFAR_KERNEL(name, ...)                                                                               \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_##name(const __grid_constant__ AttentionParams p) { \
-        name<DFAR_ELEMENT, DFAR_HEAD_DIM>(p);                                                                \
+        __VA_ARGS__(p);                                                                                      \
     }
-DFAR_KERNEL(forward)
-DFAR_KERNEL(delta)
-DFAR_KERNEL(dq)
-DFAR_KERNEL(dk_dv)
+DFAR_KERNEL(forward, forward<DFAR_ELEMENT, DFAR_HEAD_DIM, false>)
+DFAR_KERNEL(forward_whole, forward<DFAR_ELEMENT, DFAR_HEAD_DIM, true>)
+DFAR_KERNEL(delta, delta<DFAR_ELEMENT, DFAR_HEAD_DIM>)
+DFAR_KERNEL(dq, dq<DFAR_ELEMENT, DFAR_HEAD_DIM>)
+DFAR_KERNEL(dk_dv, dk_dv<DFAR_ELEMENT, DFAR_HEAD_DIM>)
 #endif

@@ -19,7 +19,7 @@ struct AttentionParams {
     void* dv;                  // [N, H, d]
     const unsigned* order;     // [N] tokens of each sequence by label, negatives first; null: as they come
     const unsigned* feedback;  // [N] 2 * (positives of the sequence up to and with this token) + label; null: no labels
-    const void* items;         // [gridDim.x] (see seqlen.cuh), longest first
+    const void* items;         // [gridDim.x], in forward_whole several a block (see seqlen.cuh); longest first
     unsigned heads;            // H
     unsigned query_slots;      // Q
     unsigned key_slots;        // K; with 1, blockIdx.y is the head and slot of query and key alike
@@ -28,8 +28,10 @@ struct AttentionParams {
     unsigned masked;           // only kept pairs enter the denominator
     float scale;               // factor on the scores
     unsigned rows;             // N * Q
+    unsigned item_warps;       // forward_whole: warps that share a sequence
+    unsigned capacity;         // forward_whole: rows that a head's keys have in shared memory, 16 more than the longest needs
 };
 
-static_assert(sizeof(AttentionParams) == 144, "AttentionParams is mirrored by src/device/cuda/params.rs");
+static_assert(sizeof(AttentionParams) == 152, "AttentionParams is mirrored by src/device/cuda/params.rs");
 static_assert(__builtin_offsetof(AttentionParams, items) == 104, "mirrored by src/device/cuda/params.rs");
 static_assert(__builtin_offsetof(AttentionParams, scale) == 136, "mirrored by src/device/cuda/params.rs");

@@ -11,9 +11,9 @@ struct Item {
 };
 static_assert(sizeof(Item) == 16, "Item is mirrored by src/device/cuda/params.rs");
 
-// The block's item, in one 16-byte load.
-__device__ __forceinline__ Item load_item(const AttentionParams& p) {
-    const uint4 raw = static_cast<const uint4*>(p.items)[blockIdx.x];
+// An item, in one 16-byte load.
+__device__ __forceinline__ Item load_item(const AttentionParams& p, unsigned index) {
+    const uint4 raw = static_cast<const uint4*>(p.items)[index];
     return Item{raw.x, raw.y, raw.z, raw.w};
 }
 

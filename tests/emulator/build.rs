@@ -7,7 +7,12 @@ fn main() {
         let mut build = cc::Build::new();
         build.cpp(true).std("c++20").opt_level(2).include("src").include("../../kernels");
         // Without -ffp-contract=off products would be fused into sums where the kernels say that they must not be.
-        build.flag("-ffp-contract=off").flag("-fno-exceptions").flag("-fno-rtti").define("DFAR_EMULATOR", None).warnings(true);
+        build
+            .flag("-ffp-contract=off")
+            .flag("-fno-exceptions")
+            .flag("-fno-rtti")
+            .define("DFAR_EMULATOR", None)
+            .warnings(true);
         build
     };
     base().file("src/runtime.cpp").compile("dfar_emulator_runtime");

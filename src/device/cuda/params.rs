@@ -54,6 +54,10 @@ pub struct AttentionParams {
     pub scale: f32,
     /// `N * Q`
     pub rows: u32,
+    /// Whole sequences: warps that share one.
+    pub item_warps: u32,
+    /// Whole sequences: rows a head's keys have in shared memory.
+    pub capacity: u32,
 }
 
 /// A piece of one sequence: the work of one block.
@@ -71,7 +75,7 @@ pub struct Item {
 }
 
 // As in params.cuh and seqlen.cuh.
-const _: () = assert!(size_of::<AttentionParams>() == 144);
+const _: () = assert!(size_of::<AttentionParams>() == 152);
 const _: () = assert!(offset_of!(AttentionParams, items) == 104);
 const _: () = assert!(offset_of!(AttentionParams, scale) == 136);
 const _: () = assert!(size_of::<Item>() == 16);

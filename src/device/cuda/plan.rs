@@ -6,7 +6,7 @@
 
 use super::CudaError;
 use super::params::{AttentionParams, Item};
-use super::tile::{DELTA_THREADS, Element, Tile, tile};
+use super::tile::{DELTA_THREADS, Element, Tile, is_short, tile};
 use crate::attention::{FhaOptions, LabelMask, Normalization, Pairing};
 
 /// Order, feedback and work of one batch.
@@ -19,7 +19,9 @@ pub struct Plan {
     /// `[N]`: `2 * positives + label`, where `positives` counts the tokens of label 1 of the sequence up to and with
     /// this one. Empty without labels.
     pub feedback: Vec<u32>,
-    /// Blocks of the forward pass.
+    /// Short sequences, which forward takes whole, several a block; the last block's filled up with items of no tokens.
+    pub whole: Vec<Item>,
+    /// Blocks of the forward pass over the other sequences.
     pub forward: Vec<Item>,
     /// Blocks of the dq pass.
     pub dq: Vec<Item>,
@@ -32,7 +34,9 @@ pub struct Plan {
 /// The passes of the operation, each a kernel of `attention.cu`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pass {
-    /// `o` and `lse`.
+    /// `o` and `lse` of short sequences.
+    ForwardWhole,
+    /// `o` and `lse` of the others.
     Forward,
     /// `delta`, which both others of backward need.
     Delta,
@@ -44,11 +48,12 @@ pub enum Pass {
 
 impl Pass {
     /// Every one, in an order in which they can run.
-    pub const ALL: [Pass; 4] = [Pass::Forward, Pass::Delta, Pass::Dq, Pass::DkDv];
+    pub const ALL: [Pass; 5] = [Pass::ForwardWhole, Pass::Forward, Pass::Delta, Pass::Dq, Pass::DkDv];
 
     /// Name of the kernel.
     pub const fn entry(self) -> &'static str {
         match self {
+            Pass::ForwardWhole => "attention_forward_whole",
             Pass::Forward => "attention_forward",
             Pass::Delta => "attention_delta",
             Pass::Dq => "attention_dq",
@@ -81,26 +86,29 @@ impl Plan {
         label: &[u8],
         shared_limit: usize,
     ) -> Result<Plan, CudaError> {
-        let sequences = || cu_seqlens.windows(2).map(|w| (w[0] as usize, w[1] as usize)).filter(|(s, e)| s < e);
+        let sequences =
+            || cu_seqlens.windows(2).map(|w| (w[0] as usize, w[1] as usize)).filter(|(s, e)| s < e);
         let tokens = cu_seqlens.last().map_or(0, |&n| n as usize);
         let rows = tokens.saturating_mul(options.query_slots());
         if rows > i32::MAX as usize {
             return Err(CudaError::TooLarge { rows });
         }
         let longest = sequences().map(|(start, end)| end - start).max().unwrap_or(0);
-        let tile = tile(element, options, longest, shared_limit)?;
         let labelled = options.label_mask == LabelMask::Feedback;
         let slots = match options.pairing {
             Pairing::Factorized => options.query_slots(),
             Pairing::PerHead => 1,
         };
+        let lengths = sequences().map(|(start, end)| end - start);
+        let longest_short = lengths.filter(|&length| is_short(length, slots)).max().unwrap_or(0);
+        let tile = tile(element, options, longest, longest_short, shared_limit)?;
 
         let (mut order, mut feedback) = (vec![], vec![]);
         if labelled {
             order = vec![0; tokens];
             feedback = vec![0; tokens];
         }
-        let (mut forward, mut dq, mut dk_dv) = (vec![], vec![], vec![]);
+        let (mut whole, mut forward, mut dq, mut dk_dv) = (vec![], vec![], vec![], vec![]);
         for (start, end) in sequences() {
             let length = end - start;
             let negatives =
@@ -122,7 +130,13 @@ impl Plan {
                 first: first as u32,
             };
             // With the number of (row, key) pairs a block meets, for the order.
-            for (items, block) in [(&mut forward, tile.forward), (&mut dq, tile.dq)] {
+            let mut by_rows = vec![(&mut dq, tile.dq)];
+            if tile.whole.is_some() && is_short(length, slots) {
+                whole.push((length, item(0)));
+            } else {
+                by_rows.push((&mut forward, tile.forward));
+            }
+            for (items, block) in by_rows {
                 for first in (0..length * slots).step_by(block.rows()) {
                     let last = ((first + block.rows()).min(length * slots) - 1) / slots;
                     items.push((if options.causal { last + 1 } else { length }, item(first)));
@@ -140,10 +154,16 @@ impl Plan {
             items.sort_by_key(|&(work, _)| std::cmp::Reverse(work));
             items.into_iter().map(|(_, item)| item).collect::<Vec<Item>>()
         };
+        let mut whole = longest_first(whole);
+        if let Some(tile) = tile.whole {
+            let blocks = whole.len().div_ceil(tile.items());
+            whole.resize(blocks * tile.items(), Item { start: 0, length: 0, negatives: 0, first: 0 });
+        }
         Ok(Plan {
             tokens,
             order,
             feedback,
+            whole,
             forward: longest_first(forward),
             dq: longest_first(dq),
             dk_dv: longest_first(dk_dv),
@@ -154,6 +174,7 @@ impl Plan {
     /// Items of a pass; the delta pass has none.
     pub fn items(&self, pass: Pass) -> &[Item] {
         match pass {
+            Pass::ForwardWhole => &self.whole,
             Pass::Forward => &self.forward,
             Pass::Delta => &[],
             Pass::Dq => &self.dq,
@@ -172,6 +193,8 @@ impl Plan {
             masked: (options.normalization == Normalization::Masked).into(),
             scale: options.scale,
             rows: (self.tokens * options.query_slots()) as u32,
+            item_warps: self.tile.whole.map_or(0, |whole| whole.item_warps as u32),
+            capacity: self.tile.whole.map_or(0, |whole| whole.capacity as u32),
             ..AttentionParams::default()
         }
     }
@@ -185,7 +208,12 @@ impl Plan {
             Pairing::PerHead => options.heads,
         };
         let (x, y, threads, shared_bytes) = match pass {
-            Pass::Forward => (self.forward.len(), separate, self.tile.forward.warps * 32, self.tile.forward.shared_bytes),
+            Pass::ForwardWhole => self.tile.whole.map_or((0, 0, 0, 0), |whole| {
+                (self.whole.len() / whole.items(), separate, whole.block.warps * 32, whole.block.shared_bytes)
+            }),
+            Pass::Forward => {
+                (self.forward.len(), separate, self.tile.forward.warps * 32, self.tile.forward.shared_bytes)
+            }
             Pass::Delta => (rows.div_ceil(DELTA_THREADS / 4), 1, DELTA_THREADS, 0),
             Pass::Dq => (self.dq.len(), separate, self.tile.dq.warps * 32, self.tile.dq.shared_bytes),
             Pass::DkDv => {
@@ -209,15 +237,19 @@ mod tests {
         let plan = plan(&FhaOptions::new(2, 16), &[0, 5, 5, 7], &[1, 0, 1, 0, 0, 1, 1]);
         assert_eq!(plan.order, [1, 3, 4, 0, 2, 5, 6]);
         assert_eq!(plan.feedback, [3, 2, 5, 4, 4, 3, 5]);
-        let negatives: Vec<_> = plan.forward.iter().map(|i| (i.start, i.length, i.negatives)).collect();
-        assert_eq!(negatives, [(0, 5, 3), (5, 2, 0)]);
+        let negatives: Vec<_> = plan.whole.iter().map(|i| (i.start, i.length, i.negatives)).collect();
+        assert_eq!(negatives, [(0, 5, 3), (5, 2, 0), (0, 0, 0), (0, 0, 0)], "filled up to the block's four");
     }
 
     #[test]
     fn every_row_and_key_belongs_to_one_block() {
         let lengths = [0usize, 1, 300, 17, 0, 64, 65, 1000];
-        let cu: Vec<u32> =
-            std::iter::once(0).chain(lengths.iter().scan(0, |n, &l| { *n += l as u32; Some(*n) })).collect();
+        let cu: Vec<u32> = std::iter::once(0)
+            .chain(lengths.iter().scan(0, |n, &l| {
+                *n += l as u32;
+                Some(*n)
+            }))
+            .collect();
         let label: Vec<u8> = (0..cu[8]).map(|t| (t * t % 7 < 3) as u8).collect();
         for heads in [2, 4, 8] {
             for causal in [true, false] {
@@ -226,8 +258,13 @@ mod tests {
                 let plan = plan(&options, &cu, &label);
                 let slots = options.query_slots();
                 let mut rows = vec![0; plan.tokens * slots];
+                for item in plan.whole.iter().filter(|item| item.length > 0) {
+                    (0..item.length as usize * slots)
+                        .for_each(|r| rows[item.start as usize * slots + r] += 1);
+                }
                 for item in &plan.forward {
-                    let end = (item.first as usize + plan.tile.forward.rows()).min(item.length as usize * slots);
+                    let end =
+                        (item.first as usize + plan.tile.forward.rows()).min(item.length as usize * slots);
                     (item.first as usize..end).for_each(|r| rows[item.start as usize * slots + r] += 1);
                 }
                 assert!(rows.iter().all(|&n| n == 1));
@@ -235,7 +272,8 @@ mod tests {
                 for item in &plan.dk_dv {
                     let label_end = if item.first < item.negatives { item.negatives } else { item.length };
                     let end = (item.first as usize + plan.tile.dk_dv.rows()).min(label_end as usize);
-                    (item.first as usize..end).for_each(|c| keys[plan.order[item.start as usize + c] as usize] += 1);
+                    (item.first as usize..end)
+                        .for_each(|c| keys[plan.order[item.start as usize + c] as usize] += 1);
                 }
                 assert!(keys.iter().all(|&n| n == 1));
             }
@@ -245,7 +283,9 @@ mod tests {
     #[test]
     fn the_longest_come_first() {
         let plan = plan(&FhaOptions::new(2, 16), &[0, 10, 210, 240], &[0; 240]);
-        let work: Vec<u32> = plan.forward.iter().map(|i| (i.first + 64).min(i.length)).collect();
+        let work: Vec<u32> = plan.dq.iter().map(|i| (i.first + 64).min(i.length)).collect();
+        assert!(work.is_sorted_by(|a, b| a >= b), "{work:?}");
+        let work: Vec<u32> = plan.whole.iter().map(|i| i.length).collect();
         assert!(work.is_sorted_by(|a, b| a >= b), "{work:?}");
         let work: Vec<u32> = plan.dk_dv.iter().map(|i| i.length - i.first).collect();
         assert!(work.is_sorted_by(|a, b| a >= b), "{work:?}");

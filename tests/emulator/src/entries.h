@@ -2,12 +2,13 @@
 #include "attention.cu"
 
 template <class E, int D> void (*entry(const char* name))(const void*) {
-#define ENTRY(kernel) \
-    if (std::strcmp(name, "attention_" #kernel) == 0) return [](const void* p) { kernel<E, D>(*static_cast<const AttentionParams*>(p)); };
-    ENTRY(forward)
-    ENTRY(delta)
-    ENTRY(dq)
-    ENTRY(dk_dv)
+#define ENTRY(kernel, ...) \
+    if (std::strcmp(name, "attention_" #kernel) == 0) return [](const void* p) { __VA_ARGS__(*static_cast<const AttentionParams*>(p)); };
+    ENTRY(forward, forward<E, D, false>)
+    ENTRY(forward_whole, forward<E, D, true>)
+    ENTRY(delta, delta<E, D>)
+    ENTRY(dq, dq<E, D>)
+    ENTRY(dk_dv, dk_dv<E, D>)
 #undef ENTRY
     return nullptr;
 }

@@ -45,13 +45,13 @@ static void race_between_warps(const void*) {
 static void race_inside_a_warp(const void*) {
     float* shared = reinterpret_cast<float*>(shared_memory());
     shared[threadIdx.x] = 1.0f;
-    keep = shared[threadIdx.x ^ 1];
+    keep = shared[threadIdx.x & ~1u];
 }
 static void write_after_read(const void*) {
     float* shared = reinterpret_cast<float*>(shared_memory());
     shared[threadIdx.x] = 1.0f;
     __syncthreads();
-    keep = shared[0];
+    if (threadIdx.x < 32) keep = shared[0];
     if (threadIdx.x == 32) shared[0] = 2.0f;
 }
 static void divergent_barrier(const void*) {

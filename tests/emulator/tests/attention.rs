@@ -158,7 +158,8 @@ fn run_within<T: Value>(batch: &Batch, shared_limit: usize) -> Result<Results, S
         let launch = plan.launch(options, pass);
         device.launch(Module::Attention(T::ELEMENT, options.head_dim), pass.entry(), launch, &params)?;
     }
-    let read = |x| -> Result<Vec<f32>, String> { Ok(device.read::<T>(&x)?.iter().map(|x| x.to_f32()).collect()) };
+    let read =
+        |x| -> Result<Vec<f32>, String> { Ok(device.read::<T>(&x)?.iter().map(|x| x.to_f32()).collect()) };
     Ok(Results { o: read(o)?, lse: device.read(&lse)?, gradients: [read(dq)?, read(dk)?, read(dv)?] })
 }
 
@@ -180,7 +181,13 @@ fn golden() -> Vec<(String, Fha)> {
 }
 
 /// The worst errors of f32 results that are too large, in words.
-fn f32_failures(name: &str, results: &Results, o: &[f64], lse: &[f64], gradients: [&[f64]; 3]) -> Vec<String> {
+fn f32_failures(
+    name: &str,
+    results: &Results,
+    o: &[f64],
+    lse: &[f64],
+    gradients: [&[f64]; 3],
+) -> Vec<String> {
     let mut errors = vec![compare("o", &results.o, o), compare("lse", &results.lse, lse)];
     let [dq, dk, dv] = &results.gradients;
     let [rq, rk, rv] = gradients;
@@ -202,11 +209,13 @@ fn golden_cases_in_f32() {
 /// The operation without fusion, each tensor that it would put in memory rounded to `T`: what errors are judged by.
 fn unfused<T: Value>(batch: &Batch) -> Results {
     let options = &batch.options;
-    let (h, d, slots, key_slots) = (options.heads, options.head_dim, options.query_slots(), options.key_slots());
+    let (h, d, slots, key_slots) =
+        (options.heads, options.head_dim, options.query_slots(), options.key_slots());
     let group = if options.label_mask == LabelMask::Feedback { h / 2 } else { 0 };
     let round = |x: f32| T::from_f32(x).to_f32();
     let [q, k, v] = &batch.qkv;
-    let row = |x: &[f32], token: usize, head: usize| -> Vec<f32> { x[(token * h + head) * d..][..d].to_vec() };
+    let row =
+        |x: &[f32], token: usize, head: usize| -> Vec<f32> { x[(token * h + head) * d..][..d].to_vec() };
     let dot = |x: &[f32], y: &[f32]| x.iter().zip(y).fold(0.0f32, |sum, (x, y)| sum + x * y);
     let n = batch.tokens();
     let mut results = Results {
@@ -227,8 +236,10 @@ fn unfused<T: Value>(batch: &Batch) -> Results {
                     .map(|(j, b)| (j, b, group == 0 || (b >= group) == (batch.label[j] == 1)))
                     .filter(|&(.., kept)| kept || options.normalization == Normalization::Joint)
                     .collect();
-                let s: Vec<f32> =
-                    pairs.iter().map(|&(j, b, _)| round(options.scale * round(dot(&q_row, &row(k, j, b))))).collect();
+                let s: Vec<f32> = pairs
+                    .iter()
+                    .map(|&(j, b, _)| round(options.scale * round(dot(&q_row, &row(k, j, b)))))
+                    .collect();
                 let peak = s.iter().fold(f32::NEG_INFINITY, |m, &x| m.max(x));
                 let sum: f32 = s.iter().map(|x| (x - peak).exp()).sum();
                 results.lse[i * slots + a] = peak + sum.ln();
@@ -242,7 +253,11 @@ fn unfused<T: Value>(batch: &Batch) -> Results {
                 }
                 let dp: Vec<f32> = pairs
                     .iter()
-                    .map(|&(j, b, kept)| if kept { round(dot(&batch.d_o[slot(b)..][..d], &row(v, j, b))) } else { 0.0 })
+                    .map(
+                        |&(j, b, kept)| {
+                            if kept { round(dot(&batch.d_o[slot(b)..][..d], &row(v, j, b))) } else { 0.0 }
+                        },
+                    )
                     .collect();
                 let delta: f32 = p.iter().zip(&dp).map(|(p, dp)| p * dp).sum();
                 for (index, &(j, b, kept)) in pairs.iter().enumerate() {
@@ -269,7 +284,8 @@ fn unfused<T: Value>(batch: &Batch) -> Results {
 fn judge_16_bit<T: Value>(name: &str, batch: &Batch) -> Vec<String> {
     let batch = batch.rounded::<T>();
     let exact = reference::forward(&batch.options, batch.inputs()).expect("valid inputs");
-    let exact_gradients = reference::backward(&batch.options, batch.inputs(), &batch.d_o).expect("valid inputs");
+    let exact_gradients =
+        reference::backward(&batch.options, batch.inputs(), &batch.d_o).expect("valid inputs");
     let (fused, unfused) = (run::<T>(&batch), unfused::<T>(&batch));
     let largest = |x: &[f64]| x.iter().filter(|x| x.is_finite()).fold(0.0, |m: f64, x| m.max(x.abs()));
     let gradients = [&exact_gradients.dq, &exact_gradients.dk, &exact_gradients.dv];
@@ -293,13 +309,15 @@ fn judge_16_bit<T: Value>(name: &str, batch: &Batch) -> Vec<String> {
 
 #[test]
 fn golden_cases_in_bf16() {
-    let failures: Vec<String> = golden().iter().flat_map(|(n, fha)| judge_16_bit::<bf16>(n, &Batch::golden(fha))).collect();
+    let failures: Vec<String> =
+        golden().iter().flat_map(|(n, fha)| judge_16_bit::<bf16>(n, &Batch::golden(fha))).collect();
     assert!(failures.is_empty(), "{failures:#?}");
 }
 
 #[test]
 fn golden_cases_in_f16() {
-    let failures: Vec<String> = golden().iter().flat_map(|(n, fha)| judge_16_bit::<f16>(n, &Batch::golden(fha))).collect();
+    let failures: Vec<String> =
+        golden().iter().flat_map(|(n, fha)| judge_16_bit::<f16>(n, &Batch::golden(fha))).collect();
     assert!(failures.is_empty(), "{failures:#?}");
 }
 
@@ -330,7 +348,13 @@ fn random_cases_in_f32() {
         let exact = reference::forward(&options, batch.inputs()).expect("valid inputs");
         let gradients = reference::backward(&options, batch.inputs(), &batch.d_o).expect("valid inputs");
         let gradients = [&gradients.dq[..], &gradients.dk[..], &gradients.dv[..]];
-        failures.extend(f32_failures(&format!("{options:?}"), &run::<f32>(&batch), &exact.o, &exact.lse, gradients));
+        failures.extend(f32_failures(
+            &format!("{options:?}"),
+            &run::<f32>(&batch),
+            &exact.o,
+            &exact.lse,
+            gradients,
+        ));
     }
     assert!(failures.is_empty(), "{failures:#?}");
 }
@@ -381,13 +405,21 @@ fn what_is_not_finite_stays_in_its_sequence() {
             spoiled.qkv[tensor][25 * 32..26 * 32].fill(bad);
             let results = run::<bf16>(&spoiled);
             for token in (0..20).chain(50..57) {
-                let same = |x: &[f32], y: &[f32], width: usize| x[token * width..][..width] == y[token * width..][..width];
-                assert!(same(&results.o, &clean.o, 32) && same(&results.lse, &clean.lse, 1), "{bad} in {tensor}");
+                let same = |x: &[f32], y: &[f32], width: usize| {
+                    x[token * width..][..width] == y[token * width..][..width]
+                };
+                assert!(
+                    same(&results.o, &clean.o, 32) && same(&results.lse, &clean.lse, 1),
+                    "{bad} in {tensor}"
+                );
                 for (x, y) in results.gradients.iter().zip(&clean.gradients) {
                     assert!(same(x, y, 32), "{bad} in {tensor}");
                 }
             }
-            assert!(results.o[25 * 32..26 * 32].iter().any(|x| !x.is_finite()), "{bad} in {tensor} should show");
+            assert!(
+                results.o[25 * 32..26 * 32].iter().any(|x| !x.is_finite()),
+                "{bad} in {tensor} should show"
+            );
         }
     }
 }

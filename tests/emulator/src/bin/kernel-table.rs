@@ -1,12 +1,15 @@
 //! Compiles every kernel variant through NVRTC, as the library does, and prints what it costs. Needs no GPU.
 //!
 //!     kernel-table [--check FILE]
+//!     kernel-table --compile          only whether everything compiles, for what this NVRTC knows
 //!
 //! Needs NVRTC on the loader's path and NVIDIA's `cuobjdump` and `nvdisasm` on PATH; `.ci/kernels` provides them.
 //! Fails on spills, local memory, a 16-bit kernel without tensor-core instructions, or a difference from FILE.
 
 use dfar::attention::{FhaOptions, LabelMask};
+use dfar::device::cuda::CudaError;
 use dfar::device::cuda::compile::{Arch, Variant, compile};
+use dfar::device::cuda::nvrtc::Nvrtc;
 use dfar::device::cuda::plan::Pass;
 use dfar::device::cuda::tile::{Block, DELTA_THREADS, Element, HEAD_DIMS, tile};
 use std::fmt::Write as _;
@@ -163,8 +166,34 @@ fn table() -> Result<(String, Vec<String>), String> {
     Ok((text, faults))
 }
 
+/// Compiles every variant for the machines that this NVRTC knows; the number of modules.
+fn compile_all() -> Result<usize, CudaError> {
+    // Blackwell came with CUDA 12.8.
+    let known = |arch: Arch| arch.major < 10 || Nvrtc::get().is_ok_and(|nvrtc| nvrtc.version() >= (12, 8));
+    let mut count = 0;
+    for machine in MACHINES.iter().filter(|machine| known(machine.arch)) {
+        for (element, head_dim) in Element::ALL.into_iter().flat_map(|e| HEAD_DIMS.map(|d| (e, d))) {
+            compile(Variant { element, head_dim }, machine.arch)?;
+            count += 1;
+        }
+    }
+    Ok(count)
+}
+
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if arguments == ["--compile"] {
+        return match compile_all() {
+            Ok(count) => {
+                println!("{count} modules compile");
+                ExitCode::SUCCESS
+            }
+            Err(error) => {
+                eprintln!("{error}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     let (text, mut faults) = match table() {
         Ok(table) => table,
         Err(message) => {

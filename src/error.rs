@@ -28,6 +28,9 @@ pub enum Error {
     /// A run: its configuration, its files, its course.
     #[error(transparent)]
     Train(#[from] crate::train::TrainError),
+    /// A GPU that is not there, or not usable.
+    #[error(transparent)]
+    Cuda(#[from] crate::device::cuda::CudaError),
     /// A reference case.
     #[error(transparent)]
     Verify(#[from] VerifyError),
@@ -57,6 +60,13 @@ impl Error {
             Error::Data(error) => error.exit_code(),
             Error::Train(error) => error.exit_code(),
             Error::Verify(_) => 3,
+            Error::Cuda(error) => {
+                if error.is_argument() {
+                    1
+                } else {
+                    4
+                }
+            }
             Error::Model(crate::model::ModelError::NonFinite { .. }) => 5,
             Error::Attention(_) | Error::Batch(_) | Error::Model(_) | Error::Io { .. } => 1,
         }

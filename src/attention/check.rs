@@ -94,7 +94,7 @@ impl FhaOptions {
     ///
     /// # Returns
     /// The number of tokens `N`.
-    pub fn check(&self, inputs: &Inputs) -> Result<usize, AttentionError> {
+    pub fn check<T>(&self, inputs: &Inputs<T>) -> Result<usize, AttentionError> {
         let Self { heads, head_dim, .. } = *self;
         if heads == 0 {
             return Err(AttentionError::Zero { name: "heads" });
@@ -145,9 +145,9 @@ impl FhaOptions {
     }
 
     /// [`check`](Self::check), and the lengths of `o` and `lse`.
-    pub(crate) fn check_outputs(
+    pub(crate) fn check_outputs<T>(
         &self,
-        inputs: &Inputs,
+        inputs: &Inputs<T>,
         o: usize,
         lse: usize,
     ) -> Result<usize, AttentionError> {

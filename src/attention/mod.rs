@@ -131,13 +131,13 @@ impl FhaOptions {
 
 /// What the operation reads. Plain slices of packed tokens; shapes in the [module's table](self).
 #[derive(Clone, Copy, Debug)]
-pub struct Inputs<'a> {
+pub struct Inputs<'a, T = f32> {
     /// Queries, `[N, H, d]`.
-    pub q: &'a [f32],
+    pub q: &'a [T],
     /// Keys, `[N, H, d]`.
-    pub k: &'a [f32],
+    pub k: &'a [T],
     /// Values, `[N, H, d]`.
-    pub v: &'a [f32],
+    pub v: &'a [T],
     /// Prefix sums of the sequence lengths, `[B + 1]`.
     pub cu_seqlens: &'a [u32],
     /// Feedback of each token, `[N]`: 0 or 1. May be empty, and is not read, with [`LabelMask::None`].

@@ -6,6 +6,7 @@
 //! added to as the [`Store`] beside them says.
 
 pub mod cpu;
+pub mod cuda;
 
 use crate::attention::FhaOptions;
 use thiserror::Error;

@@ -1,0 +1,39 @@
+// Arguments of the kernels, one struct per operation, passed by value.
+//
+// src/device/cuda/params.rs holds the same structs for the host; both sides assert size and offsets.
+#pragma once
+
+// Arguments of every kernel of attention.cu. N tokens, H heads, d their width, Q query slots, K key slots.
+// Pointers that a kernel does not name in its contract may be null.
+struct AttentionParams {
+    const void* q;             // [N, H, d]
+    const void* k;             // [N, H, d]
+    const void* v;             // [N, H, d]
+    void* o;                   // [N, Q, K, d]
+    float* lse;                // [N, Q], natural logarithm
+    const void* d_o;           // [N, Q, K, d]
+    float* delta;              // [N, Q]
+    float* correction;         // [N, Q] f32 only: 1 / (sum of a row's p as backward computes them)
+    void* dq;                  // [N, H, d]
+    void* dk;                  // [N, H, d]
+    void* dv;                  // [N, H, d]
+    const unsigned* order;     // [N] tokens of each sequence by label, negatives first; null: as they come
+    const unsigned* feedback;  // [N] 2 * (positives of the sequence up to and with this token) + label; null: no labels
+    const void* items;         // [gridDim.x], in forward_whole several a block (see seqlen.cuh); longest first
+    unsigned heads;            // H
+    unsigned query_slots;      // Q
+    unsigned key_slots;        // K; with 1, blockIdx.y is the head and slot of query and key alike
+    unsigned group;            // heads of one feedback group, H / 2; 0: no labels
+    unsigned causal;           // a token sees itself and what came before; else everything
+    unsigned masked;           // only kept pairs enter the denominator
+    float scale;               // factor on the scores
+    unsigned rows;             // N * Q
+    unsigned item_warps;       // forward_whole: warps that share a sequence
+    unsigned capacity;         // forward_whole: rows that a head's keys have in shared memory, 16 more than the longest needs
+};
+
+static_assert(sizeof(AttentionParams) == 152, "AttentionParams is mirrored by src/device/cuda/params.rs");
+#ifdef DFAR_EMULATOR  // NVRTC knows no offsetof before CUDA 13
+static_assert(__builtin_offsetof(AttentionParams, items) == 104, "mirrored by src/device/cuda/params.rs");
+static_assert(__builtin_offsetof(AttentionParams, scale) == 136, "mirrored by src/device/cuda/params.rs");
+#endif

@@ -1,0 +1,136 @@
+// The one place with PTX and intrinsics. tests/emulator gives the same names their meaning on the CPU.
+//
+// Fragments follow the layout of mma.sync (PTX ISA, "Matrix fragments for mma.m16n8k16"). With row = lane / 4 and
+// column = lane % 4 * 2, an accumulator c holds (row, column), (row, column + 1), (row + 8, column), (row + 8, column + 1).
+#pragma once
+
+struct bf16 { unsigned short bits; };
+struct f16 { unsigned short bits; };
+
+constexpr float INF = __builtin_bit_cast(float, 0x7f800000);
+
+#ifdef DFAR_EMULATOR
+#include "emulator.h"
+#else
+
+// ---------------------------------------------------------------- threads
+
+__device__ __forceinline__ int lane_index() { return threadIdx.x & 31; }
+__device__ __forceinline__ int warp_index() { return threadIdx.x >> 5; }
+// Same value in all lanes, known to the compiler to be so.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffff, x, 0); }
+__device__ __forceinline__ float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffff, x, lanes); }
+__device__ __forceinline__ bool any_lane(bool x) { return __any_sync(0xffffffff, x); }
+
+// ---------------------------------------------------------------- memory
+
+// The block's dynamic shared memory, 16-byte aligned.
+__device__ __forceinline__ unsigned char* shared_memory() {
+    extern __shared__ uint4 dynamic_shared_memory[];
+    return reinterpret_cast<unsigned char*>(dynamic_shared_memory);
+}
+
+__device__ __forceinline__ unsigned shared_address(const void* p) { return unsigned(__cvta_generic_to_shared(p)); }
+
+// Starts a copy of 16 bytes from global to shared memory; zeros where `valid` is false (`source` is not read).
+__device__ __forceinline__ void copy_async(void* shared, const void* source, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 ::"r"(shared_address(shared)), "l"(__cvta_generic_to_global(source)), "r"(valid ? 16 : 0) : "memory");
+}
+// Waits for this thread's copies.
+__device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Reads 8x8 matrices of 16-bit elements; lane i points at row i % 8 of matrix i / 8. A thread receives the two
+// elements (lane / 4, lane % 4 * 2 ..) of each matrix, transposed: (lane % 4 * 2 .., lane / 4).
+__device__ __forceinline__ void load_matrices(unsigned (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+}
+__device__ __forceinline__ void load_matrices(unsigned (&r)[2], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1]) : "r"(shared_address(row)) : "memory");
+}
+__device__ __forceinline__ void load_matrices_transposed(unsigned (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+}
+__device__ __forceinline__ void load_matrices_transposed(unsigned (&r)[2], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1]) : "r"(shared_address(row)) : "memory");
+}
+
+// ---------------------------------------------------------------- numbers
+
+// 2^x, and log2(x), on the special-function unit; 2^-inf is 0.
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float log2_fast(float x) {
+    float y;
+    asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+__device__ __forceinline__ float largest(float a, float b) { return fmaxf(a, b); }
+__device__ __forceinline__ float magnitude(float x) { return fabsf(x); }
+// One rounding each, never fused into what follows.
+__device__ __forceinline__ float multiply_exactly(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ float add_exactly(float a, float b) { return __fadd_rn(a, b); }
+
+// Two numbers, rounded to nearest, in one register; `low` comes first in memory.
+template <class E> __device__ __forceinline__ unsigned pack(float low, float high);
+template <> __device__ __forceinline__ unsigned pack<bf16>(float low, float high) {
+    unsigned r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+template <> __device__ __forceinline__ unsigned pack<f16>(float low, float high) {
+    unsigned r;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+
+template <class E> __device__ __forceinline__ float2 unpack(unsigned pair);
+template <> __device__ __forceinline__ float2 unpack<bf16>(unsigned pair) {
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+}
+template <> __device__ __forceinline__ float2 unpack<f16>(unsigned pair) {
+    float2 r;
+    asm("{ .reg .f16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }"
+        : "=f"(r.x), "=f"(r.y) : "r"(pair));
+    return r;
+}
+
+// ---------------------------------------------------------------- tensor cores
+
+// c += a b: 16 x 16 by 16 x 8, and 16 x 8 by 8 x 8.
+template <class E>
+__device__ __forceinline__ void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1);
+template <>
+__device__ __forceinline__ void multiply<bf16>(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <>
+__device__ __forceinline__ void multiply<f16>(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <class E>
+__device__ __forceinline__ void multiply(float (&c)[4], const unsigned (&a)[2], unsigned b0);
+template <>
+__device__ __forceinline__ void multiply<bf16>(float (&c)[4], const unsigned (&a)[2], unsigned b0) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(b0));
+}
+template <>
+__device__ __forceinline__ void multiply<f16>(float (&c)[4], const unsigned (&a)[2], unsigned b0) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(b0));
+}
+
+#endif

@@ -1,0 +1,222 @@
+// Products of a warp with 16 rows: the only two that attention needs, forward and backward.
+//
+//     scores       c[16 x 16]  = rows[16 x D] tile[16 x D]^T      A from shared memory (or held in registers)
+//     accumulate   acc[16 x D] += c[16 x 16] tile[16 x D]         A is the result of the former, from registers
+//
+// 16-bit elements go through the tensor cores with f32 accumulation: accumulator fragments of `scores` are, pair by
+// pair, the A fragments of `accumulate`. f32 is exact: fused multiply-adds in the same accumulator layout, with
+// operands read from shared memory and c handed from lane to lane through a scratch of the warp's own.
+#pragma once
+#include "primitives.cuh"
+
+// Elements between the rows of a tile in shared memory: padded so that eight rows, read 16 bytes each, meet all banks once.
+template <class E, int D> struct Tile {
+    static constexpr int STRIDE = D * sizeof(E) == 16 ? D : D + 16 / int(sizeof(E));
+    static constexpr int CHUNKS = D * sizeof(E) / 16;   // 16-byte pieces of a row
+    static constexpr int PER_CHUNK = 16 / sizeof(E);    // elements of a piece
+};
+
+constexpr int SCRATCH_STRIDE = 20;
+// Floats of scratch a warp needs.
+template <class E> constexpr int SCRATCH = 0;
+template <> constexpr int SCRATCH<float> = 16 * SCRATCH_STRIDE;
+
+// The A operand of `scores`: 16 rows in shared memory. HELD keeps its fragments in registers.
+template <class E, int D, bool HELD> struct Rows {
+    static constexpr int K = D >= 16 ? 16 : 8;  // depth of one product
+    static constexpr int STEPS = D / K;
+
+    const E* at;
+    unsigned held[HELD ? STEPS : 1][K / 4];
+
+    __device__ __forceinline__ void load(unsigned (&a)[K / 4], int step) const {
+        const int lane = lane_index();
+        load_matrices(a, at + (lane & 15) * Tile<E, D>::STRIDE + step * K + (K == 16 ? (lane >> 4) * 8 : 0));
+    }
+    // `tile` was written by this warp; the caller has synchronised it.
+    __device__ __forceinline__ void set(const E* tile) {
+        at = tile;
+        if constexpr (HELD) {
+#pragma unroll
+            for (int step = 0; step < STEPS; ++step) load(held[step], step);
+        }
+    }
+    __device__ __forceinline__ void get(unsigned (&a)[K / 4], int step) const {
+        if constexpr (HELD) {
+#pragma unroll
+            for (int i = 0; i < K / 4; ++i) a[i] = held[step][i];
+        } else {
+            load(a, step);
+        }
+    }
+};
+
+template <int D, bool HELD> struct Rows<float, D, HELD> {
+    const float* at;
+    __device__ __forceinline__ void set(const float* tile) { at = tile; }
+};
+
+template <class E, int D, bool HELD>
+__device__ __forceinline__ void scores(float (&c)[2][4], const Rows<E, D, HELD>& rows, const E* tile) {
+    constexpr int STRIDE = Tile<E, D>::STRIDE;
+    const int lane = lane_index();
+#pragma unroll
+    for (int i = 0; i < 8; ++i) c[i / 4][i % 4] = 0.0f;
+    if constexpr (sizeof(E) == 4) {
+        const float* a = rows.at + (lane >> 2) * STRIDE;
+        const float* b = tile + (lane & 3) * 2 * STRIDE;
+#pragma unroll 2
+        for (int k = 0; k < D; k += 4) {
+            const float4 x[2] = {*reinterpret_cast<const float4*>(a + k),
+                                 *reinterpret_cast<const float4*>(a + 8 * STRIDE + k)};
+            const float4 y[4] = {*reinterpret_cast<const float4*>(b + k),
+                                 *reinterpret_cast<const float4*>(b + STRIDE + k),
+                                 *reinterpret_cast<const float4*>(b + 8 * STRIDE + k),
+                                 *reinterpret_cast<const float4*>(b + 9 * STRIDE + k)};
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const float4& u = x[i / 2 % 2];
+                const float4& w = y[i / 4 * 2 + i % 2];
+                float& s = c[i / 4][i % 4];
+                s = multiply_add(u.x, w.x, s);
+                s = multiply_add(u.y, w.y, s);
+                s = multiply_add(u.z, w.z, s);
+                s = multiply_add(u.w, w.w, s);
+            }
+        }
+    } else if constexpr (D == 8) {
+        unsigned a[2], b[2];
+        rows.get(a, 0);
+        load_matrices(b, tile + (lane & 15) * STRIDE);
+        multiply<E>(c[0], a, b[0]);
+        multiply<E>(c[1], a, b[1]);
+    } else {
+        const E* at = tile + ((lane & 7) + (lane >> 4) * 8) * STRIDE + (lane >> 3 & 1) * 8;
+#pragma unroll
+        for (int step = 0; step < D / 16; ++step) {
+            unsigned a[4], b[4];
+            rows.get(a, step);
+            load_matrices(b, at + step * 16);
+            multiply<E>(c[0], a, b[0], b[1]);
+            multiply<E>(c[1], a, b[2], b[3]);
+        }
+    }
+}
+
+// Above this size (in base 2) an f32 score is rounded by more than 2^-18, and p would be less exact than an f32 path
+// should be: its low half is computed as well.
+constexpr float LARGE_SCORE = 64.0f;
+
+// Scores of the f32 path that are large, again: c + low is the product with all its roundings made up for. Scores
+// of -inf, which is also what hidden pairs have, stay so.
+template <class E, int D, bool HELD>
+__device__ __forceinline__ void refine(float (&c)[2][4], float (&low)[2][4], float scale, const Rows<E, D, HELD>& rows,
+                                       const E* tile) {
+    if constexpr (sizeof(E) == 4) {
+        bool large = false;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const float size = magnitude(c[i / 4][i % 4] * scale);
+            large |= size > LARGE_SCORE && size < INF;
+            low[i / 4][i % 4] = 0.0f;
+        }
+        if (!any_lane(large)) return;
+        constexpr int STRIDE = Tile<E, D>::STRIDE;
+        const int lane = lane_index();
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const float* const a = rows.at + ((lane >> 2) + i / 2 % 2 * 8) * STRIDE;
+            const float* const b = tile + ((lane & 3) * 2 + i / 4 * 8 + i % 2) * STRIDE;
+            float sum = 0.0f, rest = 0.0f;
+#pragma unroll 4
+            for (int k = 0; k < D; ++k) {
+                const float product = multiply_exactly(a[k], b[k]), next = add_exactly(sum, product);
+                const float took = add_exactly(next, -sum);
+                rest += multiply_add(a[k], b[k], -product) +
+                        add_exactly(add_exactly(sum, -add_exactly(next, -took)), add_exactly(product, -took));
+                sum = next;
+            }
+            if (c[i / 4][i % 4] == -INF) continue;
+            c[i / 4][i % 4] = sum;
+            low[i / 4][i % 4] = rest;
+        }
+    }
+}
+
+// scale * score - shift, of a refined score.
+template <class E> __device__ __forceinline__ float exponent(float score, float low, float scale, float shift) {
+    const float x = multiply_add(score, scale, -shift);
+    return sizeof(E) == 4 ? multiply_add(low, scale, x) : x;
+}
+
+// `scratch`: SCRATCH<E> floats of the warp's own.
+template <class E, int D>
+__device__ __forceinline__ void accumulate(float (&acc)[D / 8][4], const float (&c)[2][4], const E* tile, float* scratch) {
+    constexpr int STRIDE = Tile<E, D>::STRIDE;
+    const int lane = lane_index();
+    if constexpr (sizeof(E) == 4) {
+        const int row = lane >> 2, column = (lane & 3) * 2;
+        __syncwarp();  // what the scratch held has been read
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float* at = scratch + (row + i % 2 * 8) * SCRATCH_STRIDE + i / 2 * 8 + column;
+            *reinterpret_cast<float2*>(at) = make_float2(c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]);
+        }
+        __syncwarp();
+#pragma unroll 4
+        for (int k = 0; k < 16; ++k) {
+            const float low = scratch[row * SCRATCH_STRIDE + k];
+            const float high = scratch[(row + 8) * SCRATCH_STRIDE + k];
+#pragma unroll
+            for (int n = 0; n < D / 8; ++n) {
+                const float2 b = *reinterpret_cast<const float2*>(tile + k * STRIDE + n * 8 + column);
+                acc[n][0] = multiply_add(low, b.x, acc[n][0]);
+                acc[n][1] = multiply_add(low, b.y, acc[n][1]);
+                acc[n][2] = multiply_add(high, b.x, acc[n][2]);
+                acc[n][3] = multiply_add(high, b.y, acc[n][3]);
+            }
+        }
+    } else {
+        const unsigned a[4] = {pack<E>(c[0][0], c[0][1]), pack<E>(c[0][2], c[0][3]),
+                               pack<E>(c[1][0], c[1][1]), pack<E>(c[1][2], c[1][3])};
+        const E* at = tile + (lane & 15) * STRIDE;
+        if constexpr (D == 8) {
+            unsigned b[2];
+            load_matrices_transposed(b, at);
+            multiply<E>(acc[0], a, b[0], b[1]);
+        } else {
+#pragma unroll
+            for (int n = 0; n < D / 16; ++n) {
+                unsigned b[4];
+                load_matrices_transposed(b, at + n * 16 + (lane >> 4) * 8);
+                multiply<E>(acc[2 * n], a, b[0], b[1]);
+                multiply<E>(acc[2 * n + 1], a, b[2], b[3]);
+            }
+        }
+    }
+}
+
+// Writes an accumulator, times `factor` row by row, to 16 rows of floats.
+template <int D>
+__device__ __forceinline__ void store_accumulator(float* to, int stride, const float (&acc)[D / 8][4], float factor) {
+    const int lane = lane_index(), row = lane >> 2, column = (lane & 3) * 2;
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) {
+        float* at = to + row * stride + n * 8 + column;
+        *reinterpret_cast<float2*>(at) = make_float2(acc[n][0] * factor, acc[n][1] * factor);
+        *reinterpret_cast<float2*>(at + 8 * stride) = make_float2(acc[n][2] * factor, acc[n][3] * factor);
+    }
+}
+
+// 16 bytes of elements from as many floats, times `factor`.
+template <class E> __device__ __forceinline__ uint4 narrow(const float* from, float factor) {
+    const float4 a = *reinterpret_cast<const float4*>(from);
+    if constexpr (sizeof(E) == 4) {
+        return make_uint4(__float_as_uint(a.x * factor), __float_as_uint(a.y * factor), __float_as_uint(a.z * factor),
+                          __float_as_uint(a.w * factor));
+    } else {
+        const float4 b = *reinterpret_cast<const float4*>(from + 4);
+        return make_uint4(pack<E>(a.x * factor, a.y * factor), pack<E>(a.z * factor, a.w * factor),
+                          pack<E>(b.x * factor, b.y * factor), pack<E>(b.z * factor, b.w * factor));
+    }
+}

@@ -1,0 +1,279 @@
+//! Kernels from source to machine code: NVRTC, and a cache on disk so that the second start is instant.
+//!
+//! An entry is named by a hash of everything that determines it (source, options, architecture, NVRTC's version) and
+//! holds that key in full, the code's length and its checksum. It is written to a temporary file and renamed, so that
+//! two processes at once each find a whole entry or none; one that does not check out counts as none, and is replaced.
+
+use super::CudaError;
+use super::nvrtc::Nvrtc;
+use super::tile::Element;
+use std::path::{Path, PathBuf};
+
+/// One `.cu` of `kernels/`, with all it includes.
+#[derive(Debug)]
+pub struct Source {
+    /// File name.
+    pub name: &'static str,
+    /// FNV-1a of names and texts.
+    pub hash: u64,
+    /// Its text.
+    pub text: &'static str,
+    /// Names and texts of the headers, the closure of its includes.
+    pub headers: &'static [(&'static str, &'static str)],
+}
+
+include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+
+/// Machine a module is compiled for: a compute capability.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Arch {
+    /// Major version.
+    pub major: u32,
+    /// Minor version.
+    pub minor: u32,
+}
+
+impl Arch {
+    /// The first with everything the kernels use (`cp.async`, bf16 `mma`).
+    pub const OLDEST: Arch = Arch { major: 8, minor: 0 };
+
+    /// As NVRTC wants it. Code for 9.0 may use what only Hopper has.
+    pub fn name(self) -> String {
+        let suffix = if self == (Arch { major: 9, minor: 0 }) { "a" } else { "" };
+        format!("sm_{}{}{suffix}", self.major, self.minor)
+    }
+}
+
+/// What is compiled: `attention.cu` for one element type and width.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Variant {
+    /// Type of the tensors.
+    pub element: Element,
+    /// Width of a head.
+    pub head_dim: usize,
+}
+
+impl Variant {
+    /// The source it is compiled from.
+    pub fn source(&self) -> &'static Source {
+        SOURCES.iter().find(|source| source.name == "attention.cu").expect("build.rs embeds every kernel")
+    }
+
+    /// Options of the compiler.
+    pub fn options(&self, arch: Arch) -> Vec<String> {
+        vec![
+            format!("--gpu-architecture={}", arch.name()),
+            "--std=c++17".to_owned(),
+            format!("-DDFAR_ELEMENT={}", self.element.cuda_name()),
+            format!("-DDFAR_HEAD_DIM={}", self.head_dim),
+        ]
+    }
+}
+
+/// Compiles a variant, without the cache.
+///
+/// # Errors
+/// No NVRTC, or [`CudaError::Compile`].
+pub fn compile(variant: Variant, arch: Arch) -> Result<Vec<u8>, CudaError> {
+    let nvrtc = Nvrtc::get()?;
+    let (source, options) = (variant.source(), variant.options(arch));
+    nvrtc.compile(source.name, source.text, source.headers, &options).map_err(|refused| CudaError::Compile {
+        kernel: source.name,
+        arch: arch.name(),
+        options,
+        error: refused.error,
+        log: refused.log,
+    })
+}
+
+/// Compiled modules on disk.
+#[derive(Clone, Debug)]
+pub struct Cache {
+    folder: Option<PathBuf>,
+}
+
+const MAGIC: &[u8; 8] = b"DFARCUB1";
+
+impl Cache {
+    /// In `$DFAR_CACHE_DIR`, else `$XDG_CACHE_HOME/dfar`, else `~/.cache/dfar`. With none of them set, or
+    /// `$DFAR_CACHE_DIR` empty, nothing is kept.
+    pub fn from_environment() -> Cache {
+        let variable = |name| std::env::var_os(name);
+        let folder = match variable("DFAR_CACHE_DIR") {
+            Some(folder) if folder.is_empty() => None,
+            Some(folder) => Some(PathBuf::from(folder)),
+            None => variable("XDG_CACHE_HOME")
+                .filter(|folder| !folder.is_empty())
+                .map(PathBuf::from)
+                .or_else(|| {
+                    variable("HOME")
+                        .or_else(|| variable("LOCALAPPDATA"))
+                        .map(|home| Path::new(&home).join(".cache"))
+                })
+                .map(|folder| folder.join("dfar")),
+        };
+        Cache { folder }
+    }
+
+    /// In a folder of the caller's choice.
+    pub fn in_folder(folder: impl Into<PathBuf>) -> Cache {
+        Cache { folder: Some(folder.into()) }
+    }
+
+    /// Everything that determines the machine code, in words.
+    fn key(variant: Variant, arch: Arch, nvrtc: (i32, i32)) -> String {
+        let source = variant.source();
+        let options = variant.options(arch).join(" ");
+        format!("{} {:016x}; {options}; nvrtc {}.{}", source.name, source.hash, nvrtc.0, nvrtc.1)
+    }
+
+    fn path(&self, key: &str) -> Option<PathBuf> {
+        let hash = key.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+        Some(self.folder.as_ref()?.join(format!("{hash:016x}.cubin")))
+    }
+
+    /// Machine code for a variant: from the cache, or compiled and then kept. A cache that cannot be written costs time
+    /// at the next start, nothing else, and is no error.
+    ///
+    /// # Errors
+    /// As [`compile`].
+    pub fn load(&self, variant: Variant, arch: Arch) -> Result<Vec<u8>, CudaError> {
+        let key = Self::key(variant, arch, Nvrtc::get()?.version());
+        if let Some(code) = self.read(&key) {
+            return Ok(code);
+        }
+        let code = compile(variant, arch)?;
+        let _ = self.write(&key, &code);
+        Ok(code)
+    }
+
+    fn read(&self, key: &str) -> Option<Vec<u8>> {
+        let entry = std::fs::read(self.path(key)?).ok()?;
+        let rest = entry.strip_prefix(MAGIC)?;
+        let (key_bytes, rest) = rest.split_first_chunk::<4>()?;
+        let (stored_key, rest) = rest.split_at_checked(u32::from_le_bytes(*key_bytes) as usize)?;
+        let (checksum, rest) = rest.split_first_chunk::<4>()?;
+        let (length, code) = rest.split_first_chunk::<8>()?;
+        let whole = stored_key == key.as_bytes()
+            && code.len() as u64 == u64::from_le_bytes(*length)
+            && crc32fast::hash(code) == u32::from_le_bytes(*checksum);
+        whole.then(|| code.to_vec())
+    }
+
+    fn write(&self, key: &str, code: &[u8]) -> std::io::Result<()> {
+        use std::io::Write;
+        let Some(path) = self.path(key) else { return Ok(()) };
+        let folder = path.parent().expect("a file in a folder has one");
+        std::fs::create_dir_all(folder)?;
+        let mut file = tempfile::NamedTempFile::new_in(folder)?;
+        file.write_all(MAGIC)?;
+        file.write_all(&(key.len() as u32).to_le_bytes())?;
+        file.write_all(key.as_bytes())?;
+        file.write_all(&crc32fast::hash(code).to_le_bytes())?;
+        file.write_all(&(code.len() as u64).to_le_bytes())?;
+        file.write_all(code)?;
+        file.persist(path)?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const VARIANT: Variant = Variant { element: Element::Bf16, head_dim: 16 };
+
+    fn key() -> String {
+        Cache::key(VARIANT, Arch { major: 9, minor: 0 }, (12, 4))
+    }
+
+    #[test]
+    fn sources_carry_their_includes() {
+        let source = VARIANT.source();
+        let headers: Vec<&str> = source.headers.iter().map(|(name, _)| *name).collect();
+        assert_eq!(
+            headers,
+            ["online_softmax.cuh", "params.cuh", "primitives.cuh", "seqlen.cuh", "warp_product.cuh"]
+        );
+        assert!(source.text.contains("attention_##name") && source.hash != 0);
+    }
+
+    #[test]
+    fn keys_tell_apart_what_determines_the_code() {
+        let (hopper, ampere) = (Arch { major: 9, minor: 0 }, Arch::OLDEST);
+        let keys = [
+            key(),
+            Cache::key(VARIANT, ampere, (12, 4)),
+            Cache::key(VARIANT, hopper, (13, 0)),
+            Cache::key(Variant { head_dim: 32, ..VARIANT }, hopper, (12, 4)),
+            Cache::key(Variant { element: Element::F16, ..VARIANT }, hopper, (12, 4)),
+        ];
+        for (i, a) in keys.iter().enumerate() {
+            assert!(keys[i + 1..].iter().all(|b| a != b), "{a}");
+        }
+        assert_eq!([hopper.name(), ampere.name()], ["sm_90a", "sm_80"]);
+    }
+
+    #[test]
+    fn an_entry_is_what_was_written() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let cache = Cache::in_folder(folder.path().join("new"));
+        assert_eq!(cache.read(&key()), None);
+        for code in [&b"code"[..], b"", &[7; 100_000]] {
+            cache.write(&key(), code).expect("it should be writable");
+            assert_eq!(cache.read(&key()).as_deref(), Some(code));
+        }
+        let files = std::fs::read_dir(folder.path().join("new")).expect("it was made").count();
+        assert_eq!(files, 1, "no temporary file should be left");
+    }
+
+    #[test]
+    fn a_corrupt_entry_counts_as_none() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let cache = Cache::in_folder(folder.path());
+        cache.write(&key(), b"machine code").expect("it should be writable");
+        let path = cache.path(&key()).expect("it has a folder");
+        let whole = std::fs::read(&path).expect("it was written");
+        for length in 0..whole.len() {
+            std::fs::write(&path, &whole[..length]).expect("writable");
+            assert_eq!(cache.read(&key()), None, "cut to {length} bytes");
+        }
+        for index in 0..whole.len() {
+            let mut bad = whole.clone();
+            bad[index] ^= 0x10;
+            std::fs::write(&path, &bad).expect("writable");
+            assert_eq!(cache.read(&key()), None, "byte {index} changed");
+        }
+        std::fs::write(&path, [&whole[..], b"more"].concat()).expect("writable");
+        assert_eq!(cache.read(&key()), None);
+    }
+
+    #[test]
+    fn writers_at_once_leave_a_whole_entry() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let cache = Cache::in_folder(folder.path());
+        let code = |i: u8| vec![i; 50_000];
+        std::thread::scope(|scope| {
+            for i in 0..4 {
+                let cache = &cache;
+                scope.spawn(move || (0..20).for_each(|_| cache.write(&key(), &code(i)).expect("writable")));
+            }
+            for _ in 0..200 {
+                if let Some(found) = cache.read(&key()) {
+                    assert!((0..4).any(|i| found == code(i)));
+                }
+            }
+        });
+    }
+
+    #[test]
+    fn a_cache_that_cannot_be_written_is_no_error_to_readers() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let cache = Cache::in_folder(file.path().join("below a file"));
+        assert!(cache.write(&key(), b"code").is_err());
+        assert_eq!(cache.read(&key()), None);
+        assert_eq!((Cache { folder: None }).read(&key()), None);
+    }
+}

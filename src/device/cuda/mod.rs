@@ -1,0 +1,150 @@
+//! NVIDIA GPUs: the kernels of `kernels/`, compiled at run time. Nothing here needs CUDA to build.
+//!
+//! | module | what it does |
+//! |---|---|
+//! | [`params`] | arguments of the kernels |
+//! | [`tile`] | how work is cut: pure functions of shapes and limits |
+//! | [`plan`] | what the kernels need to know about one batch |
+//! | [`nvrtc`], [`compile`] | from source to machine code, and the cache on disk |
+//! | [`context`] | [`Cuda`]: a device, its stream, its memory, its modules |
+//! | [`attention`] | the operation, checked, on device buffers and on slices |
+//!
+//! All launches go through one private module, `launch`, which holds what is unsafe about the driver.
+
+pub mod attention;
+pub mod compile;
+pub mod context;
+mod launch;
+pub mod nvrtc;
+pub mod params;
+pub mod plan;
+pub mod tile;
+
+pub use context::{Cuda, device_count};
+
+use crate::attention::AttentionError;
+use cudarc::driver::{DriverError, sys::CUresult};
+use thiserror::Error;
+
+/// A GPU that cannot be used, or a call it cannot serve.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum CudaError {
+    /// The operation refuses its arguments.
+    #[error(transparent)]
+    Attention(#[from] AttentionError),
+    /// There is no driver.
+    #[error("cuda: there is no NVIDIA driver here (its library, libcuda, cannot be loaded)")]
+    NoDriver,
+    /// There is no such GPU.
+    #[error("cuda: there is no device {ordinal}; the driver shows {found}")]
+    NoDevice {
+        /// Number asked for, from 0.
+        ordinal: usize,
+        /// How many there are.
+        found: usize,
+    },
+    /// A GPU without the instructions the kernels use.
+    #[error("cuda: {name} is {}, but the kernels need {} or later", arch.name(), compile::Arch::OLDEST.name())]
+    OldDevice {
+        /// Its name.
+        name: String,
+        /// Its compute capability.
+        arch: compile::Arch,
+    },
+    /// NVRTC, which compiles the kernels, cannot be loaded.
+    #[error("cuda: NVRTC cannot be loaded (tried {}); install the CUDA toolkit or put its libraries on the loader's path", tried.join(", "))]
+    NoNvrtc {
+        /// Names it was looked for under.
+        tried: &'static [&'static str],
+    },
+    /// An NVRTC that does not know what the kernels need.
+    #[error("cuda: NVRTC is {}.{}, but the kernels need {}.{} or later", found.0, found.1, oldest.0, oldest.1)]
+    OldNvrtc {
+        /// Version found.
+        found: (i32, i32),
+        /// Version needed.
+        oldest: (i32, i32),
+    },
+    /// A kernel that NVRTC refuses.
+    #[error("cuda: {kernel} does not compile for {arch} with {}: {error}\n{log}", options.join(" "))]
+    Compile {
+        /// Source file.
+        kernel: &'static str,
+        /// Architecture.
+        arch: String,
+        /// Options.
+        options: Vec<String>,
+        /// NVRTC's error.
+        error: String,
+        /// The compiler's log.
+        log: String,
+    },
+    /// The device's memory does not suffice.
+    #[error("cuda: the device has no {bytes} bytes of memory left; use a smaller batch")]
+    OutOfMemory {
+        /// Bytes asked for.
+        bytes: usize,
+    },
+    /// The driver failed.
+    #[error("cuda: {action} failed: {message}")]
+    Driver {
+        /// What was tried.
+        action: &'static str,
+        /// The driver's error, in its words.
+        message: String,
+    },
+    /// A buffer that lives on another device.
+    #[error("cuda: {name} is on another device than the call")]
+    OtherDevice {
+        /// Argument.
+        name: &'static str,
+    },
+    /// Tensors of another type than the batch was planned for.
+    #[error("cuda: the batch was planned for {}, but the tensors are {}", planned.name(), given.name())]
+    Element {
+        /// Of the plan.
+        planned: tile::Element,
+        /// Of the tensors.
+        given: tile::Element,
+    },
+    /// No kernel is compiled for this head width.
+    #[error("cuda: head_dim is {head_dim}, but the kernels have 8, 16, 32, 64 and 128")]
+    HeadDim {
+        /// Width asked for.
+        head_dim: usize,
+    },
+    /// A block needs more shared memory than the device gives it.
+    #[error(
+        "cuda: pass {pass} needs {needed} bytes of shared memory per block, but the device has {available}"
+    )]
+    SharedMemory {
+        /// Pass.
+        pass: &'static str,
+        /// Bytes of the smallest block.
+        needed: usize,
+        /// Bytes the device gives.
+        available: usize,
+    },
+    /// A batch too large for one call.
+    #[error("cuda: the batch has {rows} query rows, but one call can count {}; split it", i32::MAX)]
+    TooLarge {
+        /// Rows `N * Q`.
+        rows: usize,
+    },
+}
+
+impl CudaError {
+    /// What the driver reported while trying to `action`; `bytes` were asked for, if memory was.
+    fn driver(action: &'static str, error: DriverError, bytes: usize) -> CudaError {
+        match error.0 {
+            CUresult::CUDA_ERROR_OUT_OF_MEMORY => CudaError::OutOfMemory { bytes },
+            _ => CudaError::Driver { action, message: error.to_string() },
+        }
+    }
+
+    /// Whether the error is about what the caller gave, not about the machine.
+    pub fn is_argument(&self) -> bool {
+        matches!(self, CudaError::Attention(_) | CudaError::OtherDevice { .. } | CudaError::Element { .. })
+    }
+}

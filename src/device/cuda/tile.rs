@@ -1,0 +1,323 @@
+//! How work is cut for the kernels of `attention.cu`. Pure functions of shapes and of the device's limits.
+
+use super::CudaError;
+use crate::attention::{FhaOptions, Pairing};
+
+/// Type of `q`, `k`, `v`, `o` and their gradients. Accumulation is in f32 always.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Element {
+    /// Exact path, on the FMA pipes.
+    F32,
+    /// bfloat16, on the tensor cores.
+    Bf16,
+    /// IEEE half precision, on the tensor cores.
+    F16,
+}
+
+impl Element {
+    /// Every one.
+    pub const ALL: [Element; 3] = [Element::F32, Element::Bf16, Element::F16];
+
+    /// Bytes of one value.
+    pub const fn size(self) -> usize {
+        match self {
+            Element::F32 => 4,
+            Element::Bf16 | Element::F16 => 2,
+        }
+    }
+
+    /// Its name, as in `--precision`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Element::F32 => "f32",
+            Element::Bf16 => "bf16",
+            Element::F16 => "f16",
+        }
+    }
+
+    /// Its name in the kernels.
+    pub const fn cuda_name(self) -> &'static str {
+        match self {
+            Element::F32 => "float",
+            Element::Bf16 => "bf16",
+            Element::F16 => "f16",
+        }
+    }
+}
+
+/// Head widths the kernels are compiled for.
+pub const HEAD_DIMS: [usize; 5] = [8, 16, 32, 64, 128];
+
+/// Warps of a block at most: `MAX_WARPS` of `attention.cu`.
+pub const MAX_WARPS: usize = 4;
+
+/// Query rows (or keys) a warp owns: the M of `mma.m16n8k16`.
+pub const WARP_ROWS: usize = 16;
+
+/// One kernel's block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Block {
+    /// Warps; a warp owns [`WARP_ROWS`] rows.
+    pub warps: usize,
+    /// Dynamic shared memory in bytes.
+    pub shared_bytes: usize,
+}
+
+impl Block {
+    /// Rows of the block.
+    pub fn rows(&self) -> usize {
+        self.warps * WARP_ROWS
+    }
+}
+
+/// Sequences of at most this many tokens, and query rows, can be loaded whole: a block's [`MAX_WARPS`] warps own as many rows.
+pub const WHOLE_ROWS: usize = MAX_WARPS * WARP_ROWS;
+
+/// Shared memory a block of whole sequences may use: three fit a multiprocessor of sm_90, so that one loads while
+/// others compute. Where heads are so wide or so many that a sequence needs more, streaming it is no loss.
+pub const WHOLE_BYTES: usize = 72 << 10;
+
+/// Forward over whole short sequences, several in a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Whole {
+    /// The block.
+    pub block: Block,
+    /// Warps that share a sequence.
+    pub item_warps: usize,
+    /// Rows that one head's keys have in shared memory.
+    pub capacity: usize,
+}
+
+impl Whole {
+    /// Sequences of a block.
+    pub fn items(&self) -> usize {
+        self.block.warps / self.item_warps
+    }
+}
+
+/// The blocks of all passes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tile {
+    /// Forward over whole sequences, for those that are short enough, if any are.
+    pub whole: Option<Whole>,
+    /// Forward over the others: query rows.
+    pub forward: Block,
+    /// dq: query rows.
+    pub dq: Block,
+    /// dk and dv: keys.
+    pub dk_dv: Block,
+}
+
+/// Threads of a block of the delta pass; four serve a row.
+pub const DELTA_THREADS: usize = 128;
+
+/// Adds up shared memory as `Carve` does: every array is padded to 16 bytes.
+struct Carve(usize);
+
+impl Carve {
+    fn take(&mut self, count: usize, size: usize) -> &mut Self {
+        self.0 += (count * size).next_multiple_of(16);
+        self
+    }
+}
+
+/// Sizes of one compiled variant, as `warp_product.cuh` and `attention.cu` have them.
+struct Variant {
+    size: usize,
+    head_dim: usize,
+}
+
+impl Variant {
+    /// `Tile<E, D>::STRIDE`: rows are padded by 16 bytes, so that eight rows meet all banks once; rows of 16 bytes do so
+    /// by themselves.
+    fn stride(&self) -> usize {
+        if self.head_dim * self.size == 16 { self.head_dim } else { self.head_dim + 16 / self.size }
+    }
+    /// `TILE<E, D>`: 64 rows keep more loads in flight, 32 keep wide heads within shared memory.
+    fn tile(&self) -> usize {
+        if self.size == 2 && self.head_dim <= 32 { 64 } else { 32 }
+    }
+    /// `SCRATCH<E>` in floats.
+    fn scratch(&self) -> usize {
+        if self.size == 4 { 16 * 20 } else { 0 }
+    }
+
+    fn forward(&self, warps: usize, key_heads: usize) -> usize {
+        let mut carve = Carve(0);
+        carve
+            .take(2 * self.tile() * self.stride(), self.size)
+            .take(2 * self.tile() * self.stride(), self.size);
+        carve.take(warps * 16 * self.stride(), self.size);
+        carve.take(warps * 16 * (key_heads * self.head_dim + 4), 4);
+        carve.take(warps * 16 * (key_heads + 2), 4);
+        carve.take(warps * self.scratch(), 4);
+        carve.0
+    }
+
+    fn whole(&self, item_warps: usize, capacity: usize, key_heads: usize) -> usize {
+        let keys = MAX_WARPS / item_warps * key_heads * capacity * self.stride();
+        let mut carve = Carve(0);
+        carve.take(keys, self.size).take(keys, self.size);
+        carve.take(MAX_WARPS * 16 * self.stride(), self.size);
+        carve.take(MAX_WARPS * 16 * (key_heads * self.head_dim + 4), 4);
+        carve.take(MAX_WARPS * 16 * (key_heads + 2), 4);
+        carve.take(MAX_WARPS * self.scratch(), 4);
+        carve.0
+    }
+
+    fn dq(&self, warps: usize) -> usize {
+        let mut carve = Carve(0);
+        carve
+            .take(2 * self.tile() * self.stride(), self.size)
+            .take(2 * self.tile() * self.stride(), self.size);
+        carve.take(warps * 16 * self.stride(), self.size).take(warps * 16 * self.stride(), self.size);
+        carve.take(warps * 16 * (self.head_dim + 4), 4).take(warps * self.scratch(), 4);
+        carve.0
+    }
+
+    fn dk_dv(&self, warps: usize) -> usize {
+        let mut carve = Carve(0);
+        let corrected = if self.size == 4 { 2 * self.tile() } else { 0 };
+        carve.take(2 * self.tile(), 4).take(2 * self.tile(), 4).take(corrected, 4);
+        carve.0 + self.dq(warps)
+    }
+}
+
+/// Warps for `rows` rows: as many as are busy in the longest sequence, at most `MAX_WARPS`, and as few as
+/// it takes to stay within `limit` bytes of shared memory.
+fn block(
+    rows: usize,
+    limit: usize,
+    bytes: impl Fn(usize) -> usize,
+    pass: &'static str,
+) -> Result<Block, CudaError> {
+    let most = rows.div_ceil(WARP_ROWS).clamp(1, MAX_WARPS);
+    (1..=most)
+        .rev()
+        .map(|warps| Block { warps, shared_bytes: bytes(warps) })
+        .find(|block| block.shared_bytes <= limit)
+        .ok_or(CudaError::SharedMemory { pass, needed: bytes(1), available: limit })
+}
+
+/// Whether a sequence of `tokens` tokens with `slots` query rows each is short enough to be loaded whole.
+pub fn is_short(tokens: usize, slots: usize) -> bool {
+    tokens <= WHOLE_ROWS && tokens * slots <= WHOLE_ROWS
+}
+
+/// Chooses the blocks for a batch whose longest sequence has `longest` tokens, and whose longest short one (see
+/// [`is_short`]) has `longest_short`, on a device that gives a block `shared_limit` bytes of shared memory.
+///
+/// # Errors
+/// [`CudaError::HeadDim`] for a width that is not in [`HEAD_DIMS`]; [`CudaError::SharedMemory`] when even the
+/// smallest block is too large for the device.
+pub fn tile(
+    element: Element,
+    options: &FhaOptions,
+    longest: usize,
+    longest_short: usize,
+    shared_limit: usize,
+) -> Result<Tile, CudaError> {
+    if !HEAD_DIMS.contains(&options.head_dim) {
+        return Err(CudaError::HeadDim { head_dim: options.head_dim });
+    }
+    let variant = Variant { size: element.size(), head_dim: options.head_dim };
+    let slots = match options.pairing {
+        Pairing::Factorized => options.query_slots(),
+        Pairing::PerHead => 1,
+    };
+    let key_heads = options.key_slots();
+    let rows = longest * slots;
+    let item_warps = (longest_short * slots).div_ceil(WARP_ROWS).next_power_of_two().min(MAX_WARPS);
+    // Chunks of 16 keys start where a label does, and may end up to 15 rows behind the last token.
+    let capacity = longest_short.next_multiple_of(16) + 16;
+    let shared_bytes = variant.whole(item_warps, capacity, key_heads);
+    let whole = Whole { block: Block { warps: MAX_WARPS, shared_bytes }, item_warps, capacity };
+    Ok(Tile {
+        whole: (longest_short > 0 && shared_bytes <= WHOLE_BYTES.min(shared_limit)).then_some(whole),
+        forward: block(rows, shared_limit, |w| variant.forward(w, key_heads), "forward")?,
+        dq: block(rows, shared_limit, |w| variant.dq(w), "dq")?,
+        dk_dv: block(longest, shared_limit, |w| variant.dk_dv(w), "dk_dv")?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::attention::LabelMask;
+
+    /// Shared memory a block may have on sm_80, sm_86 and sm_90.
+    const LIMITS: [usize; 3] = [163 << 10, 99 << 10, 227 << 10];
+
+    #[test]
+    fn every_variant_fits_the_data_centre_devices() {
+        for element in Element::ALL {
+            for head_dim in HEAD_DIMS {
+                for heads in [1, 2, 4, 8] {
+                    let mut options = FhaOptions::new(heads, head_dim);
+                    if heads == 1 {
+                        options.label_mask = LabelMask::None;
+                    }
+                    for limit in [LIMITS[0], LIMITS[2]] {
+                        let tile = tile(element, &options, 4096, 64, limit).expect("it should fit");
+                        for block in [tile.forward, tile.dq, tile.dk_dv] {
+                            assert!(block.warps >= 1 && block.shared_bytes <= limit, "{options:?} {tile:?}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_block_is_no_larger_than_the_longest_sequence() {
+        let options = FhaOptions::new(2, 16);
+        for (longest, warps) in [(0, 1), (1, 1), (16, 1), (17, 2), (48, 3), (64, 4), (5000, 4)] {
+            let tile =
+                tile(Element::Bf16, &options, longest, longest.min(64), LIMITS[2]).expect("it should fit");
+            assert_eq!(tile.forward.warps, warps, "{longest} tokens");
+        }
+        let four = tile(Element::Bf16, &FhaOptions::new(4, 16), 17, 17, LIMITS[2]).expect("it should fit");
+        assert_eq!((four.forward.warps, four.dk_dv.warps), (3, 2), "two query rows a token, one key");
+    }
+
+    #[test]
+    fn short_sequences_share_a_block() {
+        let options = FhaOptions::new(2, 16);
+        for (longest, items, capacity) in
+            [(1, 4, 32), (16, 4, 32), (20, 2, 48), (32, 2, 48), (33, 1, 64), (64, 1, 80)]
+        {
+            let tile = tile(Element::Bf16, &options, 4096, longest, LIMITS[0]).expect("it should fit");
+            let whole = tile.whole.expect("it is short enough");
+            assert_eq!((whole.items(), whole.capacity), (items, capacity), "{longest} tokens");
+        }
+        let none = |options, short| {
+            tile(Element::F32, options, 4096, short, LIMITS[0]).expect("it should fit").whole
+        };
+        assert_eq!(none(&options, 0), None, "there is no short sequence");
+        assert_eq!(none(&FhaOptions::new(8, 128), 16), None, "eight heads of 128 need more than WHOLE_BYTES");
+        assert!(is_short(64, 1) && is_short(32, 2) && !is_short(65, 1) && !is_short(33, 2));
+    }
+
+    #[test]
+    fn a_small_device_gets_smaller_blocks_or_a_clear_error() {
+        let wide = FhaOptions::new(8, 64);
+        let tile_on = |limit| tile(Element::Bf16, &wide, 4096, 0, limit);
+        let (large, small) = (tile_on(LIMITS[2]).expect("fits"), tile_on(LIMITS[1]).expect("fits"));
+        assert!(small.forward.warps < large.forward.warps);
+        let error = tile_on(16 << 10).expect_err("nothing fits in 16 KiB");
+        assert!(error.to_string().contains("forward needs"), "{error}");
+        let odd =
+            tile(Element::F32, &FhaOptions::new(2, 4), 10, 10, LIMITS[0]).expect_err("no kernel for width 4");
+        assert!(matches!(odd, CudaError::HeadDim { head_dim: 4 }));
+    }
+
+    /// Worked by hand from the declarations in `attention.cu`.
+    #[test]
+    fn shared_memory_adds_up() {
+        let paper = Variant { size: 2, head_dim: 16 };
+        let tiles = 2 * (2 * 64 * 24 * 2);
+        assert_eq!(paper.forward(4, 2), tiles + 4 * 16 * 24 * 2 + 4 * 16 * 36 * 4 + 4 * 16 * 4 * 4);
+        assert_eq!(paper.dq(4), tiles + 2 * (4 * 16 * 24 * 2) + 4 * 16 * 20 * 4);
+        assert_eq!(paper.dk_dv(4), paper.dq(4) + 2 * (2 * 64 * 4));
+    }
+}

@@ -1,0 +1,2 @@
+#include "entries.h"
+ENTRIES(bf16, bf16)

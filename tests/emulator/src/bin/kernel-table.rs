@@ -1,0 +1,220 @@
+//! Compiles every kernel variant through NVRTC, as the library does, and prints what it costs. Needs no GPU.
+//!
+//!     kernel-table [--check FILE]
+//!     kernel-table --compile          only whether everything compiles, for what this NVRTC knows
+//!
+//! Needs NVRTC on the loader's path and NVIDIA's `cuobjdump` and `nvdisasm` on PATH; `.ci/kernels` provides them.
+//! Fails on spills, local memory, a 16-bit kernel without tensor-core instructions, or a difference from FILE.
+
+use dfar::attention::{FhaOptions, LabelMask};
+use dfar::device::cuda::CudaError;
+use dfar::device::cuda::compile::{Arch, Variant, compile};
+use dfar::device::cuda::nvrtc::Nvrtc;
+use dfar::device::cuda::plan::Pass;
+use dfar::device::cuda::tile::{Block, DELTA_THREADS, Element, HEAD_DIMS, tile};
+use std::fmt::Write as _;
+use std::process::{Command, ExitCode};
+
+/// A multiprocessor: shared memory in all, and what one block may have of it, in KiB; 1 KiB of each block is the system's.
+struct Machine {
+    arch: Arch,
+    shared: usize,
+    shared_per_block: usize,
+}
+
+const MACHINES: [Machine; 3] = [
+    Machine { arch: Arch { major: 8, minor: 0 }, shared: 164, shared_per_block: 163 },
+    Machine { arch: Arch { major: 9, minor: 0 }, shared: 228, shared_per_block: 227 },
+    Machine { arch: Arch { major: 10, minor: 0 }, shared: 228, shared_per_block: 227 },
+];
+const REGISTERS: usize = 65536;
+const WARPS: usize = 64;
+const BLOCKS: usize = 32;
+
+/// Blocks that fit a multiprocessor at once. Registers are given to warps in units of 256.
+fn resident(machine: &Machine, registers: usize, block: Block) -> usize {
+    let by_registers = REGISTERS / ((registers * 32).next_multiple_of(256) * block.warps);
+    let by_shared = (machine.shared << 10) / (block.shared_bytes + 1024);
+    by_registers.min(by_shared).min(WARPS / block.warps).min(BLOCKS)
+}
+
+/// Output of one of NVIDIA's tools.
+fn tool(name: &str, arguments: &[&str]) -> Result<String, String> {
+    let output =
+        Command::new(name).args(arguments).output().map_err(|e| format!("cannot run {name}: {e}"))?;
+    if !output.status.success() {
+        return Err(format!("{name} failed: {}", String::from_utf8_lossy(&output.stderr)));
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// What the tools say about one kernel.
+#[derive(Default, Clone)]
+struct Kernel {
+    registers: usize,
+    stack: usize,
+    local: usize,
+    tensor: usize,
+    exponentials: usize,
+    wide: usize,
+    narrow: usize,
+}
+
+fn number(line: &str, field: &str) -> usize {
+    let rest = line.split(field).nth(1).unwrap_or("");
+    rest.chars().take_while(char::is_ascii_digit).collect::<String>().parse().unwrap_or(0)
+}
+
+fn inspect(code: &[u8], entry: &str) -> Result<Kernel, String> {
+    let file = tempfile::NamedTempFile::new().map_err(|e| e.to_string())?;
+    std::fs::write(file.path(), code).map_err(|e| e.to_string())?;
+    let path = file.path().to_str().expect("temporary files have plain names");
+    let mut kernel = Kernel::default();
+    let usage = tool("cuobjdump", &["--dump-resource-usage", path])?;
+    let mut lines = usage.lines().skip_while(|line| !line.trim().ends_with(&format!("Function {entry}:")));
+    let line = lines.nth(1).ok_or_else(|| format!("cuobjdump knows no {entry}"))?;
+    kernel.registers = number(line, "REG:");
+    kernel.stack = number(line, "STACK:");
+    kernel.local = number(line, "LOCAL:");
+    let assembly = tool("cuobjdump", &["-sass", "-fun", entry, path])?;
+    for line in assembly.lines() {
+        let has = |what: &str| line.contains(what);
+        kernel.tensor += usize::from(has("HMMA"));
+        kernel.exponentials += usize::from(has("MUFU.EX2"));
+        kernel.local += usize::from(has(" LDL") || has(" STL"));
+        if has("LDG.") || has("STG.") || has("LDGSTS") {
+            *(if has(".128") { &mut kernel.wide } else { &mut kernel.narrow }) += 1;
+        }
+    }
+    Ok(kernel)
+}
+
+fn table() -> Result<(String, Vec<String>), String> {
+    let (mut text, mut faults) = (String::new(), vec![]);
+    let heading = "H = 2 with labels (shared memory grows with H); blocks of long sequences, and of whole ones of 64 tokens. Occupancy is resident warps of 64.";
+    writeln!(text, "{heading}\nGlobal accesses: instructions of 16 bytes, and narrower ones (order, feedback, lse, delta).\n")
+        .expect("strings can be written");
+    writeln!(
+        text,
+        "{:7} {:5} {:>3}  {:23} {:>9} {:>5} {:>6} {:>7} {:>7} {:>9} {:>5} {:>4} {:>9}",
+        "arch",
+        "type",
+        "d",
+        "kernel",
+        "registers",
+        "spill",
+        "shared",
+        "threads",
+        "blocks",
+        "occupancy",
+        "mma",
+        "ex2",
+        "16 B/less"
+    )
+    .expect("strings can be written");
+    for machine in &MACHINES {
+        for element in Element::ALL {
+            for head_dim in HEAD_DIMS {
+                let code = compile(Variant { element, head_dim }, machine.arch).map_err(|e| e.to_string())?;
+                let options = FhaOptions { label_mask: LabelMask::Feedback, ..FhaOptions::new(2, head_dim) };
+                let tile = tile(element, &options, 4096, 64, machine.shared_per_block << 10)
+                    .map_err(|e| e.to_string())?;
+                for pass in Pass::ALL {
+                    let block = match pass {
+                        Pass::ForwardWhole => match tile.whole {
+                            Some(whole) => whole.block,
+                            None => continue, // too wide to be loaded whole
+                        },
+                        Pass::Forward => tile.forward,
+                        Pass::Delta => Block { warps: DELTA_THREADS / 32, shared_bytes: 0 },
+                        Pass::Dq => tile.dq,
+                        Pass::DkDv => tile.dk_dv,
+                    };
+                    let kernel = inspect(&code, pass.entry())?;
+                    let blocks = resident(machine, kernel.registers, block);
+                    let arch = machine.arch.name();
+                    let occupancy = blocks * block.warps * 100 / WARPS;
+                    writeln!(
+                        text,
+                        "{arch:7} {:5} {head_dim:>3}  {:23} {:>9} {:>5} {:>6} {:>7} {blocks:>7} {occupancy:>8}% {:>5} {:>4} {:>6}/{}",
+                        element.name(),
+                        pass.entry(),
+                        kernel.registers,
+                        kernel.stack + kernel.local,
+                        block.shared_bytes,
+                        block.warps * 32,
+                        kernel.tensor,
+                        kernel.exponentials,
+                        kernel.wide,
+                        kernel.narrow,
+                    )
+                    .expect("strings can be written");
+                    let name = format!("{arch} {} {head_dim} {}", element.name(), pass.entry());
+                    if kernel.stack + kernel.local > 0 {
+                        faults.push(format!("{name}: spills or local memory"));
+                    }
+                    if element != Element::F32 && pass != Pass::Delta && kernel.tensor == 0 {
+                        faults.push(format!("{name}: no tensor-core instructions"));
+                    }
+                    if blocks == 0 {
+                        faults.push(format!("{name}: does not fit the multiprocessor"));
+                    }
+                }
+            }
+        }
+    }
+    Ok((text, faults))
+}
+
+/// Compiles every variant for the machines that this NVRTC knows; the number of modules.
+fn compile_all() -> Result<usize, CudaError> {
+    // Blackwell came with CUDA 12.8.
+    let known = |arch: Arch| arch.major < 10 || Nvrtc::get().is_ok_and(|nvrtc| nvrtc.version() >= (12, 8));
+    let mut count = 0;
+    for machine in MACHINES.iter().filter(|machine| known(machine.arch)) {
+        for (element, head_dim) in Element::ALL.into_iter().flat_map(|e| HEAD_DIMS.map(|d| (e, d))) {
+            compile(Variant { element, head_dim }, machine.arch)?;
+            count += 1;
+        }
+    }
+    Ok(count)
+}
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if arguments == ["--compile"] {
+        return match compile_all() {
+            Ok(count) => {
+                println!("{count} modules compile");
+                ExitCode::SUCCESS
+            }
+            Err(error) => {
+                eprintln!("{error}");
+                ExitCode::FAILURE
+            }
+        };
+    }
+    let (text, mut faults) = match table() {
+        Ok(table) => table,
+        Err(message) => {
+            eprintln!("{message}");
+            return ExitCode::FAILURE;
+        }
+    };
+    print!("{text}");
+    if let [flag, file] = &arguments[..] {
+        if flag != "--check" {
+            eprintln!("usage: kernel-table [--check FILE]");
+            return ExitCode::from(2);
+        }
+        let kept = std::fs::read_to_string(file).unwrap_or_default();
+        for (kept, now) in kept.lines().zip(text.lines()).filter(|(kept, now)| kept != now) {
+            faults.push(format!("differs from {file}:\n- {kept}\n+ {now}"));
+        }
+        if kept.lines().count() != text.lines().count() {
+            faults.push(format!("{file} has another number of lines"));
+        }
+    }
+    faults.iter().for_each(|fault| eprintln!("{fault}"));
+    if faults.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}

@@ -1,0 +1,2 @@
+#include "entries.h"
+ENTRIES(f16, f16)

@@ -1,0 +1,2 @@
+#include "entries.h"
+ENTRIES(f32, float)

@@ -1,0 +1,389 @@
+// Runs blocks of fibres and judges every memory access. Single-threaded: one OS thread uses one device at a time.
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <sys/mman.h>
+#include <vector>
+// Types of the kernels that emulator.h mentions.
+struct bf16 { unsigned short bits; };
+struct f16 { unsigned short bits; };
+#include "emulator.h"
+
+// ---------------------------------------------------------------- switching stacks
+#if defined(__x86_64__)
+extern "C" void dfar_fibre_switch(void** save, void* to);
+asm(R"(
+.text
+.globl dfar_fibre_switch
+dfar_fibre_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+)");
+struct Context { void* at = nullptr; };
+static void prepare(Context& context, unsigned char* stack, size_t bytes, void (*entry)()) {
+    void** top = reinterpret_cast<void**>(stack + bytes) - 3;  // at its first instruction a function finds the stack at 8 modulo 16
+    *top = nullptr;
+    *--top = reinterpret_cast<void*>(entry);
+    for (int i = 0; i < 6; ++i) *--top = nullptr;
+    context.at = top;
+}
+static void change(Context& from, Context& to) { dfar_fibre_switch(&from.at, to.at); }
+#else
+#include <ucontext.h>
+struct Context { ucontext_t at; };
+static void prepare(Context& context, unsigned char* stack, size_t bytes, void (*entry)()) {
+    getcontext(&context.at);
+    context.at.uc_stack.ss_sp = stack;
+    context.at.uc_stack.ss_size = bytes;
+    context.at.uc_link = nullptr;
+    makecontext(&context.at, entry, 0);
+}
+static void change(Context& from, Context& to) { swapcontext(&from.at, &to.at); }
+#endif
+
+namespace emulator {
+
+constinit thread_local Thread* self = nullptr;
+
+// ---------------------------------------------------------------- memory
+// State of one byte of device memory.
+enum State : unsigned char { NONE, UNWRITTEN, WRITTEN, READ_ONLY };
+
+// Who last wrote, or last read, a byte of shared memory, and when, counted in barriers. Of several readers only the
+// last is remembered: a race with an earlier one can go unseen.
+struct Touch {
+    int thread = -1;
+    unsigned block_time = 0, warp_time = 0;
+};
+
+constexpr size_t ARENA = size_t(1) << 30, GAP = 4096, STACK = 256 << 10;
+constexpr int MAX_THREADS = 1024;
+
+using Kernel = void (*)(const void* params);
+
+enum class Wait { none, warp, block, done };
+
+struct Copy { void* shared; const void* source; bool valid; };
+
+struct Fibre : Thread {
+    Context context;
+    Wait wait = Wait::none;
+    int line = 0;
+    void* argument = nullptr;
+    void (*run)(void* const (&)[32]) = nullptr;
+    std::vector<Copy> copies;
+    unsigned warp_time = 0;
+};
+
+struct Device {
+    unsigned char* memory;
+    unsigned char* state;
+    size_t used = GAP;
+    unsigned char* stacks;
+
+    // the running block
+    std::vector<Fibre> fibres;
+    Fibre* running = nullptr;
+    Context scheduler;
+    Kernel kernel = nullptr;
+    const void* params = nullptr;
+    unsigned char* shared = nullptr;
+    size_t shared_bytes = 0;
+    unsigned block_time = 0;
+    std::vector<Touch> writes, reads;
+    bool failed = false;
+    char message[512];
+
+    static unsigned char* reserve(size_t bytes) {
+        void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (p == MAP_FAILED) abort();
+        return static_cast<unsigned char*>(p);
+    }
+    Device() : memory(reserve(ARENA)), state(reserve(ARENA)), stacks(reserve(STACK * MAX_THREADS)) {}
+    ~Device() {
+        munmap(memory, ARENA);
+        munmap(state, ARENA);
+        munmap(stacks, STACK * MAX_THREADS);
+    }
+
+    // A fault of the running fibre: remembers the first, and never comes back.
+    __attribute__((format(printf, 2, 3))) void fail(const char* format, ...) {
+        if (!failed) {
+            failed = true;
+            va_list list;
+            va_start(list, format);
+            const int n = vsnprintf(message, sizeof message, format, list);
+            va_end(list);
+            if (running && n > 0 && size_t(n) < sizeof message) {
+                snprintf(message + n, sizeof message - n, " (block %u,%u thread %u)", running->block_index.x,
+                         running->block_index.y, running->thread_index.x);
+            }
+        }
+    }
+};
+
+static thread_local Device* device = nullptr;
+
+static void leave(Device& d) { change(d.running->context, d.scheduler); }
+
+static bool ordered(const Device& d, const Touch& before, const Fibre& now) {
+    if (before.thread < 0 || before.thread == int(now.thread_index.x) || before.block_time != d.block_time) return true;
+    return before.thread / 32 == int(now.thread_index.x) / 32 && before.warp_time != now.warp_time;
+}
+
+// Whether the access was fine; otherwise the fault is recorded.
+static bool judge(Device& d, Fibre& fibre, const void* at, size_t bytes, Access kind) {
+    const auto address = static_cast<const unsigned char*>(at);
+    const char* verb = kind == Access::read ? "read" : "write";
+    if (reinterpret_cast<uintptr_t>(at) < GAP) {
+        d.fail("%s of %zu bytes through a null or misaligned pointer", verb, bytes);
+        return false;
+    }
+    if (address < d.memory || address >= d.memory + ARENA) return true;  // the fibre's own stack, or a constant
+    const size_t offset = address - d.memory;
+    // Bytes of the gaps count to the nearer neighbour.
+    const bool is_shared = d.shared && address >= d.shared - GAP / 2 && address < d.shared + d.shared_bytes + GAP / 2;
+    const char* space = is_shared ? "shared" : "global";
+    if (bytes <= 16 && offset % bytes) {
+        d.fail("misaligned %s of %zu bytes of %s memory", verb, bytes, space);
+        return false;
+    }
+    for (size_t i = offset; i < offset + bytes; ++i) {
+        if (i >= ARENA || d.state[i] == NONE) {
+            d.fail("out-of-bounds %s of %zu bytes of %s memory", verb, bytes, space);
+            return false;
+        }
+        if (kind == Access::read && d.state[i] == UNWRITTEN) {
+            d.fail("read of %zu bytes of %s memory nobody wrote", bytes, space);
+            return false;
+        }
+        if (kind == Access::write && d.state[i] == READ_ONLY) {
+            d.fail("write of %zu bytes to an input", bytes);
+            return false;
+        }
+        if (is_shared) {
+            const size_t s = address - d.shared + (i - offset);
+            const Touch now{int(fibre.thread_index.x), d.block_time, fibre.warp_time};
+            if (!ordered(d, d.writes[s], fibre) || (kind == Access::write && !ordered(d, d.reads[s], fibre))) {
+                d.fail("race: %s of %zu bytes of shared memory, touched by thread %d since the last barrier of both", verb,
+                       bytes, ordered(d, d.writes[s], fibre) ? d.reads[s].thread : d.writes[s].thread);
+                return false;
+            }
+            (kind == Access::read ? d.reads : d.writes)[s] = now;
+        }
+        if (kind == Access::write) d.state[i] = WRITTEN;
+    }
+    return true;
+}
+
+void access(const void* at, size_t bytes, Access kind) {
+    Device* d = device;
+    if (d == nullptr || d->running == nullptr) return;
+    if (!judge(*d, *d->running, at, bytes, kind)) leave(*d);
+}
+
+void access_by(int lane, const void* at, size_t bytes, Access kind) {
+    Device& d = *device;
+    Fibre& fibre = d.fibres[d.running->thread_index.x / 32 * 32 + lane];
+    judge(d, fibre, at, bytes, kind);
+}
+
+void start_copy(void* shared, const void* source, bool valid) {
+    Device& d = *device;
+    if (valid) access(source, 16, Access::read);
+    access(shared, 16, Access::write);
+    memset(d.state + (static_cast<unsigned char*>(shared) - d.memory), UNWRITTEN, 16);
+    d.running->copies.push_back({shared, source, valid});
+}
+
+void finish_copies() {
+    Device& d = *device;
+    for (const Copy& copy : d.running->copies) {
+        access(copy.shared, 16, Access::write);
+        if (copy.valid) memcpy(copy.shared, copy.source, 16);
+        else memset(copy.shared, 0, 16);
+    }
+    d.running->copies.clear();
+}
+
+// ---------------------------------------------------------------- scheduling
+static void wait_for(Wait wait, int line, void* argument, void (*run)(void* const (&)[32])) {
+    Device& d = *device;
+    Fibre& fibre = *d.running;
+    fibre.wait = wait;
+    fibre.line = line;
+    fibre.argument = argument;
+    fibre.run = run;
+    leave(d);
+}
+void meet_warp(int line, void* argument, void (*run)(void* const (&)[32])) { wait_for(Wait::warp, line, argument, run); }
+void meet_block(int line) { wait_for(Wait::block, line, nullptr, nullptr); }
+
+static void fibre_main() {
+    Device& d = *device;
+    d.kernel(d.params);
+    d.running->wait = Wait::done;
+    leave(d);
+    abort();
+}
+
+static const char* place(Wait wait) {
+    return wait == Wait::warp ? "a warp operation" : wait == Wait::block ? "__syncthreads" : "its end";
+}
+
+// Runs one warp until all its threads are done or wait for the block. False on a fault.
+static bool run_warp(Device& d, int first) {
+    for (;;) {
+        for (int i = first; i < first + 32; ++i) {
+            Fibre& fibre = d.fibres[i];
+            if (fibre.wait != Wait::none) continue;
+            d.running = &fibre;
+            self = &fibre;
+            change(d.scheduler, fibre.context);
+            if (d.failed) return false;
+        }
+        const Fibre& one = d.fibres[first];
+        for (int i = first + 1; i < first + 32; ++i) {
+            const Fibre& other = d.fibres[i];
+            if (other.wait == one.wait && (other.line == one.line || one.wait == Wait::done) && other.run == one.run) continue;
+            d.running = &d.fibres[i];
+            d.fail("divergence: thread %u is at %s (line %d) and thread %u at %s (line %d)", one.thread_index.x, place(one.wait),
+                   one.line, other.thread_index.x, place(other.wait), other.line);
+            return false;
+        }
+        if (one.wait != Wait::warp) return true;
+        d.running = &d.fibres[first];
+        if (one.run) {
+            void* arguments[32];
+            for (int i = 0; i < 32; ++i) arguments[i] = d.fibres[first + i].argument;
+            one.run(arguments);
+            if (d.failed) return false;
+        }
+        const bool barrier = one.run == nullptr;
+        for (int i = first; i < first + 32; ++i) {
+            d.fibres[i].wait = Wait::none;
+            if (barrier) ++d.fibres[i].warp_time;
+        }
+    }
+}
+
+static bool run_block(Device& d, uint3 block, int threads) {
+    memset(d.state + (d.shared - d.memory), UNWRITTEN, d.shared_bytes);
+    d.writes.assign(d.shared_bytes, {});
+    d.reads.assign(d.shared_bytes, {});
+    d.fibres.resize(threads);
+    for (int i = 0; i < threads; ++i) {
+        Fibre& fibre = d.fibres[i];
+        fibre.thread_index = {unsigned(i), 0, 0};
+        fibre.block_index = block;
+        fibre.block_size = {unsigned(threads), 1, 1};
+        fibre.shared = d.shared;
+        fibre.wait = Wait::none;
+        fibre.line = 0;
+        fibre.run = nullptr;
+        fibre.copies.clear();
+        fibre.warp_time = 0;
+        prepare(fibre.context, d.stacks + STACK * i, STACK, fibre_main);
+    }
+    for (;;) {
+        for (int first = 0; first < threads; first += 32) {
+            if (!run_warp(d, first)) return false;
+        }
+        const Fibre& one = d.fibres[0];
+        for (int i = 32; i < threads; i += 32) {
+            const Fibre& other = d.fibres[i];
+            if (other.wait == one.wait && (other.line == one.line || one.wait == Wait::done)) continue;
+            d.running = &d.fibres[i];
+            d.fail("divergence: thread 0 is at %s (line %d) and thread %d at %s (line %d)", place(one.wait), one.line, i,
+                   place(other.wait), other.line);
+            return false;
+        }
+        if (one.wait == Wait::done) return true;
+        ++d.block_time;
+        for (Fibre& fibre : d.fibres) fibre.wait = Wait::none;
+    }
+}
+
+}  // namespace emulator
+
+using namespace emulator;
+
+extern "C" {
+
+Device* dfar_emulator_new() { return new Device; }
+void dfar_emulator_free(Device* d) { delete d; }
+
+// Memory between gaps that belong to nobody; null when the arena is full.
+void* dfar_emulator_allocate(Device* d, size_t bytes) {
+    const size_t at = (d->used + 255) & ~size_t(255);
+    if (bytes > ARENA - GAP || at > ARENA - GAP - bytes) return nullptr;
+    d->used = at + bytes + GAP;
+    memset(d->state + at, UNWRITTEN, bytes);
+    return d->memory + at;
+}
+// Bytes that hold values; `read_only`: which kernels may not write.
+void dfar_emulator_mark(Device* d, void* at, size_t bytes, bool read_only) {
+    memset(d->state + (static_cast<unsigned char*>(at) - d->memory), read_only ? READ_ONLY : WRITTEN, bytes);
+}
+// How many of the bytes nobody has written.
+size_t dfar_emulator_unwritten(Device* d, const void* at, size_t bytes) {
+    size_t count = 0;
+    const unsigned char* state = d->state + (static_cast<const unsigned char*>(at) - d->memory);
+    for (size_t i = 0; i < bytes; ++i) count += state[i] == UNWRITTEN;
+    return count;
+}
+
+// Runs a grid, block by block. Null, or what went wrong.
+const char* dfar_emulator_launch(Device* d, Kernel kernel, const void* params, unsigned grid_x, unsigned grid_y, unsigned threads,
+                                 size_t shared_bytes) {
+    d->failed = false;
+    d->message[0] = 0;
+    if (threads == 0 || threads % 32 || threads > MAX_THREADS) {
+        snprintf(d->message, sizeof d->message, "a block of %u threads", threads);
+        return d->message;
+    }
+    const size_t used = d->used;
+    d->shared_bytes = shared_bytes;
+    d->shared = static_cast<unsigned char*>(dfar_emulator_allocate(d, shared_bytes));
+    if (d->shared == nullptr) return "out of memory";
+    d->kernel = kernel;
+    d->params = params;
+    device = d;
+    for (unsigned y = 0; y < grid_y && !d->failed; ++y) {
+        for (unsigned x = 0; x < grid_x && !d->failed; ++x) run_block(*d, {x, y, 0}, threads);
+    }
+    memset(d->state + (d->shared - d->memory), NONE, shared_bytes);
+    device = nullptr;
+    self = nullptr;
+    d->running = nullptr;
+    d->shared = nullptr;
+    d->used = used;
+    return d->failed ? d->message : nullptr;
+}
+
+// ---------------------------------------------------------------- the compiler's announcements
+#define ANNOUNCE(n)                                                                      \
+    void __tsan_read##n(void* p) { access(p, n, Access::read); }                         \
+    void __tsan_write##n(void* p) { access(p, n, Access::write); }                       \
+    void __tsan_unaligned_read##n(void* p) { access(p, n, Access::read); }               \
+    void __tsan_unaligned_write##n(void* p) { access(p, n, Access::write); }
+ANNOUNCE(1) ANNOUNCE(2) ANNOUNCE(4) ANNOUNCE(8) ANNOUNCE(16)
+void __tsan_read_range(void* p, size_t n) { access(p, n, Access::read); }
+void __tsan_write_range(void* p, size_t n) { access(p, n, Access::write); }
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+}

@@ -1,0 +1,425 @@
+//! The kernels of `attention.cu`, all four of them, for every element type, against the golden cases and the float64
+//! reference, under the emulator's checks of every memory access.
+
+use dfar::attention::{FhaOptions, Inputs, LabelMask, Normalization, Pairing, reference};
+use dfar::device::cuda::params::{AttentionParams, Item};
+use dfar::device::cuda::plan::{Pass, Plan};
+use dfar::device::cuda::tile::{Element, HEAD_DIMS};
+use dfar::verify::{Case, Fha, cases, compare, compare_gradients, relative_error};
+use dfar_emulator::{Device, Module};
+use half::{bf16, f16};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use std::path::Path;
+
+/// Shared memory of a block on sm_80, the smallest of the data-centre devices.
+const SHARED_LIMIT: usize = 163 << 10;
+
+/// A type tensors are stored in.
+trait Value: bytemuck::Pod {
+    const ELEMENT: Element;
+    fn from_f32(x: f32) -> Self;
+    fn to_f32(self) -> f32;
+}
+impl Value for f32 {
+    const ELEMENT: Element = Element::F32;
+    fn from_f32(x: f32) -> f32 {
+        x
+    }
+    fn to_f32(self) -> f32 {
+        self
+    }
+}
+impl Value for bf16 {
+    const ELEMENT: Element = Element::Bf16;
+    fn from_f32(x: f32) -> bf16 {
+        bf16::from_f32(x)
+    }
+    fn to_f32(self) -> f32 {
+        self.to_f32()
+    }
+}
+impl Value for f16 {
+    const ELEMENT: Element = Element::F16;
+    fn from_f32(x: f32) -> f16 {
+        f16::from_f32(x)
+    }
+    fn to_f32(self) -> f32 {
+        self.to_f32()
+    }
+}
+
+/// A batch and the gradient of its output.
+#[derive(Clone)]
+struct Batch {
+    options: FhaOptions,
+    cu_seqlens: Vec<u32>,
+    label: Vec<u8>,
+    qkv: [Vec<f32>; 3],
+    d_o: Vec<f32>,
+}
+
+impl Batch {
+    fn golden(fha: &Fha) -> Batch {
+        let Fha { options, cu_seqlens, label, qkv, d_o, .. } = fha.clone();
+        Batch { options, cu_seqlens, label, qkv, d_o }
+    }
+
+    fn random(options: FhaOptions, lengths: &[usize], seed: u64) -> Batch {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let n = lengths.iter().sum::<usize>();
+        let ends = lengths.iter().scan(0, |end, &l| {
+            *end += l as u32;
+            Some(*end)
+        });
+        let cu_seqlens = std::iter::once(0).chain(ends).collect();
+        let mut values = |len| (0..len).map(|_| rng.random_range(-1.5f32..1.5)).collect::<Vec<f32>>();
+        let qkv = [(); 3].map(|()| values(n * options.heads * options.head_dim));
+        let d_o = values(options.output_len(n));
+        let label = (0..n).map(|_| rng.random_range(0..2u8)).collect();
+        Batch { options, cu_seqlens, label, qkv, d_o }
+    }
+
+    /// With every value rounded to `T`.
+    fn rounded<T: Value>(&self) -> Batch {
+        let round = |x: &Vec<f32>| x.iter().map(|&x| T::from_f32(x).to_f32()).collect::<Vec<f32>>();
+        Batch { qkv: self.qkv.each_ref().map(round), d_o: round(&self.d_o), ..self.clone() }
+    }
+
+    fn inputs(&self) -> Inputs<'_> {
+        let [q, k, v] = &self.qkv;
+        Inputs { q, k, v, cu_seqlens: &self.cu_seqlens, label: &self.label }
+    }
+
+    fn tokens(&self) -> usize {
+        self.label.len()
+    }
+
+    /// One sequence as a batch of its own.
+    fn sequence(&self, index: usize) -> Batch {
+        let (start, end) = (self.cu_seqlens[index] as usize, self.cu_seqlens[index + 1] as usize);
+        let (width, out) = (self.options.heads * self.options.head_dim, self.options.output_len(1));
+        Batch {
+            options: self.options,
+            cu_seqlens: vec![0, (end - start) as u32],
+            label: self.label[start..end].to_vec(),
+            qkv: self.qkv.each_ref().map(|x| x[start * width..end * width].to_vec()),
+            d_o: self.d_o[start * out..end * out].to_vec(),
+        }
+    }
+}
+
+/// What the passes write, in f32.
+#[derive(Clone, PartialEq, Debug)]
+struct Results {
+    o: Vec<f32>,
+    lse: Vec<f32>,
+    gradients: [Vec<f32>; 3],
+}
+
+fn run<T: Value>(batch: &Batch) -> Results {
+    run_within::<T>(batch, SHARED_LIMIT).expect("the kernels should be sound")
+}
+
+/// All four passes on a fresh device.
+fn run_within<T: Value>(batch: &Batch, shared_limit: usize) -> Result<Results, String> {
+    let options = &batch.options;
+    let n = options.check(&batch.inputs()).map_err(|e| e.to_string())?;
+    let plan = Plan::new(T::ELEMENT, options, &batch.cu_seqlens, &batch.label, shared_limit)
+        .map_err(|e| e.to_string())?;
+    let device = Device::new();
+    let input = |x: &[f32]| device.input(&x.iter().map(|&x| T::from_f32(x)).collect::<Vec<T>>());
+    let [q, k, v] = batch.qkv.each_ref().map(|x| input(x));
+    let d_o = input(&batch.d_o);
+    let (order, feedback) = (device.input(&plan.order), device.input(&plan.feedback));
+    let (o, lse) = (device.output::<T>(options.output_len(n)), device.output::<f32>(options.lse_len(n)));
+    let [delta, correction] = [(); 2].map(|()| device.output::<f32>(options.lse_len(n)));
+    let [dq, dk, dv] = [(); 3].map(|()| device.output::<T>(q_len(options, n)));
+    let labelled = options.label_mask == LabelMask::Feedback;
+    for pass in Pass::ALL {
+        let items = device.input::<Item>(plan.items(pass));
+        let params = AttentionParams {
+            q: q.pointer(),
+            k: k.pointer(),
+            v: v.pointer(),
+            o: o.pointer(),
+            lse: lse.pointer(),
+            d_o: d_o.pointer(),
+            delta: delta.pointer(),
+            correction: correction.pointer(),
+            dq: dq.pointer(),
+            dk: dk.pointer(),
+            dv: dv.pointer(),
+            order: if labelled { order.pointer() } else { 0 },
+            feedback: if labelled { feedback.pointer() } else { 0 },
+            items: items.pointer(),
+            ..plan.params(options)
+        };
+        let launch = plan.launch(options, pass);
+        device.launch(Module::Attention(T::ELEMENT, options.head_dim), pass.entry(), launch, &params)?;
+    }
+    let read =
+        |x| -> Result<Vec<f32>, String> { Ok(device.read::<T>(&x)?.iter().map(|x| x.to_f32()).collect()) };
+    Ok(Results { o: read(o)?, lse: device.read(&lse)?, gradients: [read(dq)?, read(dk)?, read(dv)?] })
+}
+
+fn q_len(options: &FhaOptions, n: usize) -> usize {
+    n * options.heads * options.head_dim
+}
+
+fn golden() -> Vec<(String, Fha)> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../golden");
+    let all = cases(&folder).expect("golden cases should be there");
+    let read = all.iter().map(|path| Case::read(path).expect("a case should be readable"));
+    let fha: Vec<_> = read
+        .filter(|case| case.kind == "fha")
+        .map(|case| (case.name.clone(), Fha::new(&case).expect("a case should be complete")))
+        .filter(|(_, fha)| HEAD_DIMS.contains(&fha.options.head_dim))
+        .collect();
+    assert!(fha.len() >= 16, "only {} cases", fha.len());
+    fha
+}
+
+/// The worst errors of f32 results that are too large, in words.
+fn f32_failures(
+    name: &str,
+    results: &Results,
+    o: &[f64],
+    lse: &[f64],
+    gradients: [&[f64]; 3],
+) -> Vec<String> {
+    let mut errors = vec![compare("o", &results.o, o), compare("lse", &results.lse, lse)];
+    let [dq, dk, dv] = &results.gradients;
+    let [rq, rk, rv] = gradients;
+    errors.extend(compare_gradients(&[("dq", dq, rq), ("dk", dk, rk), ("dv", dv, rv)]));
+    errors.iter().filter(|e| !e.passes()).map(|e| format!("{name}: {e:?}")).collect()
+}
+
+#[test]
+fn golden_cases_in_f32() {
+    let mut failures = vec![];
+    for (name, fha) in golden() {
+        let results = run::<f32>(&Batch::golden(&fha));
+        let gradients = fha.gradients.each_ref().map(|x| &x[..]);
+        failures.extend(f32_failures(&name, &results, &fha.o, &fha.lse, gradients));
+    }
+    assert!(failures.is_empty(), "{failures:#?}");
+}
+
+/// The operation without fusion, each tensor that it would put in memory rounded to `T`: what errors are judged by.
+fn unfused<T: Value>(batch: &Batch) -> Results {
+    let options = &batch.options;
+    let (h, d, slots, key_slots) =
+        (options.heads, options.head_dim, options.query_slots(), options.key_slots());
+    let group = if options.label_mask == LabelMask::Feedback { h / 2 } else { 0 };
+    let round = |x: f32| T::from_f32(x).to_f32();
+    let [q, k, v] = &batch.qkv;
+    let row =
+        |x: &[f32], token: usize, head: usize| -> Vec<f32> { x[(token * h + head) * d..][..d].to_vec() };
+    let dot = |x: &[f32], y: &[f32]| x.iter().zip(y).fold(0.0f32, |sum, (x, y)| sum + x * y);
+    let n = batch.tokens();
+    let mut results = Results {
+        o: vec![0.0; options.output_len(n)],
+        lse: vec![f32::NEG_INFINITY; options.lse_len(n)],
+        gradients: [(); 3].map(|()| vec![0.0; q.len()]),
+    };
+    for bounds in batch.cu_seqlens.windows(2) {
+        let (start, end) = (bounds[0] as usize, bounds[1] as usize);
+        for i in start..end {
+            for a in 0..slots {
+                let query = a + group * batch.label[i] as usize;
+                let q_row = row(q, i, query);
+                let visible = start..if options.causal { i + 1 } else { end };
+                let pairs: Vec<(usize, usize, bool)> = visible
+                    .flat_map(|j| (0..h).map(move |b| (j, b)))
+                    .filter(|&(_, b)| options.pairing == Pairing::Factorized || b == query)
+                    .map(|(j, b)| (j, b, group == 0 || (b >= group) == (batch.label[j] == 1)))
+                    .filter(|&(.., kept)| kept || options.normalization == Normalization::Joint)
+                    .collect();
+                let s: Vec<f32> = pairs
+                    .iter()
+                    .map(|&(j, b, _)| round(options.scale * round(dot(&q_row, &row(k, j, b)))))
+                    .collect();
+                let peak = s.iter().fold(f32::NEG_INFINITY, |m, &x| m.max(x));
+                let sum: f32 = s.iter().map(|x| (x - peak).exp()).sum();
+                results.lse[i * slots + a] = peak + sum.ln();
+                let p: Vec<f32> = s.iter().map(|x| round((x - peak).exp() / sum)).collect();
+                let slot = |b: usize| ((i * slots + a) * key_slots + if key_slots == 1 { 0 } else { b }) * d;
+                for (&(j, b, kept), &p) in pairs.iter().zip(&p) {
+                    if kept {
+                        let v_row = row(v, j, b);
+                        results.o[slot(b)..][..d].iter_mut().zip(&v_row).for_each(|(o, v)| *o += p * v);
+                    }
+                }
+                let dp: Vec<f32> = pairs
+                    .iter()
+                    .map(
+                        |&(j, b, kept)| {
+                            if kept { round(dot(&batch.d_o[slot(b)..][..d], &row(v, j, b))) } else { 0.0 }
+                        },
+                    )
+                    .collect();
+                let delta: f32 = p.iter().zip(&dp).map(|(p, dp)| p * dp).sum();
+                for (index, &(j, b, kept)) in pairs.iter().enumerate() {
+                    let ds = round(p[index] * (dp[index] - delta)) * options.scale;
+                    let k_row = row(k, j, b);
+                    let [dq, dk, dv] = &mut results.gradients;
+                    for e in 0..d {
+                        dq[(i * h + query) * d + e] += ds * k_row[e];
+                        dk[(j * h + b) * d + e] += ds * q_row[e];
+                        if kept {
+                            dv[(j * h + b) * d + e] += p[index] * batch.d_o[slot(b) + e];
+                        }
+                    }
+                }
+            }
+        }
+    }
+    let all = [&mut results.o].into_iter().chain(&mut results.gradients);
+    all.flatten().for_each(|x| *x = round(*x));
+    results
+}
+
+/// Errors of the kernels against errors of the unfused computation, both from the reference on the same inputs.
+fn judge_16_bit<T: Value>(name: &str, batch: &Batch) -> Vec<String> {
+    let batch = batch.rounded::<T>();
+    let exact = reference::forward(&batch.options, batch.inputs()).expect("valid inputs");
+    let exact_gradients =
+        reference::backward(&batch.options, batch.inputs(), &batch.d_o).expect("valid inputs");
+    let (fused, unfused) = (run::<T>(&batch), unfused::<T>(&batch));
+    let largest = |x: &[f64]| x.iter().filter(|x| x.is_finite()).fold(0.0, |m: f64, x| m.max(x.abs()));
+    let gradients = [&exact_gradients.dq, &exact_gradients.dk, &exact_gradients.dv];
+    // Gradients that are 0 but for the rounding of terms that cancel are judged by the largest gradient; see dfar::verify.
+    let floor = gradients.iter().map(|x| largest(x)).fold(0.0, f64::max) / 400.0;
+    let mut failures = vec![];
+    let mut check = |tensor: &str, x: &[f32], y: &[f32], exact: &[f64], floor: f64| {
+        let scale = largest(exact).max(floor);
+        let (fused, unfused) = (relative_error(x, exact, scale), relative_error(y, exact, scale));
+        if fused.is_nan() || fused > 2.0 * unfused + 1e-6 {
+            failures.push(format!("{name} {tensor}: fused {fused:.2e}, unfused {unfused:.2e}"));
+        }
+    };
+    check("o", &fused.o, &unfused.o, &exact.o, 0.0);
+    check("lse", &fused.lse, &unfused.lse, &exact.lse, 0.0);
+    for (i, tensor) in ["dq", "dk", "dv"].into_iter().enumerate() {
+        check(tensor, &fused.gradients[i], &unfused.gradients[i], gradients[i], floor);
+    }
+    failures
+}
+
+#[test]
+fn golden_cases_in_bf16() {
+    let failures: Vec<String> =
+        golden().iter().flat_map(|(n, fha)| judge_16_bit::<bf16>(n, &Batch::golden(fha))).collect();
+    assert!(failures.is_empty(), "{failures:#?}");
+}
+
+#[test]
+fn golden_cases_in_f16() {
+    let failures: Vec<String> =
+        golden().iter().flat_map(|(n, fha)| judge_16_bit::<f16>(n, &Batch::golden(fha))).collect();
+    assert!(failures.is_empty(), "{failures:#?}");
+}
+
+/// Options beyond the golden cases: every width, all head counts, per-head pairing, a negative scale.
+fn variants() -> Vec<FhaOptions> {
+    let mut all = vec![];
+    for (index, head_dim) in HEAD_DIMS.into_iter().enumerate() {
+        let heads = [2, 4, 8, 2, 4][index];
+        let base = FhaOptions::new(heads, head_dim);
+        all.push(FhaOptions { causal: index % 2 == 0, normalization: Normalization::Masked, ..base });
+        all.push(FhaOptions { causal: index % 2 == 1, ..base });
+        all.push(FhaOptions { label_mask: LabelMask::None, pairing: Pairing::PerHead, ..base });
+        all.push(FhaOptions { label_mask: LabelMask::None, heads: 1, ..base });
+    }
+    all.push(FhaOptions { scale: -0.3, ..FhaOptions::new(2, 16) });
+    all.push(FhaOptions { scale: 0.0, ..FhaOptions::new(2, 16) });
+    all.push(FhaOptions::new(6, 16)); // three query rows a token: rows of a token straddle warps
+    all
+}
+
+const LENGTHS: [usize; 7] = [0, 1, 37, 2, 0, 70, 16];
+
+#[test]
+fn random_cases_in_f32() {
+    let mut failures = vec![];
+    for (seed, options) in variants().into_iter().enumerate() {
+        let batch = Batch::random(options, &LENGTHS, seed as u64);
+        let exact = reference::forward(&options, batch.inputs()).expect("valid inputs");
+        let gradients = reference::backward(&options, batch.inputs(), &batch.d_o).expect("valid inputs");
+        let gradients = [&gradients.dq[..], &gradients.dk[..], &gradients.dv[..]];
+        failures.extend(f32_failures(
+            &format!("{options:?}"),
+            &run::<f32>(&batch),
+            &exact.o,
+            &exact.lse,
+            gradients,
+        ));
+    }
+    assert!(failures.is_empty(), "{failures:#?}");
+}
+
+#[test]
+fn random_cases_in_16_bits() {
+    let mut failures = vec![];
+    for (seed, options) in variants().into_iter().enumerate() {
+        let batch = Batch::random(options, &LENGTHS, seed as u64);
+        failures.extend(judge_16_bit::<bf16>(&format!("bf16 {options:?}"), &batch));
+        failures.extend(judge_16_bit::<f16>(&format!("f16 {options:?}"), &batch));
+    }
+    assert!(failures.is_empty(), "{failures:#?}");
+}
+
+#[test]
+fn a_sequence_does_not_see_its_batch() {
+    for options in [FhaOptions::new(2, 16), FhaOptions::new(4, 32)] {
+        let batch = Batch::random(options, &LENGTHS, 20);
+        let together = run::<bf16>(&batch);
+        let mut alone = Results { o: vec![], lse: vec![], gradients: [vec![], vec![], vec![]] };
+        for index in 0..LENGTHS.len() {
+            let one = run::<bf16>(&batch.sequence(index));
+            alone.o.extend(one.o);
+            alone.lse.extend(one.lse);
+            alone.gradients.iter_mut().zip(one.gradients).for_each(|(all, one)| all.extend(one));
+        }
+        assert!(together == alone, "{options:?}");
+    }
+}
+
+#[test]
+fn less_shared_memory_gives_the_same_bits() {
+    let batch = Batch::random(FhaOptions::new(8, 64), &[90], 21);
+    let one = run_within::<bf16>(&batch, 227 << 10).expect("sound");
+    let other = run_within::<bf16>(&batch, 80 << 10).expect("sound");
+    assert!(one == other);
+}
+
+#[test]
+fn what_is_not_finite_stays_in_its_sequence() {
+    for bad in [f32::NAN, f32::INFINITY] {
+        let options = FhaOptions::new(2, 16);
+        let batch = Batch::random(options, &[20, 30, 7], 22);
+        let clean = run::<bf16>(&batch);
+        for tensor in 0..3 {
+            let mut spoiled = batch.clone();
+            spoiled.qkv[tensor][25 * 32..26 * 32].fill(bad);
+            let results = run::<bf16>(&spoiled);
+            for token in (0..20).chain(50..57) {
+                let same = |x: &[f32], y: &[f32], width: usize| {
+                    x[token * width..][..width] == y[token * width..][..width]
+                };
+                assert!(
+                    same(&results.o, &clean.o, 32) && same(&results.lse, &clean.lse, 1),
+                    "{bad} in {tensor}"
+                );
+                for (x, y) in results.gradients.iter().zip(&clean.gradients) {
+                    assert!(same(x, y, 32), "{bad} in {tensor}");
+                }
+            }
+            assert!(
+                results.o[25 * 32..26 * 32].iter().any(|x| !x.is_finite()),
+                "{bad} in {tensor} should show"
+            );
+        }
+    }
+}

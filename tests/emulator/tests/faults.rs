@@ -1,0 +1,61 @@
+//! The emulator catches what it claims to catch: one kernel a fault, and one without.
+
+use dfar::device::cuda::plan::Launch;
+use dfar_emulator::{Device, Module};
+
+fn run(entry: &str, threads: u32) -> Result<(), String> {
+    let device = Device::new();
+    let data = device.output::<f32>(64);
+    let launch = |entry: &str, threads| {
+        let launch = Launch { grid: [1, 1], threads, shared_bytes: 256 };
+        device.launch(Module::Faults, entry, launch, &data.pointer())
+    };
+    launch("fill", 32).expect("filling should be sound");
+    launch(entry, threads)
+}
+
+#[test]
+fn a_sound_kernel_passes() {
+    run("sound", 64).expect("nothing is wrong with it");
+}
+
+#[test]
+fn planted_faults_are_caught() {
+    for (entry, threads, words) in [
+        ("global_out_of_bounds", 32, "out-of-bounds write of 4 bytes of global memory"),
+        ("global_before_the_start", 32, "out-of-bounds read of 4 bytes of global memory"),
+        ("shared_out_of_bounds", 64, "out-of-bounds write of 4 bytes of shared memory"),
+        ("global_unwritten", 32, "read of 4 bytes of global memory nobody wrote"),
+        ("shared_unwritten", 32, "read of 4 bytes of shared memory nobody wrote"),
+        ("copy_not_awaited", 32, "read of 4 bytes of shared memory nobody wrote"),
+        ("race_between_warps", 64, "race: read of 4 bytes of shared memory, touched by thread"),
+        ("race_inside_a_warp", 32, "race: read of 4 bytes of shared memory, touched by thread"),
+        ("write_after_read", 64, "race: write of 4 bytes of shared memory, touched by thread"),
+        ("divergent_barrier", 64, "divergence: thread 32 is at __syncthreads"),
+        ("divergent_barrier_of_warps", 64, "divergence: thread 0 is at __syncthreads"),
+        ("divergent_warp", 32, "divergence: thread 0 is at a warp operation"),
+        ("misaligned_matrix", 32, "misaligned"),
+    ] {
+        let message = run(entry, threads).expect_err(entry);
+        assert!(message.contains(words), "{entry}: {message}");
+    }
+}
+
+#[test]
+fn an_input_cannot_be_written() {
+    let device = Device::new();
+    let data = device.input(&[0.0f32; 64]);
+    let launch = Launch { grid: [1, 1], threads: 32, shared_bytes: 0 };
+    let message = device.launch(Module::Faults, "fill", launch, &data.pointer()).expect_err("it writes");
+    assert!(message.contains("write of 4 bytes to an input"), "{message}");
+}
+
+#[test]
+fn what_no_thread_wrote_cannot_be_read_back() {
+    let device = Device::new();
+    let data = device.output::<f32>(64);
+    let launch = Launch { grid: [1, 1], threads: 32, shared_bytes: 0 };
+    device.launch(Module::Faults, "fill", launch, &data.pointer()).expect("filling should be sound");
+    let message = device.read(&data).expect_err("half of it was filled");
+    assert!(message.contains("128 of 256 bytes were never written"), "{message}");
+}

@@ -7,9 +7,14 @@ use dfar::data::Dataset;
 use dfar::data::synthetic::{self, SyntheticOptions};
 use dfar::train::Config;
 use dfar::verify::{self, Outcome, Report};
-use dfar::{Error, Result};
+use dfar::{Error, Result, cli};
 use std::path::PathBuf;
 use std::process::ExitCode;
+
+/// `println!` that reports a closed pipe instead of panicking.
+macro_rules! say {
+    ($($text:tt)*) => { cli::print(&format!("{}\n", format_args!($($text)*)))? };
+}
 
 /// Check this machine's results against reference cases, and measure its speed.
 #[derive(Parser)]
@@ -132,11 +137,9 @@ fn main() -> ExitCode {
         Command::Limits { json } => run_limits(json).map(|()| true),
     };
     match result {
-        Ok(passed) => ExitCode::from(u8::from(!passed)),
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::from(error.exit_code())
-        }
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => cli::exit(Err(error)),
     }
 }
 
@@ -146,7 +149,7 @@ fn run_verify(arguments: &Verify) -> Result<bool> {
     for path in verify::cases(&arguments.folder)? {
         let report = verify::verify(&path)?;
         if !arguments.json {
-            print_report(&report);
+            print_report(&report)?;
         }
         reports.push(report);
     }
@@ -157,25 +160,28 @@ fn run_verify(arguments: &Verify) -> Result<bool> {
         let summary = serde_json::json!({
             "passed": passed, "failed": failed, "skipped": skipped, "cases": reports,
         });
-        println!("{summary:#}");
+        say!("{summary:#}");
     } else {
-        println!("{passed} passed, {failed} failed, {skipped} skipped");
+        say!("{passed} passed, {failed} failed, {skipped} skipped");
     }
     Ok(failed == 0)
 }
 
-fn print_report(report: &Report) {
+fn print_report(report: &Report) -> Result<()> {
     match &report.outcome {
-        Outcome::Skipped(reason) => println!("{:<28} skipped: {reason}", report.case),
+        Outcome::Skipped(reason) => {
+            say!("{:<28} skipped: {reason}", report.case);
+        }
         Outcome::Checked(errors) => {
             for (index, error) in errors.iter().enumerate() {
                 let case = if index == 0 { &report.case } else { "" };
                 let verdict = if error.passes() { "ok" } else { "FAILED" };
                 let (tensor, error, tolerance) = (&error.tensor, error.error, error.tolerance);
-                println!("{case:<28} {tensor:<24} {error:>8.1e}  (tolerance {tolerance:.0e})  {verdict}");
+                say!("{case:<28} {tensor:<24} {error:>8.1e}  (tolerance {tolerance:.0e})  {verdict}");
             }
         }
     }
+    Ok(())
 }
 
 fn run_attention(arguments: &Attention) -> Result<()> {
@@ -195,16 +201,16 @@ fn run_attention(arguments: &Attention) -> Result<()> {
         naive: !arguments.no_naive,
     };
     let pool = pool(arguments.threads)?;
-    println!("{}", plan.conditions(pool.current_num_threads()));
-    println!("{}", Row::HEADER);
+    say!("{}", plan.conditions(pool.current_num_threads()));
+    say!("{}", Row::HEADER);
     let mut rows = Vec::new();
     for &length in &arguments.seq_lens {
         for row in pool.install(|| plan.measure(length))? {
-            println!("{row}");
+            say!("{row}");
             rows.push(row);
         }
     }
-    println!("{}", Row::FOOTNOTE);
+    say!("{}", Row::FOOTNOTE);
     if let Some(path) = &arguments.json {
         let text = serde_json::to_string_pretty(&rows).expect("numbers and strings are valid JSON");
         std::fs::write(path, text + "\n").map_err(Error::io("write", path))?;
@@ -233,23 +239,29 @@ fn run_train(arguments: &Train) -> Result<()> {
     let pool = pool(arguments.threads)?;
     let rows = pool.install(|| bench::train::measure(&data, &config, arguments.batches))?;
     if arguments.json {
-        println!("{}", serde_json::to_string_pretty(&rows).expect("numbers and strings are valid JSON"));
+        say!("{}", serde_json::to_string_pretty(&rows).expect("numbers and strings are valid JSON"));
         return Ok(());
     }
-    println!(
+    say!(
         "training steps on {}, at most {} events a history, {} candidates, {} threads",
         arguments.data.as_ref().map_or("a synthetic set".into(), |path| path.display().to_string()),
         arguments.max_length,
         arguments.negatives + 1,
         pool.current_num_threads()
     );
-    println!(
+    say!(
         "{:<26}{:>11}{:>11}{:>10}{:>14}{:>9}{:>9}",
-        "shared", "instances", "tokens", "seconds", "instances/s", "ratio", "loss"
+        "shared",
+        "instances",
+        "tokens",
+        "seconds",
+        "instances/s",
+        "ratio",
+        "loss"
     );
     for row in &rows {
         let ratio = rows[0].instances_per_second / row.instances_per_second;
-        println!(
+        say!(
             "{:<26}{:>11}{:>11}{:>10.2}{:>14.0}{:>9.1}{:>9.4}",
             row.sharing.name(),
             row.instances,
@@ -271,9 +283,9 @@ fn pool(threads: usize) -> Result<rayon::ThreadPool> {
 fn run_limits(json: bool) -> Result<()> {
     let limits = limits::measure();
     if json {
-        println!("{}", serde_json::to_string_pretty(&limits).expect("numbers and strings are valid JSON"));
+        say!("{}", serde_json::to_string_pretty(&limits).expect("numbers and strings are valid JSON"));
     } else {
-        println!("{limits}");
+        say!("{limits}");
     }
     Ok(())
 }

@@ -4,6 +4,7 @@ use dfar::attention::Normalization;
 use dfar::batch::{Batch, Group, History};
 use dfar::device::Clip;
 use dfar::device::cpu::Cpu;
+use dfar::history::without_sharing;
 use dfar::model::{AdamOptions, HostTensor, LossOptions, Model, ModelConfig, ModelError, Optimizer};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -57,24 +58,6 @@ fn histories(lengths: &[usize], seed: u64) -> Vec<History> {
     lengths.iter().map(history).collect()
 }
 
-/// The published way: every (candidate, prefix) a history of its own.
-fn long_way(histories: &[History]) -> Vec<History> {
-    let one = |h: &History, g: &Group, c: usize| {
-        let length = g.length as usize;
-        let group =
-            Group { length: g.length, candidates: vec![g.candidates[c]], targets: vec![g.targets[c]] };
-        History {
-            items: h.items[..length].to_vec(),
-            labels: h.labels[..length].to_vec(),
-            groups: vec![group],
-        }
-    };
-    histories
-        .iter()
-        .flat_map(|h| h.groups.iter().flat_map(move |g| (0..CANDIDATES).map(move |c| one(h, g, c))))
-        .collect()
-}
-
 /// `tolerance` is relative to the largest reference value; a tensor that is zero but for cancellation may differ
 /// by one rounding of `scale`, the largest value of its kind.
 fn assert_close(name: &str, x: &[f32], reference: &[f32], tolerance: f32, scale: f32) {
@@ -104,7 +87,7 @@ fn shared_prefixes_and_candidates_change_nothing() {
     for config in variants() {
         let model = lively(config.clone());
         let short = Batch::pack(&histories).unwrap();
-        let long = Batch::pack(&long_way(&histories)).unwrap();
+        let long = Batch::pack(&without_sharing(&histories)).unwrap();
         assert!(
             short.pairs() < short.rows() && short.tokens() * 4 < long.tokens(),
             "the short way shares something"

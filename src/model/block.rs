@@ -37,6 +37,13 @@ pub struct BlockState<D: Device> {
     out: D::Buffer<f32>,
 }
 
+impl<D: Device> BlockState<D> {
+    /// What the block was given: `[N, D]`.
+    pub fn input(&self) -> &D::Buffer<f32> {
+        &self.x
+    }
+}
+
 /// A stack of blocks: `x: [N, D]` to `[N, D]`.
 pub fn forward<D: Device>(
     device: &D,

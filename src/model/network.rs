@@ -46,10 +46,16 @@ pub struct Network<'a, D: Device> {
 
 /// Everything before the interests part.
 struct Encoded<D: Device> {
-    s: D::Buffer<f32>,
     seq: D::Buffer<f32>,
     blocks: Vec<BlockState<D>>,
     mean: D::Buffer<f32>,
+}
+
+impl<D: Device> Encoded<D> {
+    /// The raw tokens `s`, which the first block keeps for its backward pass.
+    fn s(&self) -> &D::Buffer<f32> {
+        self.blocks[0].input()
+    }
 }
 
 /// One interest.
@@ -146,7 +152,7 @@ impl<D: Device> Network<'_, D> {
         )?;
         let mut d_r = Vec::with_capacity(2);
         for (f, interest) in interests.into_iter().enumerate() {
-            d_r.push(self.target_backward(&encoded.s, &interest, f, &d_atts[f], &mut d_s, &mut grads)?);
+            d_r.push(self.target_backward(encoded.s(), &interest, f, &d_atts[f], &mut d_s, &mut grads)?);
             self.interest_encoder_backward(interest, f, &d_means[f], &mut d_seq, &mut grads)?;
         }
         let options_of_encoder = self.encoder_options();
@@ -246,14 +252,11 @@ impl<D: Device> Network<'_, D> {
             (&self.p[self.layout.position], &batch.position),
             (&self.p[self.layout.label], &batch.label_row),
         ];
-        let gather = || -> Result<D::Buffer<f32>, DeviceError> {
-            let mut s = device.alloc(batch.tokens * width)?;
-            device.gather_sum(width, &tables, &mut s)?;
-            Ok(s)
-        };
+        let mut s = device.alloc(batch.tokens * width)?;
+        device.gather_sum(width, &tables, &mut s)?;
         let options = self.encoder_options();
         let (seq, blocks) =
-            block::forward(device, &self.layout.encoder, self.p, &self.sequences(&options), gather()?)?;
+            block::forward(device, &self.layout.encoder, self.p, &self.sequences(&options), s)?;
         let mut mean = device.alloc(batch.groups * width)?;
         device.prefix_mean(
             width,
@@ -264,7 +267,7 @@ impl<D: Device> Network<'_, D> {
             &batch.group_length,
             &mut mean,
         )?;
-        Ok(Encoded { s: gather()?, seq, blocks, mean })
+        Ok(Encoded { seq, blocks, mean })
     }
 
     fn interest(&self, encoded: &Encoded<D>, f: usize) -> Result<Interest<D>, DeviceError> {
@@ -295,7 +298,7 @@ impl<D: Device> Network<'_, D> {
         let target = &self.layout.target[f];
         let mut a = device.alloc(batch.tokens * width)?;
         device.linear(
-            &encoded.s,
+            encoded.s(),
             &self.p[target.w],
             None,
             Activation::None,
@@ -317,7 +320,7 @@ impl<D: Device> Network<'_, D> {
             width,
             self.config.attention,
             batch.target(),
-            &encoded.s,
+            encoded.s(),
             &a,
             &r,
             self.target_weights(f),

@@ -91,9 +91,15 @@ struct Train {
     /// Longest history
     #[arg(long, default_value_t = 100)]
     max_length: usize,
+    /// Where longer histories may begin; 1: always the last max-length events; 0: a quarter of max-length
+    #[arg(long, default_value_t = 0)]
+    window_stride: usize,
     /// Sampled negatives of each target
     #[arg(long, default_value_t = 9)]
     negatives: usize,
+    /// Distinct negatives that the targets of one history draw theirs from; 0: no limit
+    #[arg(long, default_value_t = 0)]
+    negative_pool: usize,
     /// Batches of an epoch to time, spread evenly over it
     #[arg(long, default_value_t = 12)]
     batches: usize,
@@ -232,7 +238,9 @@ fn run_train(arguments: &Train) -> Result<()> {
     let data = Dataset::open(&path)?;
     let config = Config {
         max_length: arguments.max_length,
+        window_stride: arguments.window_stride,
         negatives: arguments.negatives,
+        negative_pool: arguments.negative_pool,
         batch_tokens: arguments.batch_tokens,
         ..Config::default()
     };

@@ -34,6 +34,9 @@ enum Command {
     Train(Train),
     /// Measure the multiply-adds and exponentials per second this machine can do at most
     Limits {
+        /// Threads; 0 for one a core
+        #[arg(long, default_value_t = 0)]
+        threads: usize,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -104,7 +107,7 @@ struct Train {
     #[arg(long, default_value_t = 12)]
     batches: usize,
     /// Tokens of a batch, before anything is taken apart
-    #[arg(long, default_value_t = 2048)]
+    #[arg(long, default_value_t = 512)]
     batch_tokens: usize,
     /// Where to run
     #[arg(long, value_enum, default_value_t = Device::Cpu)]
@@ -140,7 +143,7 @@ fn main() -> ExitCode {
         Command::Verify(arguments) => run_verify(&arguments),
         Command::Attention(arguments) => run_attention(&arguments).map(|()| true),
         Command::Train(arguments) => run_train(&arguments).map(|()| true),
-        Command::Limits { json } => run_limits(json).map(|()| true),
+        Command::Limits { threads, json } => run_limits(threads, json).map(|()| true),
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,
@@ -288,8 +291,8 @@ fn pool(threads: usize) -> Result<rayon::ThreadPool> {
     pool.map_err(|error| Error::io("start threads on", "this machine")(std::io::Error::other(error)))
 }
 
-fn run_limits(json: bool) -> Result<()> {
-    let limits = limits::measure();
+fn run_limits(threads: usize, json: bool) -> Result<()> {
+    let limits = pool(threads)?.install(limits::measure);
     if json {
         say!("{}", serde_json::to_string_pretty(&limits).expect("numbers and strings are valid JSON"));
     } else {

@@ -9,6 +9,7 @@ mod rank;
 
 pub use rank::rank;
 
+use crate::auc::auc;
 use crate::batch::{Batch, BatchError, History};
 use crate::data::{Dataset, Part};
 use crate::device::Device;
@@ -209,7 +210,7 @@ pub fn part_report(
     Some(PartReport {
         liked,
         skipped: metrics_of(&|user, event| !is_liked(data, user, event)),
-        liked_above_skipped: metrics::auc(&mut targets),
+        liked_above_skipped: auc(&mut targets),
         by_length,
     })
 }

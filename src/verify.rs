@@ -15,13 +15,19 @@
 //! (2^-23) of the largest reference gradient in the case is within tolerance whatever the tensor's own scale:
 //! `scale = max(max |reference|, 2^-23 * largest / tolerance)`. Any gradient above 1/400 of the largest is judged
 //! by its own scale alone.
+//!
+//! Results in bf16 and f16 are judged as `half_precision` says: by the error of the unfused computation in that type.
 
 mod case;
 mod dfar;
+mod engine;
+mod half_precision;
 pub use case::{Case, VerifyError};
 pub use dfar::verify_dfar;
+pub use engine::{CpuEngine, Engine, GpuEngine, Refusal, Results, verify_fha};
+pub use half_precision::unfused;
 
-use crate::attention::{self, FhaOptions, Gradients, Inputs, LabelMask, Normalization, Pairing};
+use crate::attention::{FhaOptions, Inputs, LabelMask, Normalization, Pairing};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -55,7 +61,7 @@ pub enum Outcome {
     /// Every result was compared.
     Checked(Vec<TensorError>),
     /// Nothing was compared, for this reason.
-    Skipped(&'static str),
+    Skipped(String),
 }
 
 /// One case and what became of it.
@@ -97,17 +103,18 @@ pub fn cases(folder: &Path) -> Result<Vec<PathBuf>, VerifyError> {
     Ok(paths)
 }
 
-/// Reads a case and compares what this machine computes with it.
+/// Reads a case and compares what `engine` computes with it.
 ///
 /// # Errors
-/// [`VerifyError`]: a file that cannot be read, or is not a case.
-pub fn verify(path: &Path) -> Result<Report, VerifyError> {
+/// [`VerifyError`]: a file that cannot be read, or is not a case, and a device that fails.
+pub fn verify<E: Engine>(path: &Path, engine: &E) -> Result<Report, VerifyError> {
     let case = Case::read(path)?;
-    let outcome = match case.kind.as_str() {
-        "fha" => Outcome::Checked(verify_fha(&case)?),
-        "dfar" => Outcome::Checked(verify_dfar(&case)?),
+    let compared = match case.kind.as_str() {
+        "fha" => verify_fha(&case, engine)?,
+        "dfar" => engine.network(&case)?,
         kind => return Err(VerifyError::Kind { path: path.to_owned(), kind: kind.to_owned() }),
     };
+    let outcome = compared.map_or_else(Outcome::Skipped, Outcome::Checked);
     Ok(Report { case: case.name, outcome })
 }
 
@@ -183,29 +190,6 @@ impl Fha {
         let [q, k, v] = &self.qkv;
         Inputs { q, k, v, cu_seqlens: &self.cu_seqlens, label: &self.label }
     }
-}
-
-/// Runs the fused engine on an `fha` case.
-///
-/// # Errors
-/// A case that is not complete, or not acceptable to the operation.
-pub fn verify_fha(case: &Case) -> Result<Vec<TensorError>, VerifyError> {
-    let fha = Fha::new(case)?;
-    let refused = |source| VerifyError::Attention { path: case.path.clone(), source };
-    let (mut o, mut lse) = (vec![0.0; fha.o.len()], vec![0.0; fha.lse.len()]);
-    attention::forward(&fha.options, fha.inputs(), &mut o, &mut lse).map_err(refused)?;
-    let [mut dq, mut dk, mut dv] = [(); 3].map(|()| vec![0.0; fha.qkv[0].len()]);
-    let gradients = Gradients { dq: &mut dq, dk: &mut dk, dv: &mut dv };
-    attention::backward(&fha.options, fha.inputs(), &o, &lse, &fha.d_o, gradients).map_err(refused)?;
-
-    let mut errors = vec![compare("o", &o, &fha.o), compare("lse", &lse, &fha.lse)];
-    let [dq_reference, dk_reference, dv_reference] = &fha.gradients;
-    errors.extend(compare_gradients(&[
-        ("dq", &dq, dq_reference),
-        ("dk", &dk, dk_reference),
-        ("dv", &dv, dv_reference),
-    ]));
-    Ok(errors)
 }
 
 /// Compares a forward result.

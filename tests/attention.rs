@@ -7,7 +7,7 @@ use dfar::attention::{
     AttentionError, FhaOptions, Gradients, Inputs, LabelMask, Normalization, Pairing, backward, forward,
     reference,
 };
-use dfar::verify::{Fha, TensorError, compare, compare_gradients, relative_error, verify_fha};
+use dfar::verify::{CpuEngine, Fha, TensorError, compare, compare_gradients, relative_error, verify_fha};
 use proptest::prelude::*;
 
 /// Runs forward and backward. Outputs start as garbage: they must be overwritten.
@@ -46,7 +46,9 @@ fn errors(options: &FhaOptions, batch: &Batch) -> Vec<TensorError> {
 #[test]
 fn golden_cases_are_met() {
     for case in golden("fha") {
-        let errors = verify_fha(&case).unwrap_or_else(|error| panic!("{error}"));
+        let errors = verify_fha(&case, &CpuEngine)
+            .unwrap_or_else(|error| panic!("{error}"))
+            .expect("the CPU has every shape");
         assert_within(&errors, &case.name);
     }
 }

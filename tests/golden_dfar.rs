@@ -1,6 +1,6 @@
 //! The network against the oracle's cases: loss, logits, every gradient, and the parameters after Adam.
 
-use dfar::verify::{Outcome, cases, verify};
+use dfar::verify::{CpuEngine, Outcome, cases, verify};
 use std::path::Path;
 
 fn check(folder: &Path) -> usize {
@@ -9,7 +9,7 @@ fn check(folder: &Path) -> usize {
         if !path.file_name().unwrap().to_string_lossy().starts_with("dfar_") {
             continue;
         }
-        let report = verify(&path).unwrap();
+        let report = verify(&path, &CpuEngine).unwrap();
         let Outcome::Checked(errors) = &report.outcome else { panic!("{} was not compared", report.case) };
         assert!(errors.len() > 100, "{}: only {} tensors compared", report.case, errors.len());
         for error in errors {
@@ -42,7 +42,7 @@ fn a_wrong_reference_is_noticed() {
     let folder = tempfile::tempdir().unwrap();
     let altered = folder.path().join("dfar_altered.safetensors");
     std::fs::write(&altered, bytes).unwrap();
-    let report = verify(&altered).unwrap();
+    let report = verify(&altered, &CpuEngine).unwrap();
     let Outcome::Checked(errors) = &report.outcome else { panic!("not compared") };
     let failed: Vec<_> = errors.iter().filter(|e| !e.passes()).map(|e| &e.tensor[..]).collect();
     assert_eq!(failed, ["grad.encoder.q.w"]);

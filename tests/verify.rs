@@ -3,7 +3,7 @@
 mod common;
 
 use dfar::verify::{
-    Case, GRADIENT_TOLERANCE, VerifyError, compare, compare_gradients, relative_error, verify,
+    Case, CpuEngine, GRADIENT_TOLERANCE, VerifyError, compare, compare_gradients, relative_error, verify,
 };
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -69,7 +69,7 @@ fn broken_files_are_errors() {
     let write = |bytes: &[u8]| folder_with(&[("x.safetensors", bytes)]);
     let read = |bytes: &[u8]| {
         let folder = write(bytes);
-        verify(&folder.path().join("x.safetensors")).expect_err("it should be refused")
+        verify(&folder.path().join("x.safetensors"), &CpuEngine).expect_err("it should be refused")
     };
     // `from` and `to` have the same length, so that no offset in the file changes.
     let with = |from: &str, to: &str| {

@@ -52,6 +52,32 @@ impl Batch {
         *self.cu_seqlens.last().expect("there is at least one sequence") as usize
     }
 
+    /// Prefix sums of the lengths.
+    pub fn cu_seqlens(&self) -> &[u32] {
+        &self.cu_seqlens
+    }
+
+    /// Labels; empty without a label mask.
+    pub fn label(&self) -> &[u8] {
+        &self.label
+    }
+
+    /// `q`, `k` and `v`.
+    pub fn qkv(&self) -> [&[f32]; 3] {
+        self.qkv.each_ref().map(|x| &x[..])
+    }
+
+    /// All inputs of the operation.
+    pub fn inputs(&self) -> Inputs<'_> {
+        let [q, k, v] = self.qkv();
+        Inputs { q, k, v, cu_seqlens: &self.cu_seqlens, label: &self.label }
+    }
+
+    /// Gradient of the output.
+    pub fn d_o(&self) -> &[f32] {
+        &self.d_o
+    }
+
     fn run(&mut self, naive: bool, pass: Pass) -> Result<(), AttentionError> {
         let Self { options, cu_seqlens, label, qkv: [q, k, v], d_o, o, lse, gradients } = self;
         let inputs = Inputs { q, k, v, cu_seqlens, label };
@@ -99,7 +125,7 @@ impl Batch {
 
     /// (multiply-adds, exponentials) that the mathematics of a pass needs, counted from the labels: visible
     /// pairs only, products with values only where they are kept.
-    fn work(&self, pass: Pass) -> (f64, f64) {
+    pub(super) fn work(&self, pass: Pass) -> (f64, f64) {
         let FhaOptions { heads, head_dim, label_mask, normalization, causal, .. } = self.options;
         let masked = label_mask == LabelMask::Feedback;
         let (slots, heads) = (self.options.query_slots() as f64, heads as f64);
@@ -123,7 +149,7 @@ impl Batch {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-enum Pass {
+pub(super) enum Pass {
     Forward,
     Backward,
 }

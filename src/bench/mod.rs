@@ -1,6 +1,7 @@
 //! Measuring: what `dfar-bench` and the benches share.
 
 pub mod attention;
+pub mod gpu;
 pub mod limits;
 pub mod train;
 

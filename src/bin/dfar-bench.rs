@@ -1,15 +1,19 @@
 //! `dfar-bench`: verify against reference cases, and measure.
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 use dfar::attention::{FhaOptions, Normalization};
 use dfar::bench::attention::{Plan, Row};
 use dfar::bench::{self, limits};
 use dfar::data::Dataset;
 use dfar::data::synthetic::{self, SyntheticOptions};
+use dfar::device::cuda::tile::Element;
+use dfar::device::cuda::{self, Cuda, Gpu};
 use dfar::train::Config;
-use dfar::verify::{self, Outcome, Report};
+use dfar::verify::{self, CpuEngine, Engine, GpuEngine, Outcome, Report};
 use dfar::{Error, Result, cli};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 /// `println!` that reports a closed pipe instead of panicking.
 macro_rules! say {
@@ -47,6 +51,12 @@ enum Command {
 struct Verify {
     /// Folder of case files (*.safetensors)
     folder: PathBuf,
+    /// Where to run
+    #[arg(long, value_enum, default_value_t = Device::Cpu)]
+    device: Device,
+    /// Type of the attention tensors
+    #[arg(long, value_enum, default_value_t = Precision::F32)]
+    precision: Precision,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -75,6 +85,9 @@ struct Attention {
     /// Where to run
     #[arg(long, value_enum, default_value_t = Device::Cpu)]
     device: Device,
+    /// Type of the tensors
+    #[arg(long, value_enum, default_value_t = Precision::F32)]
+    precision: Precision,
     /// Leave the naive form out
     #[arg(long)]
     no_naive: bool,
@@ -109,9 +122,6 @@ struct Train {
     /// Tokens of a batch, before anything is taken apart
     #[arg(long, default_value_t = 512)]
     batch_tokens: usize,
-    /// Where to run
-    #[arg(long, value_enum, default_value_t = Device::Cpu)]
-    device: Device,
     /// Threads; 0 for one a core
     #[arg(long, default_value_t = 0)]
     threads: usize,
@@ -133,9 +143,43 @@ enum Denominator {
     Masked,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Device {
     Cpu,
+    Cuda,
+}
+
+/// Type of attention tensors.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Precision {
+    F32,
+    /// On the GPU
+    Bf16,
+    /// On the GPU
+    F16,
+}
+
+impl Precision {
+    fn element(self) -> Element {
+        match self {
+            Self::F32 => Element::F32,
+            Self::Bf16 => Element::Bf16,
+            Self::F16 => Element::F16,
+        }
+    }
+}
+
+/// Ends with a usage error where the CPU is asked for what only the GPU has.
+fn check_precision(device: Device, precision: Precision) {
+    if device == Device::Cpu && precision != Precision::F32 {
+        let message = "--precision bf16 and f16 need --device cuda: the CPU computes in f32";
+        Arguments::command().error(ErrorKind::ArgumentConflict, message).exit();
+    }
+}
+
+/// The first GPU.
+fn gpu() -> Result<Gpu<Cuda>> {
+    Ok(Gpu::new(Cuda::new(0)?, cuda::Precision::F32))
 }
 
 fn main() -> ExitCode {
@@ -154,9 +198,20 @@ fn main() -> ExitCode {
 
 /// Whether every case passed.
 fn run_verify(arguments: &Verify) -> Result<bool> {
+    check_precision(arguments.device, arguments.precision);
+    match arguments.device {
+        Device::Cpu => run_verify_on(arguments, &CpuEngine),
+        Device::Cuda => {
+            let element = arguments.precision.element();
+            run_verify_on(arguments, &GpuEngine { gpu: Arc::new(gpu()?), element })
+        }
+    }
+}
+
+fn run_verify_on<E: Engine>(arguments: &Verify, engine: &E) -> Result<bool> {
     let mut reports = Vec::new();
     for path in verify::cases(&arguments.folder)? {
-        let report = verify::verify(&path)?;
+        let report = verify::verify(&path, engine)?;
         if !arguments.json {
             print_report(&report)?;
         }
@@ -194,7 +249,7 @@ fn print_report(report: &Report) -> Result<()> {
 }
 
 fn run_attention(arguments: &Attention) -> Result<()> {
-    let Device::Cpu = arguments.device;
+    check_precision(arguments.device, arguments.precision);
     let options = FhaOptions {
         normalization: match arguments.normalization {
             Denominator::Joint => Normalization::Joint,
@@ -202,13 +257,14 @@ fn run_attention(arguments: &Attention) -> Result<()> {
         },
         ..FhaOptions::new(arguments.heads, arguments.head_dim)
     };
-    let plan = Plan {
-        options,
-        batch_tokens: arguments.batch_tokens,
-        forward: !matches!(arguments.pass, Pass::Backward),
-        backward: !matches!(arguments.pass, Pass::Forward),
-        naive: !arguments.no_naive,
-    };
+    let (batch_tokens, naive) = (arguments.batch_tokens, !arguments.no_naive);
+    let forward = !matches!(arguments.pass, Pass::Backward);
+    let backward = !matches!(arguments.pass, Pass::Forward);
+    if arguments.device == Device::Cuda {
+        let plan = bench::gpu::Plan { options, batch_tokens, forward, backward, naive, repeats: 101 };
+        return run_attention_on_gpu(arguments, &plan);
+    }
+    let plan = Plan { options, batch_tokens, forward, backward, naive };
     let pool = pool(arguments.threads)?;
     say!("{}", plan.conditions(pool.current_num_threads()));
     say!("{}", Row::HEADER);
@@ -227,8 +283,42 @@ fn run_attention(arguments: &Attention) -> Result<()> {
     Ok(())
 }
 
+fn run_attention_on_gpu(arguments: &Attention, plan: &bench::gpu::Plan) -> Result<()> {
+    let products = match arguments.precision {
+        Precision::F32 => cuda::Precision::F32,
+        Precision::Bf16 | Precision::F16 => cuda::Precision::Bf16,
+    };
+    let gpu = Gpu::new(Cuda::new(0)?, products);
+    let limits = bench::gpu::limits(&gpu, bench::gpu::Effort::FULL)?;
+    say!("{limits}");
+    let (heads, d, element) = (arguments.heads, arguments.head_dim, arguments.precision.element().name());
+    say!(
+        "attention in {element}, H = {heads}, d = {d}, {} tokens a batch; median of many runs",
+        plan.batch_tokens
+    );
+    say!("{}", bench::gpu::Row::HEADER);
+    let mut rows = Vec::new();
+    for &length in &arguments.seq_lens {
+        let measured = match arguments.precision {
+            Precision::F32 => plan.measure(&gpu, &limits, length, |x| x)?,
+            Precision::Bf16 => plan.measure(&gpu, &limits, length, half::bf16::from_f32)?,
+            Precision::F16 => plan.measure(&gpu, &limits, length, half::f16::from_f32)?,
+        };
+        for row in measured {
+            say!("{row}");
+            rows.push(row);
+        }
+    }
+    say!("{}", bench::gpu::Row::FOOTNOTE);
+    if let Some(path) = &arguments.json {
+        let report = serde_json::json!({ "limits": limits, "rows": rows });
+        let text = serde_json::to_string_pretty(&report).expect("numbers and strings are valid JSON");
+        std::fs::write(path, text + "\n").map_err(Error::io("write", path))?;
+    }
+    Ok(())
+}
+
 fn run_train(arguments: &Train) -> Result<()> {
-    let Device::Cpu = arguments.device;
     let folder = tempfile::tempdir().map_err(Error::io("make", "a temporary folder"))?;
     let path = match &arguments.data {
         Some(path) => path.clone(),

@@ -104,6 +104,14 @@ pub enum VerifyError {
         /// What is wrong with it.
         source: Box<crate::model::ModelError>,
     },
+    /// A device that fails.
+    #[error("{}: {source}", path.display())]
+    Cuda {
+        /// The file.
+        path: PathBuf,
+        /// What it reports.
+        source: crate::device::cuda::CudaError,
+    },
     /// Inputs the operation does not accept.
     #[error("{}: {source}", path.display())]
     Attention {

@@ -67,7 +67,7 @@ fn modules() -> Vec<(&'static str, Vec<(&'static str, String)>)> {
             modules.push(("attention.cu", defines));
         }
     }
-    for source in ["rows.cu"] {
+    for source in ["limits.cu", "naive_attention.cu", "rows.cu"] {
         modules.push((source, vec![]));
     }
     modules

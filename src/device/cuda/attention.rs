@@ -68,7 +68,13 @@ impl<R: Runtime> Gpu<R> {
     /// Those of [`Plan::new`], and of the driver.
     pub fn batch<T: Value>(&self, options: &FhaOptions, inputs: &Inputs<T>) -> Result<Batch<R>, CudaError> {
         options.check(inputs)?;
-        let plan = Plan::new(T::ELEMENT, options, inputs.cu_seqlens, inputs.label, self.runtime().limits().shared_per_block)?;
+        let plan = Plan::new(
+            T::ELEMENT,
+            options,
+            inputs.cu_seqlens,
+            inputs.label,
+            self.runtime().limits().shared_per_block,
+        )?;
         let [whole, forward, delta, dq, dk_dv] = Pass::ALL.map(|pass| self.copy_of(plan.items(pass)));
         Ok(Batch {
             options: *options,
@@ -247,8 +253,7 @@ impl<R: Runtime> Gpu<R> {
         let [q, k, v] = [self.copy_of(inputs.q)?, self.copy_of(inputs.k)?, self.copy_of(inputs.v)?];
         let (o, lse, d_o) = (self.copy_of(o)?, self.copy_of(lse)?, self.copy_of(d_o)?);
         let width = inputs.q.len();
-        let (mut dq, mut dk, mut dv) =
-            (self.array(width)?, self.array(width)?, self.array(width)?);
+        let (mut dq, mut dk, mut dv) = (self.array(width)?, self.array(width)?, self.array(width)?);
         let on_device = ProjectionGradients { dq: &mut dq, dk: &mut dk, dv: &mut dv };
         self.attention_backward(&batch, Projections { q: &q, k: &k, v: &v }, &o, &lse, &d_o, on_device)?;
         for (buffer, host) in [&dq, &dk, &dv].into_iter().zip(gradients) {

@@ -52,6 +52,8 @@ const DESC_BIAS_POINTER: c_int = 8;
 const EPILOGUE_DEFAULT: u32 = 1;
 const EPILOGUE_RELU: u32 = 2;
 const EPILOGUE_BIAS: u32 = 4;
+const LAYOUT_BATCH_COUNT: c_int = 5;
+const LAYOUT_BATCH_STRIDE: c_int = 6;
 const PREF_MAX_WORKSPACE: c_int = 1;
 const PREF_MIN_ALIGNMENT: [c_int; 4] = [5, 6, 7, 8];
 const NOT_SUPPORTED: Status = 15;
@@ -66,6 +68,7 @@ struct Functions {
     desc_set: Set,
     desc_destroy: Destroy,
     layout_create: unsafe extern "C" fn(*mut Opaque, c_int, u64, u64, i64) -> Status,
+    layout_set: Set,
     layout_destroy: Destroy,
     pref_create: unsafe extern "C" fn(*mut Opaque) -> Status,
     pref_set: Set,
@@ -117,6 +120,7 @@ impl Functions {
                 desc_set: *library.get(b"cublasLtMatmulDescSetAttribute\0")?,
                 desc_destroy: *library.get(b"cublasLtMatmulDescDestroy\0")?,
                 layout_create: *library.get(b"cublasLtMatrixLayoutCreate\0")?,
+                layout_set: *library.get(b"cublasLtMatrixLayoutSetAttribute\0")?,
                 layout_destroy: *library.get(b"cublasLtMatrixLayoutDestroy\0")?,
                 pref_create: *library.get(b"cublasLtMatmulPreferenceCreate\0")?,
                 pref_set: *library.get(b"cublasLtMatmulPreferenceSetAttribute\0")?,
@@ -140,8 +144,9 @@ pub struct Blas {
 // SAFETY: a cuBLASLt handle may be used from any thread, by one at a time, which `&mut` sees to.
 unsafe impl Send for Blas {}
 
-/// What an algorithm is chosen by: rounded shape, transposes, compute type, epilogue, whether it adds, and the common alignment.
-type Key = ([u64; 3], [bool; 2], c_int, u32, bool, u32);
+/// What an algorithm is chosen by: rounded shape, number of products, transposes, compute type, epilogue, whether it adds,
+/// and the common alignment.
+type Key = ([u64; 3], usize, [bool; 2], c_int, u32, bool, u32);
 
 /// A descriptor, destroyed when dropped.
 struct Descriptor(Opaque, Destroy);
@@ -178,14 +183,14 @@ impl Blas {
         Ok(Blas { functions, handle, workspace, algorithms: HashMap::new() })
     }
 
-    /// Puts a product on a stream.
+    /// Puts `count` products of one shape on a stream.
     ///
     /// # Errors
     /// What the library reports.
     ///
     /// # Safety
-    /// As [`Runtime::gemm`](super::runtime::Runtime::gemm); the stream is the one stream that uses the workspace.
-    pub unsafe fn gemm<T>(&mut self, gemm: &Gemm, stream: *mut T) -> Result<(), CudaError> {
+    /// As [`Runtime::gemm_batch`](super::runtime::Runtime::gemm_batch); the stream is the one stream that uses the workspace.
+    pub unsafe fn gemm<T>(&mut self, gemm: &Gemm, count: usize, stream: *mut T) -> Result<(), CudaError> {
         let exact = gemm.shape.map(|n| n as u64);
         let compute = match gemm.precision {
             Precision::F32 => COMPUTE_32F,
@@ -193,10 +198,10 @@ impl Blas {
         };
         // SAFETY: the caller's promises.
         unsafe {
-            let status = self.run(gemm, exact.map(rounded), compute, stream.cast());
+            let status = self.run(gemm, count, exact.map(rounded), compute, stream.cast());
             if status == Err(NOT_SUPPORTED) {
                 // What the heuristics chose for the rounded shape may not serve this one.
-                let status = self.run(gemm, exact, compute, stream.cast());
+                let status = self.run(gemm, count, exact, compute, stream.cast());
                 return check(status.err().unwrap_or(0), || format!("{gemm:?}"));
             }
             check(status.err().unwrap_or(0), || format!("{gemm:?}"))
@@ -207,7 +212,14 @@ impl Blas {
     ///
     /// # Safety
     /// As [`Blas::gemm`].
-    unsafe fn run(&mut self, gemm: &Gemm, shape: [u64; 3], compute: c_int, stream: Stream) -> Result<(), Status> {
+    unsafe fn run(
+        &mut self,
+        gemm: &Gemm,
+        count: usize,
+        shape: [u64; 3],
+        compute: c_int,
+        stream: Stream,
+    ) -> Result<(), Status> {
         let epilogue = match (gemm.bias != 0, gemm.activation) {
             (false, Activation::None) => EPILOGUE_DEFAULT,
             (false, Activation::Relu) => EPILOGUE_RELU,
@@ -217,17 +229,17 @@ impl Blas {
         let bits = gemm.a | gemm.b | gemm.c;
         let alignment = 1u32 << bits.trailing_zeros().min(8);
         let adds = gemm.store == Store::Add;
-        let key = (shape, [gemm.a_transposed, gemm.b_transposed], compute, epilogue, adds, alignment);
+        let key = (shape, count, [gemm.a_transposed, gemm.b_transposed], compute, epilogue, adds, alignment);
         let algorithm = match self.algorithms.get(&key) {
             Some(&algorithm) => algorithm,
             None => {
-                let call = self.describe(gemm, shape, compute, epilogue)?;
+                let call = self.describe(gemm, count, shape, compute, epilogue)?;
                 let algorithm = self.choose(&call, alignment)?;
                 self.algorithms.insert(key, algorithm);
                 algorithm
             }
         };
-        let call = self.describe(gemm, gemm.shape.map(|n| n as u64), compute, epilogue)?;
+        let call = self.describe(gemm, count, gemm.shape.map(|n| n as u64), compute, epilogue)?;
         let (alpha, beta) = (1.0f32, if adds { 1.0f32 } else { 0.0 });
         let c = gemm.c as *mut c_void;
         // SAFETY: the caller's promises about the matrices; descriptors say the same shapes; alpha and beta are read
@@ -255,14 +267,26 @@ impl Blas {
     }
 
     /// The descriptors of a product of this shape. cuBLASLt's A is our `b`, and its B our `a`.
-    fn describe(&self, gemm: &Gemm, [m, n, k]: [u64; 3], compute: c_int, epilogue: u32) -> Result<Call, Status> {
+    fn describe(
+        &self,
+        gemm: &Gemm,
+        count: usize,
+        [m, n, k]: [u64; 3],
+        compute: c_int,
+        epilogue: u32,
+    ) -> Result<Call, Status> {
         let functions = &self.functions;
         let layout = |transposed: bool, rows: u64, columns: u64| -> Result<Descriptor, Status> {
             let (rows, columns) = if transposed { (columns, rows) } else { (rows, columns) };
             let mut layout = std::ptr::null_mut();
             // SAFETY: writes a descriptor.
             status(unsafe { (functions.layout_create)(&mut layout, R_32F, rows, columns, rows as i64) })?;
-            Ok(Descriptor(layout, functions.layout_destroy))
+            let layout = Descriptor(layout, functions.layout_destroy);
+            if count != 1 {
+                set(functions.layout_set, &layout, LAYOUT_BATCH_COUNT, &(count as i32))?;
+                set(functions.layout_set, &layout, LAYOUT_BATCH_STRIDE, &((rows * columns) as i64))?;
+            }
+            Ok(layout)
         };
         let mut desc = std::ptr::null_mut();
         // SAFETY: writes a descriptor.

@@ -5,8 +5,8 @@ use super::compile::{Arch, Cache, Module};
 use super::params::Pointer;
 use super::runtime::{Gemm, Kernel, Launch, Limits, Memory, Runtime};
 use super::{CudaError, launch};
-use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DriverError, result};
-use cudarc::driver::sys::CUdevice_attribute as Attribute;
+use cudarc::driver::sys::{CUdevice_attribute as Attribute, CUevent_flags};
+use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaModule, CudaStream, DriverError, result};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -83,6 +83,7 @@ impl Cuda {
             shared_per_block: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?
                 as usize,
             multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
+            cache_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize,
         };
         launch::keep_freed_memory(&context).map_err(failed("setting up the memory pool"))?;
         let stream = context.default_stream();
@@ -162,6 +163,18 @@ fn size_class(bytes: usize) -> usize {
 }
 
 impl Runtime for Cuda {
+    type Mark = CudaEvent;
+
+    fn mark(&self) -> Result<CudaEvent, CudaError> {
+        let event = self.stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
+        event.map_err(failed("marking a moment"))
+    }
+
+    fn seconds_between(&self, from: &CudaEvent, to: &CudaEvent) -> Result<f64, CudaError> {
+        let milliseconds = to.synchronize().and_then(|()| from.elapsed_ms(to));
+        milliseconds.map(|ms| f64::from(ms) * 1e-3).map_err(failed("measuring time"))
+    }
+
     fn name(&self) -> String {
         self.name.clone()
     }
@@ -223,7 +236,7 @@ impl Runtime for Cuda {
         unsafe { launch::launch(&self.stream, &function, launch, params) }.map_err(failed(kernel.entry))
     }
 
-    unsafe fn gemm(&self, gemm: &Gemm) -> Result<(), CudaError> {
+    unsafe fn gemm_batch(&self, gemm: &Gemm, count: usize) -> Result<(), CudaError> {
         self.bind()?;
         let mut blas = lock(&self.blas);
         if blas.is_none() {
@@ -232,7 +245,7 @@ impl Runtime for Cuda {
         }
         let blas = blas.as_mut().expect("it was just made");
         // SAFETY: the caller's promises; the workspace is used on this stream only.
-        unsafe { blas.gemm(gemm, self.stream.cu_stream()) }
+        unsafe { blas.gemm(gemm, count, self.stream.cu_stream()) }
     }
 }
 
@@ -255,7 +268,10 @@ mod tests {
     fn memory_is_rounded_up_by_an_eighth_at_most() {
         for bytes in [1, 255, 256, 257, 1000, 4096, 5000, 1 << 20, (1 << 20) + 1, 12_345_678] {
             let size = size_class(bytes);
-            assert!(size >= bytes && size.is_multiple_of(256) && size <= bytes + bytes / 4 + 256, "{bytes}: {size}");
+            assert!(
+                size >= bytes && size.is_multiple_of(256) && size <= bytes + bytes / 4 + 256,
+                "{bytes}: {size}"
+            );
         }
     }
 }

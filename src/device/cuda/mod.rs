@@ -19,6 +19,8 @@ pub mod compile;
 pub mod context;
 pub mod gpu;
 mod launch;
+pub mod limits;
+pub mod naive_attention;
 pub mod nvrtc;
 pub mod params;
 pub mod plan;

@@ -85,6 +85,8 @@ pub struct Limits {
     pub shared_per_block: usize,
     /// Multiprocessors.
     pub multiprocessors: usize,
+    /// Bytes of the cache that all of them share.
+    pub cache_bytes: usize,
 }
 
 /// Device memory, in bytes.
@@ -98,6 +100,21 @@ pub struct Memory {
 
 /// A machine that runs the kernels.
 pub trait Runtime: Send + Sync + 'static {
+    /// A moment in the course of the work.
+    type Mark;
+
+    /// Marks the moment when all that was asked for so far is done.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    fn mark(&self) -> Result<Self::Mark, CudaError>;
+
+    /// Seconds between two moments; waits for the later one.
+    ///
+    /// # Errors
+    /// What the driver reports, including failures of earlier launches.
+    fn seconds_between(&self, from: &Self::Mark, to: &Self::Mark) -> Result<f64, CudaError>;
+
     /// What it is, for logs.
     fn name(&self) -> String;
 
@@ -166,7 +183,20 @@ pub trait Runtime: Send + Sync + 'static {
     ///
     /// # Safety
     /// The addresses are of matrices of the shapes named, `c` overlapping no other.
-    unsafe fn gemm(&self, gemm: &Gemm) -> Result<(), CudaError>;
+    unsafe fn gemm(&self, gemm: &Gemm) -> Result<(), CudaError> {
+        // SAFETY: the caller's promises.
+        unsafe { self.gemm_batch(gemm, 1) }
+    }
+
+    /// Starts `count` matrix products of one shape, whose matrices follow each other in memory. More than one goes with
+    /// neither bias nor activation.
+    ///
+    /// # Errors
+    /// What the library reports.
+    ///
+    /// # Safety
+    /// As [`Runtime::gemm`], for all of them.
+    unsafe fn gemm_batch(&self, gemm: &Gemm, count: usize) -> Result<(), CudaError>;
 }
 
 /// An array in a runtime's memory, given back when dropped. One of length 0 has a null address.

@@ -7,6 +7,7 @@ use dfar::device::cuda::{CudaError, Gpu};
 use dfar::device::{Activation, Store};
 use half::bf16;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 /// An emulated device. A fault of a kernel is an error of its launch.
 pub struct Emulated {
@@ -24,7 +25,7 @@ impl Default for Emulated {
     fn default() -> Self {
         Self {
             device: Mutex::new(Device::new()),
-            limits: Limits { shared_per_block: 163 << 10, multiprocessors: 4 },
+            limits: Limits { shared_per_block: 163 << 10, multiprocessors: 4, cache_bytes: 1 << 20 },
         }
     }
 }
@@ -60,6 +61,16 @@ fn matrix<'a>(device: &'a Device, at: Pointer, len: usize, name: &str) -> Result
 }
 
 impl Runtime for Emulated {
+    type Mark = Instant;
+
+    fn mark(&self) -> Result<Instant, CudaError> {
+        Ok(Instant::now())
+    }
+
+    fn seconds_between(&self, from: &Instant, to: &Instant) -> Result<f64, CudaError> {
+        Ok((*to - *from).as_secs_f64())
+    }
+
     fn name(&self) -> String {
         "emulator".to_owned()
     }
@@ -120,10 +131,27 @@ impl Runtime for Emulated {
         self.device().launch_bytes(kernel, launch, params).map_err(fault(kernel.entry))
     }
 
-    unsafe fn gemm(&self, gemm: &Gemm) -> Result<(), CudaError> {
+    unsafe fn gemm_batch(&self, gemm: &Gemm, count: usize) -> Result<(), CudaError> {
+        let [m, n, k] = gemm.shape;
+        if count != 1 && (gemm.bias != 0 || gemm.activation != Activation::None) {
+            return Err(fault("gemm")(format!("{gemm:?} is not a product that runtimes offer")));
+        }
+        for i in 0..count {
+            let [a, b, c] = [(gemm.a, m * k), (gemm.b, k * n), (gemm.c, m * n)]
+                .map(|(at, len)| at + (i * len * size_of::<f32>()) as Pointer);
+            self.product(&Gemm { a, b, c, ..*gemm })?;
+        }
+        Ok(())
+    }
+}
+
+impl Emulated {
+    fn product(&self, gemm: &Gemm) -> Result<(), CudaError> {
         let device = self.device();
         let [m, n, k] = gemm.shape;
-        if m * n * k == 0 || (gemm.store == Store::Add && (gemm.bias != 0 || gemm.activation != Activation::None)) {
+        if m * n * k == 0
+            || (gemm.store == Store::Add && (gemm.bias != 0 || gemm.activation != Activation::None))
+        {
             return Err(fault("gemm")(format!("{gemm:?} is not a product that runtimes offer")));
         }
         let round = |x: f32| match gemm.precision {
@@ -131,15 +159,19 @@ impl Runtime for Emulated {
             Precision::Bf16 => bf16::from_f32(x).to_f32(),
         };
         // Both row-major, so that the innermost loop runs along rows.
-        let packed = |at, transposed: bool, rows: usize, columns: usize, name| -> Result<Vec<f32>, CudaError> {
-            let values = matrix(&device, at, rows * columns, name)?;
-            Ok((0..rows * columns)
-                .map(|i| round(if transposed { values[i % columns * rows + i / columns] } else { values[i] }))
-                .collect())
-        };
+        let packed =
+            |at, transposed: bool, rows: usize, columns: usize, name| -> Result<Vec<f32>, CudaError> {
+                let values = matrix(&device, at, rows * columns, name)?;
+                Ok((0..rows * columns)
+                    .map(|i| {
+                        round(if transposed { values[i % columns * rows + i / columns] } else { values[i] })
+                    })
+                    .collect())
+            };
         let a = packed(gemm.a, gemm.a_transposed, m, k, "a")?;
         let b = packed(gemm.b, gemm.b_transposed, k, n, "b")?;
-        let bias = if gemm.bias == 0 { vec![0.0; n] } else { matrix(&device, gemm.bias, n, "bias")?.to_vec() };
+        let bias =
+            if gemm.bias == 0 { vec![0.0; n] } else { matrix(&device, gemm.bias, n, "bias")?.to_vec() };
         let mut c = match gemm.store {
             Store::Add => matrix(&device, gemm.c, m * n, "c")?.to_vec(),
             Store::Overwrite => vec![0.0; m * n],
@@ -158,7 +190,7 @@ impl Runtime for Emulated {
             }
         }
         drop(device);
-        // SAFETY: the caller's promise; `write` checks it.
+        // SAFETY: `write` checks that this lies inside one array.
         unsafe { self.write(gemm.c, bytemuck::cast_slice(&c)) }
     }
 }

@@ -5,7 +5,7 @@ use dfar::attention::{FhaOptions, Inputs, LabelMask, Normalization, Pairing, ref
 use dfar::device::cuda::params::{AttentionParams, Item};
 use dfar::device::cuda::plan::{Pass, Plan};
 use dfar::device::cuda::tile::{Element, HEAD_DIMS};
-use dfar::verify::{Case, Fha, cases, compare, compare_gradients, relative_error};
+use dfar::verify::{Case, Fha, cases, compare, compare_gradients, relative_error, unfused};
 use dfar_emulator::Device;
 use half::{bf16, f16};
 use rand::{RngExt, SeedableRng};
@@ -206,87 +206,14 @@ fn golden_cases_in_f32() {
     assert!(failures.is_empty(), "{failures:#?}");
 }
 
-/// The operation without fusion, each tensor that it would put in memory rounded to `T`: what errors are judged by.
-fn unfused<T: Value>(batch: &Batch) -> Results {
-    let options = &batch.options;
-    let (h, d, slots, key_slots) =
-        (options.heads, options.head_dim, options.query_slots(), options.key_slots());
-    let group = if options.label_mask == LabelMask::Feedback { h / 2 } else { 0 };
-    let round = |x: f32| T::from_f32(x).to_f32();
-    let [q, k, v] = &batch.qkv;
-    let row =
-        |x: &[f32], token: usize, head: usize| -> Vec<f32> { x[(token * h + head) * d..][..d].to_vec() };
-    let dot = |x: &[f32], y: &[f32]| x.iter().zip(y).fold(0.0f32, |sum, (x, y)| sum + x * y);
-    let n = batch.tokens();
-    let mut results = Results {
-        o: vec![0.0; options.output_len(n)],
-        lse: vec![f32::NEG_INFINITY; options.lse_len(n)],
-        gradients: [(); 3].map(|()| vec![0.0; q.len()]),
-    };
-    for bounds in batch.cu_seqlens.windows(2) {
-        let (start, end) = (bounds[0] as usize, bounds[1] as usize);
-        for i in start..end {
-            for a in 0..slots {
-                let query = a + group * batch.label[i] as usize;
-                let q_row = row(q, i, query);
-                let visible = start..if options.causal { i + 1 } else { end };
-                let pairs: Vec<(usize, usize, bool)> = visible
-                    .flat_map(|j| (0..h).map(move |b| (j, b)))
-                    .filter(|&(_, b)| options.pairing == Pairing::Factorized || b == query)
-                    .map(|(j, b)| (j, b, group == 0 || (b >= group) == (batch.label[j] == 1)))
-                    .filter(|&(.., kept)| kept || options.normalization == Normalization::Joint)
-                    .collect();
-                let s: Vec<f32> = pairs
-                    .iter()
-                    .map(|&(j, b, _)| round(options.scale * round(dot(&q_row, &row(k, j, b)))))
-                    .collect();
-                let peak = s.iter().fold(f32::NEG_INFINITY, |m, &x| m.max(x));
-                let sum: f32 = s.iter().map(|x| (x - peak).exp()).sum();
-                results.lse[i * slots + a] = peak + sum.ln();
-                let p: Vec<f32> = s.iter().map(|x| round((x - peak).exp() / sum)).collect();
-                let slot = |b: usize| ((i * slots + a) * key_slots + if key_slots == 1 { 0 } else { b }) * d;
-                for (&(j, b, kept), &p) in pairs.iter().zip(&p) {
-                    if kept {
-                        let v_row = row(v, j, b);
-                        results.o[slot(b)..][..d].iter_mut().zip(&v_row).for_each(|(o, v)| *o += p * v);
-                    }
-                }
-                let dp: Vec<f32> = pairs
-                    .iter()
-                    .map(
-                        |&(j, b, kept)| {
-                            if kept { round(dot(&batch.d_o[slot(b)..][..d], &row(v, j, b))) } else { 0.0 }
-                        },
-                    )
-                    .collect();
-                let delta: f32 = p.iter().zip(&dp).map(|(p, dp)| p * dp).sum();
-                for (index, &(j, b, kept)) in pairs.iter().enumerate() {
-                    let ds = round(p[index] * (dp[index] - delta)) * options.scale;
-                    let k_row = row(k, j, b);
-                    let [dq, dk, dv] = &mut results.gradients;
-                    for e in 0..d {
-                        dq[(i * h + query) * d + e] += ds * k_row[e];
-                        dk[(j * h + b) * d + e] += ds * q_row[e];
-                        if kept {
-                            dv[(j * h + b) * d + e] += p[index] * batch.d_o[slot(b) + e];
-                        }
-                    }
-                }
-            }
-        }
-    }
-    let all = [&mut results.o].into_iter().chain(&mut results.gradients);
-    all.flatten().for_each(|x| *x = round(*x));
-    results
-}
-
 /// Errors of the kernels against errors of the unfused computation, both from the reference on the same inputs.
 fn judge_16_bit<T: Value>(name: &str, batch: &Batch) -> Vec<String> {
     let batch = batch.rounded::<T>();
     let exact = reference::forward(&batch.options, batch.inputs()).expect("valid inputs");
     let exact_gradients =
         reference::backward(&batch.options, batch.inputs(), &batch.d_o).expect("valid inputs");
-    let (fused, unfused) = (run::<T>(&batch), unfused::<T>(&batch));
+    let (fused, unfused) =
+        (run::<T>(&batch), unfused(&batch.options, batch.inputs(), &batch.d_o, T::ELEMENT));
     let largest = |x: &[f64]| x.iter().filter(|x| x.is_finite()).fold(0.0, |m: f64, x| m.max(x.abs()));
     let gradients = [&exact_gradients.dq, &exact_gradients.dk, &exact_gradients.dv];
     // Gradients that are 0 but for the rounding of terms that cancel are judged by the largest gradient; see dfar::verify.

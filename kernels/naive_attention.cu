@@ -1,0 +1,135 @@
+// FHA the long way, for measurements: what stands between the matrix products of a form that keeps all scores in memory.
+//
+// MATHEMATICS. As attention.cu, in f32, for N tokens in sequences of one length T. Heads come first here, [heads, N, d], so
+// that one strided batch of products makes the scores of a (query slot a, key head b) pair: s[a, b] = q[a] k[b]^T, [T, T] a
+// sequence. softmax turns scores into probabilities, with zeros where V is not read; softmax_backward turns scores and
+// dp = do v^T into the kept probabilities and ds.
+//
+// TRAFFIC. Scores are read and written once by softmax, and read and written twice by softmax_backward, in full: the
+// invisible half of a causal [T, T] is written as zeros, since the products read it.
+#include "primitives.cuh"
+
+struct HeadsParams {
+    const float* x;
+    float* y;
+    const unsigned char* label;  // [N]; null: slot s is head s
+    unsigned tokens;             // N
+    unsigned heads;              // of [N, heads, d]
+    unsigned slots;              // of [slots, N, d]
+    unsigned group;              // slot s of a token is head s + group * label
+    unsigned width;              // d
+    unsigned unused;
+};
+static_assert(sizeof(HeadsParams) == 48, "mirrored by src/device/cuda/naive_attention.rs");
+
+__device__ __forceinline__ unsigned first_head(const HeadsParams& p, size_t token) {
+    return p.label ? p.group * p.label[token] : 0;
+}
+
+// x: [N, heads, d] to y: [slots, N, d].
+KERNEL(naive_split_heads, HeadsParams, 256) {
+    const size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    const size_t row = i / p.width, token = row % p.tokens, slot = row / p.tokens;
+    if (slot >= p.slots) return;
+    const size_t head = slot + first_head(p, token);
+    p.y[i] = p.x[(token * p.heads + head) * p.width + i % p.width];
+}
+
+// x: [slots, N, d] to y: [N, heads, d], zeros in heads that are no slot of their token.
+KERNEL(naive_merge_heads, HeadsParams, 256) {
+    const size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    const size_t row = i / p.width, token = row / p.heads, head = row % p.heads;
+    if (token >= p.tokens) return;
+    const size_t first = first_head(p, token);
+    const bool active = head >= first && head < first + p.slots;
+    p.y[i] = active ? p.x[((head - first) * p.tokens + token) * p.width + i % p.width] : 0.0f;
+}
+
+struct SoftmaxParams {
+    float* scores;               // [slots, keys, sequences, T, T]; becomes the kept probabilities
+    float* d_scores;             // the same, backward: dp, becomes ds
+    float* lse;                  // [N, slots]: written by forward, read by backward
+    const unsigned char* label;  // [N]; null: every pair is kept
+    unsigned sequences;
+    unsigned length;             // T
+    unsigned slots;
+    unsigned keys;               // key heads
+    unsigned group;              // key heads from here on belong to label 1
+    unsigned causal;
+    unsigned masked;             // only kept pairs enter the denominator
+    float scale;
+};
+static_assert(sizeof(SoftmaxParams) == 64, "mirrored by src/device/cuda/naive_attention.rs");
+
+// One warp's row of scores: those of a slot of a query token.
+struct ScoreRow {
+    size_t token, slot, start;  // start: of the sequence
+    size_t query;               // in the sequence
+    bool exists;
+    __device__ __forceinline__ explicit ScoreRow(const SoftmaxParams& p) {
+        const size_t row = size_t(blockIdx.x) * (blockDim.x / 32) + warp_index();
+        const size_t tokens = size_t(p.sequences) * p.length;
+        exists = row < tokens * p.slots;
+        token = row % tokens, slot = row / tokens;
+        query = token % p.length, start = token - query;
+    }
+    __device__ __forceinline__ size_t at(const SoftmaxParams& p, size_t key_head) const {
+        return ((slot * p.keys + key_head) * p.sequences * p.length + token) * p.length;
+    }
+    __device__ __forceinline__ bool visible(const SoftmaxParams& p, size_t key) const { return !p.causal || key <= query; }
+    __device__ __forceinline__ bool kept(const SoftmaxParams& p, size_t key_head, size_t key) const {
+        return !p.label || (key_head >= p.group) == (p.label[start + key] != 0);
+    }
+};
+
+constexpr float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
+
+__device__ __forceinline__ float warp_sum(float x) {
+    for (int lanes = 16; lanes > 0; lanes /= 2) x += shuffle_xor(x, lanes);
+    return x;
+}
+
+KERNEL(naive_softmax, SoftmaxParams, 256) {
+    const ScoreRow row(p);
+    if (!row.exists) return;
+    const float scale = p.scale * LOG2_E;
+    float peak = -INF, sum = 0.0f;
+    for (unsigned b = 0; b < p.keys; ++b)
+        for (unsigned j = lane_index(); j < p.length; j += 32)
+            if (row.visible(p, j) && (!p.masked || row.kept(p, b, j))) peak = largest(peak, scale * p.scores[row.at(p, b) + j]);
+    for (int lanes = 16; lanes > 0; lanes /= 2) peak = largest(peak, shuffle_xor(peak, lanes));
+    // Nothing enters the denominator: all probabilities are 0, and lse is -inf.
+    const float shift = peak == -INF ? 0.0f : peak;
+    for (unsigned b = 0; b < p.keys; ++b)
+        for (unsigned j = lane_index(); j < p.length; j += 32)
+            if (row.visible(p, j) && (!p.masked || row.kept(p, b, j))) sum += exp2_fast(scale * p.scores[row.at(p, b) + j] - shift);
+    sum = warp_sum(sum);
+    const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+    for (unsigned b = 0; b < p.keys; ++b)
+        for (unsigned j = lane_index(); j < p.length; j += 32) {
+            float& score = p.scores[row.at(p, b) + j];
+            score = row.visible(p, j) && row.kept(p, b, j) ? exp2_fast(scale * score - shift) * inverse : 0.0f;
+        }
+    if (lane_index() == 0) p.lse[row.token * p.slots + row.slot] = sum > 0.0f ? (shift + log2_fast(sum)) * LN_2 : -INF;
+}
+
+KERNEL(naive_softmax_backward, SoftmaxParams, 256) {
+    const ScoreRow row(p);
+    if (!row.exists) return;
+    const float scale = p.scale * LOG2_E, lse = p.lse[row.token * p.slots + row.slot] * LOG2_E;
+    float delta = 0.0f;
+    for (unsigned b = 0; b < p.keys; ++b)
+        for (unsigned j = lane_index(); j < p.length; j += 32)
+            if (row.visible(p, j) && row.kept(p, b, j))
+                delta += exp2_fast(scale * p.scores[row.at(p, b) + j] - lse) * p.d_scores[row.at(p, b) + j];
+    delta = warp_sum(delta);
+    for (unsigned b = 0; b < p.keys; ++b)
+        for (unsigned j = lane_index(); j < p.length; j += 32) {
+            float& score = p.scores[row.at(p, b) + j];
+            float& gradient = p.d_scores[row.at(p, b) + j];
+            const bool kept = row.kept(p, b, j), counts = row.visible(p, j) && (kept || !p.masked);
+            const float x = counts ? exp2_fast(scale * score - lse) : 0.0f;
+            gradient = p.scale * x * ((kept ? gradient : 0.0f) - delta);
+            score = kept ? x : 0.0f;
+        }
+}

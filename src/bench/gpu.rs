@@ -1,0 +1,286 @@
+//! Timing of the attention operation on a GPU by sequence length, against the card's measured limits.
+//!
+//! Times are of whole operations between two events. Each run takes the next of several sets of tensors, together larger
+//! than the cache that the multiprocessors share, so that tensors come from memory as they would in a network.
+
+use super::attention::{Batch, Pass};
+use crate::attention::{FhaOptions, Inputs};
+use crate::device::cuda::attention::{ProjectionGradients, Projections, Value};
+use crate::device::cuda::limits::{CHAINS, PRODUCT_OPERATIONS, Rate, THREADS};
+use crate::device::cuda::runtime::{Array, Runtime};
+use crate::device::cuda::{CudaError, Gpu};
+use serde::Serialize;
+use std::fmt;
+
+/// What a GPU reached with operands in registers, and in copying.
+#[derive(Clone, Debug, Serialize)]
+pub struct Limits {
+    /// Name of the GPU.
+    pub name: String,
+    /// Bytes a second, those read and those written.
+    pub copy: f64,
+    /// Special-function exponentials a second.
+    pub exponentials: f64,
+    /// f32 multiply-adds a second.
+    pub multiply_adds: f64,
+    /// Operations a second of bf16 tensor-core products (`mma.sync`).
+    pub products: f64,
+}
+
+impl fmt::Display for Limits {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        writeln!(f, "{}, operands in registers, copy in memory:", self.name)?;
+        writeln!(f, "  copy           {:>9.1} GB/s", self.copy / 1e9)?;
+        writeln!(f, "  exponentials   {:>9.1} G/s", self.exponentials / 1e9)?;
+        writeln!(f, "  multiply-adds  {:>9.1} G/s", self.multiply_adds / 1e9)?;
+        write!(f, "  bf16 products  {:>9.1} TFLOP/s", self.products / 1e12)
+    }
+}
+
+/// How long measurements take.
+#[derive(Clone, Copy, Debug)]
+pub struct Effort {
+    /// Values of the arrays that are copied; a multiple of 4.
+    pub copied: usize,
+    /// Rounds of work in registers.
+    pub rounds: u32,
+    /// Measurements; the median counts.
+    pub repeats: usize,
+}
+
+impl Effort {
+    /// For a GPU: 1 GiB copies, about a millisecond each of work.
+    pub const FULL: Self = Self { copied: 1 << 28, rounds: 4096, repeats: 25 };
+}
+
+/// Median seconds of `run` over the repeats, after one run that is not counted.
+fn median<R: Runtime>(
+    gpu: &Gpu<R>,
+    repeats: usize,
+    mut run: impl FnMut() -> Result<(), CudaError>,
+) -> Result<f64, CudaError> {
+    run()?;
+    let mut times = Vec::with_capacity(repeats);
+    for _ in 0..repeats {
+        let start = gpu.runtime().mark()?;
+        run()?;
+        let end = gpu.runtime().mark()?;
+        times.push(gpu.runtime().seconds_between(&start, &end)?);
+    }
+    times.sort_unstable_by(f64::total_cmp);
+    Ok(times[times.len() / 2])
+}
+
+/// Measures the limits.
+///
+/// # Errors
+/// What the runtime reports.
+pub fn limits<R: Runtime>(gpu: &Gpu<R>, effort: Effort) -> Result<Limits, CudaError> {
+    let copy = {
+        let x = gpu.copy_of(&vec![1.5f32; effort.copied])?;
+        let mut y = gpu.array(effort.copied)?;
+        let bytes = 2 * effort.copied * size_of::<f32>();
+        bytes as f64 / median(gpu, effort.repeats, || gpu.copy(&x, &mut y))?
+    };
+    // Eight blocks of 256 threads are all that a multiprocessor holds.
+    let mut out = gpu.array(gpu.runtime().limits().multiprocessors * 8 * THREADS)?;
+    let done = (out.len() * CHAINS) as f64 * f64::from(effort.rounds);
+    let mut rate = |rate, operations: f64| -> Result<f64, CudaError> {
+        Ok(operations / median(gpu, effort.repeats, || gpu.work(rate, effort.rounds, &mut out))?)
+    };
+    Ok(Limits {
+        name: gpu.runtime().name(),
+        copy,
+        exponentials: rate(Rate::Exponentials, done)?,
+        multiply_adds: rate(Rate::MultiplyAdds, done)?,
+        products: rate(Rate::Products, done / 32.0 * PRODUCT_OPERATIONS as f64)?,
+    })
+}
+
+/// Tensors of one run.
+struct Tensors<R: Runtime, T> {
+    qkv: [Array<R, T>; 3],
+    d_o: Array<R, T>,
+    o: Array<R, T>,
+    lse: Array<R, f32>,
+    gradients: [Array<R, T>; 3],
+}
+
+/// What to measure.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    /// The operation.
+    pub options: FhaOptions,
+    /// Tokens of a batch.
+    pub batch_tokens: usize,
+    /// Time the forward pass.
+    pub forward: bool,
+    /// Time the backward pass.
+    pub backward: bool,
+    /// Time the naive form as well (f32 in memory, products in the GPU's precision).
+    pub naive: bool,
+    /// Measurements; the median counts.
+    pub repeats: usize,
+}
+
+impl Plan {
+    /// Rows of the table for one length, with tensors of type `T` made from f32 by `narrow`.
+    ///
+    /// # Errors
+    /// Options the kernels do not accept, and what the runtime reports.
+    pub fn measure<R: Runtime, T: Value>(
+        &self,
+        gpu: &Gpu<R>,
+        limits: &Limits,
+        length: usize,
+        narrow: fn(f32) -> T,
+    ) -> Result<Vec<Row>, CudaError> {
+        let host = Batch::new(self.options, length, self.batch_tokens);
+        let upload = |x: &[f32]| gpu.copy_of(&x.iter().map(|&x| narrow(x)).collect::<Vec<T>>());
+        let make = || -> Result<Tensors<R, T>, CudaError> {
+            let [q, k, v] = host.qkv().map(upload);
+            let width = host.qkv()[0].len();
+            Ok(Tensors {
+                qkv: [q?, k?, v?],
+                d_o: upload(host.d_o())?,
+                o: gpu.array(host.d_o().len())?,
+                lse: gpu.array(self.options.lse_len(host.tokens()))?,
+                gradients: [gpu.array(width)?, gpu.array(width)?, gpu.array(width)?],
+            })
+        };
+        let first = make()?;
+        let bytes = size_of::<T>() * (6 * first.qkv[0].len() + 2 * first.o.len());
+        let sets = (2 * gpu.runtime().limits().cache_bytes).div_ceil(bytes).clamp(2, 64);
+        let mut sets: Vec<_> =
+            std::iter::once(Ok(first)).chain((1..sets).map(|_| make())).collect::<Result<_, _>>()?;
+        let [q, k, v] = host.qkv().map(|x| x.iter().map(|&x| narrow(x)).collect::<Vec<T>>());
+        let inputs = Inputs { q: &q, k: &k, v: &v, cu_seqlens: host.cu_seqlens(), label: host.label() };
+        let batch = gpu.batch(&self.options, &inputs)?;
+
+        let mut rows = Vec::new();
+        let wanted = [(self.forward, Pass::Forward), (self.backward, Pass::Backward)];
+        let (mut next, count) = (0, sets.len());
+        let mut run = |pass| -> Result<(), CudaError> {
+            let Tensors { qkv: [q, k, v], d_o, o, lse, gradients: [dq, dk, dv] } = &mut sets[next % count];
+            next += 1;
+            let qkv = Projections { q, k, v };
+            match pass {
+                Pass::Forward => gpu.attention_forward(&batch, qkv, o, lse),
+                Pass::Backward => {
+                    gpu.attention_backward(&batch, qkv, o, lse, d_o, ProjectionGradients { dq, dk, dv })
+                }
+            }
+        };
+        // Every set gets the results that its backward pass reads.
+        for _ in 0..count {
+            run(Pass::Forward)?;
+        }
+        for (_, pass) in wanted.into_iter().filter(|(wanted, _)| *wanted) {
+            let fused = median(gpu, self.repeats, || run(pass))?;
+            let naive = if self.naive { Some(self.naive(gpu, &host, length, pass)?) } else { None };
+            rows.push(self.row::<T>(&host, limits, length, pass, fused, naive));
+        }
+        Ok(rows)
+    }
+
+    fn naive<R: Runtime>(
+        &self,
+        gpu: &Gpu<R>,
+        host: &Batch,
+        length: usize,
+        pass: Pass,
+    ) -> Result<f64, CudaError> {
+        let mut naive = gpu.naive(&self.options, host.cu_seqlens().len() - 1, length, host.label())?;
+        let [q, k, v] = host.qkv().map(|x| gpu.copy_of(x));
+        let (q, k, v, d_o) = (q?, k?, v?, gpu.copy_of(host.d_o())?);
+        let (mut o, mut lse) = (gpu.array(d_o.len())?, gpu.array(self.options.lse_len(host.tokens()))?);
+        let [dq, dk, dv] = [gpu.array(q.len()), gpu.array(q.len()), gpu.array(q.len())];
+        let (mut dq, mut dk, mut dv) = (dq?, dk?, dv?);
+        gpu.naive_forward(&mut naive, [&q, &k, &v], &mut o, &mut lse)?;
+        median(gpu, self.repeats, || match pass {
+            Pass::Forward => gpu.naive_forward(&mut naive, [&q, &k, &v], &mut o, &mut lse),
+            Pass::Backward => {
+                gpu.naive_backward(&mut naive, [&q, &k, &v], &lse, &d_o, [&mut dq, &mut dk, &mut dv])
+            }
+        })
+    }
+
+    fn row<T>(
+        &self,
+        host: &Batch,
+        limits: &Limits,
+        length: usize,
+        pass: Pass,
+        fused: f64,
+        naive: Option<f64>,
+    ) -> Row {
+        let (multiply_adds, exponentials) = host.work(pass);
+        let (options, tokens) = (&self.options, host.tokens());
+        let (row, key) = (options.query_slots() * options.head_dim, options.heads * options.head_dim);
+        let (out, all) = (options.output_len(1), options.heads * options.head_dim);
+        // Active queries, keys, values and results once each; backward also o and do, and all three gradients.
+        let values = match pass {
+            Pass::Forward => row + 2 * key + out,
+            Pass::Backward => row + 2 * key + 2 * out + 3 * all,
+        };
+        let bytes = tokens * (values * size_of::<T>() + options.lse_len(1) * size_of::<f32>());
+        let peak = if size_of::<T>() == 4 { 2.0 * limits.multiply_adds } else { limits.products };
+        let floors = [
+            ("memory", bytes as f64 / limits.copy),
+            ("exponentials", exponentials / limits.exponentials),
+            ("products", 2.0 * multiply_adds / peak),
+        ];
+        let (bound, floor) = floors.into_iter().max_by(|a, b| a.1.total_cmp(&b.1)).expect("there are three");
+        Row {
+            pass,
+            length,
+            tokens,
+            naive_ms: naive.map(|naive| naive * 1e3),
+            fused_ms: fused * 1e3,
+            speed_up: naive.map(|naive| naive / fused),
+            tokens_per_second: tokens as f64 / fused,
+            tflops: 2.0 * multiply_adds / fused / 1e12,
+            gexps: exponentials / fused / 1e9,
+            gigabytes_per_second: bytes as f64 / fused / 1e9,
+            bound,
+            share_of_limit: floor / fused,
+        }
+    }
+}
+
+/// One measurement.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Row {
+    pass: Pass,
+    length: usize,
+    tokens: usize,
+    naive_ms: Option<f64>,
+    fused_ms: f64,
+    speed_up: Option<f64>,
+    tokens_per_second: f64,
+    tflops: f64,
+    gexps: f64,
+    gigabytes_per_second: f64,
+    bound: &'static str,
+    share_of_limit: f64,
+}
+
+impl Row {
+    /// Names of the columns.
+    pub const HEADER: &str = "pass      length  naive ms  fused ms  speed-up  Mtokens/s  TFLOP/s    Gexp/s    GB/s  of the limit of";
+    /// What the columns mean.
+    pub const FOOTNOTE: &str = "Rates count what the mathematics needs, not what tiles add; bytes count each tensor once. The naive form \
+         keeps f32 in memory,\nand its backward pass computes the probabilities again.";
+}
+
+impl fmt::Display for Row {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let pass = if self.pass == Pass::Forward { "forward" } else { "backward" };
+        let or_dash =
+            |x: Option<f64>, decimals: usize| x.map_or("-".to_owned(), |x| format!("{x:.decimals$}"));
+        let (naive, speed_up) = (or_dash(self.naive_ms, 3), or_dash(self.speed_up, 1));
+        write!(f, "{pass:<8} {:>7} {naive:>9} {:>9.4} {speed_up:>9}", self.length, self.fused_ms)?;
+        write!(f, " {:>10.1} {:>8.2} {:>9.1}", self.tokens_per_second / 1e6, self.tflops, self.gexps)?;
+        write!(f, " {:>7.1} {:>5.0} % {}", self.gigabytes_per_second, self.share_of_limit * 100.0, self.bound)
+    }
+}

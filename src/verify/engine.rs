@@ -1,0 +1,201 @@
+//! What computes a case: the CPU, or whatever runs the kernels, in any of their element types.
+
+use super::{Fha, TensorError, VerifyError, compare, compare_gradients, half_precision, verify_dfar};
+use crate::attention::{self, AttentionError, FhaOptions, Gradients, Inputs};
+use crate::device::cpu::Cpu;
+use crate::device::cuda::runtime::Runtime;
+use crate::device::cuda::tile::{Element, HEAD_DIMS};
+use crate::device::cuda::{CudaError, Gpu};
+use crate::verify::Case;
+use half::{bf16, f16};
+use std::sync::Arc;
+
+/// What the attention operation gave, widened to f32 where it was computed in 16 bits.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Results {
+    /// `[N, Q, K, d]`
+    pub o: Vec<f32>,
+    /// `[N, Q]`
+    pub lse: Vec<f32>,
+    /// `dq`, `dk`, `dv`: `[N, H, d]` each.
+    pub gradients: [Vec<f32>; 3],
+}
+
+impl Results {
+    /// Zeros of the shapes that `options` and `tokens` name.
+    fn zeros(options: &FhaOptions, tokens: usize) -> Self {
+        let width = tokens * options.heads * options.head_dim;
+        Self {
+            o: vec![0.0; options.output_len(tokens)],
+            lse: vec![0.0; options.lse_len(tokens)],
+            gradients: [(); 3].map(|()| vec![0.0; width]),
+        }
+    }
+}
+
+/// Why an engine gave nothing.
+pub enum Refusal {
+    /// It does not have the case's shape; not a failure.
+    Unsupported(String),
+    /// The operation refuses the case's arguments.
+    Attention(AttentionError),
+    /// The device failed.
+    Cuda(CudaError),
+}
+
+/// A machine that computes cases.
+pub trait Engine {
+    /// Element type of its attention tensors.
+    fn element(&self) -> Element;
+
+    /// Forward and backward pass on values that are exact in [`Engine::element`].
+    ///
+    /// # Errors
+    /// [`Refusal`].
+    fn attention(&self, options: &FhaOptions, inputs: Inputs, d_o: &[f32]) -> Result<Results, Refusal>;
+
+    /// Compares a `dfar` case; `Err` inside is why nothing was compared.
+    ///
+    /// # Errors
+    /// As [`super::verify`].
+    fn network(&self, case: &Case) -> Result<Result<Vec<TensorError>, String>, VerifyError>;
+}
+
+/// The CPU engine, in f32.
+pub struct CpuEngine;
+
+impl Engine for CpuEngine {
+    fn element(&self) -> Element {
+        Element::F32
+    }
+
+    fn attention(&self, options: &FhaOptions, inputs: Inputs, d_o: &[f32]) -> Result<Results, Refusal> {
+        let mut results = Results::zeros(options, inputs.label.len());
+        let Results { o, lse, gradients: [dq, dk, dv] } = &mut results;
+        attention::forward(options, inputs, o, lse).map_err(Refusal::Attention)?;
+        attention::backward(options, inputs, o, lse, d_o, Gradients { dq, dk, dv })
+            .map_err(Refusal::Attention)?;
+        Ok(results)
+    }
+
+    fn network(&self, case: &Case) -> Result<Result<Vec<TensorError>, String>, VerifyError> {
+        verify_dfar(case, Arc::new(Cpu::new())).map(Ok)
+    }
+}
+
+/// The kernels, on a GPU or under the emulator.
+pub struct GpuEngine<R: Runtime> {
+    /// What runs them.
+    pub gpu: Arc<Gpu<R>>,
+    /// Type of the attention tensors.
+    pub element: Element,
+}
+
+impl<R: Runtime> GpuEngine<R> {
+    fn attention_in<T: Half>(
+        &self,
+        options: &FhaOptions,
+        inputs: Inputs,
+        d_o: &[f32],
+    ) -> Result<Results, CudaError> {
+        let narrow = |x: &[f32]| x.iter().map(|&x| T::narrow(x)).collect::<Vec<T>>();
+        let widen = |x: Vec<T>| x.into_iter().map(T::widen).collect::<Vec<f32>>();
+        let [q, k, v, d_o] = [inputs.q, inputs.k, inputs.v, d_o].map(narrow);
+        let inputs = Inputs { q: &q, k: &k, v: &v, cu_seqlens: inputs.cu_seqlens, label: inputs.label };
+        let tokens = inputs.label.len();
+        let mut o = vec![T::narrow(0.0); options.output_len(tokens)];
+        let mut lse = vec![0.0; options.lse_len(tokens)];
+        self.gpu.forward(options, inputs, &mut o, &mut lse)?;
+        let [mut dq, mut dk, mut dv] = [(); 3].map(|()| vec![T::narrow(0.0); q.len()]);
+        self.gpu.backward(options, inputs, &o, &lse, &d_o, [&mut dq, &mut dk, &mut dv])?;
+        Ok(Results { o: widen(o), lse, gradients: [dq, dk, dv].map(widen) })
+    }
+}
+
+impl<R: Runtime> Engine for GpuEngine<R> {
+    fn element(&self) -> Element {
+        self.element
+    }
+
+    fn attention(&self, options: &FhaOptions, inputs: Inputs, d_o: &[f32]) -> Result<Results, Refusal> {
+        let results = match self.element {
+            Element::F32 => self.attention_in::<f32>(options, inputs, d_o),
+            Element::Bf16 => self.attention_in::<bf16>(options, inputs, d_o),
+            Element::F16 => self.attention_in::<f16>(options, inputs, d_o),
+        };
+        results.map_err(|error| match error {
+            CudaError::HeadDim { head_dim } => {
+                Refusal::Unsupported(format!("head_dim is {head_dim}; the kernels have {HEAD_DIMS:?}"))
+            }
+            CudaError::Attention(error) => Refusal::Attention(error),
+            error => Refusal::Cuda(error),
+        })
+    }
+
+    fn network(&self, _case: &Case) -> Result<Result<Vec<TensorError>, String>, VerifyError> {
+        Ok(Err("the network does not run on the GPU yet".to_owned()))
+    }
+}
+
+/// A type of attention tensors, and f32.
+trait Half: crate::device::cuda::attention::Value {
+    fn narrow(x: f32) -> Self;
+    fn widen(self) -> f32;
+}
+impl Half for f32 {
+    fn narrow(x: f32) -> Self {
+        x
+    }
+    fn widen(self) -> f32 {
+        self
+    }
+}
+impl Half for bf16 {
+    fn narrow(x: f32) -> Self {
+        Self::from_f32(x)
+    }
+    fn widen(self) -> f32 {
+        self.to_f32()
+    }
+}
+impl Half for f16 {
+    fn narrow(x: f32) -> Self {
+        Self::from_f32(x)
+    }
+    fn widen(self) -> f32 {
+        self.to_f32()
+    }
+}
+
+/// Runs an engine on an `fha` case; `Err` inside is why nothing was compared.
+///
+/// # Errors
+/// A case that is not complete, or not acceptable to the operation, and a device that fails.
+pub fn verify_fha<E: Engine>(
+    case: &Case,
+    engine: &E,
+) -> Result<Result<Vec<TensorError>, String>, VerifyError> {
+    let fha = Fha::new(case)?;
+    let fha =
+        if engine.element() == Element::F32 { fha } else { half_precision::rounded(&fha, engine.element()) };
+    let results = match engine.attention(&fha.options, fha.inputs(), &fha.d_o) {
+        Ok(results) => results,
+        Err(Refusal::Unsupported(reason)) => return Ok(Err(reason)),
+        Err(Refusal::Attention(source)) => {
+            return Err(VerifyError::Attention { path: case.path.clone(), source });
+        }
+        Err(Refusal::Cuda(source)) => return Err(VerifyError::Cuda { path: case.path.clone(), source }),
+    };
+    if engine.element() != Element::F32 {
+        return Ok(Ok(half_precision::compare(&fha, engine.element(), &results)));
+    }
+    let mut errors = vec![compare("o", &results.o, &fha.o), compare("lse", &results.lse, &fha.lse)];
+    let [dq, dk, dv] = &results.gradients;
+    let [dq_reference, dk_reference, dv_reference] = &fha.gradients;
+    errors.extend(compare_gradients(&[
+        ("dq", dq, dq_reference),
+        ("dk", dk, dk_reference),
+        ("dv", dv, dv_reference),
+    ]));
+    Ok(Ok(errors))
+}

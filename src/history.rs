@@ -1,12 +1,34 @@
 //! What a model sees of a user's events: which of them, with which labels, and cut how.
 //!
 //! A question about event `t` ("would the user like this next?") is answered from the events before `t`. All
-//! questions whose history fits the model share one pass over the user's first events; each later one needs a
-//! window of its own, because positions count from the oldest kept event.
+//! questions whose history fits the model share one pass over the user's first events; later ones need windows,
+//! because positions count from the oldest kept event. [`Cut`] says where windows may begin.
 
 use crate::batch::{Group, History};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
+
+/// Where a history longer than the model's is cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cut {
+    /// Events the model can see.
+    pub max_length: usize,
+    /// Windows begin at multiples of this, so that questions in between share one: a cut history keeps more than
+    /// `max_length - stride` of the latest events. 1 keeps exactly `max_length`, in a window for each question.
+    pub stride: usize,
+}
+
+impl Cut {
+    /// Keeps the last `max_length` events, no fewer.
+    pub fn exact(max_length: usize) -> Self {
+        Self { max_length, stride: 1 }
+    }
+
+    /// Index of the first event kept of a history of `length` events.
+    pub fn start(self, length: usize) -> usize {
+        length.saturating_sub(self.max_length).next_multiple_of(self.stride)
+    }
+}
 
 /// How much of the feedback the model is shown: the feedback-blind switches of one and the same model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -78,34 +100,22 @@ impl<'a> View<'a> {
         (&self.items[start..], &self.labels[start..])
     }
 
-    /// Histories that answer `questions` (ascending by event) exactly: one for all that fit in `max_length`, one
-    /// window for each of the others. Groups keep the order of the questions.
-    pub fn histories(&self, questions: Vec<Question>, max_length: usize) -> Vec<History> {
+    /// Histories that answer `questions` (ascending by event): one for all questions that `cut` lets begin at the
+    /// same event. Groups keep the order of the questions.
+    pub fn histories(&self, questions: Vec<Question>, cut: Cut) -> Vec<History> {
         let mut histories: Vec<History> = Vec::new();
-        let mut shared = History::default();
-        let mut shared_length = 0;
-        for question in questions {
-            let length = self.length(question.event);
-            let group = Group {
-                length: length.min(max_length) as u32,
-                candidates: question.candidates,
-                targets: question.targets,
-            };
-            if length <= max_length {
-                shared_length = length;
-                shared.groups.push(group);
-            } else {
-                histories.push(History {
-                    items: self.items[length - max_length..length].to_vec(),
-                    labels: self.labels[length - max_length..length].to_vec(),
-                    groups: vec![group],
-                });
+        let mut last_start = None;
+        for Question { event, candidates, targets } in questions {
+            let end = self.length(event);
+            let start = cut.start(end);
+            if last_start.replace(start) != Some(start) {
+                histories.push(History::default());
             }
-        }
-        if !shared.groups.is_empty() {
-            shared.items = self.items[..shared_length].to_vec();
-            shared.labels = self.labels[..shared_length].to_vec();
-            histories.insert(0, shared);
+            let history = histories.last_mut().expect("the first question began one");
+            let seen = start + history.items.len();
+            history.items.extend_from_slice(&self.items[seen..end]);
+            history.labels.extend_from_slice(&self.labels[seen..end]);
+            history.groups.push(Group { length: (end - start) as u32, candidates, targets });
         }
         histories
     }
@@ -151,7 +161,7 @@ mod tests {
     #[test]
     fn prefixes_share_a_pass_and_later_questions_get_windows() {
         let view = View::new(&ITEMS, &FEEDBACK, Feedback::Mixed);
-        let histories = view.histories(vec![ask(1), ask(3), ask(4), ask(5)], 3);
+        let histories = view.histories(vec![ask(1), ask(3), ask(4), ask(5)], Cut::exact(3));
         assert_eq!(
             histories.iter().map(shape).collect::<Vec<_>>(),
             [
@@ -163,9 +173,33 @@ mod tests {
     }
 
     #[test]
+    fn windows_that_begin_at_the_same_event_are_one() {
+        let view = View::new(&ITEMS, &FEEDBACK, Feedback::Mixed);
+        let histories = view.histories((1..6).map(ask).collect(), Cut { max_length: 3, stride: 2 });
+        assert_eq!(
+            histories.iter().map(shape).collect::<Vec<_>>(),
+            [(vec![10, 11, 12], vec![1, 0, 0], vec![1, 2, 3]), (vec![12, 13, 14], vec![0, 1, 1], vec![2, 3]),]
+        );
+    }
+
+    #[test]
+    fn a_cut_keeps_no_less_than_it_promises() {
+        for (max_length, stride) in [(1, 1), (5, 1), (5, 2), (5, 5), (20, 7)] {
+            let cut = Cut { max_length, stride };
+            for length in 0..=max_length {
+                assert_eq!(cut.start(length), 0);
+            }
+            for length in max_length + 1..100 {
+                let kept = length - cut.start(length);
+                assert!(kept <= max_length && kept > max_length - stride, "{cut:?}, {length}: {kept}");
+            }
+        }
+    }
+
+    #[test]
     fn positive_only_counts_kept_events() {
         let view = View::new(&ITEMS, &FEEDBACK, Feedback::PositiveOnly);
-        let histories = view.histories(vec![ask(3), ask(4), ask(5)], 2);
+        let histories = view.histories(vec![ask(3), ask(4), ask(5)], Cut::exact(2));
         assert_eq!(
             histories.iter().map(shape).collect::<Vec<_>>(),
             [(vec![10, 13], vec![1, 1], vec![1, 2]), (vec![13, 14], vec![1, 1], vec![2])]
@@ -175,7 +209,10 @@ mod tests {
     #[test]
     fn ignored_feedback_keeps_every_event() {
         let view = View::new(&ITEMS, &FEEDBACK, Feedback::Ignored);
-        assert_eq!(shape(&view.histories(vec![ask(3)], 9)[0]), (vec![10, 11, 12], vec![1; 3], vec![3]));
+        assert_eq!(
+            shape(&view.histories(vec![ask(3)], Cut::exact(9))[0]),
+            (vec![10, 11, 12], vec![1; 3], vec![3])
+        );
     }
 
     #[test]
@@ -184,7 +221,7 @@ mod tests {
         let mut question = ask(4);
         question.candidates = vec![7, 8];
         question.targets = vec![1.0, 0.0];
-        let long = without_sharing(&view.histories(vec![ask(1), question], 9));
+        let long = without_sharing(&view.histories(vec![ask(1), question], Cut::exact(9)));
         assert_eq!(long.len(), 3);
         assert_eq!(shape(&long[0]), (vec![10], vec![1], vec![1]));
         assert_eq!(shape(&long[2]), (vec![10, 11, 12, 13], vec![1, 0, 0, 1], vec![4]));

@@ -50,6 +50,7 @@
 //! ```
 
 pub mod attention;
+pub mod auc;
 pub mod batch;
 pub mod bench;
 pub mod cli;

@@ -1,6 +1,7 @@
 //! Metrics against a naive computation and against cases worked by hand.
 
-use dfar::evaluate::metrics::{GaucRule, ScoredGroups, auc, expected_ndcg, expected_reciprocal_rank};
+use dfar::auc::auc;
+use dfar::evaluate::metrics::{GaucRule, ScoredGroups, expected_ndcg, expected_reciprocal_rank};
 use proptest::prelude::*;
 
 /// Every (positive, negative) pair, one at a time.

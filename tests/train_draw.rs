@@ -3,7 +3,7 @@
 use dfar::batch::{Batch, History};
 use dfar::data::Dataset;
 use dfar::data::synthetic::{self, SyntheticOptions};
-use dfar::history::Feedback;
+use dfar::history::{Cut, Feedback};
 use dfar::train::draw::{DrawOptions, Drawer, TrainTargets};
 use dfar::train::negatives::NegativeSource;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
@@ -22,7 +22,7 @@ fn options() -> DrawOptions {
         seed: 7,
         targets: TrainTargets::Positive,
         feedback: Feedback::Mixed,
-        max_length: 12,
+        cut: Cut::exact(12),
         source: NegativeSource::InBatch,
         negatives: 9,
         negative_pool: 0,
@@ -74,7 +74,7 @@ fn expected(data: &Dataset, options: &DrawOptions) -> Asked {
                 Feedback::PositiveOnly => seen.retain(|e| e.1 == 1),
                 Feedback::Ignored => seen.iter_mut().for_each(|e| e.1 = 1),
             }
-            let seen = &seen[seen.len().saturating_sub(options.max_length)..];
+            let seen = &seen[options.cut.start(seen.len())..];
             let key = (
                 seen.iter().map(|e| e.0).collect(),
                 seen.iter().map(|e| e.1).collect(),
@@ -92,9 +92,12 @@ fn an_epoch_asks_about_every_target_once_with_its_exact_history() {
     let data = data(60, 80);
     for targets in [TrainTargets::Positive, TrainTargets::All, TrainTargets::Feedback] {
         for feedback in [Feedback::Mixed, Feedback::PositiveOnly, Feedback::Ignored] {
-            let options = DrawOptions { targets, feedback, ..options() };
-            let batches = epoch(&data, &options, 3);
-            assert_eq!(asked(&batches), expected(&data, &options), "{targets:?}, {feedback:?}");
+            for stride in [1, 5] {
+                let cut = Cut { max_length: 12, stride };
+                let options = DrawOptions { targets, feedback, cut, ..options() };
+                let batches = epoch(&data, &options, 3);
+                assert_eq!(asked(&batches), expected(&data, &options), "{targets:?}, {feedback:?}, {stride}");
+            }
         }
     }
 }
@@ -102,8 +105,11 @@ fn an_epoch_asks_about_every_target_once_with_its_exact_history() {
 #[test]
 fn the_plan_says_what_is_drawn() {
     let data = data(60, 80);
-    for (targets, negative_pool) in [(TrainTargets::Positive, 0), (TrainTargets::Feedback, 12)] {
-        let options = DrawOptions { targets, negative_pool, ..options() };
+    for (targets, negative_pool, stride) in
+        [(TrainTargets::Positive, 0, 1), (TrainTargets::Positive, 12, 4), (TrainTargets::Feedback, 12, 1)]
+    {
+        let cut = Cut { max_length: 12, stride };
+        let options = DrawOptions { targets, negative_pool, cut, ..options() };
         let drawer = Drawer::new(&data, options.clone());
         let plan = drawer.plan(0);
         let batches = epoch(&data, &options, 0);

@@ -1,13 +1,13 @@
 //! Training steps with and without what `batch` and `history` share: instances a second on real histories.
 
+use crate::Result;
 use crate::batch::{Batch, History};
 use crate::data::Dataset;
 use crate::device::cpu::Cpu;
 use crate::history::without_sharing;
 use crate::model::{Model, Optimizer};
 use crate::train::config::Config;
-use crate::train::draw::Drawer;
-use crate::{Error, Result};
+use crate::train::draw::{Drawer, Plan};
 use serde::Serialize;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -74,45 +74,92 @@ pub struct Row {
     pub loss: f64,
 }
 
+impl Row {
+    fn new(sharing: Sharing) -> Self {
+        let (seconds, instances_per_second, loss) = (0.0, 0.0, 0.0);
+        Self { sharing, batches: 0, instances: 0, tokens: 0, seconds, instances_per_second, loss }
+    }
+}
+
+/// A model in training, one way, on the batches of an epoch.
+pub struct Steps<'a> {
+    drawer: Drawer<'a>,
+    plan: Plan,
+    config: &'a Config,
+    sharing: Sharing,
+    model: Model<Cpu>,
+    optimizer: Optimizer<Cpu>,
+}
+
+/// What a step did.
+#[derive(Clone, Copy, Debug)]
+pub struct Step {
+    /// Instances in its batch.
+    pub instances: usize,
+    /// Tokens encoded.
+    pub tokens: usize,
+    /// Loss before the step.
+    pub loss: f64,
+}
+
+impl<'a> Steps<'a> {
+    /// A fresh model.
+    ///
+    /// # Errors
+    /// A model that cannot be made.
+    pub fn new(data: &'a Dataset, config: &'a Config, sharing: Sharing) -> Result<Self> {
+        let drawer = Drawer::new(data, config.draw());
+        let plan = drawer.plan(0);
+        let network = config.model(data.items());
+        let model = Model::initialized(Arc::new(Cpu::new()), network, config.seed, config.init)?;
+        let optimizer = Optimizer::new(&model)?;
+        Ok(Self { drawer, plan, config, sharing, model, optimizer })
+    }
+
+    /// Batches of the epoch.
+    pub fn batches(&self) -> usize {
+        self.plan.size.batches
+    }
+
+    /// Draws and packs a batch and trains on it.
+    ///
+    /// # Errors
+    /// A failing step.
+    ///
+    /// # Panics
+    /// When there is no such batch.
+    pub fn run(&mut self, batch: usize) -> Result<Step> {
+        let histories = self.sharing.apply(self.drawer.draw(&self.plan, 0, batch));
+        let batch = match self.sharing {
+            Sharing::Everything => Batch::pack(&histories)?,
+            _ => Batch::pack_without_pair_sharing(&histories)?,
+        };
+        let (loss, adam) = (self.config.loss(), self.config.adam());
+        let loss = self.model.train_step(&batch, &loss, &adam, &mut self.optimizer)?.loss;
+        Ok(Step { instances: batch.rows(), tokens: batch.tokens(), loss })
+    }
+}
+
 /// Trains on `batches` batches of an epoch, each way, from the same initial values.
 ///
 /// # Errors
 /// A data set without training targets, or a failing step.
 pub fn measure(data: &Dataset, config: &Config, batches: usize) -> Result<Vec<Row>> {
-    let drawer = Drawer::new(data, config.draw());
-    let plan = drawer.plan(0);
-    let total = plan.size.batches;
-    let picked: Vec<usize> = (0..batches.min(total)).map(|i| i * total / batches.min(total)).collect();
     let way = |sharing: Sharing| -> Result<Row> {
-        let device = Arc::new(Cpu::new());
-        let mut model = Model::initialized(device, config.model(data.items()), config.seed, config.init)
-            .map_err(Error::from)?;
-        let mut optimizer = Optimizer::new(&model)?;
-        let mut row = Row {
-            sharing,
-            batches: 0,
-            instances: 0,
-            tokens: 0,
-            seconds: 0.0,
-            instances_per_second: 0.0,
-            loss: 0.0,
-        };
-        let mut time = Duration::ZERO;
-        for (i, &batch) in picked.iter().enumerate() {
+        let mut steps = Steps::new(data, config, sharing)?;
+        let total = steps.batches();
+        let picked = batches.min(total);
+        let (mut time, mut row) = (Duration::ZERO, Row::new(sharing));
+        for i in 0..picked {
             let start = Instant::now();
-            let histories = sharing.apply(drawer.draw(&plan, 0, batch));
-            let batch = match sharing {
-                Sharing::Everything => Batch::pack(&histories)?,
-                _ => Batch::pack_without_pair_sharing(&histories)?,
-            };
-            let loss = model.train_step(&batch, &config.loss(), &config.adam(), &mut optimizer)?.loss;
+            let step = steps.run(i * total / picked)?;
             // The first step also fills the memory pool; it is taken, not timed.
-            if i > 0 || picked.len() == 1 {
+            if i > 0 || picked == 1 {
                 time += start.elapsed();
                 row.batches += 1;
-                row.instances += batch.rows();
-                row.tokens += batch.tokens();
-                row.loss += loss;
+                row.instances += step.instances;
+                row.tokens += step.tokens;
+                row.loss += step.loss;
             }
         }
         row.seconds = time.as_secs_f64();

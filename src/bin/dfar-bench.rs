@@ -34,6 +34,9 @@ enum Command {
     Train(Train),
     /// Measure the multiply-adds and exponentials per second this machine can do at most
     Limits {
+        /// Threads; 0 for one a core
+        #[arg(long, default_value_t = 0)]
+        threads: usize,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -91,14 +94,20 @@ struct Train {
     /// Longest history
     #[arg(long, default_value_t = 100)]
     max_length: usize,
+    /// Where longer histories may begin; 1: always the last max-length events; 0: a quarter of max-length
+    #[arg(long, default_value_t = 0)]
+    window_stride: usize,
     /// Sampled negatives of each target
     #[arg(long, default_value_t = 9)]
     negatives: usize,
+    /// Distinct negatives that the targets of one history draw theirs from; 0: no limit
+    #[arg(long, default_value_t = 0)]
+    negative_pool: usize,
     /// Batches of an epoch to time, spread evenly over it
     #[arg(long, default_value_t = 12)]
     batches: usize,
     /// Tokens of a batch, before anything is taken apart
-    #[arg(long, default_value_t = 2048)]
+    #[arg(long, default_value_t = 512)]
     batch_tokens: usize,
     /// Where to run
     #[arg(long, value_enum, default_value_t = Device::Cpu)]
@@ -134,7 +143,7 @@ fn main() -> ExitCode {
         Command::Verify(arguments) => run_verify(&arguments),
         Command::Attention(arguments) => run_attention(&arguments).map(|()| true),
         Command::Train(arguments) => run_train(&arguments).map(|()| true),
-        Command::Limits { json } => run_limits(json).map(|()| true),
+        Command::Limits { threads, json } => run_limits(threads, json).map(|()| true),
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,
@@ -232,7 +241,9 @@ fn run_train(arguments: &Train) -> Result<()> {
     let data = Dataset::open(&path)?;
     let config = Config {
         max_length: arguments.max_length,
+        window_stride: arguments.window_stride,
         negatives: arguments.negatives,
+        negative_pool: arguments.negative_pool,
         batch_tokens: arguments.batch_tokens,
         ..Config::default()
     };
@@ -280,8 +291,8 @@ fn pool(threads: usize) -> Result<rayon::ThreadPool> {
     pool.map_err(|error| Error::io("start threads on", "this machine")(std::io::Error::other(error)))
 }
 
-fn run_limits(json: bool) -> Result<()> {
-    let limits = limits::measure();
+fn run_limits(threads: usize, json: bool) -> Result<()> {
+    let limits = pool(threads)?.install(limits::measure);
     if json {
         say!("{}", serde_json::to_string_pretty(&limits).expect("numbers and strings are valid JSON"));
     } else {

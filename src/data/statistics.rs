@@ -1,6 +1,7 @@
 //! What `dfar-data info` tells about a data set.
 
 use super::{Dataset, Part, Protocol};
+use crate::auc::auc;
 use serde::Serialize;
 
 /// The paper's Table 1 and what else describes a data set.
@@ -115,34 +116,5 @@ pub fn ceiling_auc(data: &Dataset, part: Part) -> Option<f64> {
             rows.extend(scores.enumerate().map(|(place, &score)| (score, place == 0)));
         }
     }
-    area_under_curve(&mut rows)
-}
-
-/// Share of (target, negative) pairs in which the target scores higher, ties counted half.
-pub(super) fn area_under_curve(rows: &mut [(f32, bool)]) -> Option<f64> {
-    rows.sort_unstable_by(|a, b| a.0.total_cmp(&b.0));
-    let (mut below, mut targets, mut wins) = (0.0, 0.0, 0.0);
-    for tied in rows.chunk_by(|a, b| a.0 == b.0) {
-        let own = tied.iter().filter(|row| row.1).count() as f64;
-        let other = tied.len() as f64 - own;
-        wins += own * (below + other / 2.0);
-        below += other;
-        targets += own;
-    }
-    (targets > 0.0 && below > 0.0).then(|| wins / (targets * below))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn area_counts_ties_half() {
-        let auc = |rows: &[(f32, bool)]| area_under_curve(&mut rows.to_vec());
-        assert_eq!(auc(&[(1.0, true), (0.0, false)]), Some(1.0));
-        assert_eq!(auc(&[(0.0, true), (1.0, false)]), Some(0.0));
-        assert_eq!(auc(&[(0.5, true), (0.5, false)]), Some(0.5));
-        assert_eq!(auc(&[(2.0, true), (1.0, true), (1.0, false), (0.0, false)]), Some(3.5 / 4.0));
-        assert_eq!(auc(&[(0.5, true)]), None);
-    }
+    auc(&mut rows)
 }

@@ -347,7 +347,7 @@ mod tests {
             rows.push((score(group.user, &history, events.items[target]), true));
             rows.extend(group.negatives.iter().map(|&item| (score(group.user, &history, item), false)));
         }
-        statistics::area_under_curve(&mut rows).expect("there are liked test groups")
+        crate::auc::auc(&mut rows).expect("there are liked test groups")
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! random order of tied candidates, so a model that gives every candidate one score is worth exactly what
 //! guessing is worth.
 
+use crate::auc::auc;
 use serde::{Deserialize, Serialize};
 
 /// Ranks counted by NDCG.
@@ -110,22 +111,6 @@ impl ScoredGroups<'_> {
             gauc_users_left_out: left_out,
         })
     }
-}
-
-/// Area under the ROC curve of `(score, is positive)` rows, ties counted half; `None` unless both classes occur.
-/// Sorts `rows`. Scores must be finite.
-pub fn auc(rows: &mut [(f32, bool)]) -> Option<f64> {
-    rows.sort_unstable_by(|a, b| a.0.total_cmp(&b.0));
-    // Twice the number of (positive, negative) pairs in the right order, so that half-counted ties stay integers.
-    let (mut twice, mut negatives_below) = (0u128, 0u128);
-    for tie in rows.chunk_by(|a, b| a.0 == b.0) {
-        let positives = tie.iter().filter(|r| r.1).count() as u128;
-        let negatives = tie.len() as u128 - positives;
-        twice += positives * (2 * negatives_below + negatives);
-        negatives_below += negatives;
-    }
-    let pairs = negatives_below * (rows.len() as u128 - negatives_below);
-    (pairs > 0).then(|| twice as f64 / (2 * pairs) as f64)
 }
 
 /// How many of `group[1..]` score above `group[0]`, and how many the same.

@@ -9,10 +9,11 @@ mod rank;
 
 pub use rank::rank;
 
+use crate::auc::auc;
 use crate::batch::{Batch, BatchError, History};
 use crate::data::{Dataset, Part};
 use crate::device::Device;
-use crate::history::{Feedback, Question, View};
+use crate::history::{Cut, Feedback, Question, View};
 use crate::model::{Model, ModelError};
 use metrics::{GaucRule, Metrics, ScoredGroups};
 use serde::{Deserialize, Serialize};
@@ -102,9 +103,8 @@ pub fn score_part<D: Device>(
             })
             .collect();
         next += of_user.len();
-        // Histories come in the order of their questions (the shared one serves the first of them), so scores
-        // come in the order of the groups.
-        for history in view.histories(questions, model.config().max_length) {
+        // Histories come in the order of their questions, so scores come in the order of the groups.
+        for history in view.histories(questions, Cut::exact(model.config().max_length)) {
             let more = (history.items.len(), history.groups.len() * candidates);
             if tokens + more.0 > options.batch_tokens || rows + more.1 > options.batch_rows {
                 flush(&mut batch)?;
@@ -210,7 +210,7 @@ pub fn part_report(
     Some(PartReport {
         liked,
         skipped: metrics_of(&|user, event| !is_liked(data, user, event)),
-        liked_above_skipped: metrics::auc(&mut targets),
+        liked_above_skipped: auc(&mut targets),
         by_length,
     })
 }

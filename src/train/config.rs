@@ -5,7 +5,7 @@ use super::negatives::NegativeSource;
 use crate::attention::Normalization;
 use crate::device::Clip;
 use crate::evaluate::metrics::GaucRule;
-use crate::history::Feedback;
+use crate::history::{Cut, Feedback};
 use crate::model::{AdamOptions, Initialization, LossOptions, ModelConfig};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -52,6 +52,9 @@ pub struct Config {
     pub batch_rows: usize,
     /// Longest history; older events are cut off. Default 100, for the synthetic set [`SYNTHETIC_MAX_LENGTH`].
     pub max_length: usize,
+    /// Training histories longer than `max_length` begin at multiples of this, so that neighbouring targets share a
+    /// window; 1: each keeps exactly `max_length` events, in a window of its own; 0: a quarter of `max_length`.
+    pub window_stride: usize,
     /// Model width.
     pub width: usize,
     /// Attention heads.
@@ -114,6 +117,7 @@ impl Default for Config {
             batch_tokens: 512,
             batch_rows: 16384,
             max_length: 100,
+            window_stride: 0,
             width: 32,
             heads: 2,
             blocks: 1,
@@ -286,6 +290,9 @@ impl Config {
         if !(self.sample_rate > 0.0 && self.sample_rate <= 1.0) {
             return refuse("sample_rate", self.sample_rate.to_string(), "must be above 0 and at most 1");
         }
+        if self.window_stride > self.max_length {
+            return refuse("window_stride", self.window_stride.to_string(), "must be at most max_length");
+        }
         if !self.length_edges.is_sorted_by(|a, b| a < b) {
             return refuse("length_edges", format!("{:?}", self.length_edges), "must ascend");
         }
@@ -328,13 +335,19 @@ impl Config {
         AdamOptions { lr: self.lr as f32, clip, dense_embeddings: self.dense_embeddings }
     }
 
+    /// How training histories are cut.
+    fn cut(&self) -> Cut {
+        let stride = if self.window_stride == 0 { self.max_length.div_ceil(4) } else { self.window_stride };
+        Cut { max_length: self.max_length, stride }
+    }
+
     /// How batches are drawn.
     pub fn draw(&self) -> DrawOptions {
         DrawOptions {
             seed: self.seed,
             targets: self.train_targets,
             feedback: self.feedback,
-            max_length: self.max_length,
+            cut: self.cut(),
             source: self.train_negatives,
             negatives: self.negatives,
             negative_pool: self.negative_pool,

@@ -1,14 +1,14 @@
 //! The one place where a training batch is drawn.
 //!
-//! An epoch is a **plan**: every pass (a user's shared prefixes, or one window) in a shuffled order, cut into
+//! An epoch is a **plan**: every pass (a user's shared prefixes, or a window) in a shuffled order, cut into
 //! batches. A batch is drawn from its plan and nothing else, with random numbers keyed on (seed, epoch, batch):
 //! batch 17 of epoch 3 is the same whether 16 batches were drawn before it or none, so a run continues exactly
 //! where it stopped.
 
 use super::negatives::{BatchTargets, NegativeSampler, NegativeSource};
 use crate::batch::History;
-use crate::data::{Dataset, UserEvents};
-use crate::history::{Feedback, Question, View};
+use crate::data::Dataset;
+use crate::history::{Cut, Feedback, Question, View};
 use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -37,8 +37,8 @@ pub struct DrawOptions {
     pub targets: TrainTargets,
     /// What of the histories the model sees.
     pub feedback: Feedback,
-    /// Longest history.
-    pub max_length: usize,
+    /// How longer histories are cut.
+    pub cut: Cut,
     /// Source of negatives.
     pub source: NegativeSource,
     /// Negatives per group.
@@ -77,16 +77,16 @@ pub struct PlanSize {
     pub targets: usize,
     /// Passes that serve all the prefixes of a user that fit the model.
     pub shared_passes: usize,
-    /// Passes that serve a single event of a longer history.
+    /// Passes over the later events of a user whose history is longer than the model's.
     pub windows: usize,
 }
 
-/// One history to encode. `event` is 0 for the shared prefixes of `user` (event 0 is never asked about: nothing
-/// came before it), otherwise the one event this window is for.
+/// One history to encode: the questions `first..end` among the events of `user` that begin at the same event.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Pass {
     user: u32,
-    event: u32,
+    first: u32,
+    end: u32,
     tokens: u32,
     rows: u32,
 }
@@ -137,23 +137,19 @@ impl<'a> Drawer<'a> {
         for user in 0..self.data.users() as u32 {
             let events = self.data.user(user);
             let view = View::new(events.items, events.feedback, self.options.feedback);
-            let mut shared = Pass { user, event: 0, tokens: 0, rows: 0 };
-            for event in self.targets(epoch, user, &events) {
-                let rows = self.rows_of(events.feedback[event]);
+            let mut last_start = None;
+            for event in self.targets(epoch, user, 0..events.train_end) {
                 let length = view.length(event);
+                let start = self.options.cut.start(length);
                 plan.size.targets += 1;
-                if length <= self.options.max_length {
-                    shared.tokens = length as u32;
-                    shared.rows += rows;
-                } else {
-                    let (event, tokens) = (event as u32, self.options.max_length as u32);
-                    plan.passes.push(Pass { user, event, tokens, rows });
-                    plan.size.windows += 1;
+                if last_start.replace(start) != Some(start) {
+                    plan.passes.push(Pass { user, first: event as u32, end: 0, tokens: 0, rows: 0 });
+                    *(if start == 0 { &mut plan.size.shared_passes } else { &mut plan.size.windows }) += 1;
                 }
-            }
-            if shared.rows > 0 {
-                plan.passes.push(shared);
-                plan.size.shared_passes += 1;
+                let pass = plan.passes.last_mut().expect("the first target began one");
+                pass.end = event as u32 + 1;
+                pass.tokens = (length - start) as u32;
+                pass.rows += self.rows_of(events.feedback[event]);
             }
         }
         plan.passes.shuffle(&mut rng(self.options.seed, Purpose::Shuffle, epoch, 0));
@@ -224,16 +220,16 @@ impl<'a> Drawer<'a> {
                 targets[0] = target;
                 questions.push(Question { event, candidates, targets });
             }
-            histories.extend(view.histories(questions, self.options.max_length));
+            histories.extend(view.histories(questions, self.options.cut));
         }
         histories
     }
 
-    /// The training events of a user that an epoch asks about, ascending.
-    fn targets(&self, epoch: u64, user: u32, events: &UserEvents<'_>) -> impl Iterator<Item = usize> {
-        let Self { options, .. } = self;
-        let feedback = &events.feedback[..events.train_end];
-        (1..feedback.len()).filter(move |&event| {
+    /// The training events among `range` of a user that an epoch asks about, ascending. Nothing comes before event 0.
+    fn targets(&self, epoch: u64, user: u32, range: Range<usize>) -> impl Iterator<Item = usize> {
+        let Self { options, data, .. } = self;
+        let feedback = data.user(user).feedback;
+        (range.start.max(1)..range.end).filter(move |&event| {
             (feedback[event] == 1 || options.targets != TrainTargets::Positive)
                 && (options.sample_rate >= 1.0
                     || keyed_uniform([options.seed, epoch, user.into(), event as u64]) < options.sample_rate)
@@ -242,14 +238,7 @@ impl<'a> Drawer<'a> {
 
     /// The events a pass is for.
     fn asked(&self, epoch: u64, pass: &Pass) -> Vec<usize> {
-        if pass.event > 0 {
-            return vec![pass.event as usize];
-        }
-        let events = self.data.user(pass.user);
-        let view = View::new(events.items, events.feedback, self.options.feedback);
-        self.targets(epoch, pass.user, &events)
-            .take_while(|&event| view.length(event) <= self.options.max_length)
-            .collect()
+        self.targets(epoch, pass.user, pass.first as usize..pass.end as usize).collect()
     }
 
     /// Target of an event that is asked about.

@@ -62,6 +62,10 @@ pub struct Flags {
     /// Longest history; older events are cut off [default: 100; synthetic set: 20].
     #[arg(long, help_heading = "Model")]
     max_length: Option<usize>,
+    /// Where longer training histories may begin: multiples of this share a window; 1: always the last
+    /// max-length events; 0: a quarter of max-length [default: 0].
+    #[arg(long, help_heading = "Instances")]
+    window_stride: Option<usize>,
     /// Model width [default: 32].
     #[arg(long, help_heading = "Model")]
     width: Option<usize>,

@@ -5,7 +5,7 @@ use crate::attention::{self, AttentionError, FhaOptions, Gradients, Inputs};
 use crate::device::cpu::Cpu;
 use crate::device::cuda::runtime::Runtime;
 use crate::device::cuda::tile::{Element, HEAD_DIMS};
-use crate::device::cuda::{CudaError, Gpu};
+use crate::device::cuda::{CudaError, Gpu, Precision};
 use crate::verify::Case;
 use half::{bf16, f16};
 use std::sync::Arc;
@@ -132,8 +132,11 @@ impl<R: Runtime> Engine for GpuEngine<R> {
         })
     }
 
-    fn network(&self, _case: &Case) -> Result<Result<Vec<TensorError>, String>, VerifyError> {
-        Ok(Err("the network does not run on the GPU yet".to_owned()))
+    fn network(&self, case: &Case) -> Result<Result<Vec<TensorError>, String>, VerifyError> {
+        if self.gpu.precision() != Precision::F32 {
+            return Ok(Err("networks are compared in f32".to_owned()));
+        }
+        verify_dfar(case, self.gpu.clone()).map(Ok)
     }
 }
 

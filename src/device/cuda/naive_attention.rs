@@ -135,7 +135,7 @@ impl<R: Runtime> Gpu<R> {
             unused: 0,
         };
         // SAFETY: lengths were just checked; y is borrowed mutably; there is a label for each token where slots are fewer.
-        unsafe { self.launch(kernel(entry), blocks(y.len(), THREADS, THREADS), &params) }
+        unsafe { self.launch(kernel(entry), blocks(y.len(), THREADS), &params) }
     }
 
     fn split_inputs(&self, naive: &mut Naive<R>, qkv: [&Array<R, f32>; 3]) -> Result<(), CudaError> {
@@ -171,7 +171,7 @@ impl<R: Runtime> Gpu<R> {
             scale: options.scale,
         };
         // SAFETY: scores and lse have the shapes that the options give, made or checked above; a warp a row.
-        unsafe { self.launch(kernel(entry), blocks(rows, THREADS / 32, THREADS), &params) }
+        unsafe { self.launch(kernel(entry), blocks(rows, THREADS / 32), &params) }
     }
 
     /// One product a sequence: (index of the first sequence's matrix, whether it is transposed) in `a` and `b`.

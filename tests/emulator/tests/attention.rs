@@ -91,10 +91,6 @@ impl Batch {
         Inputs { q, k, v, cu_seqlens: &self.cu_seqlens, label: &self.label }
     }
 
-    fn tokens(&self) -> usize {
-        self.label.len()
-    }
-
     /// One sequence as a batch of its own.
     fn sequence(&self, index: usize) -> Batch {
         let (start, end) = (self.cu_seqlens[index] as usize, self.cu_seqlens[index + 1] as usize);

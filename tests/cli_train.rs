@@ -268,3 +268,18 @@ fn a_killed_run_can_be_loaded_and_ends_the_same() {
     assert_eq!(code(&output), 0, "{}", stderr(&output));
     assert!(bytes(run.join("model.safetensors")) == bytes(dir.path().join("whole/model.safetensors")));
 }
+
+#[test]
+fn without_a_gpu_cuda_is_refused_and_auto_says_so() {
+    if dfar::device::cuda::Cuda::new(0).is_ok() {
+        eprintln!("without_a_gpu_cuda_is_refused_and_auto_says_so: skipped: there is a GPU");
+        return;
+    }
+    let dir = folder();
+    let output = dfar_train(dir.path(), &["--data", "x.dfar", "--out", "run", "--device", "cuda"]);
+    assert_eq!(code(&output), 4);
+    assert!(stderr(&output).contains("cuda: "), "{}", stderr(&output));
+    assert!(!dir.path().join("run").exists(), "a refused device should leave nothing behind");
+    let output = trained(dir.path(), "run", &["--device", "auto", "--no-progress"]);
+    assert!(stderr(&output).contains("on the CPU, since there is no usable GPU"), "{}", stderr(&output));
+}

@@ -2,6 +2,7 @@
 
 use clap::Args;
 use dfar::attention::Normalization;
+use dfar::device::cuda::Precision;
 use dfar::evaluate::metrics::GaucRule;
 use dfar::history::Feedback;
 use dfar::model::Initialization;
@@ -24,9 +25,12 @@ pub struct Flags {
     /// Threads; 0: one per core. Results do not depend on it [default: 0].
     #[arg(long)]
     threads: Option<usize>,
-    /// Where to compute [default: auto].
+    /// Where to compute [default: cpu].
     #[arg(long, value_enum)]
     device: Option<DeviceChoice>,
+    /// What products are computed with on a GPU [default: f32].
+    #[arg(long, value_enum)]
+    precision: Option<Precision>,
 
     /// Most epochs [default: 100].
     #[arg(long, help_heading = "Training")]

@@ -1,18 +1,20 @@
 //! `dfar-train`: train, evaluate and score.
 
+mod device;
 mod flags;
 mod progress;
 mod score;
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use device::{Chosen, with_device};
 use dfar::cli;
 use dfar::data::synthetic::{self, SyntheticOptions};
 use dfar::data::{DataError, Dataset, Split};
-use dfar::device::cpu::Cpu;
+use dfar::device::Device;
 use dfar::model::Model;
 use dfar::report;
 use dfar::train::checkpoint::{Checkpoint, DataInfo, ModelFile};
-use dfar::train::config::{Config, DeviceChoice};
+use dfar::train::config::Config;
 use dfar::train::run::{self, Run, RunError};
 use dfar::train::{Fit, Outcome, TrainError};
 use flags::Flags;
@@ -123,7 +125,9 @@ fn main() -> ExitCode {
 
 fn train(args: Train) -> dfar::Result<()> {
     let flags = args.flags.table()?;
-    let (run, config, checkpoint) = match &args.resume {
+    let quiet = args.output.quiet;
+    let open = |config: &Config| Chosen::open(config, |note| note_unless(quiet, note));
+    let (run, config, device, checkpoint) = match &args.resume {
         None => {
             let config = Config::layered(args.config.as_deref(), flags).map_err(TrainError::from)?;
             // Checked before the directory is made: a mistake leaves nothing behind.
@@ -132,17 +136,19 @@ fn train(args: Train) -> dfar::Result<()> {
                 None => SYNTHETIC.items,
             };
             config.model(items).check().map_err(TrainError::from)?;
+            let device = open(&config)?;
             let run = match &args.out {
                 Some(dir) => Run::create(dir),
                 None => Run::create_numbered(Path::new("runs"), &default_name(&config)),
             };
-            (run.map_err(TrainError::from)?, config, None)
+            (run.map_err(TrainError::from)?, config, device, None)
         }
         Some(dir) => {
             let run = Run::resume(dir).map_err(TrainError::from)?;
             let checkpoint = Checkpoint::load(&run.checkpoint()).map_err(TrainError::from)?;
             let config = checkpoint.info.config.resumed(flags).map_err(TrainError::from)?;
-            (run, config, Some(checkpoint))
+            let device = open(&config)?;
+            (run, config, device, Some(checkpoint))
         }
     };
     set_threads(config.threads);
@@ -152,7 +158,6 @@ fn train(args: Train) -> dfar::Result<()> {
         Some(path) => Dataset::open(path)?,
         None => synthetic_data(&run, &progress)?,
     };
-    let device = device(config.device);
     progress.line(&format!(
         "{}: {} users, {} items, {} events; run in {}",
         data.path().display(),
@@ -161,21 +166,7 @@ fn train(args: Train) -> dfar::Result<()> {
         report::count(data.events()),
         run.dir().display()
     ));
-    let mut fit = match checkpoint {
-        None => Fit::start(device.clone(), &data, config.clone(), &run)?,
-        Some(checkpoint) => {
-            let state = &checkpoint.info.state;
-            progress.line(&format!("resuming at epoch {}, batch {}", state.epoch + 1, state.batch + 1));
-            Fit::resume(device.clone(), &data, config.clone(), &run, checkpoint)?
-        }
-    };
-    let mut observe = |event: dfar::train::Event<'_>| progress.observe(event);
-    let finished = match fit.run(&mut observe)? {
-        Outcome::Finished => {
-            report::finish(device, &data, &config, &run, (fit.state(), fit.data_info()), &mut observe)
-        }
-        Outcome::Interrupted => Err(TrainError::Interrupted),
-    };
+    let finished = with_device!(device, device => fit(device, &data, &config, &run, checkpoint, &progress));
     progress.clear();
     let report = finished.inspect_err(|error| {
         if error.exit_code() == 130 {
@@ -189,6 +180,38 @@ fn train(args: Train) -> dfar::Result<()> {
         true => format!("{}\n", serde_json::to_string_pretty(&report).expect("a report is plain numbers")),
         false => report.to_string(),
     })
+}
+
+/// Trains, and reports when the training is over.
+fn fit<D: Device>(
+    device: Arc<D>,
+    data: &Dataset,
+    config: &Config,
+    run: &Run,
+    checkpoint: Option<Checkpoint>,
+    progress: &Progress,
+) -> dfar::Result<report::RunReport> {
+    let mut fit = match checkpoint {
+        None => Fit::start(device.clone(), data, config.clone(), run)?,
+        Some(checkpoint) => {
+            let state = &checkpoint.info.state;
+            progress.line(&format!("resuming at epoch {}, batch {}", state.epoch + 1, state.batch + 1));
+            Fit::resume(device.clone(), data, config.clone(), run, checkpoint)?
+        }
+    };
+    let mut observe = |event: dfar::train::Event<'_>| progress.observe(event);
+    match fit.run(&mut observe)? {
+        Outcome::Finished => {
+            Ok(report::finish(device, data, config, run, (fit.state(), fit.data_info()), &mut observe)?)
+        }
+        Outcome::Interrupted => Err(TrainError::Interrupted.into()),
+    }
+}
+
+fn note_unless(quiet: bool, note: &str) {
+    if !quiet {
+        eprintln!("{note}");
+    }
 }
 
 fn evaluate(args: Evaluate) -> dfar::Result<()> {
@@ -206,9 +229,11 @@ fn evaluate(args: Evaluate) -> dfar::Result<()> {
     }
     config.gauc_compat = args.gauc_compat.unwrap_or(config.gauc_compat);
     config.length_edges = args.length_edges.unwrap_or(config.length_edges);
-    let device = device(config.device);
-    let model = Model::from_tensors(device, file.info.model, &file.parameters)?;
-    let evaluation = report::evaluate_model(&model, &data, &config, &mut |event| progress.observe(event));
+    let device = Chosen::open(&config, |note| note_unless(args.output.quiet, note))?;
+    let evaluation = with_device!(device, device => {
+        let model = Model::from_tensors(device, file.info.model, &file.parameters)?;
+        report::evaluate_model(&model, &data, &config, &mut |event| progress.observe(event))
+    });
     progress.clear();
     let evaluation = evaluation?;
     cli::print(&match args.output.json {
@@ -255,12 +280,6 @@ fn synthetic_data(run: &Run, progress: &Progress) -> Result<Dataset, DataError> 
 fn default_name(config: &Config) -> String {
     let stem = config.data.as_deref().and_then(Path::file_stem);
     stem.map_or_else(|| "synthetic".to_owned(), |stem| stem.to_string_lossy().into_owned())
-}
-
-fn device(choice: DeviceChoice) -> Arc<Cpu> {
-    match choice {
-        DeviceChoice::Auto | DeviceChoice::Cpu => Arc::new(Cpu::new()),
-    }
 }
 
 fn set_threads(threads: usize) {

@@ -1,6 +1,7 @@
 //! `dfar-train score`: items ranked after a history, by their original ids.
 
-use crate::{Output, device, open_run, set_threads};
+use crate::device::{Chosen, with_device};
+use crate::{Output, open_run, set_threads};
 use clap::Args;
 use dfar::evaluate::rank;
 use dfar::model::Model;
@@ -61,8 +62,10 @@ pub fn score(args: Score) -> dfar::Result<()> {
         Some(named) => named.iter().map(|item| find(item, "--candidates")).collect::<Result<_, _>>()?,
         None => (0..file.items.len() as u32).collect(),
     };
-    let model = Model::from_tensors(device(config.device), file.info.model, &file.parameters)?;
-    let logits = rank(&model, &items, &labels, file.info.feedback, &candidates).map_err(TrainError::from)?;
+    let logits = with_device!(Chosen::open(&config, |_| {})?, device => {
+        let model = Model::from_tensors(device, file.info.model, &file.parameters)?;
+        rank(&model, &items, &labels, file.info.feedback, &candidates).map_err(TrainError::from)?
+    });
     let mut order: Vec<usize> = (0..candidates.len()).collect();
     order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
     order.truncate(args.top.unwrap_or(if args.candidates.is_some() { usize::MAX } else { 10 }));

@@ -18,12 +18,12 @@ const fn kernel(entry: &'static str) -> Kernel {
     Kernel { module: Module::new("limits.cu"), entry }
 }
 
-/// Every kernel of the file.
-pub const KERNELS: &[Kernel] = &[
-    kernel("limits_copy"),
-    kernel("limits_exponentials"),
-    kernel("limits_multiply_adds"),
-    kernel("limits_products"),
+/// Every kernel of the file, and the static shared memory its blocks use.
+pub const KERNELS: &[(Kernel, usize)] = &[
+    (kernel("limits_copy"), 0),
+    (kernel("limits_exponentials"), 0),
+    (kernel("limits_multiply_adds"), 0),
+    (kernel("limits_products"), 0),
 ];
 
 /// A rate to measure.

@@ -15,12 +15,12 @@ const fn kernel(entry: &'static str) -> Kernel {
     Kernel { module: Module::new("naive_attention.cu"), entry }
 }
 
-/// Every kernel of the file.
-pub const KERNELS: &[Kernel] = &[
-    kernel("naive_split_heads"),
-    kernel("naive_merge_heads"),
-    kernel("naive_softmax"),
-    kernel("naive_softmax_backward"),
+/// Every kernel of the file, and the static shared memory its blocks use.
+pub const KERNELS: &[(Kernel, usize)] = &[
+    (kernel("naive_split_heads"), 0),
+    (kernel("naive_merge_heads"), 0),
+    (kernel("naive_softmax"), 0),
+    (kernel("naive_softmax_backward"), 0),
 ];
 
 /// As `HeadsParams` of `naive_attention.cu`.

@@ -10,6 +10,7 @@ use super::compile::Module;
 use super::params::Pointer;
 use crate::device::{Activation, Buffer, Store};
 use bytemuck::Pod;
+use serde::{Deserialize, Serialize};
 use std::marker::PhantomData;
 use std::sync::Arc;
 
@@ -34,7 +35,8 @@ pub struct Launch {
 }
 
 /// What products are computed with; sums are f32 either way.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
 pub enum Precision {
     /// Factors as they are.
     #[default]

@@ -160,7 +160,7 @@ template <int V> __device__ __forceinline__ void segment_chunks(const SegmentPar
         }
     }
 }
-KERNEL(embedding_segment_chunks, SegmentParams, THREADS) { WITH_VECTORS(p.width, segment_chunks); }
+KERNEL(embedding_segment_chunks, SegmentParams, THREADS, 4) { WITH_VECTORS(p.width, segment_chunks); }
 
 // A block takes the chunk blockIdx.x: the segment that begins there and goes on, if there is one.
 template <int V> __device__ __forceinline__ void segment_borders(const SegmentParams& p) {

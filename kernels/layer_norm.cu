@@ -245,4 +245,4 @@ template <int V> __device__ __forceinline__ void backward(const NormBackwardPara
     }
 }
 
-KERNEL(layer_norm_backward, NormBackwardParams, THREADS) { WITH_VECTORS(p.width, backward); }
+KERNEL(layer_norm_backward, NormBackwardParams, THREADS, 4) { WITH_VECTORS(p.width, backward); }

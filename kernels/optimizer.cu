@@ -62,13 +62,15 @@ KERNEL(optimizer_squares, OptimizerParams, THREADS) {
     const size_t end = first + p.chunk < tensor.len ? first + p.chunk : tensor.len;
     double sum = 0.0;
     for (size_t i = first + threadIdx.x * 4; i < end; i += THREADS * 4) {
-        float g[4] = {};
-        if (i + 4 <= end) load<4>(g, tensor.gradient + i);
-        else {
-            for (size_t j = i; j < end; ++j) g[j - i] = tensor.gradient[j];
-        }
+        if (i + 4 <= end) {
+            float g[4];
+            load<4>(g, tensor.gradient + i);
 #pragma unroll
-        for (int v = 0; v < 4; ++v) sum += double(g[v]) * g[v];
+            for (int v = 0; v < 4; ++v) sum += double(g[v]) * g[v];
+        } else {
+#pragma unroll 1
+            for (size_t j = i; j < end; ++j) sum += double(tensor.gradient[j]) * tensor.gradient[j];
+        }
     }
     sum = block_sum(sum, reinterpret_cast<double*>(shared_memory()));
     if (threadIdx.x == 0) p.squares[blockIdx.x] = sum;
@@ -138,6 +140,7 @@ KERNEL(optimizer_adam, OptimizerParams, THREADS) {
             store<4>(tensor.first + at, m);
             store<4>(tensor.second + at, v);
         } else {
+#pragma unroll 1
             for (size_t j = i; j < end && j < i + 4; ++j) {
                 const size_t at = place(j);
                 update(tensor.gradient[j], tensor.value[at], tensor.first[at], tensor.second[at]);

@@ -23,6 +23,7 @@ KERNEL(rows_add, AddParams, THREADS) {
         load<4>(x, p.x + i);
         store_added<4>(p.y + i, x);
     } else {
+#pragma unroll 1
         for (size_t j = i; j < p.len; ++j) p.y[j] += p.x[j];
     }
 }

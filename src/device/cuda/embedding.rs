@@ -2,10 +2,11 @@
 
 use super::CudaError;
 use super::compile::Module;
-use super::gpu::{Gpu, THREADS, block_rows, by_rows, lane_bits};
+use super::gpu::{Gpu, THREADS, block_of, block_rows, by_rows, lane_bits};
 use super::loss;
 use super::params::Pointer;
 use super::runtime::{Array, Kernel, Launch, Runtime};
+use super::tile::Block;
 use crate::device::{Segments, Slot, Store};
 use bytemuck::{Pod, Zeroable};
 
@@ -19,13 +20,13 @@ const SEGMENT_CHUNKS: Kernel = kernel("embedding_segment_chunks");
 const SEGMENT_BORDERS: Kernel = kernel("embedding_segment_borders");
 const SQUARES: Kernel = kernel("embedding_squares");
 
-/// Every kernel of the file, with the shared memory of its largest block.
-pub const KERNELS: &[(Kernel, usize)] = &[
-    (GATHER_SUM, 0),
-    (SCATTER_ADD, 0),
-    (SEGMENT_CHUNKS, 0),
-    (SEGMENT_BORDERS, BORDERS_SHARED),
-    (SQUARES, loss::BLOCK_SUM_SHARED),
+/// Every kernel of the file, with its largest block.
+pub const KERNELS: &[(Kernel, Block)] = &[
+    (GATHER_SUM, block_of(0)),
+    (SCATTER_ADD, block_of(0)),
+    (SEGMENT_CHUNKS, block_of(0)),
+    (SEGMENT_BORDERS, block_of(BORDERS_SHARED)),
+    (SQUARES, block_of(loss::BLOCK_SUM_SHARED)),
 ];
 
 /// Members of a chunk: `CHUNK` of `embedding.cu`.

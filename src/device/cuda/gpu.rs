@@ -4,8 +4,9 @@
 //! answers for them (a wrong one reads or spoils other device memory, never the host's). [`crate::model`] checks a batch
 //! before it goes up.
 
-use super::CudaError;
 use super::runtime::{Array, Kernel, Launch, Precision, Runtime};
+use super::tile::{Block, Element};
+use super::{CudaError, convert, embedding, layer_norm, loss, optimizer, prefix_mean, rows};
 use bytemuck::Pod;
 use std::sync::Arc;
 
@@ -67,6 +68,29 @@ impl<R: Runtime> Gpu<R> {
 
 /// Threads of a block of every kernel that goes over rows.
 pub(super) const THREADS: usize = 256;
+
+/// A block of [`THREADS`].
+pub(super) const fn block_of(shared_bytes: usize) -> Block {
+    Block { warps: THREADS / 32, shared_bytes }
+}
+
+/// Every kernel but those of attention, with its largest block.
+pub fn step_kernels() -> Vec<(Kernel, Block)> {
+    let files = [
+        rows::KERNELS,
+        embedding::KERNELS,
+        layer_norm::KERNELS,
+        prefix_mean::KERNELS,
+        loss::KERNELS,
+        optimizer::KERNELS,
+    ];
+    let mut kernels = files.concat();
+    for element in [Element::F32, Element::Bf16] {
+        let module = convert::module(element);
+        kernels.extend(convert::ENTRIES.map(|entry| (Kernel { module, entry }, block_of(0))));
+    }
+    kernels
+}
 
 /// Values of one access to rows of `width`.
 pub(super) fn vector(width: usize) -> usize {

@@ -3,10 +3,11 @@
 use super::CudaError;
 use super::compile::Module;
 use super::embedding::tables_of;
-use super::gpu::{Gpu, THREADS, block_rows, by_rows, lane_bits, vector};
+use super::gpu::{Gpu, THREADS, block_of, block_rows, by_rows, lane_bits, vector};
 use super::params::Pointer;
 use super::rows;
 use super::runtime::{Array, Kernel, Launch, Runtime};
+use super::tile::Block;
 use crate::device::Store;
 use bytemuck::{Pod, Zeroable};
 
@@ -19,9 +20,13 @@ const NORM_ADD: Kernel = kernel("layer_norm_add");
 const NORM_GATHER: Kernel = kernel("layer_norm_gather");
 const BACKWARD: Kernel = kernel("layer_norm_backward");
 
-/// Every kernel of the file, with the shared memory of a typical block.
-pub const KERNELS: &[(Kernel, usize)] =
-    &[(NORM, 0), (NORM_ADD, 0), (NORM_GATHER, 0), (BACKWARD, backward_shared(128, 4))];
+/// Every kernel of the file, with a typical block.
+pub const KERNELS: &[(Kernel, Block)] = &[
+    (NORM, block_of(0)),
+    (NORM_ADD, block_of(0)),
+    (NORM_GATHER, block_of(0)),
+    (BACKWARD, block_of(backward_shared(128, 4))),
+];
 
 /// Statistics of the block's rows, and a share of two gradients a thread.
 const fn backward_shared(block_rows: usize, vector: usize) -> usize {

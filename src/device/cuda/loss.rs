@@ -2,9 +2,10 @@
 
 use super::CudaError;
 use super::compile::Module;
-use super::gpu::{Gpu, THREADS, blocks, by_rows, lane_bits};
+use super::gpu::{Gpu, THREADS, block_of, blocks, by_rows, lane_bits};
 use super::params::Pointer;
 use super::runtime::{Array, Kernel, Launch, Runtime};
+use super::tile::Block;
 use crate::device::Slot;
 use bytemuck::{Pod, Zeroable};
 
@@ -16,9 +17,12 @@ const RANK: Kernel = kernel("loss_rank");
 const COSINE: Kernel = kernel("loss_cosine");
 const REDUCE: Kernel = kernel("loss_reduce");
 
-/// Every kernel of the file, with the shared memory of its largest block.
-pub const KERNELS: &[(Kernel, usize)] =
-    &[(RANK, BLOCK_SUM_SHARED), (COSINE, BLOCK_SUM_SHARED), (REDUCE, BLOCK_SUM_SHARED)];
+/// Every kernel of the file, with its largest block.
+pub const KERNELS: &[(Kernel, Block)] = &[
+    (RANK, block_of(BLOCK_SUM_SHARED)),
+    (COSINE, block_of(BLOCK_SUM_SHARED)),
+    (REDUCE, block_of(BLOCK_SUM_SHARED)),
+];
 
 /// A sum a warp.
 pub(super) const BLOCK_SUM_SHARED: usize = THREADS / 32 * size_of::<f64>();

@@ -2,10 +2,11 @@
 
 use super::CudaError;
 use super::compile::Module;
-use super::gpu::{Gpu, THREADS};
+use super::gpu::{Gpu, THREADS, block_of};
 use super::loss::BLOCK_SUM_SHARED;
 use super::params::Pointer;
 use super::runtime::{Array, Kernel, Launch, Runtime};
+use super::tile::Block;
 use crate::device::{AdamStep, AdamTensor, Clip, Slot};
 use bytemuck::{Pod, Zeroable};
 
@@ -17,8 +18,12 @@ const SQUARES: Kernel = kernel("optimizer_squares");
 const NORMS: Kernel = kernel("optimizer_norms");
 const ADAM: Kernel = kernel("optimizer_adam");
 
-/// Every kernel of the file, with the shared memory of its largest block.
-pub const KERNELS: &[(Kernel, usize)] = &[(SQUARES, BLOCK_SUM_SHARED), (NORMS, 0), (ADAM, 0)];
+/// Every kernel of the file, with its largest block.
+pub const KERNELS: &[(Kernel, Block)] = &[
+    (SQUARES, block_of(BLOCK_SUM_SHARED)),
+    (NORMS, Block { warps: NORM_THREADS / 32, shared_bytes: 0 }),
+    (ADAM, block_of(0)),
+];
 
 /// Threads of the one block that takes the norms: `NORM_THREADS` of `optimizer.cu`.
 pub const NORM_THREADS: usize = 1024;

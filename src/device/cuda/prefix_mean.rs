@@ -2,9 +2,10 @@
 
 use super::CudaError;
 use super::compile::Module;
-use super::gpu::{Gpu, THREADS, lane_bits, vector};
+use super::gpu::{Gpu, THREADS, block_of, lane_bits, vector};
 use super::params::Pointer;
 use super::runtime::{Array, Kernel, Launch, Runtime};
+use super::tile::Block;
 use bytemuck::{Pod, Zeroable};
 
 const fn kernel(entry: &'static str) -> Kernel {
@@ -14,8 +15,8 @@ const fn kernel(entry: &'static str) -> Kernel {
 const FORWARD: Kernel = kernel("prefix_mean_forward");
 const BACKWARD: Kernel = kernel("prefix_mean_backward");
 
-/// Every kernel of the file, with the shared memory of its largest block.
-pub const KERNELS: &[(Kernel, usize)] = &[(FORWARD, SHARED), (BACKWARD, SHARED)];
+/// Every kernel of the file, with its largest block.
+pub const KERNELS: &[(Kernel, Block)] = &[(FORWARD, block_of(SHARED)), (BACKWARD, block_of(SHARED))];
 
 /// Sums of four columns a thread.
 const SHARED: usize = THREADS * 4 * size_of::<f64>();

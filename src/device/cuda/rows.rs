@@ -2,9 +2,10 @@
 
 use super::CudaError;
 use super::compile::Module;
-use super::gpu::{Gpu, THREADS, block_rows, blocks, by_rows, lane_bits, vector};
+use super::gpu::{Gpu, THREADS, block_of, block_rows, blocks, by_rows, lane_bits, vector};
 use super::params::Pointer;
 use super::runtime::{Array, Kernel, Launch, Runtime};
+use super::tile::Block;
 use crate::device::Store;
 use bytemuck::{Pod, Zeroable};
 
@@ -20,15 +21,15 @@ const TAKE_PART: Kernel = kernel("rows_take_part");
 const SPLIT: Kernel = kernel("rows_split");
 const MERGE: Kernel = kernel("rows_merge");
 
-/// Every kernel of the file, with the shared memory of its largest block.
-pub const KERNELS: &[(Kernel, usize)] = &[
-    (ADD, 0),
-    (COLUMN_SUMS, COLUMN_SUMS_SHARED),
-    (REDUCE, REDUCE_SHARED),
-    (CONCAT, 0),
-    (TAKE_PART, 0),
-    (SPLIT, 0),
-    (MERGE, 0),
+/// Every kernel of the file, with its largest block.
+pub const KERNELS: &[(Kernel, Block)] = &[
+    (ADD, block_of(0)),
+    (COLUMN_SUMS, block_of(COLUMN_SUMS_SHARED)),
+    (REDUCE, block_of(REDUCE_SHARED)),
+    (CONCAT, block_of(0)),
+    (TAKE_PART, block_of(0)),
+    (SPLIT, block_of(0)),
+    (MERGE, block_of(0)),
 ];
 
 /// A share of four columns a thread.

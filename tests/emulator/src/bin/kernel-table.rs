@@ -9,9 +9,14 @@
 use dfar::attention::{FhaOptions, LabelMask};
 use dfar::device::cuda::CudaError;
 use dfar::device::cuda::compile::{Arch, compile};
+use dfar::device::cuda::convert;
+use dfar::device::cuda::gpu::step_kernels;
 use dfar::device::cuda::nvrtc::Nvrtc;
 use dfar::device::cuda::plan::{Pass, module};
+use dfar::device::cuda::runtime::Kernel;
 use dfar::device::cuda::tile::{Block, DELTA_THREADS, Element, HEAD_DIMS, tile};
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
 use std::fmt::Write as _;
 use std::process::{Command, ExitCode};
 
@@ -50,7 +55,7 @@ fn tool(name: &str, arguments: &[&str]) -> Result<String, String> {
 
 /// What the tools say about one kernel.
 #[derive(Default, Clone)]
-struct Kernel {
+struct Found {
     registers: usize,
     stack: usize,
     local: usize,
@@ -65,11 +70,11 @@ fn number(line: &str, field: &str) -> usize {
     rest.chars().take_while(char::is_ascii_digit).collect::<String>().parse().unwrap_or(0)
 }
 
-fn inspect(code: &[u8], entry: &str) -> Result<Kernel, String> {
+fn inspect(code: &[u8], entry: &str) -> Result<Found, String> {
     let file = tempfile::NamedTempFile::new().map_err(|e| e.to_string())?;
     std::fs::write(file.path(), code).map_err(|e| e.to_string())?;
     let path = file.path().to_str().expect("temporary files have plain names");
-    let mut kernel = Kernel::default();
+    let mut kernel = Found::default();
     let usage = tool("cuobjdump", &["--dump-resource-usage", path])?;
     let mut lines = usage.lines().skip_while(|line| !line.trim().ends_with(&format!("Function {entry}:")));
     let line = lines.nth(1).ok_or_else(|| format!("cuobjdump knows no {entry}"))?;
@@ -91,12 +96,12 @@ fn inspect(code: &[u8], entry: &str) -> Result<Kernel, String> {
 
 fn table() -> Result<(String, Vec<String>), String> {
     let (mut text, mut faults) = (String::new(), vec![]);
-    let heading = "H = 2 with labels (shared memory grows with H); blocks of long sequences, and of whole ones of 64 tokens. Occupancy is resident warps of 64.";
+    let heading = "Attention with H = 2 and labels (shared memory grows with H); blocks of long sequences, and of whole ones of 64 tokens. Occupancy is resident warps of 64.";
     writeln!(text, "{heading}\nGlobal accesses: instructions of 16 bytes, and narrower ones (order, feedback, lse, delta).\n")
         .expect("strings can be written");
     writeln!(
         text,
-        "{:7} {:5} {:>3}  {:23} {:>9} {:>5} {:>6} {:>7} {:>7} {:>9} {:>5} {:>4} {:>9}",
+        "{:7} {:5} {:>3}  {:25} {:>9} {:>5} {:>6} {:>7} {:>7} {:>9} {:>5} {:>4} {:>9}",
         "arch",
         "type",
         "d",
@@ -112,6 +117,40 @@ fn table() -> Result<(String, Vec<String>), String> {
         "16 B/less"
     )
     .expect("strings can be written");
+    let mut add = |machine: &Machine, code: &[u8], kernel: Kernel, types: (&str, String), block: Block| {
+        let found = inspect(code, kernel.entry)?;
+        let blocks = resident(machine, found.registers, block);
+        let arch = machine.arch.name();
+        let occupancy = blocks * block.warps * 100 / WARPS;
+        writeln!(
+            text,
+            "{arch:7} {:5} {:>3}  {:25} {:>9} {:>5} {:>6} {:>7} {blocks:>7} {occupancy:>8}% {:>5} {:>4} {:>6}/{}",
+            types.0,
+            types.1,
+            kernel.entry,
+            found.registers,
+            found.stack + found.local,
+            block.shared_bytes,
+            block.warps * 32,
+            found.tensor,
+            found.exponentials,
+            found.wide,
+            found.narrow,
+        )
+        .expect("strings can be written");
+        let name = format!("{arch} {} {}", kernel.module.name(), kernel.entry);
+        if found.stack + found.local > 0 {
+            faults.push(format!("{name}: spills or local memory"));
+        }
+        let multiplies = kernel.entry.starts_with("attention") && kernel.entry != Pass::Delta.entry();
+        if types.0 != Element::F32.name() && multiplies && found.tensor == 0 {
+            faults.push(format!("{name}: no tensor-core instructions"));
+        }
+        if blocks == 0 {
+            faults.push(format!("{name}: does not fit the multiprocessor"));
+        }
+        Ok::<(), String>(())
+    };
     for machine in &MACHINES {
         for element in Element::ALL {
             for head_dim in HEAD_DIMS {
@@ -130,37 +169,21 @@ fn table() -> Result<(String, Vec<String>), String> {
                         Pass::Dq => tile.dq,
                         Pass::DkDv => tile.dk_dv,
                     };
-                    let kernel = inspect(&code, pass.entry())?;
-                    let blocks = resident(machine, kernel.registers, block);
-                    let arch = machine.arch.name();
-                    let occupancy = blocks * block.warps * 100 / WARPS;
-                    writeln!(
-                        text,
-                        "{arch:7} {:5} {head_dim:>3}  {:23} {:>9} {:>5} {:>6} {:>7} {blocks:>7} {occupancy:>8}% {:>5} {:>4} {:>6}/{}",
-                        element.name(),
-                        pass.entry(),
-                        kernel.registers,
-                        kernel.stack + kernel.local,
-                        block.shared_bytes,
-                        block.warps * 32,
-                        kernel.tensor,
-                        kernel.exponentials,
-                        kernel.wide,
-                        kernel.narrow,
-                    )
-                    .expect("strings can be written");
-                    let name = format!("{arch} {} {head_dim} {}", element.name(), pass.entry());
-                    if kernel.stack + kernel.local > 0 {
-                        faults.push(format!("{name}: spills or local memory"));
-                    }
-                    if element != Element::F32 && pass != Pass::Delta && kernel.tensor == 0 {
-                        faults.push(format!("{name}: no tensor-core instructions"));
-                    }
-                    if blocks == 0 {
-                        faults.push(format!("{name}: does not fit the multiprocessor"));
-                    }
+                    let types = (element.name(), head_dim.to_string());
+                    add(machine, &code, pass.kernel(element, head_dim), types, block)?;
                 }
             }
+        }
+        let mut compiled = HashMap::new();
+        for (kernel, block) in step_kernels() {
+            let code = match compiled.entry(kernel.module) {
+                Entry::Occupied(entry) => entry.into_mut(),
+                Entry::Vacant(entry) => {
+                    entry.insert(compile(kernel.module, machine.arch).map_err(|e| e.to_string())?)
+                }
+            };
+            let types = if kernel.module == convert::module(Element::Bf16) { "bf16" } else { "f32" };
+            add(machine, code, kernel, (types, "-".to_owned()), block)?;
         }
     }
     Ok((text, faults))
@@ -174,6 +197,10 @@ fn compile_all() -> Result<usize, CudaError> {
     for machine in MACHINES.iter().filter(|machine| known(machine.arch)) {
         for (element, head_dim) in Element::ALL.into_iter().flat_map(|e| HEAD_DIMS.map(|d| (e, d))) {
             compile(module(element, head_dim), machine.arch)?;
+            count += 1;
+        }
+        for module in step_kernels().into_iter().map(|(kernel, _)| kernel.module).collect::<HashSet<_>>() {
+            compile(module, machine.arch)?;
             count += 1;
         }
     }

@@ -4,7 +4,9 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use dfar::bench::train::{Sharing, Steps};
 use dfar::data::Dataset;
 use dfar::data::synthetic::{self, SyntheticOptions};
+use dfar::device::cpu::Cpu;
 use dfar::train::config::Config;
+use std::sync::Arc;
 use std::time::Duration;
 
 fn training(c: &mut Criterion) {
@@ -17,7 +19,8 @@ fn training(c: &mut Criterion) {
     let mut group = c.benchmark_group("training step");
     group.warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(3)).sample_size(10);
     for sharing in Sharing::ALL {
-        let mut steps = Steps::new(&data, &config, sharing).expect("the default model can be made");
+        let mut steps =
+            Steps::new(Arc::new(Cpu::new()), &data, &config, sharing).expect("the default model can be made");
         let instances = steps.run(0).expect("a step succeeds").instances;
         group.throughput(Throughput::Elements(instances as u64));
         group.bench_function(sharing.name(), |b| b.iter(|| steps.run(0)));

@@ -3,7 +3,7 @@
 use crate::Result;
 use crate::batch::{Batch, History};
 use crate::data::Dataset;
-use crate::device::cpu::Cpu;
+use crate::device::Device;
 use crate::history::without_sharing;
 use crate::model::{Model, Optimizer};
 use crate::train::config::Config;
@@ -82,13 +82,13 @@ impl Row {
 }
 
 /// A model in training, one way, on the batches of an epoch.
-pub struct Steps<'a> {
+pub struct Steps<'a, D: Device> {
     drawer: Drawer<'a>,
     plan: Plan,
     config: &'a Config,
     sharing: Sharing,
-    model: Model<Cpu>,
-    optimizer: Optimizer<Cpu>,
+    model: Model<D>,
+    optimizer: Optimizer<D>,
 }
 
 /// What a step did.
@@ -102,16 +102,16 @@ pub struct Step {
     pub loss: f64,
 }
 
-impl<'a> Steps<'a> {
-    /// A fresh model.
+impl<'a, D: Device> Steps<'a, D> {
+    /// A fresh model on `device`.
     ///
     /// # Errors
     /// A model that cannot be made.
-    pub fn new(data: &'a Dataset, config: &'a Config, sharing: Sharing) -> Result<Self> {
+    pub fn new(device: Arc<D>, data: &'a Dataset, config: &'a Config, sharing: Sharing) -> Result<Self> {
         let drawer = Drawer::new(data, config.draw());
         let plan = drawer.plan(0);
         let network = config.model(data.items());
-        let model = Model::initialized(Arc::new(Cpu::new()), network, config.seed, config.init)?;
+        let model = Model::initialized(device, network, config.seed, config.init)?;
         let optimizer = Optimizer::new(&model)?;
         Ok(Self { drawer, plan, config, sharing, model, optimizer })
     }
@@ -140,13 +140,18 @@ impl<'a> Steps<'a> {
     }
 }
 
-/// Trains on `batches` batches of an epoch, each way, from the same initial values.
+/// Trains on `batches` batches of an epoch on `device`, each way, from the same initial values.
 ///
 /// # Errors
 /// A data set without training targets, or a failing step.
-pub fn measure(data: &Dataset, config: &Config, batches: usize) -> Result<Vec<Row>> {
+pub fn measure<D: Device>(
+    device: &Arc<D>,
+    data: &Dataset,
+    config: &Config,
+    batches: usize,
+) -> Result<Vec<Row>> {
     let way = |sharing: Sharing| -> Result<Row> {
-        let mut steps = Steps::new(data, config, sharing)?;
+        let mut steps = Steps::new(device.clone(), data, config, sharing)?;
         let total = steps.batches();
         let picked = batches.min(total);
         let (mut time, mut row) = (Duration::ZERO, Row::new(sharing));

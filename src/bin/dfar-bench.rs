@@ -6,6 +6,8 @@ use dfar::bench::attention::{Plan, Row};
 use dfar::bench::{self, limits};
 use dfar::data::Dataset;
 use dfar::data::synthetic::{self, SyntheticOptions};
+use dfar::device::Device as _;
+use dfar::device::cpu::Cpu;
 use dfar::device::cuda::tile::Element;
 use dfar::device::cuda::{self, Cuda, Gpu};
 use dfar::train::Config;
@@ -122,6 +124,12 @@ struct Train {
     /// Tokens of a batch, before anything is taken apart
     #[arg(long, default_value_t = 512)]
     batch_tokens: usize,
+    /// Where to run
+    #[arg(long, value_enum, default_value_t = Device::Cpu)]
+    device: Device,
+    /// What products are computed with on the GPU: f32 or bf16
+    #[arg(long, value_enum, default_value_t = Precision::F32)]
+    precision: Precision,
     /// Threads; 0 for one a core
     #[arg(long, default_value_t = 0)]
     threads: usize,
@@ -177,9 +185,13 @@ fn check_precision(device: Device, precision: Precision) {
     }
 }
 
-/// The first GPU.
-fn gpu() -> Result<Gpu<Cuda>> {
-    Ok(Gpu::new(Cuda::new(0)?, cuda::Precision::F32))
+/// The first GPU, with matrix products in f32, or in bf16 for both 16-bit types.
+fn gpu(precision: Precision) -> Result<Gpu<Cuda>> {
+    let products = match precision {
+        Precision::F32 => cuda::Precision::F32,
+        Precision::Bf16 | Precision::F16 => cuda::Precision::Bf16,
+    };
+    Ok(Gpu::new(Cuda::new(0)?, products))
 }
 
 fn main() -> ExitCode {
@@ -203,7 +215,7 @@ fn run_verify(arguments: &Verify) -> Result<bool> {
         Device::Cpu => run_verify_on(arguments, &CpuEngine),
         Device::Cuda => {
             let element = arguments.precision.element();
-            run_verify_on(arguments, &GpuEngine { gpu: Arc::new(gpu()?), element })
+            run_verify_on(arguments, &GpuEngine { gpu: Arc::new(gpu(arguments.precision)?), element })
         }
     }
 }
@@ -284,11 +296,7 @@ fn run_attention(arguments: &Attention) -> Result<()> {
 }
 
 fn run_attention_on_gpu(arguments: &Attention, plan: &bench::gpu::Plan) -> Result<()> {
-    let products = match arguments.precision {
-        Precision::F32 => cuda::Precision::F32,
-        Precision::Bf16 | Precision::F16 => cuda::Precision::Bf16,
-    };
-    let gpu = Gpu::new(Cuda::new(0)?, products);
+    let gpu = gpu(arguments.precision)?;
     let limits = bench::gpu::limits(&gpu, bench::gpu::Effort::FULL)?;
     say!("{limits}");
     let (heads, d, element) = (arguments.heads, arguments.head_dim, arguments.precision.element().name());
@@ -319,6 +327,7 @@ fn run_attention_on_gpu(arguments: &Attention, plan: &bench::gpu::Plan) -> Resul
 }
 
 fn run_train(arguments: &Train) -> Result<()> {
+    check_precision(arguments.device, arguments.precision);
     let folder = tempfile::tempdir().map_err(Error::io("make", "a temporary folder"))?;
     let path = match &arguments.data {
         Some(path) => path.clone(),
@@ -338,17 +347,31 @@ fn run_train(arguments: &Train) -> Result<()> {
         ..Config::default()
     };
     let pool = pool(arguments.threads)?;
-    let rows = pool.install(|| bench::train::measure(&data, &config, arguments.batches))?;
+    let (rows, device) = match arguments.device {
+        Device::Cpu => {
+            let device = Arc::new(Cpu::new());
+            (
+                pool.install(|| bench::train::measure(&device, &data, &config, arguments.batches))?,
+                device.name(),
+            )
+        }
+        Device::Cuda => {
+            let device = Arc::new(gpu(arguments.precision)?);
+            (
+                pool.install(|| bench::train::measure(&device, &data, &config, arguments.batches))?,
+                device.name(),
+            )
+        }
+    };
     if arguments.json {
         say!("{}", serde_json::to_string_pretty(&rows).expect("numbers and strings are valid JSON"));
         return Ok(());
     }
     say!(
-        "training steps on {}, at most {} events a history, {} candidates, {} threads",
+        "training steps on {}, at most {} events a history, {} candidates, on {device}",
         arguments.data.as_ref().map_or("a synthetic set".into(), |path| path.display().to_string()),
         arguments.max_length,
-        arguments.negatives + 1,
-        pool.current_num_threads()
+        arguments.negatives + 1
     );
     say!(
         "{:<26}{:>11}{:>11}{:>10}{:>14}{:>9}{:>9}",

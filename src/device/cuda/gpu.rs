@@ -6,7 +6,8 @@
 
 use super::runtime::{Array, Kernel, Launch, Precision, Runtime};
 use super::tile::{Block, Element};
-use super::{CudaError, convert, embedding, layer_norm, loss, optimizer, prefix_mean, rows};
+use super::{CudaError, convert, embedding, layer_norm, limits, loss, naive_attention, optimizer};
+use super::{prefix_mean, rows};
 use bytemuck::Pod;
 use std::sync::Arc;
 
@@ -83,6 +84,8 @@ pub fn step_kernels() -> Vec<(Kernel, Block)> {
         prefix_mean::KERNELS,
         loss::KERNELS,
         optimizer::KERNELS,
+        naive_attention::KERNELS,
+        limits::KERNELS,
     ];
     let mut kernels = files.concat();
     for element in [Element::F32, Element::Bf16] {

@@ -5,6 +5,7 @@ use super::compile::Module;
 use super::gpu::Gpu;
 use super::params::Pointer;
 use super::runtime::{Array, Kernel, Launch, Runtime};
+use super::tile::Block;
 use bytemuck::{Pod, Zeroable};
 
 /// Threads of a block of every kernel here.
@@ -18,13 +19,14 @@ const fn kernel(entry: &'static str) -> Kernel {
     Kernel { module: Module::new("limits.cu"), entry }
 }
 
-/// Every kernel of the file, and the static shared memory its blocks use.
-pub const KERNELS: &[(Kernel, usize)] = &[
-    (kernel("limits_copy"), 0),
-    (kernel("limits_exponentials"), 0),
-    (kernel("limits_multiply_adds"), 0),
-    (kernel("limits_products"), 0),
+/// Every kernel of the file, with its block.
+pub const KERNELS: &[(Kernel, Block)] = &[
+    (kernel("limits_copy"), BLOCK),
+    (kernel("limits_exponentials"), BLOCK),
+    (kernel("limits_multiply_adds"), BLOCK),
+    (kernel("limits_products"), BLOCK),
 ];
+const BLOCK: Block = Block { warps: THREADS / 32, shared_bytes: 0 };
 
 /// A rate to measure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,6 +5,7 @@ use super::compile::Module;
 use super::gpu::{Gpu, blocks};
 use super::params::Pointer;
 use super::runtime::{Array, Gemm, Kernel, Runtime};
+use super::tile::Block;
 use crate::attention::{FhaOptions, LabelMask, Normalization, Pairing};
 use crate::device::{Activation, Store};
 use bytemuck::{Pod, Zeroable};
@@ -15,13 +16,14 @@ const fn kernel(entry: &'static str) -> Kernel {
     Kernel { module: Module::new("naive_attention.cu"), entry }
 }
 
-/// Every kernel of the file, and the static shared memory its blocks use.
-pub const KERNELS: &[(Kernel, usize)] = &[
-    (kernel("naive_split_heads"), 0),
-    (kernel("naive_merge_heads"), 0),
-    (kernel("naive_softmax"), 0),
-    (kernel("naive_softmax_backward"), 0),
+/// Every kernel of the file, with its block.
+pub const KERNELS: &[(Kernel, Block)] = &[
+    (kernel("naive_split_heads"), BLOCK),
+    (kernel("naive_merge_heads"), BLOCK),
+    (kernel("naive_softmax"), BLOCK),
+    (kernel("naive_softmax_backward"), BLOCK),
 ];
+const BLOCK: Block = Block { warps: THREADS / 32, shared_bytes: 0 };
 
 /// As `HeadsParams` of `naive_attention.cu`.
 #[repr(C)]

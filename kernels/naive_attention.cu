@@ -63,21 +63,21 @@ static_assert(sizeof(SoftmaxParams) == 64, "mirrored by src/device/cuda/naive_at
 
 // One warp's row of scores: those of a slot of a query token.
 struct ScoreRow {
-    size_t token, slot, start;  // start: of the sequence
-    size_t query;               // in the sequence
+    unsigned token, slot, start;  // start: of the sequence
+    unsigned query;               // in the sequence
     bool exists;
     __device__ __forceinline__ explicit ScoreRow(const SoftmaxParams& p) {
-        const size_t row = size_t(blockIdx.x) * (blockDim.x / 32) + warp_index();
-        const size_t tokens = size_t(p.sequences) * p.length;
+        const unsigned row = blockIdx.x * (blockDim.x / 32) + warp_index();
+        const unsigned tokens = p.sequences * p.length;
         exists = row < tokens * p.slots;
         token = row % tokens, slot = row / tokens;
         query = token % p.length, start = token - query;
     }
-    __device__ __forceinline__ size_t at(const SoftmaxParams& p, size_t key_head) const {
-        return ((slot * p.keys + key_head) * p.sequences * p.length + token) * p.length;
+    __device__ __forceinline__ size_t at(const SoftmaxParams& p, unsigned key_head) const {
+        return (size_t(slot * p.keys + key_head) * p.sequences * p.length + token) * p.length;
     }
-    __device__ __forceinline__ bool visible(const SoftmaxParams& p, size_t key) const { return !p.causal || key <= query; }
-    __device__ __forceinline__ bool kept(const SoftmaxParams& p, size_t key_head, size_t key) const {
+    __device__ __forceinline__ bool visible(const SoftmaxParams& p, unsigned key) const { return !p.causal || key <= query; }
+    __device__ __forceinline__ bool kept(const SoftmaxParams& p, unsigned key_head, unsigned key) const {
         return !p.label || (key_head >= p.group) == (p.label[start + key] != 0);
     }
 };

@@ -86,6 +86,29 @@ fn mistakes_say_what_they_are_and_leave_nothing_behind() {
 }
 
 #[test]
+fn a_device_is_chosen_and_a_missing_one_said_so() {
+    let dir = folder();
+    let small = [&["--data", "x.dfar", "--out", "run"], &SMALL[..]].concat();
+    let run = |more: &[&str]| dfar_train(dir.path(), &[&small[..], more].concat());
+    let refused = run(&["--device", "cpu", "--precision", "bf16"]);
+    assert_eq!(code(&refused), 2);
+    assert!(stderr(&refused).contains("--precision: bf16 needs a GPU"), "{}", stderr(&refused));
+    assert!(!dir.path().join("run").exists());
+
+    let without_gpu = dfar::device::cuda::device_count().is_err();
+    let auto = run(&[]);
+    assert_eq!(code(&auto), 0, "{}", stderr(&auto));
+    assert_eq!(stderr(&auto).contains("computing on the CPU"), without_gpu, "{}", stderr(&auto));
+    if without_gpu {
+        std::fs::remove_dir_all(dir.path().join("run")).unwrap();
+        let output = run(&["--device", "cuda"]);
+        assert_eq!(code(&output), 4, "{}", stderr(&output));
+        assert!(!dir.path().join("run").exists());
+        assert!(stderr(&output).contains("there is no NVIDIA driver here"), "{}", stderr(&output));
+    }
+}
+
+#[test]
 fn a_run_leaves_what_it_promises() {
     let dir = folder();
     let output = trained(dir.path(), "run", &[]);

@@ -4,6 +4,7 @@ use super::draw::{DrawOptions, TrainTargets};
 use super::negatives::NegativeSource;
 use crate::attention::Normalization;
 use crate::device::Clip;
+use crate::device::cuda::Precision;
 use crate::evaluate::metrics::GaucRule;
 use crate::history::{Cut, Feedback};
 use crate::model::{AdamOptions, Initialization, LossOptions, ModelConfig};
@@ -26,11 +27,13 @@ pub enum ClipMode {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum DeviceChoice {
-    /// The best there is.
+    /// A GPU if there is a usable one, else the CPU.
     #[default]
     Auto,
     /// The CPU.
     Cpu,
+    /// The first NVIDIA GPU.
+    Cuda,
 }
 
 /// Everything needed to repeat a run. Keys of the TOML file are the flags of `dfar-train` with `_` for `-`.
@@ -105,6 +108,8 @@ pub struct Config {
     pub threads: usize,
     /// Device.
     pub device: DeviceChoice,
+    /// What products are computed in, on a GPU.
+    pub precision: Precision,
 }
 
 impl Default for Config {
@@ -143,6 +148,7 @@ impl Default for Config {
             checkpoint_seconds: 60,
             threads: 0,
             device: DeviceChoice::Auto,
+            precision: Precision::F32,
         }
     }
 }
@@ -215,7 +221,8 @@ const ALIASES: [(&str, &str); 8] = [
 pub const SYNTHETIC_MAX_LENGTH: i64 = 20;
 
 /// Keys that may change when a run is resumed: how long and on what, not what.
-pub const RESUME_KEYS: [&str; 6] = ["epochs", "patience", "checkpoint_seconds", "threads", "device", "data"];
+pub const RESUME_KEYS: [&str; 7] =
+    ["epochs", "patience", "checkpoint_seconds", "threads", "device", "precision", "data"];
 
 impl Config {
     /// Defaults, then the keys of `file`, then those of `flags`.

@@ -2,6 +2,7 @@
 
 use clap::Args;
 use dfar::attention::Normalization;
+use dfar::device::cuda::Precision;
 use dfar::evaluate::metrics::GaucRule;
 use dfar::history::Feedback;
 use dfar::model::Initialization;
@@ -27,6 +28,9 @@ pub struct Flags {
     /// Where to compute [default: auto].
     #[arg(long, value_enum)]
     device: Option<DeviceChoice>,
+    /// What products are computed in, on a GPU; values in memory are f32 either way [default: f32].
+    #[arg(long, value_enum)]
+    precision: Option<Precision>,
 
     /// Most epochs [default: 100].
     #[arg(long, help_heading = "Training")]

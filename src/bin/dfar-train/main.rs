@@ -1,14 +1,16 @@
 //! `dfar-train`: train, evaluate and score.
 
+mod device;
 mod flags;
 mod progress;
 mod score;
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use device::on_device;
 use dfar::cli;
 use dfar::data::synthetic::{self, SyntheticOptions};
 use dfar::data::{DataError, Dataset, Split};
-use dfar::device::cpu::Cpu;
+use dfar::device::Device;
 use dfar::model::Model;
 use dfar::report;
 use dfar::train::checkpoint::{Checkpoint, DataInfo, ModelFile};
@@ -89,6 +91,9 @@ struct Evaluate {
     /// Users that count in GAUC [default: the run's].
     #[arg(long, value_enum)]
     gauc_compat: Option<dfar::evaluate::metrics::GaucRule>,
+    /// Where to compute [default: the run's].
+    #[arg(long, value_enum)]
+    device: Option<DeviceChoice>,
     /// Threads; 0: one per core.
     #[arg(long, default_value_t = 0)]
     threads: usize,
@@ -123,7 +128,9 @@ fn main() -> ExitCode {
 
 fn train(args: Train) -> dfar::Result<()> {
     let flags = args.flags.table()?;
-    let (run, config, checkpoint) = match &args.resume {
+    let progress = Progress::new(args.output.quiet, args.output.no_progress, &STOP);
+    let open = |config: &Config| device::open(config.device, config.precision, &|line| progress.line(line));
+    let (run, config, chosen, checkpoint) = match &args.resume {
         None => {
             let config = Config::layered(args.config.as_deref(), flags).map_err(TrainError::from)?;
             // Checked before the directory is made: a mistake leaves nothing behind.
@@ -132,27 +139,27 @@ fn train(args: Train) -> dfar::Result<()> {
                 None => SYNTHETIC.items,
             };
             config.model(items).check().map_err(TrainError::from)?;
+            let chosen = open(&config)?;
             let run = match &args.out {
                 Some(dir) => Run::create(dir),
                 None => Run::create_numbered(Path::new("runs"), &default_name(&config)),
             };
-            (run.map_err(TrainError::from)?, config, None)
+            (run.map_err(TrainError::from)?, config, chosen, None)
         }
         Some(dir) => {
             let run = Run::resume(dir).map_err(TrainError::from)?;
             let checkpoint = Checkpoint::load(&run.checkpoint()).map_err(TrainError::from)?;
             let config = checkpoint.info.config.resumed(flags).map_err(TrainError::from)?;
-            (run, config, Some(checkpoint))
+            let chosen = open(&config)?;
+            (run, config, chosen, Some(checkpoint))
         }
     };
     set_threads(config.threads);
-    let progress = Progress::new(args.output.quiet, args.output.no_progress, &STOP);
     stop_on_interrupt(&progress);
     let data = match &config.data {
         Some(path) => Dataset::open(path)?,
         None => synthetic_data(&run, &progress)?,
     };
-    let device = device(config.device);
     progress.line(&format!(
         "{}: {} users, {} items, {} events; run in {}",
         data.path().display(),
@@ -161,18 +168,33 @@ fn train(args: Train) -> dfar::Result<()> {
         report::count(data.events()),
         run.dir().display()
     ));
+    let start = Start { data: &data, config: &config, run: &run, checkpoint };
+    on_device!(chosen, |device| fit(device, start, &progress, args.output.json))
+}
+
+/// A run about to begin, or to go on.
+struct Start<'a> {
+    data: &'a Dataset,
+    config: &'a Config,
+    run: &'a Run,
+    checkpoint: Option<Checkpoint>,
+}
+
+/// Trains to the end, and prints the report.
+fn fit<D: Device>(device: Arc<D>, start: Start, progress: &Progress, json: bool) -> dfar::Result<()> {
+    let Start { data, config, run, checkpoint } = start;
     let mut fit = match checkpoint {
-        None => Fit::start(device.clone(), &data, config.clone(), &run)?,
+        None => Fit::start(device.clone(), data, config.clone(), run)?,
         Some(checkpoint) => {
             let state = &checkpoint.info.state;
             progress.line(&format!("resuming at epoch {}, batch {}", state.epoch + 1, state.batch + 1));
-            Fit::resume(device.clone(), &data, config.clone(), &run, checkpoint)?
+            Fit::resume(device.clone(), data, config.clone(), run, checkpoint)?
         }
     };
     let mut observe = |event: dfar::train::Event<'_>| progress.observe(event);
     let finished = match fit.run(&mut observe)? {
         Outcome::Finished => {
-            report::finish(device, &data, &config, &run, (fit.state(), fit.data_info()), &mut observe)
+            report::finish(device, data, config, run, (fit.state(), fit.data_info()), &mut observe)
         }
         Outcome::Interrupted => Err(TrainError::Interrupted),
     };
@@ -185,7 +207,7 @@ fn train(args: Train) -> dfar::Result<()> {
             ));
         }
     })?;
-    cli::print(&match args.output.json {
+    cli::print(&match json {
         true => format!("{}\n", serde_json::to_string_pretty(&report).expect("a report is plain numbers")),
         false => report.to_string(),
     })
@@ -206,9 +228,11 @@ fn evaluate(args: Evaluate) -> dfar::Result<()> {
     }
     config.gauc_compat = args.gauc_compat.unwrap_or(config.gauc_compat);
     config.length_edges = args.length_edges.unwrap_or(config.length_edges);
-    let device = device(config.device);
-    let model = Model::from_tensors(device, file.info.model, &file.parameters)?;
-    let evaluation = report::evaluate_model(&model, &data, &config, &mut |event| progress.observe(event));
+    let chosen = device::open_for(&config, args.device, &|line| progress.line(line))?;
+    let evaluation = on_device!(chosen, |device| {
+        let model = Model::from_tensors(device, file.info.model, &file.parameters)?;
+        report::evaluate_model(&model, &data, &config, &mut |event| progress.observe(event))
+    });
     progress.clear();
     let evaluation = evaluation?;
     cli::print(&match args.output.json {
@@ -255,12 +279,6 @@ fn synthetic_data(run: &Run, progress: &Progress) -> Result<Dataset, DataError> 
 fn default_name(config: &Config) -> String {
     let stem = config.data.as_deref().and_then(Path::file_stem);
     stem.map_or_else(|| "synthetic".to_owned(), |stem| stem.to_string_lossy().into_owned())
-}
-
-fn device(choice: DeviceChoice) -> Arc<Cpu> {
-    match choice {
-        DeviceChoice::Auto | DeviceChoice::Cpu => Arc::new(Cpu::new()),
-    }
 }
 
 fn set_threads(threads: usize) {

@@ -34,7 +34,10 @@ pub struct Launch {
 }
 
 /// What products are computed with; sums are f32 either way.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Hash, Default, serde::Serialize, serde::Deserialize, clap::ValueEnum,
+)]
+#[serde(rename_all = "lowercase")]
 pub enum Precision {
     /// Factors as they are.
     #[default]

@@ -60,12 +60,9 @@ impl Error {
             Error::Data(error) => error.exit_code(),
             Error::Train(error) => error.exit_code(),
             Error::Verify(_) => 3,
-            Error::Cuda(error) => {
-                if error.is_argument() {
-                    1
-                } else {
-                    4
-                }
+            Error::Cuda(error) => error.exit_code(),
+            Error::Model(crate::model::ModelError::Device(crate::device::DeviceError::Cuda(error))) => {
+                error.exit_code()
             }
             Error::Model(crate::model::ModelError::NonFinite { .. }) => 5,
             Error::Attention(_) | Error::Batch(_) | Error::Model(_) | Error::Io { .. } => 1,

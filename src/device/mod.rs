@@ -163,6 +163,14 @@ pub trait Device: Send + Sync {
     fn name(&self) -> String;
 
     // ---------------------------------------------------------------- memory
+    /// Whether `copies` values of f32 for each of `parameters` will fit, before any is allocated.
+    ///
+    /// # Errors
+    /// The device's, with the numbers.
+    fn check_room(&self, parameters: usize, copies: usize) -> Result<(), DeviceError> {
+        let _ = (parameters, copies);
+        Ok(())
+    }
     /// `len` values, each initialised to something unspecified.
     fn alloc<T: Element>(&self, len: usize) -> Result<Self::Buffer<T>, DeviceError>;
     /// `len` zeros.

@@ -71,6 +71,7 @@ impl<D: Device> Model<D> {
     ) -> Result<Self, ModelError> {
         config.check()?;
         let layout = Layout::new(&config);
+        device.check_room(layout.parameters(), 1)?;
         let values = layout.initial(seed, initialization);
         let parameters = Tensors::upload(&*device, values.iter().map(|v| &v[..]))?;
         Ok(Self { device, config, layout, parameters })
@@ -84,8 +85,20 @@ impl<D: Device> Model<D> {
     ) -> Result<Self, ModelError> {
         config.check()?;
         let layout = Layout::new(&config);
+        device.check_room(layout.parameters(), 1)?;
         let parameters = Tensors::upload(&*device, layout.arrange("", tensors)?)?;
         Ok(Self { device, config, layout, parameters })
+    }
+
+    /// Whether a device has the memory to train this network: values, Adam's moments, and with `dense_embeddings` whole
+    /// gradients. (Activations come on top; they depend on the batch.)
+    ///
+    /// # Errors
+    /// A configuration that makes no network; the device's error, with the numbers.
+    pub fn check_room(device: &D, config: &ModelConfig, dense_embeddings: bool) -> Result<(), ModelError> {
+        config.check()?;
+        let copies = if dense_embeddings { 4 } else { 3 };
+        Ok(device.check_room(Layout::new(config).parameters(), copies)?)
     }
 
     /// What the model is.
@@ -100,7 +113,7 @@ impl<D: Device> Model<D> {
 
     /// Number of trained values.
     pub fn parameters(&self) -> usize {
-        self.layout.specs.iter().map(|s| s.len()).sum()
+        self.layout.parameters()
     }
 
     /// All parameters, in a fixed order.

@@ -117,6 +117,11 @@ impl Layout {
         self.specs.iter().enumerate().map(tensor).collect()
     }
 
+    /// Number of values.
+    pub fn parameters(&self) -> usize {
+        self.specs.iter().map(Spec::len).sum()
+    }
+
     /// The values of `tensors` in order, after checking that they are these parameters and no others.
     pub fn arrange<'a>(&self, prefix: &str, tensors: &'a [HostTensor]) -> Result<Vec<&'a [f32]>, ModelError> {
         let mismatch = |name: &str, expected: &[usize], found: &[usize]| ModelError::Tensor {

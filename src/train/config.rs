@@ -27,12 +27,12 @@ pub enum ClipMode {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum DeviceChoice {
-    /// The first GPU where one is usable, else the CPU.
+    /// A GPU if there is a usable one, else the CPU.
     Auto,
     /// The CPU.
     #[default]
     Cpu,
-    /// The first GPU.
+    /// The first NVIDIA GPU.
     Cuda,
 }
 
@@ -108,7 +108,7 @@ pub struct Config {
     pub threads: usize,
     /// Device.
     pub device: DeviceChoice,
-    /// What products are computed with on a GPU; values in memory are f32 either way.
+    /// What products are computed in, on a GPU.
     pub precision: Precision,
 }
 

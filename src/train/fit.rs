@@ -99,6 +99,7 @@ impl<'a, D: Device> Fit<'a, D> {
         run: &'a Run,
     ) -> Result<Self, TrainError> {
         let network = config.model(data.items());
+        Model::check_room(&*device, &network, config.dense_embeddings)?;
         let model = Model::initialized(device.clone(), network, config.seed, config.init)?;
         let optimizer = Optimizer::new(&model)?;
         run.write_config(&config.to_toml())?;
@@ -127,6 +128,7 @@ impl<'a, D: Device> Fit<'a, D> {
         let CheckpointInfo { model: network, data: expected, state, .. } = checkpoint.info;
         let info = DataInfo::of(data);
         check_data(data, &expected, &info)?;
+        Model::check_room(&*device, &network, config.dense_embeddings)?;
         let model = Model::from_tensors(device.clone(), network, &checkpoint.parameters)?;
         let optimizer = Optimizer::from_tensors(&model, &checkpoint.moments, state.steps)?;
         if let Some(best) = &state.best {

@@ -13,6 +13,7 @@ pub use config::Config;
 pub use fit::{Event, Fit, Outcome, check_data, score_options};
 
 use crate::batch::BatchError;
+use crate::device::DeviceError;
 use crate::evaluate::EvaluateError;
 use crate::model::ModelError;
 use std::path::PathBuf;
@@ -97,7 +98,7 @@ pub enum TrainError {
 }
 
 impl TrainError {
-    /// Exit code: 1 the run failed, 2 usage, 3 bad input data, 5 non-finite, 130 interrupted.
+    /// Exit code: 1 the run failed, 2 usage, 3 bad input data, 4 no usable GPU, 5 non-finite, 130 interrupted.
     pub fn exit_code(&self) -> u8 {
         use file::FileError;
         match self {
@@ -114,6 +115,10 @@ impl TrainError {
             | TrainError::Evaluate(
                 EvaluateError::NonFinite { .. } | EvaluateError::Model(ModelError::NonFinite { .. }),
             ) => 5,
+            TrainError::Model(ModelError::Device(DeviceError::Cuda(error)))
+            | TrainError::Evaluate(EvaluateError::Model(ModelError::Device(DeviceError::Cuda(error)))) => {
+                error.exit_code()
+            }
             TrainError::Interrupted | TrainError::Evaluate(EvaluateError::Interrupted) => 130,
             TrainError::Run(_) | TrainError::Model(_) | TrainError::Batch(_) | TrainError::Evaluate(_) => 1,
         }

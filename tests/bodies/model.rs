@@ -185,6 +185,22 @@ pub fn three_steps<D: Device>(new: &dyn Fn() -> Arc<D>) -> (Vec<f64>, Vec<HostTe
     (losses, model.tensors().unwrap())
 }
 
+/// Two steps on one device, the third on another, from what a checkpoint holds: the last loss and the parameters.
+pub fn two_steps_and_one<A: Device, B: Device>(first: Arc<A>, second: Arc<B>) -> (f64, Vec<HostTensor>) {
+    let batch = Batch::pack(&histories(&[12, 3, 9], 9)).unwrap();
+    let mut model = lively(first, config());
+    let mut optimizer = Optimizer::new(&model).unwrap();
+    for _ in 0..2 {
+        model.train_step(&batch, &LOSS, &ADAM, &mut optimizer).unwrap();
+    }
+    let mut moved = Model::from_tensors(second, config(), &model.tensors().unwrap()).unwrap();
+    let mut optimizer =
+        Optimizer::from_tensors(&moved, &optimizer.tensors().unwrap(), optimizer.steps()).unwrap();
+    let loss = moved.train_step(&batch, &LOSS, &ADAM, &mut optimizer).unwrap().loss;
+    assert_eq!(optimizer.steps(), 3);
+    (loss, moved.tensors().unwrap())
+}
+
 pub fn steps_repeat_bit_for_bit<D: Device>(new: &dyn Fn() -> Arc<D>) {
     assert!(three_steps(new) == three_steps(new));
 }

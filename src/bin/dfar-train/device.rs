@@ -1,45 +1,60 @@
-//! The device a command runs on.
+//! `--device` and `--precision`: which device a command runs on.
 
 use dfar::device::cpu::Cpu;
-use dfar::device::cuda::{Cuda, Gpu};
+use dfar::device::cuda::{Cuda, CudaError, Gpu, Precision};
+use dfar::train::TrainError;
 use dfar::train::config::{Config, DeviceChoice};
 use std::sync::Arc;
 
-/// One of the devices there are.
+/// The device chosen. What runs on it is generic: see [`on_device`].
 pub enum Chosen {
     Cpu(Arc<Cpu>),
     Cuda(Arc<Gpu<Cuda>>),
 }
 
-impl Chosen {
-    /// What the configuration asks for; `note` is told when `auto` does without a GPU, and why.
-    ///
-    /// # Errors
-    /// `cuda` where no GPU is usable.
-    pub fn open(config: &Config, note: impl FnOnce(&str)) -> dfar::Result<Self> {
-        let cpu = || Ok(Self::Cpu(Arc::new(Cpu::new())));
-        match config.device {
-            DeviceChoice::Cpu => return cpu(),
-            DeviceChoice::Cuda | DeviceChoice::Auto => {}
-        }
-        match Cuda::new(0) {
-            Ok(cuda) => Ok(Self::Cuda(Arc::new(Gpu::new(cuda, config.precision)))),
-            Err(error) if config.device == DeviceChoice::Auto => {
-                note(&format!("on the CPU, since there is no usable GPU: {error}"));
-                cpu()
-            }
-            Err(error) => Err(error.into()),
-        }
-    }
-}
-
-/// Runs an expression with `$device` bound to the device there is, whichever type it has.
-macro_rules! with_device {
-    ($chosen:expr, $device:ident => $body:expr) => {
+/// Runs an expression with `$device` as whatever was chosen.
+macro_rules! on_device {
+    ($chosen:expr, |$device:ident| $run:expr) => {
         match $chosen {
-            $crate::device::Chosen::Cpu($device) => $body,
-            $crate::device::Chosen::Cuda($device) => $body,
+            $crate::device::Chosen::Cpu($device) => $run,
+            $crate::device::Chosen::Cuda($device) => $run,
         }
     };
 }
-pub(crate) use with_device;
+pub(crate) use on_device;
+
+/// The device that a finished run's model is to be used on: `asked` for, or the run's own. The CPU takes a model of any
+/// precision.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_for(config: &Config, asked: Option<DeviceChoice>, note: &dyn Fn(&str)) -> dfar::Result<Chosen> {
+    let choice = asked.unwrap_or(config.device);
+    let precision = if choice == DeviceChoice::Cpu { Precision::F32 } else { config.precision };
+    open(choice, precision, note)
+}
+
+/// Opens the device. `note` is told when `auto` means the CPU, and why.
+///
+/// # Errors
+/// `cuda` where there is no usable GPU; a precision that the CPU does not have.
+pub fn open(choice: DeviceChoice, precision: Precision, note: &dyn Fn(&str)) -> dfar::Result<Chosen> {
+    let cuda = || -> Result<Chosen, CudaError> {
+        let cuda = Cuda::new(0)?;
+        cuda.require_libraries()?;
+        Ok(Chosen::Cuda(Arc::new(Gpu::new(cuda, precision))))
+    };
+    let cpu = || Chosen::Cpu(Arc::new(Cpu::new()));
+    match choice {
+        DeviceChoice::Cuda => Ok(cuda()?),
+        DeviceChoice::Cpu if precision != Precision::F32 => {
+            let reason = format!("{} needs a GPU: the CPU computes in f32", precision.name());
+            Err(TrainError::Usage { argument: "--precision", reason }.into())
+        }
+        DeviceChoice::Cpu => Ok(cpu()),
+        DeviceChoice::Auto => Ok(cuda().unwrap_or_else(|error| {
+            note(&format!("computing on the CPU, in f32 ({error})"));
+            cpu()
+        })),
+    }
+}

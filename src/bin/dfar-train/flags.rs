@@ -28,7 +28,7 @@ pub struct Flags {
     /// Where to compute [default: cpu].
     #[arg(long, value_enum)]
     device: Option<DeviceChoice>,
-    /// What products are computed with on a GPU [default: f32].
+    /// What products are computed in, on a GPU; values in memory are f32 either way [default: f32].
     #[arg(long, value_enum)]
     precision: Option<Precision>,
 

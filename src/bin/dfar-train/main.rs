@@ -6,7 +6,7 @@ mod progress;
 mod score;
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
-use device::{Chosen, with_device};
+use device::on_device;
 use dfar::cli;
 use dfar::data::synthetic::{self, SyntheticOptions};
 use dfar::data::{DataError, Dataset, Split};
@@ -14,7 +14,7 @@ use dfar::device::Device;
 use dfar::model::Model;
 use dfar::report;
 use dfar::train::checkpoint::{Checkpoint, DataInfo, ModelFile};
-use dfar::train::config::Config;
+use dfar::train::config::{Config, DeviceChoice};
 use dfar::train::run::{self, Run, RunError};
 use dfar::train::{Fit, Outcome, TrainError};
 use flags::Flags;
@@ -91,6 +91,9 @@ struct Evaluate {
     /// Users that count in GAUC [default: the run's].
     #[arg(long, value_enum)]
     gauc_compat: Option<dfar::evaluate::metrics::GaucRule>,
+    /// Where to compute [default: the run's].
+    #[arg(long, value_enum)]
+    device: Option<DeviceChoice>,
     /// Threads; 0: one per core.
     #[arg(long, default_value_t = 0)]
     threads: usize,
@@ -125,9 +128,9 @@ fn main() -> ExitCode {
 
 fn train(args: Train) -> dfar::Result<()> {
     let flags = args.flags.table()?;
-    let quiet = args.output.quiet;
-    let open = |config: &Config| Chosen::open(config, |note| note_unless(quiet, note));
-    let (run, config, device, checkpoint) = match &args.resume {
+    let progress = Progress::new(args.output.quiet, args.output.no_progress, &STOP);
+    let open = |config: &Config| device::open(config.device, config.precision, &|line| progress.line(line));
+    let (run, config, chosen, checkpoint) = match &args.resume {
         None => {
             let config = Config::layered(args.config.as_deref(), flags).map_err(TrainError::from)?;
             // Checked before the directory is made: a mistake leaves nothing behind.
@@ -136,23 +139,22 @@ fn train(args: Train) -> dfar::Result<()> {
                 None => SYNTHETIC.items,
             };
             config.model(items).check().map_err(TrainError::from)?;
-            let device = open(&config)?;
+            let chosen = open(&config)?;
             let run = match &args.out {
                 Some(dir) => Run::create(dir),
                 None => Run::create_numbered(Path::new("runs"), &default_name(&config)),
             };
-            (run.map_err(TrainError::from)?, config, device, None)
+            (run.map_err(TrainError::from)?, config, chosen, None)
         }
         Some(dir) => {
             let run = Run::resume(dir).map_err(TrainError::from)?;
             let checkpoint = Checkpoint::load(&run.checkpoint()).map_err(TrainError::from)?;
             let config = checkpoint.info.config.resumed(flags).map_err(TrainError::from)?;
-            let device = open(&config)?;
-            (run, config, device, Some(checkpoint))
+            let chosen = open(&config)?;
+            (run, config, chosen, Some(checkpoint))
         }
     };
     set_threads(config.threads);
-    let progress = Progress::new(args.output.quiet, args.output.no_progress, &STOP);
     stop_on_interrupt(&progress);
     let data = match &config.data {
         Some(path) => Dataset::open(path)?,
@@ -166,31 +168,21 @@ fn train(args: Train) -> dfar::Result<()> {
         report::count(data.events()),
         run.dir().display()
     ));
-    let finished = with_device!(device, device => fit(device, &data, &config, &run, checkpoint, &progress));
-    progress.clear();
-    let report = finished.inspect_err(|error| {
-        if error.exit_code() == 130 {
-            progress.always(&format!(
-                "interrupted; everything is saved. Continue with: dfar-train --resume {}",
-                run.dir().display()
-            ));
-        }
-    })?;
-    cli::print(&match args.output.json {
-        true => format!("{}\n", serde_json::to_string_pretty(&report).expect("a report is plain numbers")),
-        false => report.to_string(),
-    })
+    let start = Start { data: &data, config: &config, run: &run, checkpoint };
+    on_device!(chosen, |device| fit(device, start, &progress, args.output.json))
 }
 
-/// Trains, and reports when the training is over.
-fn fit<D: Device>(
-    device: Arc<D>,
-    data: &Dataset,
-    config: &Config,
-    run: &Run,
+/// A run about to begin, or to go on.
+struct Start<'a> {
+    data: &'a Dataset,
+    config: &'a Config,
+    run: &'a Run,
     checkpoint: Option<Checkpoint>,
-    progress: &Progress,
-) -> dfar::Result<report::RunReport> {
+}
+
+/// Trains to the end, and prints the report.
+fn fit<D: Device>(device: Arc<D>, start: Start, progress: &Progress, json: bool) -> dfar::Result<()> {
+    let Start { data, config, run, checkpoint } = start;
     let mut fit = match checkpoint {
         None => Fit::start(device.clone(), data, config.clone(), run)?,
         Some(checkpoint) => {
@@ -200,18 +192,25 @@ fn fit<D: Device>(
         }
     };
     let mut observe = |event: dfar::train::Event<'_>| progress.observe(event);
-    match fit.run(&mut observe)? {
+    let finished = match fit.run(&mut observe)? {
         Outcome::Finished => {
-            Ok(report::finish(device, data, config, run, (fit.state(), fit.data_info()), &mut observe)?)
+            report::finish(device, data, config, run, (fit.state(), fit.data_info()), &mut observe)
         }
-        Outcome::Interrupted => Err(TrainError::Interrupted.into()),
-    }
-}
-
-fn note_unless(quiet: bool, note: &str) {
-    if !quiet {
-        eprintln!("{note}");
-    }
+        Outcome::Interrupted => Err(TrainError::Interrupted),
+    };
+    progress.clear();
+    let report = finished.inspect_err(|error| {
+        if error.exit_code() == 130 {
+            progress.always(&format!(
+                "interrupted; everything is saved. Continue with: dfar-train --resume {}",
+                run.dir().display()
+            ));
+        }
+    })?;
+    cli::print(&match json {
+        true => format!("{}\n", serde_json::to_string_pretty(&report).expect("a report is plain numbers")),
+        false => report.to_string(),
+    })
 }
 
 fn evaluate(args: Evaluate) -> dfar::Result<()> {
@@ -229,8 +228,8 @@ fn evaluate(args: Evaluate) -> dfar::Result<()> {
     }
     config.gauc_compat = args.gauc_compat.unwrap_or(config.gauc_compat);
     config.length_edges = args.length_edges.unwrap_or(config.length_edges);
-    let device = Chosen::open(&config, |note| note_unless(args.output.quiet, note))?;
-    let evaluation = with_device!(device, device => {
+    let chosen = device::open_for(&config, args.device, &|line| progress.line(line))?;
+    let evaluation = on_device!(chosen, |device| {
         let model = Model::from_tensors(device, file.info.model, &file.parameters)?;
         report::evaluate_model(&model, &data, &config, &mut |event| progress.observe(event))
     });

@@ -1,13 +1,15 @@
 //! `dfar-train score`: items ranked after a history, by their original ids.
 
-use crate::device::{Chosen, with_device};
+use crate::device::{self, on_device};
 use crate::{Output, open_run, set_threads};
 use clap::Args;
 use dfar::evaluate::rank;
 use dfar::model::Model;
 use dfar::train::TrainError;
+use dfar::train::config::DeviceChoice;
 use dfar::{cli, report};
 use std::collections::HashMap;
+use std::io::Write;
 use std::path::PathBuf;
 
 #[derive(Args)]
@@ -24,6 +26,9 @@ pub struct Score {
     /// Print only the best so many [default: all of --candidates, or 10].
     #[arg(long, value_name = "N")]
     top: Option<usize>,
+    /// Where to compute [default: the run's].
+    #[arg(long, value_enum)]
+    device: Option<DeviceChoice>,
     /// Threads; 0: one per core.
     #[arg(long, default_value_t = 0)]
     threads: usize,
@@ -62,7 +67,14 @@ pub fn score(args: Score) -> dfar::Result<()> {
         Some(named) => named.iter().map(|item| find(item, "--candidates")).collect::<Result<_, _>>()?,
         None => (0..file.items.len() as u32).collect(),
     };
-    let logits = with_device!(Chosen::open(&config, |_| {})?, device => {
+    let note = |line: &str| {
+        if !args.output.quiet {
+            // Nobody is left to tell when stderr is closed.
+            let _ = writeln!(std::io::stderr(), "{line}");
+        }
+    };
+    let chosen = device::open_for(&config, args.device, &note)?;
+    let logits = on_device!(chosen, |device| {
         let model = Model::from_tensors(device, file.info.model, &file.parameters)?;
         rank(&model, &items, &labels, file.info.feedback, &candidates).map_err(TrainError::from)?
     });

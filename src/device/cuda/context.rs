@@ -2,6 +2,7 @@
 
 use super::blas::Blas;
 use super::compile::{Arch, Cache, Module};
+use super::nvrtc::Nvrtc;
 use super::params::Pointer;
 use super::runtime::{Gemm, Kernel, Launch, Limits, Memory, Runtime};
 use super::{CudaError, launch};
@@ -103,6 +104,26 @@ impl Cuda {
     /// Its compute capability.
     pub fn arch(&self) -> Arch {
         self.arch
+    }
+
+    /// Loads what training needs besides the driver, so that a library that is missing is found before anything begins.
+    ///
+    /// # Errors
+    /// [`CudaError::NoNvrtc`], [`CudaError::OldNvrtc`], [`CudaError::NoBlas`].
+    pub fn require_libraries(&self) -> Result<(), CudaError> {
+        Nvrtc::get()?;
+        self.blas(|_| Ok(()))
+    }
+
+    /// With cuBLASLt, opened when first needed.
+    fn blas(&self, run: impl FnOnce(&mut Blas) -> Result<(), CudaError>) -> Result<(), CudaError> {
+        self.bind()?;
+        let mut blas = lock(&self.blas);
+        if blas.is_none() {
+            let workspace = self.allocate(Blas::WORKSPACE)?;
+            *blas = Some(Blas::new(workspace)?);
+        }
+        run(blas.as_mut().expect("it was just made"))
     }
 
     /// Waits until all that was asked for is done.
@@ -237,15 +258,8 @@ impl Runtime for Cuda {
     }
 
     unsafe fn gemm_batch(&self, gemm: &Gemm, count: usize) -> Result<(), CudaError> {
-        self.bind()?;
-        let mut blas = lock(&self.blas);
-        if blas.is_none() {
-            let workspace = self.allocate(Blas::WORKSPACE)?;
-            *blas = Some(Blas::new(workspace)?);
-        }
-        let blas = blas.as_mut().expect("it was just made");
         // SAFETY: the caller's promises; the workspace is used on this stream only.
-        unsafe { blas.gemm(gemm, count, self.stream.cu_stream()) }
+        self.blas(|blas| unsafe { blas.gemm(gemm, count, self.stream.cu_stream()) })
     }
 }
 

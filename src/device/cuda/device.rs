@@ -5,8 +5,8 @@ use super::gpu::Gpu;
 use super::layer_norm::Input;
 use super::linear;
 use super::prefix_mean::Groups;
-use super::runtime::{Array, Runtime};
-use super::{embedding, host_target, layer_norm, loss, optimizer, prefix_mean, rows};
+use super::runtime::{Array, Memory, Runtime};
+use super::{CudaError, embedding, host_target, layer_norm, loss, optimizer, prefix_mean, rows};
 use crate::attention::FhaOptions;
 use crate::device::{
     Activation, AdamStep, AdamTensor, Device, DeviceError, Element, Segments, Slot, Store, TargetIndex,
@@ -24,6 +24,11 @@ impl<R: Runtime> Device for Gpu<R> {
         format!("{} ({})", self.runtime().name(), self.precision().name())
     }
 
+    fn check_room(&self, parameters: usize, copies: usize) -> Done {
+        let Memory { free, total } = self.runtime().memory()?;
+        let needed = parameters.saturating_mul(copies * size_of::<f32>());
+        if needed > free { Err(CudaError::NoRoom { parameters, needed, free, total }.into()) } else { Ok(()) }
+    }
     fn alloc<T: Element>(&self, len: usize) -> Result<Array<R, T>, DeviceError> {
         Ok(self.array(len)?)
     }

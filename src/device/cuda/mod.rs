@@ -119,6 +119,21 @@ pub enum CudaError {
         /// Bytes asked for.
         bytes: usize,
     },
+    /// What a run keeps on the device does not fit.
+    #[error(
+        "cuda: {parameters} parameters with what training keeps of each need {:.2} GiB, but {:.2} of the device's {:.2} GiB are free; \
+         choose a smaller --width, leave out --dense-embeddings, or use --device cpu", gib(*needed), gib(*free), gib(*total)
+    )]
+    NoRoom {
+        /// Values of the model.
+        parameters: usize,
+        /// Bytes needed.
+        needed: usize,
+        /// Bytes free.
+        free: usize,
+        /// Bytes in all.
+        total: usize,
+    },
     /// The driver failed.
     #[error("cuda: {action} failed: {message}")]
     Driver {
@@ -167,6 +182,10 @@ pub enum CudaError {
     },
 }
 
+fn gib(bytes: usize) -> f64 {
+    bytes as f64 / (1u64 << 30) as f64
+}
+
 impl CudaError {
     /// What the driver reported while trying to `action`; `bytes` were asked for, if memory was.
     fn driver(action: &'static str, error: DriverError, bytes: usize) -> CudaError {
@@ -174,6 +193,11 @@ impl CudaError {
             CUresult::CUDA_ERROR_OUT_OF_MEMORY => CudaError::OutOfMemory { bytes },
             _ => CudaError::Driver { action, message: error.to_string() },
         }
+    }
+
+    /// Exit code of the binaries: 4, no usable GPU, unless the caller's arguments are at fault.
+    pub fn exit_code(&self) -> u8 {
+        if self.is_argument() { 1 } else { 4 }
     }
 
     /// Whether the error is about what the caller gave, not about the machine.

@@ -36,7 +36,7 @@ pub struct Launch {
 
 /// What products are computed with; sums are f32 either way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "kebab-case")]
+#[serde(rename_all = "lowercase")]
 pub enum Precision {
     /// Factors as they are.
     #[default]

@@ -634,14 +634,8 @@ template <class E, int D> __device__ __forceinline__ void dk_dv(const AttentionP
 // ------------------------------------------------------------------------------------------------------- entry points
 //
 // A module is compiled for one element type and width: -DDFAR_ELEMENT=bf16 -DDFAR_HEAD_DIM=16.
-#ifdef DFAR_ELEMENT
-#define DFAR_KERNEL(name, ...)                                                                               \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_##name(const __grid_constant__ AttentionParams p) { \
-        __VA_ARGS__(p);                                                                                      \
-    }
-DFAR_KERNEL(forward, forward<DFAR_ELEMENT, DFAR_HEAD_DIM, false>)
-DFAR_KERNEL(forward_whole, forward<DFAR_ELEMENT, DFAR_HEAD_DIM, true>)
-DFAR_KERNEL(delta, delta<DFAR_ELEMENT, DFAR_HEAD_DIM>)
-DFAR_KERNEL(dq, dq<DFAR_ELEMENT, DFAR_HEAD_DIM>)
-DFAR_KERNEL(dk_dv, dk_dv<DFAR_ELEMENT, DFAR_HEAD_DIM>)
-#endif
+KERNEL(attention_forward, AttentionParams, THREADS, 1) { forward<DFAR_ELEMENT, DFAR_HEAD_DIM, false>(p); }
+KERNEL(attention_forward_whole, AttentionParams, THREADS, 1) { forward<DFAR_ELEMENT, DFAR_HEAD_DIM, true>(p); }
+KERNEL(attention_delta, AttentionParams, THREADS, 1) { delta<DFAR_ELEMENT, DFAR_HEAD_DIM>(p); }
+KERNEL(attention_dq, AttentionParams, THREADS, 1) { dq<DFAR_ELEMENT, DFAR_HEAD_DIM>(p); }
+KERNEL(attention_dk_dv, AttentionParams, THREADS, 1) { dk_dv<DFAR_ELEMENT, DFAR_HEAD_DIM>(p); }

@@ -13,6 +13,10 @@ constexpr float INF = __builtin_bit_cast(float, 0x7f800000);
 #include "emulator.h"
 #else
 
+// Defines a kernel with one argument, `p`, for blocks of at most so many threads (and at least so many blocks at a time).
+#define KERNEL(name, Params, ...) \
+    extern "C" __global__ void __launch_bounds__(__VA_ARGS__) name(const __grid_constant__ Params p)
+
 // ---------------------------------------------------------------- threads
 
 __device__ __forceinline__ int lane_index() { return threadIdx.x & 31; }

@@ -1,16 +1,16 @@
 //! The attention operation on a GPU, where there is one; what the library says where there is none.
 
 use dfar::attention::{FhaOptions, Inputs};
-use dfar::device::cuda::compile::{Arch, Cache, Variant};
+use dfar::device::cuda::compile::{Arch, Cache};
 use dfar::device::cuda::tile::{Element, HEAD_DIMS};
-use dfar::device::cuda::{Cuda, CudaError, device_count, nvrtc::Nvrtc};
+use dfar::device::cuda::{Cuda, CudaError, Gpu, Precision, device_count, nvrtc::Nvrtc, plan};
 use dfar::verify::{Case, Fha, cases, compare, compare_gradients};
 use std::path::Path;
 
 /// The first GPU, or a word on why the test is skipped.
-fn gpu(test: &str) -> Option<Cuda> {
+fn gpu(test: &str) -> Option<Gpu<Cuda>> {
     match Cuda::new(0) {
-        Ok(cuda) => Some(cuda),
+        Ok(cuda) => Some(Gpu::new(cuda, Precision::F32)),
         Err(error) => {
             eprintln!("{test}: skipped: {error}");
             None
@@ -40,24 +40,24 @@ fn a_missing_gpu_is_a_typed_error() {
 fn compiled_modules_are_kept() {
     let folder = tempfile::tempdir().expect("a folder");
     let cache = Cache::in_folder(folder.path());
-    let variant = Variant { element: Element::Bf16, head_dim: 16 };
+    let module = plan::module(Element::Bf16, 16);
     match Nvrtc::get() {
         Err(error) => {
             eprintln!("compiled_modules_are_kept: skipped: {error}");
-            let error = cache.load(variant, Arch::OLDEST).expect_err("nothing can compile it");
+            let error = cache.load(module, Arch::OLDEST).expect_err("nothing can compile it");
             assert!(matches!(error, CudaError::NoNvrtc { .. } | CudaError::OldNvrtc { .. }), "{error}");
         }
         Ok(_) => {
-            let code = cache.load(variant, Arch::OLDEST).expect("it should compile");
+            let code = cache.load(module, Arch::OLDEST).expect("it should compile");
             let entry = std::fs::read_dir(folder.path())
                 .expect("readable")
                 .next()
                 .expect("an entry")
                 .expect("readable");
             let written = std::fs::read(entry.path()).expect("readable");
-            assert_eq!(cache.load(variant, Arch::OLDEST).expect("it is kept"), code);
+            assert_eq!(cache.load(module, Arch::OLDEST).expect("it is kept"), code);
             std::fs::write(entry.path(), &written[..written.len() / 2]).expect("writable");
-            assert_eq!(cache.load(variant, Arch::OLDEST).expect("it should compile again"), code);
+            assert_eq!(cache.load(module, Arch::OLDEST).expect("it should compile again"), code);
             assert_eq!(
                 std::fs::read(entry.path()).expect("readable"),
                 written,
@@ -65,7 +65,7 @@ fn compiled_modules_are_kept() {
             );
 
             let error =
-                cache.load(variant, Arch { major: 1, minor: 0 }).expect_err("there is no such machine");
+                cache.load(module, Arch { major: 1, minor: 0 }).expect_err("there is no such machine");
             assert!(
                 matches!(&error, CudaError::Compile { arch, options, .. } if arch == "sm_10" && !options.is_empty())
             );

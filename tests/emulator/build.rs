@@ -1,6 +1,12 @@
-//! Compiles the kernels as C++: the runtime plainly, the kernels with every memory access announced to it.
+//! Compiles the kernels as C++: the runtime plainly, the kernels with every memory access announced to it. A module is a
+//! `.cu` with its macros; each becomes a source of its own, named as the library names it.
+
+use std::collections::BTreeSet;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::{Path, PathBuf};
 
 fn main() {
+    println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=src");
     println!("cargo:rerun-if-changed=../../kernels");
     let base = || {
@@ -15,13 +21,92 @@ fn main() {
             .warnings(true);
         build
     };
-    base().file("src/runtime.cpp").compile("dfar_emulator_runtime");
     // -fsanitize=thread makes the compiler announce each access by a call; nothing is linked that answers those
     // calls but runtime.cpp. Its race detector is not used.
     let mut kernels = base();
-    kernels.flag("-fsanitize=thread").flag("-Wno-unknown-pragmas").flag("-Wno-unused-parameter");
-    for source in ["bf16", "f16", "f32", "faults"] {
-        kernels.file(format!("src/{source}.cpp"));
+    kernels.flag("-fsanitize=thread");
+    for flag in ["-Wno-unknown-pragmas", "-Wno-unused-parameter", "-Wno-unused-function"] {
+        kernels.flag(flag);
     }
-    kernels.compile("dfar_emulator_kernels");
+    let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets it"));
+    let mut library = base();
+    let (mut missing, mut objects) = (vec![], vec![]);
+    for (source, defines) in modules() {
+        let (text, hash) = module_text(source, &defines);
+        let stem = format!("{}_{hash:016x}", source.trim_end_matches(".cu"));
+        let object = out.join(format!("{stem}.o"));
+        // Kept from an earlier build: compiling all of them takes minutes.
+        if !object.exists() {
+            let path = out.join(format!("{stem}.cpp"));
+            std::fs::write(&path, text).expect("OUT_DIR should be writable");
+            kernels.file(path);
+            missing.push(object.clone());
+        }
+        objects.push(object);
+    }
+    if !missing.is_empty() {
+        for (made, object) in kernels.compile_intermediates().into_iter().zip(missing) {
+            std::fs::rename(made, object).expect("OUT_DIR should be writable");
+        }
+    }
+    let mut faults = base();
+    faults.flag("-fsanitize=thread").flag("-Wno-unused-parameter").file("src/faults.cpp");
+    objects.extend(faults.compile_intermediates());
+    library.objects(objects);
+    // Whole: nothing refers to the kernels, they make themselves known.
+    library.link_lib_modifier("+whole-archive").compile("dfar_emulator_kernels");
+    base().file("src/runtime.cpp").compile("dfar_emulator_runtime");
+}
+
+/// Every module that the library launches kernels of.
+fn modules() -> Vec<(&'static str, Vec<(&'static str, String)>)> {
+    let mut modules = vec![];
+    for element in ["float", "bf16", "f16"] {
+        for head_dim in [8, 16, 32, 64, 128] {
+            let defines = vec![("DFAR_ELEMENT", element.to_owned()), ("DFAR_HEAD_DIM", head_dim.to_string())];
+            modules.push(("attention.cu", defines));
+        }
+    }
+    for source in ["rows.cu"] {
+        modules.push((source, vec![]));
+    }
+    modules
+}
+
+/// A C++ source that holds one module, in a namespace of its own (modules define the same names differently), and a hash
+/// of all it is made from.
+fn module_text(source: &str, defines: &[(&str, String)]) -> (String, u64) {
+    let mut name = source.to_owned();
+    let mut text = String::new();
+    for (define, value) in defines {
+        name += &format!(" {define}={value}");
+        text += &format!("#define {define} {value}\n");
+    }
+    text += &format!("#define DFAR_MODULE \"{name}\"\n#include \"primitives.cuh\"\n");
+    text += &format!("namespace {{\n#include \"{source}\"\n}}\n");
+    let mut files = BTreeSet::new();
+    close_over_includes("emulator.h", &mut files);
+    close_over_includes(source, &mut files);
+    let mut hasher = DefaultHasher::new();
+    (&text, include_str!("build.rs")).hash(&mut hasher);
+    for file in files {
+        std::fs::read(path_of(&file)).expect("it was found").hash(&mut hasher);
+    }
+    (text, hasher.finish())
+}
+
+fn path_of(name: &str) -> PathBuf {
+    let kernels = Path::new("../../kernels").join(name);
+    if kernels.exists() { kernels } else { Path::new("src").join(name) }
+}
+
+fn close_over_includes(name: &str, files: &mut BTreeSet<String>) {
+    let Ok(text) = std::fs::read_to_string(path_of(name)) else { return };
+    if !files.insert(name.to_owned()) {
+        return;
+    }
+    for line in text.lines() {
+        let header = line.trim().strip_prefix("#include \"").and_then(|rest| rest.strip_suffix('"'));
+        header.into_iter().for_each(|header| close_over_includes(header, files));
+    }
 }

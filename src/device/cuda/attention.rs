@@ -1,17 +1,16 @@
-//! FHA on the GPU: [`Cuda::attention_forward`] and [`Cuda::attention_backward`] on device buffers, and
-//! [`Cuda::forward`] and [`Cuda::backward`], the same operation as [`crate::attention`] has, on slices.
+//! FHA on the device: [`Gpu::attention_forward`] and [`Gpu::attention_backward`] on its arrays, and [`Gpu::forward`] and
+//! [`Gpu::backward`], the same operation as [`crate::attention`] has, on slices.
 
-use super::compile::Variant;
-use super::context::Cuda;
+use super::CudaError;
+use super::gpu::Gpu;
 use super::params::{AttentionParams, Item};
 use super::plan::{Pass, Plan};
+use super::runtime::{Array, Runtime};
 use super::tile::Element;
-use super::{CudaError, launch};
 use crate::attention::{FhaOptions, Inputs, length};
-use cudarc::driver::{CudaSlice, DeviceRepr};
 
 /// A type tensors can have.
-pub trait Value: DeviceRepr + bytemuck::Pod {
+pub trait Value: bytemuck::Pod {
     /// Which one.
     const ELEMENT: Element;
 }
@@ -26,75 +25,81 @@ impl Value for half::f16 {
 }
 
 /// What the kernels need to know about a batch, on the device. Made once per batch, used by every layer.
-pub struct Batch {
+pub struct Batch<R: Runtime> {
     options: FhaOptions,
     element: Element,
     plan: Plan,
-    order: CudaSlice<u32>,
-    feedback: CudaSlice<u32>,
-    items: [CudaSlice<Item>; Pass::ALL.len()],
+    order: Array<R, u32>,
+    feedback: Array<R, u32>,
+    items: [Array<R, Item>; Pass::ALL.len()],
 }
 
 /// `q`, `k` and `v` on the device, `[N, H, d]` each.
-#[derive(Clone, Copy)]
-pub struct Projections<'a, T> {
+pub struct Projections<'a, R: Runtime, T> {
     /// Queries.
-    pub q: &'a CudaSlice<T>,
+    pub q: &'a Array<R, T>,
     /// Keys.
-    pub k: &'a CudaSlice<T>,
+    pub k: &'a Array<R, T>,
     /// Values.
-    pub v: &'a CudaSlice<T>,
+    pub v: &'a Array<R, T>,
 }
+
+impl<R: Runtime, T> Clone for Projections<'_, R, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<R: Runtime, T> Copy for Projections<'_, R, T> {}
 
 /// Their gradients, `[N, H, d]` each, overwritten.
-pub struct ProjectionGradients<'a, T> {
+pub struct ProjectionGradients<'a, R: Runtime, T> {
     /// Of the queries.
-    pub dq: &'a mut CudaSlice<T>,
+    pub dq: &'a mut Array<R, T>,
     /// Of the keys.
-    pub dk: &'a mut CudaSlice<T>,
+    pub dk: &'a mut Array<R, T>,
     /// Of the values.
-    pub dv: &'a mut CudaSlice<T>,
+    pub dv: &'a mut Array<R, T>,
 }
 
-impl Cuda {
+impl<R: Runtime> Gpu<R> {
     /// Plans a batch and copies the plan to the device.
     ///
     /// # Errors
     /// Those of [`Plan::new`], and of the driver.
-    pub fn batch<T: Value>(&self, options: &FhaOptions, inputs: &Inputs<T>) -> Result<Batch, CudaError> {
+    pub fn batch<T: Value>(&self, options: &FhaOptions, inputs: &Inputs<T>) -> Result<Batch<R>, CudaError> {
         options.check(inputs)?;
-        let plan = Plan::new(T::ELEMENT, options, inputs.cu_seqlens, inputs.label, self.shared_limit())?;
-        let [whole, forward, delta, dq, dk_dv] = Pass::ALL.map(|pass| self.upload(plan.items(pass)));
+        let plan = Plan::new(T::ELEMENT, options, inputs.cu_seqlens, inputs.label, self.runtime().limits().shared_per_block)?;
+        let [whole, forward, delta, dq, dk_dv] = Pass::ALL.map(|pass| self.copy_of(plan.items(pass)));
         Ok(Batch {
             options: *options,
             element: T::ELEMENT,
-            order: self.upload(&plan.order)?,
-            feedback: self.upload(&plan.feedback)?,
+            order: self.copy_of(&plan.order)?,
+            feedback: self.copy_of(&plan.feedback)?,
             items: [whole?, forward?, delta?, dq?, dk_dv?],
             plan,
         })
     }
 
-    /// Checks that a buffer is this device's and holds `expected` values (room for one where there are none).
-    fn check<T>(
+    /// Checks that a buffer is this device's and holds `expected` values .
+    fn check<T: Value>(
         &self,
         name: &'static str,
         shape: &'static str,
-        buffer: &CudaSlice<T>,
+        buffer: &Array<R, T>,
         expected: usize,
     ) -> Result<(), CudaError> {
-        if buffer.context() != self.stream().context() {
+        if !buffer.is_on(self.runtime()) {
             return Err(CudaError::OtherDevice { name });
         }
-        Ok(length(name, shape, buffer.len(), expected.max(1))?)
+        Ok(length(name, shape, buffer.len(), expected)?)
     }
 
     fn check_all<T: Value>(
         &self,
-        batch: &Batch,
-        qkv: Projections<T>,
-        o: &CudaSlice<T>,
-        lse: &CudaSlice<f32>,
+        batch: &Batch<R>,
+        qkv: Projections<R, T>,
+        o: &Array<R, T>,
+        lse: &Array<R, f32>,
     ) -> Result<usize, CudaError> {
         if batch.element != T::ELEMENT {
             return Err(CudaError::Element { planned: batch.element, given: T::ELEMENT });
@@ -114,10 +119,10 @@ impl Cuda {
     /// Buffers that do not fit the batch, a kernel that cannot be compiled, and what the driver reports.
     pub fn attention_forward<T: Value>(
         &self,
-        batch: &Batch,
-        qkv: Projections<T>,
-        o: &mut CudaSlice<T>,
-        lse: &mut CudaSlice<f32>,
+        batch: &Batch<R>,
+        qkv: Projections<R, T>,
+        o: &mut Array<R, T>,
+        lse: &mut Array<R, f32>,
     ) -> Result<(), CudaError> {
         self.check_all(batch, qkv, o, lse)?;
         let params = self.params(batch, qkv, o, lse);
@@ -132,15 +137,15 @@ impl Cuda {
     /// [`crate::attention::backward`] on device buffers; returns when the work is on the stream.
     ///
     /// # Errors
-    /// As [`Cuda::attention_forward`].
+    /// As [`Gpu::attention_forward`].
     pub fn attention_backward<T: Value>(
         &self,
-        batch: &Batch,
-        qkv: Projections<T>,
-        o: &CudaSlice<T>,
-        lse: &CudaSlice<f32>,
-        d_o: &CudaSlice<T>,
-        gradients: ProjectionGradients<T>,
+        batch: &Batch<R>,
+        qkv: Projections<R, T>,
+        o: &Array<R, T>,
+        lse: &Array<R, f32>,
+        d_o: &Array<R, T>,
+        gradients: ProjectionGradients<R, T>,
     ) -> Result<(), CudaError> {
         let tokens = self.check_all(batch, qkv, o, lse)?;
         let (options, ProjectionGradients { dq, dk, dv }) = (&batch.options, gradients);
@@ -149,16 +154,15 @@ impl Cuda {
             self.check(name, "[N, H, d]", buffer, tokens * options.heads * options.head_dim)?;
         }
         // Freed in stream order, when the launches that use them are done.
-        let delta = self.unwritten::<f32>(options.lse_len(tokens))?;
-        let correction = self.unwritten::<f32>(options.lse_len(tokens))?;
-        let stream = self.stream();
+        let delta = self.array::<f32>(options.lse_len(tokens))?;
+        let correction = self.array::<f32>(options.lse_len(tokens))?;
         let params = AttentionParams {
-            d_o: launch::address(d_o, stream),
-            delta: launch::address(&delta, stream),
-            correction: launch::address(&correction, stream),
-            dq: launch::address(dq, stream),
-            dk: launch::address(dk, stream),
-            dv: launch::address(dv, stream),
+            d_o: d_o.pointer(),
+            delta: delta.pointer(),
+            correction: correction.pointer(),
+            dq: dq.pointer(),
+            dk: dk.pointer(),
+            dv: dv.pointer(),
             ..self.params(batch, qkv, o, lse)
         };
         for pass in [Pass::Delta, Pass::Dq, Pass::DkDv] {
@@ -171,37 +175,34 @@ impl Cuda {
     }
 
     /// Arguments that both directions share.
-    fn params<T>(
+    fn params<T: Value>(
         &self,
-        batch: &Batch,
-        qkv: Projections<T>,
-        o: &CudaSlice<T>,
-        lse: &CudaSlice<f32>,
+        batch: &Batch<R>,
+        qkv: Projections<R, T>,
+        o: &Array<R, T>,
+        lse: &Array<R, f32>,
     ) -> AttentionParams {
-        let stream = self.stream();
-        let labelled = !batch.plan.feedback.is_empty();
-        let or_null = |buffer| if labelled { launch::address(buffer, stream) } else { 0 };
         AttentionParams {
-            q: launch::address(qkv.q, stream),
-            k: launch::address(qkv.k, stream),
-            v: launch::address(qkv.v, stream),
-            o: launch::address(o, stream),
-            lse: launch::address(lse, stream),
-            order: or_null(&batch.order),
-            feedback: or_null(&batch.feedback),
+            q: qkv.q.pointer(),
+            k: qkv.k.pointer(),
+            v: qkv.v.pointer(),
+            o: o.pointer(),
+            lse: lse.pointer(),
+            // Null without labels: they are empty then.
+            order: batch.order.pointer(),
+            feedback: batch.feedback.pointer(),
             ..batch.plan.params(&batch.options)
         }
     }
 
     /// # Safety
-    /// Pointers of `params`, but for `items`, are as [`launch::attention`] needs them for this batch and pass.
-    unsafe fn run(&self, batch: &Batch, pass: Pass, params: AttentionParams) -> Result<(), CudaError> {
-        let kernels = self.kernels(Variant { element: batch.element, head_dim: batch.options.head_dim })?;
-        let items = launch::address(&batch.items[pass as usize], self.stream());
-        let (kernel, launch) = (&kernels[pass as usize], batch.plan.launch(&batch.options, pass));
+    /// Pointers of `params`, but for `items`, are to arrays of the shapes in params.cuh for this batch and pass.
+    unsafe fn run(&self, batch: &Batch<R>, pass: Pass, params: AttentionParams) -> Result<(), CudaError> {
+        let kernel = pass.kernel(batch.element, batch.options.head_dim);
+        let items = batch.items[pass as usize].pointer();
+        let launch = batch.plan.launch(&batch.options, pass);
         // SAFETY: the kernel is of the batch's variant; grid, items and scalars are of its one plan; the rest is the caller's.
-        unsafe { launch::attention(self.stream(), kernel, launch, &AttentionParams { items, ..params }) }
-            .map_err(|error| CudaError::driver(pass.entry(), error, 0))
+        unsafe { self.launch(kernel, launch, &AttentionParams { items, ..params }) }
     }
 
     /// [`crate::attention::forward`] on this device: copies there, computes, copies back.
@@ -217,17 +218,17 @@ impl Cuda {
     ) -> Result<(), CudaError> {
         options.check_outputs(&inputs, o.len(), lse.len())?;
         let batch = self.batch(options, &inputs)?;
-        let [q, k, v] = [self.upload(inputs.q)?, self.upload(inputs.k)?, self.upload(inputs.v)?];
-        let (mut d_out, mut d_lse) = (self.unwritten(o.len())?, self.unwritten(lse.len())?);
+        let [q, k, v] = [self.copy_of(inputs.q)?, self.copy_of(inputs.k)?, self.copy_of(inputs.v)?];
+        let (mut d_out, mut d_lse) = (self.array(o.len())?, self.array(lse.len())?);
         self.attention_forward(&batch, Projections { q: &q, k: &k, v: &v }, &mut d_out, &mut d_lse)?;
-        self.download(&d_out, o)?;
-        self.download(&d_lse, lse)
+        d_out.copy_to(o)?;
+        d_lse.copy_to(lse)
     }
 
     /// [`crate::attention::backward`] on this device: copies there, computes, copies back. `gradients` are `dq`, `dk`, `dv`.
     ///
     /// # Errors
-    /// As [`Cuda::forward`].
+    /// As [`Gpu::forward`].
     pub fn backward<T: Value>(
         &self,
         options: &FhaOptions,
@@ -243,15 +244,15 @@ impl Cuda {
             length(name, "[N, H, d]", gradient.len(), inputs.q.len())?;
         }
         let batch = self.batch(options, &inputs)?;
-        let [q, k, v] = [self.upload(inputs.q)?, self.upload(inputs.k)?, self.upload(inputs.v)?];
-        let (o, lse, d_o) = (self.upload(o)?, self.upload(lse)?, self.upload(d_o)?);
+        let [q, k, v] = [self.copy_of(inputs.q)?, self.copy_of(inputs.k)?, self.copy_of(inputs.v)?];
+        let (o, lse, d_o) = (self.copy_of(o)?, self.copy_of(lse)?, self.copy_of(d_o)?);
         let width = inputs.q.len();
         let (mut dq, mut dk, mut dv) =
-            (self.unwritten(width)?, self.unwritten(width)?, self.unwritten(width)?);
+            (self.array(width)?, self.array(width)?, self.array(width)?);
         let on_device = ProjectionGradients { dq: &mut dq, dk: &mut dk, dv: &mut dv };
         self.attention_backward(&batch, Projections { q: &q, k: &k, v: &v }, &o, &lse, &d_o, on_device)?;
         for (buffer, host) in [&dq, &dk, &dv].into_iter().zip(gradients) {
-            self.download(buffer, host)?;
+            buffer.copy_to(host)?;
         }
         Ok(())
     }

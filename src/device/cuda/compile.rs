@@ -6,7 +6,6 @@
 
 use super::CudaError;
 use super::nvrtc::Nvrtc;
-use super::tile::Element;
 use std::path::{Path, PathBuf};
 
 /// One `.cu` of `kernels/`, with all it includes.
@@ -44,39 +43,76 @@ impl Arch {
     }
 }
 
-/// What is compiled: `attention.cu` for one element type and width.
+/// Value of a macro that a module is compiled with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Variant {
-    /// Type of the tensors.
-    pub element: Element,
-    /// Width of a head.
-    pub head_dim: usize,
+pub enum Define {
+    /// E.g. the name of a type.
+    Word(&'static str),
+    /// A size.
+    Number(u32),
 }
 
-impl Variant {
+impl std::fmt::Display for Define {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        match self {
+            Define::Word(word) => f.write_str(word),
+            Define::Number(number) => write!(f, "{number}"),
+        }
+    }
+}
+
+/// What is compiled: a `.cu` of `kernels/`, with macros.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Module {
+    source: &'static str,
+    defines: [Option<(&'static str, Define)>; 4],
+}
+
+impl Module {
+    /// A file of `kernels/` without macros.
+    pub const fn new(source: &'static str) -> Module {
+        Module { source, defines: [None; 4] }
+    }
+
+    /// With a macro more; there is room for four.
+    pub const fn with(mut self, name: &'static str, value: Define) -> Module {
+        let mut i = 0;
+        while self.defines[i].is_some() {
+            i += 1;
+        }
+        self.defines[i] = Some((name, value));
+        self
+    }
+
     /// The source it is compiled from.
+    ///
+    /// # Panics
+    /// If `kernels/` has no such file.
     pub fn source(&self) -> &'static Source {
-        SOURCES.iter().find(|source| source.name == "attention.cu").expect("build.rs embeds every kernel")
+        SOURCES.iter().find(|source| source.name == self.source).expect("build.rs embeds every kernel")
+    }
+
+    /// File and macros in one line, e.g. `attention.cu DFAR_ELEMENT=bf16 DFAR_HEAD_DIM=16`.
+    pub fn name(&self) -> String {
+        let defines = self.defines.iter().flatten().map(|(name, value)| format!(" {name}={value}"));
+        defines.fold(self.source.to_owned(), |name, define| name + &define)
     }
 
     /// Options of the compiler.
     pub fn options(&self, arch: Arch) -> Vec<String> {
-        vec![
-            format!("--gpu-architecture={}", arch.name()),
-            "--std=c++17".to_owned(),
-            format!("-DDFAR_ELEMENT={}", self.element.cuda_name()),
-            format!("-DDFAR_HEAD_DIM={}", self.head_dim),
-        ]
+        let mut options = vec![format!("--gpu-architecture={}", arch.name()), "--std=c++17".to_owned()];
+        options.extend(self.defines.iter().flatten().map(|(name, value)| format!("-D{name}={value}")));
+        options
     }
 }
 
-/// Compiles a variant, without the cache.
+/// Compiles a module, without the cache.
 ///
 /// # Errors
 /// No NVRTC, or [`CudaError::Compile`].
-pub fn compile(variant: Variant, arch: Arch) -> Result<Vec<u8>, CudaError> {
+pub fn compile(module: Module, arch: Arch) -> Result<Vec<u8>, CudaError> {
     let nvrtc = Nvrtc::get()?;
-    let (source, options) = (variant.source(), variant.options(arch));
+    let (source, options) = (module.source(), module.options(arch));
     nvrtc.compile(source.name, source.text, source.headers, &options).map_err(|refused| CudaError::Compile {
         kernel: source.name,
         arch: arch.name(),
@@ -121,9 +157,9 @@ impl Cache {
     }
 
     /// Everything that determines the machine code, in words.
-    fn key(variant: Variant, arch: Arch, nvrtc: (i32, i32)) -> String {
-        let source = variant.source();
-        let options = variant.options(arch).join(" ");
+    fn key(module: Module, arch: Arch, nvrtc: (i32, i32)) -> String {
+        let source = module.source();
+        let options = module.options(arch).join(" ");
         format!("{} {:016x}; {options}; nvrtc {}.{}", source.name, source.hash, nvrtc.0, nvrtc.1)
     }
 
@@ -134,17 +170,17 @@ impl Cache {
         Some(self.folder.as_ref()?.join(format!("{hash:016x}.cubin")))
     }
 
-    /// Machine code for a variant: from the cache, or compiled and then kept. A cache that cannot be written costs time
+    /// Machine code for a module: from the cache, or compiled and then kept. A cache that cannot be written costs time
     /// at the next start, nothing else, and is no error.
     ///
     /// # Errors
     /// As [`compile`].
-    pub fn load(&self, variant: Variant, arch: Arch) -> Result<Vec<u8>, CudaError> {
-        let key = Self::key(variant, arch, Nvrtc::get()?.version());
+    pub fn load(&self, module: Module, arch: Arch) -> Result<Vec<u8>, CudaError> {
+        let key = Self::key(module, arch, Nvrtc::get()?.version());
         if let Some(code) = self.read(&key) {
             return Ok(code);
         }
-        let code = compile(variant, arch)?;
+        let code = compile(module, arch)?;
         let _ = self.write(&key, &code);
         Ok(code)
     }
@@ -183,21 +219,22 @@ impl Cache {
 mod tests {
     use super::*;
 
-    const VARIANT: Variant = Variant { element: Element::Bf16, head_dim: 16 };
+    const MODULE: Module =
+        Module::new("attention.cu").with("DFAR_ELEMENT", Define::Word("bf16")).with("DFAR_HEAD_DIM", Define::Number(16));
 
     fn key() -> String {
-        Cache::key(VARIANT, Arch { major: 9, minor: 0 }, (12, 4))
+        Cache::key(MODULE, Arch { major: 9, minor: 0 }, (12, 4))
     }
 
     #[test]
     fn sources_carry_their_includes() {
-        let source = VARIANT.source();
+        let source = MODULE.source();
         let headers: Vec<&str> = source.headers.iter().map(|(name, _)| *name).collect();
         assert_eq!(
             headers,
             ["online_softmax.cuh", "params.cuh", "primitives.cuh", "seqlen.cuh", "warp_product.cuh"]
         );
-        assert!(source.text.contains("attention_##name") && source.hash != 0);
+        assert!(source.text.contains("KERNEL(attention_forward,") && source.hash != 0);
     }
 
     #[test]
@@ -205,15 +242,17 @@ mod tests {
         let (hopper, ampere) = (Arch { major: 9, minor: 0 }, Arch::OLDEST);
         let keys = [
             key(),
-            Cache::key(VARIANT, ampere, (12, 4)),
-            Cache::key(VARIANT, hopper, (13, 0)),
-            Cache::key(Variant { head_dim: 32, ..VARIANT }, hopper, (12, 4)),
-            Cache::key(Variant { element: Element::F16, ..VARIANT }, hopper, (12, 4)),
+            Cache::key(MODULE, ampere, (12, 4)),
+            Cache::key(MODULE, hopper, (13, 0)),
+            Cache::key(MODULE.with("DFAR_MORE", Define::Number(1)), hopper, (12, 4)),
+            Cache::key(MODULE.with("DFAR_MORE", Define::Number(2)), hopper, (12, 4)),
+            Cache::key(Module::new("rows.cu"), hopper, (12, 4)),
         ];
         for (i, a) in keys.iter().enumerate() {
             assert!(keys[i + 1..].iter().all(|b| a != b), "{a}");
         }
         assert_eq!([hopper.name(), ampere.name()], ["sm_90a", "sm_80"]);
+        assert_eq!(MODULE.name(), "attention.cu DFAR_ELEMENT=bf16 DFAR_HEAD_DIM=16");
     }
 
     #[test]

@@ -1,14 +1,14 @@
 //! A GPU in use: its context and stream, its limits, the modules compiled for it, its memory.
 
-use super::compile::{Arch, Cache, Variant};
-use super::plan::Pass;
+use super::blas::Blas;
+use super::compile::{Arch, Cache, Module};
+use super::params::Pointer;
+use super::runtime::{Gemm, Kernel, Launch, Limits, Memory, Runtime};
 use super::{CudaError, launch};
-use cudarc::driver::{CudaContext, CudaFunction, CudaSlice, CudaStream, DeviceRepr, sys::CUdevice_attribute};
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
-
-/// The kernels of one variant, in the order of [`Pass::ALL`].
-type Kernels = Arc<[CudaFunction; Pass::ALL.len()]>;
+use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DriverError, result};
+use cudarc::driver::sys::CUdevice_attribute as Attribute;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// One GPU. All work goes to one stream, so it happens in the order it was asked for.
 pub struct Cuda {
@@ -16,9 +16,19 @@ pub struct Cuda {
     stream: Arc<CudaStream>,
     name: String,
     arch: Arch,
-    shared_limit: usize,
+    limits: Limits,
     cache: Cache,
-    modules: Mutex<HashMap<Variant, Kernels>>,
+    loaded: Mutex<Loaded>,
+    /// Memory to be used again, by size: asking the driver takes microseconds, and a step asks a few hundred times.
+    pool: Mutex<BTreeMap<usize, Vec<Pointer>>>,
+    blas: Mutex<Option<Blas>>,
+}
+
+/// What has been compiled and loaded.
+#[derive(Default)]
+struct Loaded {
+    modules: HashMap<Module, Arc<CudaModule>>,
+    kernels: HashMap<Kernel, CudaFunction>,
 }
 
 impl std::fmt::Debug for Cuda {
@@ -69,31 +79,29 @@ impl Cuda {
         if arch < Arch::OLDEST {
             return Err(CudaError::OldDevice { name, arch });
         }
-        let shared_limit =
-            attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize;
+        let limits = Limits {
+            shared_per_block: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?
+                as usize,
+            multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
+        };
         launch::keep_freed_memory(&context).map_err(failed("setting up the memory pool"))?;
         let stream = context.default_stream();
-        Ok(Cuda { context, stream, name, arch, shared_limit, cache, modules: Mutex::default() })
-    }
-
-    /// Its name, as the driver has it.
-    pub fn name(&self) -> &str {
-        &self.name
+        Ok(Cuda {
+            context,
+            stream,
+            name,
+            arch,
+            limits,
+            cache,
+            loaded: Mutex::default(),
+            pool: Mutex::default(),
+            blas: Mutex::default(),
+        })
     }
 
     /// Its compute capability.
     pub fn arch(&self) -> Arch {
         self.arch
-    }
-
-    /// Bytes of shared memory it gives a block.
-    pub fn shared_limit(&self) -> usize {
-        self.shared_limit
-    }
-
-    /// The stream everything runs on.
-    pub fn stream(&self) -> &Arc<CudaStream> {
-        &self.stream
     }
 
     /// Waits until all that was asked for is done.
@@ -104,57 +112,150 @@ impl Cuda {
         self.stream.synchronize().map_err(|error| CudaError::driver("finishing the work given", error, 0))
     }
 
-    /// A copy of `host` on the device.
-    ///
-    /// # Errors
-    /// [`CudaError::OutOfMemory`], or what the driver reports.
-    pub fn upload<T: DeviceRepr>(&self, host: &[T]) -> Result<CudaSlice<T>, CudaError> {
-        let mut buffer = self.unwritten(host.len())?;
-        if !host.is_empty() {
-            let failed = |error| CudaError::driver("copying to the device", error, 0);
-            self.stream.memcpy_htod(host, &mut buffer).map_err(failed)?;
-        }
-        Ok(buffer)
+    /// The driver's context is the calling thread's.
+    fn bind(&self) -> Result<(), CudaError> {
+        self.context.bind_to_thread().map_err(|error| CudaError::driver("using the device", error, 0))
     }
 
-    /// Copies a buffer into as many values of `host`.
-    ///
-    /// # Errors
-    /// What the driver reports, including failures of kernels launched before.
-    ///
-    /// # Panics
-    /// If the buffer holds fewer values.
-    pub fn download<T: DeviceRepr>(&self, buffer: &CudaSlice<T>, host: &mut [T]) -> Result<(), CudaError> {
-        if host.is_empty() {
-            return Ok(());
+    /// A kernel: loaded, from the disk's cache or compiled.
+    fn kernel(&self, kernel: Kernel) -> Result<CudaFunction, CudaError> {
+        let mut loaded = lock(&self.loaded);
+        if let Some(function) = loaded.kernels.get(&kernel) {
+            return Ok(function.clone());
         }
-        let failed = |error| CudaError::driver("copying from the device", error, 0);
-        self.stream.memcpy_dtoh(&buffer.slice(..host.len()), host).map_err(failed)?;
-        self.synchronize()
-    }
-
-    /// Room for `len` values (one, if 0), content unspecified.
-    ///
-    /// # Errors
-    /// [`CudaError::OutOfMemory`], or what the driver reports.
-    pub fn unwritten<T: DeviceRepr>(&self, len: usize) -> Result<CudaSlice<T>, CudaError> {
-        launch::unwritten(&self.stream, len)
-    }
-
-    /// The kernels of a variant: loaded, from the disk's cache or compiled.
-    pub(super) fn kernels(&self, variant: Variant) -> Result<Kernels, CudaError> {
-        let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(kernels) = modules.get(&variant) {
-            return Ok(kernels.clone());
-        }
-        let code = self.cache.load(variant, self.arch)?;
         let failed = |error| CudaError::driver("loading the kernels", error, 0);
-        let kernels = launch::load(&self.context, code, Pass::ALL.map(Pass::entry)).map_err(failed)?;
-        for kernel in &kernels {
-            launch::allow_shared_memory(kernel, self.shared_limit).map_err(failed)?;
+        let module = match loaded.modules.get(&kernel.module) {
+            Some(module) => module.clone(),
+            None => {
+                let code = self.cache.load(kernel.module, self.arch)?;
+                let module = launch::load(&self.context, code).map_err(failed)?;
+                loaded.modules.insert(kernel.module, module.clone());
+                module
+            }
+        };
+        let function =
+            launch::function(&module, kernel.entry, self.limits.shared_per_block).map_err(failed)?;
+        loaded.kernels.insert(kernel, function.clone());
+        Ok(function)
+    }
+
+    /// Gives the pool's memory back to the driver.
+    fn empty_pool(&self) {
+        for (_, list) in std::mem::take(&mut *lock(&self.pool)) {
+            for at in list {
+                // SAFETY: what is in the pool was allocated on this stream and belongs to nobody. A failure leaks it.
+                let _ = unsafe { launch::free(&self.stream, at) };
+            }
         }
-        let kernels = Arc::new(kernels);
-        modules.insert(variant, kernels.clone());
-        Ok(kernels)
+    }
+}
+
+/// Nothing here is left half-changed by a panic.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Rounds up to an eighth of a power of two, so that batches of nearly equal size share memory.
+fn size_class(bytes: usize) -> usize {
+    let bytes = bytes.max(256);
+    bytes.next_multiple_of((bytes.next_power_of_two() / 8).max(256))
+}
+
+impl Runtime for Cuda {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    fn memory(&self) -> Result<Memory, CudaError> {
+        self.bind()?;
+        let (free, total) = result::mem_get_info()
+            .map_err(|error| CudaError::driver("asking for the device's memory", error, 0))?;
+        Ok(Memory { free, total })
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Pointer, CudaError> {
+        let size = size_class(bytes);
+        if let Some(at) = lock(&self.pool).get_mut(&size).and_then(Vec::pop) {
+            return Ok(at);
+        }
+        self.bind()?;
+        match launch::allocate(&self.stream, size) {
+            Err(CudaError::OutOfMemory { .. }) => {
+                // Other sizes may hold what is missing.
+                self.empty_pool();
+                self.synchronize()?;
+                launch::allocate(&self.stream, size)
+            }
+            result => result,
+        }
+    }
+
+    unsafe fn free(&self, at: Pointer, bytes: usize) {
+        lock(&self.pool).entry(size_class(bytes)).or_default().push(at);
+    }
+
+    unsafe fn zero(&self, at: Pointer, bytes: usize) -> Result<(), CudaError> {
+        self.bind()?;
+        // SAFETY: the caller's promise.
+        unsafe { launch::zero(&self.stream, at, bytes) }.map_err(failed("filling memory"))
+    }
+
+    unsafe fn write(&self, at: Pointer, host: &[u8]) -> Result<(), CudaError> {
+        self.bind()?;
+        // SAFETY: the caller's promise.
+        unsafe { launch::write(&self.stream, at, host) }.map_err(failed("copying to the device"))
+    }
+
+    unsafe fn read(&self, at: Pointer, host: &mut [u8]) -> Result<(), CudaError> {
+        self.bind()?;
+        // SAFETY: the caller's promise.
+        unsafe { launch::read(&self.stream, at, host) }.map_err(failed("copying from the device"))
+    }
+
+    unsafe fn launch(&self, kernel: Kernel, launch: Launch, params: &[u8]) -> Result<(), CudaError> {
+        self.bind()?;
+        let function = self.kernel(kernel)?;
+        // SAFETY: the caller's promises.
+        unsafe { launch::launch(&self.stream, &function, launch, params) }.map_err(failed(kernel.entry))
+    }
+
+    unsafe fn gemm(&self, gemm: &Gemm) -> Result<(), CudaError> {
+        self.bind()?;
+        let mut blas = lock(&self.blas);
+        if blas.is_none() {
+            let workspace = self.allocate(Blas::WORKSPACE)?;
+            *blas = Some(Blas::new(workspace)?);
+        }
+        let blas = blas.as_mut().expect("it was just made");
+        // SAFETY: the caller's promises; the workspace is used on this stream only.
+        unsafe { blas.gemm(gemm, self.stream.cu_stream()) }
+    }
+}
+
+fn failed(action: &'static str) -> impl FnOnce(DriverError) -> CudaError {
+    move |error| CudaError::driver(action, error, 0)
+}
+
+impl Drop for Cuda {
+    fn drop(&mut self) {
+        *lock(&self.blas) = None;
+        self.empty_pool();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::size_class;
+
+    #[test]
+    fn memory_is_rounded_up_by_an_eighth_at_most() {
+        for bytes in [1, 255, 256, 257, 1000, 4096, 5000, 1 << 20, (1 << 20) + 1, 12_345_678] {
+            let size = size_class(bytes);
+            assert!(size >= bytes && size.is_multiple_of(256) && size <= bytes + bytes / 4 + 256, "{bytes}: {size}");
+        }
     }
 }

@@ -1,19 +1,12 @@
-//! Everything unsafe about the driver: memory that nobody wrote yet, modules, launches.
+//! Everything unsafe about the driver: memory, modules, launches.
 
 use super::CudaError;
-use super::params::{AttentionParams, Pointer};
-use super::plan::Launch;
-use cudarc::driver::{
-    CudaContext, CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, DriverError, LaunchConfig,
-    PushKernelArg, result, sys,
-};
+use super::params::Pointer;
+use super::runtime::Launch;
+use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DriverError, result, sys};
 use cudarc::nvrtc::Ptx;
+use std::ffi::c_void;
 use std::sync::Arc;
-
-// SAFETY: a C struct of addresses, integers and a float without padding, as params.cuh declares it.
-unsafe impl DeviceRepr for AttentionParams {}
-// SAFETY: four integers, as seqlen.cuh declares it.
-unsafe impl DeviceRepr for super::params::Item {}
 
 /// Whether the driver's library can be loaded. cudarc panics where it is used and cannot.
 pub(super) fn driver_is_present() -> bool {
@@ -36,59 +29,85 @@ pub(super) fn keep_freed_memory(context: &Arc<CudaContext>) -> Result<(), Driver
     }
 }
 
-/// Memory with unspecified content, for a kernel to write.
-pub(super) fn unwritten<T: DeviceRepr>(
-    stream: &Arc<CudaStream>,
-    len: usize,
-) -> Result<CudaSlice<T>, CudaError> {
-    // SAFETY: any bytes are a T (DeviceRepr here is f32, bf16, f16 or an integer), so reading it early yields numbers.
-    unsafe { stream.alloc::<T>(len.max(1)) }
-        .map_err(|error| CudaError::driver("allocating", error, len * size_of::<T>()))
+/// Memory with unspecified content, freed in stream order.
+pub(super) fn allocate(stream: &CudaStream, bytes: usize) -> Result<Pointer, CudaError> {
+    // SAFETY: the stream is the context's; the driver checks the size.
+    unsafe { result::malloc_async(stream.cu_stream(), bytes) }
+        .map_err(|error| CudaError::driver("allocating", error, bytes))
 }
 
-/// Address of a buffer, for use on `stream`.
-pub(super) fn address<T>(buffer: &CudaSlice<T>, stream: &CudaStream) -> Pointer {
-    buffer.device_ptr(stream).0
-}
-
-/// Loads machine code and looks up its kernels.
-pub(super) fn load<const COUNT: usize>(
-    context: &Arc<CudaContext>,
-    code: Vec<u8>,
-    entries: [&str; COUNT],
-) -> Result<[CudaFunction; COUNT], DriverError> {
-    let module = context.load_module(Ptx::from_binary(code))?;
-    let mut functions = Vec::with_capacity(COUNT);
-    for entry in entries {
-        functions.push(module.load_function(entry)?);
-    }
-    Ok(functions.try_into().expect("one was looked up for each entry"))
-}
-
-/// Lets launches of `function` use `bytes` of dynamic shared memory; without this it is 48 KiB at most.
-pub(super) fn allow_shared_memory(function: &CudaFunction, bytes: usize) -> Result<(), DriverError> {
-    let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-    function.set_attribute(attribute, bytes as i32)
-}
-
-/// Puts a kernel of `attention.cu` on the stream.
+/// Gives memory back when the stream has come to this point.
 ///
 /// # Safety
-/// `function` is a kernel of `attention.cu` for the element type and width of the tensors; `params` and `launch` come
-/// from one plan; and each pointer that the kernel's contract names is to device memory of the shape in params.cuh,
-/// writable where it is written, that lives until the stream has passed this launch.
-pub(super) unsafe fn attention(
-    stream: &Arc<CudaStream>,
+/// `at` is from [`allocate`] on the same stream, and not freed.
+pub(super) unsafe fn free(stream: &CudaStream, at: Pointer) -> Result<(), DriverError> {
+    // SAFETY: the caller's promise.
+    unsafe { result::free_async(at, stream.cu_stream()) }
+}
+
+/// Fills memory with zeros.
+///
+/// # Safety
+/// The bytes lie inside one allocation.
+pub(super) unsafe fn zero(stream: &CudaStream, at: Pointer, bytes: usize) -> Result<(), DriverError> {
+    // SAFETY: the caller's promise.
+    unsafe { result::memset_d8_async(at, 0, bytes, stream.cu_stream()) }
+}
+
+/// Copies from the host. The driver has read `host` when this returns: it is pageable memory.
+///
+/// # Safety
+/// `host.len()` bytes from `at` on lie inside one allocation.
+pub(super) unsafe fn write(stream: &CudaStream, at: Pointer, host: &[u8]) -> Result<(), DriverError> {
+    // SAFETY: the caller's promise.
+    unsafe { result::memcpy_htod_async(at, host, stream.cu_stream()) }
+}
+
+/// Copies to the host, and waits for it.
+///
+/// # Safety
+/// `host.len()` bytes from `at` on lie inside one allocation.
+pub(super) unsafe fn read(stream: &CudaStream, at: Pointer, host: &mut [u8]) -> Result<(), DriverError> {
+    // SAFETY: the caller's promise; the host's memory is borrowed until the stream is done.
+    unsafe { result::memcpy_dtoh_async(host, at, stream.cu_stream())? };
+    stream.synchronize()
+}
+
+/// Loads machine code.
+pub(super) fn load(context: &Arc<CudaContext>, code: Vec<u8>) -> Result<Arc<CudaModule>, DriverError> {
+    context.load_module(Ptx::from_binary(code))
+}
+
+/// Looks a kernel up and lets it use `bytes` of dynamic shared memory; without this it is 48 KiB at most.
+pub(super) fn function(module: &Arc<CudaModule>, entry: &str, bytes: usize) -> Result<CudaFunction, DriverError> {
+    let function = module.load_function(entry)?;
+    let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+    function.set_attribute(attribute, bytes as i32)?;
+    Ok(function)
+}
+
+/// Puts a kernel on the stream.
+///
+/// # Safety
+/// As [`super::runtime::Runtime::launch`], for the kernel that `function` is.
+pub(super) unsafe fn launch(
+    stream: &CudaStream,
     function: &CudaFunction,
     launch: Launch,
-    params: &AttentionParams,
+    params: &[u8],
 ) -> Result<(), DriverError> {
     let Launch { grid: [x, y], threads, shared_bytes } = launch;
-    if x == 0 || y == 0 {
-        return Ok(());
+    // The driver reads the argument through this pointer, with the size the kernel declares, before it returns.
+    let mut argument = [params.as_ptr().cast_mut().cast::<c_void>()];
+    // SAFETY: the caller's promises; the kernel's one parameter is as large as `params`.
+    unsafe {
+        result::launch_kernel(
+            function.cu_function(),
+            (x, y, 1),
+            (threads, 1, 1),
+            shared_bytes,
+            stream.cu_stream(),
+            &mut argument,
+        )
     }
-    let config =
-        LaunchConfig { grid_dim: (x, y, 1), block_dim: (threads, 1, 1), shared_mem_bytes: shared_bytes };
-    // SAFETY: the caller's promises; the argument is the one parameter the kernel declares, and the driver copies it.
-    unsafe { stream.launch_builder(function).arg(params).launch(config) }.map(|_| ())
 }

@@ -6,21 +6,29 @@
 //! | [`tile`] | how work is cut: pure functions of shapes and limits |
 //! | [`plan`] | what the kernels need to know about one batch |
 //! | [`nvrtc`], [`compile`] | from source to machine code, and the cache on disk |
-//! | [`context`] | [`Cuda`]: a device, its stream, its memory, its modules |
-//! | [`attention`] | the operation, checked, on device buffers and on slices |
+//! | [`runtime`] | the floor: memory, launches and products of a machine that runs the kernels |
+//! | [`context`], [`blas`] | [`Cuda`]: a GPU as such a machine; cuBLASLt |
+//! | [`gpu`] | [`Gpu`]: the model's operations, on any such machine |
+//! | [`attention`], [`rows`] | the operations of the `.cu` of that name |
 //!
-//! All launches go through one private module, `launch`, which holds what is unsafe about the driver.
+//! What is unsafe about the driver is in one private module, `launch`, and in `context`, which calls it.
 
 pub mod attention;
+pub mod blas;
 pub mod compile;
 pub mod context;
+pub mod gpu;
 mod launch;
 pub mod nvrtc;
 pub mod params;
 pub mod plan;
+pub mod rows;
+pub mod runtime;
 pub mod tile;
 
 pub use context::{Cuda, device_count};
+pub use gpu::Gpu;
+pub use runtime::Precision;
 
 use crate::attention::AttentionError;
 use cudarc::driver::{DriverError, sys::CUresult};
@@ -79,6 +87,20 @@ pub enum CudaError {
         error: String,
         /// The compiler's log.
         log: String,
+    },
+    /// cuBLASLt, which multiplies matrices, cannot be loaded.
+    #[error("cuda: cuBLASLt cannot be loaded (tried {}); install the CUDA toolkit or put its libraries on the loader's path", tried.join(", "))]
+    NoBlas {
+        /// Names it was looked for under.
+        tried: &'static [&'static str],
+    },
+    /// cuBLASLt failed.
+    #[error("cuda: {action} failed in cuBLASLt with status {status}")]
+    Blas {
+        /// What was tried, e.g. a product's shape.
+        action: String,
+        /// Its status.
+        status: i32,
     },
     /// The device's memory does not suffice.
     #[error("cuda: the device has no {bytes} bytes of memory left; use a smaller batch")]

@@ -5,7 +5,9 @@
 //! the long sequences start at once and the short ones fill the gaps.
 
 use super::CudaError;
+use super::compile::{Define, Module};
 use super::params::{AttentionParams, Item};
+use super::runtime::{Kernel, Launch};
 use super::tile::{DELTA_THREADS, Element, Tile, is_short, tile};
 use crate::attention::{FhaOptions, LabelMask, Normalization, Pairing};
 
@@ -60,17 +62,18 @@ impl Pass {
             Pass::DkDv => "attention_dk_dv",
         }
     }
+
+    /// The kernel, for tensors of this type and heads of this width.
+    pub const fn kernel(self, element: Element, head_dim: usize) -> Kernel {
+        Kernel { module: module(element, head_dim), entry: self.entry() }
+    }
 }
 
-/// Grid and block of one launch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Launch {
-    /// Blocks along x and y. Nothing is to be launched when one is 0.
-    pub grid: [u32; 2],
-    /// Threads of a block.
-    pub threads: u32,
-    /// Dynamic shared memory in bytes.
-    pub shared_bytes: u32,
+/// `attention.cu` for an element type and head width.
+pub const fn module(element: Element, head_dim: usize) -> Module {
+    Module::new("attention.cu")
+        .with("DFAR_ELEMENT", Define::Word(element.cuda_name()))
+        .with("DFAR_HEAD_DIM", Define::Number(head_dim as u32))
 }
 
 impl Plan {

@@ -49,12 +49,26 @@ void finish_copies();
 
 template <class A> void meet(int line, A& argument, void (*run)(void* const (&)[32])) { meet_warp(line, &argument, run); }
 
+// A kernel that can be launched by name; constructing one makes it known.
+struct Entry {
+    const char *module, *name;
+    void (*run)(const void* params);
+    const Entry* next;
+    Entry(const char* module, const char* name, void (*run)(const void* params));
+};
+
 inline float widen(unsigned short bits, bool is_bf16) {
     if (is_bf16) return std::bit_cast<float>(unsigned(bits) << 16);
     return float(std::bit_cast<_Float16>(bits));
 }
 
 }  // namespace emulator
+
+// DFAR_MODULE is the source's name and macros, as build.rs gives them to each copy of it.
+#define KERNEL(name, Params, ...)                                                                   \
+    static void name(const Params& p);                                                              \
+    static const emulator::Entry name##_entry(DFAR_MODULE, #name, [](const void* p) { name(*static_cast<const Params*>(p)); }); \
+    static void name(const Params& p)
 
 #define threadIdx (emulator::self->thread_index)
 #define blockIdx (emulator::self->block_index)

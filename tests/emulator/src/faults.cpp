@@ -69,23 +69,19 @@ static void misaligned_matrix(const void*) {
     load_matrices(r, shared_memory() + 8);
 }
 
-extern "C" void (*dfar_emulator_faults(const char* name, unsigned))(const void*) {
-#define FAULT(kernel) \
-    if (std::strcmp(name, #kernel) == 0) return kernel;
-    FAULT(fill)
-    FAULT(sound)
-    FAULT(global_out_of_bounds)
-    FAULT(global_before_the_start)
-    FAULT(shared_out_of_bounds)
-    FAULT(global_unwritten)
-    FAULT(shared_unwritten)
-    FAULT(copy_not_awaited)
-    FAULT(race_between_warps)
-    FAULT(race_inside_a_warp)
-    FAULT(write_after_read)
-    FAULT(divergent_barrier)
-    FAULT(divergent_barrier_of_warps)
-    FAULT(divergent_warp)
-    FAULT(misaligned_matrix)
-    return nullptr;
-}
+#define FAULT(kernel) static const emulator::Entry kernel##_entry("faults", #kernel, kernel);
+FAULT(fill)
+FAULT(sound)
+FAULT(global_out_of_bounds)
+FAULT(global_before_the_start)
+FAULT(shared_out_of_bounds)
+FAULT(global_unwritten)
+FAULT(shared_unwritten)
+FAULT(copy_not_awaited)
+FAULT(race_between_warps)
+FAULT(race_inside_a_warp)
+FAULT(write_after_read)
+FAULT(divergent_barrier)
+FAULT(divergent_barrier_of_warps)
+FAULT(divergent_warp)
+FAULT(misaligned_matrix)

@@ -1,47 +1,43 @@
 //! A GPU made of fibres: runs the sources of `kernels/` on the CPU and judges every memory access they make.
 //!
 //! A [`Device`] owns memory. A launch fails, with a message, at the first access outside a buffer, read of memory nobody
-//! wrote, misaligned access, write to an input, race in shared memory, or barrier that not all threads reach.
+//! wrote, misaligned access, write to an input, race in shared memory, or barrier that not all threads reach. [`Emulated`]
+//! is a device as the library's own code uses a GPU.
+
+mod emulated;
+
+pub use emulated::{Emulated, gpu};
 
 use bytemuck::Pod;
+use dfar::device::cuda::compile::Module;
 use dfar::device::cuda::params::Pointer;
-use dfar::device::cuda::plan::Launch;
-use dfar::device::cuda::tile::Element;
+use dfar::device::cuda::runtime::{Kernel, Launch};
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::marker::PhantomData;
 use std::ptr::NonNull;
-
-type Kernel = unsafe extern "C" fn(*const c_void);
 
 unsafe extern "C" {
     fn dfar_emulator_new() -> *mut c_void;
     fn dfar_emulator_free(device: *mut c_void);
     fn dfar_emulator_allocate(device: *mut c_void, bytes: usize) -> *mut u8;
+    fn dfar_emulator_release(device: *mut c_void, at: *mut u8, bytes: usize);
+    fn dfar_emulator_owned(device: *mut c_void, at: *const u8, bytes: usize) -> bool;
     fn dfar_emulator_mark(device: *mut c_void, at: *mut u8, bytes: usize, read_only: bool);
     fn dfar_emulator_unwritten(device: *mut c_void, at: *const u8, bytes: usize) -> usize;
+    fn dfar_emulator_find(module: *const c_char, name: *const c_char) -> *const c_void;
     fn dfar_emulator_launch(
         device: *mut c_void,
-        kernel: Kernel,
+        entry: *const c_void,
         params: *const c_void,
         grid_x: u32,
         grid_y: u32,
         threads: u32,
         shared_bytes: usize,
     ) -> *const c_char;
-    fn dfar_emulator_bf16(name: *const c_char, head_dim: u32) -> Option<Kernel>;
-    fn dfar_emulator_f16(name: *const c_char, head_dim: u32) -> Option<Kernel>;
-    fn dfar_emulator_f32(name: *const c_char, head_dim: u32) -> Option<Kernel>;
-    fn dfar_emulator_faults(name: *const c_char, zero: u32) -> Option<Kernel>;
 }
 
-/// Where to look for a kernel.
-#[derive(Clone, Copy, Debug)]
-pub enum Module {
-    /// `attention.cu` for an element type and head width.
-    Attention(Element, usize),
-    /// `faults.cpp`: kernels with a fault each.
-    Faults,
-}
+/// The kernels of `faults.cpp`, with a fault each.
+pub const FAULTS: Module = Module::new("faults");
 
 /// Memory and a single multiprocessor.
 pub struct Device {
@@ -78,10 +74,46 @@ impl Device {
         Device { raw, not_shared: PhantomData }
     }
 
-    fn allocate<T: Pod>(&self, len: usize) -> Array<T> {
+    /// Memory that nobody has written; `None` when there is not as much.
+    fn allocate_bytes(&self, bytes: usize) -> Option<*mut u8> {
         // SAFETY: `raw` is a live device, which checks the size against its memory.
-        let at = unsafe { dfar_emulator_allocate(self.raw.as_ptr(), len * size_of::<T>()) };
-        assert!(!at.is_null(), "the emulator's memory should suffice");
+        let at = unsafe { dfar_emulator_allocate(self.raw.as_ptr(), bytes) };
+        (!at.is_null()).then_some(at)
+    }
+
+    /// # Safety
+    /// `at` is from [`Device::allocate_bytes`] with as many bytes, and not released.
+    unsafe fn release(&self, at: *mut u8, bytes: usize) {
+        // SAFETY: the caller's promise.
+        unsafe { dfar_emulator_release(self.raw.as_ptr(), at, bytes) }
+    }
+
+    /// Whether all these bytes are in one allocation.
+    fn is_owned(&self, at: *const u8, bytes: usize) -> bool {
+        // SAFETY: compares the address with the device's memory before it looks anything up.
+        unsafe { dfar_emulator_owned(self.raw.as_ptr(), at, bytes) }
+    }
+
+    /// Notes that bytes hold values.
+    ///
+    /// # Safety
+    /// They lie inside one allocation.
+    unsafe fn mark(&self, at: *mut u8, bytes: usize, read_only: bool) {
+        // SAFETY: the caller's promise.
+        unsafe { dfar_emulator_mark(self.raw.as_ptr(), at, bytes, read_only) }
+    }
+
+    /// How many bytes nobody has written.
+    ///
+    /// # Safety
+    /// They lie inside one allocation.
+    unsafe fn unwritten(&self, at: *const u8, bytes: usize) -> usize {
+        // SAFETY: the caller's promise.
+        unsafe { dfar_emulator_unwritten(self.raw.as_ptr(), at, bytes) }
+    }
+
+    fn allocate<T: Pod>(&self, len: usize) -> Array<T> {
+        let at = self.allocate_bytes(len * size_of::<T>()).expect("the emulator's memory should suffice");
         Array { at, len, of: PhantomData }
     }
 
@@ -91,7 +123,7 @@ impl Device {
         // SAFETY: the device just allocated this many bytes, 256-byte aligned, and nothing else refers to them.
         unsafe {
             std::slice::from_raw_parts_mut(array.at.cast::<T>(), values.len()).copy_from_slice(values);
-            dfar_emulator_mark(self.raw.as_ptr(), array.at, size_of_val(values), true);
+            self.mark(array.at, size_of_val(values), true);
         }
         array
     }
@@ -104,8 +136,7 @@ impl Device {
     /// What an array holds; an error when nobody wrote a part of it.
     pub fn read<T: Pod>(&self, array: &Array<T>) -> Result<Vec<T>, String> {
         // SAFETY: arrays stay allocated as long as the device; the length is what was allocated.
-        let unwritten =
-            unsafe { dfar_emulator_unwritten(self.raw.as_ptr(), array.at, array.len * size_of::<T>()) };
+        let unwritten = unsafe { self.unwritten(array.at, array.len * size_of::<T>()) };
         if unwritten > 0 {
             return Err(format!("{unwritten} of {} bytes were never written", array.len * size_of::<T>()));
         }
@@ -117,39 +148,36 @@ impl Device {
     ///
     /// # Errors
     /// The first fault of any thread, in words.
-    pub fn launch<P: Pod>(
-        &self,
-        module: Module,
-        entry: &str,
-        launch: Launch,
-        params: &P,
-    ) -> Result<(), String> {
-        let name = CString::new(entry).expect("names of kernels should hold no zero");
-        // SAFETY: the look-ups compare the name, which outlives the call, and return null for what they do not know.
-        let kernel = unsafe {
-            match module {
-                Module::Attention(Element::Bf16, d) => dfar_emulator_bf16(name.as_ptr(), d as u32),
-                Module::Attention(Element::F16, d) => dfar_emulator_f16(name.as_ptr(), d as u32),
-                Module::Attention(Element::F32, d) => dfar_emulator_f32(name.as_ptr(), d as u32),
-                Module::Faults => dfar_emulator_faults(name.as_ptr(), 0),
-            }
-        };
-        let kernel = kernel.ok_or_else(|| format!("there is no kernel {entry} in {module:?}"))?;
+    pub fn launch<P: Pod>(&self, kernel: Kernel, launch: Launch, params: &P) -> Result<(), String> {
+        self.launch_bytes(kernel, launch, bytemuck::bytes_of(params))
+    }
+
+    fn launch_bytes(&self, kernel: Kernel, launch: Launch, params: &[u8]) -> Result<(), String> {
+        let c = |name: &str| CString::new(name).expect("names of kernels should hold no zero");
+        let (module, name) = (c(&kernel.module.name()), c(kernel.entry));
+        // SAFETY: the look-up compares the names, which outlive the call.
+        let entry = unsafe { dfar_emulator_find(module.as_ptr(), name.as_ptr()) };
+        if entry.is_null() {
+            return Err(format!("there is no kernel {} in {}", kernel.entry, kernel.module.name()));
+        }
         let Launch { grid: [x, y], threads, shared_bytes } = launch;
         if x == 0 || y == 0 {
             return Ok(());
         }
+        // The kernel reads the argument in place: it has to be aligned as the struct is.
+        let mut aligned = vec![0u64; params.len().div_ceil(8)];
+        bytemuck::cast_slice_mut(&mut aligned)[..params.len()].copy_from_slice(params);
         // SAFETY: every access the kernel makes through `params` is checked against this device's arrays before it
         // happens, and refused (the launch ends) where it is not inside one.
         let message = unsafe {
-            let params = std::ptr::from_ref(params).cast();
-            dfar_emulator_launch(self.raw.as_ptr(), kernel, params, x, y, threads, shared_bytes as usize)
+            let params = aligned.as_ptr().cast();
+            dfar_emulator_launch(self.raw.as_ptr(), entry, params, x, y, threads, shared_bytes as usize)
         };
         if message.is_null() {
             return Ok(());
         }
         // SAFETY: not null: a zero-terminated message that lives in the device until the next launch.
-        Err(format!("{entry}: {}", unsafe { CStr::from_ptr(message) }.to_string_lossy()))
+        Err(format!("{}: {}", kernel.entry, unsafe { CStr::from_ptr(message) }.to_string_lossy()))
     }
 }
 

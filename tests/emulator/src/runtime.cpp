@@ -2,6 +2,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <sys/mman.h>
 #include <vector>
 // Types of the kernels that emulator.h mentions.
@@ -58,6 +59,11 @@ namespace emulator {
 
 constinit thread_local Thread* self = nullptr;
 
+static constinit const Entry* entries = nullptr;
+Entry::Entry(const char* module, const char* name, void (*run)(const void*)) : module(module), name(name), run(run), next(entries) {
+    entries = this;
+}
+
 // ---------------------------------------------------------------- memory
 // State of one byte of device memory.
 enum State : unsigned char { NONE, UNWRITTEN, WRITTEN, READ_ONLY };
@@ -92,6 +98,7 @@ struct Device {
     unsigned char* memory;
     unsigned char* state;
     size_t used = GAP;
+    std::map<size_t, std::vector<unsigned char*>> released;  // by size
     unsigned char* stacks;
 
     // the running block
@@ -327,12 +334,41 @@ Device* dfar_emulator_new() { return new Device; }
 void dfar_emulator_free(Device* d) { delete d; }
 
 // Memory between gaps that belong to nobody; null when the arena is full.
-void* dfar_emulator_allocate(Device* d, size_t bytes) {
+static unsigned char* take(Device* d, size_t bytes) {
     const size_t at = (d->used + 255) & ~size_t(255);
     if (bytes > ARENA - GAP || at > ARENA - GAP - bytes) return nullptr;
     d->used = at + bytes + GAP;
     memset(d->state + at, UNWRITTEN, bytes);
     return d->memory + at;
+}
+void* dfar_emulator_allocate(Device* d, size_t bytes) {
+    const auto found = d->released.find((bytes + 255) & ~size_t(255));
+    if (found == d->released.end() || found->second.empty()) return take(d, bytes);
+    unsigned char* at = found->second.back();
+    found->second.pop_back();
+    memset(d->state + (at - d->memory), UNWRITTEN, bytes);
+    return at;
+}
+// From now on the memory is nobody's, until it is allocated again.
+void dfar_emulator_release(Device* d, void* at, size_t bytes) {
+    memset(d->state + (static_cast<unsigned char*>(at) - d->memory), NONE, bytes);
+    d->released[(bytes + 255) & ~size_t(255)].push_back(static_cast<unsigned char*>(at));
+}
+// Whether all the bytes lie in one piece of memory that is somebody's.
+bool dfar_emulator_owned(Device* d, const void* at, size_t bytes) {
+    const auto address = static_cast<const unsigned char*>(at);
+    if (address < d->memory || address + bytes > d->memory + ARENA) return false;
+    for (const unsigned char* state = d->state + (address - d->memory); bytes--; ++state) {
+        if (*state == NONE) return false;
+    }
+    return true;
+}
+// The kernel of that name, or null.
+const void* dfar_emulator_find(const char* module, const char* name) {
+    for (const Entry* entry = entries; entry; entry = entry->next) {
+        if (strcmp(entry->module, module) == 0 && strcmp(entry->name, name) == 0) return entry;
+    }
+    return nullptr;
 }
 // Bytes that hold values; `read_only`: which kernels may not write.
 void dfar_emulator_mark(Device* d, void* at, size_t bytes, bool read_only) {
@@ -347,7 +383,7 @@ size_t dfar_emulator_unwritten(Device* d, const void* at, size_t bytes) {
 }
 
 // Runs a grid, block by block. Null, or what went wrong.
-const char* dfar_emulator_launch(Device* d, Kernel kernel, const void* params, unsigned grid_x, unsigned grid_y, unsigned threads,
+const char* dfar_emulator_launch(Device* d, const Entry* entry, const void* params, unsigned grid_x, unsigned grid_y, unsigned threads,
                                  size_t shared_bytes) {
     d->failed = false;
     d->message[0] = 0;
@@ -357,9 +393,9 @@ const char* dfar_emulator_launch(Device* d, Kernel kernel, const void* params, u
     }
     const size_t used = d->used;
     d->shared_bytes = shared_bytes;
-    d->shared = static_cast<unsigned char*>(dfar_emulator_allocate(d, shared_bytes));
+    d->shared = take(d, shared_bytes);
     if (d->shared == nullptr) return "out of memory";
-    d->kernel = kernel;
+    d->kernel = entry->run;
     d->params = params;
     device = d;
     for (unsigned y = 0; y < grid_y && !d->failed; ++y) {

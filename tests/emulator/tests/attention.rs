@@ -6,7 +6,7 @@ use dfar::device::cuda::params::{AttentionParams, Item};
 use dfar::device::cuda::plan::{Pass, Plan};
 use dfar::device::cuda::tile::{Element, HEAD_DIMS};
 use dfar::verify::{Case, Fha, cases, compare, compare_gradients, relative_error};
-use dfar_emulator::{Device, Module};
+use dfar_emulator::Device;
 use half::{bf16, f16};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -156,7 +156,7 @@ fn run_within<T: Value>(batch: &Batch, shared_limit: usize) -> Result<Results, S
             ..plan.params(options)
         };
         let launch = plan.launch(options, pass);
-        device.launch(Module::Attention(T::ELEMENT, options.head_dim), pass.entry(), launch, &params)?;
+        device.launch(pass.kernel(T::ELEMENT, options.head_dim), launch, &params)?;
     }
     let read =
         |x| -> Result<Vec<f32>, String> { Ok(device.read::<T>(&x)?.iter().map(|x| x.to_f32()).collect()) };

@@ -1,14 +1,18 @@
 //! The emulator catches what it claims to catch: one kernel a fault, and one without.
 
-use dfar::device::cuda::plan::Launch;
-use dfar_emulator::{Device, Module};
+use dfar::device::cuda::runtime::{Kernel, Launch};
+use dfar_emulator::{Device, FAULTS};
 
-fn run(entry: &str, threads: u32) -> Result<(), String> {
+fn kernel(entry: &'static str) -> Kernel {
+    Kernel { module: FAULTS, entry }
+}
+
+fn run(entry: &'static str, threads: u32) -> Result<(), String> {
     let device = Device::new();
     let data = device.output::<f32>(64);
-    let launch = |entry: &str, threads| {
+    let launch = |entry: &'static str, threads| {
         let launch = Launch { grid: [1, 1], threads, shared_bytes: 256 };
-        device.launch(Module::Faults, entry, launch, &data.pointer())
+        device.launch(kernel(entry), launch, &data.pointer())
     };
     launch("fill", 32).expect("filling should be sound");
     launch(entry, threads)
@@ -46,7 +50,7 @@ fn an_input_cannot_be_written() {
     let device = Device::new();
     let data = device.input(&[0.0f32; 64]);
     let launch = Launch { grid: [1, 1], threads: 32, shared_bytes: 0 };
-    let message = device.launch(Module::Faults, "fill", launch, &data.pointer()).expect_err("it writes");
+    let message = device.launch(kernel("fill"), launch, &data.pointer()).expect_err("it writes");
     assert!(message.contains("write of 4 bytes to an input"), "{message}");
 }
 
@@ -55,7 +59,7 @@ fn what_no_thread_wrote_cannot_be_read_back() {
     let device = Device::new();
     let data = device.output::<f32>(64);
     let launch = Launch { grid: [1, 1], threads: 32, shared_bytes: 0 };
-    device.launch(Module::Faults, "fill", launch, &data.pointer()).expect("filling should be sound");
+    device.launch(kernel("fill"), launch, &data.pointer()).expect("filling should be sound");
     let message = device.read(&data).expect_err("half of it was filled");
     assert!(message.contains("128 of 256 bytes were never written"), "{message}");
 }

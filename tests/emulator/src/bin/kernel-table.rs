@@ -8,9 +8,9 @@
 
 use dfar::attention::{FhaOptions, LabelMask};
 use dfar::device::cuda::CudaError;
-use dfar::device::cuda::compile::{Arch, Variant, compile};
+use dfar::device::cuda::compile::{Arch, compile};
 use dfar::device::cuda::nvrtc::Nvrtc;
-use dfar::device::cuda::plan::Pass;
+use dfar::device::cuda::plan::{Pass, module};
 use dfar::device::cuda::tile::{Block, DELTA_THREADS, Element, HEAD_DIMS, tile};
 use std::fmt::Write as _;
 use std::process::{Command, ExitCode};
@@ -115,7 +115,7 @@ fn table() -> Result<(String, Vec<String>), String> {
     for machine in &MACHINES {
         for element in Element::ALL {
             for head_dim in HEAD_DIMS {
-                let code = compile(Variant { element, head_dim }, machine.arch).map_err(|e| e.to_string())?;
+                let code = compile(module(element, head_dim), machine.arch).map_err(|e| e.to_string())?;
                 let options = FhaOptions { label_mask: LabelMask::Feedback, ..FhaOptions::new(2, head_dim) };
                 let tile = tile(element, &options, 4096, 64, machine.shared_per_block << 10)
                     .map_err(|e| e.to_string())?;
@@ -173,7 +173,7 @@ fn compile_all() -> Result<usize, CudaError> {
     let mut count = 0;
     for machine in MACHINES.iter().filter(|machine| known(machine.arch)) {
         for (element, head_dim) in Element::ALL.into_iter().flat_map(|e| HEAD_DIMS.map(|d| (e, d))) {
-            compile(Variant { element, head_dim }, machine.arch)?;
+            compile(module(element, head_dim), machine.arch)?;
             count += 1;
         }
     }

@@ -1,2 +1,0 @@
-#include "entries.h"
-ENTRIES(bf16, bf16)

@@ -1,0 +1,164 @@
+//! The emulator as a [`Runtime`]: the library's own checks, plans and launches run on it unchanged.
+
+use super::Device;
+use dfar::device::cuda::params::Pointer;
+use dfar::device::cuda::runtime::{Gemm, Kernel, Launch, Limits, Memory, Precision, Runtime};
+use dfar::device::cuda::{CudaError, Gpu};
+use dfar::device::{Activation, Store};
+use half::bf16;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// An emulated device. A fault of a kernel is an error of its launch.
+pub struct Emulated {
+    device: Mutex<Device>,
+    limits: Limits,
+}
+
+// SAFETY: a device may be used from any thread, by one at a time, which the mutex sees to.
+unsafe impl Send for Emulated {}
+// SAFETY: as above.
+unsafe impl Sync for Emulated {}
+
+impl Default for Emulated {
+    /// With the shared memory of sm_80, the smallest of the data-centre devices, and few multiprocessors.
+    fn default() -> Self {
+        Self {
+            device: Mutex::new(Device::new()),
+            limits: Limits { shared_per_block: 163 << 10, multiprocessors: 4 },
+        }
+    }
+}
+
+/// A fresh emulated device with all the operations.
+pub fn gpu(precision: Precision) -> Gpu<Emulated> {
+    Gpu::new(Emulated::default(), precision)
+}
+
+impl Emulated {
+    fn device(&self) -> MutexGuard<'_, Device> {
+        self.device.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn fault(action: &'static str) -> impl FnOnce(String) -> CudaError {
+    move |message| CudaError::Driver { action, message }
+}
+
+/// A matrix in the device's memory; an error when it is not, or not written.
+fn matrix<'a>(device: &'a Device, at: Pointer, len: usize, name: &str) -> Result<&'a [f32], CudaError> {
+    let (at, bytes) = (at as *const u8, len * size_of::<f32>());
+    if !device.is_owned(at, bytes) {
+        return Err(fault("gemm")(format!("{name} is not {len} values of one array")));
+    }
+    // SAFETY: owned, as just found.
+    let unwritten = unsafe { device.unwritten(at, bytes) };
+    if unwritten > 0 {
+        return Err(fault("gemm")(format!("{unwritten} bytes of {name} were never written")));
+    }
+    // SAFETY: owned and written; any bytes are an f32; no kernel is running.
+    Ok(unsafe { std::slice::from_raw_parts(at.cast(), len) })
+}
+
+impl Runtime for Emulated {
+    fn name(&self) -> String {
+        "emulator".to_owned()
+    }
+
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    fn memory(&self) -> Result<Memory, CudaError> {
+        Ok(Memory { free: 1 << 30, total: 1 << 30 })
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Pointer, CudaError> {
+        self.device().allocate_bytes(bytes).map(|at| at as Pointer).ok_or(CudaError::OutOfMemory { bytes })
+    }
+
+    unsafe fn free(&self, at: Pointer, bytes: usize) {
+        // SAFETY: the caller's promise.
+        unsafe { self.device().release(at as *mut u8, bytes) }
+    }
+
+    unsafe fn zero(&self, at: Pointer, bytes: usize) -> Result<(), CudaError> {
+        // SAFETY: the caller's promise.
+        unsafe { self.write(at, &vec![0; bytes]) }
+    }
+
+    unsafe fn write(&self, at: Pointer, host: &[u8]) -> Result<(), CudaError> {
+        let device = self.device();
+        let to = at as *mut u8;
+        if !device.is_owned(to, host.len()) {
+            return Err(fault("write")("a copy that is not inside one array".to_owned()));
+        }
+        // SAFETY: owned, as just found; no kernel is running, and the host's memory is not the device's.
+        unsafe {
+            std::ptr::copy_nonoverlapping(host.as_ptr(), to, host.len());
+            device.mark(to, host.len(), false);
+        }
+        Ok(())
+    }
+
+    unsafe fn read(&self, at: Pointer, host: &mut [u8]) -> Result<(), CudaError> {
+        let device = self.device();
+        let from = at as *const u8;
+        if !device.is_owned(from, host.len()) {
+            return Err(fault("read")("a copy that is not inside one array".to_owned()));
+        }
+        // SAFETY: owned, as just found.
+        let unwritten = unsafe { device.unwritten(from, host.len()) };
+        if unwritten > 0 {
+            return Err(fault("read")(format!("{unwritten} of {} bytes were never written", host.len())));
+        }
+        // SAFETY: owned and written; the host's memory is not the device's.
+        unsafe { std::ptr::copy_nonoverlapping(from, host.as_mut_ptr(), host.len()) };
+        Ok(())
+    }
+
+    unsafe fn launch(&self, kernel: Kernel, launch: Launch, params: &[u8]) -> Result<(), CudaError> {
+        self.device().launch_bytes(kernel, launch, params).map_err(fault(kernel.entry))
+    }
+
+    unsafe fn gemm(&self, gemm: &Gemm) -> Result<(), CudaError> {
+        let device = self.device();
+        let [m, n, k] = gemm.shape;
+        if m * n * k == 0 || (gemm.store == Store::Add && (gemm.bias != 0 || gemm.activation != Activation::None)) {
+            return Err(fault("gemm")(format!("{gemm:?} is not a product that runtimes offer")));
+        }
+        let round = |x: f32| match gemm.precision {
+            Precision::F32 => x,
+            Precision::Bf16 => bf16::from_f32(x).to_f32(),
+        };
+        // Both row-major, so that the innermost loop runs along rows.
+        let packed = |at, transposed: bool, rows: usize, columns: usize, name| -> Result<Vec<f32>, CudaError> {
+            let values = matrix(&device, at, rows * columns, name)?;
+            Ok((0..rows * columns)
+                .map(|i| round(if transposed { values[i % columns * rows + i / columns] } else { values[i] }))
+                .collect())
+        };
+        let a = packed(gemm.a, gemm.a_transposed, m, k, "a")?;
+        let b = packed(gemm.b, gemm.b_transposed, k, n, "b")?;
+        let bias = if gemm.bias == 0 { vec![0.0; n] } else { matrix(&device, gemm.bias, n, "bias")?.to_vec() };
+        let mut c = match gemm.store {
+            Store::Add => matrix(&device, gemm.c, m * n, "c")?.to_vec(),
+            Store::Overwrite => vec![0.0; m * n],
+        };
+        for (row, c) in c.chunks_exact_mut(n).enumerate() {
+            let mut sums = vec![0.0f32; n];
+            for (a, b) in a[row * k..][..k].iter().zip(b.chunks_exact(n)) {
+                sums.iter_mut().zip(b).for_each(|(sum, b)| *sum += a * b);
+            }
+            for ((c, sum), bias) in c.iter_mut().zip(sums).zip(&bias) {
+                *c += sum + bias;
+                // Unlike f32::max, keeps a NaN.
+                if gemm.activation == Activation::Relu && *c < 0.0 {
+                    *c = 0.0;
+                }
+            }
+        }
+        drop(device);
+        // SAFETY: the caller's promise; `write` checks it.
+        unsafe { self.write(gemm.c, bytemuck::cast_slice(&c)) }
+    }
+}

@@ -1,2 +1,0 @@
-#include "entries.h"
-ENTRIES(f32, float)

@@ -24,6 +24,7 @@ __device__ __forceinline__ int warp_index() { return threadIdx.x >> 5; }
 // Same value in all lanes, known to the compiler to be so.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffff, x, 0); }
 __device__ __forceinline__ float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffff, x, lanes); }
+__device__ __forceinline__ double shuffle_xor(double x, int lanes) { return __shfl_xor_sync(0xffffffff, x, lanes); }
 __device__ __forceinline__ bool any_lane(bool x) { return __any_sync(0xffffffff, x); }
 
 // ---------------------------------------------------------------- memory

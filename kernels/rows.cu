@@ -1,8 +1,12 @@
-// Passes over rows of activations: sums, ReLU backward, column sums, concatenation, rows by label.
+// Passes over rows of activations: sums, ReLU backward with column sums, concatenation, rows by label.
 //
 // TRAFFIC. Each is bound by memory: what is said to be read is read once, what is said to be written is written once,
-// 16 bytes at a time where the length allows.
-#include "primitives.cuh"
+// 16 bytes at a time where the width is a multiple of 4.
+#include "row_group.cuh"
+
+constexpr int THREADS = 256;
+
+// ----------------------------------------------------------------------------------------------------------------- add
 
 struct AddParams {
     const float* x;  // [len]
@@ -11,15 +15,192 @@ struct AddParams {
 };
 static_assert(sizeof(AddParams) == 24, "mirrored by src/device/cuda/rows.rs");
 
-// y += x. Reads x and y, writes y: 12 bytes a value. A thread owns four values.
-KERNEL(rows_add, AddParams, 256) {
+// y += x: 12 bytes a value. A thread owns four values.
+KERNEL(rows_add, AddParams, THREADS) {
     const size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
     if (i + 4 <= p.len) {
-        const float4 x = *reinterpret_cast<const float4*>(p.x + i);
-        float4 y = *reinterpret_cast<const float4*>(p.y + i);
-        y.x += x.x, y.y += x.y, y.z += x.z, y.w += x.w;
-        *reinterpret_cast<float4*>(p.y + i) = y;
+        float x[4];
+        load<4>(x, p.x + i);
+        store_added<4>(p.y + i, x);
     } else {
         for (size_t j = i; j < p.len; ++j) p.y[j] += p.x[j];
     }
 }
+
+// -------------------------------------------------------------------------------------------------------- column sums
+
+struct ColumnSumParams {
+    const float* y;  // [rows, width] output of the ReLU; null: none
+    float* dy;       // [rows, width]; set to 0 where y is not positive
+    float* partial;  // [gridDim.x, width]
+    unsigned rows, width;
+    unsigned block_rows;
+    unsigned unused;
+};
+static_assert(sizeof(ColumnSumParams) == 40, "mirrored by src/device/cuda/rows.rs");
+
+// ReLU backward in place, and the sums of the columns over each block's rows: gradient of a bias. blockIdx.y is a chunk of
+// THREADS vectors of columns. 4 bytes a value read, with the ReLU 8 read and 4 written.
+template <int V> __device__ __forceinline__ void column_sums(const ColumnSumParams& p) {
+    const unsigned chunk = blockIdx.y * THREADS, vectors = p.width / V;
+    const unsigned across = vectors - chunk < THREADS ? vectors - chunk : THREADS;
+    const unsigned slices = THREADS / across;
+    const unsigned slice = threadIdx.x / across, column = (chunk + threadIdx.x % across) * V;
+    const size_t first = size_t(blockIdx.x) * p.block_rows;
+    const size_t last = first + p.block_rows < p.rows ? first + p.block_rows : p.rows;
+    float sums[V] = {};
+    for (size_t row = first + slice; slice < slices && row < last; row += slices) {
+        float dy[V];
+        load<V>(dy, p.dy + row * p.width + column);
+        if (p.y) {
+            float y[V];
+            load<V>(y, p.y + row * p.width + column);
+#pragma unroll
+            for (int v = 0; v < V; ++v) dy[v] = y[v] > 0.0f ? dy[v] : 0.0f;
+            store<V>(p.dy + row * p.width + column, dy);
+        }
+        add<V>(sums, dy);
+    }
+    float* share = reinterpret_cast<float*>(shared_memory()) + threadIdx.x * V;
+    store<V>(share, sums);
+    __syncthreads();
+    if (slice == 0) {
+        for (unsigned other = 1; other < slices; ++other) {
+            float more[V];
+            load<V>(more, share + other * across * V);
+            add<V>(sums, more);
+        }
+        store<V>(p.partial + blockIdx.x * size_t(p.width) + column, sums);
+    }
+}
+KERNEL(rows_column_sums, ColumnSumParams, THREADS) { WITH_VECTORS(p.width, column_sums); }
+
+struct ReduceParams {
+    const float* partial;  // [count, first_width + second_width]
+    float* first;          // [first_width]
+    float* second;         // [second_width]
+    unsigned count;
+    unsigned first_width, second_width;
+    unsigned unused;
+};
+static_assert(sizeof(ReduceParams) == 40, "mirrored by src/device/cuda/rows.rs");
+
+// Adds up the blocks' shares of column sums, in f64, in a fixed order. A warp takes 32 columns of every eighth block.
+KERNEL(rows_reduce, ReduceParams, THREADS) {
+    const unsigned width = p.first_width + p.second_width;
+    const unsigned column = blockIdx.x * 32 + lane_index();
+    double sum = 0.0;
+    if (column < width) {
+        for (size_t i = warp_index(); i < p.count; i += THREADS / 32) sum += p.partial[i * width + column];
+    }
+    double* sums = reinterpret_cast<double*>(shared_memory());
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.x >= 32 || column >= width) return;
+    for (int warp = 1; warp < THREADS / 32; ++warp) sum += sums[warp * 32 + threadIdx.x];
+    if (column < p.first_width) p.first[column] = float(sum);
+    else p.second[column - p.first_width] = float(sum);
+}
+
+// ------------------------------------------------------------------------------------------------------ concatenation
+
+struct ConcatParams {
+    const float* parts[4];     // [.., width]
+    const unsigned* index[4];  // [rows]; null: the row itself
+    float* y;                  // [rows, part_count * width]
+    unsigned rows, width;
+    unsigned bits;
+    unsigned part_count;
+};
+static_assert(sizeof(ConcatParams) == 88, "mirrored by src/device/cuda/rows.rs");
+
+// blockIdx.y is the part. 8 bytes a value of y.
+template <int V> __device__ __forceinline__ void concat(const ConcatParams& p) {
+    const RowGroup group(p.bits);
+    const size_t row = group.row();
+    if (row >= p.rows) return;
+    const unsigned part = blockIdx.y;
+    const unsigned* index = p.index[part];
+    const float* from = p.parts[part] + (index ? index[row] : row) * p.width;
+    float* to = p.y + (row * p.part_count + part) * p.width;
+    for (unsigned c = group.lane * V; c < p.width; c += V << p.bits) {
+        float x[V];
+        load<V>(x, from + c);
+        store<V>(to + c, x);
+    }
+}
+KERNEL(rows_concat, ConcatParams, THREADS) { WITH_VECTORS(p.width, concat); }
+
+struct TakePartParams {
+    const float* dy;  // [rows, parts * width]
+    float* dx;        // [rows, width]
+    unsigned rows, width;
+    unsigned part, parts;
+    unsigned bits;
+    unsigned adds;    // dx is added to
+};
+static_assert(sizeof(TakePartParams) == 40, "mirrored by src/device/cuda/rows.rs");
+
+// dx (+)= one part of dy. (Of parts with an index the gradient is a segmented sum: embedding.cu.)
+template <int V> __device__ __forceinline__ void take_part(const TakePartParams& p) {
+    const RowGroup group(p.bits);
+    const size_t row = group.row();
+    if (row >= p.rows) return;
+    for (unsigned c = group.lane * V; c < p.width; c += V << p.bits) {
+        float x[V];
+        load<V>(x, p.dy + (row * p.parts + p.part) * p.width + c);
+        float* to = p.dx + row * p.width + c;
+        if (p.adds) store_added<V>(to, x);
+        else store<V>(to, x);
+    }
+}
+KERNEL(rows_take_part, TakePartParams, THREADS) { WITH_VECTORS(p.width, take_part); }
+
+// ------------------------------------------------------------------------------------------------------ rows by label
+
+struct SplitParams {
+    const unsigned* index[2];  // [count[f]] rows of label f
+    const float* x;            // [rows, width]
+    float* y;                  // [rows, width]
+    unsigned count[2];         // rows = their sum
+    unsigned width;
+    unsigned bits;
+    unsigned adds;             // merge: y is added to
+    unsigned unused;
+};
+static_assert(sizeof(SplitParams) == 56, "mirrored by src/device/cuda/rows.rs");
+
+// The row of the input that is `i`-th by label.
+__device__ __forceinline__ size_t by_label(const SplitParams& p, size_t i) {
+    return i < p.count[0] ? p.index[0][i] : p.index[1][i - p.count[0]];
+}
+
+// y: the rows of x, those of label 0 first. 8 bytes a value.
+template <int V> __device__ __forceinline__ void split(const SplitParams& p) {
+    const RowGroup group(p.bits);
+    const size_t i = group.row();
+    if (i >= p.count[0] + p.count[1]) return;
+    const size_t row = by_label(p, i);
+    for (unsigned c = group.lane * V; c < p.width; c += V << p.bits) {
+        float x[V];
+        load<V>(x, p.x + row * p.width + c);
+        store<V>(p.y + i * p.width + c, x);
+    }
+}
+KERNEL(rows_split, SplitParams, THREADS) { WITH_VECTORS(p.width, split); }
+
+// The other way round: y's rows in their own order, from x by label.
+template <int V> __device__ __forceinline__ void merge(const SplitParams& p) {
+    const RowGroup group(p.bits);
+    const size_t i = group.row();
+    if (i >= p.count[0] + p.count[1]) return;
+    const size_t row = by_label(p, i);
+    for (unsigned c = group.lane * V; c < p.width; c += V << p.bits) {
+        float x[V];
+        load<V>(x, p.x + i * p.width + c);
+        float* to = p.y + row * p.width + c;
+        if (p.adds) store_added<V>(to, x);
+        else store<V>(to, x);
+    }
+}
+KERNEL(rows_merge, SplitParams, THREADS) { WITH_VECTORS(p.width, merge); }

@@ -105,7 +105,7 @@ pub fn verify(path: &Path) -> Result<Report, VerifyError> {
     let case = Case::read(path)?;
     let outcome = match case.kind.as_str() {
         "fha" => Outcome::Checked(verify_fha(&case)?),
-        "dfar" => Outcome::Checked(verify_dfar(&case)?),
+        "dfar" => Outcome::Checked(verify_dfar(&case, std::sync::Arc::new(crate::device::cpu::Cpu::new()))?),
         kind => return Err(VerifyError::Kind { path: path.to_owned(), kind: kind.to_owned() }),
     };
     Ok(Report { case: case.name, outcome })

@@ -16,6 +16,7 @@ pub trait Element: bytemuck::Pod + Send + Sync {}
 impl Element for f32 {}
 impl Element for u32 {}
 impl Element for u8 {}
+impl Element for f64 {}
 
 /// Memory owned by a device. Dropping it returns the memory to the device's pool.
 pub trait Buffer<T>: Send {
@@ -52,6 +53,9 @@ pub enum DeviceError {
     /// The attention operation refused its arguments.
     #[error(transparent)]
     Attention(#[from] crate::attention::AttentionError),
+    /// The GPU.
+    #[error(transparent)]
+    Cuda(#[from] cuda::CudaError),
 }
 
 /// Rows that refer to rows, as compressed sparse rows: the members of row `i` are
@@ -98,6 +102,14 @@ pub struct TargetWeights<F> {
     pub b2: F,
 }
 
+/// Where a number is left on the device: a value of a buffer of them, which comes to the host in one piece when it is needed.
+pub struct Slot<'a, F> {
+    /// The buffer.
+    pub values: &'a mut F,
+    /// Which value.
+    pub index: usize,
+}
+
 /// One tensor and its optimiser state, for [`Device::adam`].
 pub struct AdamTensor<'a, F, U> {
     /// Values, updated.
@@ -142,6 +154,10 @@ pub struct AdamStep {
 pub trait Device: Send + Sync {
     /// Memory of this device.
     type Buffer<T: Element>: Buffer<T>;
+    /// What attention needs to know of a batch; made once a batch, used by every block.
+    type AttentionPlan: Send;
+    /// What target attention needs to know of a batch; made once a batch, used by both interests.
+    type TargetPlan: Send;
 
     /// What it is, for logs, e.g. `cpu (avx512, 2 threads)`.
     fn name(&self) -> String;
@@ -184,13 +200,14 @@ pub trait Device: Send + Sync {
         row: &Self::Buffer<u32>,
         y: &mut Self::Buffer<f32>,
     ) -> Result<(), DeviceError>;
-    /// Half the sum of squares of the rows `row` of `table`, each counted once.
+    /// Half the sum of squares of the rows `row` of `table`, each counted once, written to `sum`.
     fn half_square_sum(
         &self,
         width: usize,
         table: &Self::Buffer<f32>,
         row: &Self::Buffer<u32>,
-    ) -> Result<f64, DeviceError>;
+        sum: Slot<Self::Buffer<f64>>,
+    ) -> Result<(), DeviceError>;
     /// `y += x`
     fn add(&self, x: &Self::Buffer<f32>, y: &mut Self::Buffer<f32>) -> Result<(), DeviceError>;
 
@@ -204,6 +221,32 @@ pub trait Device: Send + Sync {
         beta: &Self::Buffer<f32>,
         y: &mut Self::Buffer<f32>,
     ) -> Result<(), DeviceError>;
+    /// [`Device::gather_sum`] to `y`, and the layer norm of `y` to `n`.
+    fn gather_layer_norm(
+        &self,
+        width: usize,
+        tables: &[(&Self::Buffer<f32>, &Self::Buffer<u32>)],
+        gamma: &Self::Buffer<f32>,
+        beta: &Self::Buffer<f32>,
+        y: &mut Self::Buffer<f32>,
+        n: &mut Self::Buffer<f32>,
+    ) -> Result<(), DeviceError> {
+        self.gather_sum(width, tables, y)?;
+        self.layer_norm(width, y, gamma, beta, n)
+    }
+    /// `y += x`, and the layer norm of `y` to `n`.
+    fn add_layer_norm(
+        &self,
+        width: usize,
+        x: &Self::Buffer<f32>,
+        gamma: &Self::Buffer<f32>,
+        beta: &Self::Buffer<f32>,
+        y: &mut Self::Buffer<f32>,
+        n: &mut Self::Buffer<f32>,
+    ) -> Result<(), DeviceError> {
+        self.add(x, y)?;
+        self.layer_norm(width, y, gamma, beta, n)
+    }
     /// Gradients of [`Device::layer_norm`]; the row statistics are recomputed from `x`.
     fn layer_norm_backward(
         &self,
@@ -266,27 +309,30 @@ pub trait Device: Send + Sync {
     ) -> Result<(), DeviceError>;
 
     // ---------------------------------------------------------------- attention
+    /// Makes the plan of a batch: `cu_seqlens: [B + 1]`, `label: [N]` as [`crate::attention::Inputs`] has them.
+    fn attention_plan(
+        &self,
+        options: &FhaOptions,
+        cu_seqlens: &[u32],
+        label: &[u8],
+    ) -> Result<Self::AttentionPlan, DeviceError>;
     /// [`crate::attention::forward`] on device buffers.
     fn attention(
         &self,
-        options: &FhaOptions,
+        plan: &Self::AttentionPlan,
         q: &Self::Buffer<f32>,
         k: &Self::Buffer<f32>,
         v: &Self::Buffer<f32>,
-        cu_seqlens: &Self::Buffer<u32>,
-        label: &Self::Buffer<u8>,
         o: &mut Self::Buffer<f32>,
         lse: &mut Self::Buffer<f32>,
     ) -> Result<(), DeviceError>;
     /// [`crate::attention::backward`] on device buffers.
     fn attention_backward(
         &self,
-        options: &FhaOptions,
+        plan: &Self::AttentionPlan,
         q: &Self::Buffer<f32>,
         k: &Self::Buffer<f32>,
         v: &Self::Buffer<f32>,
-        cu_seqlens: &Self::Buffer<u32>,
-        label: &Self::Buffer<u8>,
         o: &Self::Buffer<f32>,
         lse: &Self::Buffer<f32>,
         d_o: &Self::Buffer<f32>,
@@ -322,14 +368,19 @@ pub trait Device: Send + Sync {
     ) -> Result<(), DeviceError>;
 
     // ---------------------------------------------------------------- target attention
+    /// Makes the plan of a batch, for tokens of `width` and a perceptron of these hidden widths.
+    fn target_plan(
+        &self,
+        width: usize,
+        hidden: [usize; 2],
+        index: TargetIndex<[u32]>,
+    ) -> Result<Self::TargetPlan, DeviceError>;
     /// Scores `e: [score_offsets[C]]` with `e[pair, t] = MLP([a_t, r, a_t - r, a_t * r])`, and for every row
     /// `att[row] = sum_t softmax_t(e[pair, t]) s_t` over its history (0 where that is empty), `lse: [R]`.
     /// `s, a: [N, D]`, `r: [C, D]`, `att: [R, D]`.
     fn target_attention(
         &self,
-        width: usize,
-        hidden: [usize; 2],
-        index: TargetIndex<Self::Buffer<u32>>,
+        plan: &Self::TargetPlan,
         s: &Self::Buffer<f32>,
         a: &Self::Buffer<f32>,
         r: &Self::Buffer<f32>,
@@ -342,9 +393,7 @@ pub trait Device: Send + Sync {
     /// overwritten. The gradient of `b2` is exactly 0 (a softmax does not see a constant) and is written so.
     fn target_attention_backward(
         &self,
-        width: usize,
-        hidden: [usize; 2],
-        index: TargetIndex<Self::Buffer<u32>>,
+        plan: &Self::TargetPlan,
         s: &Self::Buffer<f32>,
         a: &Self::Buffer<f32>,
         r: &Self::Buffer<f32>,
@@ -378,8 +427,8 @@ pub trait Device: Send + Sync {
         segments: Option<Segments<Self::Buffer<u32>>>,
         dx: (&mut Self::Buffer<f32>, Store),
     ) -> Result<(), DeviceError>;
-    /// BCE and IBL over rows and their gradients: `logit_pos, logit_neg, target: [R]` to the unweighted means
-    /// `[bce, ibl]`; `d_pos`, `d_neg` are gradients of `bce + bpr * ibl`.
+    /// BCE and IBL over rows and their gradients: `logit_pos, logit_neg, target: [R]` to the unweighted means, BCE in the
+    /// slot and IBL in the one behind it (0 without rows); `d_pos`, `d_neg` are gradients of `bce + bpr * ibl`.
     fn rank_loss(
         &self,
         bpr: f32,
@@ -388,9 +437,10 @@ pub trait Device: Send + Sync {
         target: &Self::Buffer<f32>,
         d_pos: &mut Self::Buffer<f32>,
         d_neg: &mut Self::Buffer<f32>,
-    ) -> Result<[f64; 2], DeviceError>;
-    /// Mean over rows of `cos(x, y)` (0 with zero gradient where a squared norm is under 1e-12), and `weight`
-    /// times its gradients, added to `dx` and `dy`.
+        losses: Slot<Self::Buffer<f64>>,
+    ) -> Result<(), DeviceError>;
+    /// Mean over rows of `cos(x, y)` (0 with zero gradient where a squared norm is under 1e-12; 0 without rows), and
+    /// `weight` times its gradients, added to `dx` and `dy`.
     fn cosine_loss(
         &self,
         width: usize,
@@ -399,14 +449,16 @@ pub trait Device: Send + Sync {
         y: &Self::Buffer<f32>,
         dx: &mut Self::Buffer<f32>,
         dy: &mut Self::Buffer<f32>,
-    ) -> Result<f64, DeviceError>;
+        loss: Slot<Self::Buffer<f64>>,
+    ) -> Result<(), DeviceError>;
 
     // ---------------------------------------------------------------- optimiser
-    /// Clips every gradient and takes one Adam step on all tensors. Returns the global gradient norm before
-    /// clipping; when that is not finite nothing is updated.
+    /// Clips every gradient and takes one Adam step on all tensors. The norm of all gradients before clipping goes to
+    /// `norm`; when it, or any value before it (the step's losses), is not finite, nothing is updated.
     fn adam(
         &self,
         step: &AdamStep,
         tensors: &mut [AdamTensor<Self::Buffer<f32>, Self::Buffer<u32>>],
-    ) -> Result<f64, DeviceError>;
+        norm: Slot<Self::Buffer<f64>>,
+    ) -> Result<(), DeviceError>;
 }

@@ -13,10 +13,8 @@ use crate::device::{Activation, Buffer, Device, DeviceError, Store};
 /// The packed sequences a block runs over.
 pub struct Sequences<'a, D: Device> {
     pub tokens: usize,
-    /// `[B + 1]`
-    pub cu_seqlens: &'a D::Buffer<u32>,
-    /// `[N]`; empty where `options` has no label mask.
-    pub label: &'a D::Buffer<u8>,
+    /// Made for `options`.
+    pub plan: &'a D::AttentionPlan,
     /// Tokens of each label; read only under the label mask.
     pub tokens_by_label: [&'a D::Buffer<u32>; 2],
     pub options: &'a FhaOptions,
@@ -44,19 +42,29 @@ impl<D: Device> BlockState<D> {
     }
 }
 
-/// A stack of blocks: `x: [N, D]` to `[N, D]`.
+/// A stack of at least one block over rows that are sums of rows of `tables`: to `[N, D]`.
 pub fn forward<D: Device>(
     device: &D,
     blocks: &[Block],
     p: &Tensors<D>,
     sequences: &Sequences<D>,
-    mut x: D::Buffer<f32>,
+    tables: &[(&D::Buffer<f32>, &D::Buffer<u32>)],
 ) -> Result<(D::Buffer<f32>, Vec<BlockState<D>>), DeviceError> {
+    let width = sequences.options.heads * sequences.options.head_dim;
+    let fresh = || device.alloc::<f32>(sequences.tokens * width);
+    let (mut x, mut u) = (fresh()?, fresh()?);
+    let Norm { gamma, beta } = blocks[0].ln_in;
+    device.gather_layer_norm(width, tables, &p[gamma], &p[beta], &mut x, &mut u)?;
     let mut states = Vec::with_capacity(blocks.len());
-    for block in blocks {
-        let (y, state) = block_forward(device, block, p, sequences, x)?;
+    for (i, block) in blocks.iter().enumerate() {
+        let (y, state) = block_forward(device, block, p, sequences, x, u)?;
         states.push(state);
         x = y;
+        u = device.alloc(0)?;
+        if let Some(next) = blocks.get(i + 1) {
+            u = fresh()?;
+            device.layer_norm(width, &x, &p[next.ln_in.gamma], &p[next.ln_in.beta], &mut u)?;
+        }
     }
     Ok((x, states))
 }
@@ -83,6 +91,7 @@ fn block_forward<D: Device>(
     p: &Tensors<D>,
     sequences: &Sequences<D>,
     x: D::Buffer<f32>,
+    u: D::Buffer<f32>,
 ) -> Result<(D::Buffer<f32>, BlockState<D>), DeviceError> {
     let options = sequences.options;
     let (tokens, width) = (sequences.tokens, options.heads * options.head_dim);
@@ -99,19 +108,20 @@ fn block_forward<D: Device>(
         )?;
         Ok(y)
     };
-    let norm = |x: &D::Buffer<f32>, norm: &Norm| -> Result<D::Buffer<f32>, DeviceError> {
-        let mut y = fresh()?;
-        device.layer_norm(width, x, &p[norm.gamma], &p[norm.beta], &mut y)?;
-        Ok(y)
-    };
+    // `y += x`, then its layer norm.
+    let add_norm =
+        |x: &D::Buffer<f32>, y: &mut D::Buffer<f32>, norm: &Norm| -> Result<D::Buffer<f32>, DeviceError> {
+            let mut n = fresh()?;
+            device.add_layer_norm(width, x, &p[norm.gamma], &p[norm.beta], y, &mut n)?;
+            Ok(n)
+        };
 
-    let u = norm(&x, &block.ln_in)?;
     let q = linear(&u, &block.q, Activation::None)?;
     let k = linear(&x, &block.k, Activation::None)?;
     let v = linear(&x, &block.v, Activation::None)?;
     let mut o = device.alloc(tokens * options.query_slots() * options.key_slots() * options.head_dim)?;
     let mut lse = device.alloc(tokens * options.query_slots())?;
-    device.attention(options, &q, &k, &v, sequences.cu_seqlens, sequences.label, &mut o, &mut lse)?;
+    device.attention(sequences.plan, &q, &k, &v, &mut o, &mut lse)?;
     let mut g = match options.label_mask {
         LabelMask::None => linear(&o, &block.o, Activation::None)?,
         LabelMask::Feedback => {
@@ -128,12 +138,10 @@ fn block_forward<D: Device>(
             g
         }
     };
-    device.add(&u, &mut g)?;
-    let n = norm(&g, &block.ln_ffn)?;
+    let n = add_norm(&u, &mut g, &block.ln_ffn)?;
     let f = linear(&n, &block.ffn1, Activation::Relu)?;
     let mut out = linear(&f, &block.ffn2, Activation::None)?;
-    device.add(&n, &mut out)?;
-    let y = norm(&out, &block.ln_out)?;
+    let y = add_norm(&n, &mut out, &block.ln_out)?;
     Ok((y, BlockState { x, u, q, k, v, o, lse, g, n, f, out }))
 }
 
@@ -200,20 +208,7 @@ fn block_backward<D: Device>(
         }
     }
     let (mut dq, mut dk, mut dv) = (dn, fresh()?, fresh()?);
-    device.attention_backward(
-        options,
-        &q,
-        &k,
-        &v,
-        sequences.cu_seqlens,
-        sequences.label,
-        &o,
-        &lse,
-        &d_o,
-        &mut dq,
-        &mut dk,
-        &mut dv,
-    )?;
+    device.attention_backward(sequences.plan, &q, &k, &v, &o, &lse, &d_o, &mut dq, &mut dk, &mut dv)?;
     // `dg` is the residual's share of the gradient of `u`.
     let mut du = dg;
     linear(grads, &block.q, Activation::None, &u, &q, &mut dq, (&mut du, Store::Add))?;

@@ -1,6 +1,6 @@
 //! What a model is, and how it is trained: plain numbers, checked.
 
-use crate::attention::Normalization;
+use crate::attention::{FhaOptions, LabelMask, Normalization, Pairing};
 use crate::device::{Clip, DeviceError};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -50,6 +50,25 @@ impl ModelConfig {
 }
 
 impl ModelConfig {
+    /// Attention of the encoder.
+    pub fn encoder_attention(&self) -> FhaOptions {
+        let masked = self.label_mask && self.fha && self.heads > 1;
+        FhaOptions {
+            label_mask: if masked { LabelMask::Feedback } else { LabelMask::None },
+            normalization: self.normalization,
+            ..self.interest_attention()
+        }
+    }
+
+    /// Attention of the interests' encoders: one label, so no mask.
+    pub fn interest_attention(&self) -> FhaOptions {
+        FhaOptions {
+            label_mask: LabelMask::None,
+            pairing: if self.fha { Pairing::Factorized } else { Pairing::PerHead },
+            ..FhaOptions::new(self.heads, self.width / self.heads)
+        }
+    }
+
     /// Whether these numbers make a network.
     pub fn check(&self) -> Result<(), ModelError> {
         let error = |field, value, reason| Err(ModelError::Config { field, value, reason });

@@ -1,5 +1,7 @@
 //! A batch's indices on the device.
 
+use super::ModelConfig;
+use crate::attention::LabelMask;
 use crate::batch::{Batch, LabelSplit, Lists, Touched};
 use crate::device::{Device, DeviceError, Segments, TargetIndex};
 
@@ -38,11 +40,14 @@ pub struct DeviceSplit<D: Device> {
     pub token: D::Buffer<u32>,
     pub cu_seqlens: D::Buffer<u32>,
     pub count: D::Buffer<u32>,
+    /// Of the interest's encoder.
+    pub attention: D::AttentionPlan,
 }
 
 impl<D: Device> DeviceSplit<D> {
-    fn upload(device: &D, split: &LabelSplit) -> Result<Self, DeviceError> {
+    fn upload(device: &D, config: &ModelConfig, split: &LabelSplit) -> Result<Self, DeviceError> {
         Ok(Self {
+            attention: device.attention_plan(&config.interest_attention(), &split.cu_seqlens, &[])?,
             tokens: split.token.len(),
             token: device.upload(&split.token)?,
             cu_seqlens: device.upload(&split.cu_seqlens)?,
@@ -61,7 +66,8 @@ pub struct Indices<D: Device> {
     pub cu_seqlens: D::Buffer<u32>,
     pub item: D::Buffer<u32>,
     pub position: D::Buffer<u32>,
-    pub label: D::Buffer<u8>,
+    /// Of the encoder.
+    pub attention: D::AttentionPlan,
     /// The labels as rows of the label table.
     pub label_row: D::Buffer<u32>,
     pub split: [DeviceSplit<D>; 2],
@@ -71,29 +77,34 @@ pub struct Indices<D: Device> {
     pub group_rows: DeviceLists<D>,
     pub row_group: D::Buffer<u32>,
     pub row_item: D::Buffer<u32>,
-    pub row_length: D::Buffer<u32>,
     pub target: D::Buffer<f32>,
-    pub pair_offsets: D::Buffer<u32>,
     pub pair_item: D::Buffer<u32>,
     /// `[C]` zeros and ones: the label each interest adds to its candidates.
     pub interest_row: [D::Buffer<u32>; 2],
-    pub score_offsets: D::Buffer<u32>,
+    pub target_attention: D::TargetPlan,
     pub pair_rows: DeviceLists<D>,
     pub touched_item: DeviceTouched<D>,
     pub touched_position: DeviceTouched<D>,
     pub touched_label: DeviceTouched<D>,
-    /// An empty buffer, for attention without a label mask.
-    pub no_label: D::Buffer<u8>,
 }
 
 impl<D: Device> Indices<D> {
-    /// Copies a batch to the device.
-    pub fn upload(device: &D, batch: &Batch) -> Result<Self, DeviceError> {
+    /// Copies a batch to the device, with the plans of what `config` computes on it.
+    pub fn upload(device: &D, config: &ModelConfig, batch: &Batch) -> Result<Self, DeviceError> {
         let label_row: Vec<u32> = batch.label.iter().map(|&l| l.into()).collect();
         let row_item: Vec<u32> = batch.row_pair.iter().map(|&p| batch.pair_item[p as usize]).collect();
         let group_rows =
             Lists { offsets: batch.row_offsets.clone(), members: (0..batch.rows() as u32).collect() };
         let [negative, positive] = &batch.split;
+        let encoder = config.encoder_attention();
+        let label = if encoder.label_mask == LabelMask::Feedback { &batch.label[..] } else { &[] };
+        let target = TargetIndex {
+            cu_seqlens: &batch.cu_seqlens[..],
+            pair_offsets: &batch.pair_offsets,
+            score_offsets: &batch.score_offsets,
+            rows: Segments { offsets: &batch.pair_rows.offsets[..], members: &batch.pair_rows.members },
+            row_length: &batch.row_length,
+        };
         Ok(Self {
             tokens: batch.tokens(),
             groups: batch.groups(),
@@ -103,36 +114,25 @@ impl<D: Device> Indices<D> {
             cu_seqlens: device.upload(&batch.cu_seqlens)?,
             item: device.upload(&batch.item)?,
             position: device.upload(&batch.position)?,
-            label: device.upload(&batch.label)?,
+            attention: device.attention_plan(&encoder, &batch.cu_seqlens, label)?,
             label_row: device.upload(&label_row)?,
-            split: [DeviceSplit::upload(device, negative)?, DeviceSplit::upload(device, positive)?],
+            split: [
+                DeviceSplit::upload(device, config, negative)?,
+                DeviceSplit::upload(device, config, positive)?,
+            ],
             group_offsets: device.upload(&batch.group_offsets)?,
             group_length: device.upload(&batch.group_length)?,
             group_rows: DeviceLists::upload(device, &group_rows)?,
             row_group: device.upload(&batch.row_group)?,
             row_item: device.upload(&row_item)?,
-            row_length: device.upload(&batch.row_length)?,
             target: device.upload(&batch.target)?,
-            pair_offsets: device.upload(&batch.pair_offsets)?,
             pair_item: device.upload(&batch.pair_item)?,
             interest_row: [device.zeros(batch.pairs())?, device.upload(&vec![1; batch.pairs()])?],
-            score_offsets: device.upload(&batch.score_offsets)?,
+            target_attention: device.target_plan(config.width, config.attention, target)?,
             pair_rows: DeviceLists::upload(device, &batch.pair_rows)?,
             touched_item: DeviceTouched::upload(device, &batch.touched_item)?,
             touched_position: DeviceTouched::upload(device, &batch.touched_position)?,
             touched_label: DeviceTouched::upload(device, &batch.touched_label)?,
-            no_label: device.zeros(0)?,
         })
-    }
-
-    /// For target attention.
-    pub fn target(&self) -> TargetIndex<'_, D::Buffer<u32>> {
-        TargetIndex {
-            cu_seqlens: &self.cu_seqlens,
-            pair_offsets: &self.pair_offsets,
-            score_offsets: &self.score_offsets,
-            rows: self.pair_rows.segments(),
-            row_length: &self.row_length,
-        }
     }
 }

@@ -128,7 +128,8 @@ impl<D: Device> Model<D> {
         loss: &LossOptions,
     ) -> Result<(StepLoss, Vec<HostTensor>), ModelError> {
         self.with_network(batch, |network| {
-            let (loss, gradients) = network.gradients(loss)?;
+            let (report, gradients) = network.gradients(loss)?;
+            let loss = report.read(&*self.device, loss)?;
             let gradients = self.fill_tables(gradients, network.batch)?;
             Ok((loss, gradients.download(&*self.device, &self.layout, "")?))
         })
@@ -144,7 +145,7 @@ impl<D: Device> Model<D> {
         optimizer: &mut Optimizer<D>,
     ) -> Result<StepLoss, ModelError> {
         self.check_batch(batch)?;
-        let indices = Indices::upload(&*self.device, batch)?;
+        let indices = Indices::upload(&*self.device, &self.config, batch)?;
         let network = Network {
             device: &*self.device,
             config: &self.config,
@@ -152,21 +153,13 @@ impl<D: Device> Model<D> {
             p: &self.parameters,
             batch: &indices,
         };
-        let (mut loss, gradients) = network.gradients(loss)?;
-        loss.gradient_norm = if adam.dense_embeddings {
+        let (report, gradients) = network.gradients(loss)?;
+        if adam.dense_embeddings {
             let gradients = self.fill_tables(gradients, &indices)?;
-            optimizer.step_dense(&*self.device, &self.layout, adam, &mut self.parameters, &gradients)?
+            optimizer.step_dense(adam, loss, &mut self.parameters, &gradients, report)
         } else {
-            optimizer.step_sparse(
-                &*self.device,
-                &self.layout,
-                adam,
-                &mut self.parameters,
-                &gradients,
-                &indices,
-            )?
-        };
-        Ok(loss)
+            optimizer.step_sparse(adam, loss, &mut self.parameters, &gradients, &indices, report)
+        }
     }
 
     fn with_network<T>(
@@ -175,7 +168,7 @@ impl<D: Device> Model<D> {
         run: impl FnOnce(Network<D>) -> Result<T, ModelError>,
     ) -> Result<T, ModelError> {
         self.check_batch(batch)?;
-        let indices = Indices::upload(&*self.device, batch)?;
+        let indices = Indices::upload(&*self.device, &self.config, batch)?;
         run(Network {
             device: &*self.device,
             config: &self.config,

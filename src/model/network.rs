@@ -14,8 +14,8 @@ use super::indices::Indices;
 use super::parameters::{Layout, Linear};
 use super::tensors::Tensors;
 use super::{LossOptions, ModelConfig, ModelError, StepLoss};
-use crate::attention::{FhaOptions, LabelMask, Pairing};
-use crate::device::{Activation, Buffer, Device, DeviceError, Store, TargetWeights};
+use crate::attention::FhaOptions;
+use crate::device::{Activation, Buffer, Device, DeviceError, Slot, Store, TargetWeights};
 
 /// Interests, by feedback.
 const NEGATIVE: usize = 0;
@@ -33,6 +33,55 @@ pub struct Gradients<D: Device> {
     pub item: D::Buffer<f32>,
     pub position: D::Buffer<f32>,
     pub label: D::Buffer<f32>,
+}
+
+/// What a step leaves on the device for the host: its losses in parts, and the gradients' norm, in one buffer.
+pub struct Report<D: Device> {
+    values: D::Buffer<f64>,
+}
+
+/// Values of a report, in order. BCE and IBL are neighbours, as `rank_loss` writes them; the norm comes last, as `adam` reads
+/// all that lies before it.
+mod report {
+    pub const BCE: usize = 0;
+    pub const IBL: usize = 1;
+    pub const IDL: [usize; 2] = [2, 3];
+    pub const L2: [usize; 3] = [4, 5, 6];
+    pub const NORM: usize = 7;
+    pub const LEN: usize = 8;
+}
+
+impl<D: Device> Report<D> {
+    fn new(device: &D) -> Result<Self, DeviceError> {
+        Ok(Self { values: device.zeros(report::LEN)? })
+    }
+
+    fn slot(&mut self, index: usize) -> Slot<'_, D::Buffer<f64>> {
+        Slot { values: &mut self.values, index }
+    }
+
+    /// Where the gradients' norm goes.
+    pub fn norm(&mut self) -> Slot<'_, D::Buffer<f64>> {
+        self.slot(report::NORM)
+    }
+
+    /// Waits for the step.
+    ///
+    /// # Errors
+    /// [`ModelError::NonFinite`] names the part of the loss that is not finite. (The norm may not be.)
+    pub fn read(&self, device: &D, options: &LossOptions) -> Result<StepLoss, ModelError> {
+        let values = device.download(&self.values)?;
+        let [bce, ibl, gradient_norm] = [report::BCE, report::IBL, report::NORM].map(|i| values[i]);
+        let idl = report::IDL.iter().map(|&i| values[i]).sum();
+        let l2 = report::L2.iter().map(|&i| values[i]).sum();
+        for (part, value) in [("bce", bce), ("ibl", ibl), ("idl", idl), ("l2", l2)] {
+            if !f64::is_finite(value) {
+                return Err(ModelError::NonFinite { tensor: format!("loss.{part}") });
+            }
+        }
+        let loss = bce + options.bpr as f64 * ibl + options.idl as f64 * idl + options.embed_l2 as f64 * l2;
+        Ok(StepLoss { loss, bce, ibl, idl, l2, gradient_norm })
+    }
 }
 
 /// A network bound to its parameters and one batch.
@@ -89,32 +138,34 @@ impl<D: Device> Network<'_, D> {
     }
 
     /// Loss and gradients.
-    pub fn gradients(&self, options: &LossOptions) -> Result<(StepLoss, Gradients<D>), ModelError> {
+    pub fn gradients(&self, options: &LossOptions) -> Result<(Report<D>, Gradients<D>), DeviceError> {
         let (device, batch, width) = (self.device, self.batch, self.config.width);
         let encoded = self.encode()?;
         let interests = [self.interest(&encoded, NEGATIVE)?, self.interest(&encoded, POSITIVE)?];
 
-        let mut loss = StepLoss::default();
+        let mut report = Report::new(device)?;
         let mut d_logit = [device.alloc(batch.rows)?, device.alloc(batch.rows)?];
         let [d_neg, d_pos] = &mut d_logit;
         let [neg, pos] = &interests;
-        [loss.bce, loss.ibl] =
-            device.rank_loss(options.bpr, &pos.tower[3], &neg.tower[3], &batch.target, d_pos, d_neg)?;
+        let slot = report.slot(report::BCE);
+        device.rank_loss(options.bpr, &pos.tower[3], &neg.tower[3], &batch.target, d_pos, d_neg, slot)?;
 
         let mut grads = Tensors::gradients(device, self.layout)?;
-        let mut d_mean = device.zeros(batch.groups * width)?;
-        let mut d_candidate = device.zeros(batch.pairs * width)?;
+        let mut d_mean = device.alloc(batch.groups * width)?;
+        let mut d_candidate = device.alloc(batch.pairs * width)?;
         let mut d_means = [device.alloc(batch.groups * width)?, device.alloc(batch.groups * width)?];
         let mut d_atts = [device.alloc(batch.rows * width)?, device.alloc(batch.rows * width)?];
         for f in [NEGATIVE, POSITIVE] {
             let dx = self.tower_backward(&interests[f], f, &mut d_logit[f], &mut grads)?;
+            // The second interest adds to what the first wrote.
+            let store = if f == NEGATIVE { Store::Overwrite } else { Store::Add };
             device.concat_backward(
                 width,
                 CANDIDATE,
                 PARTS,
                 &dx,
                 Some(batch.pair_rows.segments()),
-                (&mut d_candidate, Store::Add),
+                (&mut d_candidate, store),
             )?;
             device.concat_backward(
                 width,
@@ -122,7 +173,7 @@ impl<D: Device> Network<'_, D> {
                 PARTS,
                 &dx,
                 Some(batch.group_rows.segments()),
-                (&mut d_mean, Store::Add),
+                (&mut d_mean, store),
             )?;
             device.concat_backward(
                 width,
@@ -135,9 +186,11 @@ impl<D: Device> Network<'_, D> {
             device.concat_backward(width, ATTENDED, PARTS, &dx, None, (&mut d_atts[f], Store::Overwrite))?;
         }
         let [d_neg, d_pos] = &mut d_means;
-        loss.idl = device.cosine_loss(width, options.idl, &pos.mean, &neg.mean, d_pos, d_neg)?;
+        let slot = report.slot(report::IDL[0]);
+        device.cosine_loss(width, options.idl, &pos.mean, &neg.mean, d_pos, d_neg, slot)?;
         let [d_neg, d_pos] = &mut d_atts;
-        loss.idl += device.cosine_loss(width, options.idl, &pos.att, &neg.att, d_pos, d_neg)?;
+        let slot = report.slot(report::IDL[1]);
+        device.cosine_loss(width, options.idl, &pos.att, &neg.att, d_pos, d_neg, slot)?;
 
         let mut d_s = device.zeros(batch.tokens * width)?;
         let mut d_seq = device.alloc(batch.tokens * width)?;
@@ -155,7 +208,7 @@ impl<D: Device> Network<'_, D> {
             d_r.push(self.target_backward(encoded.s(), &interest, f, &d_atts[f], &mut d_s, &mut grads)?);
             self.interest_encoder_backward(interest, f, &d_means[f], &mut d_seq, &mut grads)?;
         }
-        let options_of_encoder = self.encoder_options();
+        let options_of_encoder = self.config.encoder_attention();
         let d_input = block::backward(
             device,
             &self.layout.encoder,
@@ -169,10 +222,11 @@ impl<D: Device> Network<'_, D> {
         device.add(&d_r[NEGATIVE], &mut d_candidate)?;
         device.add(&d_r[POSITIVE], &mut d_candidate)?;
 
-        let rows = |id,
-                    touched: &super::indices::DeviceTouched<D>,
-                    sources: &[&D::Buffer<f32>]|
-         -> Result<(D::Buffer<f32>, f64), DeviceError> {
+        let mut rows = |id,
+                        touched: &super::indices::DeviceTouched<D>,
+                        sources: &[&D::Buffer<f32>],
+                        slot|
+         -> Result<D::Buffer<f32>, DeviceError> {
             let mut y = device.alloc(touched.row.len() * width)?;
             device.segment_sum(
                 width,
@@ -183,52 +237,22 @@ impl<D: Device> Network<'_, D> {
                 &touched.row,
                 &mut y,
             )?;
-            Ok((y, device.half_square_sum(width, &self.p[id], &touched.row)?))
+            device.half_square_sum(width, &self.p[id], &touched.row, report.slot(slot))?;
+            Ok(y)
         };
-        let (item, item_l2) = rows(self.layout.item, &batch.touched_item, &[&d_s, &d_candidate])?;
-        let (position, position_l2) = rows(self.layout.position, &batch.touched_position, &[&d_s])?;
-        let (label, label_l2) =
-            rows(self.layout.label, &batch.touched_label, &[&d_s, &d_r[NEGATIVE], &d_r[POSITIVE]])?;
-        loss.l2 = item_l2 + position_l2 + label_l2;
-        loss.loss = loss.bce
-            + options.bpr as f64 * loss.ibl
-            + options.idl as f64 * loss.idl
-            + options.embed_l2 as f64 * loss.l2;
-        for (part, value) in [("bce", loss.bce), ("ibl", loss.ibl), ("idl", loss.idl), ("l2", loss.l2)] {
-            if !value.is_finite() {
-                return Err(ModelError::NonFinite { tensor: format!("loss.{part}") });
-            }
-        }
-        Ok((loss, Gradients { dense: grads, item, position, label }))
-    }
-
-    /// Attention of the encoder.
-    fn encoder_options(&self) -> FhaOptions {
-        let masked = self.config.label_mask && self.config.fha && self.config.heads > 1;
-        FhaOptions {
-            label_mask: if masked { LabelMask::Feedback } else { LabelMask::None },
-            normalization: self.config.normalization,
-            ..self.interest_options()
-        }
-    }
-
-    /// Attention of the interests' encoders: one label, so no mask.
-    fn interest_options(&self) -> FhaOptions {
-        let heads = self.config.heads;
-        FhaOptions {
-            label_mask: LabelMask::None,
-            pairing: if self.config.fha { Pairing::Factorized } else { Pairing::PerHead },
-            ..FhaOptions::new(heads, self.config.width / heads)
-        }
+        let [item_l2, position_l2, label_l2] = report::L2;
+        let item = rows(self.layout.item, &batch.touched_item, &[&d_s, &d_candidate], item_l2)?;
+        let position = rows(self.layout.position, &batch.touched_position, &[&d_s], position_l2)?;
+        let sources = [&d_s, &d_r[NEGATIVE], &d_r[POSITIVE]];
+        let label = rows(self.layout.label, &batch.touched_label, &sources, label_l2)?;
+        Ok((report, Gradients { dense: grads, item, position, label }))
     }
 
     fn sequences<'a>(&'a self, options: &'a FhaOptions) -> Sequences<'a, D> {
         let batch = self.batch;
-        let masked = options.label_mask == LabelMask::Feedback;
         Sequences {
             tokens: batch.tokens,
-            cu_seqlens: &batch.cu_seqlens,
-            label: if masked { &batch.label } else { &batch.no_label },
+            plan: &batch.attention,
             tokens_by_label: [&batch.split[0].token, &batch.split[1].token],
             options,
         }
@@ -238,8 +262,7 @@ impl<D: Device> Network<'_, D> {
         let split = &self.batch.split[f];
         Sequences {
             tokens: split.tokens,
-            cu_seqlens: &split.cu_seqlens,
-            label: &self.batch.no_label,
+            plan: &split.attention,
             tokens_by_label: [&split.token, &split.token],
             options,
         }
@@ -252,11 +275,9 @@ impl<D: Device> Network<'_, D> {
             (&self.p[self.layout.position], &batch.position),
             (&self.p[self.layout.label], &batch.label_row),
         ];
-        let mut s = device.alloc(batch.tokens * width)?;
-        device.gather_sum(width, &tables, &mut s)?;
-        let options = self.encoder_options();
+        let options = self.config.encoder_attention();
         let (seq, blocks) =
-            block::forward(device, &self.layout.encoder, self.p, &self.sequences(&options), s)?;
+            block::forward(device, &self.layout.encoder, self.p, &self.sequences(&options), &tables)?;
         let mut mean = device.alloc(batch.groups * width)?;
         device.prefix_mean(
             width,
@@ -274,15 +295,13 @@ impl<D: Device> Network<'_, D> {
         let (device, batch, width) = (self.device, self.batch, self.config.width);
         let split = &batch.split[f];
 
-        let mut x = device.alloc(split.tokens * width)?;
-        device.gather_sum(width, &[(&encoded.seq, &split.token)], &mut x)?;
-        let options = self.interest_options();
+        let options = self.config.interest_attention();
         let (y, blocks) = block::forward(
             device,
             &self.layout.interest[f],
             self.p,
             &self.interest_sequences(f, &options),
-            x,
+            &[(&encoded.seq, &split.token)],
         )?;
         let mut mean = device.alloc(batch.groups * width)?;
         device.prefix_mean(
@@ -317,9 +336,7 @@ impl<D: Device> Network<'_, D> {
         let (mut e, mut lse, mut att) =
             (device.alloc(batch.scores)?, device.alloc(batch.rows)?, device.alloc(batch.rows * width)?);
         device.target_attention(
-            width,
-            self.config.attention,
-            batch.target(),
+            &batch.target_attention,
             encoded.s(),
             &a,
             &r,
@@ -415,9 +432,7 @@ impl<D: Device> Network<'_, D> {
         let gradients = TargetWeights { w0, b0, w1, b1, w2, b2 };
         let Interest { a, r, e, lse, att, .. } = interest;
         device.target_attention_backward(
-            width,
-            self.config.attention,
-            batch.target(),
+            &batch.target_attention,
             s,
             a,
             r,
@@ -467,7 +482,7 @@ impl<D: Device> Network<'_, D> {
             d_mean,
             &mut dy,
         )?;
-        let options = self.interest_options();
+        let options = self.config.interest_attention();
         let dx = block::backward(
             device,
             &self.layout.interest[f],

@@ -1,10 +1,10 @@
 //! Adam's state and its step over all parameters: embedding tables by touched row, everything else whole.
 
 use super::indices::Indices;
-use super::network::Gradients;
+use super::network::{Gradients, Report};
 use super::parameters::Layout;
 use super::tensors::Tensors;
-use super::{AdamOptions, HostTensor, Model, ModelError};
+use super::{AdamOptions, HostTensor, LossOptions, Model, ModelError, StepLoss};
 use crate::device::{AdamStep, AdamTensor, Device};
 use std::sync::Arc;
 
@@ -49,46 +49,47 @@ impl<D: Device> Optimizer<D> {
         Ok(tensors)
     }
 
-    /// A step on whole tensors. Returns the gradient norm before clipping.
+    /// A step on whole tensors.
     pub(super) fn step_dense(
         &mut self,
-        device: &D,
-        layout: &Layout,
         options: &AdamOptions,
+        loss: &LossOptions,
         parameters: &mut Tensors<D>,
         gradients: &Tensors<D>,
-    ) -> Result<f64, ModelError> {
+        report: Report<D>,
+    ) -> Result<StepLoss, ModelError> {
         let gradients = gradients.iter().map(|g| (g, None)).collect();
-        self.step(device, layout, options, parameters, gradients)
+        self.step(options, loss, parameters, gradients, report)
     }
 
-    /// A step on whole tensors and on the touched rows of the embedding tables. Returns the gradient norm before
-    /// clipping.
+    /// A step on whole tensors and on the touched rows of the embedding tables.
     pub(super) fn step_sparse(
         &mut self,
-        device: &D,
-        layout: &Layout,
         options: &AdamOptions,
+        loss: &LossOptions,
         parameters: &mut Tensors<D>,
         gradients: &Gradients<D>,
         batch: &Indices<D>,
-    ) -> Result<f64, ModelError> {
+        report: Report<D>,
+    ) -> Result<StepLoss, ModelError> {
+        let layout = &self.layout;
         let mut list: Vec<_> = gradients.dense.iter().map(|g| (g, None)).collect();
         let width = |id: usize| layout.specs[id].shape[1];
         list[layout.item] = (&gradients.item, Some((&batch.touched_item.row, width(layout.item))));
         list[layout.position] =
             (&gradients.position, Some((&batch.touched_position.row, width(layout.position))));
         list[layout.label] = (&gradients.label, Some((&batch.touched_label.row, width(layout.label))));
-        self.step(device, layout, options, parameters, list)
+        self.step(options, loss, parameters, list, report)
     }
+
     fn step(
         &mut self,
-        device: &D,
-        layout: &Layout,
         options: &AdamOptions,
+        loss: &LossOptions,
         parameters: &mut Tensors<D>,
         gradients: Vec<(&D::Buffer<f32>, Option<(&D::Buffer<u32>, usize)>)>,
-    ) -> Result<f64, ModelError> {
+        mut report: Report<D>,
+    ) -> Result<StepLoss, ModelError> {
         let step = AdamStep {
             lr: options.lr,
             beta1: 0.9,
@@ -108,14 +109,17 @@ impl<D: Device> Optimizer<D> {
                 rows,
             })
             .collect();
-        let norm = device.adam(&step, &mut tensors)?;
-        if !norm.is_finite() {
-            return Err(first_non_finite(device, layout, &gradients)?);
+        self.device.adam(&step, &mut tensors, report.norm())?;
+        // The one place where a step waits for the device.
+        let loss = report.read(&*self.device, loss)?;
+        if !loss.gradient_norm.is_finite() {
+            return Err(first_non_finite(&*self.device, &self.layout, &gradients)?);
         }
         self.steps += 1;
-        Ok(norm)
+        Ok(loss)
     }
 }
+
 fn first_non_finite<D: Device>(
     device: &D,
     layout: &Layout,

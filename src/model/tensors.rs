@@ -19,11 +19,11 @@ impl<D: Device> Tensors<D> {
         Ok(Self(layout.specs.iter().map(|s| device.zeros(s.len())).collect::<Result<_, _>>()?))
     }
 
-    /// Zeros for every parameter but the embedding tables, whose gradients come by rows and are put in later.
+    /// Room for every parameter but the embedding tables, whose gradients come by rows and are put in later.
     pub fn gradients(device: &D, layout: &Layout) -> Result<Self, DeviceError> {
         let tables = [layout.item, layout.position, layout.label];
         let len = |id: Id| if tables.contains(&id) { 0 } else { layout.specs[id].len() };
-        Ok(Self((0..layout.specs.len()).map(|id| device.zeros(len(id))).collect::<Result<_, _>>()?))
+        Ok(Self((0..layout.specs.len()).map(|id| device.alloc(len(id))).collect::<Result<_, _>>()?))
     }
 
     /// Two different tensors at once.

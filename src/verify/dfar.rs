@@ -6,7 +6,7 @@ use super::{
 };
 use crate::attention::Normalization;
 use crate::batch::{Batch, Group, History};
-use crate::device::{Clip, cpu::Cpu};
+use crate::device::{Clip, Device};
 use crate::model::{AdamOptions, HostTensor, LossOptions, Model, ModelConfig, ModelError, Optimizer};
 use serde::Deserialize;
 use std::sync::Arc;
@@ -30,11 +30,11 @@ struct DfarCase {
     steps: usize,
 }
 
-/// Runs the network on a `dfar` case.
+/// Runs the network of a `dfar` case on a device.
 ///
 /// # Errors
 /// A case that is not complete, or that makes no network.
-pub fn verify_dfar(case: &Case) -> Result<Vec<TensorError>, VerifyError> {
+pub fn verify_dfar<D: Device>(case: &Case, device: Arc<D>) -> Result<Vec<TensorError>, VerifyError> {
     let meta: DfarCase = case.options()?;
     let refused =
         |source: ModelError| VerifyError::Model { path: case.path.clone(), source: Box::new(source) };
@@ -48,7 +48,7 @@ pub fn verify_dfar(case: &Case) -> Result<Vec<TensorError>, VerifyError> {
         ..ModelConfig::new(meta.items, meta.max_length)
     };
     let loss = LossOptions { bpr: meta.bpr, idl: meta.idl, embed_l2: meta.embed_l2 };
-    let mut model = Model::from_tensors(Arc::new(Cpu::new()), config, &parameters(case)?).map_err(refused)?;
+    let mut model = Model::from_tensors(device, config, &parameters(case)?).map_err(refused)?;
 
     let mut errors = Vec::new();
     let [negative, positive] = model.logits(&batch).map_err(refused)?;

@@ -67,7 +67,10 @@ fn modules() -> Vec<(&'static str, Vec<(&'static str, String)>)> {
             modules.push(("attention.cu", defines));
         }
     }
-    for source in ["rows.cu"] {
+    for element in ["float", "bf16"] {
+        modules.push(("convert.cu", vec![("DFAR_ELEMENT", element.to_owned())]));
+    }
+    for source in ["embedding.cu", "layer_norm.cu", "loss.cu", "optimizer.cu", "prefix_mean.cu", "rows.cu"] {
         modules.push((source, vec![]));
     }
     modules

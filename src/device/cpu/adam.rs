@@ -15,11 +15,11 @@ pub struct Tensor<'a> {
     pub rows: Option<(&'a [u32], usize)>,
 }
 
-/// See [`crate::device::Device::adam`].
-pub fn step(step: &AdamStep, tensors: &mut [Tensor]) -> f64 {
+/// See [`crate::device::Device::adam`]: returns the norm. `finite` is whether the losses are.
+pub fn step(step: &AdamStep, tensors: &mut [Tensor], finite: bool) -> f64 {
     let squares: Vec<f64> = tensors.iter().map(|t| square_sum(t.gradient)).collect();
     let global = squares.iter().sum::<f64>().sqrt();
-    if !global.is_finite() {
+    if !finite || !global.is_finite() {
         return global;
     }
     let correction =

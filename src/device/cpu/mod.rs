@@ -19,7 +19,7 @@ pub mod target_attention;
 pub use memory::CpuBuffer;
 
 use super::{
-    Activation, AdamStep, AdamTensor, Device, DeviceError, Element, Segments, Store, TargetIndex,
+    Activation, AdamStep, AdamTensor, Device, DeviceError, Element, Segments, Slot, Store, TargetIndex,
     TargetWeights,
 };
 use crate::attention::{self as fha, FhaOptions};
@@ -28,6 +28,7 @@ use std::sync::Arc;
 type Floats = CpuBuffer<f32>;
 type Indices = CpuBuffer<u32>;
 type Bytes = CpuBuffer<u8>;
+type Doubles = CpuBuffer<f64>;
 type Done = Result<(), DeviceError>;
 
 /// The processor this program runs on, with rayon's threads.
@@ -47,13 +48,34 @@ fn segments<'a>(s: &Segments<'a, Indices>) -> Segments<'a, [u32]> {
     Segments { offsets: s.offsets, members: s.members }
 }
 
-fn target_index<'a>(i: &TargetIndex<'a, Indices>) -> TargetIndex<'a, [u32]> {
-    TargetIndex {
-        cu_seqlens: i.cu_seqlens,
-        pair_offsets: i.pair_offsets,
-        score_offsets: i.score_offsets,
-        rows: segments(&i.rows),
-        row_length: i.row_length,
+/// What [`Device::attention`] reads of a batch.
+pub struct AttentionPlan {
+    options: FhaOptions,
+    cu_seqlens: Indices,
+    label: Bytes,
+}
+
+/// What [`Device::target_attention`] reads of a batch.
+pub struct TargetPlan {
+    width: usize,
+    hidden: [usize; 2],
+    cu_seqlens: Indices,
+    pair_offsets: Indices,
+    score_offsets: Indices,
+    row_offsets: Indices,
+    row_members: Indices,
+    row_length: Indices,
+}
+
+impl TargetPlan {
+    fn index(&self) -> TargetIndex<'_, [u32]> {
+        TargetIndex {
+            cu_seqlens: &self.cu_seqlens,
+            pair_offsets: &self.pair_offsets,
+            score_offsets: &self.score_offsets,
+            rows: Segments { offsets: &self.row_offsets, members: &self.row_members },
+            row_length: &self.row_length,
+        }
     }
 }
 
@@ -62,6 +84,8 @@ fn target_weights(w: TargetWeights<&Floats>) -> TargetWeights<&[f32]> {
 }
 impl Device for Cpu {
     type Buffer<T: Element> = CpuBuffer<T>;
+    type AttentionPlan = AttentionPlan;
+    type TargetPlan = TargetPlan;
 
     fn name(&self) -> String {
         format!("cpu ({}, {} threads)", simd::name(), rayon::current_num_threads())
@@ -107,8 +131,9 @@ impl Device for Cpu {
         rows::segment_sum(width, &sources, segments(&list), l2, table, row, y);
         Ok(())
     }
-    fn half_square_sum(&self, width: usize, table: &Floats, row: &Indices) -> Result<f64, DeviceError> {
-        Ok(rows::half_square_sum(width, table, row))
+    fn half_square_sum(&self, width: usize, table: &Floats, row: &Indices, sum: Slot<Doubles>) -> Done {
+        sum.values[sum.index] = rows::half_square_sum(width, table, row);
+        Ok(())
     }
     fn add(&self, x: &Floats, y: &mut Floats) -> Done {
         rows::add(x, y);
@@ -197,27 +222,33 @@ impl Device for Cpu {
         Ok(())
     }
 
-    fn attention(
+    fn attention_plan(
         &self,
         options: &FhaOptions,
+        cu_seqlens: &[u32],
+        label: &[u8],
+    ) -> Result<AttentionPlan, DeviceError> {
+        let (cu_seqlens, label) = (self.upload(cu_seqlens)?, self.upload(label)?);
+        Ok(AttentionPlan { options: *options, cu_seqlens, label })
+    }
+    fn attention(
+        &self,
+        plan: &AttentionPlan,
         q: &Floats,
         k: &Floats,
         v: &Floats,
-        cu_seqlens: &Indices,
-        label: &Bytes,
         o: &mut Floats,
         lse: &mut Floats,
     ) -> Done {
+        let AttentionPlan { options, cu_seqlens, label } = plan;
         Ok(fha::forward(options, fha::Inputs { q, k, v, cu_seqlens, label }, o, lse)?)
     }
     fn attention_backward(
         &self,
-        options: &FhaOptions,
+        plan: &AttentionPlan,
         q: &Floats,
         k: &Floats,
         v: &Floats,
-        cu_seqlens: &Indices,
-        label: &Bytes,
         o: &Floats,
         lse: &Floats,
         d_o: &Floats,
@@ -225,6 +256,7 @@ impl Device for Cpu {
         dk: &mut Floats,
         dv: &mut Floats,
     ) -> Done {
+        let AttentionPlan { options, cu_seqlens, label } = plan;
         let inputs = fha::Inputs { q, k, v, cu_seqlens, label };
         Ok(fha::backward(options, inputs, o, lse, d_o, fha::Gradients { dq, dk, dv })?)
     }
@@ -256,11 +288,26 @@ impl Device for Cpu {
         Ok(())
     }
 
-    fn target_attention(
+    fn target_plan(
         &self,
         width: usize,
         hidden: [usize; 2],
-        index: TargetIndex<Indices>,
+        index: TargetIndex<[u32]>,
+    ) -> Result<TargetPlan, DeviceError> {
+        Ok(TargetPlan {
+            width,
+            hidden,
+            cu_seqlens: self.upload(index.cu_seqlens)?,
+            pair_offsets: self.upload(index.pair_offsets)?,
+            score_offsets: self.upload(index.score_offsets)?,
+            row_offsets: self.upload(index.rows.offsets)?,
+            row_members: self.upload(index.rows.members)?,
+            row_length: self.upload(index.row_length)?,
+        })
+    }
+    fn target_attention(
+        &self,
+        plan: &TargetPlan,
         s: &Floats,
         a: &Floats,
         r: &Floats,
@@ -270,9 +317,9 @@ impl Device for Cpu {
         att: &mut Floats,
     ) -> Done {
         target_attention::forward(
-            width,
-            hidden,
-            target_index(&index),
+            plan.width,
+            plan.hidden,
+            plan.index(),
             s,
             a,
             r,
@@ -285,9 +332,7 @@ impl Device for Cpu {
     }
     fn target_attention_backward(
         &self,
-        width: usize,
-        hidden: [usize; 2],
-        index: TargetIndex<Indices>,
+        plan: &TargetPlan,
         s: &Floats,
         a: &Floats,
         r: &Floats,
@@ -311,9 +356,9 @@ impl Device for Cpu {
             b2: &mut **b2,
         };
         target_attention::backward(
-            width,
-            hidden,
-            target_index(&index),
+            plan.width,
+            plan.hidden,
+            plan.index(),
             s,
             a,
             r,
@@ -356,8 +401,11 @@ impl Device for Cpu {
         target: &Floats,
         d_pos: &mut Floats,
         d_neg: &mut Floats,
-    ) -> Result<[f64; 2], DeviceError> {
-        Ok(loss::rank(bpr, logit_pos, logit_neg, target, d_pos, d_neg))
+        losses: Slot<Doubles>,
+    ) -> Done {
+        let means = loss::rank(bpr, logit_pos, logit_neg, target, d_pos, d_neg);
+        losses.values[losses.index..losses.index + 2].copy_from_slice(&means);
+        Ok(())
     }
     fn cosine_loss(
         &self,
@@ -367,11 +415,18 @@ impl Device for Cpu {
         y: &Floats,
         dx: &mut Floats,
         dy: &mut Floats,
-    ) -> Result<f64, DeviceError> {
-        Ok(loss::cosine(width, weight, x, y, dx, dy))
+        loss: Slot<Doubles>,
+    ) -> Done {
+        loss.values[loss.index] = loss::cosine(width, weight, x, y, dx, dy);
+        Ok(())
     }
 
-    fn adam(&self, step: &AdamStep, tensors: &mut [AdamTensor<Floats, Indices>]) -> Result<f64, DeviceError> {
+    fn adam(
+        &self,
+        step: &AdamStep,
+        tensors: &mut [AdamTensor<Floats, Indices>],
+        norm: Slot<Doubles>,
+    ) -> Done {
         let mut tensors: Vec<_> = tensors
             .iter_mut()
             .map(|t| adam::Tensor {
@@ -382,6 +437,8 @@ impl Device for Cpu {
                 rows: t.rows.map(|(rows, width)| (&**rows, width)),
             })
             .collect();
-        Ok(adam::step(step, &mut tensors))
+        let (losses, norm) = norm.values.split_at_mut(norm.index);
+        norm[0] = adam::step(step, &mut tensors, losses.iter().all(|loss| loss.is_finite()));
+        Ok(())
     }
 }

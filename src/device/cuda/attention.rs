@@ -1,12 +1,12 @@
 //! FHA on the device: [`Gpu::attention_forward`] and [`Gpu::attention_backward`] on its arrays, and [`Gpu::forward`] and
 //! [`Gpu::backward`], the same operation as [`crate::attention`] has, on slices.
 
-use super::CudaError;
 use super::gpu::Gpu;
 use super::params::{AttentionParams, Item};
 use super::plan::{Pass, Plan};
-use super::runtime::{Array, Runtime};
-use super::tile::Element;
+use super::runtime::{Array, Precision, Runtime};
+use super::tile::{Element, HEAD_DIMS};
+use super::{CudaError, convert};
 use crate::attention::{FhaOptions, Inputs, length};
 
 /// A type tensors can have.
@@ -61,6 +61,114 @@ pub struct ProjectionGradients<'a, R: Runtime, T> {
     pub dv: &'a mut Array<R, T>,
 }
 
+/// A batch, planned for the device's precision and for heads of any width up to the widest that is compiled for.
+pub struct DevicePlan<R: Runtime> {
+    /// Of a head, in memory.
+    head_dim: usize,
+    /// With heads as wide as the kernels take them.
+    batch: Batch<R>,
+}
+
+impl<R: Runtime> DevicePlan<R> {
+    /// Plans a batch.
+    ///
+    /// # Errors
+    /// Options, offsets or labels that do not fit; [`CudaError::HeadDim`] for heads wider than the widest compiled.
+    pub fn new(
+        gpu: &Gpu<R>,
+        options: &FhaOptions,
+        cu_seqlens: &[u32],
+        label: &[u8],
+    ) -> Result<Self, CudaError> {
+        let head_dim = options.head_dim;
+        let padded = HEAD_DIMS.into_iter().find(|&compiled| compiled >= head_dim);
+        // The scale is the caller's: wider heads do not change it.
+        let wide = FhaOptions { head_dim: padded.ok_or(CudaError::HeadDim { head_dim })?, ..*options };
+        // Of q, k and v only the length is looked at.
+        let tokens = cu_seqlens.last().map_or(0, |&n| n as usize);
+        let rows = vec![(); tokens * wide.heads * wide.head_dim];
+        let inputs = Inputs { q: &rows, k: &rows, v: &rows, cu_seqlens, label };
+        wide.check(&inputs)?;
+        let element = match gpu.precision() {
+            Precision::F32 => Element::F32,
+            Precision::Bf16 => Element::Bf16,
+        };
+        Ok(Self { head_dim, batch: gpu.plan(element, &wide, cu_seqlens, label)? })
+    }
+}
+
+/// See [`crate::device::Device::attention`].
+pub(super) fn forward<R: Runtime>(
+    gpu: &Gpu<R>,
+    plan: &DevicePlan<R>,
+    [q, k, v]: [&Array<R, f32>; 3],
+    o: &mut Array<R, f32>,
+    lse: &mut Array<R, f32>,
+) -> Result<(), CudaError> {
+    match gpu.precision() {
+        Precision::F32 if plan.head_dim == plan.batch.options.head_dim => {
+            gpu.attention_forward(&plan.batch, Projections { q, k, v }, o, lse)
+        }
+        Precision::F32 => forward_converted::<R, f32>(gpu, plan, [q, k, v], o, lse),
+        Precision::Bf16 => forward_converted::<R, half::bf16>(gpu, plan, [q, k, v], o, lse),
+    }
+}
+
+fn forward_converted<R: Runtime, T: Value>(
+    gpu: &Gpu<R>,
+    plan: &DevicePlan<R>,
+    qkv: [&Array<R, f32>; 3],
+    o: &mut Array<R, f32>,
+    lse: &mut Array<R, f32>,
+) -> Result<(), CudaError> {
+    let (width, padded) = (plan.head_dim, plan.batch.options.head_dim);
+    let narrow = |x| convert::to::<R, T>(gpu, (x, width), padded);
+    let [q, k, v] = [narrow(qkv[0])?, narrow(qkv[1])?, narrow(qkv[2])?];
+    let mut narrow_o = gpu.array::<T>(o.len() / width * padded)?;
+    gpu.attention_forward(&plan.batch, Projections { q: &q, k: &k, v: &v }, &mut narrow_o, lse)?;
+    convert::from(gpu, (&narrow_o, padded), (o, width))
+}
+
+/// See [`crate::device::Device::attention_backward`].
+pub(super) fn backward<R: Runtime>(
+    gpu: &Gpu<R>,
+    plan: &DevicePlan<R>,
+    [q, k, v]: [&Array<R, f32>; 3],
+    [o, lse, d_o]: [&Array<R, f32>; 3],
+    [dq, dk, dv]: [&mut Array<R, f32>; 3],
+) -> Result<(), CudaError> {
+    match gpu.precision() {
+        Precision::F32 if plan.head_dim == plan.batch.options.head_dim => {
+            let gradients = ProjectionGradients { dq, dk, dv };
+            gpu.attention_backward(&plan.batch, Projections { q, k, v }, o, lse, d_o, gradients)
+        }
+        Precision::F32 => backward_converted::<R, f32>(gpu, plan, [q, k, v], [o, lse, d_o], [dq, dk, dv]),
+        Precision::Bf16 => {
+            backward_converted::<R, half::bf16>(gpu, plan, [q, k, v], [o, lse, d_o], [dq, dk, dv])
+        }
+    }
+}
+
+fn backward_converted<R: Runtime, T: Value>(
+    gpu: &Gpu<R>,
+    plan: &DevicePlan<R>,
+    [q, k, v]: [&Array<R, f32>; 3],
+    [o, lse, d_o]: [&Array<R, f32>; 3],
+    gradients: [&mut Array<R, f32>; 3],
+) -> Result<(), CudaError> {
+    let (width, padded) = (plan.head_dim, plan.batch.options.head_dim);
+    let narrow = |x| convert::to::<R, T>(gpu, (x, width), padded);
+    let [q, k, v, o, d_o] = [narrow(q)?, narrow(k)?, narrow(v)?, narrow(o)?, narrow(d_o)?];
+    let [mut dq, mut dk, mut dv] = [gpu.array::<T>(q.len())?, gpu.array(q.len())?, gpu.array(q.len())?];
+    let narrow_gradients = ProjectionGradients { dq: &mut dq, dk: &mut dk, dv: &mut dv };
+    let qkv = Projections { q: &q, k: &k, v: &v };
+    gpu.attention_backward(&plan.batch, qkv, &o, lse, &d_o, narrow_gradients)?;
+    for (narrow, gradient) in [&dq, &dk, &dv].into_iter().zip(gradients) {
+        convert::from(gpu, (narrow, padded), (gradient, width))?;
+    }
+    Ok(())
+}
+
 impl<R: Runtime> Gpu<R> {
     /// Plans a batch and copies the plan to the device.
     ///
@@ -68,11 +176,23 @@ impl<R: Runtime> Gpu<R> {
     /// Those of [`Plan::new`], and of the driver.
     pub fn batch<T: Value>(&self, options: &FhaOptions, inputs: &Inputs<T>) -> Result<Batch<R>, CudaError> {
         options.check(inputs)?;
-        let plan = Plan::new(T::ELEMENT, options, inputs.cu_seqlens, inputs.label, self.runtime().limits().shared_per_block)?;
+        self.plan(T::ELEMENT, options, inputs.cu_seqlens, inputs.label)
+    }
+
+    /// Arguments have passed [`FhaOptions::check`].
+    fn plan(
+        &self,
+        element: Element,
+        options: &FhaOptions,
+        cu_seqlens: &[u32],
+        label: &[u8],
+    ) -> Result<Batch<R>, CudaError> {
+        let shared_limit = self.runtime().limits().shared_per_block;
+        let plan = Plan::new(element, options, cu_seqlens, label, shared_limit)?;
         let [whole, forward, delta, dq, dk_dv] = Pass::ALL.map(|pass| self.copy_of(plan.items(pass)));
         Ok(Batch {
             options: *options,
-            element: T::ELEMENT,
+            element,
             order: self.copy_of(&plan.order)?,
             feedback: self.copy_of(&plan.feedback)?,
             items: [whole?, forward?, delta?, dq?, dk_dv?],
@@ -247,8 +367,7 @@ impl<R: Runtime> Gpu<R> {
         let [q, k, v] = [self.copy_of(inputs.q)?, self.copy_of(inputs.k)?, self.copy_of(inputs.v)?];
         let (o, lse, d_o) = (self.copy_of(o)?, self.copy_of(lse)?, self.copy_of(d_o)?);
         let width = inputs.q.len();
-        let (mut dq, mut dk, mut dv) =
-            (self.array(width)?, self.array(width)?, self.array(width)?);
+        let (mut dq, mut dk, mut dv) = (self.array(width)?, self.array(width)?, self.array(width)?);
         let on_device = ProjectionGradients { dq: &mut dq, dk: &mut dk, dv: &mut dv };
         self.attention_backward(&batch, Projections { q: &q, k: &k, v: &v }, &o, &lse, &d_o, on_device)?;
         for (buffer, host) in [&dq, &dk, &dv].into_iter().zip(gradients) {

@@ -207,7 +207,13 @@ impl Blas {
     ///
     /// # Safety
     /// As [`Blas::gemm`].
-    unsafe fn run(&mut self, gemm: &Gemm, shape: [u64; 3], compute: c_int, stream: Stream) -> Result<(), Status> {
+    unsafe fn run(
+        &mut self,
+        gemm: &Gemm,
+        shape: [u64; 3],
+        compute: c_int,
+        stream: Stream,
+    ) -> Result<(), Status> {
         let epilogue = match (gemm.bias != 0, gemm.activation) {
             (false, Activation::None) => EPILOGUE_DEFAULT,
             (false, Activation::Relu) => EPILOGUE_RELU,
@@ -255,7 +261,13 @@ impl Blas {
     }
 
     /// The descriptors of a product of this shape. cuBLASLt's A is our `b`, and its B our `a`.
-    fn describe(&self, gemm: &Gemm, [m, n, k]: [u64; 3], compute: c_int, epilogue: u32) -> Result<Call, Status> {
+    fn describe(
+        &self,
+        gemm: &Gemm,
+        [m, n, k]: [u64; 3],
+        compute: c_int,
+        epilogue: u32,
+    ) -> Result<Call, Status> {
         let functions = &self.functions;
         let layout = |transposed: bool, rows: u64, columns: u64| -> Result<Descriptor, Status> {
             let (rows, columns) = if transposed { (columns, rows) } else { (rows, columns) };

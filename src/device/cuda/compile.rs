@@ -219,8 +219,9 @@ impl Cache {
 mod tests {
     use super::*;
 
-    const MODULE: Module =
-        Module::new("attention.cu").with("DFAR_ELEMENT", Define::Word("bf16")).with("DFAR_HEAD_DIM", Define::Number(16));
+    const MODULE: Module = Module::new("attention.cu")
+        .with("DFAR_ELEMENT", Define::Word("bf16"))
+        .with("DFAR_HEAD_DIM", Define::Number(16));
 
     fn key() -> String {
         Cache::key(MODULE, Arch { major: 9, minor: 0 }, (12, 4))

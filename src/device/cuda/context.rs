@@ -5,8 +5,8 @@ use super::compile::{Arch, Cache, Module};
 use super::params::Pointer;
 use super::runtime::{Gemm, Kernel, Launch, Limits, Memory, Runtime};
 use super::{CudaError, launch};
-use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DriverError, result};
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
+use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DriverError, result};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -255,7 +255,10 @@ mod tests {
     fn memory_is_rounded_up_by_an_eighth_at_most() {
         for bytes in [1, 255, 256, 257, 1000, 4096, 5000, 1 << 20, (1 << 20) + 1, 12_345_678] {
             let size = size_class(bytes);
-            assert!(size >= bytes && size.is_multiple_of(256) && size <= bytes + bytes / 4 + 256, "{bytes}: {size}");
+            assert!(
+                size >= bytes && size.is_multiple_of(256) && size <= bytes + bytes / 4 + 256,
+                "{bytes}: {size}"
+            );
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The model's operations on a [`Runtime`]: what is checked, launched and multiplied, in which order.
+//! The device: a runtime, and how work over rows is cut on it. What it does is in the file of each `.cu`.
 //!
 //! Lengths are checked before every launch. Values of index arrays are not: they are on the device, and whoever made them
 //! answers for them (a wrong one reads or spoils other device memory, never the host's). [`crate::model`] checks a batch
@@ -65,7 +65,55 @@ impl<R: Runtime> Gpu<R> {
     }
 }
 
-/// A one-dimensional launch of enough blocks of `threads` threads for `items` items, `per_block` to a block.
-pub(super) fn blocks(items: usize, per_block: usize, threads: usize) -> Launch {
-    Launch { grid: [items.div_ceil(per_block) as u32, 1], threads: threads as u32, shared_bytes: 0 }
+/// Threads of a block of every kernel that goes over rows.
+pub(super) const THREADS: usize = 256;
+
+/// Values of one access to rows of `width`.
+pub(super) fn vector(width: usize) -> usize {
+    if width.is_multiple_of(4) { 4 } else { 1 }
+}
+
+/// log2 of the lanes that share a row of `width`: as many as have an access of their own, at most a warp.
+pub(super) fn lane_bits(width: usize) -> u32 {
+    width.div_ceil(vector(width)).next_power_of_two().min(32).trailing_zeros()
+}
+
+/// Blocks of [`THREADS`] for `items` items, `per_block` to a block.
+pub(super) fn blocks(items: usize, per_block: usize) -> Launch {
+    Launch { grid: [items.div_ceil(per_block) as u32, 1], threads: THREADS as u32, shared_bytes: 0 }
+}
+
+/// Blocks whose groups of lanes take a row of `width` each.
+pub(super) fn by_rows(rows: usize, width: usize) -> Launch {
+    blocks(rows, THREADS >> lane_bits(width))
+}
+
+/// Rows of a block that leaves a partial sum: at most 512 of those are left. Part of the order of summation, so it depends
+/// on the number of rows only.
+pub(super) fn block_rows(rows: usize) -> usize {
+    rows.div_ceil(512).max(1).next_multiple_of(128)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_shared_by_as_many_lanes_as_they_have_accesses() {
+        for (width, vectors, bits) in [
+            (32, 4, 3),
+            (64, 4, 4),
+            (4, 4, 0),
+            (8, 4, 1),
+            (100, 4, 5),
+            (512, 4, 5),
+            (1, 1, 0),
+            (5, 1, 3),
+            (33, 1, 5),
+        ] {
+            assert_eq!((vector(width), lane_bits(width)), (vectors, bits), "{width}");
+        }
+        assert_eq!(by_rows(33, 32).grid, [2, 1]);
+        assert_eq!([0, 1, 128, 65_536, 65_537, 1 << 20].map(block_rows), [128, 128, 128, 128, 256, 2048]);
+    }
 }

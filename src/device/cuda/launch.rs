@@ -79,7 +79,11 @@ pub(super) fn load(context: &Arc<CudaContext>, code: Vec<u8>) -> Result<Arc<Cuda
 }
 
 /// Looks a kernel up and lets it use `bytes` of dynamic shared memory; without this it is 48 KiB at most.
-pub(super) fn function(module: &Arc<CudaModule>, entry: &str, bytes: usize) -> Result<CudaFunction, DriverError> {
+pub(super) fn function(
+    module: &Arc<CudaModule>,
+    entry: &str,
+    bytes: usize,
+) -> Result<CudaFunction, DriverError> {
     let function = module.load_function(entry)?;
     let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
     function.set_attribute(attribute, bytes as i32)?;

@@ -9,7 +9,7 @@
 //! | [`runtime`] | the floor: memory, launches and products of a machine that runs the kernels |
 //! | [`context`], [`blas`] | [`Cuda`]: a GPU as such a machine; cuBLASLt |
 //! | [`gpu`] | [`Gpu`]: the model's operations, on any such machine |
-//! | [`attention`], [`rows`] | the operations of the `.cu` of that name |
+//! | [`attention`], [`convert`], [`embedding`], [`layer_norm`], [`loss`], [`optimizer`], [`prefix_mean`], [`rows`] | the operations of the `.cu` of that name |
 //!
 //! What is unsafe about the driver is in one private module, `launch`, and in `context`, which calls it.
 
@@ -17,11 +17,20 @@ pub mod attention;
 pub mod blas;
 pub mod compile;
 pub mod context;
+pub mod convert;
+mod device;
+pub mod embedding;
 pub mod gpu;
+mod host_target;
 mod launch;
+pub mod layer_norm;
+mod linear;
+pub mod loss;
 pub mod nvrtc;
+pub mod optimizer;
 pub mod params;
 pub mod plan;
+pub mod prefix_mean;
 pub mod rows;
 pub mod runtime;
 pub mod tile;

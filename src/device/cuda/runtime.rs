@@ -207,12 +207,25 @@ impl<R: Runtime, T: Pod> Array<R, T> {
     /// # Errors
     /// As [`Runtime::allocate`] and [`Runtime::write`].
     pub fn of(runtime: &Arc<R>, host: &[T]) -> Result<Self, CudaError> {
-        let array = Self::new(runtime, host.len())?;
-        if !host.is_empty() {
-            // SAFETY: the array was just made with this many bytes.
-            unsafe { runtime.write(array.at, bytemuck::cast_slice(host))? };
-        }
+        let mut array = Self::new(runtime, host.len())?;
+        array.copy_from(host)?;
         Ok(array)
+    }
+
+    /// Replaces all values.
+    ///
+    /// # Errors
+    /// As [`Runtime::write`].
+    ///
+    /// # Panics
+    /// If `host` is not as long.
+    pub fn copy_from(&mut self, host: &[T]) -> Result<(), CudaError> {
+        assert_eq!(host.len(), self.len, "a copy from the host should be as long as the array");
+        if self.len > 0 {
+            // SAFETY: the array has this many bytes.
+            unsafe { self.runtime.write(self.at, bytemuck::cast_slice(host))? };
+        }
+        Ok(())
     }
 
     /// Makes all values 0.

@@ -123,7 +123,9 @@ impl Runtime for Emulated {
     unsafe fn gemm(&self, gemm: &Gemm) -> Result<(), CudaError> {
         let device = self.device();
         let [m, n, k] = gemm.shape;
-        if m * n * k == 0 || (gemm.store == Store::Add && (gemm.bias != 0 || gemm.activation != Activation::None)) {
+        if m * n * k == 0
+            || (gemm.store == Store::Add && (gemm.bias != 0 || gemm.activation != Activation::None))
+        {
             return Err(fault("gemm")(format!("{gemm:?} is not a product that runtimes offer")));
         }
         let round = |x: f32| match gemm.precision {
@@ -131,15 +133,19 @@ impl Runtime for Emulated {
             Precision::Bf16 => bf16::from_f32(x).to_f32(),
         };
         // Both row-major, so that the innermost loop runs along rows.
-        let packed = |at, transposed: bool, rows: usize, columns: usize, name| -> Result<Vec<f32>, CudaError> {
-            let values = matrix(&device, at, rows * columns, name)?;
-            Ok((0..rows * columns)
-                .map(|i| round(if transposed { values[i % columns * rows + i / columns] } else { values[i] }))
-                .collect())
-        };
+        let packed =
+            |at, transposed: bool, rows: usize, columns: usize, name| -> Result<Vec<f32>, CudaError> {
+                let values = matrix(&device, at, rows * columns, name)?;
+                Ok((0..rows * columns)
+                    .map(|i| {
+                        round(if transposed { values[i % columns * rows + i / columns] } else { values[i] })
+                    })
+                    .collect())
+            };
         let a = packed(gemm.a, gemm.a_transposed, m, k, "a")?;
         let b = packed(gemm.b, gemm.b_transposed, k, n, "b")?;
-        let bias = if gemm.bias == 0 { vec![0.0; n] } else { matrix(&device, gemm.bias, n, "bias")?.to_vec() };
+        let bias =
+            if gemm.bias == 0 { vec![0.0; n] } else { matrix(&device, gemm.bias, n, "bias")?.to_vec() };
         let mut c = match gemm.store {
             Store::Add => matrix(&device, gemm.c, m * n, "c")?.to_vec(),
             Store::Overwrite => vec![0.0; m * n],

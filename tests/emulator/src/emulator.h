@@ -93,6 +93,7 @@ template <class T> EMULATOR_PLAIN T shuffle(T x, int lanes, int line) {
 }
 inline int uniform(int x, int line = __builtin_LINE()) { return shuffle(x, -1, line); }
 inline float shuffle_xor(float x, int lanes, int line = __builtin_LINE()) { return shuffle(x, lanes, line); }
+inline double shuffle_xor(double x, int lanes, int line = __builtin_LINE()) { return shuffle(x, lanes, line); }
 EMULATOR_PLAIN inline bool any_lane(bool x, int line = __builtin_LINE()) {
     struct A { bool x, result; } a{x, false};
     emulator::meet(line, a, [](void* const (&all)[32]) EMULATOR_PLAIN {

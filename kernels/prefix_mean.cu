@@ -1,0 +1,150 @@
+// Means of prefixes of packed sequences, and their gradient.
+//
+// MATHEMATICS. A group g of sequence b asks for the first count[g] of its tokens; counts ascend inside a sequence:
+//
+//     mean[g] = sum of x[start[b]..start[b] + count[g]] / divisor[g]          (0 where the divisor is 0)
+//     dx[start[b] + t] = sum over the groups with count[g] > t of dmean[g] / divisor[g]
+//
+// TILING. A block takes a sequence and a chunk of columns (blockIdx.y). Its groups of lanes cut the tokens into as many runs:
+// each adds up its run, the sums before a run (behind it, backward) are taken from shared memory, and a second
+// walk over the run writes what ends in it. Sums are f64: a prefix is as long as a history.
+//
+// TRAFFIC. x is read twice, the second time from L1 or L2, and mean is written once; backward reads dmean twice and
+// writes dx once.
+#include "row_group.cuh"
+
+constexpr int THREADS = 256;
+
+struct PrefixMeanParams {
+    const unsigned* start;          // [sequences + 1] tokens of each sequence
+    const unsigned* group_offsets;  // [sequences + 1] groups of each sequence
+    const unsigned* count;          // [groups]
+    const unsigned* divisor;        // [groups]
+    float* x;                       // [tokens, width]; backward: dx
+    float* mean;                    // [groups, width]; backward: dmean
+    unsigned width;
+    unsigned bits;
+};
+static_assert(sizeof(PrefixMeanParams) == 56, "mirrored by src/device/cuda/prefix_mean.rs");
+
+__device__ __forceinline__ double reciprocal(unsigned divisor) { return divisor ? 1.0 / double(divisor) : 0.0; }
+
+// A block's sequence, and the run of tokens that is this group of lanes'.
+struct Run {
+    unsigned first_token, tokens;  // of the sequence
+    unsigned first_group, end_group;
+    unsigned begin, end;           // of the run, counted in the sequence
+    __device__ __forceinline__ Run(const PrefixMeanParams& p, const RowGroup& group) {
+        const unsigned b = blockIdx.x;
+        first_token = p.start[b];
+        tokens = p.start[b + 1] - first_token;
+        first_group = p.group_offsets[b];
+        end_group = p.group_offsets[b + 1];
+        const unsigned length = (tokens + group.count() - 1) / group.count();
+        begin = group.index * length < tokens ? group.index * length : tokens;
+        end = begin + length < tokens ? begin + length : tokens;
+    }
+    // The first group that asks for more than `tokens` tokens.
+    __device__ __forceinline__ unsigned first_longer(const PrefixMeanParams& p, unsigned tokens) const {
+        unsigned low = first_group, high = end_group;
+        while (low < high) {
+            const unsigned middle = (low + high) / 2;
+            if (p.count[middle] <= tokens) low = middle + 1;
+            else high = middle;
+        }
+        return low;
+    }
+};
+
+template <int V> __device__ __forceinline__ void forward(const PrefixMeanParams& p) {
+    const RowGroup group(p.bits);
+    const Run run(p, group);
+    const unsigned c = (blockIdx.y << p.bits) * V + group.lane * V;
+    const bool valid = c < p.width;
+    double* sums = reinterpret_cast<double*>(shared_memory());
+    double sum[V] = {};
+    const float* x = p.x + size_t(run.first_token) * p.width + c;
+    if (valid) {
+#pragma unroll 4
+        for (unsigned t = run.begin; t < run.end; ++t) {
+            float value[V];
+            load<V>(value, x + size_t(t) * p.width);
+#pragma unroll
+            for (int v = 0; v < V; ++v) sum[v] += value[v];
+        }
+    }
+#pragma unroll
+    for (int v = 0; v < V; ++v) sums[threadIdx.x * V + v] = sum[v];
+    __syncthreads();
+    if (!valid) return;
+    const unsigned lanes = 1u << p.bits;
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+        sum[v] = 0.0;
+        for (unsigned before = 0; before < group.index; ++before) sum[v] += sums[(before * lanes + group.lane) * V + v];
+    }
+    const auto write = [&](unsigned g) {
+        const double factor = reciprocal(p.divisor[g]);
+        float mean[V];
+#pragma unroll
+        for (int v = 0; v < V; ++v) mean[v] = float(sum[v] * factor);
+        store<V>(p.mean + size_t(g) * p.width + c, mean);
+    };
+    // Groups over nothing belong to the first run, which may be empty; others to the run their last token is in.
+    unsigned g = run.first_group;
+    if (group.index == 0) {
+        for (; g < run.end_group && p.count[g] == 0; ++g) write(g);
+    }
+    if (run.begin == run.end) return;
+    g = run.first_longer(p, run.begin);
+    for (unsigned t = run.begin; t < run.end && g < run.end_group; ++t) {
+        float value[V];
+        load<V>(value, x + size_t(t) * p.width);
+#pragma unroll
+        for (int v = 0; v < V; ++v) sum[v] += value[v];
+        for (; g < run.end_group && p.count[g] == t + 1; ++g) write(g);
+    }
+}
+KERNEL(prefix_mean_forward, PrefixMeanParams, THREADS) { WITH_VECTORS(p.width, forward); }
+
+template <int V> __device__ __forceinline__ void backward(const PrefixMeanParams& p) {
+    const RowGroup group(p.bits);
+    const Run run(p, group);
+    const unsigned c = (blockIdx.y << p.bits) * V + group.lane * V;
+    const bool valid = c < p.width;
+    double* sums = reinterpret_cast<double*>(shared_memory());
+    double sum[V] = {};
+    const auto take = [&](unsigned g) {
+        const double factor = reciprocal(p.divisor[g]);
+        float value[V];
+        load<V>(value, p.mean + size_t(g) * p.width + c);
+#pragma unroll
+        for (int v = 0; v < V; ++v) sum[v] += value[v] * factor;
+    };
+    // The groups whose last token is in the run: those that ask for more than `begin` and at most `end` tokens.
+    const unsigned first = run.first_longer(p, run.begin), last = run.first_longer(p, run.end);
+    if (valid && run.begin < run.end) {
+        for (unsigned g = first; g < last; ++g) take(g);
+    }
+#pragma unroll
+    for (int v = 0; v < V; ++v) sums[threadIdx.x * V + v] = sum[v];
+    __syncthreads();
+    if (!valid || run.begin == run.end) return;
+    const unsigned lanes = 1u << p.bits;
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+        sum[v] = 0.0;
+        for (unsigned behind = group.count() - 1; behind > group.index; --behind) {
+            sum[v] += sums[(behind * lanes + group.lane) * V + v];
+        }
+    }
+    unsigned g = last;
+    for (unsigned t = run.end; t-- > run.begin;) {
+        for (; g > first && p.count[g - 1] > t; --g) take(g - 1);
+        float dx[V];
+#pragma unroll
+        for (int v = 0; v < V; ++v) dx[v] = float(sum[v]);
+        store<V>(p.x + (size_t(run.first_token) + t) * p.width + c, dx);
+    }
+}
+KERNEL(prefix_mean_backward, PrefixMeanParams, THREADS) { WITH_VECTORS(p.width, backward); }

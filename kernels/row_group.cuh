@@ -1,0 +1,62 @@
+// Rows walked by groups of lanes: 2^bits threads of a warp share a row, each taking V columns at a time, 16 bytes where
+// the width is a multiple of 4. A row of 32 values is one access of 8 lanes; a warp then works on four rows.
+#pragma once
+#include "primitives.cuh"
+
+template <int V> __device__ __forceinline__ void load(float (&x)[V], const float* p) {
+    if constexpr (V == 4) {
+        const float4 a = *reinterpret_cast<const float4*>(p);
+        x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w;
+    } else {
+        x[0] = *p;
+    }
+}
+template <int V> __device__ __forceinline__ void store(float* p, const float (&x)[V]) {
+    if constexpr (V == 4) *reinterpret_cast<float4*>(p) = make_float4(x[0], x[1], x[2], x[3]);
+    else *p = x[0];
+}
+template <int V> __device__ __forceinline__ void add(float (&x)[V], const float (&y)[V]) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) x[v] += y[v];
+}
+// p += x
+template <int V> __device__ __forceinline__ void store_added(float* p, const float (&x)[V]) {
+    float y[V];
+    load<V>(y, p);
+    add<V>(y, x);
+    store<V>(p, y);
+}
+
+struct RowGroup {
+    unsigned bits;   // log2 of the group's lanes
+    unsigned lane;   // inside the group
+    unsigned index;  // of the group, in the block
+    __device__ __forceinline__ explicit RowGroup(unsigned bits)
+        : bits(bits), lane(threadIdx.x & ((1u << bits) - 1)), index(threadIdx.x >> bits) {}
+    // Groups of the block.
+    __device__ __forceinline__ unsigned count() const { return blockDim.x >> bits; }
+    // The row of this group when groups take one row each.
+    __device__ __forceinline__ size_t row() const { return size_t(blockIdx.x) * count() + index; }
+    // Sum over the group's lanes, in all of them. Every thread of the warp takes part.
+    template <class T> __device__ __forceinline__ T sum(T x) const {
+        for (int lanes = 1 << bits >> 1; lanes; lanes >>= 1) x += shuffle_xor(x, lanes);
+        return x;
+    }
+};
+
+// Sum over the block, in thread 0; `shared` has room for a value a warp. Every thread takes part.
+__device__ __forceinline__ double block_sum(double x, double* shared) {
+    for (int lanes = 16; lanes; lanes >>= 1) x += shuffle_xor(x, lanes);
+    __syncthreads();  // whoever reads an earlier sum is done
+    if (lane_index() == 0) shared[warp_index()] = x;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        for (unsigned warp = 1; warp < blockDim.x / 32; ++warp) x += shared[warp];
+    }
+    return x;
+}
+
+// Runs `body` with V = 4 or 1 as the width allows. `p` needs a member `width`.
+#define WITH_VECTORS(width, body) \
+    if ((width) % 4 == 0) body<4>(p); \
+    else body<1>(p)

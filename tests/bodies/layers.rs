@@ -1,0 +1,566 @@
+//! Every operation of `trait Device` against finite differences of itself: one body, run on every device.
+//!
+//! An operation is checked as a function from its inputs to numbers: outputs are multiplied by fixed random
+//! weights and added up, and the derivative of that sum along a random direction, by central differences, must
+//! equal the analytic gradient times the direction.
+#![allow(dead_code, reason = "each test file uses its own part")]
+
+use dfar::attention::{FhaOptions, LabelMask, Normalization, Pairing};
+use dfar::device::{
+    Activation, AdamStep, AdamTensor, Clip, Device, Segments, Slot, Store, TargetIndex, TargetWeights,
+};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+type Floats<D> = <D as Device>::Buffer<f32>;
+
+fn random(rng: &mut ChaCha8Rng, n: usize) -> Vec<f32> {
+    (0..n).map(|_| rng.random_range(-1.0..1.0)).collect()
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(&a, &b)| a as f64 * b as f64).sum()
+}
+
+/// Checks `gradients` (one a tensor of `inputs`) of `value` at `inputs`, tensor by tensor.
+fn check(what: &str, inputs: &[Vec<f32>], value: impl Fn(&[Vec<f32>]) -> f64, gradients: &[Vec<f32>]) {
+    let mut rng = ChaCha8Rng::seed_from_u64(99);
+    assert_eq!(inputs.len(), gradients.len());
+    for (t, gradient) in gradients.iter().enumerate() {
+        for _ in 0..3 {
+            let direction = random(&mut rng, gradient.len());
+            let h = 2e-3f32;
+            let moved = |sign: f32| {
+                let mut inputs = inputs.to_vec();
+                inputs[t].iter_mut().zip(&direction).for_each(|(x, d)| *x += sign * h * d);
+                value(&inputs)
+            };
+            let numeric = (moved(1.0) - moved(-1.0)) / (2.0 * h as f64);
+            let analytic = dot(gradient, &direction);
+            // f32 outputs near 1 carry 1e-7, over 2h; the scale is what the gradient could give along any direction.
+            let scale = dot(gradient, gradient).sqrt() + 1.0;
+            assert!(
+                (numeric - analytic).abs() < 2e-3 * scale,
+                "{what}, input {t}: numeric {numeric}, analytic {analytic}, scale {scale}"
+            );
+        }
+    }
+}
+
+pub fn layer_norm<D: Device>(device: &D) {
+    for (rows, width) in [(1, 8), (5, 32), (300, 20), (0, 16)] {
+        let mut rng = ChaCha8Rng::seed_from_u64(rows as u64);
+        let inputs = vec![random(&mut rng, rows * width), random(&mut rng, width), random(&mut rng, width)];
+        let weight = random(&mut rng, rows * width);
+        let run = |i: &[Vec<f32>]| {
+            let mut y = device.alloc(rows * width).unwrap();
+            let [x, gamma, beta] = [0, 1, 2].map(|t| device.upload(&i[t]).unwrap());
+            device.layer_norm(width, &x, &gamma, &beta, &mut y).unwrap();
+            device.download(&y).unwrap()
+        };
+        let [x, gamma] = [0, 1].map(|t| device.upload(&inputs[t]).unwrap());
+        let dy = device.upload(&weight).unwrap();
+        let before = random(&mut rng, rows * width);
+        let (mut dx, mut dgamma, mut dbeta) = (
+            device.upload(&before).unwrap(),
+            device.upload(&vec![7.0; width]).unwrap(),
+            device.upload(&vec![7.0; width]).unwrap(),
+        );
+        device
+            .layer_norm_backward(width, &x, &gamma, &dy, (&mut dx, Store::Add), &mut dgamma, &mut dbeta)
+            .unwrap();
+        let dx: Vec<f32> = device.download(&dx).unwrap().iter().zip(&before).map(|(x, b)| x - b).collect();
+        let gradients = [dx, device.download(&dgamma).unwrap(), device.download(&dbeta).unwrap()];
+        check("layer norm", &inputs, |i| dot(&run(i), &weight), &gradients);
+    }
+}
+
+pub fn linear<D: Device>(device: &D) {
+    for (rows, inputs, outputs, activation) in [
+        (7, 5, 3, Activation::None),
+        (700, 32, 32, Activation::Relu),
+        (40, 16, 1, Activation::None),
+        (0, 4, 4, Activation::Relu),
+    ] {
+        let mut rng = ChaCha8Rng::seed_from_u64(outputs as u64);
+        // Small inputs and biases beyond ±4 keep every unit off the kink of ReLU, where a central difference
+        // measures neither side; about half of the units are on.
+        let mut values = vec![
+            random(&mut rng, rows * inputs),
+            random(&mut rng, inputs * outputs),
+            random(&mut rng, outputs),
+        ];
+        values[0].iter_mut().for_each(|x| *x *= 0.3);
+        values[2].iter_mut().for_each(|b| *b += 4.0f32.copysign(*b));
+        let weight = random(&mut rng, rows * outputs);
+        let run = |i: &[Vec<f32>]| -> Floats<D> {
+            let mut y = device.alloc(rows * outputs).unwrap();
+            let [x, w, b] = [0, 1, 2].map(|t| device.upload(&i[t]).unwrap());
+            device
+                .linear(&x, &w, Some(&b), activation, (&mut y, Store::Overwrite), (inputs, outputs))
+                .unwrap();
+            y
+        };
+        let y = run(&values);
+        let [x, w] = [0, 1].map(|t| device.upload(&values[t]).unwrap());
+        let mut dy = device.upload(&weight).unwrap();
+        let (mut dx, mut dw, mut db) = (
+            device.alloc(rows * inputs).unwrap(),
+            device.alloc(inputs * outputs).unwrap(),
+            device.alloc(outputs).unwrap(),
+        );
+        device
+            .linear_backward(
+                &x,
+                &w,
+                activation,
+                &y,
+                &mut dy,
+                Some((&mut dx, Store::Overwrite)),
+                &mut dw,
+                Some(&mut db),
+                (inputs, outputs),
+            )
+            .unwrap();
+        let gradients = [dx, dw, db].map(|g| device.download(&g).unwrap());
+        let value = |i: &[Vec<f32>]| dot(&device.download(&run(i)).unwrap(), &weight);
+        check("linear", &values, value, &gradients);
+    }
+}
+
+pub fn label_linear<D: Device>(device: &D) {
+    let (rows, inputs, outputs) = (37, 6, 5);
+    let mut rng = ChaCha8Rng::seed_from_u64(4);
+    let values = vec![
+        random(&mut rng, rows * inputs),
+        random(&mut rng, 2 * inputs * outputs),
+        random(&mut rng, outputs),
+    ];
+    let weight = random(&mut rng, rows * outputs);
+    let (ones, zeros): (Vec<u32>, Vec<u32>) = (0..rows as u32).partition(|i| i % 3 == 0);
+    let tokens = [device.upload(&zeros).unwrap(), device.upload(&ones).unwrap()];
+    let tokens = [&tokens[0], &tokens[1]];
+    let run = |i: &[Vec<f32>]| {
+        let mut y = device.alloc(rows * outputs).unwrap();
+        let [x, w, b] = [0, 1, 2].map(|t| device.upload(&i[t]).unwrap());
+        device.label_linear(&x, &w, &b, tokens, (&mut y, Store::Overwrite), (inputs, outputs)).unwrap();
+        device.download(&y).unwrap()
+    };
+    // Row 1 has label 0: it sees the first half of the weight.
+    let y = run(&values);
+    let by_hand =
+        (0..inputs).map(|i| values[0][inputs + i] * values[1][i * outputs]).sum::<f32>() + values[2][0];
+    assert!((y[outputs] - by_hand).abs() < 1e-5);
+    let [x, w] = [0, 1].map(|t| device.upload(&values[t]).unwrap());
+    let dy = device.upload(&weight).unwrap();
+    let (mut dx, mut dw, mut db) = (
+        device.alloc(rows * inputs).unwrap(),
+        device.alloc(2 * inputs * outputs).unwrap(),
+        device.alloc(outputs).unwrap(),
+    );
+    device.label_linear_backward(&x, &w, tokens, &dy, &mut dx, &mut dw, &mut db, (inputs, outputs)).unwrap();
+    let gradients = [dx, dw, db].map(|g| device.download(&g).unwrap());
+    check("label linear", &values, |i| dot(&run(i), &weight), &gradients);
+}
+
+pub fn gather_and_segment_sum<D: Device>(device: &D) {
+    let (width, rows) = (6, 50);
+    let mut rng = ChaCha8Rng::seed_from_u64(5);
+    let values = vec![random(&mut rng, 4 * width), random(&mut rng, 3 * width)];
+    let index: [Vec<u32>; 2] = [
+        (0..rows).map(|_| rng.random_range(0..4)).collect(),
+        (0..rows).map(|_| rng.random_range(0..3)).collect(),
+    ];
+    let weight = random(&mut rng, rows * width);
+    let run = |i: &[Vec<f32>]| {
+        let mut y = device.alloc(rows * width).unwrap();
+        let [a, b] = [0, 1].map(|t| device.upload(&i[t]).unwrap());
+        let [ia, ib] = [0, 1].map(|t| device.upload(&index[t]).unwrap());
+        device.gather_sum(width, &[(&a, &ia), (&b, &ib)], &mut y).unwrap();
+        device.download(&y).unwrap()
+    };
+    // The gradient of a table is the segment sum of dy by row; dy is given in two sources, cut after row 20.
+    let sources =
+        [device.upload(&weight[..20 * width]).unwrap(), device.upload(&weight[20 * width..]).unwrap()];
+    let gradients = [0, 1].map(|t| {
+        let count = values[t].len() / width;
+        let lists: Vec<Vec<u32>> = (0..count as u32)
+            .map(|r| (0..rows as u32).filter(|&i| index[t][i as usize] == r).collect())
+            .collect();
+        let mut offsets = vec![0u32];
+        lists.iter().for_each(|l| offsets.push(offsets.last().unwrap() + l.len() as u32));
+        let [offsets, members, row] =
+            [offsets, lists.concat(), (0..count as u32).collect()].map(|v| device.upload(&v).unwrap());
+        let mut y = device.alloc(count * width).unwrap();
+        let table = device.upload(&values[t]).unwrap();
+        device
+            .segment_sum(
+                width,
+                &[&sources[0], &sources[1]],
+                Segments { offsets: &offsets, members: &members },
+                0.5,
+                &table,
+                &row,
+                &mut y,
+            )
+            .unwrap();
+        let mut sum = device.zeros::<f64>(2).unwrap();
+        device.half_square_sum(width, &table, &row, Slot { values: &mut sum, index: 1 }).unwrap();
+        let half = device.download(&sum).unwrap()[1];
+        assert!((half - 0.5 * dot(&values[t], &values[t])).abs() < 1e-6);
+        device.download(&y).unwrap()
+    });
+    let value = |i: &[Vec<f32>]| dot(&run(i), &weight) + 0.25 * (dot(&i[0], &i[0]) + dot(&i[1], &i[1]));
+    check("gather", &values, value, &gradients);
+}
+
+pub fn prefix_mean<D: Device>(device: &D) {
+    let width = 5;
+    // Three sequences of 4, 0 and 3 tokens; the second has a group over nothing.
+    let (start, offsets) = (vec![0u32, 4, 4, 7], vec![0u32, 3, 4, 6]);
+    let (count, divisor) = (vec![0u32, 2, 4, 0, 1, 3], vec![0u32, 3, 4, 2, 1, 5]);
+    let mut rng = ChaCha8Rng::seed_from_u64(6);
+    let values = vec![random(&mut rng, 7 * width)];
+    let weight = random(&mut rng, 6 * width);
+    let [start, offsets, counts, divisors] =
+        [&start, &offsets, &count, &divisor].map(|v| device.upload(v).unwrap());
+    let run = |i: &[Vec<f32>]| {
+        let mut mean = device.alloc(6 * width).unwrap();
+        device
+            .prefix_mean(
+                width,
+                &device.upload(&i[0]).unwrap(),
+                &start,
+                &offsets,
+                &counts,
+                &divisors,
+                &mut mean,
+            )
+            .unwrap();
+        device.download(&mean).unwrap()
+    };
+    let mean = run(&values);
+    assert!(
+        mean[..width].iter().chain(&mean[3 * width..4 * width]).all(|&x| x == 0.0),
+        "nothing to add up gives 0"
+    );
+    assert!((mean[width] - (values[0][0] + values[0][width]) / 3.0).abs() < 1e-6);
+    let mut dx = device.alloc(7 * width).unwrap();
+    device
+        .prefix_mean_backward(
+            width,
+            &start,
+            &offsets,
+            &counts,
+            &divisors,
+            &device.upload(&weight).unwrap(),
+            &mut dx,
+        )
+        .unwrap();
+    check("prefix mean", &values, |i| dot(&run(i), &weight), &[device.download(&dx).unwrap()]);
+}
+
+pub fn concat<D: Device>(device: &D) {
+    let (width, rows) = (3, 6);
+    let index = vec![0u32, 0, 1, 1, 1, 3];
+    let mut rng = ChaCha8Rng::seed_from_u64(7);
+    let values = vec![random(&mut rng, 4 * width), random(&mut rng, rows * width)];
+    let weight = random(&mut rng, rows * 2 * width);
+    let index_buffer = device.upload(&index).unwrap();
+    let run = |i: &[Vec<f32>]| {
+        let mut y = device.alloc(rows * 2 * width).unwrap();
+        let [a, b] = [0, 1].map(|t| device.upload(&i[t]).unwrap());
+        device.concat(width, &[(&a, Some(&index_buffer)), (&b, None)], &mut y).unwrap();
+        device.download(&y).unwrap()
+    };
+    let dy = device.upload(&weight).unwrap();
+    let [offsets, members] = [vec![0u32, 2, 5, 5, 6], (0..6).collect()].map(|v| device.upload(&v).unwrap());
+    let (mut da, mut db) = (device.alloc(4 * width).unwrap(), device.zeros(rows * width).unwrap());
+    device
+        .concat_backward(
+            width,
+            0,
+            2,
+            &dy,
+            Some(Segments { offsets: &offsets, members: &members }),
+            (&mut da, Store::Overwrite),
+        )
+        .unwrap();
+    device.concat_backward(width, 1, 2, &dy, None, (&mut db, Store::Add)).unwrap();
+    check("concat", &values, |i| dot(&run(i), &weight), &[da, db].map(|g| device.download(&g).unwrap()));
+}
+
+pub fn rank_loss<D: Device>(device: &D) {
+    let mut rng = ChaCha8Rng::seed_from_u64(8);
+    let values = vec![random(&mut rng, 9), random(&mut rng, 9)];
+    let target = device.upload(&[1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.0]).unwrap();
+    let run = |i: &[Vec<f32>]| {
+        let [pos, neg] = [0, 1].map(|t| device.upload(&i[t]).unwrap());
+        let (mut d_pos, mut d_neg) = (device.alloc(9).unwrap(), device.alloc(9).unwrap());
+        let mut losses = device.zeros::<f64>(3).unwrap();
+        let slot = Slot { values: &mut losses, index: 1 };
+        device.rank_loss(0.3, &pos, &neg, &target, &mut d_pos, &mut d_neg, slot).unwrap();
+        let [_, bce, ibl] = device.download(&losses).unwrap()[..] else { panic!("three values") };
+        (bce + 0.3f32 as f64 * ibl, [d_pos, d_neg].map(|d| device.download(&d).unwrap()))
+    };
+    check("rank loss", &values, |i| run(i).0, &run(&values).1);
+    let extreme = run(&[vec![1e4, -1e4, 1e4, -1e4, 0.0, 0.0, 0.0, 0.0, 0.0], vec![-1e4; 9]]);
+    assert!(extreme.0.is_finite() && extreme.1.concat().iter().all(|x| x.is_finite()));
+}
+
+pub fn cosine_loss<D: Device>(device: &D) {
+    let width = 4;
+    let mut rng = ChaCha8Rng::seed_from_u64(9);
+    let values = vec![random(&mut rng, 5 * width), random(&mut rng, 5 * width)];
+    let run = |i: &[Vec<f32>]| {
+        let [x, y] = [0, 1].map(|t| device.upload(&i[t]).unwrap());
+        let (mut dx, mut dy) = (device.zeros(i[0].len()).unwrap(), device.zeros(i[0].len()).unwrap());
+        let mut loss = device.zeros::<f64>(1).unwrap();
+        let slot = Slot { values: &mut loss, index: 0 };
+        device.cosine_loss(width, 0.7, &x, &y, &mut dx, &mut dy, slot).unwrap();
+        let mean = device.download(&loss).unwrap()[0];
+        (0.7f32 as f64 * mean, [dx, dy].map(|d| device.download(&d).unwrap()))
+    };
+    check("cosine", &values, |i| run(i).0, &run(&values).1);
+    let (mean, gradients) = run(&[vec![0.0; 4], vec![1.0; 4]]);
+    assert_eq!((mean, gradients.concat()), (0.0, vec![0.0; 8]), "a vector of norm 0 has no direction");
+}
+
+pub fn target_attention<D: Device>(device: &D) {
+    target_attention_of(device, 4, [5, 3]);
+    target_attention_of(device, 16, [16, 8]);
+}
+
+fn target_attention_of<D: Device>(device: &D, width: usize, hidden: [usize; 2]) {
+    // Two sequences of 3 and 2 tokens; pairs of lengths 3, 2, 2; rows over prefixes 3, 1, 2, 0, 2.
+    let (cu_seqlens, pair_offsets, score_offsets) = (vec![0u32, 3, 5], vec![0u32, 2, 3], vec![0u32, 3, 5, 7]);
+    let (row_offsets, row_members, row_length) =
+        (vec![0u32, 2, 4, 5], vec![0u32, 1, 2, 3, 4], vec![3u32, 1, 2, 0, 2]);
+    let index = TargetIndex {
+        cu_seqlens: &cu_seqlens[..],
+        pair_offsets: &pair_offsets,
+        score_offsets: &score_offsets,
+        rows: Segments { offsets: &row_offsets[..], members: &row_members },
+        row_length: &row_length,
+    };
+    let plan = device.target_plan(width, hidden, index).unwrap();
+    let mut rng = ChaCha8Rng::seed_from_u64(10);
+    let sizes = [
+        5 * width,
+        5 * width,
+        3 * width,
+        4 * width * hidden[0],
+        hidden[0],
+        hidden[0] * hidden[1],
+        hidden[1],
+        hidden[1],
+        1,
+    ];
+    let values: Vec<Vec<f32>> = sizes.iter().map(|&n| random(&mut rng, n)).collect();
+    let weight = random(&mut rng, 5 * width);
+    let run = |i: &[Vec<f32>]| {
+        let b: Vec<Floats<D>> = i.iter().map(|v| device.upload(v).unwrap()).collect();
+        let weights = TargetWeights { w0: &b[3], b0: &b[4], w1: &b[5], b1: &b[6], w2: &b[7], b2: &b[8] };
+        let (mut e, mut lse, mut att) =
+            (device.alloc(7).unwrap(), device.alloc(5).unwrap(), device.alloc(5 * width).unwrap());
+        device.target_attention(&plan, &b[0], &b[1], &b[2], weights, &mut e, &mut lse, &mut att).unwrap();
+        (b, e, lse, att)
+    };
+    let (b, e, lse, att) = run(&values);
+    let weights = TargetWeights { w0: &b[3], b0: &b[4], w1: &b[5], b1: &b[6], w2: &b[7], b2: &b[8] };
+    let datt = device.upload(&weight).unwrap();
+    let mut g: Vec<Floats<D>> = sizes.iter().map(|&n| device.zeros(n).unwrap()).collect();
+    let [ds, da, dr, w0, b0, w1, b1, w2, b2] = g.get_disjoint_mut([0, 1, 2, 3, 4, 5, 6, 7, 8]).unwrap();
+    device
+        .target_attention_backward(
+            &plan,
+            &b[0],
+            &b[1],
+            &b[2],
+            weights,
+            &e,
+            &lse,
+            &att,
+            &datt,
+            ds,
+            da,
+            dr,
+            TargetWeights { w0, b0, w1, b1, w2, b2 },
+        )
+        .unwrap();
+    let gradients: Vec<Vec<f32>> = g.iter().map(|g| device.download(g).unwrap()).collect();
+    assert_eq!(gradients[8], [0.0], "a softmax does not see a constant");
+    let att = device.download(&att).unwrap();
+    assert!(att[3 * width..4 * width].iter().all(|&x| x == 0.0), "an empty history attends to nothing");
+    check("target attention", &values, |i| dot(&device.download(&run(i).3).unwrap(), &weight), &gradients);
+}
+
+/// Widths that no vector divides, long lists, and lists without members, against sums by hand.
+pub fn segments_of_every_length<D: Device>(device: &D) {
+    for (width, sizes) in [
+        (8, vec![1usize, 0, 63, 1, 64, 65, 0, 0, 200, 3, 1000, 0]),
+        (5, vec![0, 130, 2]),
+        (132, vec![64, 64]),
+        (4, vec![0, 0]),
+        (12, vec![128]),
+        (160, vec![1, 300]),
+    ] {
+        let mut rng = ChaCha8Rng::seed_from_u64(width as u64);
+        let total: usize = sizes.iter().sum();
+        let rows = [7, 3, 11];
+        let sources = rows.map(|rows| random(&mut rng, rows * width));
+        let stacked = sources.concat();
+        let members: Vec<u32> = (0..total).map(|_| rng.random_range(0..21)).collect();
+        let mut offsets = vec![0u32];
+        sizes.iter().for_each(|n| offsets.push(offsets.last().unwrap() + *n as u32));
+        let table = random(&mut rng, 9 * width);
+        let row: Vec<u32> = (0..sizes.len()).map(|_| rng.random_range(0..9)).collect();
+        let mut want = vec![];
+        for (i, bounds) in offsets.windows(2).enumerate() {
+            for c in 0..width {
+                let members = members[bounds[0] as usize..bounds[1] as usize].iter();
+                let sum: f64 = members.map(|&m| stacked[m as usize * width + c] as f64).sum();
+                want.push(sum + 0.25 * table[row[i] as usize * width + c] as f64);
+            }
+        }
+        let sources = sources.map(|s| device.upload(&s).unwrap());
+        let [offsets, members, row] = [offsets, members, row].map(|v| device.upload(&v).unwrap());
+        let table = device.upload(&table).unwrap();
+        let mut y = device.alloc(want.len()).unwrap();
+        let segments = Segments { offsets: &offsets, members: &members };
+        let sources = sources.each_ref();
+        device.segment_sum(width, &sources, segments, 0.25, &table, &row, &mut y).unwrap();
+        for (got, want) in device.download(&y).unwrap().iter().zip(&want) {
+            assert!((*got as f64 - want).abs() < 1e-4, "width {width}: {got}, not {want}");
+        }
+    }
+}
+
+/// What is fused is what its parts give.
+pub fn fused_layer_norms<D: Device>(device: &D) {
+    for (rows, width) in [(7, 32), (130, 5), (3, 200), (0, 8), (9, 33)] {
+        let mut rng = ChaCha8Rng::seed_from_u64(20);
+        let tables = [random(&mut rng, 6 * width), random(&mut rng, 4 * width), random(&mut rng, 2 * width)];
+        let index = [6, 4, 2].map(|n| (0..rows).map(|_| rng.random_range(0..n)).collect::<Vec<u32>>());
+        let [gamma, beta] = [0, 1].map(|_| device.upload(&random(&mut rng, width)).unwrap());
+        let more = random(&mut rng, rows * width);
+        let tables = tables.map(|t| device.upload(&t).unwrap());
+        let index = index.map(|i| device.upload(&i).unwrap());
+        let list: Vec<_> = tables.iter().zip(&index).collect();
+        let x = device.upload(&more).unwrap();
+        let fresh = || device.alloc(rows * width).unwrap();
+        let (mut y, mut n, mut fused_y, mut fused_n) = (fresh(), fresh(), fresh(), fresh());
+        let compare = |y: &Floats<D>, fused: &Floats<D>| {
+            let (y, fused) = (device.download(y).unwrap(), device.download(fused).unwrap());
+            assert!(y.iter().zip(&fused).all(|(y, f)| (y - f).abs() < 1e-5), "{rows} rows of {width}");
+        };
+        device.gather_sum(width, &list, &mut y).unwrap();
+        device.layer_norm(width, &y, &gamma, &beta, &mut n).unwrap();
+        device.gather_layer_norm(width, &list, &gamma, &beta, &mut fused_y, &mut fused_n).unwrap();
+        compare(&y, &fused_y);
+        compare(&n, &fused_n);
+        device.add(&x, &mut y).unwrap();
+        device.layer_norm(width, &y, &gamma, &beta, &mut n).unwrap();
+        device.add_layer_norm(width, &x, &gamma, &beta, &mut fused_y, &mut fused_n).unwrap();
+        compare(&y, &fused_y);
+        compare(&n, &fused_n);
+    }
+}
+
+pub fn attention<D: Device>(device: &D) {
+    let (cu_seqlens, label) = ([0u32, 3, 3, 4, 8], [0u8, 1, 1, 0, 1, 0, 0, 1]);
+    for (heads, head_dim, masked) in [(2, 4, true), (4, 2, true), (2, 8, false), (1, 5, false)] {
+        let options = FhaOptions {
+            label_mask: if masked { LabelMask::Feedback } else { LabelMask::None },
+            normalization: Normalization::Joint,
+            pairing: Pairing::Factorized,
+            ..FhaOptions::new(heads, head_dim)
+        };
+        let label = if masked { &label[..] } else { &[] };
+        let plan = device.attention_plan(&options, &cu_seqlens, label).unwrap();
+        let mut rng = ChaCha8Rng::seed_from_u64(21);
+        let values: Vec<Vec<f32>> = (0..3).map(|_| random(&mut rng, 8 * heads * head_dim)).collect();
+        let weight = random(&mut rng, options.output_len(8));
+        let run = |i: &[Vec<f32>]| {
+            let [q, k, v] = [0, 1, 2].map(|t| device.upload(&i[t]).unwrap());
+            let mut o = device.alloc(options.output_len(8)).unwrap();
+            let mut lse = device.alloc(options.lse_len(8)).unwrap();
+            device.attention(&plan, &q, &k, &v, &mut o, &mut lse).unwrap();
+            ([q, k, v], o, lse)
+        };
+        let ([q, k, v], o, lse) = run(&values);
+        let d_o = device.upload(&weight).unwrap();
+        let [mut dq, mut dk, mut dv] = [0, 1, 2].map(|t| device.alloc(values[t].len()).unwrap());
+        device.attention_backward(&plan, &q, &k, &v, &o, &lse, &d_o, &mut dq, &mut dk, &mut dv).unwrap();
+        let gradients = [dq, dk, dv].map(|g| device.download(&g).unwrap());
+        let value = |i: &[Vec<f32>]| dot(&device.download(&run(i).1).unwrap(), &weight);
+        check("attention", &values, value, &gradients);
+    }
+}
+
+/// One step on a dense tensor, one by rows and an empty one, against Adam written down in f64.
+pub fn adam<D: Device>(device: &D) {
+    let mut rng = ChaCha8Rng::seed_from_u64(22);
+    let (dense, width, rows) = (5003, 6, vec![1u32, 4]);
+    let lens = [dense, 7 * width, 0];
+    for (clip, loss) in [
+        (None, 1.0),
+        (Some(Clip::PerTensor(1.0)), 1.0),
+        (Some(Clip::Global(2.0)), 1.0),
+        (Some(Clip::PerTensor(1.0)), f64::NAN),
+    ] {
+        let step = AdamStep { lr: 0.01, beta1: 0.9, beta2: 0.999, eps: 1e-8, step: 3, clip };
+        let values: Vec<Vec<f32>> = lens.map(|n| random(&mut rng, n)).to_vec();
+        let first: Vec<Vec<f32>> = lens.map(|n| random(&mut rng, n)).to_vec();
+        let second: Vec<Vec<f32>> =
+            lens.map(|n| random(&mut rng, n).iter().map(|x| x * x).collect()).to_vec();
+        let gradients = [random(&mut rng, dense), random(&mut rng, rows.len() * width), vec![]];
+        let upload =
+            |v: &[Vec<f32>]| -> Vec<Floats<D>> { v.iter().map(|v| device.upload(v).unwrap()).collect() };
+        let (mut v, mut m1, mut m2, g) =
+            (upload(&values), upload(&first), upload(&second), upload(&gradients));
+        let row = device.upload(&rows).unwrap();
+        let mut report = device.upload(&[loss, 0.0]).unwrap();
+        let state = v.iter_mut().zip(m1.iter_mut().zip(&mut m2)).zip(&g).enumerate();
+        let mut tensors: Vec<_> = state
+            .map(|(i, ((value, (first, second)), gradient))| AdamTensor {
+                value,
+                first,
+                second,
+                gradient,
+                rows: (i == 1).then_some((&row, width)),
+            })
+            .collect();
+        device.adam(&step, &mut tensors, Slot { values: &mut report, index: 1 }).unwrap();
+        drop(tensors);
+        let norms = gradients.each_ref().map(|g| dot(g, g).sqrt());
+        let global = norms.iter().map(|n| n * n).sum::<f64>().sqrt();
+        let found = device.download(&report).unwrap()[1];
+        assert!((found - global).abs() < 1e-9 * global, "{found}, not {global}");
+        for t in 0..3 {
+            let factor = match clip {
+                None => 1.0,
+                Some(Clip::PerTensor(limit)) => (limit as f64 / norms[t]).min(1.0),
+                Some(Clip::Global(limit)) => (limit as f64 / global).min(1.0),
+            };
+            let mut want = values[t].clone();
+            for (i, g) in gradients[t].iter().enumerate() {
+                let at = if t == 1 { rows[i / width] as usize * width + i % width } else { i };
+                let g = *g as f64 * factor;
+                let m = 0.9 * first[t][at] as f64 + 0.1 * g;
+                let v = 0.999 * second[t][at] as f64 + 0.001 * g * g;
+                let (m, v) = (m / (1.0 - 0.9f64.powi(3)), v / (1.0 - 0.999f64.powi(3)));
+                want[at] -= (0.01 * m / (v.sqrt() + 1e-8)) as f32;
+            }
+            let got = device.download(&v[t]).unwrap();
+            if loss.is_nan() {
+                assert_eq!(got, values[t], "nothing is updated after a loss that is not finite");
+                continue;
+            }
+            for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+                assert!((got - want).abs() < 1e-5 * (1.0 + want.abs()), "tensor {t}[{i}]: {got}, not {want}");
+            }
+        }
+    }
+}

@@ -1,4 +1,4 @@
-//! The kernels of `attention.cu`, all four of them, for every element type, against the golden cases and the float64
+//! The kernels of `attention.cu`, every one of them, for every element type, against the golden cases and the float64
 //! reference, under the emulator's checks of every memory access.
 
 use dfar::attention::{FhaOptions, Inputs, LabelMask, Normalization, Pairing, reference};
@@ -121,7 +121,7 @@ fn run<T: Value>(batch: &Batch) -> Results {
     run_within::<T>(batch, SHARED_LIMIT).expect("the kernels should be sound")
 }
 
-/// All four passes on a fresh device.
+/// All passes on a fresh device.
 fn run_within<T: Value>(batch: &Batch, shared_limit: usize) -> Result<Results, String> {
     let options = &batch.options;
     let n = options.check(&batch.inputs()).map_err(|e| e.to_string())?;
@@ -138,7 +138,7 @@ fn run_within<T: Value>(batch: &Batch, shared_limit: usize) -> Result<Results, S
     let labelled = options.label_mask == LabelMask::Feedback;
     for pass in Pass::ALL {
         let items = device.input::<Item>(plan.items(pass));
-        let params = AttentionParams {
+        let pointers = AttentionParams {
             q: q.pointer(),
             k: k.pointer(),
             v: v.pointer(),
@@ -153,8 +153,9 @@ fn run_within<T: Value>(batch: &Batch, shared_limit: usize) -> Result<Results, S
             order: if labelled { order.pointer() } else { 0 },
             feedback: if labelled { feedback.pointer() } else { 0 },
             items: items.pointer(),
-            ..plan.params(options)
+            ..AttentionParams::default()
         };
+        let params = plan.params(options, pass, pointers);
         let launch = plan.launch(options, pass);
         device.launch(pass.kernel(T::ELEMENT, options.head_dim), launch, &params)?;
     }
@@ -368,6 +369,30 @@ fn random_cases_in_16_bits() {
         failures.extend(judge_16_bit::<f16>(&format!("f16 {options:?}"), &batch));
     }
     assert!(failures.is_empty(), "{failures:#?}");
+}
+
+/// Blocks of several whole sequences, of every number of tiles, some of them empty.
+#[test]
+fn whole_sequences_of_all_lengths() {
+    let mut failures = vec![];
+    let mut whole = 0;
+    for (seed, options) in variants().into_iter().enumerate() {
+        let longest = if options.heads >= 4 { 16 } else { 64 };
+        for lengths in [[longest, 33, 1, 48], [17, 32, 0, 31], [16, 1, 2, 15]] {
+            let lengths = lengths.map(|length: usize| length.min(longest));
+            let batch = Batch::random(options, &lengths, 100 + seed as u64);
+            let exact = reference::forward(&options, batch.inputs()).expect("valid inputs");
+            let gradients = reference::backward(&options, batch.inputs(), &batch.d_o).expect("valid inputs");
+            let gradients = [&gradients.dq[..], &gradients.dk[..], &gradients.dv[..]];
+            let name = format!("{lengths:?} {options:?}");
+            failures.extend(f32_failures(&name, &run::<f32>(&batch), &exact.o, &exact.lse, gradients));
+            failures.extend(judge_16_bit::<bf16>(&name, &batch));
+            let plan = Plan::new(Element::Bf16, &options, &batch.cu_seqlens, &batch.label, SHARED_LIMIT);
+            whole += plan.expect("it fits").backward_whole.len();
+        }
+    }
+    assert!(failures.is_empty(), "{failures:#?}");
+    assert!(whole > 200, "only {whole} sequences were whole");
 }
 
 #[test]

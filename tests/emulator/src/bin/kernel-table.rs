@@ -11,7 +11,7 @@ use dfar::device::cuda::CudaError;
 use dfar::device::cuda::compile::{Arch, compile};
 use dfar::device::cuda::nvrtc::Nvrtc;
 use dfar::device::cuda::plan::{Pass, module};
-use dfar::device::cuda::tile::{Block, DELTA_THREADS, Element, HEAD_DIMS, tile};
+use dfar::device::cuda::tile::{Block, Element, HEAD_DIMS, tile};
 use std::fmt::Write as _;
 use std::process::{Command, ExitCode};
 
@@ -117,19 +117,12 @@ fn table() -> Result<(String, Vec<String>), String> {
             for head_dim in HEAD_DIMS {
                 let code = compile(module(element, head_dim), machine.arch).map_err(|e| e.to_string())?;
                 let options = FhaOptions { label_mask: LabelMask::Feedback, ..FhaOptions::new(2, head_dim) };
-                let tile = tile(element, &options, 4096, 64, machine.shared_per_block << 10)
+                // A long sequence, and the longest of each direction that is taken whole.
+                let lengths: Vec<usize> = (1..=64).chain([4096]).collect();
+                let tile = tile(element, &options, &lengths, machine.shared_per_block << 10)
                     .map_err(|e| e.to_string())?;
                 for pass in Pass::ALL {
-                    let block = match pass {
-                        Pass::ForwardWhole => match tile.whole {
-                            Some(whole) => whole.block,
-                            None => continue, // too wide to be loaded whole
-                        },
-                        Pass::Forward => tile.forward,
-                        Pass::Delta => Block { warps: DELTA_THREADS / 32, shared_bytes: 0 },
-                        Pass::Dq => tile.dq,
-                        Pass::DkDv => tile.dk_dv,
-                    };
+                    let Some(block) = tile.block(pass) else { continue }; // too wide to be loaded whole
                     let kernel = inspect(&code, pass.entry())?;
                     let blocks = resident(machine, kernel.registers, block);
                     let arch = machine.arch.name();
@@ -153,7 +146,7 @@ fn table() -> Result<(String, Vec<String>), String> {
                     if kernel.stack + kernel.local > 0 {
                         faults.push(format!("{name}: spills or local memory"));
                     }
-                    if element != Element::F32 && pass != Pass::Delta && kernel.tensor == 0 {
+                    if element != Element::F32 && kernel.tensor == 0 {
                         faults.push(format!("{name}: no tensor-core instructions"));
                     }
                     if blocks == 0 {

@@ -12,14 +12,14 @@ struct AttentionParams {
     void* o;                   // [N, Q, K, d]
     float* lse;                // [N, Q], natural logarithm
     const void* d_o;           // [N, Q, K, d]
-    float* delta;              // [N, Q]
-    float* correction;         // [N, Q] f32 only: 1 / (sum of a row's p as backward computes them)
+    float* delta;              // [N, Q] of streamed sequences, from dq to dk_dv
+    float* correction;         // [N, Q] of streamed sequences, f32 only: 1 / (sum of a row's p as backward computes them)
     void* dq;                  // [N, H, d]
     void* dk;                  // [N, H, d]
     void* dv;                  // [N, H, d]
     const unsigned* order;     // [N] tokens of each sequence by label, negatives first; null: as they come
     const unsigned* feedback;  // [N] 2 * (positives of the sequence up to and with this token) + label; null: no labels
-    const void* items;         // [gridDim.x], in forward_whole several a block (see seqlen.cuh); longest first
+    const void* items;         // [gridDim.x], whole sequences several a block (see seqlen.cuh); longest first
     unsigned heads;            // H
     unsigned query_slots;      // Q
     unsigned key_slots;        // K; with 1, blockIdx.y is the head and slot of query and key alike
@@ -27,9 +27,9 @@ struct AttentionParams {
     unsigned causal;           // a token sees itself and what came before; else everything
     unsigned masked;           // only kept pairs enter the denominator
     float scale;               // factor on the scores
-    unsigned rows;             // N * Q
-    unsigned item_warps;       // forward_whole: warps that share a sequence
-    unsigned capacity;         // forward_whole: rows that a head's keys have in shared memory, 16 more than the longest needs
+    unsigned item_warps;       // whole sequences: warps that share one
+    unsigned capacity;         // whole sequences: rows that a head's keys have in shared memory
+    unsigned reserved;         // the size is a multiple of 8
 };
 
 static_assert(sizeof(AttentionParams) == 152, "AttentionParams is mirrored by src/device/cuda/params.rs");

@@ -64,6 +64,13 @@ __device__ __forceinline__ void load_matrices_transposed(unsigned (&r)[2], const
                  : "=r"(r[0]), "=r"(r[1]) : "r"(shared_address(row)) : "memory");
 }
 
+// Transposes an 8x8 matrix of 16-bit elements that the warp holds as `load_matrices` leaves it.
+__device__ __forceinline__ unsigned transpose_matrix(unsigned x) {
+    unsigned r;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(x));
+    return r;
+}
+
 // ---------------------------------------------------------------- numbers
 
 // 2^x, and log2(x), on the special-function unit; 2^-inf is 0.

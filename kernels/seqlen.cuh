@@ -7,7 +7,7 @@ struct Item {
     unsigned start;      // first token of the sequence: cu_seqlens[b]
     unsigned length;     // tokens of the sequence
     unsigned negatives;  // those with label 0; all of them where there are no labels
-    unsigned first;      // forward, dq: first query row; dk_dv: first key, counted in label order
+    unsigned first;      // forward, dq: first query row; dk_dv: first key, counted in label order; whole: 0
 };
 static_assert(sizeof(Item) == 16, "Item is mirrored by src/device/cuda/params.rs");
 

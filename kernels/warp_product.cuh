@@ -1,10 +1,11 @@
-// Products of a warp with 16 rows: the only two that attention needs, forward and backward.
+// Products of a warp with 16 rows: the only ones that attention needs, forward and backward.
 //
-//     scores       c[16 x 16]  = rows[16 x D] tile[16 x D]^T      A from shared memory (or held in registers)
-//     accumulate   acc[16 x D] += c[16 x 16] tile[16 x D]         A is the result of the former, from registers
+//     scores                 c[16 x 16]   = rows[16 x D] tile[16 x D]^T   A from shared memory (or held in registers)
+//     accumulate             acc[16 x D]  += c[16 x 16] tile[16 x D]      A is the result of the former, from registers
+//     accumulate_transposed  sums[16 x D] += c[16 x 16]^T tile[16 x D]    the same, transposed; sums in shared memory
 //
 // 16-bit elements go through the tensor cores with f32 accumulation: accumulator fragments of `scores` are, pair by
-// pair, the A fragments of `accumulate`. f32 is exact: fused multiply-adds in the same accumulator layout, with
+// pair, the A fragments of `accumulate`, and transposed 8 x 8 those of `accumulate_transposed`. f32 is exact: fused multiply-adds in the same accumulator layout, with
 // operands read from shared memory and c handed from lane to lane through a scratch of the warp's own.
 #pragma once
 #include "primitives.cuh"
@@ -26,7 +27,7 @@ template <class E, int D, bool HELD> struct Rows {
     static constexpr int K = D >= 16 ? 16 : 8;  // depth of one product
     static constexpr int STEPS = D / K;
 
-    const E* at;
+    const E* at = nullptr;
     unsigned held[HELD ? STEPS : 1][K / 4];
 
     __device__ __forceinline__ void load(unsigned (&a)[K / 4], int step) const {
@@ -52,7 +53,7 @@ template <class E, int D, bool HELD> struct Rows {
 };
 
 template <int D, bool HELD> struct Rows<float, D, HELD> {
-    const float* at;
+    const float* at = nullptr;
     __device__ __forceinline__ void set(const float* tile) { at = tile; }
 };
 
@@ -149,36 +150,60 @@ template <class E> __device__ __forceinline__ float exponent(float score, float 
     return sizeof(E) == 4 ? multiply_add(low, scale, x) : x;
 }
 
+// Hands c, or its transpose, from lane to lane through `scratch`, SCRATCH<E> floats of the warp's own: row by row.
+template <bool TRANSPOSED> __device__ __forceinline__ void exchange(float* scratch, const float (&c)[2][4]) {
+    const int lane = lane_index(), row = lane >> 2, column = (lane & 3) * 2;
+    __syncwarp();  // what the scratch held has been read
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float2 x = make_float2(c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]);
+        const int r = row + i % 2 * 8, k = i / 2 * 8 + column;
+        if constexpr (TRANSPOSED) {
+            scratch[k * SCRATCH_STRIDE + r] = x.x;
+            scratch[(k + 1) * SCRATCH_STRIDE + r] = x.y;
+        } else {
+            *reinterpret_cast<float2*>(scratch + r * SCRATCH_STRIDE + k) = x;
+        }
+    }
+    __syncwarp();
+}
+
+// acc += what was exchanged times COUNT * 8 columns of the tile.
+template <int COUNT>
+__device__ __forceinline__ void accumulate_exchanged(float (&acc)[COUNT][4], const float* scratch, const float* tile, int stride) {
+    const int lane = lane_index(), row = lane >> 2, column = (lane & 3) * 2;
+#pragma unroll 4
+    for (int k = 0; k < 16; ++k) {
+        const float low = scratch[row * SCRATCH_STRIDE + k];
+        const float high = scratch[(row + 8) * SCRATCH_STRIDE + k];
+#pragma unroll
+        for (int n = 0; n < COUNT; ++n) {
+            const float2 b = *reinterpret_cast<const float2*>(tile + k * stride + n * 8 + column);
+            acc[n][0] = multiply_add(low, b.x, acc[n][0]);
+            acc[n][1] = multiply_add(low, b.y, acc[n][1]);
+            acc[n][2] = multiply_add(high, b.x, acc[n][2]);
+            acc[n][3] = multiply_add(high, b.y, acc[n][3]);
+        }
+    }
+}
+
+// c as the A operand of a product: rounded to pairs of elements.
+template <class E> __device__ __forceinline__ void round_pairs(unsigned (&a)[4], const float (&c)[2][4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = pack<E>(c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]);
+}
+
 // `scratch`: SCRATCH<E> floats of the warp's own.
 template <class E, int D>
 __device__ __forceinline__ void accumulate(float (&acc)[D / 8][4], const float (&c)[2][4], const E* tile, float* scratch) {
     constexpr int STRIDE = Tile<E, D>::STRIDE;
     const int lane = lane_index();
     if constexpr (sizeof(E) == 4) {
-        const int row = lane >> 2, column = (lane & 3) * 2;
-        __syncwarp();  // what the scratch held has been read
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            float* at = scratch + (row + i % 2 * 8) * SCRATCH_STRIDE + i / 2 * 8 + column;
-            *reinterpret_cast<float2*>(at) = make_float2(c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]);
-        }
-        __syncwarp();
-#pragma unroll 4
-        for (int k = 0; k < 16; ++k) {
-            const float low = scratch[row * SCRATCH_STRIDE + k];
-            const float high = scratch[(row + 8) * SCRATCH_STRIDE + k];
-#pragma unroll
-            for (int n = 0; n < D / 8; ++n) {
-                const float2 b = *reinterpret_cast<const float2*>(tile + k * STRIDE + n * 8 + column);
-                acc[n][0] = multiply_add(low, b.x, acc[n][0]);
-                acc[n][1] = multiply_add(low, b.y, acc[n][1]);
-                acc[n][2] = multiply_add(high, b.x, acc[n][2]);
-                acc[n][3] = multiply_add(high, b.y, acc[n][3]);
-            }
-        }
+        exchange<false>(scratch, c);
+        accumulate_exchanged(acc, scratch, tile, STRIDE);
     } else {
-        const unsigned a[4] = {pack<E>(c[0][0], c[0][1]), pack<E>(c[0][2], c[0][3]),
-                               pack<E>(c[1][0], c[1][1]), pack<E>(c[1][2], c[1][3])};
+        unsigned a[4];
+        round_pairs<E>(a, c);
         const E* at = tile + (lane & 15) * STRIDE;
         if constexpr (D == 8) {
             unsigned b[2];
@@ -196,6 +221,52 @@ __device__ __forceinline__ void accumulate(float (&acc)[D / 8][4], const float (
     }
 }
 
+// sums[16 x D] += c[16 x 16]^T tile[16 x D], with sums in shared memory: every element is one lane's, whatever c and tile.
+// Rows are taken there and back a few columns at a time, so that wide heads cost no registers.
+template <class E, int D>
+__device__ __forceinline__ void accumulate_transposed(float* sums, int stride, const float (&c)[2][4], const E* tile,
+                                                      float* scratch) {
+    constexpr int STRIDE = Tile<E, D>::STRIDE, MOST = sizeof(E) == 4 ? 4 : 2, COUNT = D / 8 < MOST ? D / 8 : MOST;
+    const int lane = lane_index(), column = (lane & 3) * 2;
+    unsigned a[4];
+    if constexpr (sizeof(E) == 4) {
+        exchange<true>(scratch, c);
+    } else {
+        unsigned x[4];
+        round_pairs<E>(x, c);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[i] = transpose_matrix(x[i % 2 * 2 + i / 2]);
+    }
+#pragma unroll
+    for (int n = 0; n < D / 8; n += COUNT) {
+        float acc[COUNT][4];
+        float* const at = sums + (lane >> 2) * stride + n * 8 + column;
+#pragma unroll
+        for (int m = 0; m < COUNT; ++m) {
+            const float2 low = *reinterpret_cast<const float2*>(at + m * 8);
+            const float2 high = *reinterpret_cast<const float2*>(at + 8 * stride + m * 8);
+            acc[m][0] = low.x, acc[m][1] = low.y, acc[m][2] = high.x, acc[m][3] = high.y;
+        }
+        if constexpr (sizeof(E) == 4) {
+            accumulate_exchanged(acc, scratch, tile + n * 8, STRIDE);
+        } else if constexpr (COUNT == 1) {
+            unsigned b[2];
+            load_matrices_transposed(b, tile + (lane & 15) * STRIDE);
+            multiply<E>(acc[0], a, b[0], b[1]);
+        } else {
+            unsigned b[4];
+            load_matrices_transposed(b, tile + (lane & 15) * STRIDE + n * 8 + (lane >> 4) * 8);
+            multiply<E>(acc[0], a, b[0], b[1]);
+            multiply<E>(acc[1], a, b[2], b[3]);
+        }
+#pragma unroll
+        for (int m = 0; m < COUNT; ++m) {
+            *reinterpret_cast<float2*>(at + m * 8) = make_float2(acc[m][0], acc[m][1]);
+            *reinterpret_cast<float2*>(at + 8 * stride + m * 8) = make_float2(acc[m][2], acc[m][3]);
+        }
+    }
+}
+
 // Writes an accumulator, times `factor` row by row, to 16 rows of floats.
 template <int D>
 __device__ __forceinline__ void store_accumulator(float* to, int stride, const float (&acc)[D / 8][4], float factor) {
@@ -205,6 +276,22 @@ __device__ __forceinline__ void store_accumulator(float* to, int stride, const f
         float* at = to + row * stride + n * 8 + column;
         *reinterpret_cast<float2*>(at) = make_float2(acc[n][0] * factor, acc[n][1] * factor);
         *reinterpret_cast<float2*>(at + 8 * stride) = make_float2(acc[n][2] * factor, acc[n][3] * factor);
+    }
+}
+
+// Writes an accumulator, times `factor`, to a tile as elements.
+template <class E, int D>
+__device__ __forceinline__ void store_elements(E* tile, const float (&acc)[D / 8][4], float factor) {
+    constexpr int STRIDE = Tile<E, D>::STRIDE;
+    if constexpr (sizeof(E) == 4) {
+        store_accumulator<D>(tile, STRIDE, acc, factor);
+    } else {
+        E* const at = tile + (lane_index() >> 2) * STRIDE + (lane_index() & 3) * 2;
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n) {
+            *reinterpret_cast<unsigned*>(at + n * 8) = pack<E>(acc[n][0] * factor, acc[n][1] * factor);
+            *reinterpret_cast<unsigned*>(at + 8 * STRIDE + n * 8) = pack<E>(acc[n][2] * factor, acc[n][3] * factor);
+        }
     }
 }
 

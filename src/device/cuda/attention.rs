@@ -189,13 +189,14 @@ impl<R: Runtime> Gpu<R> {
     ) -> Result<Batch<R>, CudaError> {
         let shared_limit = self.runtime().limits().shared_per_block;
         let plan = Plan::new(element, options, cu_seqlens, label, shared_limit)?;
-        let [whole, forward, delta, dq, dk_dv] = Pass::ALL.map(|pass| self.copy_of(plan.items(pass)));
+        let [forward_whole, forward, backward_whole, dq, dk_dv] =
+            Pass::ALL.map(|pass| self.copy_of(plan.items(pass)));
         Ok(Batch {
             options: *options,
             element,
             order: self.copy_of(&plan.order)?,
             feedback: self.copy_of(&plan.feedback)?,
-            items: [whole?, forward?, delta?, dq?, dk_dv?],
+            items: [forward_whole?, forward?, backward_whole?, dq?, dk_dv?],
             plan,
         })
     }
@@ -245,11 +246,11 @@ impl<R: Runtime> Gpu<R> {
         lse: &mut Array<R, f32>,
     ) -> Result<(), CudaError> {
         self.check_all(batch, qkv, o, lse)?;
-        let params = self.params(batch, qkv, o, lse);
+        let pointers = self.pointers(batch, qkv, o, lse);
         for pass in [Pass::ForwardWhole, Pass::Forward] {
             // SAFETY: `check_all` has found all that forward reads and writes to be of the batch's shape, and o and lse are
             // borrowed mutably.
-            unsafe { self.run(batch, pass, params)? };
+            unsafe { self.run(batch, pass, pointers)? };
         }
         Ok(())
     }
@@ -273,29 +274,30 @@ impl<R: Runtime> Gpu<R> {
         for (name, buffer) in [("dq", &*dq), ("dk", &*dk), ("dv", &*dv)] {
             self.check(name, "[N, H, d]", buffer, tokens * options.heads * options.head_dim)?;
         }
-        // Freed in stream order, when the launches that use them are done.
-        let delta = self.array::<f32>(options.lse_len(tokens))?;
-        let correction = self.array::<f32>(options.lse_len(tokens))?;
-        let params = AttentionParams {
+        // Between the two passes over long sequences. Freed in stream order, when the launches that use them are done.
+        let streamed = if batch.plan.dq.is_empty() { 0 } else { options.lse_len(tokens) };
+        let delta = self.array::<f32>(streamed)?;
+        let correction = self.array::<f32>(streamed)?;
+        let pointers = AttentionParams {
             d_o: d_o.pointer(),
             delta: delta.pointer(),
             correction: correction.pointer(),
             dq: dq.pointer(),
             dk: dk.pointer(),
             dv: dv.pointer(),
-            ..self.params(batch, qkv, o, lse)
+            ..self.pointers(batch, qkv, o, lse)
         };
-        for pass in [Pass::Delta, Pass::Dq, Pass::DkDv] {
+        for pass in [Pass::BackwardWhole, Pass::Dq, Pass::DkDv] {
             // SAFETY: `check_all` and the checks above have found all that these passes read and write to be of the batch's
             // shape; the gradients are borrowed mutably; delta and correction were made for it, are written before they
             // are read, in the order of the passes, and are freed behind them on the same stream.
-            unsafe { self.run(batch, pass, params)? };
+            unsafe { self.run(batch, pass, pointers)? };
         }
         Ok(())
     }
 
-    /// Arguments that both directions share.
-    fn params<T: Value>(
+    /// Pointers that both directions share.
+    fn pointers<T: Value>(
         &self,
         batch: &Batch<R>,
         qkv: Projections<R, T>,
@@ -311,18 +313,19 @@ impl<R: Runtime> Gpu<R> {
             // Null without labels: they are empty then.
             order: batch.order.pointer(),
             feedback: batch.feedback.pointer(),
-            ..batch.plan.params(&batch.options)
+            ..AttentionParams::default()
         }
     }
 
     /// # Safety
-    /// Pointers of `params`, but for `items`, are to arrays of the shapes in params.cuh for this batch and pass.
-    unsafe fn run(&self, batch: &Batch<R>, pass: Pass, params: AttentionParams) -> Result<(), CudaError> {
+    /// `pointers`, but for `items`, are to arrays of the shapes in params.cuh for this batch and pass.
+    unsafe fn run(&self, batch: &Batch<R>, pass: Pass, pointers: AttentionParams) -> Result<(), CudaError> {
         let kernel = pass.kernel(batch.element, batch.options.head_dim);
         let items = batch.items[pass as usize].pointer();
         let launch = batch.plan.launch(&batch.options, pass);
+        let params = batch.plan.params(&batch.options, pass, AttentionParams { items, ..pointers });
         // SAFETY: the kernel is of the batch's variant; grid, items and scalars are of its one plan; the rest is the caller's.
-        unsafe { self.launch(kernel, launch, &AttentionParams { items, ..params }) }
+        unsafe { self.launch(kernel, launch, &params) }
     }
 
     /// [`crate::attention::forward`] on this device: copies there, computes, copies back.

@@ -233,7 +233,17 @@ mod tests {
         let headers: Vec<&str> = source.headers.iter().map(|(name, _)| *name).collect();
         assert_eq!(
             headers,
-            ["online_softmax.cuh", "params.cuh", "primitives.cuh", "seqlen.cuh", "warp_product.cuh"]
+            [
+                "attention_backward.cuh",
+                "attention_backward_whole.cuh",
+                "attention_forward.cuh",
+                "attention_rows.cuh",
+                "online_softmax.cuh",
+                "params.cuh",
+                "primitives.cuh",
+                "seqlen.cuh",
+                "warp_product.cuh"
+            ]
         );
         assert!(source.text.contains("KERNEL(attention_forward,") && source.hash != 0);
     }

@@ -22,9 +22,9 @@ pub struct AttentionParams {
     pub lse: Pointer,
     /// `[N, Q, K, d]`
     pub d_o: Pointer,
-    /// `[N, Q]`
+    /// `[N, Q]`, from dq to dk_dv
     pub delta: Pointer,
-    /// `[N, Q]`, f32 only
+    /// `[N, Q]`, f32 only, from dq to dk_dv
     pub correction: Pointer,
     /// `[N, H, d]`
     pub dq: Pointer,
@@ -52,12 +52,12 @@ pub struct AttentionParams {
     pub masked: u32,
     /// Factor on the scores.
     pub scale: f32,
-    /// `N * Q`
-    pub rows: u32,
     /// Whole sequences: warps that share one.
     pub item_warps: u32,
     /// Whole sequences: rows a head's keys have in shared memory.
     pub capacity: u32,
+    /// The size is a multiple of 8.
+    pub reserved: u32,
 }
 
 /// A piece of one sequence: the work of one block.

@@ -8,7 +8,7 @@ use super::CudaError;
 use super::compile::{Define, Module};
 use super::params::{AttentionParams, Item};
 use super::runtime::{Kernel, Launch};
-use super::tile::{DELTA_THREADS, Element, Tile, is_short, tile};
+use super::tile::{Block, Element, Tile, Whole, tile};
 use crate::attention::{FhaOptions, LabelMask, Normalization, Pairing};
 
 /// Order, feedback and work of one batch.
@@ -22,12 +22,14 @@ pub struct Plan {
     /// this one. Empty without labels.
     pub feedback: Vec<u32>,
     /// Short sequences, which forward takes whole, several a block; the last block's filled up with items of no tokens.
-    pub whole: Vec<Item>,
+    pub forward_whole: Vec<Item>,
     /// Blocks of the forward pass over the other sequences.
     pub forward: Vec<Item>,
-    /// Blocks of the dq pass.
+    /// Short sequences, which backward takes whole, in the same way; it needs more room, so they may be fewer.
+    pub backward_whole: Vec<Item>,
+    /// Blocks of the dq pass over the other sequences.
     pub dq: Vec<Item>,
-    /// Blocks of the dk and dv pass, once per key head.
+    /// Blocks of the dk and dv pass over them, once per key head.
     pub dk_dv: Vec<Item>,
     /// Sizes of the blocks.
     pub tile: Tile,
@@ -40,24 +42,24 @@ pub enum Pass {
     ForwardWhole,
     /// `o` and `lse` of the others.
     Forward,
-    /// `delta`, which both others of backward need.
-    Delta,
-    /// `dq`.
+    /// `dq`, `dk` and `dv` of short sequences.
+    BackwardWhole,
+    /// `dq` of the others, and what the next one needs.
     Dq,
-    /// `dk` and `dv`.
+    /// `dk` and `dv` of the others.
     DkDv,
 }
 
 impl Pass {
     /// Every one, in an order in which they can run.
-    pub const ALL: [Pass; 5] = [Pass::ForwardWhole, Pass::Forward, Pass::Delta, Pass::Dq, Pass::DkDv];
+    pub const ALL: [Pass; 5] = [Pass::ForwardWhole, Pass::Forward, Pass::BackwardWhole, Pass::Dq, Pass::DkDv];
 
     /// Name of the kernel.
     pub const fn entry(self) -> &'static str {
         match self {
             Pass::ForwardWhole => "attention_forward_whole",
             Pass::Forward => "attention_forward",
-            Pass::Delta => "attention_delta",
+            Pass::BackwardWhole => "attention_backward_whole",
             Pass::Dq => "attention_dq",
             Pass::DkDv => "attention_dk_dv",
         }
@@ -96,22 +98,21 @@ impl Plan {
         if rows > i32::MAX as usize {
             return Err(CudaError::TooLarge { rows });
         }
-        let longest = sequences().map(|(start, end)| end - start).max().unwrap_or(0);
         let labelled = options.label_mask == LabelMask::Feedback;
         let slots = match options.pairing {
             Pairing::Factorized => options.query_slots(),
             Pairing::PerHead => 1,
         };
-        let lengths = sequences().map(|(start, end)| end - start);
-        let longest_short = lengths.filter(|&length| is_short(length, slots)).max().unwrap_or(0);
-        let tile = tile(element, options, longest, longest_short, shared_limit)?;
+        let lengths: Vec<usize> = sequences().map(|(start, end)| end - start).collect();
+        let tile = tile(element, options, &lengths, shared_limit)?;
 
         let (mut order, mut feedback) = (vec![], vec![]);
         if labelled {
             order = vec![0; tokens];
             feedback = vec![0; tokens];
         }
-        let (mut whole, mut forward, mut dq, mut dk_dv) = (vec![], vec![], vec![], vec![]);
+        let (mut forward_whole, mut backward_whole) = (vec![], vec![]);
+        let (mut forward, mut dq, mut dk_dv) = (vec![], vec![], vec![]);
         for (start, end) in sequences() {
             let length = end - start;
             let negatives =
@@ -133,18 +134,23 @@ impl Plan {
                 first: first as u32,
             };
             // With the number of (row, key) pairs a block meets, for the order.
-            let mut by_rows = vec![(&mut dq, tile.dq)];
-            if tile.whole.is_some() && is_short(length, slots) {
-                whole.push((length, item(0)));
-            } else {
-                by_rows.push((&mut forward, tile.forward));
-            }
-            for (items, block) in by_rows {
-                for first in (0..length * slots).step_by(block.rows()) {
-                    let last = ((first + block.rows()).min(length * slots) - 1) / slots;
+            let by_rows = |items: &mut Vec<(usize, Item)>, rows: usize| {
+                for first in (0..length * slots).step_by(rows) {
+                    let last = ((first + rows).min(length * slots) - 1) / slots;
                     items.push((if options.causal { last + 1 } else { length }, item(first)));
                 }
+            };
+            let is_short = |whole: Option<Whole>| whole.is_some_and(|whole| length <= whole.longest);
+            if is_short(tile.forward_whole) {
+                forward_whole.push((length, item(0)));
+            } else {
+                by_rows(&mut forward, tile.forward.rows());
             }
+            if is_short(tile.backward_whole) {
+                backward_whole.push((length, item(0)));
+                continue;
+            }
+            by_rows(&mut dq, tile.dq.rows());
             for (from, to) in [(0, negatives), (negatives, length)] {
                 for first in (from..to).step_by(tile.dk_dv.rows()) {
                     let position = if labelled { order[start + first] as usize - start } else { first };
@@ -157,36 +163,39 @@ impl Plan {
             items.sort_by_key(|&(work, _)| std::cmp::Reverse(work));
             items.into_iter().map(|(_, item)| item).collect::<Vec<Item>>()
         };
-        let mut whole = longest_first(whole);
-        if let Some(tile) = tile.whole {
-            let blocks = whole.len().div_ceil(tile.items());
-            whole.resize(blocks * tile.items(), Item { start: 0, length: 0, negatives: 0, first: 0 });
-        }
+        let filled_up = |items: Vec<(usize, Item)>, whole: Option<Whole>| {
+            let mut items = longest_first(items);
+            let blocks = whole.map_or(0, |whole| items.len().next_multiple_of(whole.items()));
+            items.resize(blocks, Item { start: 0, length: 0, negatives: 0, first: 0 });
+            items
+        };
         Ok(Plan {
             tokens,
             order,
             feedback,
-            whole,
+            forward_whole: filled_up(forward_whole, tile.forward_whole),
             forward: longest_first(forward),
+            backward_whole: filled_up(backward_whole, tile.backward_whole),
             dq: longest_first(dq),
             dk_dv: longest_first(dk_dv),
             tile,
         })
     }
 
-    /// Items of a pass; the delta pass has none.
+    /// Items of a pass.
     pub fn items(&self, pass: Pass) -> &[Item] {
         match pass {
-            Pass::ForwardWhole => &self.whole,
+            Pass::ForwardWhole => &self.forward_whole,
             Pass::Forward => &self.forward,
-            Pass::Delta => &[],
+            Pass::BackwardWhole => &self.backward_whole,
             Pass::Dq => &self.dq,
             Pass::DkDv => &self.dk_dv,
         }
     }
 
-    /// Arguments that are no pointers; those are null.
-    pub fn params(&self, options: &FhaOptions) -> AttentionParams {
+    /// Arguments of a pass: these pointers, and all else.
+    pub fn params(&self, options: &FhaOptions, pass: Pass, pointers: AttentionParams) -> AttentionParams {
+        let whole = self.tile.whole(pass);
         AttentionParams {
             heads: options.heads as u32,
             query_slots: options.query_slots() as u32,
@@ -195,35 +204,49 @@ impl Plan {
             causal: options.causal.into(),
             masked: (options.normalization == Normalization::Masked).into(),
             scale: options.scale,
-            rows: (self.tokens * options.query_slots()) as u32,
-            item_warps: self.tile.whole.map_or(0, |whole| whole.item_warps as u32),
-            capacity: self.tile.whole.map_or(0, |whole| whole.capacity as u32),
-            ..AttentionParams::default()
+            item_warps: whole.map_or(0, |whole| whole.item_warps as u32),
+            capacity: whole.map_or(0, |whole| whole.capacity as u32),
+            ..pointers
         }
     }
 
     /// Grid and block of a pass.
     pub fn launch(&self, options: &FhaOptions, pass: Pass) -> Launch {
-        let rows = self.tokens * options.query_slots();
+        let Some(block) = self.tile.block(pass) else {
+            return Launch { grid: [0, 0], threads: 0, shared_bytes: 0 };
+        };
         // With separate problems per head, they lie along y; so do the key heads of dk and dv.
-        let separate = match options.pairing {
-            Pairing::Factorized => 1,
-            Pairing::PerHead => options.heads,
+        let y = match (pass, options.pairing) {
+            (Pass::DkDv, _) | (_, Pairing::PerHead) => options.heads,
+            (_, Pairing::Factorized) => 1,
         };
-        let (x, y, threads, shared_bytes) = match pass {
-            Pass::ForwardWhole => self.tile.whole.map_or((0, 0, 0, 0), |whole| {
-                (self.whole.len() / whole.items(), separate, whole.block.warps * 32, whole.block.shared_bytes)
-            }),
-            Pass::Forward => {
-                (self.forward.len(), separate, self.tile.forward.warps * 32, self.tile.forward.shared_bytes)
-            }
-            Pass::Delta => (rows.div_ceil(DELTA_THREADS / 4), 1, DELTA_THREADS, 0),
-            Pass::Dq => (self.dq.len(), separate, self.tile.dq.warps * 32, self.tile.dq.shared_bytes),
-            Pass::DkDv => {
-                (self.dk_dv.len(), options.heads, self.tile.dk_dv.warps * 32, self.tile.dk_dv.shared_bytes)
-            }
-        };
-        Launch { grid: [x as u32, y as u32], threads: threads as u32, shared_bytes: shared_bytes as u32 }
+        let x = self.items(pass).len() / self.tile.whole(pass).map_or(1, |whole| whole.items());
+        Launch {
+            grid: [x as u32, y as u32],
+            threads: (block.warps * 32) as u32,
+            shared_bytes: block.shared_bytes as u32,
+        }
+    }
+}
+
+impl Tile {
+    /// How a pass over whole sequences is cut; `None` for the others, and when no sequence is short enough.
+    pub fn whole(&self, pass: Pass) -> Option<Whole> {
+        match pass {
+            Pass::ForwardWhole => self.forward_whole,
+            Pass::BackwardWhole => self.backward_whole,
+            Pass::Forward | Pass::Dq | Pass::DkDv => None,
+        }
+    }
+
+    /// The block of a pass; `None` where it has no work.
+    pub fn block(&self, pass: Pass) -> Option<Block> {
+        match pass {
+            Pass::ForwardWhole | Pass::BackwardWhole => self.whole(pass).map(|whole| whole.block),
+            Pass::Forward => Some(self.forward),
+            Pass::Dq => Some(self.dq),
+            Pass::DkDv => Some(self.dk_dv),
+        }
     }
 }
 
@@ -240,7 +263,7 @@ mod tests {
         let plan = plan(&FhaOptions::new(2, 16), &[0, 5, 5, 7], &[1, 0, 1, 0, 0, 1, 1]);
         assert_eq!(plan.order, [1, 3, 4, 0, 2, 5, 6]);
         assert_eq!(plan.feedback, [3, 2, 5, 4, 4, 3, 5]);
-        let negatives: Vec<_> = plan.whole.iter().map(|i| (i.start, i.length, i.negatives)).collect();
+        let negatives: Vec<_> = plan.forward_whole.iter().map(|i| (i.start, i.length, i.negatives)).collect();
         assert_eq!(negatives, [(0, 5, 3), (5, 2, 0), (0, 0, 0), (0, 0, 0)], "filled up to the block's four");
     }
 
@@ -261,17 +284,22 @@ mod tests {
                 let plan = plan(&options, &cu, &label);
                 let slots = options.query_slots();
                 let mut rows = vec![0; plan.tokens * slots];
-                for item in plan.whole.iter().filter(|item| item.length > 0) {
-                    (0..item.length as usize * slots)
-                        .for_each(|r| rows[item.start as usize * slots + r] += 1);
-                }
-                for item in &plan.forward {
-                    let end =
-                        (item.first as usize + plan.tile.forward.rows()).min(item.length as usize * slots);
-                    (item.first as usize..end).for_each(|r| rows[item.start as usize * slots + r] += 1);
-                }
-                assert!(rows.iter().all(|&n| n == 1));
+                let mut rows_of_dq = rows.clone();
                 let mut keys = vec![0; plan.tokens];
+                let all =
+                    |item: &Item| item.start as usize * slots..(item.start + item.length) as usize * slots;
+                let some = |item: &Item, block: Block| {
+                    let end = (item.first as usize + block.rows()).min(item.length as usize * slots);
+                    item.start as usize * slots + item.first as usize..item.start as usize * slots + end
+                };
+                plan.forward_whole.iter().flat_map(all).for_each(|r| rows[r] += 1);
+                plan.forward.iter().flat_map(|i| some(i, plan.tile.forward)).for_each(|r| rows[r] += 1);
+                plan.backward_whole.iter().flat_map(all).for_each(|r| {
+                    rows_of_dq[r] += 1;
+                    keys[r / slots] += (r % slots == 0) as i32;
+                });
+                plan.dq.iter().flat_map(|i| some(i, plan.tile.dq)).for_each(|r| rows_of_dq[r] += 1);
+                assert!(rows.iter().chain(&rows_of_dq).all(|&n| n == 1));
                 for item in &plan.dk_dv {
                     let label_end = if item.first < item.negatives { item.negatives } else { item.length };
                     let end = (item.first as usize + plan.tile.dk_dv.rows()).min(label_end as usize);
@@ -288,8 +316,10 @@ mod tests {
         let plan = plan(&FhaOptions::new(2, 16), &[0, 10, 210, 240], &[0; 240]);
         let work: Vec<u32> = plan.dq.iter().map(|i| (i.first + 64).min(i.length)).collect();
         assert!(work.is_sorted_by(|a, b| a >= b), "{work:?}");
-        let work: Vec<u32> = plan.whole.iter().map(|i| i.length).collect();
-        assert!(work.is_sorted_by(|a, b| a >= b), "{work:?}");
+        for whole in [&plan.forward_whole, &plan.backward_whole] {
+            let work: Vec<u32> = whole.iter().map(|i| i.length).collect();
+            assert!(work.len() >= 2 && work.is_sorted_by(|a, b| a >= b), "{work:?}");
+        }
         let work: Vec<u32> = plan.dk_dv.iter().map(|i| i.length - i.first).collect();
         assert!(work.is_sorted_by(|a, b| a >= b), "{work:?}");
     }

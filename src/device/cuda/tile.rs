@@ -1,7 +1,7 @@
 //! How work is cut for the kernels of `attention.cu`. Pure functions of shapes and of the device's limits.
 
 use super::CudaError;
-use crate::attention::{FhaOptions, Pairing};
+use crate::attention::{FhaOptions, LabelMask, Pairing};
 
 /// Type of `q`, `k`, `v`, `o` and their gradients. Accumulation is in f32 always.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -70,14 +70,14 @@ impl Block {
     }
 }
 
-/// Sequences of at most this many tokens, and query rows, can be loaded whole: a block's [`MAX_WARPS`] warps own as many rows.
+/// Sequences of at most this many tokens, and query rows, may be loaded whole: a block's [`MAX_WARPS`] warps own as many rows.
 pub const WHOLE_ROWS: usize = MAX_WARPS * WARP_ROWS;
 
 /// Shared memory a block of whole sequences may use: three fit a multiprocessor of sm_90, so that one loads while
-/// others compute. Where heads are so wide or so many that a sequence needs more, streaming it is no loss.
+/// others compute. A sequence that needs more by itself, its heads being wide or many, is streamed.
 pub const WHOLE_BYTES: usize = 72 << 10;
 
-/// Forward over whole short sequences, several in a block.
+/// A direction's block of whole short sequences, several in one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Whole {
     /// The block.
@@ -86,6 +86,8 @@ pub struct Whole {
     pub item_warps: usize,
     /// Rows that one head's keys have in shared memory.
     pub capacity: usize,
+    /// Tokens of the longest sequence taken so.
+    pub longest: usize,
 }
 
 impl Whole {
@@ -99,17 +101,16 @@ impl Whole {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tile {
     /// Forward over whole sequences, for those that are short enough, if any are.
-    pub whole: Option<Whole>,
+    pub forward_whole: Option<Whole>,
     /// Forward over the others: query rows.
     pub forward: Block,
-    /// dq: query rows.
+    /// Backward over whole sequences, for those that are short enough, if any are.
+    pub backward_whole: Option<Whole>,
+    /// dq of the others: query rows.
     pub dq: Block,
-    /// dk and dv: keys.
+    /// dk and dv of the others: keys.
     pub dk_dv: Block,
 }
-
-/// Threads of a block of the delta pass; four serve a row.
-pub const DELTA_THREADS: usize = 128;
 
 /// Adds up shared memory as `Carve` does: every array is padded to 16 bytes.
 struct Carve(usize);
@@ -154,14 +155,29 @@ impl Variant {
         carve.0
     }
 
-    fn whole(&self, item_warps: usize, capacity: usize, key_heads: usize) -> usize {
-        let keys = MAX_WARPS / item_warps * key_heads * capacity * self.stride();
+    fn forward_whole(&self, items: usize, item_warps: usize, capacity: usize, key_heads: usize) -> usize {
+        let (keys, warps) = (items * key_heads * capacity * self.stride(), items * item_warps);
         let mut carve = Carve(0);
         carve.take(keys, self.size).take(keys, self.size);
-        carve.take(MAX_WARPS * 16 * self.stride(), self.size);
-        carve.take(MAX_WARPS * 16 * (key_heads * self.head_dim + 4), 4);
-        carve.take(MAX_WARPS * 16 * (key_heads + 2), 4);
-        carve.take(MAX_WARPS * self.scratch(), 4);
+        carve.take(warps * 16 * self.stride(), self.size);
+        carve.take(warps * 16 * (key_heads * self.head_dim + 4), 4);
+        carve.take(warps * 16 * (key_heads + 2), 4);
+        carve.take(warps * self.scratch(), 4);
+        carve.0
+    }
+
+    fn backward_whole(&self, items: usize, item_warps: usize, capacity: usize, key_heads: usize) -> usize {
+        let (keys, warps) = (items * key_heads * capacity * self.stride(), items * item_warps);
+        // `DQ_STRIDE<D>`
+        let dq_stride = if self.head_dim == 8 { 8 } else { self.head_dim + 8 };
+        let corrected = if self.size == 4 { warps * 16 } else { 0 };
+        let mut carve = Carve(0);
+        carve.take(warps * 16 * self.stride(), self.size);
+        carve.take(key_heads * warps * 16 * self.stride(), self.size);
+        carve.take(keys, self.size).take(keys, self.size);
+        carve.take(warps * 16 * dq_stride, 4);
+        carve.take(warps * 16, 4).take(warps * 16, 4).take(corrected, 4);
+        carve.take(items * capacity, 4).take(warps * self.scratch(), 4);
         carve.0
     }
 
@@ -199,13 +215,31 @@ fn block(
         .ok_or(CudaError::SharedMemory { pass, needed: bytes(1), available: limit })
 }
 
-/// Whether a sequence of `tokens` tokens with `slots` query rows each is short enough to be loaded whole.
-pub fn is_short(tokens: usize, slots: usize) -> bool {
-    tokens <= WHOLE_ROWS && tokens * slots <= WHOLE_ROWS
+/// The block of whole sequences for a batch of these lengths. `bytes` is the shared memory of a number of sequences of
+/// so many warps and rows of keys each; `capacity` gives the latter for a number of tokens.
+///
+/// Whether a sequence is short enough is decided by itself alone, so that its results do not depend on its batch.
+fn whole(
+    slots: usize,
+    lengths: &[usize],
+    limit: usize,
+    capacity: impl Fn(usize) -> usize,
+    bytes: impl Fn(usize, usize, usize) -> usize,
+) -> Option<Whole> {
+    let item_warps = |tokens: usize| (tokens * slots).div_ceil(WARP_ROWS);
+    let fits = |items: usize, tokens: usize| {
+        tokens * slots <= WHOLE_ROWS && bytes(items, item_warps(tokens), capacity(tokens)) <= limit
+    };
+    let longest = lengths.iter().copied().filter(|&tokens| tokens > 0 && fits(1, tokens)).max()?;
+    let item_warps = item_warps(longest);
+    let items = (1..=MAX_WARPS / item_warps).rev().find(|&items| fits(items, longest))?;
+    let shared_bytes = bytes(items, item_warps, capacity(longest));
+    let block = Block { warps: items * item_warps, shared_bytes };
+    Some(Whole { block, item_warps, capacity: capacity(longest), longest })
 }
 
-/// Chooses the blocks for a batch whose longest sequence has `longest` tokens, and whose longest short one (see
-/// [`is_short`]) has `longest_short`, on a device that gives a block `shared_limit` bytes of shared memory.
+/// Chooses the blocks for a batch of sequences of these lengths, on a device that gives a block `shared_limit` bytes of
+/// shared memory.
 ///
 /// # Errors
 /// [`CudaError::HeadDim`] for a width that is not in [`HEAD_DIMS`]; [`CudaError::SharedMemory`] when even the
@@ -213,8 +247,7 @@ pub fn is_short(tokens: usize, slots: usize) -> bool {
 pub fn tile(
     element: Element,
     options: &FhaOptions,
-    longest: usize,
-    longest_short: usize,
+    lengths: &[usize],
     shared_limit: usize,
 ) -> Result<Tile, CudaError> {
     if !HEAD_DIMS.contains(&options.head_dim) {
@@ -226,15 +259,24 @@ pub fn tile(
         Pairing::PerHead => 1,
     };
     let key_heads = options.key_slots();
+    let longest = lengths.iter().copied().max().unwrap_or(0);
     let rows = longest * slots;
-    let item_warps = (longest_short * slots).div_ceil(WARP_ROWS).next_power_of_two().min(MAX_WARPS);
-    // Chunks of 16 keys start where a label does, and may end up to 15 rows behind the last token.
-    let capacity = longest_short.next_multiple_of(16) + 16;
-    let shared_bytes = variant.whole(item_warps, capacity, key_heads);
-    let whole = Whole { block: Block { warps: MAX_WARPS, shared_bytes }, item_warps, capacity };
+    let whole_limit = WHOLE_BYTES.min(shared_limit);
+    // Forward: chunks of 16 keys start where a label does, and may end up to 15 rows behind the last token.
+    let forward_capacity = |tokens: usize| tokens.next_multiple_of(16) + 16;
+    // Backward: each label has rows up to a multiple of 16, for which the worst split is a last token of its own.
+    let backward_capacity = |tokens: usize| match options.label_mask {
+        LabelMask::Feedback => (tokens + 14) / 16 * 16 + 16,
+        LabelMask::None => tokens.next_multiple_of(16),
+    };
     Ok(Tile {
-        whole: (longest_short > 0 && shared_bytes <= WHOLE_BYTES.min(shared_limit)).then_some(whole),
+        forward_whole: whole(slots, lengths, whole_limit, forward_capacity, |items, warps, capacity| {
+            variant.forward_whole(items, warps, capacity, key_heads)
+        }),
         forward: block(rows, shared_limit, |w| variant.forward(w, key_heads), "forward")?,
+        backward_whole: whole(slots, lengths, whole_limit, backward_capacity, |items, warps, capacity| {
+            variant.backward_whole(items, warps, capacity, key_heads)
+        }),
         dq: block(rows, shared_limit, |w| variant.dq(w), "dq")?,
         dk_dv: block(longest, shared_limit, |w| variant.dk_dv(w), "dk_dv")?,
     })
@@ -243,7 +285,6 @@ pub fn tile(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::attention::LabelMask;
 
     /// Shared memory a block may have on sm_80, sm_86 and sm_90.
     const LIMITS: [usize; 3] = [163 << 10, 99 << 10, 227 << 10];
@@ -258,7 +299,7 @@ mod tests {
                         options.label_mask = LabelMask::None;
                     }
                     for limit in [LIMITS[0], LIMITS[2]] {
-                        let tile = tile(element, &options, 4096, 64, limit).expect("it should fit");
+                        let tile = tile(element, &options, &[4096, 64], limit).expect("it should fit");
                         for block in [tile.forward, tile.dq, tile.dk_dv] {
                             assert!(block.warps >= 1 && block.shared_bytes <= limit, "{options:?} {tile:?}");
                         }
@@ -272,42 +313,90 @@ mod tests {
     fn a_block_is_no_larger_than_the_longest_sequence() {
         let options = FhaOptions::new(2, 16);
         for (longest, warps) in [(0, 1), (1, 1), (16, 1), (17, 2), (48, 3), (64, 4), (5000, 4)] {
-            let tile =
-                tile(Element::Bf16, &options, longest, longest.min(64), LIMITS[2]).expect("it should fit");
+            let tile = tile(Element::Bf16, &options, &[longest], LIMITS[2]).expect("it should fit");
             assert_eq!(tile.forward.warps, warps, "{longest} tokens");
         }
-        let four = tile(Element::Bf16, &FhaOptions::new(4, 16), 17, 17, LIMITS[2]).expect("it should fit");
+        let four = tile(Element::Bf16, &FhaOptions::new(4, 16), &[17], LIMITS[2]).expect("it should fit");
         assert_eq!((four.forward.warps, four.dk_dv.warps), (3, 2), "two query rows a token, one key");
     }
 
     #[test]
     fn short_sequences_share_a_block() {
         let options = FhaOptions::new(2, 16);
-        for (longest, items, capacity) in
-            [(1, 4, 32), (16, 4, 32), (20, 2, 48), (32, 2, 48), (33, 1, 64), (64, 1, 80)]
-        {
-            let tile = tile(Element::Bf16, &options, 4096, longest, LIMITS[0]).expect("it should fit");
-            let whole = tile.whole.expect("it is short enough");
-            assert_eq!((whole.items(), whole.capacity), (items, capacity), "{longest} tokens");
+        // Tokens; sequences of a block; rows of keys a head, forward and backward.
+        for (longest, items, forward, backward) in [
+            (1, 4, 32, 16),
+            (2, 4, 32, 32),
+            (16, 4, 32, 32),
+            (17, 2, 48, 32),
+            (20, 2, 48, 48),
+            (32, 2, 48, 48),
+            (33, 1, 64, 48),
+            (64, 1, 80, 80),
+        ] {
+            let tile = tile(Element::Bf16, &options, &[1, longest, 4096], LIMITS[0]).expect("it should fit");
+            for (whole, capacity) in [(tile.forward_whole, forward), (tile.backward_whole, backward)] {
+                let whole = whole.expect("it is short enough");
+                assert_eq!((whole.items(), whole.capacity, whole.longest), (items, capacity, longest));
+            }
         }
-        let none = |options, short| {
-            tile(Element::F32, options, 4096, short, LIMITS[0]).expect("it should fit").whole
-        };
-        assert_eq!(none(&options, 0), None, "there is no short sequence");
-        assert_eq!(none(&FhaOptions::new(8, 128), 16), None, "eight heads of 128 need more than WHOLE_BYTES");
-        assert!(is_short(64, 1) && is_short(32, 2) && !is_short(65, 1) && !is_short(33, 2));
+        let unlabelled = FhaOptions { label_mask: LabelMask::None, ..FhaOptions::new(1, 16) };
+        let tile = tile(Element::Bf16, &unlabelled, &[64, 65], LIMITS[0]).expect("it should fit");
+        let whole = tile.backward_whole.expect("64 tokens are short");
+        assert_eq!((whole.longest, whole.capacity), (64, 64), "65 are not");
+    }
+
+    /// Every split of a sequence into two labels has its chunks within the capacity.
+    #[test]
+    fn keys_of_both_labels_fit() {
+        let options = FhaOptions::new(2, 16);
+        for tokens in 1..=64usize {
+            let tile = tile(Element::Bf16, &options, &[tokens], LIMITS[0]).expect("it should fit");
+            let [forward, backward] =
+                [tile.forward_whole, tile.backward_whole].map(|x| x.expect("short").capacity);
+            let splits = || (0..=tokens).map(|negatives| (negatives, tokens - negatives));
+            let end = |(n, p): (usize, usize)| n.next_multiple_of(16).max(n + p.next_multiple_of(16));
+            assert!(splits().all(|split| end(split) <= forward));
+            let most = splits().map(|(n, p)| n.next_multiple_of(16) + p.next_multiple_of(16)).max();
+            assert_eq!(most, Some(backward), "{tokens} tokens");
+        }
+    }
+
+    /// What is taken whole depends on the sequence alone.
+    #[test]
+    fn a_batch_does_not_change_who_is_short() {
+        let lengths: Vec<usize> = (1..=64).collect();
+        for options in
+            [FhaOptions::new(4, 32), FhaOptions::new(2, 64), FhaOptions::new(8, 16), FhaOptions::new(2, 128)]
+        {
+            for element in [Element::F32, Element::Bf16] {
+                let of =
+                    |lengths: &[usize]| tile(element, &options, lengths, LIMITS[0]).expect("it should fit");
+                let all = of(&lengths);
+                for &tokens in &lengths {
+                    let alone = of(&[tokens]);
+                    for (all, alone) in
+                        [(all.forward_whole, alone.forward_whole), (all.backward_whole, alone.backward_whole)]
+                    {
+                        let short = all.is_some_and(|whole| tokens <= whole.longest);
+                        assert_eq!(alone.is_some(), short, "{tokens} tokens, {options:?}");
+                        assert!(alone.is_none_or(|whole| whole.block.shared_bytes <= WHOLE_BYTES));
+                    }
+                }
+            }
+        }
     }
 
     #[test]
     fn a_small_device_gets_smaller_blocks_or_a_clear_error() {
         let wide = FhaOptions::new(8, 64);
-        let tile_on = |limit| tile(Element::Bf16, &wide, 4096, 0, limit);
+        let tile_on = |limit| tile(Element::Bf16, &wide, &[4096], limit);
         let (large, small) = (tile_on(LIMITS[2]).expect("fits"), tile_on(LIMITS[1]).expect("fits"));
         assert!(small.forward.warps < large.forward.warps);
         let error = tile_on(16 << 10).expect_err("nothing fits in 16 KiB");
         assert!(error.to_string().contains("forward needs"), "{error}");
         let odd =
-            tile(Element::F32, &FhaOptions::new(2, 4), 10, 10, LIMITS[0]).expect_err("no kernel for width 4");
+            tile(Element::F32, &FhaOptions::new(2, 4), &[10], LIMITS[0]).expect_err("no kernel for width 4");
         assert!(matches!(odd, CudaError::HeadDim { head_dim: 4 }));
     }
 
@@ -319,5 +408,16 @@ mod tests {
         assert_eq!(paper.forward(4, 2), tiles + 4 * 16 * 24 * 2 + 4 * 16 * 36 * 4 + 4 * 16 * 4 * 4);
         assert_eq!(paper.dq(4), tiles + 2 * (4 * 16 * 24 * 2) + 4 * 16 * 20 * 4);
         assert_eq!(paper.dk_dv(4), paper.dq(4) + 2 * (2 * 64 * 4));
+        let keys = 2 * (2 * 80 * 24 * 2);
+        assert_eq!(
+            paper.forward_whole(1, 4, 80, 2),
+            keys + 64 * 24 * 2 + 64 * 36 * 4 + 64 * 4 * 4,
+            "k and v, q, o of both heads, references"
+        );
+        assert_eq!(
+            paper.backward_whole(1, 4, 80, 2),
+            64 * 24 * 2 + 2 * (64 * 24 * 2) + keys + 64 * 24 * 4 + 2 * (64 * 4) + 80 * 4,
+            "q, d_o of both heads, k and v, dq, lse and delta, first rows"
+        );
     }
 }

@@ -132,6 +132,17 @@ inline void load_matrices(unsigned (&r)[4], const void* row, int line = __builti
 inline void load_matrices(unsigned (&r)[2], const void* row, int line = __builtin_LINE()) { emulator::load_matrices<2, false>(r, row, line); }
 inline void load_matrices_transposed(unsigned (&r)[4], const void* row, int line = __builtin_LINE()) { emulator::load_matrices<4, true>(r, row, line); }
 inline void load_matrices_transposed(unsigned (&r)[2], const void* row, int line = __builtin_LINE()) { emulator::load_matrices<2, true>(r, row, line); }
+EMULATOR_PLAIN inline unsigned transpose_matrix(unsigned x, int line = __builtin_LINE()) {
+    struct A { unsigned x, result; } a{x, 0};
+    emulator::meet(line, a, [](void* const (&all)[32]) EMULATOR_PLAIN {
+        const auto at = [&](int i, int j) { return static_cast<A*>(all[i * 4 + j / 2])->x >> j % 2 * 16 & 0xffff; };
+        for (int lane = 0; lane < 32; ++lane) {
+            const int i = lane / 4, j = lane % 4 * 2;
+            static_cast<A*>(all[lane])->result = at(j, i) | at(j + 1, i) << 16;
+        }
+    });
+    return a.result;
+}
 
 inline float exp2_fast(float x) {
     const float y = std::exp2(x);

@@ -1,10 +1,10 @@
-//! The kernels of `attention.cu`, all four of them, for every element type, against the golden cases and the float64
+//! The kernels of `attention.cu`, every one of them, for every element type, against the golden cases and the float64
 //! reference, under the emulator's checks of every memory access.
 
 use dfar::attention::{FhaOptions, Inputs, LabelMask, Normalization, Pairing, reference};
 use dfar::device::cuda::params::{AttentionParams, Item};
 use dfar::device::cuda::plan::{Pass, Plan};
-use dfar::device::cuda::tile::{Element, HEAD_DIMS};
+use dfar::device::cuda::tile::{Element, HEAD_DIMS, WHOLE_ROWS};
 use dfar::verify::{Case, Fha, cases, compare, compare_gradients, relative_error, unfused};
 use dfar_emulator::Device;
 use half::{bf16, f16};
@@ -117,7 +117,7 @@ fn run<T: Value>(batch: &Batch) -> Results {
     run_within::<T>(batch, SHARED_LIMIT).expect("the kernels should be sound")
 }
 
-/// All four passes on a fresh device.
+/// All passes on a fresh device.
 fn run_within<T: Value>(batch: &Batch, shared_limit: usize) -> Result<Results, String> {
     let options = &batch.options;
     let n = options.check(&batch.inputs()).map_err(|e| e.to_string())?;
@@ -134,7 +134,7 @@ fn run_within<T: Value>(batch: &Batch, shared_limit: usize) -> Result<Results, S
     let labelled = options.label_mask == LabelMask::Feedback;
     for pass in Pass::ALL {
         let items = device.input::<Item>(plan.items(pass));
-        let params = AttentionParams {
+        let pointers = AttentionParams {
             q: q.pointer(),
             k: k.pointer(),
             v: v.pointer(),
@@ -149,8 +149,9 @@ fn run_within<T: Value>(batch: &Batch, shared_limit: usize) -> Result<Results, S
             order: if labelled { order.pointer() } else { 0 },
             feedback: if labelled { feedback.pointer() } else { 0 },
             items: items.pointer(),
-            ..plan.params(options)
+            ..AttentionParams::default()
         };
+        let params = plan.params(options, pass, pointers);
         let launch = plan.launch(options, pass);
         device.launch(pass.kernel(T::ELEMENT, options.head_dim), launch, &params)?;
     }
@@ -291,6 +292,46 @@ fn random_cases_in_16_bits() {
         failures.extend(judge_16_bit::<f16>(&format!("f16 {options:?}"), &batch));
     }
     assert!(failures.is_empty(), "{failures:#?}");
+}
+
+/// Blocks of several whole sequences, of every number of tiles, some of them empty.
+#[test]
+fn whole_sequences_of_all_lengths() {
+    fn judge<T: Value>(
+        options: FhaOptions,
+        lengths: &[usize],
+        seed: u64,
+        failures: &mut Vec<String>,
+    ) -> usize {
+        let batch = Batch::random(options, lengths, seed);
+        let plan = Plan::new(T::ELEMENT, &options, &batch.cu_seqlens, &batch.label, SHARED_LIMIT);
+        let plan = plan.expect("it fits");
+        if !plan.dq.is_empty() {
+            return 0; // too wide for some of them: `random_cases` has such
+        }
+        let name = format!("{lengths:?} {:?} {options:?}", T::ELEMENT);
+        if T::ELEMENT == Element::F32 {
+            let exact = reference::forward(&options, batch.inputs()).expect("valid inputs");
+            let gradients = reference::backward(&options, batch.inputs(), &batch.d_o).expect("valid inputs");
+            let gradients = [&gradients.dq[..], &gradients.dk[..], &gradients.dv[..]];
+            failures.extend(f32_failures(&name, &run::<f32>(&batch), &exact.o, &exact.lse, gradients));
+        } else {
+            failures.extend(judge_16_bit::<T>(&name, &batch));
+        }
+        plan.backward_whole.iter().filter(|item| item.length > 0).count()
+    }
+    let (mut failures, mut whole) = (vec![], [0; 3]);
+    for (seed, options) in variants().into_iter().enumerate() {
+        let longest = WHOLE_ROWS / options.query_slots();
+        for lengths in [[64, 33, 1, 48], [17, 32, 0, 31], [16, 1, 2, 15]] {
+            let (lengths, seed) = (lengths.map(|length: usize| length.min(longest)), 100 + seed as u64);
+            whole[0] += judge::<f32>(options, &lengths, seed, &mut failures);
+            whole[1] += judge::<bf16>(options, &lengths, seed, &mut failures);
+            whole[2] += judge::<f16>(options, &lengths, seed, &mut failures);
+        }
+    }
+    assert!(failures.is_empty(), "{failures:#?}");
+    assert!(whole[0] > 80 && whole[1] > 120 && whole[1] == whole[2], "only {whole:?} sequences were whole");
 }
 
 #[test]

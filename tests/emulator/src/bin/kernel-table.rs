@@ -14,7 +14,7 @@ use dfar::device::cuda::gpu::step_kernels;
 use dfar::device::cuda::nvrtc::Nvrtc;
 use dfar::device::cuda::plan::{Pass, module};
 use dfar::device::cuda::runtime::Kernel;
-use dfar::device::cuda::tile::{Block, DELTA_THREADS, Element, HEAD_DIMS, tile};
+use dfar::device::cuda::tile::{Block, Element, HEAD_DIMS, tile};
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::fmt::Write as _;
@@ -142,7 +142,7 @@ fn table() -> Result<(String, Vec<String>), String> {
         if found.stack + found.local > 0 {
             faults.push(format!("{name}: spills or local memory"));
         }
-        let multiplies = kernel.entry.starts_with("attention") && kernel.entry != Pass::Delta.entry();
+        let multiplies = kernel.entry.starts_with("attention");
         if types.0 != Element::F32.name() && multiplies && found.tensor == 0 {
             faults.push(format!("{name}: no tensor-core instructions"));
         }
@@ -156,19 +156,12 @@ fn table() -> Result<(String, Vec<String>), String> {
             for head_dim in HEAD_DIMS {
                 let code = compile(module(element, head_dim), machine.arch).map_err(|e| e.to_string())?;
                 let options = FhaOptions { label_mask: LabelMask::Feedback, ..FhaOptions::new(2, head_dim) };
-                let tile = tile(element, &options, 4096, 64, machine.shared_per_block << 10)
+                // A long sequence, and the longest of each direction that is taken whole.
+                let lengths: Vec<usize> = (1..=64).chain([4096]).collect();
+                let tile = tile(element, &options, &lengths, machine.shared_per_block << 10)
                     .map_err(|e| e.to_string())?;
                 for pass in Pass::ALL {
-                    let block = match pass {
-                        Pass::ForwardWhole => match tile.whole {
-                            Some(whole) => whole.block,
-                            None => continue, // too wide to be loaded whole
-                        },
-                        Pass::Forward => tile.forward,
-                        Pass::Delta => Block { warps: DELTA_THREADS / 32, shared_bytes: 0 },
-                        Pass::Dq => tile.dq,
-                        Pass::DkDv => tile.dk_dv,
-                    };
+                    let Some(block) = tile.block(pass) else { continue }; // too wide to be loaded whole
                     let types = (element.name(), head_dim.to_string());
                     add(machine, &code, pass.kernel(element, head_dim), types, block)?;
                 }

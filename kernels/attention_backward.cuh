@@ -1,0 +1,332 @@
+// Attention backward over long sequences, two passes: dq (which also leaves delta, and in f32 correction), then dk_dv.
+// Each visits the pairs of one side's rows with all of the other's, and recomputes p; neither needs to add to what another
+// block writes.
+#pragma once
+#include "attention_rows.cuh"
+
+// sum += <x, y> over 16 bytes of elements.
+template <class E> __device__ __forceinline__ float add_product(const uint4& x, const uint4& y, float sum) {
+    const unsigned a[4] = {x.x, x.y, x.z, x.w}, b[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if constexpr (sizeof(E) == 4) {
+            sum = multiply_add(__uint_as_float(a[i]), __uint_as_float(b[i]), sum);
+        } else {
+            const float2 u = unpack<E>(a[i]), w = unpack<E>(b[i]);
+            sum = multiply_add(u.x, w.x, sum);
+            sum = multiply_add(u.y, w.y, sum);
+        }
+    }
+    return sum;
+}
+
+// delta = <o, d_o> over all key heads, of the two rows that a thread has in accumulators: lane / 4 and lane / 4 + 8 of
+// the `rows` from `first` on. The four lanes of a row share the work, and all get the sum; `see`(row, chunk, x) is given
+// each 16 bytes x of d_o on the way.
+template <class E, int D, class See>
+__device__ __forceinline__ void compute_delta(float (&delta)[2], const AttentionParams& p, const Problem& problem,
+                                              const Item& item, int first, int rows, See see) {
+    constexpr int PER_CHUNK = Tile<E, D>::PER_CHUNK;
+    const int chunks = problem.key_heads * Tile<E, D>::CHUNKS;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int row = (lane_index() >> 2) + i * 8;
+        delta[i] = 0.0f;
+        if (row < rows) {
+            const size_t start = problem.row(p, item, first + row) * problem.key_heads * D;
+#pragma unroll 2
+            for (int chunk = lane_index() & 3; chunk < chunks; chunk += 4) {
+                const size_t at = start + chunk * PER_CHUNK;
+                const uint4 x = *reinterpret_cast<const uint4*>(static_cast<const E*>(p.o) + at);
+                const uint4 y = *reinterpret_cast<const uint4*>(static_cast<const E*>(p.d_o) + at);
+                see(row, chunk, y);
+                delta[i] = add_product<E>(x, y, delta[i]);
+            }
+        }
+        delta[i] += shuffle_xor(delta[i], 1);
+        delta[i] += shuffle_xor(delta[i], 2);
+    }
+}
+
+// lse in base 2, such that 2^(score - lse) is 0 for a row that saw nothing.
+__device__ __forceinline__ float base_2_lse(float lse) { return lse == -INF ? INF : lse * LOG2_E; }
+
+// Whether p is corrected for the rounding of lse. An lse of 1e4 in f32 is off by up to 5e-4, and p of the whole row with it.
+// The pass that visits a row's every p adds them up and divides by the sum, which should be 1; it leaves the factor for dk_dv.
+template <class E> constexpr bool CORRECTED = sizeof(E) == 4;
+
+// Zeros in dq where the heads of the other group stand, of a warp's `rows` rows from `first` on.
+template <class E, int D>
+__device__ __forceinline__ void clear_other_group(const AttentionParams& p, const Problem& problem, const Item& item,
+                                                  int first, int rows) {
+    using T = Tile<E, D>;
+    if (p.group == 0) return;
+    for (int i = lane_index(); i < rows * T::CHUNKS; i += 32) {
+        const unsigned r = first + i / T::CHUNKS, token = item.start + r / problem.slots;
+        const unsigned other = query_head(p, r % problem.slots, 1 - load_feedback(p, token).label);
+        *reinterpret_cast<uint4*>(static_cast<E*>(p.dq) + (size_t(token) * p.heads + other) * D +
+                                  i % T::CHUNKS * T::PER_CHUNK) = make_uint4(0, 0, 0, 0);
+    }
+}
+
+// dq: a block of query rows as in forward. Reads q, k, v, o, d_o, lse, order, feedback; writes delta of its rows, dq of its
+// tokens, zeros for the heads of the other group included, and in f32 correction.
+template <class E, int D> __device__ __forceinline__ void dq(const AttentionParams& p) {
+    constexpr int KEYS = TILE<E, D>, STRIDE = Tile<E, D>::STRIDE;
+    const int lane = lane_index(), warp = uniform(warp_index()), warps = blockDim.x / 32;
+    const Item item = load_item(p, blockIdx.x);
+    const Problem problem(p);
+
+    Carve carve{shared_memory()};
+    E* const k_tile = carve.take<E>(2 * KEYS * STRIDE);
+    E* const v_tile = carve.take<E>(2 * KEYS * STRIDE);
+    E* const q_tile = carve.take<E>(warps * 16 * STRIDE) + warp * 16 * STRIDE;
+    E* const d_o_tile = carve.take<E>(warps * 16 * STRIDE) + warp * 16 * STRIDE;
+    float* const out = carve.take<float>(warps * 16 * (D + 4)) + warp * 16 * (D + 4);
+    float* const scratch = carve.take<float>(warps * SCRATCH<E>) + warp * SCRATCH<E>;
+
+    const int all_rows = item.length * problem.slots, block_first = item.first, first = block_first + warp * 16;
+    const int block_last = (block_first + warps * 16 < all_rows ? block_first + warps * 16 : all_rows) - 1;
+    const int rows = first > block_last ? 0 : (block_last + 1 - first < 16 ? block_last + 1 - first : 16);
+    const Visible nothing{0, 0};
+    const Visible block_visible = visible_keys(p, item, block_last / problem.slots);
+    const Visible warp_most = rows ? visible_keys(p, item, (first + rows - 1) / problem.slots) : nothing;
+    const Visible warp_least = rows == 16 ? visible_keys(p, item, first / problem.slots) : nothing;
+    Visible own[2];
+    float lse[2], delta[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int row = (lane >> 2) + i * 8;
+        own[i] = nothing;
+        lse[i] = INF;
+        if (row < rows) {
+            own[i] = visible_keys(p, item, (first + row) / problem.slots);
+            lse[i] = base_2_lse(p.lse[problem.row(p, item, first + row)]);
+        }
+    }
+    compute_delta<E, D>(delta, p, problem, item, first, rows, [](int, int, const uint4&) {});
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int row = (lane >> 2) + i * 8;
+        if ((lane & 3) == 0 && row < rows) p.delta[problem.row(p, item, first + row)] = delta[i];
+    }
+
+    const float scale = p.scale * LOG2_E;
+    float sum[2] = {0.0f, 0.0f};
+    stage_rows<E, D>(q_tile, p.q, rows, 0, [&](int row) { return problem.query(p, item, first + row); });
+    __syncwarp();
+    Rows<E, D, true> q, d_o;
+    q.set(q_tile);
+
+    float acc[D / 8][4];
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0.0f;
+    KeyWalk<KEYS> walk;
+    walk.start();
+    int stage = 0;
+    bool more = walk.settle(p, problem, block_visible);
+    if (more) copy_keys<E, D, KEYS>(k_tile, v_tile, p, problem, item, block_visible, walk);
+
+    for (unsigned head = 0; head < problem.key_heads; ++head) {
+        __syncwarp();  // the rows of the head before have been read
+        stage_rows<E, D>(d_o_tile, p.d_o, rows, 0,
+                         [&](int row) { return problem.row(p, item, first + row) * problem.key_heads + head; });
+        __syncwarp();
+        d_o.set(d_o_tile);
+
+        while (more && walk.head == head) {
+            copy_wait();
+            __syncthreads();
+            const KeyWalk<KEYS> tile = walk;
+            const E* const keys = k_tile + stage * KEYS * STRIDE;
+            const E* const values = v_tile + stage * KEYS * STRIDE;
+            stage ^= 1;
+            walk.advance();
+            more = walk.settle(p, problem, block_visible);
+            if (more) {
+                copy_keys<E, D, KEYS>(k_tile + stage * KEYS * STRIDE, v_tile + stage * KEYS * STRIDE, p, problem, item,
+                                      block_visible, walk);
+            }
+
+            const int columns = warp_most.of(tile.label) - tile.first;
+            const int seen_by_all = warp_least.of(tile.label) - tile.first;
+            const int limit[2] = {own[0].of(tile.label) - tile.first, own[1].of(tile.label) - tile.first};
+            const bool kept = is_kept(p, head, tile.label);
+#pragma unroll
+            for (int j = 0; j < KEYS / 16; ++j) {
+                if (j * 16 >= columns) continue;
+                float s[2][4], low[2][4], dp[2][4];
+                scores(s, q, keys + j * 16 * STRIDE);
+                refine(s, low, scale, q, keys + j * 16 * STRIDE);
+                if (kept) scores(dp, d_o, values + j * 16 * STRIDE);
+                const bool diagonal = j * 16 + 16 > seen_by_all;
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    const int half = i / 2 % 2, column = j * 16 + i / 4 * 8 + (lane & 3) * 2 + i % 2;
+                    float& x = s[i / 4][i % 4];
+                    float weight = exp2_fast(exponent<E>(x, low[i / 4][i % 4], scale, lse[half]));
+                    if (diagonal && column >= limit[half]) weight = 0.0f;
+                    if constexpr (CORRECTED<E>) sum[half] += weight;
+                    x = weight * ((kept ? dp[i / 4][i % 4] : 0.0f) - delta[half]);
+                }
+                accumulate<E, D>(acc, s, keys + j * 16 * STRIDE, scratch);
+            }
+        }
+    }
+
+    if constexpr (CORRECTED<E>) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int row = (lane >> 2) + i * 8;
+            sum[i] += shuffle_xor(sum[i], 1);
+            sum[i] += shuffle_xor(sum[i], 2);
+            const float correction = sum[i] == 0.0f ? 1.0f : 1.0f / sum[i];
+#pragma unroll
+            for (int n = 0; n < D / 8; ++n) {
+                acc[n][2 * i] *= correction;
+                acc[n][2 * i + 1] *= correction;
+            }
+            if ((lane & 3) == 0 && row < rows) p.correction[problem.row(p, item, first + row)] = correction;
+        }
+    }
+    store_accumulator<D>(out, D + 4, acc, p.scale);
+    __syncwarp();
+    write_rows<E, D>(p.dq, out, D + 4, rows, [&](int row) { return problem.query(p, item, first + row); });
+    clear_other_group<E, D>(p, problem, item, first, rows);
+}
+
+// dk_dv: one block takes 16 * warps keys of one label, starting at item.first in label order, of key head blockIdx.y, and
+// all query rows that see them. Reads q, k, v, d_o, lse, delta, order, feedback, in f32 correction; writes dk and dv of its keys (zeros where
+// nothing is kept). Works on transposed scores: rows are keys, columns query rows.
+template <class E, int D> __device__ __forceinline__ void dk_dv(const AttentionParams& p) {
+    constexpr int QUERIES = TILE<E, D>, STRIDE = Tile<E, D>::STRIDE;
+    const int lane = lane_index(), warp = uniform(warp_index()), warps = blockDim.x / 32;
+    const Item item = load_item(p, blockIdx.x);
+    const Problem problem(p);
+    const unsigned head = p.key_slots == 1 ? 0 : blockIdx.y;
+
+    Carve carve{shared_memory()};
+    E* const q_tile = carve.take<E>(2 * QUERIES * STRIDE);
+    E* const d_o_tile = carve.take<E>(2 * QUERIES * STRIDE);
+    float* const lse_tile = carve.take<float>(2 * QUERIES);
+    float* const delta_tile = carve.take<float>(2 * QUERIES);
+    float* const correction_tile = carve.take<float>(CORRECTED<E> ? 2 * QUERIES : 0);
+    E* const k_tile = carve.take<E>(warps * 16 * STRIDE) + warp * 16 * STRIDE;
+    E* const v_tile = carve.take<E>(warps * 16 * STRIDE) + warp * 16 * STRIDE;
+    float* const out = carve.take<float>(warps * 16 * (D + 4)) + warp * 16 * (D + 4);
+    float* const scratch = carve.take<float>(warps * SCRATCH<E>) + warp * SCRATCH<E>;
+
+    // Keys of the block all have one label: the host cuts tiles there.
+    const unsigned label = item.first >= item.negatives;
+    const int label_end = label ? item.length : item.negatives;
+    const int first = item.first + warp * 16;
+    const int left = label_end - first, keys = left < 0 ? 0 : (left < 16 ? left : 16);
+    const bool kept = is_kept(p, head, label);
+    const auto key_index = [&](int row) { return problem.key(p, token_at(p, item, first + row), head); };
+    const auto position = [&](int key) { return token_at(p, item, key) - item.start; };
+
+    stage_rows<E, D>(k_tile, p.k, keys, 0, key_index);
+    stage_rows<E, D>(v_tile, p.v, keys, 0, key_index);
+    __syncwarp();
+    Rows<E, D, (D <= 64)> k, v;
+    k.set(k_tile);
+    v.set(v_tile);
+
+    // Query rows that see a key are those from its own token on: rows of the block's first key, of the warp's first
+    // and last, and of this thread's two.
+    const int all_rows = item.length * problem.slots;
+    int block_from = 0, warp_from = keys ? 0 : all_rows, warp_all_from = 0, own_from[2] = {0, 0};
+    if (p.causal) {
+        block_from = position(item.first) * problem.slots;
+        if (keys) {
+            warp_from = position(first) * problem.slots;
+            warp_all_from = position(first + keys - 1) * problem.slots;
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int row = (lane >> 2) + i * 8;
+            if (row < keys) own_from[i] = position(first + row) * problem.slots;
+        }
+    }
+    if (p.masked && !kept) block_from = all_rows;
+
+    float dk[D / 8][4], dv[D / 8][4];
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dk[n][i] = dv[n][i] = 0.0f;
+    }
+    const float scale = p.scale * LOG2_E;
+    const auto copy_queries = [&](int stage, int from) {
+        const int rest = all_rows - from, count = rest < QUERIES ? rest : QUERIES;
+        copy_rows<E, D>(whole_block(), q_tile + stage * QUERIES * STRIDE, p.q, count, 0,
+                        [&](int row) { return problem.query(p, item, from + row); });
+        if (kept) {
+            copy_rows<E, D>(whole_block(), d_o_tile + stage * QUERIES * STRIDE, p.d_o, count, 0, [&](int row) {
+                return problem.row(p, item, from + row) * problem.key_heads + head;
+            });
+        }
+        for (int i = threadIdx.x; i < QUERIES; i += blockDim.x) {
+            const size_t row = problem.row(p, item, from + (i < count ? i : 0));
+            lse_tile[stage * QUERIES + i] = i < count ? base_2_lse(p.lse[row]) : INF;
+            delta_tile[stage * QUERIES + i] = i < count ? p.delta[row] : 0.0f;
+            if constexpr (CORRECTED<E>) correction_tile[stage * QUERIES + i] = i < count ? p.correction[row] : 0.0f;
+        }
+    };
+
+    int stage = 0;
+    if (block_from < all_rows) copy_queries(0, block_from);
+    for (int from = block_from; from < all_rows; from += QUERIES) {
+        copy_wait();
+        __syncthreads();  // the tile is there, and everyone has done with the one before
+        const int at = stage * QUERIES;
+        stage ^= 1;
+        if (from + QUERIES < all_rows) copy_queries(stage, from + QUERIES);
+
+#pragma unroll
+        for (int j = 0; j < QUERIES / 16; ++j) {
+            const int row = from + j * 16;
+            if (row >= all_rows || row + 16 <= warp_from) continue;
+            const bool diagonal = row < warp_all_from;
+            const E* const queries = q_tile + (at + j * 16) * STRIDE;
+            const E* const d_o = d_o_tile + (at + j * 16) * STRIDE;
+            float s[2][4], low[2][4], dp[2][4];
+            scores(s, k, queries);
+            refine(s, low, scale, k, queries);
+            if (kept) scores(dp, v, d_o);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int column = half * 8 + (lane & 3) * 2;
+                const float2 lse = *reinterpret_cast<const float2*>(lse_tile + at + j * 16 + column);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    float& x = s[half][i];
+                    x = exp2_fast(exponent<E>(x, low[half][i], scale, i % 2 ? lse.y : lse.x));
+                    if (diagonal && row + column + i % 2 < own_from[i / 2]) x = 0.0f;
+                }
+                if constexpr (CORRECTED<E>) {
+                    const float2 factor = *reinterpret_cast<const float2*>(correction_tile + at + j * 16 + column);
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) s[half][i] *= i % 2 ? factor.y : factor.x;
+                }
+            }
+            if (kept) accumulate<E, D>(dv, s, d_o, scratch);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int column = half * 8 + (lane & 3) * 2;
+                const float2 delta = *reinterpret_cast<const float2*>(delta_tile + at + j * 16 + column);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) s[half][i] *= (kept ? dp[half][i] : 0.0f) - (i % 2 ? delta.y : delta.x);
+            }
+            accumulate<E, D>(dk, s, queries, scratch);
+        }
+    }
+
+    store_accumulator<D>(out, D + 4, dk, p.scale);
+    __syncwarp();
+    write_rows<E, D>(p.dk, out, D + 4, keys, key_index);
+    __syncwarp();
+    store_accumulator<D>(out, D + 4, dv, 1.0f);
+    __syncwarp();
+    write_rows<E, D>(p.dv, out, D + 4, keys, key_index);
+}

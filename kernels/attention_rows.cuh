@@ -1,0 +1,128 @@
+// What the passes of attention share: the rows, heads and tiles of a block, and their way between global and shared memory.
+#pragma once
+#include "online_softmax.cuh"
+#include "params.cuh"
+#include "primitives.cuh"
+#include "seqlen.cuh"
+#include "warp_product.cuh"
+
+constexpr int MAX_WARPS = 4;
+constexpr int THREADS = MAX_WARPS * 32;
+
+// Keys (dk_dv: query rows) of one tile. 64 keep more loads in flight; wide heads have room for 32.
+template <class E, int D> constexpr int TILE = sizeof(E) == 2 && D <= 32 ? 64 : 32;
+
+// Bump allocation of the block's shared memory; src/device/cuda/tile.rs adds up the same sizes.
+struct Carve {
+    unsigned char* at;
+    template <class T> __device__ __forceinline__ T* take(int count) {
+        T* r = reinterpret_cast<T*>(at);
+        at += (count * int(sizeof(T)) + 15) & ~15;
+        return r;
+    }
+};
+
+// Which rows and heads a block works on. With one key slot, heads are separate problems along blockIdx.y.
+struct Problem {
+    unsigned slots;       // query rows per token
+    unsigned first_slot;
+    unsigned key_heads;
+    unsigned first_key_head;
+
+    __device__ __forceinline__ explicit Problem(const AttentionParams& p) {
+        const bool separate = p.key_slots == 1;
+        slots = separate ? 1 : p.query_slots;
+        first_slot = first_key_head = separate ? blockIdx.y : 0;
+        key_heads = p.key_slots;
+    }
+    // Row of lse and delta, and of o when counted in K * D elements.
+    __device__ __forceinline__ size_t row(const AttentionParams& p, const Item& item, unsigned r) const {
+        return size_t(item.start + r / slots) * p.query_slots + first_slot + r % slots;
+    }
+    // Row of q and dq, counted in D elements.
+    __device__ __forceinline__ size_t query(const AttentionParams& p, const Item& item, unsigned r) const {
+        const unsigned token = item.start + r / slots;
+        const unsigned head = query_head(p, first_slot + r % slots, load_feedback(p, token).label);
+        return size_t(token) * p.heads + head;
+    }
+    __device__ __forceinline__ size_t key(const AttentionParams& p, unsigned token, unsigned head) const {
+        return size_t(token) * p.heads + first_key_head + head;
+    }
+};
+
+// Copies 16 rows to the warp's own tile: row i from `source` + D * `index`(i), zeros from `count` on. `flip` is
+// xor-ed into every word.
+template <class E, int D, class Index>
+__device__ __forceinline__ void stage_rows(E* tile, const void* source, int count, unsigned flip, Index index) {
+    using T = Tile<E, D>;
+    for (int i = lane_index(); i < 16 * T::CHUNKS; i += 32) {
+        const int row = i / T::CHUNKS, chunk = i % T::CHUNKS;
+        uint4 x = make_uint4(0, 0, 0, 0);
+        if (row < count) {
+            x = *reinterpret_cast<const uint4*>(static_cast<const E*>(source) + index(row) * D + chunk * T::PER_CHUNK);
+            x = make_uint4(x.x ^ flip, x.y ^ flip, x.z ^ flip, x.w ^ flip);
+        }
+        *reinterpret_cast<uint4*>(tile + row * T::STRIDE + chunk * T::PER_CHUNK) = x;
+    }
+}
+
+// Threads that copy together: the block's, or those that share one sequence.
+struct Team {
+    int thread, threads;
+};
+__device__ __forceinline__ Team whole_block() { return Team{int(threadIdx.x), int(blockDim.x)}; }
+
+// The team starts copying rows to a tile: row i from `source` + D * `index`(i), zeros from `count` up to the next multiple
+// of 16 and `more` rows beyond; what lies further is not touched, and not read.
+template <class E, int D, class Index>
+__device__ __forceinline__ void copy_rows(const Team& team, E* tile, const void* source, int count, int more, Index index) {
+    using T = Tile<E, D>;
+    const int rows = ((count + 15) & ~15) + more;
+    for (int i = team.thread; i < rows * T::CHUNKS; i += team.threads) {
+        const int row = i / T::CHUNKS, chunk = i % T::CHUNKS;
+        const bool valid = row < count;
+        const E* from = static_cast<const E*>(source) + (valid ? index(row) * D : 0) + chunk * T::PER_CHUNK;
+        copy_async(tile + row * T::STRIDE + chunk * T::PER_CHUNK, from, valid);
+    }
+}
+
+// Writes the warp's 16 rows of floats as elements: row i to `target` + D * `index`(i).
+template <class E, int D, class Index>
+__device__ __forceinline__ void write_rows(void* target, const float* from, int stride, int count, Index index) {
+    using T = Tile<E, D>;
+    for (int i = lane_index(); i < count * T::CHUNKS; i += 32) {
+        const int row = i / T::CHUNKS, chunk = i % T::CHUNKS;
+        *reinterpret_cast<uint4*>(static_cast<E*>(target) + index(row) * D + chunk * T::PER_CHUNK) =
+            narrow<E>(from + row * stride + chunk * T::PER_CHUNK, 1.0f);
+    }
+}
+
+// The key tiles that a block of query rows meets, in order: by head, by label, by position. All threads hold the same.
+template <int KEYS> struct KeyWalk {
+    unsigned head;
+    int label;
+    int first;  // of the keys of this label
+
+    __device__ __forceinline__ void start() { head = label = first = 0; }
+    __device__ __forceinline__ void advance() { first += KEYS; }
+    // Moves on to the first tile that is not empty; false when there is none.
+    __device__ __forceinline__ bool settle(const AttentionParams& p, const Problem& problem, const Visible& visible) {
+        for (; head < problem.key_heads; ++head, label = 0) {
+            for (; label < 2; ++label, first = 0) {
+                if (first < visible.of(label) && !(p.masked && !is_kept(p, head, label))) return true;
+            }
+        }
+        return false;
+    }
+};
+
+// What the tile at `walk` starts loading: K, and V where it is kept.
+template <class E, int D, int KEYS>
+__device__ __forceinline__ void copy_keys(E* k_tile, E* v_tile, const AttentionParams& p, const Problem& problem,
+                                          const Item& item, const Visible& visible, const KeyWalk<KEYS>& walk) {
+    const int left = visible.of(walk.label) - walk.first, count = left < KEYS ? left : KEYS;
+    const unsigned sorted = walk.first + (walk.label ? item.negatives : 0);
+    const auto index = [&](int row) { return problem.key(p, token_at(p, item, sorted + row), walk.head); };
+    copy_rows<E, D>(whole_block(), k_tile, p.k, count, 0, index);
+    if (is_kept(p, walk.head, walk.label)) copy_rows<E, D>(whole_block(), v_tile, p.v, count, 0, index);
+}

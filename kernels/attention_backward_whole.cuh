@@ -19,6 +19,9 @@
 // Floats between the rows of dq in shared memory: accumulators are read and written without bank conflicts.
 template <int D> constexpr int DQ_STRIDE = D == 8 ? 8 : D + 8;
 
+// Blocks that should be resident: what shared memory allows, where registers can be had for it without spills.
+template <class E, int D> constexpr int WHOLE_BLOCKS = sizeof(E) == 2 && D <= 32 ? 5 : 1;
+
 // First query row that sees a key that is not there.
 constexpr int NEVER = 1 << 30;
 
@@ -131,24 +134,16 @@ template <class E, int D> __device__ __forceinline__ void backward_whole(const A
     Rows<E, D, (D <= 64)> k, v;
     float dk[D / 8][4] = {}, dv[D / 8][4] = {};
     int tile = -member, chunk = member;  // of query rows; of keys
-    int head = 0, at = 0, own_from[2] = {NEVER, NEVER}, warp_from = NEVER, warp_all_from = NEVER;
+    int head = 0, at = 0;
     bool kept = false;
-    E *keys = k_tile, *values = v_tile;
     for (int step = 0; step < steps; ++step) {
         if (tile >= 0 && chunk < chunks) {
             if (tile == 0) {
                 head = chunk / head_chunks;
                 at = chunk % head_chunks * 16;
-                keys = k_tile + (head * capacity + at) * STRIDE;
-                values = v_tile + (head * capacity + at) * STRIDE;
                 kept = is_kept(p, head, at >= negative_chunks * 16);
-                const bool skipped = p.masked && !kept;
-                if (!skipped) k.set(keys);
-                if (kept) v.set(values);
-                warp_from = skipped ? NEVER : seen_from[at];
-                warp_all_from = seen_from[at + 15];
-                own_from[0] = seen_from[at + (lane >> 2)];
-                own_from[1] = seen_from[at + (lane >> 2) + 8];
+                if (kept || !p.masked) k.set(k_tile + (head * capacity + at) * STRIDE);
+                if (kept) v.set(v_tile + (head * capacity + at) * STRIDE);
 #pragma unroll
                 for (int n = 0; n < D / 8; ++n) {
 #pragma unroll
@@ -156,10 +151,14 @@ template <class E, int D> __device__ __forceinline__ void backward_whole(const A
                 }
             }
             const int row = tile * 16;
-            if (row < all_rows && row + 16 > warp_from) {
+            E* const keys = k_tile + (head * capacity + at) * STRIDE;
+            E* const values = v_tile + (head * capacity + at) * STRIDE;
+            if (row < all_rows && row + 16 > seen_from[at] && (kept || !p.masked)) {
                 const E* const queries = q_tile + row * STRIDE;
                 const E* const d_o = d_o_tile + (head * most_rows + row) * STRIDE;
-                const bool diagonal = row < warp_all_from;
+                // Keys that are not there, of the last chunk of a label, are hidden as those of the diagonal are.
+                const bool diagonal = row < seen_from[at + 15];
+                const int own_from[2] = {seen_from[at + (lane >> 2)], seen_from[at + (lane >> 2) + 8]};
                 float s[2][4], low[2][4], dp[2][4];
                 scores(s, k, queries);
                 refine(s, low, scale, k, queries);

@@ -110,7 +110,7 @@ pub enum VerifyError {
         /// The file.
         path: PathBuf,
         /// What it reports.
-        source: crate::device::cuda::CudaError,
+        source: Box<crate::device::cuda::CudaError>,
     },
     /// Inputs the operation does not accept.
     #[error("{}: {source}", path.display())]

@@ -187,7 +187,9 @@ pub fn verify_fha<E: Engine>(
         Err(Refusal::Attention(source)) => {
             return Err(VerifyError::Attention { path: case.path.clone(), source });
         }
-        Err(Refusal::Cuda(source)) => return Err(VerifyError::Cuda { path: case.path.clone(), source }),
+        Err(Refusal::Cuda(source)) => {
+            return Err(VerifyError::Cuda { path: case.path.clone(), source: Box::new(source) });
+        }
     };
     if engine.element() != Element::F32 {
         return Ok(Ok(half_precision::compare(&fha, engine.element(), &results)));

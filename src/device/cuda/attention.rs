@@ -331,7 +331,7 @@ impl<R: Runtime> Gpu<R> {
     /// [`crate::attention::forward`] on this device: copies there, computes, copies back.
     ///
     /// # Errors
-    /// Arguments the operation refuses (nothing is written then), and as [`Cuda::attention_forward`].
+    /// Arguments the operation refuses (nothing is written then), and as [`Gpu::attention_forward`].
     pub fn forward<T: Value>(
         &self,
         options: &FhaOptions,

@@ -299,7 +299,7 @@ impl<R: Runtime> Device for Gpu<R> {
         segments: Option<Segments<Array<R, u32>>>,
         dx: (&mut Array<R, f32>, Store),
     ) -> Done {
-        Ok(match segments {
+        match segments {
             None => rows::take_part(self, width, (part, parts), dy, dx)?,
             Some(segments) => {
                 let sum = embedding::SegmentSum {
@@ -312,7 +312,8 @@ impl<R: Runtime> Device for Gpu<R> {
                 };
                 embedding::segment_sum(self, sum, dx)?;
             }
-        })
+        }
+        Ok(())
     }
     fn rank_loss(
         &self,

@@ -167,7 +167,7 @@ mod tests {
     fn there_are_never_many_more_than_4096_chunks() {
         for values in [0, 1, 4096, 1 << 20, 1 << 24, (1 << 24) + 1, 3_000_000_000] {
             let chunk = chunk_of(values);
-            assert!(chunk % 4096 == 0 && values.div_ceil(chunk) <= 4096, "{values}: {chunk}");
+            assert!(chunk.is_multiple_of(4096) && values.div_ceil(chunk) <= 4096, "{values}: {chunk}");
         }
     }
 }

@@ -1,5 +1,5 @@
-//! Target attention for widths that no kernel is compiled for: the CPU engine, on copies. Right, and slow; every other operation
-//! stays on the device.
+//! Target attention, which has no kernel yet: the CPU engine, on copies. Right, and slow: each call waits for the device, and
+//! copies both ways. Every other operation stays on the device.
 
 use super::CudaError;
 use super::runtime::{Array, Runtime};

@@ -122,10 +122,13 @@ template <class E, int D> __device__ __forceinline__ void dq(const AttentionPara
 #pragma unroll
     for (int n = 0; n < D / 8; ++n) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0.0f;
     KeyWalk<KEYS> walk;
-    walk.start();
+    KeyCopy<E, D, KEYS> copy;
     int stage = 0;
-    bool more = walk.settle(p, problem, block_visible);
-    if (more) copy_keys<E, D, KEYS>(k_tile, v_tile, p, problem, item, block_visible, walk);
+    bool more = walk.start(p, problem, block_visible);
+    if (more) {
+        copy.find(p, item, walk);
+        copy.start(k_tile, v_tile, p, problem, item, walk);
+    }
 
     for (unsigned head = 0; head < problem.key_heads; ++head) {
         __syncwarp();  // the rows of the head before have been read
@@ -135,30 +138,26 @@ template <class E, int D> __device__ __forceinline__ void dq(const AttentionPara
         d_o.set(d_o_tile);
 
         while (more && walk.head == head) {
+            const KeyWalk<KEYS> tile = walk;
+            more = walk.advance(p, problem, block_visible);
+            if (more) copy.find(p, item, walk);
             copy_wait();
             __syncthreads();
-            const KeyWalk<KEYS> tile = walk;
             const E* const keys = k_tile + stage * KEYS * STRIDE;
             const E* const values = v_tile + stage * KEYS * STRIDE;
             stage ^= 1;
-            walk.advance();
-            more = walk.settle(p, problem, block_visible);
-            if (more) {
-                copy_keys<E, D, KEYS>(k_tile + stage * KEYS * STRIDE, v_tile + stage * KEYS * STRIDE, p, problem, item,
-                                      block_visible, walk);
-            }
+            if (more) copy.start(k_tile + stage * KEYS * STRIDE, v_tile + stage * KEYS * STRIDE, p, problem, item, walk);
 
             const int columns = warp_most.of(tile.label) - tile.first;
             const int seen_by_all = warp_least.of(tile.label) - tile.first;
             const int limit[2] = {own[0].of(tile.label) - tile.first, own[1].of(tile.label) - tile.first};
-            const bool kept = is_kept(p, head, tile.label);
 #pragma unroll
             for (int j = 0; j < KEYS / 16; ++j) {
                 if (j * 16 >= columns) continue;
                 float s[2][4], low[2][4], dp[2][4];
                 scores(s, q, keys + j * 16 * STRIDE);
                 refine(s, low, scale, q, keys + j * 16 * STRIDE);
-                if (kept) scores(dp, d_o, values + j * 16 * STRIDE);
+                if (tile.kept) scores(dp, d_o, values + j * 16 * STRIDE);
                 const bool diagonal = j * 16 + 16 > seen_by_all;
 #pragma unroll
                 for (int i = 0; i < 8; ++i) {
@@ -167,7 +166,7 @@ template <class E, int D> __device__ __forceinline__ void dq(const AttentionPara
                     float weight = exp2_fast(exponent<E>(x, low[i / 4][i % 4], scale, lse[half]));
                     if (diagonal && column >= limit[half]) weight = 0.0f;
                     if constexpr (CORRECTED<E>) sum[half] += weight;
-                    x = weight * ((kept ? dp[i / 4][i % 4] : 0.0f) - delta[half]);
+                    x = weight * ((tile.kept ? dp[i / 4][i % 4] : 0.0f) - delta[half]);
                 }
                 accumulate<E, D>(acc, s, keys + j * 16 * STRIDE, scratch);
             }

@@ -104,6 +104,7 @@ template <class E, int D> __device__ __forceinline__ void backward_whole(const A
         for (int chunk = 0; rows && chunk < chunks; ++chunk) {
             const int head = chunk / head_chunks, at = chunk % head_chunks;
             if (p.masked && !is_kept(p, head, at >= negative_chunks)) continue;
+            if (seen_from[at * 16] >= first + rows) continue;  // none of the warp's rows sees a key of it
             const E* const keys = k_tile + (head * capacity + at * 16) * STRIDE;
             float s[2][4], low[2][4];
             scores(s, q, keys);
@@ -112,7 +113,8 @@ template <class E, int D> __device__ __forceinline__ void backward_whole(const A
             for (int i = 0; i < 8; ++i) {
                 const int half = i / 2 % 2, column = at * 16 + i / 4 * 8 + (lane & 3) * 2 + i % 2;
                 const float x = exponent<E>(s[i / 4][i % 4], low[i / 4][i % 4], scale, lse_tile[row + half * 8]);
-                if (seen_from[column] <= row + half * 8) sum[half] += exp2_fast(x);
+                const float weight = exp2_fast(x);
+                if (seen_from[column] <= row + half * 8) sum[half] += weight;
             }
         }
 #pragma unroll

@@ -11,6 +11,39 @@
 #pragma once
 #include "attention_rows.cuh"
 
+// Blocks of streamed forward that should be resident, where registers can be had for it without spills.
+template <class E, int D> constexpr int FORWARD_BLOCKS = sizeof(E) == 4 || D > 32 ? 1 : D == 16 ? 5 : 4;
+
+// A tile of which every row of the warp sees every column, when every row has a reference already: no maximum, no test of a
+// column, no branch between the products. False, with nothing changed, when the reference turns out too low.
+template <class E, int D, int KEYS, bool KEPT>
+__device__ __forceinline__ bool take_seen_tile(float (&acc)[D / 8][4], OnlineSoftmax& softmax, const Rows<E, D, true>& q, float scale,
+                                               const E* keys, const E* values) {
+    constexpr int CHUNKS = KEYS / 16, STRIDE = Tile<E, D>::STRIDE;
+    float s[CHUNKS][2][4], sum[2] = {0.0f, 0.0f};
+    unsigned pairs[CHUNKS][4];
+#pragma unroll
+    for (int j = 0; j < CHUNKS; ++j) scores(s[j], q, keys + j * 16 * STRIDE);
+#pragma unroll
+    for (int j = 0; j < CHUNKS; ++j) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            float& x = s[j][i / 4][i % 4];
+            x = exp2_fast(exponent<E>(x, 0.0f, scale, softmax.peak[i / 2 % 2]));
+            sum[i / 2 % 2] += x;
+        }
+        if constexpr (KEPT) round_pairs<E>(pairs[j], s[j]);
+    }
+    if (!OnlineSoftmax::serves(sum)) return false;
+    softmax.sum[0] += sum[0];
+    softmax.sum[1] += sum[1];
+    if constexpr (KEPT) {
+#pragma unroll
+        for (int j = 0; j < CHUNKS; ++j) accumulate_pairs<E, D>(acc, pairs[j], values + j * 16 * STRIDE);
+    }
+    return true;
+}
+
 template <class E, int D, bool WHOLE> __device__ __forceinline__ void forward(const AttentionParams& p) {
     constexpr int KEYS = TILE<E, D>, STRIDE = Tile<E, D>::STRIDE;
     const int lane = lane_index(), warp = uniform(warp_index()), warps = blockDim.x / 32;
@@ -59,9 +92,9 @@ template <class E, int D, bool WHOLE> __device__ __forceinline__ void forward(co
     OnlineSoftmax softmax;
     softmax.clear();
     KeyWalk<KEYS> walk;
-    walk.start();
+    KeyCopy<E, D, KEYS> copy;
     int stage = 0;
-    bool more = walk.settle(p, problem, block_visible);
+    bool more = walk.start(p, problem, block_visible);
     if constexpr (WHOLE) {
         const Team team{int(threadIdx.x) - member * item_warps * 32, item_warps * 32};
         for (unsigned head = 0; item.length && head < problem.key_heads; ++head) {
@@ -69,18 +102,22 @@ template <class E, int D, bool WHOLE> __device__ __forceinline__ void forward(co
             E* const values = v_tile + head * p.capacity * STRIDE;
             const auto index = [&](int row) { return problem.key(p, token_at(p, item, row), head); };
             // Chunks of the positives start anywhere, and end up to 15 rows after them.
-            copy_rows<E, D>(team, keys, p.k, item.length, 16, index);
+            if (!p.masked) copy_rows<E, D>(team, keys, p.k, item.length, 16, index);
             for (int label = 0; label < 2; ++label) {
                 const int from = label ? item.negatives : 0, count = label ? item.length - item.negatives : item.negatives;
                 if (!is_kept(p, head, label) || count == 0) continue;
-                copy_rows<E, D>(team, values + from * STRIDE, p.v, count, 0, [&](int row) { return index(from + row); });
+                const auto kept = [&](int row) { return index(from + row); };
+                if (p.masked) copy_rows<E, D>(team, keys + from * STRIDE, p.k, count, 0, kept);
+                copy_rows<E, D>(team, values + from * STRIDE, p.v, count, 0, kept);
             }
         }
         copy_wait();
         __syncthreads();
     } else if (more) {
-        copy_keys<E, D, KEYS>(k_tile, v_tile, p, problem, item, block_visible, walk);
+        copy.find(p, item, walk);
+        copy.start(k_tile, v_tile, p, problem, item, walk);
     }
+    bool started = false;  // every row has seen a key
 
     for (unsigned head = 0; head < problem.key_heads; ++head) {
         float acc[D / 8][4];
@@ -88,25 +125,32 @@ template <class E, int D, bool WHOLE> __device__ __forceinline__ void forward(co
         for (int n = 0; n < D / 8; ++n) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0.0f;
 
         while (more && walk.head == head) {
+            const KeyWalk<KEYS> tile = walk;
+            more = walk.advance(p, problem, block_visible);
             if constexpr (!WHOLE) {
+                if (more) copy.find(p, item, walk);
                 copy_wait();
                 __syncthreads();  // the tile is there, and everyone has done with the one before
             }
-            const KeyWalk<KEYS> tile = walk;
             const int at = WHOLE ? head * p.capacity + (tile.label ? item.negatives : 0) + tile.first : stage * KEYS;
             const E* const keys = k_tile + at * STRIDE;
             const E* const values = v_tile + at * STRIDE;
             stage ^= 1;
-            walk.advance();
-            more = walk.settle(p, problem, block_visible);
             if (!WHOLE && more) {
-                copy_keys<E, D, KEYS>(k_tile + stage * KEYS * STRIDE, v_tile + stage * KEYS * STRIDE, p, problem, item,
-                                      block_visible, walk);
+                copy.start(k_tile + stage * KEYS * STRIDE, v_tile + stage * KEYS * STRIDE, p, problem, item, walk);
             }
 
             // Columns of this tile that the warp's last row sees, and those that all its rows see.
             const int columns = warp_most.of(tile.label) - tile.first;
             const int seen_by_all = warp_least.of(tile.label) - tile.first;
+            if constexpr (!WHOLE && sizeof(E) == 2) {
+                if (started && seen_by_all >= KEYS) {
+                    if (tile.kept ? take_seen_tile<E, D, KEYS, true>(acc, softmax, q, scale, keys, values)
+                             : take_seen_tile<E, D, KEYS, false>(acc, softmax, q, scale, keys, values)) {
+                        continue;
+                    }
+                }
+            }
             const int limit[2] = {own[0].of(tile.label) - tile.first, own[1].of(tile.label) - tile.first};
             float s[KEYS / 16][2][4];
             float found[2] = {-INF, -INF};
@@ -134,7 +178,7 @@ template <class E, int D, bool WHOLE> __device__ __forceinline__ void forward(co
                     for (int i = 0; i < 4; ++i) acc[n][i] *= factor[i / 2];
                 }
             }
-            const bool kept = is_kept(p, head, tile.label);
+            if constexpr (!WHOLE && sizeof(E) == 2) started = started || softmax.started();
             const float peak[2] = {OnlineSoftmax::reference(softmax.peak[0]), OnlineSoftmax::reference(softmax.peak[1])};
 #pragma unroll
             for (int j = 0; j < KEYS / 16; ++j) {
@@ -147,7 +191,7 @@ template <class E, int D, bool WHOLE> __device__ __forceinline__ void forward(co
                     x = exp2_fast(exponent<E>(x, low[i / 4][i % 4], scale, peak[i / 2 % 2]));
                     softmax.sum[i / 2 % 2] += x;
                 }
-                if (kept) accumulate<E, D>(acc, s[j], values + j * 16 * STRIDE, scratch);
+                if (tile.kept) accumulate<E, D>(acc, s[j], values + j * 16 * STRIDE, scratch);
             }
         }
 

@@ -101,28 +101,71 @@ __device__ __forceinline__ void write_rows(void* target, const float* from, int 
 template <int KEYS> struct KeyWalk {
     unsigned head;
     int label;
-    int first;  // of the keys of this label
+    int first;  // key of the tile, of those of this label
+    int keys;   // of this label that the block sees
+    bool kept;
 
-    __device__ __forceinline__ void start() { head = label = first = 0; }
-    __device__ __forceinline__ void advance() { first += KEYS; }
-    // Moves on to the first tile that is not empty; false when there is none.
-    __device__ __forceinline__ bool settle(const AttentionParams& p, const Problem& problem, const Visible& visible) {
-        for (; head < problem.key_heads; ++head, label = 0) {
-            for (; label < 2; ++label, first = 0) {
-                if (first < visible.of(label) && !(p.masked && !is_kept(p, head, label))) return true;
-            }
-        }
-        return false;
+    // To the first tile that is not empty; false when there is none.
+    __device__ __forceinline__ bool start(const AttentionParams& p, const Problem& problem, const Visible& visible) {
+        head = 0, label = -1, first = keys = 0, kept = false;
+        return advance(p, problem, visible);
     }
+    // To the next.
+    __device__ __forceinline__ bool advance(const AttentionParams& p, const Problem& problem, const Visible& visible) {
+        first += KEYS;
+        if (first < keys) return true;
+        first = 0;
+        for (;;) {
+            if (++label == 2) label = 0, ++head;
+            if (head >= problem.key_heads) return false;
+            keys = visible.of(label);
+            kept = is_kept(p, head, label);
+            if (keys > 0 && (kept || !p.masked)) return true;
+        }
+    }
+    // Keys of the tile.
+    __device__ __forceinline__ int count() const { return keys - first < KEYS ? keys - first : KEYS; }
 };
 
-// What the tile at `walk` starts loading: K, and V where it is kept.
-template <class E, int D, int KEYS>
-__device__ __forceinline__ void copy_keys(E* k_tile, E* v_tile, const AttentionParams& p, const Problem& problem,
-                                          const Item& item, const Visible& visible, const KeyWalk<KEYS>& walk) {
-    const int left = visible.of(walk.label) - walk.first, count = left < KEYS ? left : KEYS;
-    const unsigned sorted = walk.first + (walk.label ? item.negatives : 0);
-    const auto index = [&](int row) { return problem.key(p, token_at(p, item, sorted + row), walk.head); };
-    copy_rows<E, D>(whole_block(), k_tile, p.k, count, 0, index);
-    if (is_kept(p, walk.head, walk.label)) copy_rows<E, D>(whole_block(), v_tile, p.v, count, 0, index);
-}
+// A thread's share in copying tiles of K and, where it is kept, V: one column of rows `step` apart, so that of each tile only
+// the tokens of its keys have to be found. `find` asks for them ahead of `start`, which needs them.
+template <class E, int D, int KEYS> struct KeyCopy {
+    using T = Tile<E, D>;
+    // Tokens that `find` asks for: all that a thread of a full block has. The others `start` finds.
+    static constexpr int AHEAD = (KEYS * T::CHUNKS + THREADS - 1) / THREADS < 4 ? (KEYS * T::CHUNKS + THREADS - 1) / THREADS : 4;
+
+    int row, step, to;   // the first row, rows between, and where the first goes in the tile
+    unsigned column;
+    unsigned token[AHEAD];
+
+    __device__ __forceinline__ KeyCopy()
+        : row(threadIdx.x / T::CHUNKS), step(blockDim.x / T::CHUNKS), column(threadIdx.x % T::CHUNKS * T::PER_CHUNK) {
+        to = row * T::STRIDE + column;
+    }
+    // The token of the tile's key `r`; of one that is not there, any.
+    static __device__ __forceinline__ unsigned token_of(const AttentionParams& p, const Item& item, const KeyWalk<KEYS>& walk, int r) {
+        return r < walk.count() ? token_at(p, item, walk.first + (walk.label ? item.negatives : 0) + r) : item.start;
+    }
+
+    __device__ __forceinline__ void find(const AttentionParams& p, const Item& item, const KeyWalk<KEYS>& walk) {
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) token[i] = token_of(p, item, walk, row + i * step);
+    }
+    // Starts copying the tile of which `find` was told: zeros from its last key up to the next multiple of 16.
+    __device__ __forceinline__ void start(E* k_tile, E* v_tile, const AttentionParams& p, const Problem& problem, const Item& item,
+                                          const KeyWalk<KEYS>& walk) const {
+        const int keys = walk.count(), rows = (keys + 15) & ~15;
+        const auto copy = [&](int i, unsigned of) {
+            const size_t from = problem.key(p, of, walk.head) * D + column;
+            const int at = to + i * step * T::STRIDE;
+            copy_async(k_tile + at, static_cast<const E*>(p.k) + from, row + i * step < keys);
+            if (walk.kept) copy_async(v_tile + at, static_cast<const E*>(p.v) + from, row + i * step < keys);
+        };
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            if (row + i * step < rows) copy(i, token[i]);
+        }
+        if (AHEAD * step >= KEYS) return;
+        for (int i = AHEAD; row + i * step < rows; ++i) copy(i, token_of(p, item, walk, row + i * step));
+    }
+};

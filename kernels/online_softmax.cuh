@@ -4,6 +4,9 @@
 // maximum is kept equal in the quad, the sum is the thread's own share until `total`. Exponents are taken relative to
 // a maximum that may lag behind the true one by up to SLACK, so that accumulators are rescaled only rarely: terms
 // stay below 2^SLACK, far from any overflow, and the factor cancels in the division.
+//
+// Once every row has a reference, columns that all rows see need no maximum at all: their terms are taken relative to the
+// reference there is, and their sum, which is needed anyway, tells afterwards whether it still served (`serves`).
 #pragma once
 #include "primitives.cuh"
 
@@ -12,6 +15,7 @@ constexpr float LN_2 = 0.6931471805599453f;
 
 struct OnlineSoftmax {
     static constexpr float SLACK = 8.0f;
+    static constexpr float MOST = 4096.0f;  // a thread's sum over a tile: no term overflows in 16 bits
 
     float peak[2];  // maximum of scale * log2(e) * score, -inf before the first visible key
     float sum[2];   // this thread's share of sum of 2^(scaled score - peak)
@@ -41,6 +45,14 @@ struct OnlineSoftmax {
             sum[i] *= factor[i];
         }
         return true;
+    }
+
+    // Whether every row of the warp has a reference.
+    __device__ __forceinline__ bool started() const { return !any_lane(peak[0] == -INF || peak[1] == -INF); }
+
+    // Whether sums of a tile's terms show that the reference they were taken with was high enough, in all rows of the warp.
+    static __device__ __forceinline__ bool serves(const float (&tile)[2]) {
+        return !any_lane(!(tile[0] <= MOST) || !(tile[1] <= MOST));
     }
 
     // What exponents are taken relative to. A row that has seen nothing yet has peak -inf, and -inf - -inf is not

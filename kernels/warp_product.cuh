@@ -193,31 +193,36 @@ template <class E> __device__ __forceinline__ void round_pairs(unsigned (&a)[4],
     for (int i = 0; i < 4; ++i) a[i] = pack<E>(c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]);
 }
 
+// acc += a tile, with `a` as `round_pairs` leaves it.
+template <class E, int D>
+__device__ __forceinline__ void accumulate_pairs(float (&acc)[D / 8][4], const unsigned (&a)[4], const E* tile) {
+    const int lane = lane_index();
+    const E* at = tile + (lane & 15) * Tile<E, D>::STRIDE;
+    if constexpr (D == 8) {
+        unsigned b[2];
+        load_matrices_transposed(b, at);
+        multiply<E>(acc[0], a, b[0], b[1]);
+    } else {
+#pragma unroll
+        for (int n = 0; n < D / 16; ++n) {
+            unsigned b[4];
+            load_matrices_transposed(b, at + n * 16 + (lane >> 4) * 8);
+            multiply<E>(acc[2 * n], a, b[0], b[1]);
+            multiply<E>(acc[2 * n + 1], a, b[2], b[3]);
+        }
+    }
+}
+
 // `scratch`: SCRATCH<E> floats of the warp's own.
 template <class E, int D>
 __device__ __forceinline__ void accumulate(float (&acc)[D / 8][4], const float (&c)[2][4], const E* tile, float* scratch) {
-    constexpr int STRIDE = Tile<E, D>::STRIDE;
-    const int lane = lane_index();
     if constexpr (sizeof(E) == 4) {
         exchange<false>(scratch, c);
-        accumulate_exchanged(acc, scratch, tile, STRIDE);
+        accumulate_exchanged(acc, scratch, tile, Tile<E, D>::STRIDE);
     } else {
         unsigned a[4];
         round_pairs<E>(a, c);
-        const E* at = tile + (lane & 15) * STRIDE;
-        if constexpr (D == 8) {
-            unsigned b[2];
-            load_matrices_transposed(b, at);
-            multiply<E>(acc[0], a, b[0], b[1]);
-        } else {
-#pragma unroll
-            for (int n = 0; n < D / 16; ++n) {
-                unsigned b[4];
-                load_matrices_transposed(b, at + n * 16 + (lane >> 4) * 8);
-                multiply<E>(acc[2 * n], a, b[0], b[1]);
-                multiply<E>(acc[2 * n + 1], a, b[2], b[3]);
-            }
-        }
+        accumulate_pairs<E, D>(acc, a, tile);
     }
 }
 

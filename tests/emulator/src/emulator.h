@@ -43,6 +43,11 @@ void access_by(int lane, const void* at, size_t bytes, Access kind);
 void meet_warp(int line, void* argument, void (*run)(void* const (&arguments)[32]));
 void meet_block(int line);
 
+// What kernels have done, for the counts of the cost model: exponentials of single threads, multiply-adds of tensor-core
+// products, bytes of `copy_async`.
+void count_exponential();
+void count_multiply_adds(size_t count);
+
 // Copies that are under way: started, and done by the thread's next wait.
 void start_copy(void* shared, const void* source, bool valid);
 void finish_copies();
@@ -145,6 +150,7 @@ EMULATOR_PLAIN inline unsigned transpose_matrix(unsigned x, int line = __builtin
 }
 
 inline float exp2_fast(float x) {
+    emulator::count_exponential();
     const float y = std::exp2(x);
     return y < 0x1p-126f ? 0.0f : y;  // .ftz; a NaN stays
 }
@@ -180,6 +186,7 @@ namespace emulator {
 template <class E, int K> EMULATOR_PLAIN inline void multiply(float (&c)[4], const unsigned (&a)[K / 4], const unsigned (&b)[K / 8], int line) {
     struct A { float* c; const unsigned *a, *b; } mine{c, a, b};
     meet(line, mine, [](void* const (&all)[32]) EMULATOR_PLAIN {
+        count_multiply_adds(16 * 8 * K);
         float x[16][K], y[8][K];
         for (int lane = 0; lane < 32; ++lane) {
             const A& from = *static_cast<A*>(all[lane]);

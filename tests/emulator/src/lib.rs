@@ -24,6 +24,12 @@ unsafe extern "C" {
     fn dfar_emulator_owned(device: *mut c_void, at: *const u8, bytes: usize) -> bool;
     fn dfar_emulator_mark(device: *mut c_void, at: *mut u8, bytes: usize, read_only: bool);
     fn dfar_emulator_unwritten(device: *mut c_void, at: *const u8, bytes: usize) -> usize;
+    fn dfar_emulator_counts(
+        device: *const c_void,
+        exponentials: *mut u64,
+        multiply_adds: *mut u64,
+        copied: *mut u64,
+    );
     fn dfar_emulator_find(module: *const c_char, name: *const c_char) -> *const c_void;
     fn dfar_emulator_launch(
         device: *mut c_void,
@@ -38,6 +44,17 @@ unsafe extern "C" {
 
 /// The kernels of `faults.cpp`, with a fault each.
 pub const FAULTS: Module = Module::new("faults");
+
+/// What a device's kernels have done since it was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Special-function exponentials, of single threads.
+    pub exponentials: u64,
+    /// Multiply-adds of tensor-core products.
+    pub multiply_adds: u64,
+    /// Bytes copied asynchronously from global to shared memory.
+    pub copied: u64,
+}
 
 /// Memory and a single multiprocessor.
 pub struct Device {
@@ -110,6 +127,15 @@ impl Device {
     unsafe fn unwritten(&self, at: *const u8, bytes: usize) -> usize {
         // SAFETY: the caller's promise.
         unsafe { dfar_emulator_unwritten(self.raw.as_ptr(), at, bytes) }
+    }
+
+    /// What kernels have done so far.
+    pub fn counts(&self) -> Counts {
+        let mut counts = Counts::default();
+        let Counts { exponentials, multiply_adds, copied } = &mut counts;
+        // SAFETY: `raw` is a live device, and the three places are written once each.
+        unsafe { dfar_emulator_counts(self.raw.as_ptr(), exponentials, multiply_adds, copied) }
+        counts
     }
 
     fn allocate<T: Pod>(&self, len: usize) -> Array<T> {

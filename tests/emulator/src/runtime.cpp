@@ -100,6 +100,7 @@ struct Device {
     size_t used = GAP;
     std::map<size_t, std::vector<unsigned char*>> released;  // by size
     unsigned char* stacks;
+    uint64_t exponentials = 0, multiply_adds = 0, copied = 0;
 
     // the running block
     std::vector<Fibre> fibres;
@@ -211,6 +212,7 @@ void access_by(int lane, const void* at, size_t bytes, Access kind) {
 void start_copy(void* shared, const void* source, bool valid) {
     Device& d = *device;
     if (valid) access(source, 16, Access::read);
+    if (valid) d.copied += 16;
     access(shared, 16, Access::write);
     memset(d.state + (static_cast<unsigned char*>(shared) - d.memory), UNWRITTEN, 16);
     d.running->copies.push_back({shared, source, valid});
@@ -225,6 +227,9 @@ void finish_copies() {
     }
     d.running->copies.clear();
 }
+
+void count_exponential() { ++device->exponentials; }
+void count_multiply_adds(size_t count) { device->multiply_adds += count; }
 
 // ---------------------------------------------------------------- scheduling
 static void wait_for(Wait wait, int line, void* argument, void (*run)(void* const (&)[32])) {
@@ -380,6 +385,13 @@ size_t dfar_emulator_unwritten(Device* d, const void* at, size_t bytes) {
     const unsigned char* state = d->state + (static_cast<const unsigned char*>(at) - d->memory);
     for (size_t i = 0; i < bytes; ++i) count += state[i] == UNWRITTEN;
     return count;
+}
+
+// What all launches so far have done.
+void dfar_emulator_counts(const Device* d, uint64_t* exponentials, uint64_t* multiply_adds, uint64_t* copied) {
+    *exponentials = d->exponentials;
+    *multiply_adds = d->multiply_adds;
+    *copied = d->copied;
 }
 
 // Runs a grid, block by block. Null, or what went wrong.

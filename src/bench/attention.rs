@@ -47,6 +47,12 @@ impl Batch {
         }
     }
 
+    /// Lengths and labels of [`Batch::new`] with the same arguments but other labels, and no values.
+    pub(super) fn shape(options: FhaOptions, length: usize, tokens: usize) -> Self {
+        let narrow = FhaOptions { head_dim: 0, ..options };
+        Self { options, ..Self::new(narrow, length, tokens) }
+    }
+
     /// Number of tokens.
     pub fn tokens(&self) -> usize {
         *self.cu_seqlens.last().expect("there is at least one sequence") as usize

@@ -4,6 +4,7 @@
 //! than the cache that the multiprocessors share, so that tensors come from memory as they would in a network.
 
 use super::attention::{Batch, Pass};
+use super::predict::{Prediction, bytes_per_token};
 use crate::attention::{FhaOptions, Inputs};
 use crate::device::cuda::attention::{ProjectionGradients, Projections, Value};
 use crate::device::cuda::limits::{CHAINS, PRODUCT_OPERATIONS, Rate, THREADS};
@@ -178,7 +179,8 @@ impl Plan {
         for (_, pass) in wanted.into_iter().filter(|(wanted, _)| *wanted) {
             let fused = median(gpu, self.repeats, || run(pass))?;
             let naive = if self.naive { Some(self.naive(gpu, &host, length, pass)?) } else { None };
-            rows.push(self.row::<T>(&host, limits, length, pass, fused, naive));
+            let predicted = Prediction::new(T::ELEMENT, &self.options, batch.plan(), limits, length, pass);
+            rows.push(self.row::<T>(&host, predicted.bound().0, limits, length, pass, fused, naive));
         }
         Ok(rows)
     }
@@ -205,9 +207,10 @@ impl Plan {
         })
     }
 
-    fn row<T>(
+    fn row<T: Value>(
         &self,
         host: &Batch,
+        predicted: f64,
         limits: &Limits,
         length: usize,
         pass: Pass,
@@ -215,15 +218,8 @@ impl Plan {
         naive: Option<f64>,
     ) -> Row {
         let (multiply_adds, exponentials) = host.work(pass);
-        let (options, tokens) = (&self.options, host.tokens());
-        let (row, key) = (options.query_slots() * options.head_dim, options.heads * options.head_dim);
-        let (out, all) = (options.output_len(1), options.heads * options.head_dim);
-        // Active queries, keys, values and results once each; backward also o and do, and all three gradients.
-        let values = match pass {
-            Pass::Forward => row + 2 * key + out,
-            Pass::Backward => row + 2 * key + 2 * out + 3 * all,
-        };
-        let bytes = tokens * (values * size_of::<T>() + options.lse_len(1) * size_of::<f32>());
+        let tokens = host.tokens();
+        let bytes = tokens * bytes_per_token(T::ELEMENT, &self.options, pass);
         let peak = if size_of::<T>() == 4 { 2.0 * limits.multiply_adds } else { limits.products };
         let floors = [
             ("memory", bytes as f64 / limits.copy),
@@ -244,6 +240,8 @@ impl Plan {
             gigabytes_per_second: bytes as f64 / fused / 1e9,
             bound,
             share_of_limit: floor / fused,
+            predicted_ms: predicted * 1e3,
+            share_of_prediction: predicted / fused,
         }
     }
 }
@@ -263,14 +261,16 @@ pub struct Row {
     gigabytes_per_second: f64,
     bound: &'static str,
     share_of_limit: f64,
+    predicted_ms: f64,
+    share_of_prediction: f64,
 }
 
 impl Row {
     /// Names of the columns.
-    pub const HEADER: &str = "pass      length  naive ms  fused ms  speed-up  Mtokens/s  TFLOP/s    Gexp/s    GB/s  of the limit of";
+    pub const HEADER: &str = "pass      length  naive ms  fused ms  speed-up  Mtokens/s  TFLOP/s    Gexp/s    GB/s  predicted ms  reached  of the limit of";
     /// What the columns mean.
-    pub const FOOTNOTE: &str = "Rates count what the mathematics needs, not what tiles add; bytes count each tensor once. The naive form \
-         keeps f32 in memory,\nand its backward pass computes the probabilities again.";
+    pub const FOOTNOTE: &str = "Rates count what the mathematics needs, not what tiles add; bytes count each tensor once. The prediction is \
+         the bound of what tiles execute.\nThe naive form keeps f32 in memory, and its backward pass computes the probabilities again.";
 }
 
 impl fmt::Display for Row {
@@ -281,6 +281,13 @@ impl fmt::Display for Row {
         let (naive, speed_up) = (or_dash(self.naive_ms, 3), or_dash(self.speed_up, 1));
         write!(f, "{pass:<8} {:>7} {naive:>9} {:>9.4} {speed_up:>9}", self.length, self.fused_ms)?;
         write!(f, " {:>10.1} {:>8.2} {:>9.1}", self.tokens_per_second / 1e6, self.tflops, self.gexps)?;
-        write!(f, " {:>7.1} {:>5.0} % {}", self.gigabytes_per_second, self.share_of_limit * 100.0, self.bound)
+        write!(f, " {:>7.1} {:>13.4}", self.gigabytes_per_second, self.predicted_ms)?;
+        write!(
+            f,
+            " {:>6.0} % {:>5.0} % {}",
+            self.share_of_prediction * 100.0,
+            self.share_of_limit * 100.0,
+            self.bound
+        )
     }
 }

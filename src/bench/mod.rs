@@ -3,6 +3,7 @@
 pub mod attention;
 pub mod gpu;
 pub mod limits;
+pub mod predict;
 pub mod train;
 
 use std::time::{Duration, Instant};

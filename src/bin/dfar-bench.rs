@@ -3,7 +3,7 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 use dfar::attention::{FhaOptions, Normalization};
 use dfar::bench::attention::{Plan, Row};
-use dfar::bench::{self, limits};
+use dfar::bench::{self, limits, predict};
 use dfar::data::Dataset;
 use dfar::data::synthetic::{self, SyntheticOptions};
 use dfar::device::Device as _;
@@ -90,6 +90,9 @@ struct Attention {
     /// Type of the tensors
     #[arg(long, value_enum, default_value_t = Precision::F32)]
     precision: Precision,
+    /// Measure nothing: print the least time that the kernels need on this GPU by the limits of its datasheet
+    #[arg(long, value_enum, value_name = "GPU")]
+    predict: Option<Card>,
     /// Leave the naive form out
     #[arg(long)]
     no_naive: bool,
@@ -143,6 +146,13 @@ enum Pass {
     Forward,
     Backward,
     Both,
+}
+
+/// A GPU that need not be there.
+#[derive(Clone, Copy, ValueEnum)]
+enum Card {
+    H100,
+    H200,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -261,7 +271,9 @@ fn print_report(report: &Report) -> Result<()> {
 }
 
 fn run_attention(arguments: &Attention) -> Result<()> {
-    check_precision(arguments.device, arguments.precision);
+    if arguments.predict.is_none() {
+        check_precision(arguments.device, arguments.precision);
+    }
     let options = FhaOptions {
         normalization: match arguments.normalization {
             Denominator::Joint => Normalization::Joint,
@@ -272,6 +284,9 @@ fn run_attention(arguments: &Attention) -> Result<()> {
     let (batch_tokens, naive) = (arguments.batch_tokens, !arguments.no_naive);
     let forward = !matches!(arguments.pass, Pass::Backward);
     let backward = !matches!(arguments.pass, Pass::Forward);
+    if let Some(card) = arguments.predict {
+        return run_prediction(arguments, &options, card);
+    }
     if arguments.device == Device::Cuda {
         let plan = bench::gpu::Plan { options, batch_tokens, forward, backward, naive, repeats: 101 };
         return run_attention_on_gpu(arguments, &plan);
@@ -290,6 +305,39 @@ fn run_attention(arguments: &Attention) -> Result<()> {
     say!("{}", Row::FOOTNOTE);
     if let Some(path) = &arguments.json {
         let text = serde_json::to_string_pretty(&rows).expect("numbers and strings are valid JSON");
+        std::fs::write(path, text + "\n").map_err(Error::io("write", path))?;
+    }
+    Ok(())
+}
+
+/// The table of predictions; with `--json`, its rows too.
+fn run_prediction(arguments: &Attention, options: &FhaOptions, card: Card) -> Result<()> {
+    let limits = match card {
+        Card::H100 => predict::Card::H100,
+        Card::H200 => predict::Card::H200,
+    };
+    let limits = limits.datasheet();
+    let (element, tokens) = (arguments.precision.element(), arguments.batch_tokens);
+    let (heads, d, normalization) = (options.heads, options.head_dim, options.normalization);
+    say!("PREDICTIONS, not measurements: the largest of three bounds, by what the kernels execute.");
+    say!("{limits}");
+    say!("attention in {}, H = {heads}, d = {d}, {normalization:?}, causal, random labels", element.name());
+    say!("{}", predict::Prediction::HEADER);
+    let mut rows = Vec::new();
+    for &length in &arguments.seq_lens {
+        let [forward, backward] = predict::predict(element, options, &limits, length, tokens)?;
+        if !matches!(arguments.pass, Pass::Backward) {
+            rows.push(forward);
+            say!("{forward}");
+        }
+        if !matches!(arguments.pass, Pass::Forward) {
+            rows.push(backward);
+            say!("{backward}");
+        }
+    }
+    if let Some(path) = &arguments.json {
+        let report = serde_json::json!({ "limits": limits, "predictions": rows });
+        let text = serde_json::to_string_pretty(&report).expect("numbers and strings are valid JSON");
         std::fs::write(path, text + "\n").map_err(Error::io("write", path))?;
     }
     Ok(())

@@ -34,6 +34,13 @@ pub struct Batch<R: Runtime> {
     items: [Array<R, Item>; Pass::ALL.len()],
 }
 
+impl<R: Runtime> Batch<R> {
+    /// How its work is cut.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+}
+
 /// `q`, `k` and `v` on the device, `[N, H, d]` each.
 pub struct Projections<'a, R: Runtime, T> {
     /// Queries.

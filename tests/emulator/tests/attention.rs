@@ -2,11 +2,12 @@
 //! reference, under the emulator's checks of every memory access.
 
 use dfar::attention::{FhaOptions, Inputs, LabelMask, Normalization, Pairing, reference};
+use dfar::bench::predict;
 use dfar::device::cuda::params::{AttentionParams, Item};
 use dfar::device::cuda::plan::{Pass, Plan};
 use dfar::device::cuda::tile::{Element, HEAD_DIMS, WHOLE_ROWS};
 use dfar::verify::{Case, Fha, cases, compare, compare_gradients, relative_error, unfused};
-use dfar_emulator::Device;
+use dfar_emulator::{Counts, Device};
 use half::{bf16, f16};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -119,6 +120,15 @@ fn run<T: Value>(batch: &Batch) -> Results {
 
 /// All passes on a fresh device.
 fn run_within<T: Value>(batch: &Batch, shared_limit: usize) -> Result<Results, String> {
+    run_counted::<T>(batch, shared_limit, |_, _, _| {})
+}
+
+/// The same; `see` is told what each pass has executed.
+fn run_counted<T: Value>(
+    batch: &Batch,
+    shared_limit: usize,
+    mut see: impl FnMut(&Plan, Pass, Counts),
+) -> Result<Results, String> {
     let options = &batch.options;
     let n = options.check(&batch.inputs()).map_err(|e| e.to_string())?;
     let plan = Plan::new(T::ELEMENT, options, &batch.cu_seqlens, &batch.label, shared_limit)
@@ -153,7 +163,15 @@ fn run_within<T: Value>(batch: &Batch, shared_limit: usize) -> Result<Results, S
         };
         let params = plan.params(options, pass, pointers);
         let launch = plan.launch(options, pass);
+        let before = device.counts();
         device.launch(pass.kernel(T::ELEMENT, options.head_dim), launch, &params)?;
+        let after = device.counts();
+        let executed = Counts {
+            exponentials: after.exponentials - before.exponentials,
+            multiply_adds: after.multiply_adds - before.multiply_adds,
+            copied: after.copied - before.copied,
+        };
+        see(&plan, pass, executed);
     }
     let read =
         |x| -> Result<Vec<f32>, String> { Ok(device.read::<T>(&x)?.iter().map(|x| x.to_f32()).collect()) };
@@ -384,6 +402,68 @@ fn what_is_not_finite_stays_in_its_sequence() {
                 results.o[25 * 32..26 * 32].iter().any(|x| !x.is_finite()),
                 "{bad} in {tensor} should show"
             );
+        }
+    }
+}
+
+/// How often a reference moves in forward when all scores are 0: in each warp when its rows see their first negatives, and
+/// again when those that saw none see their first positives.
+fn first_references(batch: &Batch, plan: &Plan, pass: Pass) -> u64 {
+    let options = &batch.options;
+    let slots = if options.pairing == Pairing::PerHead { 1 } else { options.query_slots() };
+    let mut count = 0;
+    for item in plan.items(pass) {
+        let all = item.length as usize * slots;
+        let (first, end) = match pass {
+            Pass::ForwardWhole => (0, all),
+            _ => (item.first as usize, all.min(item.first as usize + plan.tile.forward.rows())),
+        };
+        for from in (first..end).step_by(16) {
+            let seen = (from..end.min(from + 16)).map(|row| {
+                let visible = if options.causal { row / slots + 1 } else { item.length as usize };
+                let positives = match options.label_mask {
+                    LabelMask::None => 0,
+                    LabelMask::Feedback => {
+                        let labels = &batch.label[item.start as usize..][..visible];
+                        labels.iter().filter(|&&label| label == 1).count()
+                    }
+                };
+                (visible - positives, positives)
+            });
+            let seen: Vec<_> = seen.collect();
+            count += u64::from(seen.iter().any(|&(negatives, _)| negatives > 0));
+            count += u64::from(seen.iter().any(|&(negatives, positives)| negatives == 0 && positives > 0));
+        }
+    }
+    count * if options.pairing == Pairing::PerHead { options.heads as u64 } else { 1 }
+}
+
+/// No exponential is spent on tiles that are masked or in the future, and the cost model's counts are what runs.
+#[test]
+fn what_is_executed_is_what_is_predicted() {
+    fn judge<T: Value>(options: FhaOptions, lengths: &[usize], seed: u64) {
+        let mut batch = Batch::random(options, lengths, seed);
+        batch.qkv[0].fill(0.0);
+        let run = run_counted::<T>(&batch, SHARED_LIMIT, |plan, pass, executed| {
+            let predicted = predict::counts(T::ELEMENT, &options, plan, pass);
+            let moved = match pass {
+                Pass::ForwardWhole | Pass::Forward => 64 * first_references(&batch, plan, pass),
+                _ => 0,
+            };
+            let exponentials = predicted.exponentials + predicted.rescaling + moved;
+            let name = format!("{pass:?} {:?} {options:?} {lengths:?}", T::ELEMENT);
+            assert_eq!(executed.exponentials, exponentials, "exponentials of {name}");
+            assert_eq!(executed.copied, predicted.copied, "bytes of {name}");
+            if T::ELEMENT != Element::F32 {
+                assert_eq!(executed.multiply_adds, predicted.multiply_adds, "multiply-adds of {name}");
+            }
+        });
+        run.expect("the kernels should be sound");
+    }
+    for (seed, options) in variants().into_iter().enumerate() {
+        for lengths in [&LENGTHS[..], &[64, 33, 1, 48], &[200, 65]] {
+            judge::<f32>(options, lengths, 200 + seed as u64);
+            judge::<bf16>(options, lengths, 200 + seed as u64);
         }
     }
 }

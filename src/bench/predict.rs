@@ -1,0 +1,364 @@
+//! What the kernels of `attention.cu` execute for a batch, counted on the host, and the time that a GPU needs for it at least.
+//!
+//! Counts are of what runs, not of what the mathematics needs: scores come in pieces of 16 rows by 16 keys, cut at the
+//! diagonal and at the ends of the two labels. A time is the largest of its bounds; latency, launches and the
+//! instructions between are not in it. The emulator's counters are held against these counts in its tests.
+
+use super::attention::{Batch, Pass as Direction};
+use super::gpu::Limits;
+use crate::attention::{FhaOptions, Inputs, LabelMask, Normalization, Pairing};
+use crate::device::cuda::CudaError;
+use crate::device::cuda::params::Item;
+use crate::device::cuda::plan::{Pass, Plan};
+use crate::device::cuda::tile::{Element, WARP_ROWS};
+use serde::Serialize;
+use std::fmt;
+use std::ops::Add;
+
+/// What a pass executes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Counts {
+    /// Exponentials of scores, of single threads.
+    pub exponentials: u64,
+    /// Exponentials that bring the output of each key head to the last reference of its row. Those of the running maximum,
+    /// 64 for each time that a warp's reference moves, depend on the data and are not counted.
+    pub rescaling: u64,
+    /// Multiply-adds of products; those of f32 scores that are large and computed again are not counted.
+    pub multiply_adds: u64,
+    /// Bytes that blocks copy to shared memory ahead of time, of which streamed passes find most in the L2 cache.
+    pub copied: u64,
+}
+
+impl Add for Counts {
+    type Output = Counts;
+    fn add(self, other: Counts) -> Counts {
+        Counts {
+            exponentials: self.exponentials + other.exponentials,
+            rescaling: self.rescaling + other.rescaling,
+            multiply_adds: self.multiply_adds + other.multiply_adds,
+            copied: self.copied + other.copied,
+        }
+    }
+}
+
+/// Scores of a piece: 16 by 16.
+const PIECE: u64 = (WARP_ROWS * WARP_ROWS) as u64;
+
+/// A batch as one of its (row, key head) problems sees it.
+struct Counter<'a> {
+    element: Element,
+    options: &'a FhaOptions,
+    plan: &'a Plan,
+    slots: usize,
+    key_heads: usize,
+}
+
+impl Counter<'_> {
+    fn is_kept(&self, head: usize, label: usize) -> bool {
+        self.options.label_mask == LabelMask::None || (head >= self.options.heads / 2) == (label == 1)
+    }
+
+    /// (keys' label, whether kept) of every key head and label that is visited, in order.
+    fn visited(&self) -> impl Iterator<Item = (usize, usize, bool)> {
+        let masked = self.options.normalization == Normalization::Masked;
+        (0..self.key_heads)
+            .flat_map(|head| [0, 1].map(|label| (head, label, self.is_kept(head, label))))
+            .filter(move |&(_, _, kept)| kept || !masked)
+    }
+
+    /// Keys of each label that the token at `position` sees.
+    fn visible(&self, item: &Item, position: usize) -> [usize; 2] {
+        if !self.options.causal {
+            return [item.negatives as usize, (item.length - item.negatives) as usize];
+        }
+        let feedback = self.plan.feedback.get(item.start as usize + position);
+        let positives = feedback.map_or(0, |raw| (raw >> 1) as usize);
+        [position + 1 - positives, positives]
+    }
+
+    /// First query row that sees the key that is `index`-th in label order.
+    fn seen_from(&self, item: &Item, index: usize) -> usize {
+        if !self.options.causal {
+            return 0;
+        }
+        let token = self.plan.order.get(item.start as usize + index);
+        token.map_or(index, |&token| (token - item.start) as usize) * self.slots
+    }
+
+    /// Bytes of rows of one head.
+    fn bytes(&self, rows: usize) -> u64 {
+        (rows * self.options.head_dim * self.element.size()) as u64
+    }
+
+    /// `pieces` of scores, each with so many products.
+    fn pieces(&self, pieces: usize, products: usize) -> Counts {
+        let exponentials = pieces as u64 * PIECE;
+        let multiply_adds = exponentials * (products * self.options.head_dim) as u64;
+        Counts { exponentials, multiply_adds, ..Counts::default() }
+    }
+
+    /// A block of forward or dq: query rows from `first` to `end`.
+    fn query_rows(&self, item: &Item, pass: Pass, first: usize, end: usize) -> Counts {
+        let mut counts = Counts::default();
+        for from in (first..end).step_by(WARP_ROWS) {
+            let to = (from + WARP_ROWS).min(end);
+            let most = self.visible(item, (to - 1) / self.slots);
+            for (_, label, kept) in self.visited() {
+                let products = if pass == Pass::Dq { 2 + usize::from(kept) } else { 1 + usize::from(kept) };
+                counts = counts + self.pieces(most[label].div_ceil(WARP_ROWS), products);
+            }
+        }
+        if pass == Pass::Dq {
+            return counts;
+        }
+        // Of key heads that come before the first key a row sees there is no output to rescale.
+        for row in first..end {
+            let seen = self.visible(item, row / self.slots);
+            let head =
+                self.visited().find(|&(_, label, _)| seen[label] > 0).map_or(self.key_heads, |(h, ..)| h);
+            counts.rescaling += self.bytes(self.key_heads - head) / 16;
+        }
+        counts
+    }
+
+    /// Keys and, where kept, values, of so many keys of each label.
+    fn keys(&self, count: [usize; 2]) -> u64 {
+        self.visited().map(|(_, label, kept)| self.bytes(count[label]) * (1 + u64::from(kept))).sum()
+    }
+
+    fn item(&self, pass: Pass, item: &Item) -> Counts {
+        let (length, negatives, first) = (item.length as usize, item.negatives as usize, item.first as usize);
+        let all_rows = length * self.slots;
+        let block_rows = self.plan.tile.block(pass).map_or(0, |block| block.rows());
+        let by_label = [negatives, length - negatives];
+        match pass {
+            Pass::ForwardWhole => {
+                let copied = self.keys(by_label);
+                Counts { copied, ..self.query_rows(item, pass, 0, all_rows) }
+            }
+            Pass::Forward | Pass::Dq => {
+                let end = (first + block_rows).min(all_rows);
+                let copied = self.keys(self.visible(item, (end - 1) / self.slots));
+                Counts { copied, ..self.query_rows(item, pass, first, end) }
+            }
+            Pass::BackwardWhole => {
+                let mut counts =
+                    Counts { copied: self.keys(by_label) + self.bytes(all_rows), ..Counts::default() };
+                for (_, label, kept) in self.visited() {
+                    let from = [0, negatives][label];
+                    for key in (from..from + by_label[label]).step_by(WARP_ROWS) {
+                        let tiles = all_rows.div_ceil(WARP_ROWS) - self.seen_from(item, key) / WARP_ROWS;
+                        counts = counts + self.pieces(tiles, 3 + 2 * usize::from(kept));
+                        if self.element == Element::F32 {
+                            counts = counts + self.pieces(tiles, 1); // the sums of p, beforehand
+                        }
+                    }
+                }
+                counts
+            }
+            Pass::DkDv => {
+                let label = usize::from(first >= negatives);
+                let end = (first + block_rows).min([negatives, length][label]);
+                let block_from = self.seen_from(item, first);
+                let mut counts = Counts::default();
+                for (_, _, kept) in self.visited().filter(|&(_, l, _)| l == label) {
+                    counts.copied += self.bytes(all_rows - block_from) * (1 + u64::from(kept));
+                    for key in (first..end).step_by(WARP_ROWS) {
+                        let skipped = (self.seen_from(item, key) - block_from) / WARP_ROWS;
+                        let tiles = (all_rows - block_from).div_ceil(WARP_ROWS) - skipped;
+                        counts = counts + self.pieces(tiles, 2 + 2 * usize::from(kept));
+                    }
+                }
+                counts
+            }
+        }
+    }
+}
+
+/// What a pass executes for a planned batch.
+pub fn counts(element: Element, options: &FhaOptions, plan: &Plan, pass: Pass) -> Counts {
+    let (problems, slots, key_heads) = match options.pairing {
+        Pairing::Factorized => (1, options.query_slots(), options.heads),
+        Pairing::PerHead => (options.heads as u64, 1, 1),
+    };
+    let counter = Counter { element, options, plan, slots, key_heads };
+    let items = plan.items(pass).iter().filter(|item| item.length > 0);
+    let one = items.fold(Counts::default(), |sum, item| sum + counter.item(pass, item));
+    Counts {
+        exponentials: problems * one.exponentials,
+        rescaling: problems * one.rescaling,
+        multiply_adds: problems * one.multiply_adds,
+        copied: problems * one.copied,
+    }
+}
+
+/// A data-centre GPU whose datasheet limits are known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Card {
+    /// H100 SXM.
+    H100,
+    /// H200 SXM: the same chip, faster memory.
+    H200,
+}
+
+impl Card {
+    /// What its datasheet promises, as limits: nothing here was measured. 132 multiprocessors at 1.83 GHz with 16 special-function
+    /// results and 128 multiply-adds a clock; of 989 dense bf16 TFLOP/s about 60 % is within reach of `mma.sync`.
+    pub fn datasheet(self) -> Limits {
+        let clocks = 132.0 * 1.83e9;
+        let (name, copy) = match self {
+            Card::H100 => ("H100 SXM, by its datasheet", 3.35e12),
+            Card::H200 => ("H200 SXM, by its datasheet", 4.8e12),
+        };
+        Limits {
+            name: name.to_owned(),
+            copy,
+            exponentials: 16.0 * clocks,
+            multiply_adds: 128.0 * clocks,
+            products: 0.6 * 989e12,
+        }
+    }
+}
+
+/// The least time of a direction.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Prediction {
+    pass: Direction,
+    length: usize,
+    tokens: usize,
+    /// What all its passes execute.
+    pub counts: Counts,
+    /// Bytes between memory and the chip, each tensor once.
+    pub bytes: usize,
+    /// Seconds by bytes, by exponentials, by products.
+    pub floors: [f64; 3],
+}
+
+impl Prediction {
+    /// Names of the columns.
+    pub const HEADER: &str =
+        "pass      length    tokens  Gexp executed  by exp us  by products us  by bytes us  bound";
+
+    pub(super) fn new(
+        element: Element,
+        options: &FhaOptions,
+        plan: &Plan,
+        limits: &Limits,
+        length: usize,
+        pass: Direction,
+    ) -> Prediction {
+        let passes: &[Pass] = match pass {
+            Direction::Forward => &[Pass::ForwardWhole, Pass::Forward],
+            Direction::Backward => &[Pass::BackwardWhole, Pass::Dq, Pass::DkDv],
+        };
+        let each = passes.iter().map(|&pass| counts(element, options, plan, pass));
+        let counts = each.fold(Counts::default(), Add::add);
+        let bytes = plan.tokens * bytes_per_token(element, options, pass);
+        let peak = if element == Element::F32 { limits.multiply_adds } else { limits.products / 2.0 };
+        let floors = [
+            bytes as f64 / limits.copy,
+            (counts.exponentials + counts.rescaling) as f64 / limits.exponentials,
+            counts.multiply_adds as f64 / peak,
+        ];
+        Prediction { pass, length, tokens: plan.tokens, counts, bytes, floors }
+    }
+
+    /// The largest floor in seconds, and what sets it.
+    pub fn bound(&self) -> (f64, &'static str) {
+        let names = ["memory", "exponentials", "products"];
+        let floors = self.floors.into_iter().zip(names);
+        floors.max_by(|a, b| a.0.total_cmp(&b.0)).expect("there are three")
+    }
+}
+
+impl fmt::Display for Prediction {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let pass = if self.pass == Direction::Forward { "forward" } else { "backward" };
+        let [bytes, exponentials, products] = self.floors.map(|seconds| seconds * 1e6);
+        let executed = self.counts.exponentials as f64 / 1e9;
+        write!(f, "{pass:<8} {:>7} {:>9} {executed:>14.4} {exponentials:>10.1}", self.length, self.tokens)?;
+        write!(f, " {products:>15.1} {bytes:>12.1}  {}", self.bound().1)
+    }
+}
+
+/// Bytes that memory and chip exchange per token at least: active queries, keys, values and results once each; backward
+/// also `o` and `d_o`, and all three gradients.
+pub(super) fn bytes_per_token(element: Element, options: &FhaOptions, pass: Direction) -> usize {
+    let all = options.heads * options.head_dim;
+    let (row, out) = (options.query_slots() * options.head_dim, options.output_len(1));
+    let values = match pass {
+        Direction::Forward => row + 2 * all + out,
+        Direction::Backward => row + 2 * all + 2 * out + 3 * all,
+    };
+    values * element.size() + options.lse_len(1) * size_of::<f32>()
+}
+
+/// Forward and backward over sequences of one length with random labels, at the limits of a device that gives a block
+/// 227 KiB of shared memory.
+///
+/// # Errors
+/// Options the kernels do not accept.
+pub fn predict(
+    element: Element,
+    options: &FhaOptions,
+    limits: &Limits,
+    length: usize,
+    tokens: usize,
+) -> Result<[Prediction; 2], CudaError> {
+    let batch = Batch::shape(*options, length, tokens);
+    let values = vec![(); batch.tokens() * options.heads * options.head_dim];
+    let (cu_seqlens, label) = (batch.cu_seqlens(), batch.label());
+    options.check(&Inputs { q: &values, k: &values, v: &values, cu_seqlens, label })?;
+    let plan = Plan::new(element, options, cu_seqlens, label, 227 << 10)?;
+    Ok([Direction::Forward, Direction::Backward]
+        .map(|pass| Prediction::new(element, options, &plan, limits, length, pass)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One sequence without labels, worked by hand: 40 tokens are rows of 3 warps, which see 1, 2 and 3 pieces a head.
+    #[test]
+    fn a_short_sequence_by_hand() {
+        let options = FhaOptions { label_mask: LabelMask::None, ..FhaOptions::new(1, 16) };
+        let plan = Plan::new(Element::Bf16, &options, &[0, 40], &[], 227 << 10).expect("it fits");
+        let of = |pass| counts(Element::Bf16, &options, &plan, pass);
+        let pieces = 1 + 2 + 3;
+        assert_eq!(
+            of(Pass::ForwardWhole),
+            Counts {
+                exponentials: pieces * 256,
+                rescaling: 40 * 2,
+                multiply_adds: pieces * 256 * 16 * 2,
+                copied: 2 * 40 * 32,
+            }
+        );
+        assert_eq!(
+            of(Pass::BackwardWhole),
+            Counts {
+                exponentials: pieces * 256,
+                rescaling: 0,
+                multiply_adds: pieces * 256 * 16 * 5,
+                copied: 3 * 40 * 32,
+            }
+        );
+        assert_eq!(of(Pass::Forward), Counts::default());
+    }
+
+    /// Executed counts come close to what the mathematics needs as sequences grow, and never fall below it.
+    #[test]
+    fn long_sequences_waste_little() {
+        let options = FhaOptions::new(2, 16);
+        for (length, most) in [(20, 12.0), (300, 1.4), (1024, 1.1), (4096, 1.03)] {
+            let [forward, backward] =
+                predict(Element::Bf16, &options, &Card::H200.datasheet(), length, 1 << 14).expect("valid");
+            let sequences = (forward.tokens / length) as f64;
+            let needed = sequences * (length * (length + 1)) as f64; // two key heads
+            let executed = forward.counts.exponentials as f64;
+            assert!(needed <= executed && executed <= most * needed, "{length}: {executed} of {needed}");
+            let twice = if length <= 64 { 1.0 } else { 2.0 };
+            assert!(backward.counts.exponentials as f64 >= twice * needed, "{length}");
+        }
+    }
+}

@@ -154,6 +154,8 @@ pub struct AdamStep {
 pub trait Device: Send + Sync {
     /// Memory of this device.
     type Buffer<T: Element>: Buffer<T>;
+    /// Arrays on their way to the device together: see [`Device::stage`].
+    type Staging: Send;
     /// What attention needs to know of a batch; made once a batch, used by every block.
     type AttentionPlan: Send;
     /// What target attention needs to know of a batch; made once a batch, used by both interests.
@@ -177,6 +179,16 @@ pub trait Device: Send + Sync {
     fn zeros<T: Element>(&self, len: usize) -> Result<Self::Buffer<T>, DeviceError>;
     /// A copy of `host` on the device.
     fn upload<T: Element>(&self, host: &[T]) -> Result<Self::Buffer<T>, DeviceError>;
+    /// Begins a staging, with nothing in it. Any thread may fill one while the device works.
+    fn staging(&self) -> Result<Self::Staging, DeviceError>;
+    /// A copy of `host`, to be used once the staging was sent.
+    fn stage<T: Element>(
+        &self,
+        staging: &mut Self::Staging,
+        host: &[T],
+    ) -> Result<Self::Buffer<T>, DeviceError>;
+    /// Sends all that was staged, in one copy.
+    fn send(&self, staging: Self::Staging) -> Result<(), DeviceError>;
     /// A copy of `buffer` on the host.
     fn download<T: Element>(&self, buffer: &Self::Buffer<T>) -> Result<Vec<T>, DeviceError>;
 
@@ -317,9 +329,11 @@ pub trait Device: Send + Sync {
     ) -> Result<(), DeviceError>;
 
     // ---------------------------------------------------------------- attention
-    /// Makes the plan of a batch: `cu_seqlens: [B + 1]`, `label: [N]` as [`crate::attention::Inputs`] has them.
+    /// Makes the plan of a batch: `cu_seqlens: [B + 1]`, `label: [N]` as [`crate::attention::Inputs`] has them. To be used
+    /// once the staging was sent.
     fn attention_plan(
         &self,
+        staging: &mut Self::Staging,
         options: &FhaOptions,
         cu_seqlens: &[u32],
         label: &[u8],
@@ -376,9 +390,11 @@ pub trait Device: Send + Sync {
     ) -> Result<(), DeviceError>;
 
     // ---------------------------------------------------------------- target attention
-    /// Makes the plan of a batch, for tokens of `width` and a perceptron of these hidden widths.
+    /// Makes the plan of a batch, for tokens of `width` and a perceptron of these hidden widths. To be used once the staging
+    /// was sent.
     fn target_plan(
         &self,
+        staging: &mut Self::Staging,
         width: usize,
         hidden: [usize; 2],
         index: TargetIndex<[u32]>,

@@ -1,4 +1,4 @@
-//! A batch's indices on the device.
+//! A batch's indices on the device: staged together, so that they go up in one copy.
 
 use super::ModelConfig;
 use crate::attention::LabelMask;
@@ -12,8 +12,10 @@ pub struct DeviceLists<D: Device> {
 }
 
 impl<D: Device> DeviceLists<D> {
-    fn upload(device: &D, lists: &Lists) -> Result<Self, DeviceError> {
-        Ok(Self { offsets: device.upload(&lists.offsets)?, members: device.upload(&lists.members)? })
+    fn stage(device: &D, staging: &mut D::Staging, lists: &Lists) -> Result<Self, DeviceError> {
+        let (offsets, members) =
+            (device.stage(staging, &lists.offsets)?, device.stage(staging, &lists.members)?);
+        Ok(Self { offsets, members })
     }
 
     /// For an operation's argument.
@@ -29,8 +31,9 @@ pub struct DeviceTouched<D: Device> {
 }
 
 impl<D: Device> DeviceTouched<D> {
-    fn upload(device: &D, touched: &Touched) -> Result<Self, DeviceError> {
-        Ok(Self { row: device.upload(&touched.row)?, source: DeviceLists::upload(device, &touched.source)? })
+    fn stage(device: &D, staging: &mut D::Staging, touched: &Touched) -> Result<Self, DeviceError> {
+        let row = device.stage(staging, &touched.row)?;
+        Ok(Self { row, source: DeviceLists::stage(device, staging, &touched.source)? })
     }
 }
 
@@ -45,13 +48,19 @@ pub struct DeviceSplit<D: Device> {
 }
 
 impl<D: Device> DeviceSplit<D> {
-    fn upload(device: &D, config: &ModelConfig, split: &LabelSplit) -> Result<Self, DeviceError> {
+    fn stage(
+        device: &D,
+        staging: &mut D::Staging,
+        config: &ModelConfig,
+        split: &LabelSplit,
+    ) -> Result<Self, DeviceError> {
+        let options = config.interest_attention();
         Ok(Self {
-            attention: device.attention_plan(&config.interest_attention(), &split.cu_seqlens, &[])?,
+            attention: device.attention_plan(staging, &options, &split.cu_seqlens, &[])?,
             tokens: split.token.len(),
-            token: device.upload(&split.token)?,
-            cu_seqlens: device.upload(&split.cu_seqlens)?,
-            count: device.upload(&split.count)?,
+            token: device.stage(staging, &split.token)?,
+            cu_seqlens: device.stage(staging, &split.cu_seqlens)?,
+            count: device.stage(staging, &split.count)?,
         })
     }
 }
@@ -89,8 +98,13 @@ pub struct Indices<D: Device> {
 }
 
 impl<D: Device> Indices<D> {
-    /// Copies a batch to the device, with the plans of what `config` computes on it.
-    pub fn upload(device: &D, config: &ModelConfig, batch: &Batch) -> Result<Self, DeviceError> {
+    /// Stages a batch, with the plans of what `config` computes on it.
+    pub fn stage(
+        device: &D,
+        staging: &mut D::Staging,
+        config: &ModelConfig,
+        batch: &Batch,
+    ) -> Result<Self, DeviceError> {
         let label_row: Vec<u32> = batch.label.iter().map(|&l| l.into()).collect();
         let row_item: Vec<u32> = batch.row_pair.iter().map(|&p| batch.pair_item[p as usize]).collect();
         let group_rows =
@@ -111,28 +125,31 @@ impl<D: Device> Indices<D> {
             rows: batch.rows(),
             pairs: batch.pairs(),
             scores: *batch.score_offsets.last().expect("offsets have one more entry than pairs") as usize,
-            cu_seqlens: device.upload(&batch.cu_seqlens)?,
-            item: device.upload(&batch.item)?,
-            position: device.upload(&batch.position)?,
-            attention: device.attention_plan(&encoder, &batch.cu_seqlens, label)?,
-            label_row: device.upload(&label_row)?,
+            cu_seqlens: device.stage(staging, &batch.cu_seqlens)?,
+            item: device.stage(staging, &batch.item)?,
+            position: device.stage(staging, &batch.position)?,
+            attention: device.attention_plan(staging, &encoder, &batch.cu_seqlens, label)?,
+            label_row: device.stage(staging, &label_row)?,
             split: [
-                DeviceSplit::upload(device, config, negative)?,
-                DeviceSplit::upload(device, config, positive)?,
+                DeviceSplit::stage(device, staging, config, negative)?,
+                DeviceSplit::stage(device, staging, config, positive)?,
             ],
-            group_offsets: device.upload(&batch.group_offsets)?,
-            group_length: device.upload(&batch.group_length)?,
-            group_rows: DeviceLists::upload(device, &group_rows)?,
-            row_group: device.upload(&batch.row_group)?,
-            row_item: device.upload(&row_item)?,
-            target: device.upload(&batch.target)?,
-            pair_item: device.upload(&batch.pair_item)?,
-            interest_row: [device.zeros(batch.pairs())?, device.upload(&vec![1; batch.pairs()])?],
-            target_attention: device.target_plan(config.width, config.attention, target)?,
-            pair_rows: DeviceLists::upload(device, &batch.pair_rows)?,
-            touched_item: DeviceTouched::upload(device, &batch.touched_item)?,
-            touched_position: DeviceTouched::upload(device, &batch.touched_position)?,
-            touched_label: DeviceTouched::upload(device, &batch.touched_label)?,
+            group_offsets: device.stage(staging, &batch.group_offsets)?,
+            group_length: device.stage(staging, &batch.group_length)?,
+            group_rows: DeviceLists::stage(device, staging, &group_rows)?,
+            row_group: device.stage(staging, &batch.row_group)?,
+            row_item: device.stage(staging, &row_item)?,
+            target: device.stage(staging, &batch.target)?,
+            pair_item: device.stage(staging, &batch.pair_item)?,
+            interest_row: [
+                device.stage(staging, &vec![0; batch.pairs()])?,
+                device.stage(staging, &vec![1; batch.pairs()])?,
+            ],
+            target_attention: device.target_plan(staging, config.width, config.attention, target)?,
+            pair_rows: DeviceLists::stage(device, staging, &batch.pair_rows)?,
+            touched_item: DeviceTouched::stage(device, staging, &batch.touched_item)?,
+            touched_position: DeviceTouched::stage(device, staging, &batch.touched_position)?,
+            touched_label: DeviceTouched::stage(device, staging, &batch.touched_label)?,
         })
     }
 }

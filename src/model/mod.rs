@@ -6,10 +6,12 @@ mod indices;
 mod network;
 mod optimizer;
 mod parameters;
+mod staging;
 mod tensors;
 
 pub use config::{AdamOptions, Initialization, LossOptions, ModelConfig, ModelError};
 pub use optimizer::Optimizer;
+pub use staging::{StagedBatch, Stager};
 
 use crate::batch::Batch;
 use crate::device::Device;
@@ -148,6 +150,11 @@ impl<D: Device> Model<D> {
         })
     }
 
+    /// What stages batches for this model, on any thread.
+    pub fn stager(&self) -> Stager<D> {
+        Stager { device: self.device.clone(), config: self.config.clone() }
+    }
+
     /// One step: loss, gradients, clip, Adam. On a non-finite loss or gradient nothing is updated and
     /// [`ModelError::NonFinite`] says where it was found.
     pub fn train_step(
@@ -157,15 +164,8 @@ impl<D: Device> Model<D> {
         adam: &AdamOptions,
         optimizer: &mut Optimizer<D>,
     ) -> Result<StepLoss, ModelError> {
-        self.check_batch(batch)?;
-        let indices = Indices::upload(&*self.device, &self.config, batch)?;
-        let network = Network {
-            device: &*self.device,
-            config: &self.config,
-            layout: &self.layout,
-            p: &self.parameters,
-            batch: &indices,
-        };
+        let indices = self.stager().stage(batch)?.send(&*self.device)?;
+        let network = self.network(&indices);
         let (report, gradients) = network.gradients(loss)?;
         if adam.dense_embeddings {
             let gradients = self.fill_tables(gradients, &indices)?;
@@ -180,15 +180,18 @@ impl<D: Device> Model<D> {
         batch: &Batch,
         run: impl FnOnce(Network<D>) -> Result<T, ModelError>,
     ) -> Result<T, ModelError> {
-        self.check_batch(batch)?;
-        let indices = Indices::upload(&*self.device, &self.config, batch)?;
-        run(Network {
+        let indices = self.stager().stage(batch)?.send(&*self.device)?;
+        run(self.network(&indices))
+    }
+
+    fn network<'a>(&'a self, batch: &'a Indices<D>) -> Network<'a, D> {
+        Network {
             device: &*self.device,
             config: &self.config,
             layout: &self.layout,
             p: &self.parameters,
-            batch: &indices,
-        })
+            batch,
+        }
     }
 
     /// Puts the rows of the embedding gradients into whole tables.
@@ -204,18 +207,5 @@ impl<D: Device> Model<D> {
             self.device.scatter_add(self.config.width, &rows, &touched.row, &mut dense[id])?;
         }
         Ok(dense)
-    }
-
-    /// Everything an index could get wrong, before a device sees it.
-    fn check_batch(&self, batch: &Batch) -> Result<(), ModelError> {
-        let check = |what, found: Option<&u32>, limit: usize| match found {
-            Some(&found) if found as usize >= limit => {
-                Err(ModelError::Batch { what, found: found as usize, limit })
-            }
-            _ => Ok(()),
-        };
-        check("item", batch.item.iter().max(), self.config.items)?;
-        check("candidate item", batch.pair_item.iter().max(), self.config.items)?;
-        check("history position", batch.position.iter().max(), self.config.max_length)
     }
 }

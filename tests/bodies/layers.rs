@@ -344,7 +344,9 @@ fn target_attention_of<D: Device>(device: &D, width: usize, hidden: [usize; 2]) 
         rows: Segments { offsets: &row_offsets[..], members: &row_members },
         row_length: &row_length,
     };
-    let plan = device.target_plan(width, hidden, index).unwrap();
+    let mut staging = device.staging().unwrap();
+    let plan = device.target_plan(&mut staging, width, hidden, index).unwrap();
+    device.send(staging).unwrap();
     let mut rng = ChaCha8Rng::seed_from_u64(10);
     let sizes = [
         5 * width,
@@ -478,7 +480,9 @@ pub fn attention<D: Device>(device: &D) {
             ..FhaOptions::new(heads, head_dim)
         };
         let label = if masked { &label[..] } else { &[] };
-        let plan = device.attention_plan(&options, &cu_seqlens, label).unwrap();
+        let mut staging = device.staging().unwrap();
+        let plan = device.attention_plan(&mut staging, &options, &cu_seqlens, label).unwrap();
+        device.send(staging).unwrap();
         let mut rng = ChaCha8Rng::seed_from_u64(21);
         let values: Vec<Vec<f32>> = (0..3).map(|_| random(&mut rng, 8 * heads * head_dim)).collect();
         let weight = random(&mut rng, options.output_len(8));

@@ -84,6 +84,8 @@ fn target_weights(w: TargetWeights<&Floats>) -> TargetWeights<&[f32]> {
 }
 impl Device for Cpu {
     type Buffer<T: Element> = CpuBuffer<T>;
+    /// Nothing: what is staged is there at once.
+    type Staging = ();
     type AttentionPlan = AttentionPlan;
     type TargetPlan = TargetPlan;
 
@@ -103,6 +105,15 @@ impl Device for Cpu {
         let mut buffer = self.pool.take(host.len());
         buffer.copy_from_slice(host);
         Ok(buffer)
+    }
+    fn staging(&self) -> Done {
+        Ok(())
+    }
+    fn stage<T: Element>(&self, (): &mut (), host: &[T]) -> Result<CpuBuffer<T>, DeviceError> {
+        self.upload(host)
+    }
+    fn send(&self, (): ()) -> Done {
+        Ok(())
     }
     fn download<T: Element>(&self, buffer: &CpuBuffer<T>) -> Result<Vec<T>, DeviceError> {
         Ok(buffer.to_vec())
@@ -224,6 +235,7 @@ impl Device for Cpu {
 
     fn attention_plan(
         &self,
+        (): &mut (),
         options: &FhaOptions,
         cu_seqlens: &[u32],
         label: &[u8],
@@ -290,6 +302,7 @@ impl Device for Cpu {
 
     fn target_plan(
         &self,
+        (): &mut (),
         width: usize,
         hidden: [usize; 2],
         index: TargetIndex<[u32]>,

@@ -4,7 +4,7 @@
 use super::gpu::Gpu;
 use super::params::{AttentionParams, Item};
 use super::plan::{Pass, Plan};
-use super::runtime::{Array, Precision, Runtime};
+use super::runtime::{Array, Precision, Runtime, Staging};
 use super::tile::{Element, HEAD_DIMS};
 use super::{CudaError, convert};
 use crate::attention::{FhaOptions, Inputs, length};
@@ -77,12 +77,13 @@ pub struct DevicePlan<R: Runtime> {
 }
 
 impl<R: Runtime> DevicePlan<R> {
-    /// Plans a batch.
+    /// Plans a batch. To be used once the staging was sent.
     ///
     /// # Errors
     /// Options, offsets or labels that do not fit; [`CudaError::HeadDim`] for heads wider than the widest compiled.
     pub fn new(
         gpu: &Gpu<R>,
+        staging: &mut Staging<R>,
         options: &FhaOptions,
         cu_seqlens: &[u32],
         label: &[u8],
@@ -100,7 +101,7 @@ impl<R: Runtime> DevicePlan<R> {
             Precision::F32 => Element::F32,
             Precision::Bf16 => Element::Bf16,
         };
-        Ok(Self { head_dim, batch: gpu.plan(element, &wide, cu_seqlens, label)? })
+        Ok(Self { head_dim, batch: gpu.plan(staging, element, &wide, cu_seqlens, label)? })
     }
 }
 
@@ -183,12 +184,16 @@ impl<R: Runtime> Gpu<R> {
     /// Those of [`Plan::new`], and of the driver.
     pub fn batch<T: Value>(&self, options: &FhaOptions, inputs: &Inputs<T>) -> Result<Batch<R>, CudaError> {
         options.check(inputs)?;
-        self.plan(T::ELEMENT, options, inputs.cu_seqlens, inputs.label)
+        let mut staging = Staging::new(self.runtime())?;
+        let batch = self.plan(&mut staging, T::ELEMENT, options, inputs.cu_seqlens, inputs.label)?;
+        staging.send()?;
+        Ok(batch)
     }
 
     /// Arguments have passed [`FhaOptions::check`].
     fn plan(
         &self,
+        staging: &mut Staging<R>,
         element: Element,
         options: &FhaOptions,
         cu_seqlens: &[u32],
@@ -197,12 +202,12 @@ impl<R: Runtime> Gpu<R> {
         let shared_limit = self.runtime().limits().shared_per_block;
         let plan = Plan::new(element, options, cu_seqlens, label, shared_limit)?;
         let [forward_whole, forward, backward_whole, dq, dk_dv] =
-            Pass::ALL.map(|pass| self.copy_of(plan.items(pass)));
+            Pass::ALL.map(|pass| staging.add(plan.items(pass)));
         Ok(Batch {
             options: *options,
             element,
-            order: self.copy_of(&plan.order)?,
-            feedback: self.copy_of(&plan.feedback)?,
+            order: staging.add(&plan.order)?,
+            feedback: staging.add(&plan.feedback)?,
             items: [forward_whole?, forward?, backward_whole?, dq?, dk_dv?],
             plan,
         })

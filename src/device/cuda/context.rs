@@ -8,7 +8,8 @@ use super::runtime::{Gemm, Kernel, Launch, Limits, Memory, Runtime};
 use super::{CudaError, launch};
 use cudarc::driver::sys::{CUdevice_attribute as Attribute, CUevent_flags};
 use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaModule, CudaStream, DriverError, result};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// One GPU. All work goes to one stream, so it happens in the order it was asked for.
@@ -22,8 +23,13 @@ pub struct Cuda {
     loaded: Mutex<Loaded>,
     /// Memory to be used again, by size: asking the driver takes microseconds, and a step asks a few hundred times.
     pool: Mutex<BTreeMap<usize, Vec<Pointer>>>,
+    /// Host memory that copies were started from, the oldest first.
+    sent: Mutex<VecDeque<launch::Pinned>>,
     blas: Mutex<Option<Blas>>,
 }
+
+/// Copies that may be under way before the next one waits for the first: the batch and the optimiser's table of two steps.
+const COPIES: usize = 4;
 
 /// What has been compiled and loaded.
 #[derive(Default)]
@@ -97,6 +103,7 @@ impl Cuda {
             cache,
             loaded: Mutex::default(),
             pool: Mutex::default(),
+            sent: Mutex::default(),
             blas: Mutex::default(),
         })
     }
@@ -185,6 +192,7 @@ fn size_class(bytes: usize) -> usize {
 
 impl Runtime for Cuda {
     type Mark = CudaEvent;
+    type Pinned = launch::Pinned;
 
     fn mark(&self) -> Result<CudaEvent, CudaError> {
         let event = self.stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
@@ -242,6 +250,39 @@ impl Runtime for Cuda {
         self.bind()?;
         // SAFETY: the caller's promise.
         unsafe { launch::write(&self.stream, at, host) }.map_err(failed("copying to the device"))
+    }
+
+    fn pinned(&self, bytes: usize) -> Result<launch::Pinned, CudaError> {
+        let failed = |error| CudaError::driver("staging a copy", error, 0);
+        let oldest = {
+            let mut sent = lock(&self.sent);
+            let is_free = match sent.front() {
+                Some(oldest) => sent.len() >= COPIES || oldest.is_read().map_err(failed)?,
+                None => false,
+            };
+            if is_free { sent.pop_front() } else { None }
+        };
+        if let Some(oldest) = oldest {
+            oldest.wait().map_err(failed)?;
+            if oldest.len() >= bytes {
+                return Ok(oldest);
+            }
+        }
+        launch::Pinned::new(&self.context, bytes).map_err(failed)
+    }
+
+    unsafe fn send(
+        &self,
+        at: Pointer,
+        from: launch::Pinned,
+        parts: &[Range<usize>],
+    ) -> Result<(), CudaError> {
+        self.bind()?;
+        let bytes = parts.last().map_or(0, |last| last.end);
+        // SAFETY: the caller's promise.
+        unsafe { from.send(&self.stream, at, bytes) }.map_err(failed("copying to the device"))?;
+        lock(&self.sent).push_back(from);
+        Ok(())
     }
 
     unsafe fn read(&self, at: Pointer, host: &mut [u8]) -> Result<(), CudaError> {

@@ -5,7 +5,7 @@ use super::gpu::Gpu;
 use super::layer_norm::Input;
 use super::linear;
 use super::prefix_mean::Groups;
-use super::runtime::{Array, Memory, Runtime};
+use super::runtime::{Array, Memory, Runtime, Staging};
 use super::{CudaError, embedding, host_target, layer_norm, loss, optimizer, prefix_mean, rows};
 use crate::attention::FhaOptions;
 use crate::device::{
@@ -17,6 +17,7 @@ type Done = Result<(), DeviceError>;
 
 impl<R: Runtime> Device for Gpu<R> {
     type Buffer<T: Element> = Array<R, T>;
+    type Staging = Staging<R>;
     type AttentionPlan = DevicePlan<R>;
     type TargetPlan = host_target::TargetPlan;
 
@@ -37,6 +38,15 @@ impl<R: Runtime> Device for Gpu<R> {
     }
     fn upload<T: Element>(&self, host: &[T]) -> Result<Array<R, T>, DeviceError> {
         Ok(self.copy_of(host)?)
+    }
+    fn staging(&self) -> Result<Staging<R>, DeviceError> {
+        Ok(Staging::new(self.runtime())?)
+    }
+    fn stage<T: Element>(&self, staging: &mut Staging<R>, host: &[T]) -> Result<Array<R, T>, DeviceError> {
+        Ok(staging.add(host)?)
+    }
+    fn send(&self, staging: Staging<R>) -> Done {
+        Ok(staging.send()?)
     }
     fn download<T: Element>(&self, buffer: &Array<R, T>) -> Result<Vec<T>, DeviceError> {
         Ok(buffer.to_vec()?)
@@ -183,11 +193,12 @@ impl<R: Runtime> Device for Gpu<R> {
 
     fn attention_plan(
         &self,
+        staging: &mut Staging<R>,
         options: &FhaOptions,
         cu_seqlens: &[u32],
         label: &[u8],
     ) -> Result<DevicePlan<R>, DeviceError> {
-        Ok(DevicePlan::new(self, options, cu_seqlens, label)?)
+        Ok(DevicePlan::new(self, staging, options, cu_seqlens, label)?)
     }
     fn attention(
         &self,
@@ -243,6 +254,7 @@ impl<R: Runtime> Device for Gpu<R> {
 
     fn target_plan(
         &self,
+        _: &mut Staging<R>,
         width: usize,
         hidden: [usize; 2],
         index: TargetIndex<[u32]>,

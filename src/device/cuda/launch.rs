@@ -3,9 +3,13 @@
 use super::CudaError;
 use super::params::Pointer;
 use super::runtime::Launch;
-use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DriverError, result, sys};
+use cudarc::driver::{
+    CudaContext, CudaEvent, CudaFunction, CudaModule, CudaStream, DriverError, result, sys,
+};
 use cudarc::nvrtc::Ptx;
 use std::ffi::c_void;
+use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
 use std::sync::Arc;
 
 /// Whether the driver's library can be loaded. cudarc panics where it is used and cannot.
@@ -71,6 +75,80 @@ pub(super) unsafe fn read(stream: &CudaStream, at: Pointer, host: &mut [u8]) -> 
     // SAFETY: the caller's promise; the host's memory is borrowed until the stream is done.
     unsafe { result::memcpy_dtoh_async(host, at, stream.cu_stream())? };
     stream.synchronize()
+}
+
+/// Page-locked host memory, which the device reads by itself, and the moment when it has.
+pub struct Pinned {
+    at: NonNull<u8>,
+    bytes: usize,
+    read: CudaEvent,
+}
+
+// SAFETY: owned memory of the process; the driver may be used from any thread.
+unsafe impl Send for Pinned {}
+
+impl Pinned {
+    /// Zeros.
+    pub(super) fn new(context: &Arc<CudaContext>, bytes: usize) -> Result<Self, DriverError> {
+        // Of an event that was never recorded all is done.
+        let read = context.new_event(None)?;
+        // SAFETY: `new_event` has made the context the thread's; no flags: cached, for this context.
+        let at = unsafe { result::malloc_host(bytes, 0)? }.cast::<u8>();
+        // SAFETY: allocated with this many bytes.
+        unsafe { at.write_bytes(0, bytes) };
+        let at = NonNull::new(at).expect("the driver reports a failure rather than return null");
+        Ok(Self { at, bytes, read })
+    }
+
+    /// Whether the last copy from it is done.
+    pub(super) fn is_read(&self) -> Result<bool, DriverError> {
+        self.read.try_is_complete()
+    }
+
+    /// Waits until it is.
+    pub(super) fn wait(&self) -> Result<(), DriverError> {
+        self.read.synchronize()
+    }
+
+    /// Starts a copy of the first `bytes` bytes. They may be changed when [`Pinned::is_read`] says so.
+    ///
+    /// # Safety
+    /// `bytes` bytes from `at` on lie inside one allocation.
+    pub(super) unsafe fn send(
+        &self,
+        stream: &CudaStream,
+        at: Pointer,
+        bytes: usize,
+    ) -> Result<(), DriverError> {
+        // SAFETY: the caller's promise; this memory is neither lent nor freed before the event, which comes behind the copy.
+        unsafe { result::memcpy_htod_async(at, &self[..bytes], stream.cu_stream())? };
+        self.read.record(stream)
+    }
+}
+
+impl Deref for Pinned {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        // SAFETY: allocated with this many bytes, and written in `new`.
+        unsafe { std::slice::from_raw_parts(self.at.as_ptr(), self.bytes) }
+    }
+}
+
+impl DerefMut for Pinned {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.at.as_ptr(), self.bytes) }
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        // A context that fails here has failed elsewhere too, and said so.
+        if self.wait().is_ok() && self.read.context().bind_to_thread().is_ok() {
+            // SAFETY: from `malloc_host`, freed once, and no copy reads it any more.
+            let _ = unsafe { result::free_host(self.at.as_ptr().cast()) };
+        }
+    }
 }
 
 /// Loads machine code.

@@ -5,7 +5,7 @@ use super::compile::Module;
 use super::gpu::{Gpu, THREADS, block_of};
 use super::loss::BLOCK_SUM_SHARED;
 use super::params::Pointer;
-use super::runtime::{Array, Kernel, Launch, Runtime};
+use super::runtime::{Array, Kernel, Launch, Runtime, Staging};
 use super::tile::Block;
 use crate::device::{AdamStep, AdamTensor, Clip, Slot};
 use bytemuck::{Pod, Zeroable};
@@ -114,7 +114,10 @@ pub(super) fn adam<R: Runtime>(
         });
         chunks += t.gradient.len().div_ceil(chunk);
     }
-    let table = gpu.copy_of(&table)?;
+    // By pinned memory as well: a copy from any other may wait for the device.
+    let mut staging = Staging::new(gpu.runtime())?;
+    let table = staging.add(&table)?;
+    staging.send()?;
     let squares = gpu.array::<f64>(chunks)?;
     let tensor_square = gpu.array::<f64>(tensors.len())?;
     let factor = gpu.array::<f32>(tensors.len() + 1)?;

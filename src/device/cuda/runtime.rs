@@ -3,7 +3,7 @@
 //! [`Cuda`](super::Cuda) is a GPU; `tests/emulator` is the same kernels on the CPU. All that is above (checks, plans, the
 //! order of launches) is written once over this trait, in [`Gpu`](super::Gpu), and so is tested where there is no GPU.
 //!
-//! Everything asked of a runtime happens in the order it was asked for; only [`Runtime::read`] waits.
+//! Everything asked of a runtime happens in the order it was asked for; only [`Runtime::read`] waits for all of it.
 
 use super::CudaError;
 use super::compile::Module;
@@ -12,7 +12,8 @@ use crate::device::{Activation, Buffer, Store};
 use bytemuck::Pod;
 use serde::{Deserialize, Serialize};
 use std::marker::PhantomData;
-use std::sync::Arc;
+use std::ops::{DerefMut, Range};
+use std::sync::{Arc, OnceLock};
 
 /// What a kernel is called: the module it is compiled in, and its name there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -103,7 +104,14 @@ pub struct Memory {
 /// A machine that runs the kernels.
 pub trait Runtime: Send + Sync + 'static {
     /// A moment in the course of the work.
-    type Mark;
+    type Mark: Send;
+
+    /// Host memory that the machine copies from by itself, while the host goes on.
+    type Pinned: DerefMut<Target = [u8]> + Send;
+
+    /// Bytes to leave between the arrays of a [`Staging`], besides those that align them: for a machine that finds accesses
+    /// outside an array by what lies around it.
+    const GAP: usize = 0;
 
     /// Marks the moment when all that was asked for so far is done.
     ///
@@ -159,6 +167,26 @@ pub trait Runtime: Send + Sync + 'static {
     /// `host.len()` bytes from `at` on lie inside one allocation.
     unsafe fn write(&self, at: Pointer, host: &[u8]) -> Result<(), CudaError>;
 
+    /// Host memory of at least `bytes` bytes, unspecified content, that no copy reads any more. Waits for an earlier
+    /// [`Runtime::send`] where too many are under way.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    fn pinned(&self, bytes: usize) -> Result<Self::Pinned, CudaError>;
+
+    /// Copies `parts` of `from`, which ascend, to the same places from `at` on, in one piece: what lies between them may be
+    /// copied with them. Takes the memory back, to give it to somebody else when the copy is done.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    ///
+    /// # Panics
+    /// If a part ends outside `from`.
+    ///
+    /// # Safety
+    /// The bytes from `at` on to the end of the last part lie inside one allocation.
+    unsafe fn send(&self, at: Pointer, from: Self::Pinned, parts: &[Range<usize>]) -> Result<(), CudaError>;
+
     /// Copies to the host, after all that was asked for before.
     ///
     /// # Errors
@@ -201,10 +229,53 @@ pub trait Runtime: Send + Sync + 'static {
     unsafe fn gemm_batch(&self, gemm: &Gemm, count: usize) -> Result<(), CudaError>;
 }
 
-/// An array in a runtime's memory, given back when dropped. One of length 0 has a null address.
-pub struct Array<R: Runtime, T> {
+/// Memory of a runtime, given back when dropped.
+struct Allocation<R: Runtime> {
     runtime: Arc<R>,
-    at: Pointer,
+    /// Address and bytes; unset until it is known how many there are. Null where there are none.
+    taken: OnceLock<(Pointer, usize)>,
+}
+
+impl<R: Runtime> Allocation<R> {
+    /// Of no size yet.
+    fn open(runtime: &Arc<R>) -> Self {
+        Self { runtime: runtime.clone(), taken: OnceLock::new() }
+    }
+
+    fn new(runtime: &Arc<R>, bytes: usize) -> Result<Self, CudaError> {
+        let allocation = Self::open(runtime);
+        allocation.take(bytes)?;
+        Ok(allocation)
+    }
+
+    fn take(&self, bytes: usize) -> Result<Pointer, CudaError> {
+        let at = if bytes == 0 { 0 } else { self.runtime.allocate(bytes)? };
+        self.taken.set((at, bytes)).expect("memory is taken once");
+        Ok(at)
+    }
+
+    fn at(&self) -> Pointer {
+        self.taken.get().expect("an array is used before its staging was sent").0
+    }
+}
+
+impl<R: Runtime> Drop for Allocation<R> {
+    fn drop(&mut self) {
+        if let Some(&(at, bytes)) = self.taken.get()
+            && bytes > 0
+        {
+            // SAFETY: allocated in `take` with this many bytes; nothing else frees it.
+            unsafe { self.runtime.free(at, bytes) };
+        }
+    }
+}
+
+/// An array in a runtime's memory: an allocation of its own, or one shared with the other arrays of a [`Staging`], which is
+/// given back when the last of them is dropped. One of length 0 has a null address.
+pub struct Array<R: Runtime, T> {
+    memory: Arc<Allocation<R>>,
+    /// Bytes before it.
+    offset: usize,
     len: usize,
     element: PhantomData<T>,
 }
@@ -220,8 +291,8 @@ impl<R: Runtime, T: Pod> Array<R, T> {
     /// # Errors
     /// As [`Runtime::allocate`].
     pub fn new(runtime: &Arc<R>, len: usize) -> Result<Self, CudaError> {
-        let at = if len == 0 { 0 } else { runtime.allocate(len * size_of::<T>())? };
-        Ok(Self { runtime: runtime.clone(), at, len, element: PhantomData })
+        let memory = Arc::new(Allocation::new(runtime, len * size_of::<T>())?);
+        Ok(Self { memory, offset: 0, len, element: PhantomData })
     }
 
     /// `len` zeros.
@@ -255,7 +326,7 @@ impl<R: Runtime, T: Pod> Array<R, T> {
         assert_eq!(host.len(), self.len, "a copy from the host should be as long as the array");
         if self.len > 0 {
             // SAFETY: the array has this many bytes.
-            unsafe { self.runtime.write(self.at, bytemuck::cast_slice(host))? };
+            unsafe { self.memory.runtime.write(self.pointer(), bytemuck::cast_slice(host))? };
         }
         Ok(())
     }
@@ -267,7 +338,7 @@ impl<R: Runtime, T: Pod> Array<R, T> {
     pub fn zero(&mut self) -> Result<(), CudaError> {
         if self.len > 0 {
             // SAFETY: the array's own bytes.
-            unsafe { self.runtime.zero(self.at, self.len * size_of::<T>())? };
+            unsafe { self.memory.runtime.zero(self.pointer(), self.len * size_of::<T>())? };
         }
         Ok(())
     }
@@ -293,14 +364,17 @@ impl<R: Runtime, T: Pod> Array<R, T> {
         assert_eq!(host.len(), self.len, "a copy to the host should be as long as the array");
         if self.len > 0 {
             // SAFETY: the array has this many bytes.
-            unsafe { self.runtime.read(self.at, bytemuck::cast_slice_mut(host))? };
+            unsafe { self.memory.runtime.read(self.pointer(), bytemuck::cast_slice_mut(host))? };
         }
         Ok(())
     }
 
     /// Its address, for arguments of kernels.
+    ///
+    /// # Panics
+    /// If it is of a [`Staging`] that was not sent.
     pub fn pointer(&self) -> Pointer {
-        self.at
+        if self.len == 0 { 0 } else { self.memory.at() + self.offset as Pointer }
     }
 
     /// Address of the value `index`, which may be one past the last.
@@ -309,7 +383,7 @@ impl<R: Runtime, T: Pod> Array<R, T> {
     /// If there are not as many.
     pub fn pointer_at(&self, index: usize) -> Pointer {
         assert!(index <= self.len, "value {index} of {}", self.len);
-        self.at + (index * size_of::<T>()) as Pointer
+        self.pointer() + (index * size_of::<T>()) as Pointer
     }
 
     /// Number of values.
@@ -324,7 +398,7 @@ impl<R: Runtime, T: Pod> Array<R, T> {
 
     /// Whether it lies in the memory of `runtime`.
     pub fn is_on(&self, runtime: &Arc<R>) -> bool {
-        Arc::ptr_eq(&self.runtime, runtime)
+        Arc::ptr_eq(&self.memory.runtime, runtime)
     }
 }
 
@@ -334,11 +408,59 @@ impl<R: Runtime, T: Pod> Buffer<T> for Array<R, T> {
     }
 }
 
-impl<R: Runtime, T> Drop for Array<R, T> {
-    fn drop(&mut self) {
-        if self.len > 0 {
-            // SAFETY: allocated in `new` with this many bytes; nothing else frees it.
-            unsafe { self.runtime.free(self.at, self.len * size_of::<T>()) };
+/// Arrays on their way to the device, in one copy. Each is 256-byte aligned, as an allocation of its own would be; none may be
+/// used before [`Staging::send`].
+pub struct Staging<R: Runtime> {
+    memory: Arc<Allocation<R>>,
+    host: R::Pinned,
+    parts: Vec<Range<usize>>,
+}
+
+impl<R: Runtime> Staging<R> {
+    /// Bytes of host memory that a staging begins with.
+    const BYTES: usize = 1 << 20;
+
+    /// With no arrays.
+    ///
+    /// # Errors
+    /// As [`Runtime::pinned`].
+    pub fn new(runtime: &Arc<R>) -> Result<Self, CudaError> {
+        let host = runtime.pinned(Self::BYTES)?;
+        Ok(Self { memory: Arc::new(Allocation::open(runtime)), host, parts: Vec::new() })
+    }
+
+    /// One more array: a copy of `host`.
+    ///
+    /// # Errors
+    /// As [`Runtime::pinned`].
+    pub fn add<T: Pod>(&mut self, host: &[T]) -> Result<Array<R, T>, CudaError> {
+        let bytes: &[u8] = bytemuck::cast_slice(host);
+        let offset = self.parts.last().map_or(0, |last| (last.end + R::GAP).next_multiple_of(256));
+        if !bytes.is_empty() {
+            let part = offset..offset + bytes.len();
+            if part.end > self.host.len() {
+                let mut larger = self.memory.runtime.pinned(part.end.next_power_of_two())?;
+                larger[..self.host.len()].copy_from_slice(&self.host);
+                self.host = larger;
+            }
+            self.host[part.clone()].copy_from_slice(bytes);
+            self.parts.push(part);
         }
+        Ok(Array { memory: self.memory.clone(), offset, len: host.len(), element: PhantomData })
+    }
+
+    /// Starts the copy. What is asked of the runtime from now on finds the arrays.
+    ///
+    /// # Errors
+    /// As [`Runtime::allocate`] and [`Runtime::send`].
+    pub fn send(self) -> Result<(), CudaError> {
+        let Self { memory, host, parts } = self;
+        let bytes = parts.last().map_or(0, |last| last.end);
+        let at = memory.take(bytes)?;
+        if bytes > 0 {
+            // SAFETY: the memory has as many bytes as the last part ends at.
+            unsafe { memory.runtime.send(at, host, &parts)? };
+        }
+        Ok(())
     }
 }

@@ -6,6 +6,8 @@ use dfar::device::cuda::runtime::{Gemm, Kernel, Launch, Limits, Memory, Precisio
 use dfar::device::cuda::{CudaError, Gpu};
 use dfar::device::{Activation, Store};
 use half::bf16;
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -13,6 +15,17 @@ use std::time::Instant;
 pub struct Emulated {
     device: Mutex<Device>,
     limits: Limits,
+    to_device: AtomicUsize,
+    to_host: AtomicUsize,
+}
+
+/// Copies between the host and the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Copies {
+    /// From the host.
+    pub to_device: usize,
+    /// From the device.
+    pub to_host: usize,
 }
 
 // SAFETY: a device may be used from any thread, by one at a time, which the mutex sees to.
@@ -26,6 +39,8 @@ impl Default for Emulated {
         Self {
             device: Mutex::new(Device::new()),
             limits: Limits { shared_per_block: 163 << 10, multiprocessors: 4, cache_bytes: 1 << 20 },
+            to_device: AtomicUsize::new(0),
+            to_host: AtomicUsize::new(0),
         }
     }
 }
@@ -36,6 +51,27 @@ pub fn gpu(precision: Precision) -> Gpu<Emulated> {
 }
 
 impl Emulated {
+    /// Copies so far.
+    pub fn copies(&self) -> Copies {
+        let [to_device, to_host] = [&self.to_device, &self.to_host].map(|n| n.load(Ordering::Relaxed));
+        Copies { to_device, to_host }
+    }
+
+    /// Replaces bytes inside one array.
+    fn put(&self, at: Pointer, bytes: &[u8], read_only: bool) -> Result<(), CudaError> {
+        let device = self.device();
+        let to = at as *mut u8;
+        if !device.is_owned(to, bytes.len()) {
+            return Err(fault("write")("a copy that is not inside one array".to_owned()));
+        }
+        // SAFETY: owned, as just found; no kernel is running, and the host's memory is not the device's.
+        unsafe {
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len());
+            device.mark(to, bytes.len(), read_only);
+        }
+        Ok(())
+    }
+
     fn device(&self) -> MutexGuard<'_, Device> {
         self.device.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -62,6 +98,10 @@ fn matrix<'a>(device: &'a Device, at: Pointer, len: usize, name: &str) -> Result
 
 impl Runtime for Emulated {
     type Mark = Instant;
+    type Pinned = Vec<u8>;
+
+    /// As between allocations.
+    const GAP: usize = 4096;
 
     fn mark(&self) -> Result<Instant, CudaError> {
         Ok(Instant::now())
@@ -93,25 +133,36 @@ impl Runtime for Emulated {
     }
 
     unsafe fn zero(&self, at: Pointer, bytes: usize) -> Result<(), CudaError> {
-        // SAFETY: the caller's promise.
-        unsafe { self.write(at, &vec![0; bytes]) }
+        self.put(at, &vec![0; bytes], false)
     }
 
     unsafe fn write(&self, at: Pointer, host: &[u8]) -> Result<(), CudaError> {
-        let device = self.device();
-        let to = at as *mut u8;
-        if !device.is_owned(to, host.len()) {
-            return Err(fault("write")("a copy that is not inside one array".to_owned()));
-        }
-        // SAFETY: owned, as just found; no kernel is running, and the host's memory is not the device's.
-        unsafe {
-            std::ptr::copy_nonoverlapping(host.as_ptr(), to, host.len());
-            device.mark(to, host.len(), false);
+        self.to_device.fetch_add(1, Ordering::Relaxed);
+        self.put(at, host, false)
+    }
+
+    fn pinned(&self, bytes: usize) -> Result<Vec<u8>, CudaError> {
+        Ok(vec![0; bytes])
+    }
+
+    /// What is sent is input: kernels may not write it. What lies between the parts becomes nobody's.
+    unsafe fn send(&self, at: Pointer, from: Vec<u8>, parts: &[Range<usize>]) -> Result<(), CudaError> {
+        self.to_device.fetch_add(1, Ordering::Relaxed);
+        let mut end = 0;
+        for part in parts {
+            if end > 0 && part.start < end + Self::GAP {
+                return Err(fault("send")(format!("{part:?} is too near to what ends at {end}")));
+            }
+            self.put(at + part.start as Pointer, &from[part.clone()], true)?;
+            // SAFETY: between two parts of one allocation, which were just found to be owned.
+            unsafe { self.device().disown((at + end as Pointer) as *mut u8, part.start - end) };
+            end = part.end;
         }
         Ok(())
     }
 
     unsafe fn read(&self, at: Pointer, host: &mut [u8]) -> Result<(), CudaError> {
+        self.to_host.fetch_add(1, Ordering::Relaxed);
         let device = self.device();
         let from = at as *const u8;
         if !device.is_owned(from, host.len()) {
@@ -190,7 +241,6 @@ impl Emulated {
             }
         }
         drop(device);
-        // SAFETY: `write` checks that this lies inside one array.
-        unsafe { self.write(gemm.c, bytemuck::cast_slice(&c)) }
+        self.put(gemm.c, bytemuck::cast_slice(&c), false)
     }
 }

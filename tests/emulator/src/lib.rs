@@ -6,7 +6,7 @@
 
 mod emulated;
 
-pub use emulated::{Emulated, gpu};
+pub use emulated::{Copies, Emulated, gpu};
 
 use bytemuck::Pod;
 use dfar::device::cuda::compile::Module;
@@ -23,6 +23,7 @@ unsafe extern "C" {
     fn dfar_emulator_release(device: *mut c_void, at: *mut u8, bytes: usize);
     fn dfar_emulator_owned(device: *mut c_void, at: *const u8, bytes: usize) -> bool;
     fn dfar_emulator_mark(device: *mut c_void, at: *mut u8, bytes: usize, read_only: bool);
+    fn dfar_emulator_disown(device: *mut c_void, at: *mut u8, bytes: usize);
     fn dfar_emulator_unwritten(device: *mut c_void, at: *const u8, bytes: usize) -> usize;
     fn dfar_emulator_counts(
         device: *const c_void,
@@ -118,6 +119,15 @@ impl Device {
     unsafe fn mark(&self, at: *mut u8, bytes: usize, read_only: bool) {
         // SAFETY: the caller's promise.
         unsafe { dfar_emulator_mark(self.raw.as_ptr(), at, bytes, read_only) }
+    }
+
+    /// Takes bytes out of an allocation: an access to them is one outside every array.
+    ///
+    /// # Safety
+    /// They lie inside one allocation.
+    unsafe fn disown(&self, at: *mut u8, bytes: usize) {
+        // SAFETY: the caller's promise.
+        unsafe { dfar_emulator_disown(self.raw.as_ptr(), at, bytes) }
     }
 
     /// How many bytes nobody has written.

@@ -379,6 +379,10 @@ const void* dfar_emulator_find(const char* module, const char* name) {
 void dfar_emulator_mark(Device* d, void* at, size_t bytes, bool read_only) {
     memset(d->state + (static_cast<unsigned char*>(at) - d->memory), read_only ? READ_ONLY : WRITTEN, bytes);
 }
+// Bytes inside an allocation that are nobody's from now on.
+void dfar_emulator_disown(Device* d, void* at, size_t bytes) {
+    memset(d->state + (static_cast<unsigned char*>(at) - d->memory), NONE, bytes);
+}
 // How many of the bytes nobody has written.
 size_t dfar_emulator_unwritten(Device* d, const void* at, size_t bytes) {
     size_t count = 0;

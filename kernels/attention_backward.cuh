@@ -232,9 +232,9 @@ template <class E, int D> __device__ __forceinline__ void dk_dv(const AttentionP
     v.set(v_tile);
 
     // Query rows that see a key are those from its own token on: rows of the block's first key, of the warp's first
-    // and last, and of this thread's two.
+    // and last, and of this thread's two. A warp without keys skips all rows, the last 16 included.
     const int all_rows = item.length * problem.slots;
-    int block_from = 0, warp_from = keys ? 0 : all_rows, warp_all_from = 0, own_from[2] = {0, 0};
+    int block_from = 0, warp_from = keys ? 0 : all_rows + 16, warp_all_from = 0, own_from[2] = {0, 0};
     if (p.causal) {
         block_from = position(item.first) * problem.slots;
         if (keys) {

@@ -30,7 +30,7 @@
 #include "attention_forward.cuh"
 
 // A module is compiled for one element type and width: -DDFAR_ELEMENT=bf16 -DDFAR_HEAD_DIM=16.
-KERNEL(attention_forward_whole, AttentionParams, THREADS, 1) { forward<DFAR_ELEMENT, DFAR_HEAD_DIM, true>(p); }
+KERNEL(attention_forward_whole, AttentionParams, THREADS, FORWARD_BLOCKS<DFAR_ELEMENT, DFAR_HEAD_DIM>) { forward<DFAR_ELEMENT, DFAR_HEAD_DIM, true>(p); }
 KERNEL(attention_forward, AttentionParams, THREADS, FORWARD_BLOCKS<DFAR_ELEMENT, DFAR_HEAD_DIM>) { forward<DFAR_ELEMENT, DFAR_HEAD_DIM, false>(p); }
 KERNEL(attention_backward_whole, AttentionParams, THREADS, WHOLE_BLOCKS<DFAR_ELEMENT, DFAR_HEAD_DIM>) { backward_whole<DFAR_ELEMENT, DFAR_HEAD_DIM>(p); }
 KERNEL(attention_dq, AttentionParams, THREADS, 1) { dq<DFAR_ELEMENT, DFAR_HEAD_DIM>(p); }

@@ -11,7 +11,7 @@
 #pragma once
 #include "attention_rows.cuh"
 
-// Blocks of streamed forward that should be resident, where registers can be had for it without spills: on sm_100 one fewer.
+// Blocks of forward that should be resident, where registers can be had for it without spills: on sm_100 one fewer.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int FEWER = 1;
 #else
@@ -150,10 +150,9 @@ template <class E, int D, bool WHOLE> __device__ __forceinline__ void forward(co
             const int seen_by_all = warp_least.of(tile.label) - tile.first;
             if constexpr (!WHOLE && sizeof(E) == 2) {
                 if (started && seen_by_all >= KEYS) {
-                    if (tile.kept ? take_seen_tile<E, D, KEYS, true>(acc, softmax, q, scale, keys, values)
-                             : take_seen_tile<E, D, KEYS, false>(acc, softmax, q, scale, keys, values)) {
-                        continue;
-                    }
+                    const bool taken = tile.kept ? take_seen_tile<E, D, KEYS, true>(acc, softmax, q, scale, keys, values)
+                                                 : take_seen_tile<E, D, KEYS, false>(acc, softmax, q, scale, keys, values);
+                    if (taken) continue;
                 }
             }
             const int limit[2] = {own[0].of(tile.label) - tile.first, own[1].of(tile.label) - tile.first};

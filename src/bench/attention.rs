@@ -47,7 +47,7 @@ impl Batch {
         }
     }
 
-    /// Lengths and labels of [`Batch::new`] with the same arguments but other labels, and no values.
+    /// Lengths and random labels as [`Batch::new`] makes them, without values.
     pub(super) fn shape(options: FhaOptions, length: usize, tokens: usize) -> Self {
         let narrow = FhaOptions { head_dim: 0, ..options };
         Self { options, ..Self::new(narrow, length, tokens) }

@@ -193,7 +193,7 @@ pub fn counts(element: Element, options: &FhaOptions, plan: &Plan, pass: Pass) -
 }
 
 /// A data-centre GPU whose datasheet limits are known.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Card {
     /// H100 SXM.
     H100,
@@ -248,8 +248,8 @@ impl Prediction {
         pass: Direction,
     ) -> Prediction {
         let passes: &[Pass] = match pass {
-            Direction::Forward => &[Pass::ForwardWhole, Pass::Forward],
-            Direction::Backward => &[Pass::BackwardWhole, Pass::Dq, Pass::DkDv],
+            Direction::Forward => &Pass::FORWARD,
+            Direction::Backward => &Pass::BACKWARD,
         };
         let each = passes.iter().map(|&pass| counts(element, options, plan, pass));
         let counts = each.fold(Counts::default(), Add::add);

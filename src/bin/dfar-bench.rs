@@ -92,7 +92,7 @@ struct Attention {
     precision: Precision,
     /// Measure nothing: print the least time that the kernels need on this GPU by the limits of its datasheet
     #[arg(long, value_enum, value_name = "GPU")]
-    predict: Option<Card>,
+    predict: Option<predict::Card>,
     /// Leave the naive form out
     #[arg(long)]
     no_naive: bool,
@@ -146,13 +146,6 @@ enum Pass {
     Forward,
     Backward,
     Both,
-}
-
-/// A GPU that need not be there.
-#[derive(Clone, Copy, ValueEnum)]
-enum Card {
-    H100,
-    H200,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -303,20 +296,19 @@ fn run_attention(arguments: &Attention) -> Result<()> {
         }
     }
     say!("{}", Row::FOOTNOTE);
-    if let Some(path) = &arguments.json {
-        let text = serde_json::to_string_pretty(&rows).expect("numbers and strings are valid JSON");
-        std::fs::write(path, text + "\n").map_err(Error::io("write", path))?;
-    }
-    Ok(())
+    write_json(arguments, &rows)
+}
+
+/// What was printed as a table, to the file of `--json` where one is named.
+fn write_json(arguments: &Attention, table: &impl serde::Serialize) -> Result<()> {
+    let Some(path) = &arguments.json else { return Ok(()) };
+    let text = serde_json::to_string_pretty(table).expect("numbers and strings are valid JSON");
+    std::fs::write(path, text + "\n").map_err(Error::io("write", path))
 }
 
 /// The table of predictions; with `--json`, its rows too.
-fn run_prediction(arguments: &Attention, options: &FhaOptions, card: Card) -> Result<()> {
-    let limits = match card {
-        Card::H100 => predict::Card::H100,
-        Card::H200 => predict::Card::H200,
-    };
-    let limits = limits.datasheet();
+fn run_prediction(arguments: &Attention, options: &FhaOptions, card: predict::Card) -> Result<()> {
+    let limits = card.datasheet();
     let (element, tokens) = (arguments.precision.element(), arguments.batch_tokens);
     let (heads, d, normalization) = (options.heads, options.head_dim, options.normalization);
     say!("PREDICTIONS, not measurements: the largest of three bounds, by what the kernels execute.");
@@ -335,12 +327,7 @@ fn run_prediction(arguments: &Attention, options: &FhaOptions, card: Card) -> Re
             say!("{backward}");
         }
     }
-    if let Some(path) = &arguments.json {
-        let report = serde_json::json!({ "limits": limits, "predictions": rows });
-        let text = serde_json::to_string_pretty(&report).expect("numbers and strings are valid JSON");
-        std::fs::write(path, text + "\n").map_err(Error::io("write", path))?;
-    }
-    Ok(())
+    write_json(arguments, &serde_json::json!({ "limits": limits, "predictions": rows }))
 }
 
 fn run_attention_on_gpu(arguments: &Attention, plan: &bench::gpu::Plan) -> Result<()> {
@@ -366,12 +353,7 @@ fn run_attention_on_gpu(arguments: &Attention, plan: &bench::gpu::Plan) -> Resul
         }
     }
     say!("{}", bench::gpu::Row::FOOTNOTE);
-    if let Some(path) = &arguments.json {
-        let report = serde_json::json!({ "limits": limits, "rows": rows });
-        let text = serde_json::to_string_pretty(&report).expect("numbers and strings are valid JSON");
-        std::fs::write(path, text + "\n").map_err(Error::io("write", path))?;
-    }
-    Ok(())
+    write_json(arguments, &serde_json::json!({ "limits": limits, "rows": rows }))
 }
 
 fn run_train(arguments: &Train) -> Result<()> {

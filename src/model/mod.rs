@@ -6,12 +6,10 @@ mod indices;
 mod network;
 mod optimizer;
 mod parameters;
-mod staging;
 mod tensors;
 
 pub use config::{AdamOptions, Initialization, LossOptions, ModelConfig, ModelError};
 pub use optimizer::Optimizer;
-pub use staging::{StagedBatch, Stager};
 
 use crate::batch::Batch;
 use crate::device::Device;
@@ -150,11 +148,6 @@ impl<D: Device> Model<D> {
         })
     }
 
-    /// What stages batches for this model, on any thread.
-    pub fn stager(&self) -> Stager<D> {
-        Stager { device: self.device.clone(), config: self.config.clone() }
-    }
-
     /// One step: loss, gradients, clip, Adam. On a non-finite loss or gradient nothing is updated and
     /// [`ModelError::NonFinite`] says where it was found.
     pub fn train_step(
@@ -164,7 +157,7 @@ impl<D: Device> Model<D> {
         adam: &AdamOptions,
         optimizer: &mut Optimizer<D>,
     ) -> Result<StepLoss, ModelError> {
-        let indices = self.stager().stage(batch)?.send(&*self.device)?;
+        let indices = self.upload(batch)?;
         let network = self.network(&indices);
         let (report, gradients) = network.gradients(loss)?;
         if adam.dense_embeddings {
@@ -180,8 +173,17 @@ impl<D: Device> Model<D> {
         batch: &Batch,
         run: impl FnOnce(Network<D>) -> Result<T, ModelError>,
     ) -> Result<T, ModelError> {
-        let indices = self.stager().stage(batch)?.send(&*self.device)?;
+        let indices = self.upload(batch)?;
         run(self.network(&indices))
+    }
+
+    /// Checks a batch and sends all that the device needs of it, in one copy.
+    fn upload(&self, batch: &Batch) -> Result<Indices<D>, ModelError> {
+        self.check_batch(batch)?;
+        let mut staging = self.device.staging()?;
+        let indices = Indices::stage(&*self.device, &mut staging, &self.config, batch)?;
+        self.device.send(staging)?;
+        Ok(indices)
     }
 
     fn network<'a>(&'a self, batch: &'a Indices<D>) -> Network<'a, D> {
@@ -207,5 +209,18 @@ impl<D: Device> Model<D> {
             self.device.scatter_add(self.config.width, &rows, &touched.row, &mut dense[id])?;
         }
         Ok(dense)
+    }
+
+    /// Everything an index could get wrong, before a device sees it.
+    fn check_batch(&self, batch: &Batch) -> Result<(), ModelError> {
+        let check = |what, found: Option<&u32>, limit: usize| match found {
+            Some(&found) if found as usize >= limit => {
+                Err(ModelError::Batch { what, found: found as usize, limit })
+            }
+            _ => Ok(()),
+        };
+        check("item", batch.item.iter().max(), self.config.items)?;
+        check("candidate item", batch.pair_item.iter().max(), self.config.items)?;
+        check("history position", batch.position.iter().max(), self.config.max_length)
     }
 }

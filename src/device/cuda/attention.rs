@@ -259,7 +259,7 @@ impl<R: Runtime> Gpu<R> {
     ) -> Result<(), CudaError> {
         self.check_all(batch, qkv, o, lse)?;
         let pointers = self.pointers(batch, qkv, o, lse);
-        for pass in [Pass::ForwardWhole, Pass::Forward] {
+        for pass in Pass::FORWARD {
             // SAFETY: `check_all` has found all that forward reads and writes to be of the batch's shape, and o and lse are
             // borrowed mutably.
             unsafe { self.run(batch, pass, pointers)? };
@@ -299,7 +299,7 @@ impl<R: Runtime> Gpu<R> {
             dv: dv.pointer(),
             ..self.pointers(batch, qkv, o, lse)
         };
-        for pass in [Pass::BackwardWhole, Pass::Dq, Pass::DkDv] {
+        for pass in Pass::BACKWARD {
             // SAFETY: `check_all` and the checks above have found all that these passes read and write to be of the batch's
             // shape; the gradients are borrowed mutably; delta and correction were made for it, are written before they
             // are read, in the order of the passes, and are freed behind them on the same stream.

@@ -54,6 +54,12 @@ impl Pass {
     /// Every one, in an order in which they can run.
     pub const ALL: [Pass; 5] = [Pass::ForwardWhole, Pass::Forward, Pass::BackwardWhole, Pass::Dq, Pass::DkDv];
 
+    /// Those of forward, in order.
+    pub const FORWARD: [Pass; 2] = [Pass::ForwardWhole, Pass::Forward];
+
+    /// Those of backward, in order.
+    pub const BACKWARD: [Pass; 3] = [Pass::BackwardWhole, Pass::Dq, Pass::DkDv];
+
     /// Name of the kernel.
     pub const fn entry(self) -> &'static str {
         match self {

@@ -23,7 +23,7 @@ mod dfar;
 mod engine;
 mod half_precision;
 pub use case::{Case, VerifyError};
-pub use dfar::verify_dfar;
+pub use dfar::{adam_amplifies, compare_after_adam, verify_dfar};
 pub use engine::{CpuEngine, Engine, GpuEngine, Refusal, Results, verify_fha};
 pub use half_precision::unfused;
 

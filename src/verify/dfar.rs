@@ -89,38 +89,40 @@ pub fn verify_dfar<D: Device>(case: &Case, device: Arc<D>) -> Result<Vec<TensorE
     errors.push(compare("step_losses", &losses, &case.f64s("step_losses", &[Some(meta.steps)])?));
     let overall = expected.iter().map(|(_, r)| largest(r)).fold(0.0, f64::max);
     let after = model.tensors().map_err(refused)?;
+    let travel = f64::from(meta.lr) * meta.steps as f64;
     for (((name, reference), (_, gradient)), found) in reference("after")?.iter().zip(&expected).zip(&after) {
-        errors.push(compare_after_adam(name, &found.values, reference, gradient, overall, &meta));
+        let delta = (GRADIENT_TOLERANCE * largest(gradient)).max(f64::from(f32::EPSILON) * overall);
+        let of_adam = |i: usize| travel * adam_amplifies(delta, gradient[i]);
+        errors.push(compare_after_adam(name, &found.values, reference, of_adam));
     }
     Ok(errors)
 }
 
-/// Compares parameters after `steps` of Adam.
+/// What gradients that differ by `delta` can do to one step of Adam at most, in learning rates: Adam divides a gradient by the
+/// size of this and earlier ones, so where they are small beside `delta` the two steps may point apart.
+pub fn adam_amplifies(delta: f64, size: f64) -> f64 {
+    (delta / (size.abs() + 1e-8)).min(2.0)
+}
+
+/// Compares parameters after Adam. An error that is tolerable in a gradient moves a parameter by up to the learning rate, so
+/// element `i` may be off by `of_adam(i)` and, besides, by [`FORWARD_TOLERANCE`] of the largest parameter. The error returned is
+/// the largest excess of an element over the first part, relative to the largest parameter.
 ///
-/// Adam divides a gradient by its own magnitude, so where a gradient is far smaller than its tensor's others, an error
-/// that is tolerable in the gradient moves the parameter by up to the learning rate: the tolerance of an element
-/// is [`FORWARD_TOLERANCE`] of the largest parameter plus, per step, what a gradient off by its own tolerance
-/// `delta` can do to a step, `lr * min(2, delta / (|g| + eps))`. The error returned is the largest
-/// excess of an element over the second part, relative to the largest parameter.
-fn compare_after_adam(
-    name: &str,
+/// # Panics
+/// For a tensor and a reference of different lengths.
+pub fn compare_after_adam(
+    tensor: &str,
     x: &[f32],
     reference: &[f64],
-    gradient: &[f64],
-    overall: f64,
-    meta: &DfarCase,
+    of_adam: impl Fn(usize) -> f64,
 ) -> TensorError {
-    let delta = (GRADIENT_TOLERANCE * largest(gradient)).max(f64::from(f32::EPSILON) * overall);
-    let travel = f64::from(meta.lr) * meta.steps as f64;
-    let excess = x.iter().zip(reference).zip(gradient).map(|((&x, &r), &g)| {
+    assert_eq!(x.len(), reference.len(), "a tensor and its reference have the same shape");
+    let excess = x.iter().zip(reference).enumerate().map(|(i, (&x, &r))| {
         let difference = (f64::from(x) - r).abs();
-        if !difference.is_finite() {
-            return f64::INFINITY;
-        }
-        (difference - travel * (delta / (g.abs() + 1e-8)).min(2.0)).max(0.0)
+        if difference.is_finite() { (difference - of_adam(i)).max(0.0) } else { f64::INFINITY }
     });
     let error = excess.fold(0.0, f64::max) / largest(reference).max(f64::MIN_POSITIVE);
-    TensorError { tensor: name.to_owned(), error, tolerance: FORWARD_TOLERANCE }
+    TensorError { tensor: tensor.to_owned(), error, tolerance: FORWARD_TOLERANCE }
 }
 
 /// One group a history, over all of it.

@@ -7,6 +7,7 @@ use dfar::batch::{Batch, Group, History};
 use dfar::device::{Clip, Device};
 use dfar::history::without_sharing;
 use dfar::model::{AdamOptions, HostTensor, LossOptions, Model, ModelConfig, ModelError, Optimizer};
+use dfar::verify::{adam_amplifies, compare, compare_after_adam, compare_gradients};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::sync::Arc;
@@ -185,20 +186,109 @@ pub fn three_steps<D: Device>(new: &dyn Fn() -> Arc<D>) -> (Vec<f64>, Vec<HostTe
     (losses, model.tensors().unwrap())
 }
 
-/// Two steps on one device, the third on another, from what a checkpoint holds: the last loss and the parameters.
-pub fn two_steps_and_one<A: Device, B: Device>(first: Arc<A>, second: Arc<B>) -> (f64, Vec<HostTensor>) {
-    let batch = Batch::pack(&histories(&[12, 3, 9], 9)).unwrap();
-    let mut model = lively(first, config());
-    let mut optimizer = Optimizer::new(&model).unwrap();
-    for _ in 0..2 {
-        model.train_step(&batch, &LOSS, &ADAM, &mut optimizer).unwrap();
+/// A model in training.
+struct Training<D: Device> {
+    model: Model<D>,
+    optimizer: Optimizer<D>,
+}
+
+/// All that a checkpoint holds of it.
+#[derive(PartialEq)]
+struct State {
+    parameters: Vec<HostTensor>,
+    moments: Vec<HostTensor>,
+    steps: u64,
+}
+
+impl<D: Device> Training<D> {
+    fn new(device: Arc<D>, config: ModelConfig) -> Self {
+        let model = lively(device, config);
+        Self { optimizer: Optimizer::new(&model).unwrap(), model }
     }
-    let mut moved = Model::from_tensors(second, config(), &model.tensors().unwrap()).unwrap();
-    let mut optimizer =
-        Optimizer::from_tensors(&moved, &optimizer.tensors().unwrap(), optimizer.steps()).unwrap();
-    let loss = moved.train_step(&batch, &LOSS, &ADAM, &mut optimizer).unwrap().loss;
-    assert_eq!(optimizer.steps(), 3);
-    (loss, moved.tensors().unwrap())
+
+    fn at(state: &State, device: Arc<D>, config: ModelConfig) -> Self {
+        let model = Model::from_tensors(device, config, &state.parameters).unwrap();
+        Self { optimizer: Optimizer::from_tensors(&model, &state.moments, state.steps).unwrap(), model }
+    }
+
+    fn state(&self) -> State {
+        let (parameters, moments) = (self.model.tensors().unwrap(), self.optimizer.tensors().unwrap());
+        State { parameters, moments, steps: self.optimizer.steps() }
+    }
+
+    fn step(&mut self, batch: &Batch) -> f64 {
+        self.model.train_step(batch, &LOSS, &ADAM, &mut self.optimizer).unwrap().loss
+    }
+}
+
+/// Takes a step on two devices from one state. The loss and the gradients (those that are asked for, and those that the first
+/// moments took in) are within the tolerances of the oracle's cases; a parameter differs by no more than the difference of
+/// its gradient explains.
+#[track_caller]
+fn assert_step_agrees<A: Device, B: Device>(
+    reference: &mut Training<A>,
+    other: &mut Training<B>,
+    batch: &Batch,
+) {
+    assert!(reference.state() == other.state(), "the two steps should begin in one state");
+    let (_, expected) = reference.model.gradients(batch, &LOSS).unwrap();
+    let (_, gradients) = other.model.gradients(batch, &LOSS).unwrap();
+    let expected = widened(&expected);
+    let mut errors = compare_gradients(&pairs(&gradients, &expected));
+
+    let (expected_loss, loss) = (reference.step(batch), other.step(batch));
+    errors.push(compare("loss", &[loss as f32], &[expected_loss]));
+    let (expected_state, state) = (reference.state(), other.state());
+    let count = state.parameters.len();
+    let moments = widened(&expected_state.moments);
+    errors.extend(compare_gradients(&pairs(&state.moments[..count], &moments[..count])));
+
+    let correction = 1.0 - 0.999f64.powf(state.steps as f64);
+    let parameters = widened(&expected_state.parameters);
+    for (t, (found, expected_value)) in state.parameters.iter().zip(&parameters).enumerate() {
+        let of_adam = |i: usize| {
+            let difference = (f64::from(gradients[t].values[i]) - expected[t][i]).abs();
+            // Adam's step is a mean of gradients divided by their root mean square: the difference is in both.
+            f64::from(ADAM.lr) * adam_amplifies(2.0 * difference, (moments[count + t][i] / correction).sqrt())
+        };
+        errors.push(compare_after_adam(&found.name, &found.values, expected_value, of_adam));
+    }
+    let failed: Vec<_> = errors.iter().filter(|e| !e.passes()).collect();
+    assert!(failed.is_empty(), "step {}: {failed:?}", state.steps);
+}
+
+fn widened(tensors: &[HostTensor]) -> Vec<Vec<f64>> {
+    tensors.iter().map(|t| t.values.iter().map(|&x| x.into()).collect()).collect()
+}
+
+fn pairs<'a>(found: &'a [HostTensor], reference: &'a [Vec<f64>]) -> Vec<(&'a str, &'a [f32], &'a [f64])> {
+    found.iter().zip(reference).map(|(t, r)| (&t.name[..], &t.values[..], &r[..])).collect()
+}
+
+/// Three steps, each on both devices from the state that the first of them is in.
+pub fn steps_agree<A: Device, B: Device>(new: &dyn Fn() -> Arc<A>, other: &dyn Fn() -> Arc<B>) {
+    let wide = ModelConfig { width: 32, attention: [80, 40], tower: [100, 64], ..config() };
+    for (config, lengths) in [(config(), &[12, 3, 9][..]), (wide, &[12, 3, 9, 12, 5, 8, 12, 1])] {
+        let batch = Batch::pack(&histories(lengths, 9)).unwrap();
+        let mut reference = Training::new(new(), config.clone());
+        for _ in 0..3 {
+            let mut other = Training::at(&reference.state(), other(), config.clone());
+            assert_step_agrees(&mut reference, &mut other, &batch);
+        }
+    }
+}
+
+/// Two steps on one device, the third on another, which begins in the state that the first left, bit for bit; the loss then.
+pub fn a_run_moves<A: Device, B: Device>(first: Arc<A>, second: Arc<B>) -> f64 {
+    let batch = Batch::pack(&histories(&[12, 3, 9], 9)).unwrap();
+    let mut training = Training::new(first, config());
+    for _ in 0..2 {
+        training.step(&batch);
+    }
+    let mut moved = Training::at(&training.state(), second, config());
+    assert_step_agrees(&mut training, &mut moved, &batch);
+    assert_eq!(moved.optimizer.steps(), 3);
+    moved.model.gradients(&batch, &LOSS).unwrap().0.loss
 }
 
 pub fn steps_repeat_bit_for_bit<D: Device>(new: &dyn Fn() -> Arc<D>) {

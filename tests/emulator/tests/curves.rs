@@ -1,0 +1,16 @@
+//! The loss of 200 steps on the emulated GPU, beside the CPU's.
+
+#[path = "../../bodies/curves.rs"]
+mod bodies;
+
+use dfar::device::cpu::Cpu;
+use dfar::device::cuda::Precision;
+use dfar_emulator::gpu;
+use std::sync::Arc;
+
+#[test]
+fn the_loss_falls_as_on_the_cpu() {
+    let batches = bodies::batches();
+    let reference = bodies::curve(Arc::new(Cpu::new()), &batches);
+    bodies::assert_curves_agree(&bodies::curve(Arc::new(gpu(Precision::F32)), &batches), &reference);
+}

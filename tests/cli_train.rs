@@ -96,8 +96,10 @@ fn a_device_is_chosen_and_a_missing_one_said_so() {
     assert!(!dir.path().join("run").exists());
 
     let without_gpu = dfar::device::cuda::device_count().is_err();
-    let auto = run(&["--device", "auto"]);
+    // A GPU's graphs are nothing to a CPU.
+    let auto = run(&["--device", "auto", "--cuda-graphs"]);
     assert_eq!(code(&auto), 0, "{}", stderr(&auto));
+    assert_eq!(stderr(&auto).contains("CUDA graphs"), !without_gpu, "{}", stderr(&auto));
     assert_eq!(stderr(&auto).contains("computing on the CPU"), without_gpu, "{}", stderr(&auto));
     if without_gpu {
         std::fs::remove_dir_all(dir.path().join("run")).unwrap();

@@ -1,4 +1,4 @@
-//! The loss of 200 steps on a GPU, beside the CPU's, where there is one; the body is in `bodies/curves.rs`.
+//! The loss of 200 steps on a GPU, where there is one, beside the CPU's and with CUDA graphs; the body is in `bodies/curves.rs`.
 
 #[path = "bodies/curves.rs"]
 mod bodies;
@@ -7,14 +7,36 @@ use dfar::device::cpu::Cpu;
 use dfar::device::cuda::{Cuda, Gpu, Precision};
 use std::sync::Arc;
 
+/// The first GPU, or a word on why the test is skipped.
+fn gpu(test: &str) -> Option<Gpu<Cuda>> {
+    match Cuda::new(0).and_then(|cuda| cuda.require_libraries().map(|()| cuda)) {
+        Ok(cuda) => Some(Gpu::new(cuda, Precision::F32)),
+        Err(error) => {
+            eprintln!("{test}: skipped: {error}");
+            None
+        }
+    }
+}
+
 #[test]
 fn the_loss_falls_as_on_the_cpu() {
-    let cuda = Cuda::new(0).and_then(|cuda| cuda.require_libraries().map(|()| cuda));
-    let gpu = match cuda {
-        Ok(cuda) => Arc::new(Gpu::new(cuda, Precision::F32)),
-        Err(error) => return eprintln!("the_loss_falls_as_on_the_cpu: skipped: {error}"),
-    };
+    let Some(gpu) = gpu("the_loss_falls_as_on_the_cpu") else { return };
     let batches = bodies::batches();
     let reference = bodies::curve(Arc::new(Cpu::new()), &batches);
-    bodies::assert_curves_agree(&bodies::curve(gpu, &batches), &reference);
+    bodies::assert_curves_agree(&bodies::curve(Arc::new(gpu), &batches), &reference);
+}
+
+/// The same losses to the last bit with CUDA graphs. Some steps run without, as they find kernels that are not loaded; where
+/// target attention has no kernel, all do.
+#[test]
+fn graphs_change_no_bit() {
+    let test = "graphs_change_no_bit";
+    let (Some(plain), Some(captured)) = (gpu(test), gpu(test)) else { return };
+    let batches = bodies::batches();
+    let captured = Arc::new(captured.with_graphs());
+    assert_eq!(bodies::curve(captured.clone(), &batches), bodies::curve(Arc::new(plain), &batches));
+    let captures = captured.captures().expect("graphs are asked for");
+    eprintln!("{test}: {captures}");
+    let reads = captures.reason.as_ref().is_some_and(|reason| reason.contains("copying from the device"));
+    assert!(reads || captures.updated > batches.len() / 2, "{captures}");
 }

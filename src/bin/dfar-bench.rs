@@ -133,6 +133,9 @@ struct Train {
     /// What products are computed with on the GPU: f32 or bf16
     #[arg(long, value_enum, default_value_t = Precision::F32)]
     precision: Precision,
+    /// Start the launches of a step in one piece, on a GPU
+    #[arg(long)]
+    cuda_graphs: bool,
     /// Threads; 0 for one a core
     #[arg(long, default_value_t = 0)]
     threads: usize,
@@ -386,11 +389,11 @@ fn run_train(arguments: &Train) -> Result<()> {
             )
         }
         Device::Cuda => {
-            let device = Arc::new(gpu(arguments.precision)?);
-            (
-                pool.install(|| bench::train::measure(&device, &data, &config, arguments.batches))?,
-                device.name(),
-            )
+            let gpu = gpu(arguments.precision)?;
+            let device = Arc::new(if arguments.cuda_graphs { gpu.with_graphs() } else { gpu });
+            let rows = pool.install(|| bench::train::measure(&device, &data, &config, arguments.batches))?;
+            let graphs = device.captures().map_or_else(String::new, |captures| format!("; {captures}"));
+            (rows, device.name() + &graphs)
         }
     };
     if arguments.json {

@@ -164,6 +164,12 @@ pub trait Device: Send + Sync {
     /// What it is, for logs, e.g. `cpu (avx512, 2 threads)`.
     fn name(&self) -> String;
 
+    /// Does `work`. A device may record what it asks for and start all of it in one piece, if that is possible; if not, `work` is
+    /// run again. So it may only compute: from buffers that were there before to new ones.
+    fn captured<T>(&self, mut work: impl FnMut() -> Result<T, DeviceError>) -> Result<T, DeviceError> {
+        work()
+    }
+
     // ---------------------------------------------------------------- memory
     /// Whether `copies` values of f32 for each of `parameters` will fit, before any is allocated.
     ///

@@ -159,7 +159,7 @@ impl<D: Device> Model<D> {
     ) -> Result<StepLoss, ModelError> {
         let indices = self.upload(batch)?;
         let network = self.network(&indices);
-        let (report, gradients) = network.gradients(loss)?;
+        let (report, gradients) = self.device.captured(|| network.gradients(loss))?;
         if adam.dense_embeddings {
             let gradients = self.fill_tables(gradients, &indices)?;
             optimizer.step_dense(adam, loss, &mut self.parameters, &gradients, report)

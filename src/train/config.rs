@@ -110,6 +110,8 @@ pub struct Config {
     pub device: DeviceChoice,
     /// What products are computed in, on a GPU.
     pub precision: Precision,
+    /// Steps by CUDA graphs, on a GPU.
+    pub cuda_graphs: bool,
 }
 
 impl Default for Config {
@@ -149,6 +151,7 @@ impl Default for Config {
             threads: 0,
             device: DeviceChoice::Cpu,
             precision: Precision::F32,
+            cuda_graphs: false,
         }
     }
 }
@@ -221,8 +224,8 @@ const ALIASES: [(&str, &str); 8] = [
 pub const SYNTHETIC_MAX_LENGTH: i64 = 20;
 
 /// Keys that may change when a run is resumed: how long and on what, not what.
-pub const RESUME_KEYS: [&str; 7] =
-    ["epochs", "patience", "checkpoint_seconds", "threads", "device", "precision", "data"];
+pub const RESUME_KEYS: [&str; 8] =
+    ["epochs", "patience", "checkpoint_seconds", "threads", "device", "precision", "cuda_graphs", "data"];
 
 impl Config {
     /// Defaults, then the keys of `file`, then those of `flags`.

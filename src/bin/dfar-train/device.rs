@@ -1,6 +1,7 @@
-//! `--device` and `--precision`: which device a command runs on.
+//! `--device`, `--precision` and `--cuda-graphs`: which device a command runs on.
 
 use dfar::device::cpu::Cpu;
+use dfar::device::cuda::graph::Captures;
 use dfar::device::cuda::{Cuda, CudaError, Gpu, Precision};
 use dfar::train::TrainError;
 use dfar::train::config::{Config, DeviceChoice};
@@ -10,6 +11,17 @@ use std::sync::Arc;
 pub enum Chosen {
     Cpu(Arc<Cpu>),
     Cuda(Arc<Gpu<Cuda>>),
+}
+
+impl Chosen {
+    /// To be asked what became of the captures, once the device is in other hands.
+    pub fn captures(&self) -> impl Fn() -> Option<Captures> + use<> {
+        let gpu = match self {
+            Chosen::Cpu(_) => None,
+            Chosen::Cuda(gpu) => Some(gpu.clone()),
+        };
+        move || gpu.as_ref()?.captures()
+    }
 }
 
 /// Runs an expression with `$device` as whatever was chosen.
@@ -31,18 +43,24 @@ pub(crate) use on_device;
 pub fn open_for(config: &Config, asked: Option<DeviceChoice>, note: &dyn Fn(&str)) -> dfar::Result<Chosen> {
     let choice = asked.unwrap_or(config.device);
     let precision = if choice == DeviceChoice::Cpu { Precision::F32 } else { config.precision };
-    open(choice, precision, note)
+    open(choice, precision, false, note)
 }
 
-/// Opens the device. `note` is told when `auto` means the CPU, and why.
+/// Opens the device; `graphs` is for a GPU alone. `note` is told when `auto` means the CPU, and why.
 ///
 /// # Errors
 /// `cuda` where there is no usable GPU; a precision that the CPU does not have.
-pub fn open(choice: DeviceChoice, precision: Precision, note: &dyn Fn(&str)) -> dfar::Result<Chosen> {
+pub fn open(
+    choice: DeviceChoice,
+    precision: Precision,
+    graphs: bool,
+    note: &dyn Fn(&str),
+) -> dfar::Result<Chosen> {
     let cuda = || -> Result<Chosen, CudaError> {
         let cuda = Cuda::new(0)?;
         cuda.require_libraries()?;
-        Ok(Chosen::Cuda(Arc::new(Gpu::new(cuda, precision))))
+        let gpu = Gpu::new(cuda, precision);
+        Ok(Chosen::Cuda(Arc::new(if graphs { gpu.with_graphs() } else { gpu })))
     };
     let cpu = || Chosen::Cpu(Arc::new(Cpu::new()));
     match choice {

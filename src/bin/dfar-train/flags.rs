@@ -31,6 +31,9 @@ pub struct Flags {
     /// What products are computed in, on a GPU; values in memory are f32 either way [default: f32].
     #[arg(long, value_enum)]
     precision: Option<Precision>,
+    /// Start the launches of a step in one piece, on a GPU.
+    #[arg(long, num_args = 0, default_missing_value = "true")]
+    cuda_graphs: Option<bool>,
 
     /// Most epochs [default: 100].
     #[arg(long, help_heading = "Training")]

@@ -129,7 +129,9 @@ fn main() -> ExitCode {
 fn train(args: Train) -> dfar::Result<()> {
     let flags = args.flags.table()?;
     let progress = Progress::new(args.output.quiet, args.output.no_progress, &STOP);
-    let open = |config: &Config| device::open(config.device, config.precision, &|line| progress.line(line));
+    let open = |config: &Config| {
+        device::open(config.device, config.precision, config.cuda_graphs, &|line| progress.line(line))
+    };
     let (run, config, chosen, checkpoint) = match &args.resume {
         None => {
             let config = Config::layered(args.config.as_deref(), flags).map_err(TrainError::from)?;
@@ -169,7 +171,10 @@ fn train(args: Train) -> dfar::Result<()> {
         run.dir().display()
     ));
     let start = Start { data: &data, config: &config, run: &run, checkpoint };
-    on_device!(chosen, |device| fit(device, start, &progress, args.output.json))
+    let captures = chosen.captures();
+    let result = on_device!(chosen, |device| fit(device, start, &progress, args.output.json));
+    captures().iter().for_each(|captures| progress.line(&captures.to_string()));
+    result
 }
 
 /// A run about to begin, or to go on.

@@ -2,6 +2,7 @@
 
 use super::blas::Blas;
 use super::compile::{Arch, Cache, Module};
+use super::graph::{Node, Recent, Start};
 use super::nvrtc::Nvrtc;
 use super::params::Pointer;
 use super::runtime::{Gemm, Kernel, Launch, Limits, Memory, Runtime};
@@ -16,6 +17,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub struct Cuda {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
+    /// Where memory is asked for, so that this is never part of a capture.
+    allocations: Arc<CudaStream>,
     name: String,
     arch: Arch,
     limits: Limits,
@@ -26,6 +29,10 @@ pub struct Cuda {
     /// Host memory that copies were started from, the oldest first.
     sent: Mutex<VecDeque<launch::Pinned>>,
     blas: Mutex<Option<Blas>>,
+    /// What has been recorded, during a capture.
+    capture: Mutex<Option<Vec<Node>>>,
+    /// Executables by what they were made of: requests, and the nodes that those became.
+    graphs: Mutex<Recent<(Vec<Node>, usize), launch::Executable>>,
 }
 
 /// Copies that may be under way before the next one waits for the first: the batch and the optimiser's table of two steps.
@@ -93,10 +100,13 @@ impl Cuda {
             cache_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize,
         };
         launch::keep_freed_memory(&context).map_err(failed("setting up the memory pool"))?;
-        let stream = context.default_stream();
+        // Not the default stream: it cannot be captured.
+        let stream = || context.new_stream().map_err(failed("making a stream"));
+        let (stream, allocations) = (stream()?, stream()?);
         Ok(Cuda {
             context,
             stream,
+            allocations,
             name,
             arch,
             limits,
@@ -105,6 +115,8 @@ impl Cuda {
             pool: Mutex::default(),
             sent: Mutex::default(),
             blas: Mutex::default(),
+            capture: Mutex::default(),
+            graphs: Mutex::default(),
         })
     }
 
@@ -127,6 +139,7 @@ impl Cuda {
         self.bind()?;
         let mut blas = lock(&self.blas);
         if blas.is_none() {
+            self.check_no_capture("opening cuBLASLt")?;
             let workspace = self.allocate(Blas::WORKSPACE)?;
             *blas = Some(Blas::new(workspace)?);
         }
@@ -138,6 +151,7 @@ impl Cuda {
     /// # Errors
     /// What went wrong on the device since the last call.
     pub fn synchronize(&self) -> Result<(), CudaError> {
+        self.check_no_capture("waiting for the device")?;
         self.stream.synchronize().map_err(|error| CudaError::driver("finishing the work given", error, 0))
     }
 
@@ -146,12 +160,34 @@ impl Cuda {
         self.context.bind_to_thread().map_err(|error| CudaError::driver("using the device", error, 0))
     }
 
+    /// Refuses what cannot be recorded.
+    fn check_no_capture(&self, action: &'static str) -> Result<(), CudaError> {
+        if lock(&self.capture).is_some() { Err(CudaError::NotCaptured { action }) } else { Ok(()) }
+    }
+
+    /// Notes what was just put on the stream, during a capture.
+    fn note(&self, node: Node) {
+        if let Some(nodes) = &mut *lock(&self.capture) {
+            nodes.push(node);
+        }
+    }
+
+    /// Memory from the driver. The stream that uses it need not wait: it is there when this returns.
+    fn new_memory(&self, bytes: usize) -> Result<Pointer, CudaError> {
+        self.bind()?;
+        let at = launch::allocate(&self.allocations, bytes)?;
+        self.allocations.synchronize().map_err(|error| CudaError::driver("allocating", error, bytes))?;
+        Ok(at)
+    }
+
     /// A kernel: loaded, from the disk's cache or compiled.
     fn kernel(&self, kernel: Kernel) -> Result<CudaFunction, CudaError> {
         let mut loaded = lock(&self.loaded);
         if let Some(function) = loaded.kernels.get(&kernel) {
             return Ok(function.clone());
         }
+        // The driver may wait for the device as it loads.
+        self.check_no_capture("loading a kernel")?;
         let failed = |error| CudaError::driver("loading the kernels", error, 0);
         let module = match loaded.modules.get(&kernel.module) {
             Some(module) => module.clone(),
@@ -168,11 +204,17 @@ impl Cuda {
         Ok(function)
     }
 
+    /// Destroys an executable, which may be running.
+    fn retire(&self, executable: Option<launch::Executable>) -> Result<(), CudaError> {
+        if executable.is_some() { self.synchronize() } else { Ok(()) }
+    }
+
     /// Gives the pool's memory back to the driver.
     fn empty_pool(&self) {
         for (_, list) in std::mem::take(&mut *lock(&self.pool)) {
             for at in list {
-                // SAFETY: what is in the pool was allocated on this stream and belongs to nobody. A failure leaks it.
+                // SAFETY: what is in the pool was allocated and belongs to nobody; whatever used it is before this on the
+                // stream. A failure leaks it.
                 let _ = unsafe { launch::free(&self.stream, at) };
             }
         }
@@ -195,6 +237,7 @@ impl Runtime for Cuda {
     type Pinned = launch::Pinned;
 
     fn mark(&self) -> Result<CudaEvent, CudaError> {
+        self.check_no_capture("marking a moment")?;
         let event = self.stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
         event.map_err(failed("marking a moment"))
     }
@@ -224,13 +267,13 @@ impl Runtime for Cuda {
         if let Some(at) = lock(&self.pool).get_mut(&size).and_then(Vec::pop) {
             return Ok(at);
         }
-        self.bind()?;
-        match launch::allocate(&self.stream, size) {
+        match self.new_memory(size) {
             Err(CudaError::OutOfMemory { .. }) => {
-                // Other sizes may hold what is missing.
+                // Other sizes may hold what is missing. (Some of it may be used by what is being recorded.)
+                self.check_no_capture("giving memory back to the driver")?;
                 self.empty_pool();
                 self.synchronize()?;
-                launch::allocate(&self.stream, size)
+                self.new_memory(size)
             }
             result => result,
         }
@@ -243,10 +286,13 @@ impl Runtime for Cuda {
     unsafe fn zero(&self, at: Pointer, bytes: usize) -> Result<(), CudaError> {
         self.bind()?;
         // SAFETY: the caller's promise.
-        unsafe { launch::zero(&self.stream, at, bytes) }.map_err(failed("filling memory"))
+        unsafe { launch::zero(&self.stream, at, bytes) }.map_err(failed("filling memory"))?;
+        self.note(Node::Zero);
+        Ok(())
     }
 
     unsafe fn write(&self, at: Pointer, host: &[u8]) -> Result<(), CudaError> {
+        self.check_no_capture("copying to the device")?;
         self.bind()?;
         // SAFETY: the caller's promise.
         unsafe { launch::write(&self.stream, at, host) }.map_err(failed("copying to the device"))
@@ -277,6 +323,7 @@ impl Runtime for Cuda {
         from: launch::Pinned,
         parts: &[Range<usize>],
     ) -> Result<(), CudaError> {
+        self.check_no_capture("copying to the device")?;
         self.bind()?;
         let bytes = parts.last().map_or(0, |last| last.end);
         // SAFETY: the caller's promise.
@@ -286,6 +333,7 @@ impl Runtime for Cuda {
     }
 
     unsafe fn read(&self, at: Pointer, host: &mut [u8]) -> Result<(), CudaError> {
+        self.check_no_capture("copying from the device")?;
         self.bind()?;
         // SAFETY: the caller's promise.
         unsafe { launch::read(&self.stream, at, host) }.map_err(failed("copying from the device"))
@@ -295,12 +343,59 @@ impl Runtime for Cuda {
         self.bind()?;
         let function = self.kernel(kernel)?;
         // SAFETY: the caller's promises.
-        unsafe { launch::launch(&self.stream, &function, launch, params) }.map_err(failed(kernel.entry))
+        unsafe { launch::launch(&self.stream, &function, launch, params) }.map_err(failed(kernel.entry))?;
+        self.note(Node::Kernel(kernel));
+        Ok(())
     }
 
     unsafe fn gemm_batch(&self, gemm: &Gemm, count: usize) -> Result<(), CudaError> {
         // SAFETY: the caller's promises; the workspace is used on this stream only.
-        self.blas(|blas| unsafe { blas.gemm(gemm, count, self.stream.cu_stream()) })
+        self.blas(|blas| unsafe { blas.gemm(gemm, count, self.stream.cu_stream()) })?;
+        self.note(Node::Product);
+        Ok(())
+    }
+
+    fn begin_capture(&self) -> Result<(), CudaError> {
+        self.check_no_capture("another capture")?;
+        self.bind()?;
+        launch::begin_capture(&self.stream).map_err(failed("beginning a capture"))?;
+        *lock(&self.capture) = Some(Vec::new());
+        Ok(())
+    }
+
+    fn start_capture(&self) -> Result<Start, CudaError> {
+        let Some(requests) = lock(&self.capture).take() else {
+            return Err(CudaError::NotCaptured { action: "the end of no capture" });
+        };
+        self.bind()?;
+        let graph = launch::end_capture(&self.stream).map_err(failed("ending a capture"))?;
+        let key = (requests, graph.nodes().map_err(failed("counting a graph's nodes"))?);
+        let mut graphs = lock(&self.graphs);
+        let mut found = graphs.take(&key);
+        let updated = match &mut found {
+            Some(executable) => executable.update(&graph).map_err(failed("updating a graph"))?,
+            None => false,
+        };
+        let (mut executable, start) = match found {
+            Some(executable) if updated => (executable, Start::Updated),
+            refused => {
+                self.retire(refused)?;
+                (graph.instantiate().map_err(failed("instantiating a graph"))?, Start::Instantiated)
+            }
+        };
+        // SAFETY: the promises made when each launch was recorded; whatever was given back since is used again by later
+        // work on the same stream only.
+        unsafe { executable.start(&self.stream) }.map_err(failed("starting a graph"))?;
+        let oldest = graphs.put(key, executable);
+        self.retire(oldest)?;
+        Ok(start)
+    }
+
+    fn forget_capture(&self) {
+        if lock(&self.capture).take().is_some() && self.bind().is_ok() {
+            // A capture that something has invalidated ends with an error, and is over.
+            let _ = launch::end_capture(&self.stream);
+        }
     }
 }
 
@@ -311,6 +406,9 @@ fn failed(action: &'static str) -> impl FnOnce(DriverError) -> CudaError {
 impl Drop for Cuda {
     fn drop(&mut self) {
         *lock(&self.blas) = None;
+        // Executables may be running.
+        let _ = self.synchronize();
+        *lock(&self.graphs) = Recent::default();
         self.empty_pool();
     }
 }

@@ -6,7 +6,7 @@ use super::layer_norm::Input;
 use super::linear;
 use super::prefix_mean::Groups;
 use super::runtime::{Array, Memory, Runtime, Staging};
-use super::{CudaError, embedding, host_target, layer_norm, loss, optimizer, prefix_mean, rows};
+use super::{CudaError, embedding, graph, host_target, layer_norm, loss, optimizer, prefix_mean, rows};
 use crate::attention::FhaOptions;
 use crate::device::{
     Activation, AdamStep, AdamTensor, Device, DeviceError, Element, Segments, Slot, Store, TargetIndex,
@@ -23,6 +23,10 @@ impl<R: Runtime> Device for Gpu<R> {
 
     fn name(&self) -> String {
         format!("{} ({})", self.runtime().name(), self.precision().name())
+    }
+
+    fn captured<T>(&self, work: impl FnMut() -> Result<T, DeviceError>) -> Result<T, DeviceError> {
+        graph::captured(self, work)
     }
 
     fn check_room(&self, parameters: usize, copies: usize) -> Done {

@@ -4,23 +4,36 @@
 //! answers for them (a wrong one reads or spoils other device memory, never the host's). [`crate::model`] checks a batch
 //! before it goes up.
 
+use super::graph::Captures;
 use super::runtime::{Array, Kernel, Launch, Precision, Runtime};
 use super::tile::{Block, Element};
 use super::{CudaError, convert, embedding, layer_norm, limits, loss, naive_attention, optimizer};
 use super::{prefix_mean, rows};
 use bytemuck::Pod;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// A device that runs the kernels: a GPU, or the emulator of the tests.
 pub struct Gpu<R: Runtime> {
     runtime: Arc<R>,
     precision: Precision,
+    /// `None`: nothing is captured.
+    pub(super) captures: Option<Mutex<Captures>>,
 }
 
 impl<R: Runtime> Gpu<R> {
     /// On `runtime`, with products in `precision`. Values in memory are f32 either way.
     pub fn new(runtime: R, precision: Precision) -> Self {
-        Self { runtime: Arc::new(runtime), precision }
+        Self { runtime: Arc::new(runtime), precision, captures: None }
+    }
+
+    /// With [`Device::captured`](crate::device::Device::captured) by CUDA graphs.
+    pub fn with_graphs(self) -> Self {
+        Self { captures: Some(Mutex::default()), ..self }
+    }
+
+    /// What became of the captures so far; `None` without [`Gpu::with_graphs`].
+    pub fn captures(&self) -> Option<Captures> {
+        self.captures.as_ref().map(|captures| captures.lock().unwrap_or_else(PoisonError::into_inner).clone())
     }
 
     /// What it runs on.

@@ -33,7 +33,7 @@ pub(super) fn keep_freed_memory(context: &Arc<CudaContext>) -> Result<(), Driver
     }
 }
 
-/// Memory with unspecified content, freed in stream order.
+/// Memory with unspecified content, there when the stream has come to this point.
 pub(super) fn allocate(stream: &CudaStream, bytes: usize) -> Result<Pointer, CudaError> {
     // SAFETY: the stream is the context's; the driver checks the size.
     unsafe { result::malloc_async(stream.cu_stream(), bytes) }
@@ -43,7 +43,7 @@ pub(super) fn allocate(stream: &CudaStream, bytes: usize) -> Result<Pointer, Cud
 /// Gives memory back when the stream has come to this point.
 ///
 /// # Safety
-/// `at` is from [`allocate`] on the same stream, and not freed.
+/// `at` is from [`allocate`], has come to be there, and is not freed.
 pub(super) unsafe fn free(stream: &CudaStream, at: Pointer) -> Result<(), DriverError> {
     // SAFETY: the caller's promise.
     unsafe { result::free_async(at, stream.cu_stream()) }
@@ -148,6 +148,84 @@ impl Drop for Pinned {
             // SAFETY: from `malloc_host`, freed once, and no copy reads it any more.
             let _ = unsafe { result::free_host(self.at.as_ptr().cast()) };
         }
+    }
+}
+
+/// Records what is put on the stream from now on. Relaxed: what has nothing to do with the stream (memory from another one,
+/// pinned memory, on any thread) is as free as ever. The legacy stream cannot be recorded.
+pub(super) fn begin_capture(stream: &CudaStream) -> Result<(), DriverError> {
+    stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED)
+}
+
+/// Ends the recording.
+pub(super) fn end_capture(stream: &CudaStream) -> Result<Graph, DriverError> {
+    // SAFETY: the stream is alive; the graph is the caller's from now on.
+    let graph = unsafe { result::stream::end_capture(stream.cu_stream())? };
+    Ok(Graph(graph))
+}
+
+/// What was recorded.
+pub(super) struct Graph(sys::CUgraph);
+
+impl Graph {
+    /// How many nodes it has: a product may be more than one.
+    pub(super) fn nodes(&self) -> Result<usize, DriverError> {
+        let mut count = 0;
+        // SAFETY: the graph is alive; without room for nodes, their number is written.
+        unsafe { sys::cuGraphGetNodes(self.0, std::ptr::null_mut(), &mut count).result()? };
+        Ok(count)
+    }
+
+    /// Makes an executable of it.
+    pub(super) fn instantiate(&self) -> Result<Executable, DriverError> {
+        // SAFETY: the graph is alive, and not needed by what is made of it.
+        let executable = unsafe { result::graph::instantiate(self.0, sys::CUgraphInstantiate_flags(0))? };
+        Ok(Executable(executable))
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        // SAFETY: made by `end_capture`, and destroyed once. A failure leaks it.
+        let _ = unsafe { result::graph::destroy(self.0) };
+    }
+}
+
+/// A graph that can be started.
+pub(super) struct Executable(sys::CUgraphExec);
+
+// SAFETY: the driver may be used from any thread; an executable is used by one at a time, as starting and updating it need `&mut`.
+unsafe impl Send for Executable {}
+
+impl Executable {
+    /// Gives it the arguments of another graph, for later starts. False where the two are not alike enough.
+    pub(super) fn update(&mut self, graph: &Graph) -> Result<bool, DriverError> {
+        let mut info = sys::CUgraphExecUpdateResultInfo {
+            result: sys::CUgraphExecUpdateResult::CU_GRAPH_EXEC_UPDATE_SUCCESS,
+            errorNode: std::ptr::null_mut(),
+            errorFromNode: std::ptr::null_mut(),
+        };
+        // SAFETY: both are alive; `info` is written before the call returns.
+        match unsafe { sys::cuGraphExecUpdate_v2(self.0, graph.0, &mut info) } {
+            sys::CUresult::CUDA_ERROR_GRAPH_EXEC_UPDATE_FAILURE => Ok(false),
+            status => status.result().map(|()| true),
+        }
+    }
+
+    /// Puts it on the stream.
+    ///
+    /// # Safety
+    /// The promises made for each launch that it holds are still kept.
+    pub(super) unsafe fn start(&mut self, stream: &CudaStream) -> Result<(), DriverError> {
+        // SAFETY: both are alive; the rest is the caller's promise.
+        unsafe { result::graph::launch(self.0, stream.cu_stream()) }
+    }
+}
+
+impl Drop for Executable {
+    fn drop(&mut self) {
+        // SAFETY: made by `instantiate`, and destroyed once. A failure leaks it.
+        let _ = unsafe { result::graph::exec_destroy(self.0) };
     }
 }
 

@@ -9,6 +9,7 @@
 //! | [`runtime`] | the floor: memory, launches and products of a machine that runs the kernels |
 //! | [`context`], [`blas`] | [`Cuda`]: a GPU as such a machine; cuBLASLt |
 //! | [`gpu`] | [`Gpu`]: the model's operations, on any such machine |
+//! | [`graph`] | a step as a CUDA graph |
 //! | [`attention`], [`convert`], [`embedding`], [`layer_norm`], [`loss`], [`optimizer`], [`prefix_mean`], [`rows`] | the operations of the `.cu` of that name |
 //!
 //! What is unsafe about the driver is in one private module, `launch`, and in `context`, which calls it.
@@ -21,6 +22,7 @@ pub mod convert;
 mod device;
 pub mod embedding;
 pub mod gpu;
+pub mod graph;
 mod host_target;
 mod launch;
 pub mod layer_norm;
@@ -141,6 +143,12 @@ pub enum CudaError {
         action: &'static str,
         /// The driver's error, in its words.
         message: String,
+    },
+    /// Something that a CUDA graph cannot hold, while one is recorded.
+    #[error("cuda: {action} cannot be part of a CUDA graph")]
+    NotCaptured {
+        /// What was asked for.
+        action: &'static str,
     },
     /// A buffer that lives on another device.
     #[error("cuda: {name} is on another device than the call")]

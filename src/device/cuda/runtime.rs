@@ -7,6 +7,7 @@
 
 use super::CudaError;
 use super::compile::Module;
+use super::graph::Start;
 use super::params::Pointer;
 use crate::device::{Activation, Buffer, Store};
 use bytemuck::Pod;
@@ -227,6 +228,24 @@ pub trait Runtime: Send + Sync + 'static {
     /// # Safety
     /// As [`Runtime::gemm`], for all of them.
     unsafe fn gemm_batch(&self, gemm: &Gemm, count: usize) -> Result<(), CudaError>;
+
+    /// Records launches, products and fills from here on, with their arguments as they are now, in the place of doing them.
+    /// Memory may be asked for and given back meanwhile, by the rule that holds without a capture: what is recorded later may
+    /// use it again. Pinned memory may be asked for, by any thread; everything else is refused with
+    /// [`CudaError::NotCaptured`], and is for one thread alone.
+    ///
+    /// # Errors
+    /// [`CudaError::NotCaptured`] during a capture, and what the driver reports.
+    fn begin_capture(&self) -> Result<(), CudaError>;
+
+    /// Ends the capture and starts what was recorded, in the order in which it was asked for.
+    ///
+    /// # Errors
+    /// What the driver reports. None of it was started then, and the capture is over.
+    fn start_capture(&self) -> Result<Start, CudaError>;
+
+    /// Ends the capture and forgets what was recorded.
+    fn forget_capture(&self);
 }
 
 /// Memory of a runtime, given back when dropped.

@@ -1,11 +1,13 @@
 //! The emulator as a [`Runtime`]: the library's own checks, plans and launches run on it unchanged.
 
 use super::Device;
+use dfar::device::cuda::graph::{Node, Start};
 use dfar::device::cuda::params::Pointer;
 use dfar::device::cuda::runtime::{Gemm, Kernel, Launch, Limits, Memory, Precision, Runtime};
 use dfar::device::cuda::{CudaError, Gpu};
 use dfar::device::{Activation, Store};
 use half::bf16;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -17,6 +19,42 @@ pub struct Emulated {
     limits: Limits,
     to_device: AtomicUsize,
     to_host: AtomicUsize,
+    capture: Mutex<Option<Recording>>,
+    /// The sequences captured so far.
+    graphs: Mutex<HashSet<Vec<Node>>>,
+}
+
+/// A capture: what is asked for, as it is asked for, to be done when the capture is over.
+#[derive(Default)]
+struct Recording {
+    requests: Vec<Request>,
+    /// Memory given back, by its size: what is asked for later gets it again, as from the pool of a GPU.
+    released: HashMap<usize, Vec<(Pointer, usize)>>,
+}
+
+enum Request {
+    Launch(Kernel, Launch, Vec<u8>),
+    Products(Gemm, usize),
+    Zero(Pointer, usize),
+    Release(Pointer, usize),
+    /// The memory released last of this size, once more.
+    Allocate(Pointer, usize),
+}
+
+impl Request {
+    fn node(&self) -> Option<Node> {
+        match self {
+            Request::Launch(kernel, ..) => Some(Node::Kernel(*kernel)),
+            Request::Products(..) => Some(Node::Product),
+            Request::Zero(..) => Some(Node::Zero),
+            Request::Release(..) | Request::Allocate(..) => None,
+        }
+    }
+}
+
+/// Memory of the same class is given to each other's next owner.
+fn size_class(bytes: usize) -> usize {
+    bytes.next_multiple_of(256)
 }
 
 /// Copies between the host and the device.
@@ -41,6 +79,8 @@ impl Default for Emulated {
             limits: Limits { shared_per_block: 163 << 10, multiprocessors: 4, cache_bytes: 1 << 20 },
             to_device: AtomicUsize::new(0),
             to_host: AtomicUsize::new(0),
+            capture: Mutex::default(),
+            graphs: Mutex::default(),
         }
     }
 }
@@ -73,8 +113,46 @@ impl Emulated {
     }
 
     fn device(&self) -> MutexGuard<'_, Device> {
-        self.device.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.device)
     }
+
+    /// Refuses what cannot be recorded.
+    fn check_no_capture(&self, action: &'static str) -> Result<(), CudaError> {
+        if lock(&self.capture).is_some() { Err(CudaError::NotCaptured { action }) } else { Ok(()) }
+    }
+
+    /// Records a request during a capture, or does it.
+    fn ask(&self, request: Request) -> Result<(), CudaError> {
+        if let Some(recording) = &mut *lock(&self.capture) {
+            recording.requests.push(request);
+            return Ok(());
+        }
+        self.carry_out(request)
+    }
+
+    fn carry_out(&self, request: Request) -> Result<(), CudaError> {
+        match request {
+            Request::Launch(kernel, launch, params) => {
+                self.device().launch_bytes(kernel, launch, &params).map_err(fault(kernel.entry))
+            }
+            Request::Products(gemm, count) => self.products(&gemm, count),
+            Request::Zero(at, bytes) => self.put(at, &vec![0; bytes], false),
+            Request::Release(at, bytes) => {
+                // SAFETY: recorded of `free`, whose caller promised; nothing has released it since.
+                unsafe { self.device().release(at as *mut u8, bytes) };
+                Ok(())
+            }
+            Request::Allocate(at, bytes) => match self.allocate(bytes)? {
+                found if found == at => Ok(()),
+                found => Err(fault("replay")(format!("memory at {found:#x}, not {at:#x} again"))),
+            },
+        }
+    }
+}
+
+/// Nothing here is left half-changed by a panic.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn fault(action: &'static str) -> impl FnOnce(String) -> CudaError {
@@ -104,6 +182,7 @@ impl Runtime for Emulated {
     const GAP: usize = 4096;
 
     fn mark(&self) -> Result<Instant, CudaError> {
+        self.check_no_capture("marking a moment")?;
         Ok(Instant::now())
     }
 
@@ -124,19 +203,31 @@ impl Runtime for Emulated {
     }
 
     fn allocate(&self, bytes: usize) -> Result<Pointer, CudaError> {
+        if let Some(Recording { requests, released }) = &mut *lock(&self.capture)
+            && let Some((at, _)) = released.get_mut(&size_class(bytes)).and_then(Vec::pop)
+        {
+            requests.push(Request::Allocate(at, bytes));
+            return Ok(at);
+        }
         self.device().allocate_bytes(bytes).map(|at| at as Pointer).ok_or(CudaError::OutOfMemory { bytes })
     }
 
     unsafe fn free(&self, at: Pointer, bytes: usize) {
+        if let Some(Recording { requests, released }) = &mut *lock(&self.capture) {
+            requests.push(Request::Release(at, bytes));
+            released.entry(size_class(bytes)).or_default().push((at, bytes));
+            return;
+        }
         // SAFETY: the caller's promise.
         unsafe { self.device().release(at as *mut u8, bytes) }
     }
 
     unsafe fn zero(&self, at: Pointer, bytes: usize) -> Result<(), CudaError> {
-        self.put(at, &vec![0; bytes], false)
+        self.ask(Request::Zero(at, bytes))
     }
 
     unsafe fn write(&self, at: Pointer, host: &[u8]) -> Result<(), CudaError> {
+        self.check_no_capture("copying to the device")?;
         self.to_device.fetch_add(1, Ordering::Relaxed);
         self.put(at, host, false)
     }
@@ -147,6 +238,7 @@ impl Runtime for Emulated {
 
     /// What is sent is input: kernels may not write it. What lies between the parts becomes nobody's.
     unsafe fn send(&self, at: Pointer, from: Vec<u8>, parts: &[Range<usize>]) -> Result<(), CudaError> {
+        self.check_no_capture("copying to the device")?;
         self.to_device.fetch_add(1, Ordering::Relaxed);
         let mut end = 0;
         for part in parts {
@@ -162,6 +254,7 @@ impl Runtime for Emulated {
     }
 
     unsafe fn read(&self, at: Pointer, host: &mut [u8]) -> Result<(), CudaError> {
+        self.check_no_capture("copying from the device")?;
         self.to_host.fetch_add(1, Ordering::Relaxed);
         let device = self.device();
         let from = at as *const u8;
@@ -179,10 +272,39 @@ impl Runtime for Emulated {
     }
 
     unsafe fn launch(&self, kernel: Kernel, launch: Launch, params: &[u8]) -> Result<(), CudaError> {
-        self.device().launch_bytes(kernel, launch, params).map_err(fault(kernel.entry))
+        self.ask(Request::Launch(kernel, launch, params.to_vec()))
     }
 
     unsafe fn gemm_batch(&self, gemm: &Gemm, count: usize) -> Result<(), CudaError> {
+        self.ask(Request::Products(*gemm, count))
+    }
+
+    fn begin_capture(&self) -> Result<(), CudaError> {
+        self.check_no_capture("another capture")?;
+        *lock(&self.capture) = Some(Recording::default());
+        Ok(())
+    }
+
+    fn start_capture(&self) -> Result<Start, CudaError> {
+        let Some(recording) = lock(&self.capture).take() else {
+            return Err(CudaError::NotCaptured { action: "the end of no capture" });
+        };
+        let nodes = recording.requests.iter().filter_map(Request::node).collect();
+        recording.requests.into_iter().try_for_each(|request| self.carry_out(request))?;
+        Ok(if lock(&self.graphs).insert(nodes) { Start::Instantiated } else { Start::Updated })
+    }
+
+    fn forget_capture(&self) {
+        let recording = lock(&self.capture).take().unwrap_or_default();
+        for (at, bytes) in recording.released.into_values().flatten() {
+            // SAFETY: recorded of `free`, whose caller promised; nothing has released it since, or taken it again.
+            unsafe { self.device().release(at as *mut u8, bytes) };
+        }
+    }
+}
+
+impl Emulated {
+    fn products(&self, gemm: &Gemm, count: usize) -> Result<(), CudaError> {
         let [m, n, k] = gemm.shape;
         if count != 1 && (gemm.bias != 0 || gemm.activation != Activation::None) {
             return Err(fault("gemm")(format!("{gemm:?} is not a product that runtimes offer")));
@@ -194,9 +316,7 @@ impl Runtime for Emulated {
         }
         Ok(())
     }
-}
 
-impl Emulated {
     fn product(&self, gemm: &Gemm) -> Result<(), CudaError> {
         let device = self.device();
         let [m, n, k] = gemm.shape;

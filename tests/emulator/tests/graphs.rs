@@ -1,0 +1,178 @@
+//! Work captured and started in one piece does what it does plainly; what cannot be captured is caught, and done plainly.
+
+#[path = "../../bodies/curves.rs"]
+#[allow(dead_code, reason = "only the batches and the curve are used")]
+mod bodies;
+
+use dfar::device::cuda::graph::Captures;
+use dfar::device::cuda::runtime::{Runtime, Staging};
+use dfar::device::cuda::{CudaError, Gpu, Precision};
+use dfar::device::{Activation, Device, DeviceError, Segments, Slot, Store};
+use dfar_emulator::{Emulated, gpu};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+const WIDTH: usize = 8;
+
+fn ramp(len: usize) -> Vec<f32> {
+    (0..len).map(|i| (i as f32 * 0.37).sin()).collect()
+}
+
+/// Launches, products, fills, and memory that is given back and used again, on `rows` rows: everything that comes of it.
+fn work(gpu: &Gpu<Emulated>, rows: usize) -> Vec<u32> {
+    let (x, w) = (gpu.upload(&ramp(rows * WIDTH)).unwrap(), gpu.upload(&ramp(WIDTH * WIDTH)).unwrap());
+    let (gamma, beta) = (gpu.upload(&ramp(WIDTH)).unwrap(), gpu.upload(&ramp(WIDTH)).unwrap());
+    let index = gpu.upload(&(0..rows as u32).rev().collect::<Vec<_>>()).unwrap();
+    let offsets = gpu.upload(&[0, 1, rows as u32]).unwrap();
+    let row = gpu.upload(&[0u32, 1]).unwrap();
+    let results = gpu
+        .captured(|| {
+            let (mut y, mut norm) = (gpu.alloc(rows * WIDTH)?, gpu.alloc(rows * WIDTH)?);
+            gpu.gather_layer_norm(WIDTH, &[(&x, &index)], &gamma, &beta, &mut y, &mut norm)?;
+            let mut hidden = gpu.alloc(rows * WIDTH)?;
+            let widths = (WIDTH, WIDTH);
+            gpu.linear(&norm, &w, Some(&beta), Activation::Relu, (&mut hidden, Store::Overwrite), widths)?;
+            drop(norm);
+            // In the memory of the norm, which the product above still has to read.
+            let mut sum = gpu.zeros(rows * WIDTH)?;
+            gpu.add(&hidden, &mut sum)?;
+            gpu.add(&y, &mut sum)?;
+            let mut segments = gpu.alloc(2 * WIDTH)?;
+            let lists = Segments { offsets: &offsets, members: &index };
+            gpu.segment_sum(WIDTH, &[&sum], lists, 0.5, &x, &row, &mut segments)?;
+            let mut squares = gpu.zeros(1)?;
+            let slot = Slot { values: &mut squares, index: 0 };
+            gpu.half_square_sum(WIDTH, &sum, &index, slot)?;
+            Ok((sum, segments, squares))
+        })
+        .unwrap();
+    let (sum, segments, squares) = results;
+    let square = squares.to_vec().unwrap()[0] as f32;
+    sum.to_vec()
+        .unwrap()
+        .into_iter()
+        .chain(segments.to_vec().unwrap())
+        .chain([square])
+        .map(f32::to_bits)
+        .collect()
+}
+
+fn with_graphs() -> Gpu<Emulated> {
+    gpu(Precision::F32).with_graphs()
+}
+
+#[test]
+fn a_captured_sequence_gives_the_same_bits() {
+    let (plain, captured) = (gpu(Precision::F32), with_graphs());
+    for rows in [40, 7, 65, 40, 128] {
+        assert_eq!(work(&captured, rows), work(&plain, rows), "{rows} rows");
+    }
+    // The same nodes, whatever the number of rows; until there are so many that a segment is added up in a second launch.
+    let expected = Captures { updated: 3, instantiated: 2, refused: 0, reason: None };
+    assert_eq!(expected.to_string(), "CUDA graphs: 3 steps by one that was there, 2 by a new one, 0 without");
+    assert_eq!((captured.captures(), plain.captures()), (Some(expected), None));
+}
+
+#[test]
+fn what_cannot_be_captured_is_refused_and_done_plainly() {
+    type Attempt = fn(&Gpu<Emulated>) -> Result<(), CudaError>;
+    let attempts: [(Attempt, &str); 3] = [
+        (|gpu| gpu.copy_of(&[1.0f32]).map(|_| ()), "copying to the device"),
+        (|gpu| gpu.runtime().mark().map(|_| ()), "marking a moment"),
+        (
+            |gpu| {
+                let mut staging = Staging::new(gpu.runtime())?;
+                staging.add(&[1u32])?;
+                staging.send()
+            },
+            "copying to the device",
+        ),
+    ];
+    for (attempt, action) in attempts {
+        let gpu = with_graphs();
+        let mut runs = 0;
+        let result = gpu.captured(|| {
+            runs += 1;
+            Ok(attempt(&gpu)?)
+        });
+        assert!(result.is_ok() && runs == 2, "{action}: {result:?} in {runs}");
+        let Captures { refused, reason, .. } = gpu.captures().unwrap();
+        assert_eq!((refused, reason), (1, Some(format!("cuda: {action} cannot be part of a CUDA graph"))));
+    }
+}
+
+#[test]
+fn a_value_read_too_early_is_caught() {
+    let (plain, captured) = (gpu(Precision::F32), with_graphs());
+    // The host decides by what the device has computed by then.
+    let chosen = |gpu: &Gpu<Emulated>| {
+        let x = gpu.upload(&ramp(5)).unwrap();
+        let work = || {
+            let mut y = gpu.zeros(5)?;
+            gpu.add(&x, &mut y)?;
+            let factor = if gpu.download(&y)?[1] > 0.0 { 2 } else { 1 };
+            (1..factor).try_for_each(|_| gpu.add(&x, &mut y))?;
+            gpu.download(&y)
+        };
+        gpu.captured(work).unwrap()
+    };
+    assert_eq!(chosen(&captured), chosen(&plain));
+    assert_eq!(chosen(&captured), ramp(5).iter().map(|x| 2.0 * x).collect::<Vec<_>>());
+    let Captures { updated, instantiated, refused, reason } = captured.captures().unwrap();
+    assert_eq!((updated, instantiated, refused), (0, 0, 2));
+    assert_eq!(reason.as_deref(), Some("cuda: copying from the device cannot be part of a CUDA graph"));
+    // Neither attempt has left anything behind.
+    assert_eq!(work(&captured, 7), work(&plain, 7));
+}
+
+/// A kernel's argument is as it was when it was asked for, and the memory it names has to live until then in the order of
+/// the stream: what comes later is found out when the whole is started.
+#[test]
+fn a_fault_inside_shows_when_it_runs() {
+    let gpu = with_graphs();
+    let x = gpu.upload(&ramp(5)).unwrap();
+    let result = gpu.captured(|| {
+        let mut y = gpu.alloc(5)?;
+        gpu.add(&x, &mut y)
+    });
+    let error = result.expect_err("nobody wrote y").to_string();
+    assert!(error.contains("memory nobody wrote"), "{error}");
+    assert_eq!(gpu.captures().unwrap().reason, Some(error));
+}
+
+#[test]
+fn an_error_or_a_panic_ends_the_capture() {
+    let (plain, captured) = (gpu(Precision::F32), with_graphs());
+    let error =
+        captured.captured(|| -> Result<(), DeviceError> { Err(CudaError::HeadDim { head_dim: 3 }.into()) });
+    assert!(matches!(error, Err(DeviceError::Cuda(CudaError::HeadDim { head_dim: 3 }))));
+    let panic = catch_unwind(AssertUnwindSafe(|| {
+        captured.captured(|| -> Result<(), DeviceError> {
+            let _unfinished = captured.zeros::<f32>(100)?;
+            panic!("in the middle")
+        })
+    }));
+    assert!(panic.is_err());
+    assert_eq!(work(&captured, 7), work(&plain, 7));
+}
+
+/// Steps of a model on batches of many sizes. Where target attention has no kernel its values come to the host, and no step
+/// can be captured; all of them can otherwise.
+#[test]
+fn captured_steps_are_plain_steps() {
+    let batches = &bodies::batches()[..12];
+    let sizes: std::collections::HashSet<_> = batches.iter().map(|b| (b.tokens(), b.rows())).collect();
+    assert!(sizes.len() > 10, "batches differ: {sizes:?}");
+    let device = Arc::new(with_graphs());
+    assert_eq!(bodies::curve(device.clone(), batches), bodies::curve(Arc::new(gpu(Precision::F32)), batches));
+    let captures = device.captures().unwrap();
+    println!("{captures}");
+    let Captures { updated, instantiated, refused, reason } = captures;
+    match refused {
+        0 => assert!(updated > instantiated && updated + instantiated == batches.len()),
+        _ => {
+            assert_eq!((updated, instantiated, refused), (0, 0, batches.len()));
+            assert!(reason.is_some_and(|reason| reason.contains("copying from the device")));
+        }
+    }
+}

@@ -25,7 +25,7 @@ fn config() -> Config {
         train_targets: TrainTargets::Feedback,
         negatives: 4,
         negative_pool: 6,
-        batch_tokens: 32,
+        batch_tokens: 24,
         embed_l2: 1e-4,
         ..Config::default()
     }

@@ -1,5 +1,6 @@
 // What the passes of attention share: the rows, heads and tiles of a block, and their way between global and shared memory.
 #pragma once
+#include "carve.cuh"
 #include "online_softmax.cuh"
 #include "params.cuh"
 #include "primitives.cuh"
@@ -11,16 +12,6 @@ constexpr int THREADS = MAX_WARPS * 32;
 
 // Keys (dk_dv: query rows) of one tile. 64 keep more loads in flight; wide heads have room for 32.
 template <class E, int D> constexpr int TILE = sizeof(E) == 2 && D <= 32 ? 64 : 32;
-
-// Bump allocation of the block's shared memory; src/device/cuda/tile.rs adds up the same sizes.
-struct Carve {
-    unsigned char* at;
-    template <class T> __device__ __forceinline__ T* take(int count) {
-        T* r = reinterpret_cast<T*>(at);
-        at += (count * int(sizeof(T)) + 15) & ~15;
-        return r;
-    }
-};
 
 // Which rows and heads a block works on. With one key slot, heads are separate problems along blockIdx.y.
 struct Problem {

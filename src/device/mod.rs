@@ -85,6 +85,49 @@ pub struct TargetIndex<'a, U: ?Sized> {
     pub row_length: &'a U,
 }
 
+/// How many there are of what a [`TargetIndex`] is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TargetCounts {
+    /// `N`
+    pub tokens: usize,
+    /// `C`
+    pub pairs: usize,
+    /// `score_offsets[C]`
+    pub scores: usize,
+    /// `R`
+    pub rows: usize,
+}
+
+impl TargetIndex<'_, [u32]> {
+    /// Its counts.
+    ///
+    /// # Panics
+    /// Where its arrays do not fit each other.
+    pub fn counts(&self) -> TargetCounts {
+        let last = |offsets: &[u32]| *offsets.last().expect("offsets start with 0") as usize;
+        let ascending = |offsets: &[u32]| offsets[0] == 0 && offsets.is_sorted();
+        let pairs = self.score_offsets.len() - 1;
+        let offsets = [self.cu_seqlens, self.pair_offsets, self.score_offsets, self.rows.offsets];
+        assert!(offsets.into_iter().all(ascending), "offsets must ascend from 0");
+        assert_eq!(self.pair_offsets.len(), self.cu_seqlens.len(), "pair_offsets is not [B + 1]");
+        assert_eq!(last(self.pair_offsets), pairs, "score_offsets is not [C + 1]");
+        assert_eq!(self.rows.offsets.len(), pairs + 1, "offsets of rows are not [C + 1]");
+        assert_eq!(last(self.rows.offsets), self.rows.members.len(), "members of rows are not [R]");
+        assert_eq!(self.row_length.len(), self.rows.members.len(), "row_length is not [R]");
+        TargetCounts {
+            tokens: last(self.cu_seqlens),
+            pairs,
+            scores: last(self.score_offsets),
+            rows: self.row_length.len(),
+        }
+    }
+
+    /// Scores of a pair.
+    pub fn pair_length(&self, pair: usize) -> u32 {
+        self.score_offsets[pair + 1] - self.score_offsets[pair]
+    }
+}
+
 /// The multilayer perceptron that scores a (token, candidate) pair: `4D -> hidden[0] -> hidden[1] -> 1`.
 /// Weights are `[in, out]`, as everywhere.
 pub struct TargetWeights<F> {

@@ -69,6 +69,12 @@ fn modules() -> Vec<(&'static str, Vec<(&'static str, String)>)> {
     }
     for element in ["float", "bf16"] {
         modules.push(("convert.cu", vec![("DFAR_ELEMENT", element.to_owned())]));
+        for [width, hidden0, hidden1] in [[16, 16, 8], [16, 80, 40], [32, 80, 40], [64, 48, 24]] {
+            let sizes = [("DFAR_WIDTH", width), ("DFAR_HIDDEN0", hidden0), ("DFAR_HIDDEN1", hidden1)];
+            let mut defines = vec![("DFAR_ELEMENT", element.to_owned())];
+            defines.extend(sizes.map(|(name, size): (_, u32)| (name, size.to_string())));
+            modules.push(("target_attention.cu", defines));
+        }
     }
     for source in [
         "embedding.cu",

@@ -26,7 +26,7 @@ use super::elementwise::{add_assign, exp_sum, for_columns, load_columns, pad_row
 use super::product::{Finish, Left, product};
 use super::scratch::{carve, carved_len, padded, with_scratch};
 use super::simd::{Kernel, Simd, dispatch};
-use crate::device::{TargetIndex, TargetWeights};
+use crate::device::{TargetCounts, TargetIndex, TargetWeights};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -98,19 +98,10 @@ fn chunks(index: &TargetIndex<[u32]>) -> Vec<Chunk> {
 
 /// Panics where the index does not fit the buffers.
 fn check_index(index: &TargetIndex<[u32]>, shape: Shape, s: &[f32], a: &[f32], r: &[f32], e: &[f32]) {
-    let last = |offsets: &[u32]| *offsets.last().expect("offsets start with 0") as usize;
-    let ascending = |offsets: &[u32]| offsets[0] == 0 && offsets.is_sorted();
-    let pairs = index.score_offsets.len() - 1;
-    let offsets = [index.cu_seqlens, index.pair_offsets, index.score_offsets, index.rows.offsets];
-    assert!(offsets.into_iter().all(ascending), "offsets must ascend from 0");
-    assert_eq!(index.pair_offsets.len(), index.cu_seqlens.len(), "pair_offsets is not [B + 1]");
-    assert_eq!(last(index.pair_offsets), pairs, "score_offsets is not [C + 1]");
-    assert_eq!(index.rows.offsets.len(), pairs + 1, "offsets of rows are not [C + 1]");
-    assert_eq!(last(index.rows.offsets), index.rows.members.len(), "members of rows are not [R]");
-    assert_eq!(index.row_length.len(), index.rows.members.len(), "row_length is not [R]");
-    assert_eq!([s.len(), a.len()], [last(index.cu_seqlens) * shape.width; 2], "s and a are not [N, D]");
+    let TargetCounts { tokens, pairs, scores, .. } = index.counts();
+    assert_eq!([s.len(), a.len()], [tokens * shape.width; 2], "s and a are not [N, D]");
     assert_eq!(r.len(), pairs * shape.width, "r is not [C, D]");
-    assert_eq!(e.len(), last(index.score_offsets), "e is not [score_offsets[C]]");
+    assert_eq!(e.len(), scores, "e is not [score_offsets[C]]");
 }
 
 /// The perceptron's weights as the tiles read them: blocks combined, rows padded with zeros.

@@ -6,7 +6,7 @@ use super::layer_norm::Input;
 use super::linear;
 use super::prefix_mean::Groups;
 use super::runtime::{Array, Memory, Runtime, Staging};
-use super::{CudaError, embedding, graph, host_target, layer_norm, loss, optimizer, prefix_mean, rows};
+use super::{CudaError, embedding, graph, layer_norm, loss, optimizer, prefix_mean, rows, target_attention};
 use crate::attention::FhaOptions;
 use crate::device::{
     Activation, AdamStep, AdamTensor, Device, DeviceError, Element, Segments, Slot, Store, TargetIndex,
@@ -19,7 +19,7 @@ impl<R: Runtime> Device for Gpu<R> {
     type Buffer<T: Element> = Array<R, T>;
     type Staging = Staging<R>;
     type AttentionPlan = DevicePlan<R>;
-    type TargetPlan = host_target::TargetPlan;
+    type TargetPlan = target_attention::TargetPlan<R>;
 
     fn name(&self) -> String {
         format!("{} ({})", self.runtime().name(), self.precision().name())
@@ -258,16 +258,16 @@ impl<R: Runtime> Device for Gpu<R> {
 
     fn target_plan(
         &self,
-        _: &mut Staging<R>,
+        staging: &mut Staging<R>,
         width: usize,
         hidden: [usize; 2],
         index: TargetIndex<[u32]>,
-    ) -> Result<host_target::TargetPlan, DeviceError> {
-        Ok(host_target::TargetPlan::new(width, hidden, index))
+    ) -> Result<target_attention::TargetPlan<R>, DeviceError> {
+        Ok(target_attention::TargetPlan::new(self, staging, width, hidden, index)?)
     }
     fn target_attention(
         &self,
-        plan: &host_target::TargetPlan,
+        plan: &target_attention::TargetPlan<R>,
         s: &Array<R, f32>,
         a: &Array<R, f32>,
         r: &Array<R, f32>,
@@ -276,11 +276,11 @@ impl<R: Runtime> Device for Gpu<R> {
         lse: &mut Array<R, f32>,
         att: &mut Array<R, f32>,
     ) -> Done {
-        Ok(host_target::forward(plan, [s, a, r], weights, [e, lse, att])?)
+        Ok(target_attention::forward(self, plan, [s, a, r], weights, [e, lse, att])?)
     }
     fn target_attention_backward(
         &self,
-        plan: &host_target::TargetPlan,
+        plan: &target_attention::TargetPlan<R>,
         s: &Array<R, f32>,
         a: &Array<R, f32>,
         r: &Array<R, f32>,
@@ -295,7 +295,7 @@ impl<R: Runtime> Device for Gpu<R> {
         gradients: TargetWeights<&mut Array<R, f32>>,
     ) -> Done {
         let read = [e, lse, att, datt];
-        Ok(host_target::backward(plan, [s, a, r], weights, read, [ds, da, dr], gradients)?)
+        Ok(target_attention::backward(self, plan, [s, a, r], weights, read, [ds, da, dr], gradients)?)
     }
 
     fn concat(

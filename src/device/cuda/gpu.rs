@@ -6,6 +6,7 @@
 
 use super::graph::Captures;
 use super::runtime::{Array, Kernel, Launch, Precision, Runtime};
+use super::target_attention::{self, Shape};
 use super::tile::{Block, Element};
 use super::{CudaError, convert, embedding, layer_norm, limits, loss, naive_attention, optimizer};
 use super::{prefix_mean, rows};
@@ -88,6 +89,10 @@ pub(super) const fn block_of(shared_bytes: usize) -> Block {
     Block { warps: THREADS / 32, shared_bytes }
 }
 
+/// Shapes of target attention that are looked at without a device: the paper's, and twice as wide.
+const TARGET_SHAPES: [Shape; 2] =
+    [Shape { width: 32, hidden0: 80, hidden1: 40 }, Shape { width: 64, hidden0: 80, hidden1: 40 }];
+
 /// Every kernel but those of attention, with its largest block.
 pub fn step_kernels() -> Vec<(Kernel, Block)> {
     let files = [
@@ -104,6 +109,7 @@ pub fn step_kernels() -> Vec<(Kernel, Block)> {
     for element in [Element::F32, Element::Bf16] {
         let module = convert::module(element);
         kernels.extend(convert::ENTRIES.map(|entry| (Kernel { module, entry }, block_of(0))));
+        kernels.extend(TARGET_SHAPES.into_iter().flat_map(|shape| target_attention::kernels(element, shape)));
     }
     kernels
 }

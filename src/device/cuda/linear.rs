@@ -9,9 +9,9 @@ use crate::device::{Activation, Store};
 
 /// A matrix in memory, and whether it is used transposed.
 #[derive(Clone, Copy)]
-struct Factor {
-    at: Pointer,
-    transposed: bool,
+pub(super) struct Factor {
+    pub(super) at: Pointer,
+    pub(super) transposed: bool,
 }
 
 impl Factor {
@@ -28,7 +28,7 @@ impl<R: Runtime> Gpu<R> {
     ///
     /// # Safety
     /// As [`Runtime::gemm`], but any size may be 0.
-    unsafe fn product(
+    pub(super) unsafe fn product(
         &self,
         shape: [usize; 3],
         (a, b): (Factor, Factor),

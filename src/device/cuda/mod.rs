@@ -4,13 +4,13 @@
 //! |---|---|
 //! | [`params`] | arguments of the kernels |
 //! | [`tile`] | how work is cut: pure functions of shapes and limits |
-//! | [`plan`] | what the kernels need to know about one batch |
+//! | [`plan`], [`target_plan`] | what the kernels need to know about one batch |
 //! | [`nvrtc`], [`compile`] | from source to machine code, and the cache on disk |
 //! | [`runtime`] | the floor: memory, launches and products of a machine that runs the kernels |
 //! | [`context`], [`blas`] | [`Cuda`]: a GPU as such a machine; cuBLASLt |
 //! | [`gpu`] | [`Gpu`]: the model's operations, on any such machine |
 //! | [`graph`] | a step as a CUDA graph |
-//! | [`attention`], [`convert`], [`embedding`], [`layer_norm`], [`loss`], [`optimizer`], [`prefix_mean`], [`rows`] | the operations of the `.cu` of that name |
+//! | [`attention`], [`convert`], [`embedding`], [`layer_norm`], [`loss`], [`optimizer`], [`prefix_mean`], [`rows`], [`target_attention`] | the operations of the `.cu` of that name |
 //!
 //! What is unsafe about the driver is in one private module, `launch`, and in `context`, which calls it.
 
@@ -23,7 +23,6 @@ mod device;
 pub mod embedding;
 pub mod gpu;
 pub mod graph;
-mod host_target;
 mod launch;
 pub mod layer_norm;
 pub mod limits;
@@ -37,6 +36,8 @@ pub mod plan;
 pub mod prefix_mean;
 pub mod rows;
 pub mod runtime;
+pub mod target_attention;
+pub mod target_plan;
 pub mod tile;
 
 pub use context::{Cuda, device_count};
@@ -169,6 +170,15 @@ pub enum CudaError {
     HeadDim {
         /// Width asked for.
         head_dim: usize,
+    },
+    /// No kernel of target attention is compiled for this width.
+    #[error(
+        "cuda: tokens of width {width} are wider than target attention has a kernel for ({}); use --device cpu",
+        target_attention::MAX_WIDTH
+    )]
+    TargetWidth {
+        /// Width of the model.
+        width: usize,
     },
     /// A block needs more shared memory than the device gives it.
     #[error(

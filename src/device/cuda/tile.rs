@@ -113,12 +113,17 @@ pub struct Tile {
 }
 
 /// Adds up shared memory as `Carve` does: every array is padded to 16 bytes.
-struct Carve(usize);
+#[derive(Default)]
+pub(super) struct Carve(usize);
 
 impl Carve {
-    fn take(&mut self, count: usize, size: usize) -> &mut Self {
+    pub(super) fn take(&mut self, count: usize, size: usize) -> &mut Self {
         self.0 += (count * size).next_multiple_of(16);
         self
+    }
+    /// In all.
+    pub(super) fn bytes(&self) -> usize {
+        self.0
     }
 }
 
@@ -144,7 +149,7 @@ impl Variant {
     }
 
     fn forward(&self, warps: usize, key_heads: usize) -> usize {
-        let mut carve = Carve(0);
+        let mut carve = Carve::default();
         carve
             .take(2 * self.tile() * self.stride(), self.size)
             .take(2 * self.tile() * self.stride(), self.size);
@@ -152,18 +157,18 @@ impl Variant {
         carve.take(warps * 16 * (key_heads * self.head_dim + 4), 4);
         carve.take(warps * 16 * (key_heads + 2), 4);
         carve.take(warps * self.scratch(), 4);
-        carve.0
+        carve.bytes()
     }
 
     fn forward_whole(&self, items: usize, item_warps: usize, capacity: usize, key_heads: usize) -> usize {
         let (keys, warps) = (items * key_heads * capacity * self.stride(), items * item_warps);
-        let mut carve = Carve(0);
+        let mut carve = Carve::default();
         carve.take(keys, self.size).take(keys, self.size);
         carve.take(warps * 16 * self.stride(), self.size);
         carve.take(warps * 16 * (key_heads * self.head_dim + 4), 4);
         carve.take(warps * 16 * (key_heads + 2), 4);
         carve.take(warps * self.scratch(), 4);
-        carve.0
+        carve.bytes()
     }
 
     fn backward_whole(&self, items: usize, item_warps: usize, capacity: usize, key_heads: usize) -> usize {
@@ -171,31 +176,31 @@ impl Variant {
         // `DQ_STRIDE<D>`
         let dq_stride = if self.head_dim == 8 { 8 } else { self.head_dim + 8 };
         let corrected = if self.size == 4 { warps * 16 } else { 0 };
-        let mut carve = Carve(0);
+        let mut carve = Carve::default();
         carve.take(warps * 16 * self.stride(), self.size);
         carve.take(key_heads * warps * 16 * self.stride(), self.size);
         carve.take(keys, self.size).take(keys, self.size);
         carve.take(warps * 16 * dq_stride, 4);
         carve.take(warps * 16, 4).take(warps * 16, 4).take(corrected, 4);
         carve.take(items * capacity, 4).take(warps * self.scratch(), 4);
-        carve.0
+        carve.bytes()
     }
 
     fn dq(&self, warps: usize) -> usize {
-        let mut carve = Carve(0);
+        let mut carve = Carve::default();
         carve
             .take(2 * self.tile() * self.stride(), self.size)
             .take(2 * self.tile() * self.stride(), self.size);
         carve.take(warps * 16 * self.stride(), self.size).take(warps * 16 * self.stride(), self.size);
         carve.take(warps * 16 * (self.head_dim + 4), 4).take(warps * self.scratch(), 4);
-        carve.0
+        carve.bytes()
     }
 
     fn dk_dv(&self, warps: usize) -> usize {
-        let mut carve = Carve(0);
+        let mut carve = Carve::default();
         let corrected = if self.size == 4 { 2 * self.tile() } else { 0 };
         carve.take(2 * self.tile(), 4).take(2 * self.tile(), 4).take(corrected, 4);
-        carve.0 + self.dq(warps)
+        carve.bytes() + self.dq(warps)
     }
 }
 

@@ -1,0 +1,12 @@
+// Bump allocation of a block's shared memory; the host adds up the same sizes (`Carve` of src/device/cuda/tile.rs).
+#pragma once
+#include "primitives.cuh"
+
+struct Carve {
+    unsigned char* at;
+    template <class T> __device__ __forceinline__ T* take(int count) {
+        T* r = reinterpret_cast<T*>(at);
+        at += (count * int(sizeof(T)) + 15) & ~15;
+        return r;
+    }
+};

@@ -1,0 +1,111 @@
+// Around the perceptron: its first layer's blocks combined, and what its backward left by item, unit and block added up.
+#pragma once
+#include "target_softmax.cuh"
+
+constexpr int SUM_THREADS = 256;
+
+struct CombineParams {
+    const float* w0;   // [4 width, hidden0]: blocks A, R, S, P
+    const float* b0;   // [hidden0]
+    float* token;      // [width, H0] A + S
+    float* candidate;  // [width, H0] R - S
+    float* bias;       // [H0] b0
+    unsigned width, hidden0;
+};
+static_assert(sizeof(CombineParams) == 48, "mirrored by src/device/cuda/target_attention.rs");
+
+// A thread a column of a row; the row behind the last is the bias.
+__device__ __forceinline__ void combine(const CombineParams& p) {
+    const unsigned i = blockIdx.x * SUM_THREADS + threadIdx.x, row = i / H0, column = i % H0;
+    if (row > p.width) return;
+    const bool inside = column < p.hidden0;
+    if (row == p.width) {
+        p.bias[column] = inside ? p.b0[column] : 0.0f;
+        return;
+    }
+    float x[3] = {0.0f, 0.0f, 0.0f};
+    if (inside) {
+#pragma unroll
+        for (int block = 0; block < 3; ++block) x[block] = p.w0[(size_t(block) * p.width + row) * p.hidden0 + column];
+    }
+    p.token[i] = x[0] + x[2];
+    p.candidate[i] = x[1] - x[2];
+}
+
+struct SumParams {
+    const void* list;    // of tokens: [gridDim.x] Tile; of pairs: [count] Pair
+    const float* sums;   // token_sums or pair_sums
+    float* hidden;       // [N, H0] dZ, or [C, H0] dc
+    float* input;        // [N, width] da, or [C, width] dr
+    unsigned count, width;
+};
+static_assert(sizeof(SumParams) == 40, "mirrored by src/device/cuda/target_attention.rs");
+
+constexpr int SUM_QUADS = (H0 + D) / 4;
+
+// Four columns of `count` rows that are `apart` rows apart, added up and written as row `to`.
+__device__ __forceinline__ void sum_quad(const SumParams& p, size_t first, unsigned count, unsigned apart, size_t to, int q) {
+    const float4* const from = reinterpret_cast<const float4*>(p.sums) + first * SUM_QUADS + q;
+    float4 sum = zero4();
+#pragma unroll 4
+    for (unsigned i = 0; i < count; ++i) sum = add4(sum, from[size_t(i) * apart * SUM_QUADS]);
+    if (q < H0 / 4) reinterpret_cast<float4*>(p.hidden)[to * (H0 / 4) + q] = sum;
+    else store4(p.input + to * p.width, q * 4 - H0, p.width, sum);
+}
+
+// Sums over the items of sixteen tokens, zeros where there are none; a block a tile.
+__device__ __forceinline__ void sum_tokens(const SumParams& p) {
+    const Tile tile = read_tile(p.list, blockIdx.x);
+    for (unsigned i = threadIdx.x; i < tile.tokens * SUM_QUADS; i += SUM_THREADS) {
+        const unsigned row = i / SUM_QUADS;
+        sum_quad(p, size_t(tile.first_item) * 16 + row, tile.items, 16, tile.token + row, i % SUM_QUADS);
+    }
+}
+
+// Sums over the units of a pair.
+__device__ __forceinline__ void sum_pairs(const SumParams& p) {
+    const size_t i = size_t(blockIdx.x) * SUM_THREADS + threadIdx.x;
+    if (i / SUM_QUADS >= p.count) return;
+    const Pair pair = read_pair(p.list, i / SUM_QUADS);
+    sum_quad(p, pair.unit, (pair.length + 15) / 16, 1, pair.index, i % SUM_QUADS);
+}
+
+struct GradientParams {
+    const float* token;      // [width, H0] a^T dZ
+    const float* candidate;  // [width, H0] r^T dc
+    const float* bias;       // [H0] sum of dc
+    const float* sums;       // [D H0 + H0 H1 + 2 H1], by position
+    float* w0;               // [4 width, hidden0]
+    float* b0;               // [hidden0]
+    float* w1;               // [hidden0, hidden1]
+    float* b1;               // [hidden1]
+    float* w2;               // [hidden1]
+    float* b2;               // [1]
+    unsigned width, hidden0, hidden1, unused;
+};
+static_assert(sizeof(GradientParams) == 96, "mirrored by src/device/cuda/target_attention.rs");
+
+// The weights' gradients in their own order. blockIdx.y is the weight: 0 and 1 the two matrices, 2 the vectors.
+__device__ __forceinline__ void gradients(const GradientParams& p) {
+    const unsigned i = blockIdx.x * SUM_THREADS + threadIdx.x;
+    const float* const second = p.sums + D * H0;
+    const float* const vectors = second + H0 * H1;
+    if (blockIdx.y == 0) {
+        const unsigned row = i / p.hidden0, column = i % p.hidden0;
+        if (row >= 4 * p.width) return;
+        const unsigned of_block = row % p.width, at = of_block * H0 + column;
+        switch (row / p.width) {
+            case 0: p.w0[i] = p.token[at]; break;
+            case 1: p.w0[i] = p.candidate[at]; break;
+            case 2: p.w0[i] = p.token[at] - p.candidate[at]; break;
+            default: p.w0[i] = p.sums[position<D>(of_block) * H0 + position<H0>(column)];
+        }
+    } else if (blockIdx.y == 1) {
+        const unsigned row = i / p.hidden1, column = i % p.hidden1;
+        if (row < p.hidden0) p.w1[i] = second[position<H0>(row) * H1 + position<H1>(column)];
+    } else {
+        if (i < p.hidden0) p.b0[i] = p.bias[i];
+        if (i < p.hidden1) p.b1[i] = vectors[position<H1>(i)], p.w2[i] = vectors[H1 + position<H1>(i)];
+        if (i == 0) *p.b2 = 0.0f;  // a softmax does not see a constant
+    }
+}

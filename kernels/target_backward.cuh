@@ -15,7 +15,7 @@
 
 // The weights' gradients are cut in strips of 16 rows by STRIP * 8 columns, dealt to the warps in turn.
 constexpr int STRIP = 5;
-constexpr int strips_of(int rows, int columns) { return rows / 16 * ((columns / 8 + STRIP - 1) / STRIP); }
+__device__ constexpr int strips_of(int rows, int columns) { return rows / 16 * ((columns / 8 + STRIP - 1) / STRIP); }
 constexpr int PRODUCT_STRIPS = strips_of(D, H0), SECOND_STRIPS = strips_of(H0, H1);
 constexpr int STRIPS = (PRODUCT_STRIPS + SECOND_STRIPS + WARPS - 1) / WARPS;  // of a warp
 
@@ -103,7 +103,7 @@ __device__ __forceinline__ float row_sum(float x) {
     return x + shuffle_xor(x, 16);
 }
 
-constexpr int quads_of_thread(int quads) { return (quads + THREADS - 1) / THREADS; }
+__device__ constexpr int quads_of_thread(int quads) { return (quads + THREADS - 1) / THREADS; }
 
 __device__ __forceinline__ void perceptron_backward(const PerceptronParams& p) {
     Carve carve{shared_memory()};

@@ -5,9 +5,9 @@
 //! before it goes up.
 
 use super::runtime::{Array, Kernel, Launch, Precision, Runtime};
+use super::target_attention::{self, Shape};
 use super::tile::{Block, Element};
 use super::{CudaError, convert, embedding, layer_norm, limits, loss, naive_attention, optimizer};
-use super::target_attention::{self, Shape};
 use super::{prefix_mean, rows};
 use bytemuck::Pod;
 use std::sync::Arc;

@@ -164,7 +164,10 @@ pub enum CudaError {
         head_dim: usize,
     },
     /// No kernel of target attention is compiled for this width.
-    #[error("cuda: tokens of width {width} are wider than target attention has a kernel for ({}); use --device cpu", target_attention::MAX_WIDTH)]
+    #[error(
+        "cuda: tokens of width {width} are wider than target attention has a kernel for ({}); use --device cpu",
+        target_attention::MAX_WIDTH
+    )]
     TargetWidth {
         /// Width of the model.
         width: usize,

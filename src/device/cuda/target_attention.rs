@@ -464,8 +464,7 @@ pub(super) fn forward<R: Runtime>(
     let first = call.first_layer(a, r, &weights)?;
     let block = plan.shape.scores(element(gpu.precision()));
     let count = resident(&gpu.runtime().limits(), block, plan.items.len().div_ceil(WARPS));
-    let params =
-        PerceptronParams { e: e.pointer(), ..call.perceptron([a, r], &first, &weights, count) };
+    let params = PerceptronParams { e: e.pointer(), ..call.perceptron([a, r], &first, &weights, count) };
     // SAFETY: `check` and `first_layer` see to the shapes, and the plan's lists are inside of them; e is borrowed mutably.
     unsafe { call.launch("target_scores", launch_of(block, count), &params)? };
     let params = call.softmax(s, [e, lse, att], [0; 3]);

@@ -33,7 +33,7 @@ KERNEL(target_softmax, SoftmaxParams, ROW_THREADS) { softmax(p); }
 // Writes de, adds to ds.
 KERNEL(target_softmax_backward, SoftmaxParams, ROW_THREADS) { softmax_backward(p); }
 // Writes token_sums, pair_sums, weight_sums.
-KERNEL(target_backward, PerceptronParams, THREADS) { perceptron_backward(p); }
+KERNEL(target_backward, PerceptronParams, THREADS, 2) { perceptron_backward(p); }
 // Write dZ and the first part of da from token_sums, dc and that of dr from pair_sums.
 KERNEL(target_sum_tokens, SumParams, SUM_THREADS) { sum_tokens(p); }
 KERNEL(target_sum_pairs, SumParams, SUM_THREADS) { sum_pairs(p); }

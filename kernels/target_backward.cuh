@@ -13,9 +13,11 @@
 #pragma once
 #include "target_scores.cuh"
 
-// The weights' gradients are cut in strips of 16 rows by STRIP * 8 columns, dealt to the warps in turn.
-constexpr int STRIP = 5;
-constexpr int strips_of(int rows, int columns) { return rows / 16 * ((columns / 8 + STRIP - 1) / STRIP); }
+// The weights' gradients are cut in strips of 16 rows by STRIP * 8 columns, dealt to the warps in turn: five eights where both
+// layers are whole strips then, as the paper's 80 and 40 are.
+constexpr bool WHOLE_STRIPS = H0 / 8 % 5 == 0 && H1 / 8 % 5 == 0;
+constexpr int STRIP = WHOLE_STRIPS ? 5 : 4;
+__device__ constexpr int strips_of(int rows, int columns) { return rows / 16 * ((columns / 8 + STRIP - 1) / STRIP); }
 constexpr int PRODUCT_STRIPS = strips_of(D, H0), SECOND_STRIPS = strips_of(H0, H1);
 constexpr int STRIPS = (PRODUCT_STRIPS + SECOND_STRIPS + WARPS - 1) / WARPS;  // of a warp
 
@@ -32,7 +34,7 @@ __device__ __forceinline__ void accumulate_strip(float (&sums)[STRIP][4], const 
             const float low = x[k * left_stride], high = x[k * left_stride + 8];
 #pragma unroll
             for (int n = 0; n < STRIP; ++n) {
-                if (n >= tiles) continue;
+                if (!WHOLE_STRIPS && n >= tiles) continue;
                 const float2 b = load_pair(y + k * right_stride + n * 8);
                 sums[n][0] = multiply_add(low, b.x, sums[n][0]);
                 sums[n][1] = multiply_add(low, b.y, sums[n][1]);
@@ -48,11 +50,18 @@ __device__ __forceinline__ void accumulate_strip(float (&sums)[STRIP][4], const 
             unsigned a[4];
             load_matrices_transposed(a, x + k * 16 * left_stride);
 #pragma unroll
-            for (int n = 0; n < STRIP; ++n) {
-                if (n >= tiles) continue;
-                unsigned b[2];
-                load_matrices_transposed(b, y + k * 16 * right_stride + n * 8);
-                multiply<T>(sums[n], a, b[0], b[1]);
+            for (int n = 0; n < STRIP; n += 2) {
+                const T* const at = y + k * 16 * right_stride + n * 8;
+                if (n + 1 < STRIP && (WHOLE_STRIPS || n + 1 < tiles)) {
+                    unsigned b[4];
+                    load_matrices_transposed(b, at + (lane >> 4) * 8);
+                    multiply<T>(sums[n], a, b[0], b[1]);
+                    multiply<T>(sums[n + 1], a, b[2], b[3]);
+                } else if (WHOLE_STRIPS || n < tiles) {
+                    unsigned b[2];
+                    load_matrices_transposed(b, at);
+                    multiply<T>(sums[n], a, b[0], b[1]);
+                }
             }
         }
     }
@@ -89,7 +98,7 @@ struct Strip {
         float* const at = weight_sums + gradient + (row + (lane_index() >> 2)) * columns + column + (lane_index() & 3) * 2;
 #pragma unroll
         for (int n = 0; n < STRIP; ++n) {
-            if (n >= tiles) continue;
+            if (!WHOLE_STRIPS && n >= tiles) continue;
             *reinterpret_cast<float2*>(at + n * 8) = make_float2(sums[n][0], sums[n][1]);
             *reinterpret_cast<float2*>(at + 8 * columns + n * 8) = make_float2(sums[n][2], sums[n][3]);
         }
@@ -103,7 +112,7 @@ __device__ __forceinline__ float row_sum(float x) {
     return x + shuffle_xor(x, 16);
 }
 
-constexpr int quads_of_thread(int quads) { return (quads + THREADS - 1) / THREADS; }
+__device__ constexpr int quads_of_thread(int quads) { return (quads + THREADS - 1) / THREADS; }
 
 __device__ __forceinline__ void perceptron_backward(const PerceptronParams& p) {
     Carve carve{shared_memory()};

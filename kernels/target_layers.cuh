@@ -23,7 +23,7 @@ constexpr int WARPS = 4;
 constexpr int THREADS = WARPS * 32;
 
 // Elements between rows in shared memory: an odd number of 16-byte pieces, so that eight rows meet all banks once.
-constexpr int stride_of(int columns) {
+__device__ constexpr int stride_of(int columns) {
     return columns * int(sizeof(E)) / 16 % 2 ? columns : columns + 16 / int(sizeof(E));
 }
 constexpr int X_STRIDE = stride_of(D), H0_STRIDE = stride_of(H0), H1_STRIDE = stride_of(H1);

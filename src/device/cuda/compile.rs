@@ -84,6 +84,11 @@ impl Module {
         self
     }
 
+    /// What a macro stands for, if it is given.
+    pub fn define(&self, name: &str) -> Option<Define> {
+        self.defines.iter().flatten().find(|(given, _)| *given == name).map(|(_, value)| *value)
+    }
+
     /// The source it is compiled from.
     ///
     /// # Panics

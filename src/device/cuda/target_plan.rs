@@ -180,7 +180,8 @@ mod tests {
                 Some(*sum)
             }))
             .collect();
-        let row_offsets: Vec<u32> = (0..=74).map(|pair| pair.min(71) + pair.saturating_sub(72) * 2).collect();
+        let row_offsets: Vec<u32> =
+            (0u32..=74).map(|pair| pair.min(71) + pair.saturating_sub(72) * 2).collect();
         let members: Vec<u32> = (0..75).rev().collect();
         let mut row_length = vec![0; 75];
         for pair in 0..74 {

@@ -8,8 +8,7 @@
 
 use dfar::attention::{FhaOptions, LabelMask};
 use dfar::device::cuda::CudaError;
-use dfar::device::cuda::compile::{Arch, compile};
-use dfar::device::cuda::convert;
+use dfar::device::cuda::compile::{Arch, Define, compile};
 use dfar::device::cuda::gpu::step_kernels;
 use dfar::device::cuda::nvrtc::Nvrtc;
 use dfar::device::cuda::plan::{Pass, module};
@@ -32,6 +31,8 @@ const MACHINES: [Machine; 3] = [
     Machine { arch: Arch { major: 9, minor: 0 }, shared: 228, shared_per_block: 227 },
     Machine { arch: Arch { major: 10, minor: 0 }, shared: 228, shared_per_block: 227 },
 ];
+/// Kernels of target attention that multiply matrices.
+const MULTIPLIES: [&str; 2] = ["target_scores", "target_backward"];
 const REGISTERS: usize = 65536;
 const WARPS: usize = 64;
 const BLOCKS: usize = 32;
@@ -96,7 +97,7 @@ fn inspect(code: &[u8], entry: &str) -> Result<Found, String> {
 
 fn table() -> Result<(String, Vec<String>), String> {
     let (mut text, mut faults) = (String::new(), vec![]);
-    let heading = "Attention with H = 2 and labels (shared memory grows with H); blocks of long sequences, and of whole ones of 64 tokens. Occupancy is resident warps of 64.";
+    let heading = "Attention with H = 2 and labels (shared memory grows with H); blocks of long sequences, and of whole ones of 64 tokens. Target attention with hidden layers of 80 and 40. Occupancy is resident warps of 64.";
     writeln!(text, "{heading}\nGlobal accesses: instructions of 16 bytes, and narrower ones (order, feedback, lse, delta).\n")
         .expect("strings can be written");
     writeln!(
@@ -142,7 +143,7 @@ fn table() -> Result<(String, Vec<String>), String> {
         if found.stack + found.local > 0 {
             faults.push(format!("{name}: spills or local memory"));
         }
-        let multiplies = kernel.entry.starts_with("attention");
+        let multiplies = kernel.entry.starts_with("attention") || MULTIPLIES.contains(&kernel.entry);
         if types.0 != Element::F32.name() && multiplies && found.tensor == 0 {
             faults.push(format!("{name}: no tensor-core instructions"));
         }
@@ -175,8 +176,10 @@ fn table() -> Result<(String, Vec<String>), String> {
                     entry.insert(compile(kernel.module, machine.arch).map_err(|e| e.to_string())?)
                 }
             };
-            let types = if kernel.module == convert::module(Element::Bf16) { "bf16" } else { "f32" };
-            add(machine, code, kernel, (types, "-".to_owned()), block)?;
+            let bf16 = kernel.module.define("DFAR_ELEMENT") == Some(Define::Word(Element::Bf16.cuda_name()));
+            let element = if bf16 { Element::Bf16 } else { Element::F32 };
+            let width = kernel.module.define("DFAR_WIDTH").map_or("-".to_owned(), |width| width.to_string());
+            add(machine, code, kernel, (element.name(), width), block)?;
         }
     }
     Ok((text, faults))

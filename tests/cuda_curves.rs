@@ -26,8 +26,7 @@ fn the_loss_falls_as_on_the_cpu() {
     bodies::assert_curves_agree(&bodies::curve(Arc::new(gpu), &batches), &reference);
 }
 
-/// The same losses to the last bit with CUDA graphs. Some steps run without, as they find kernels that are not loaded; where
-/// target attention has no kernel, all do.
+/// The same losses to the last bit with CUDA graphs. The first steps run without, as they find kernels that are not loaded.
 #[test]
 fn graphs_change_no_bit() {
     let test = "graphs_change_no_bit";
@@ -37,6 +36,5 @@ fn graphs_change_no_bit() {
     assert_eq!(bodies::curve(captured.clone(), &batches), bodies::curve(Arc::new(plain), &batches));
     let captures = captured.captures().expect("graphs are asked for");
     eprintln!("{test}: {captures}");
-    let reads = captures.reason.as_ref().is_some_and(|reason| reason.contains("copying from the device"));
-    assert!(reads || captures.updated > batches.len() / 2, "{captures}");
+    assert!(captures.updated > batches.len() / 2, "{captures}");
 }

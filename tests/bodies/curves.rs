@@ -60,7 +60,7 @@ pub fn batches() -> Vec<Batch> {
 /// The loss of every step.
 pub fn curve<D: Device>(device: Arc<D>, batches: &[Batch]) -> Vec<f64> {
     let config = config();
-    let network = ModelConfig { attention: [20, 12], tower: [20, 12], ..config.model(ITEMS) };
+    let network = ModelConfig { attention: [12, 7], tower: [20, 12], ..config.model(ITEMS) };
     let mut model =
         Model::initialized(device, network, config.seed, config.init).expect("a model should be made");
     let mut optimizer = Optimizer::new(&model).expect("there is memory");

@@ -9,6 +9,7 @@ use dfar::device::cuda::runtime::{Runtime, Staging};
 use dfar::device::cuda::{CudaError, Gpu, Precision};
 use dfar::device::{Activation, Device, DeviceError, Segments, Slot, Store};
 use dfar_emulator::{Emulated, gpu};
+use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
@@ -156,23 +157,14 @@ fn an_error_or_a_panic_ends_the_capture() {
     assert_eq!(work(&captured, 7), work(&plain, 7));
 }
 
-/// Steps of a model on batches of many sizes. Where target attention has no kernel its values come to the host, and no step
-/// can be captured; all of them can otherwise.
 #[test]
 fn captured_steps_are_plain_steps() {
     let batches = &bodies::batches()[..12];
-    let sizes: std::collections::HashSet<_> = batches.iter().map(|b| (b.tokens(), b.rows())).collect();
-    assert!(sizes.len() > 10, "batches differ: {sizes:?}");
+    let sizes: HashSet<_> = batches.iter().map(|b| (b.tokens(), b.rows())).collect();
+    assert!(sizes.len() > 10, "batches of many sizes: {sizes:?}");
     let device = Arc::new(with_graphs());
     assert_eq!(bodies::curve(device.clone(), batches), bodies::curve(Arc::new(gpu(Precision::F32)), batches));
     let captures = device.captures().unwrap();
-    println!("{captures}");
-    let Captures { updated, instantiated, refused, reason } = captures;
-    match refused {
-        0 => assert!(updated > instantiated && updated + instantiated == batches.len()),
-        _ => {
-            assert_eq!((updated, instantiated, refused), (0, 0, batches.len()));
-            assert!(reason.is_some_and(|reason| reason.contains("copying from the device")));
-        }
-    }
+    assert_eq!(captures.updated + captures.instantiated, batches.len(), "{captures}");
+    assert!(captures.updated > 2 * captures.instantiated, "{captures}");
 }

@@ -372,22 +372,18 @@ impl Runtime for Cuda {
         let key = (requests, graph.nodes().map_err(failed("counting a graph's nodes"))?);
         let mut graphs = lock(&self.graphs);
         let mut found = graphs.take(&key);
-        let updated = match &mut found {
-            Some(executable) => executable.update(&graph).map_err(failed("updating a graph"))?,
-            None => false,
-        };
+        let updated = found.as_mut().is_some_and(|executable| executable.update(&graph));
         let (mut executable, start) = match found {
             Some(executable) if updated => (executable, Start::Updated),
             refused => {
-                self.retire(refused)?;
+                self.retire(refused.or_else(|| graphs.make_room()))?;
                 (graph.instantiate().map_err(failed("instantiating a graph"))?, Start::Instantiated)
             }
         };
         // SAFETY: the promises made when each launch was recorded; whatever was given back since is used again by later
         // work on the same stream only.
         unsafe { executable.start(&self.stream) }.map_err(failed("starting a graph"))?;
-        let oldest = graphs.put(key, executable);
-        self.retire(oldest)?;
+        graphs.put(key, executable);
         Ok(start)
     }
 

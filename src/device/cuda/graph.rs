@@ -128,10 +128,14 @@ impl<K: PartialEq, V> Recent<K, V> {
         Some(self.entries.remove(at).1)
     }
 
-    /// Makes one the latest, and gives back the one that there is no place for any more.
-    pub fn put(&mut self, key: K, value: V) -> Option<V> {
+    /// Takes the oldest out, where there is no place for one more.
+    pub fn make_room(&mut self) -> Option<V> {
+        if self.entries.len() < Self::KEPT { None } else { self.entries.pop().map(|(_, value)| value) }
+    }
+
+    /// Makes one the latest.
+    pub fn put(&mut self, key: K, value: V) {
         self.entries.insert(0, (key, value));
-        if self.entries.len() > Self::KEPT { self.entries.pop().map(|(_, value)| value) } else { None }
     }
 }
 
@@ -149,12 +153,14 @@ mod tests {
     fn the_latest_are_kept() {
         let mut recent = Recent::default();
         for key in 0..16 {
-            assert_eq!(recent.put(key, key), None);
+            assert_eq!(recent.make_room(), None);
+            recent.put(key, key);
         }
         let first = recent.take(&0).expect("it is among the latest");
-        assert_eq!(recent.take(&0), None);
-        assert_eq!(recent.put(0, first), None);
-        assert_eq!(recent.put(16, 16), Some(1));
+        assert_eq!((recent.take(&0), recent.make_room()), (None, None));
+        recent.put(0, first);
+        assert_eq!(recent.make_room(), Some(1));
+        recent.put(16, 16);
         assert_eq!((recent.take(&1), recent.take(&0)), (None, Some(0)));
     }
 }

@@ -198,18 +198,15 @@ pub(super) struct Executable(sys::CUgraphExec);
 unsafe impl Send for Executable {}
 
 impl Executable {
-    /// Gives it the arguments of another graph, for later starts. False where the two are not alike enough.
-    pub(super) fn update(&mut self, graph: &Graph) -> Result<bool, DriverError> {
+    /// Gives it the arguments of another graph, for later starts. False where the driver refuses: it is of no use then.
+    pub(super) fn update(&mut self, graph: &Graph) -> bool {
         let mut info = sys::CUgraphExecUpdateResultInfo {
             result: sys::CUgraphExecUpdateResult::CU_GRAPH_EXEC_UPDATE_SUCCESS,
             errorNode: std::ptr::null_mut(),
             errorFromNode: std::ptr::null_mut(),
         };
         // SAFETY: both are alive; `info` is written before the call returns.
-        match unsafe { sys::cuGraphExecUpdate_v2(self.0, graph.0, &mut info) } {
-            sys::CUresult::CUDA_ERROR_GRAPH_EXEC_UPDATE_FAILURE => Ok(false),
-            status => status.result().map(|()| true),
-        }
+        unsafe { sys::cuGraphExecUpdate_v2(self.0, graph.0, &mut info) }.result().is_ok()
     }
 
     /// Puts it on the stream.

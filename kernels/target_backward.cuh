@@ -1,13 +1,15 @@
 // Backward of the perceptron: a block of four warps an item, a warp a pair at a time.
 //
 // In a round the warps compute the activations of a pair each again, and their gradients, and stage them as rows in shared
-// memory: 64 rows. Then all that is a sum over rows is taken from there by the whole block, in an order that is fixed: the
-// gradients of both weights by products (each warp keeps its share of them in registers, over all items of its block), sums
-// over pairs of each token, sums over tokens of each pair. No atomics.
+// memory: 64 rows. Each writes the sums over its 16 tokens. Then the whole block takes from there, in an order that is fixed, the
+// gradients of both weights by products (each warp keeps its share of them in registers, over all items of its block), and
+// sums over pairs of each token. No atomics.
 //
 //     dh1 = de w2 where h1 > 0       dz = dh1 W1^T where h0 > 0       y = dz P^T
 //     dP = x^T dz     dW1 = h0^T dh1     dw2 = sum of de h1     db1 = sum of dh1
 //     per token: dZ = sum of dz, da = sum of y r         per pair: dc = sum of dz, dr = sum of y a
+//
+// y is not staged itself: y a is, for the pair's sum, and then y r in its place.
 //
 // What the sums over tokens and pairs become is in target_sums.cuh.
 #pragma once
@@ -105,8 +107,8 @@ struct Strip {
     }
 };
 
-// Sums of a column pair over the lanes that hold it: over the rows of a warp.
-__device__ __forceinline__ float row_sum(float x) {
+// Sum over the lanes that hold a column: over the rows of a warp.
+__device__ __forceinline__ float lanes_sum(float x) {
     x += shuffle_xor(x, 4);
     x += shuffle_xor(x, 8);
     return x + shuffle_xor(x, 16);
@@ -124,9 +126,6 @@ __device__ __forceinline__ void perceptron_backward(const PerceptronParams& p) {
     E* const h0 = carve.take<E>(WARPS * 16 * H0_STRIDE);
     E* const dz = carve.take<E>(WARPS * 16 * H0_STRIDE);
     E* const dh1 = carve.take<E>(WARPS * 16 * H1_STRIDE);
-    float* const r = carve.take<float>(WARPS * D);         // of the round's pairs
-    unsigned* const unit = carve.take<unsigned>(WARPS);    // rows of pair_sums; NONE: no pair
-    constexpr unsigned NONE = ~0u;
     const int warp = warp_index(), lane = lane_index(), column = (lane & 3) * 2;
     E* const own_x = x + warp * 16 * X_STRIDE;
     E* const own_y = y + warp * 16 * X_STRIDE;
@@ -162,14 +161,13 @@ __device__ __forceinline__ void perceptron_backward(const PerceptronParams& p) {
                 const unsigned t = item.position + (lane >> 2) + half * 8;
                 de[half] = present && t < pair.length ? p.de[pair.score + t] : 0.0f;
             }
-            if (lane == 0) unit[warp] = present ? pair.unit + item.position / 16 : NONE;
+            const float* const r = p.r + size_t(pair.index) * p.width;
+            float4* const sums = reinterpret_cast<float4*>(p.pair_sums + size_t(pair.unit + item.position / 16) * (H0 + D));
             Operand<E> x_operand[D / 16][1];
 #pragma unroll
             for (int k = 0; k < D / 16; ++k) {
-                const float4 columns = shared_columns(p.r + size_t(pair.index) * p.width, k, p.width);
-                if (lane < 4) reinterpret_cast<float4*>(r)[warp * (D / 4) + k * 4 + lane] = columns;
                 float c[2][4];
-                product_inputs(c, a, k, columns);
+                product_inputs(c, a, k, shared_columns(r, k, p.width));
                 stage(own_x + k * 16, X_STRIDE, c);
                 x_operand[k][0] = operand<2>(c, own_x + k * 16, X_STRIDE);
             }
@@ -229,10 +227,28 @@ __device__ __forceinline__ void perceptron_backward(const PerceptronParams& p) {
                 }
                 stage(own_dz + n * 16, H0_STRIDE, c);
                 const Operand<E> d = operand<2>(c, own_dz + n * 16, H0_STRIDE);
-                if constexpr (EXACT) __syncwarp();
+                __syncwarp();
+                const float4 over_tokens = row_sums(c, own_dz + n * 16, H0_STRIDE);
+                if (present && lane < 4) sums[n * 4 + lane] = over_tokens;
                 multiply_columns<D, 16>(y_sums, d, weights.product + n * 16, H0_STRIDE);
             }
-            stage(own_y, X_STRIDE, y_sums);
+#pragma unroll
+            for (int k = 0; k < D / 16; ++k) {
+                float c[2][4];
+                a.get(c, k);
+#pragma unroll
+                for (int i = 0; i < 8; ++i) c[i / 4][i % 4] *= y_sums[2 * k + i / 4][i % 4];
+                E* const at = own_y + k * 16;
+                if constexpr (!EXACT) stage(at, X_STRIDE, c);
+                __syncwarp();
+                const float4 over_tokens = row_sums(c, at, X_STRIDE);
+                if (present && lane < 4) sums[H0 / 4 + k * 4 + lane] = over_tokens;
+                __syncwarp();
+                const float4 of_pair = shared_columns(r, k, p.width);
+#pragma unroll
+                for (int i = 0; i < 8; ++i) c[i / 4][i % 4] = y_sums[2 * k + i / 4][i % 4] * part(of_pair, i / 4, i % 2);
+                stage(at, X_STRIDE, c);
+            }
             __syncthreads();
 
 #pragma unroll
@@ -251,27 +267,7 @@ __device__ __forceinline__ void perceptron_backward(const PerceptronParams& p) {
                 const int quad = threadIdx.x + i * THREADS, row = quad / (D / 4), q = quad % (D / 4);
                 if (quad >= 4 * D) continue;
 #pragma unroll
-                for (int w = 0; w < WARPS; ++w) {
-                    const float4 of_pair = reinterpret_cast<const float4*>(r)[w * (D / 4) + q];
-                    da_sums[i] = multiply_add4(staged4(y + (w * 16 + row) * X_STRIDE, q), of_pair, da_sums[i]);
-                }
-            }
-            constexpr int PAIR_QUADS = (H0 + D) / 4;
-#pragma unroll 1
-            for (int i = threadIdx.x; i < WARPS * PAIR_QUADS; i += THREADS) {
-                const int w = i / PAIR_QUADS, q = i % PAIR_QUADS;
-                if (unit[w] == NONE) continue;
-                float4 sum = zero4();
-                if (q < H0 / 4) {
-#pragma unroll 4
-                    for (int row = 0; row < 16; ++row) sum = add4(sum, staged4(dz + (w * 16 + row) * H0_STRIDE, q));
-                } else {
-#pragma unroll 4
-                    for (int row = 0; row < 16; ++row) {
-                        sum = multiply_add4(staged4(y + (w * 16 + row) * X_STRIDE, q - H0 / 4), a.quad(row, q - H0 / 4), sum);
-                    }
-                }
-                reinterpret_cast<float4*>(p.pair_sums)[size_t(unit[w]) * PAIR_QUADS + q] = sum;
+                for (int w = 0; w < WARPS; ++w) da_sums[i] = add4(da_sums[i], staged4(y + (w * 16 + row) * X_STRIDE, q));
             }
             __syncthreads();
         }
@@ -301,7 +297,7 @@ __device__ __forceinline__ void perceptron_backward(const PerceptronParams& p) {
     for (int n = 0; n < H1 / 8; ++n) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const float bias = row_sum(db1[n][i]), weight = row_sum(dw2[n][i]);
+            const float bias = lanes_sum(db1[n][i]), weight = lanes_sum(dw2[n][i]);
             if (lane < 4) shares[warp * 2 * H1 + n * 8 + column + i] = bias, shares[warp * 2 * H1 + H1 + n * 8 + column + i] = weight;
         }
     }

@@ -235,6 +235,29 @@ __device__ __forceinline__ void multiply_columns(float (&acc)[N / 8][4], const O
     }
 }
 
+// sums = the sum of sixteen columns over the 16 rows: of the lane's columns, in every lane that has them. `c` is staged in `rows`,
+// and the warp has synchronised since: in 16 bits ones times them are the sums.
+template <class T>
+__device__ __forceinline__ float4 row_sums(const float (&c)[2][4], const T* rows, int stride) {
+    if constexpr (IS_EXACT<T>) {
+        float sums[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            sums[i] = c[i / 2][i % 2] + c[i / 2][2 + i % 2];
+#pragma unroll
+            for (int lanes = 4; lanes < 32; lanes *= 2) sums[i] += shuffle_xor(sums[i], lanes);
+        }
+        return make_float4(sums[0], sums[1], sums[2], sums[3]);
+    } else {
+        Operand<T> ones[1];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) ones[0].a[i] = pack<T>(1.0f, 1.0f);
+        float sums[1][2][4] = {};
+        multiply_rows<16>(sums, ones, rows, stride);
+        return make_float4(sums[0][0][0], sums[0][0][1], sums[0][1][0], sums[0][1][1]);
+    }
+}
+
 // ---------------------------------------------------------------- weights
 
 // The perceptron's weights in shared memory, by position, zeros where it is narrower than what the module is compiled for.

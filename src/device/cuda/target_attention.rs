@@ -95,7 +95,6 @@ impl Shape {
         carve.take(16 * self.width, 4).take(16 * self.hidden0, 4);
         carve.take(rows * x, size).take(rows * x, size);
         carve.take(rows * h0, size).take(rows * h0, size).take(rows * h1, size);
-        carve.take(WARPS * self.width, 4).take(WARPS, 4);
         Block { warps: WARPS, shared_bytes: carve.bytes() }
     }
 

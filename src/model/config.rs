@@ -178,6 +178,9 @@ pub enum ModelError {
         /// The model's limit.
         limit: usize,
     },
+    /// A staged batch of another model.
+    #[error("the batch was staged for another device or another model; stage it with this model's stager")]
+    OtherModel,
     /// A loss or gradient that is not finite.
     #[error("non-finite value in {tensor}")]
     NonFinite {

@@ -20,9 +20,17 @@ impl<R: Runtime> Device for Gpu<R> {
     type Staging = Staging<R>;
     type AttentionPlan = DevicePlan<R>;
     type TargetPlan = host_target::TargetPlan;
+    type Mark = R::Mark;
 
     fn name(&self) -> String {
         format!("{} ({})", self.runtime().name(), self.precision().name())
+    }
+
+    fn mark(&self) -> Result<R::Mark, DeviceError> {
+        Ok(self.runtime().mark()?)
+    }
+    fn seconds_between(&self, from: &R::Mark, to: &R::Mark) -> Result<f64, DeviceError> {
+        Ok(self.runtime().seconds_between(from, to)?)
     }
 
     fn check_room(&self, parameters: usize, copies: usize) -> Done {

@@ -254,10 +254,15 @@ mod tests {
     #[test]
     fn a_panic_of_the_consumer_ends_the_workers() {
         let result = catch_unwind(|| {
-            ahead(0..usize::MAX, 2, |index| index, |made| {
-                made.next();
-                panic!("enough");
-            })
+            ahead(
+                0..usize::MAX,
+                2,
+                |index| index,
+                |made| {
+                    made.next();
+                    panic!("enough");
+                },
+            )
         });
         assert!(result.is_err());
     }

@@ -1,5 +1,6 @@
 //! What a model is, and how it is trained: plain numbers, checked.
 
+use super::parameters::Layout;
 use crate::attention::{FhaOptions, LabelMask, Normalization, Pairing};
 use crate::device::{Clip, DeviceError};
 use serde::{Deserialize, Serialize};
@@ -67,6 +68,11 @@ impl ModelConfig {
             pairing: if self.fha { Pairing::Factorized } else { Pairing::PerHead },
             ..FhaOptions::new(self.heads, self.width / self.heads)
         }
+    }
+
+    /// Number of trained values.
+    pub fn parameters(&self) -> usize {
+        Layout::new(self).parameters()
     }
 
     /// Whether these numbers make a network.

@@ -1,5 +1,6 @@
 //! A training step by its parts, and what they take.
 
+use super::ModelError;
 use crate::device::{Device, DeviceError};
 use serde::Serialize;
 use std::ops::AddAssign;
@@ -83,9 +84,9 @@ impl<D: Device> StepTimer<D> {
     ///
     /// # Errors
     /// What the device reports.
-    pub fn take(&mut self) -> Result<f64, DeviceError> {
+    pub fn take(&mut self) -> Result<f64, ModelError> {
         match (self.start.take(), self.end.take()) {
-            (Some(start), Some(end)) => self.device.seconds_between(&start, &end),
+            (Some(start), Some(end)) => Ok(self.device.seconds_between(&start, &end)?),
             _ => Ok(0.0),
         }
     }
@@ -144,7 +145,7 @@ impl<D: Device> PartTimer<D> {
     ///
     /// # Errors
     /// What the device reports.
-    pub fn take(&mut self) -> Result<PartSeconds, DeviceError> {
+    pub fn take(&mut self) -> Result<PartSeconds, ModelError> {
         let mut seconds = PartSeconds::default();
         let (marks, end) = (std::mem::take(&mut self.marks), self.end.take());
         let ends = marks.iter().skip(1).map(|(_, mark)| mark).chain(&end);

@@ -250,7 +250,7 @@ impl<'a, D: Device> Fit<'a, D> {
                 let time = StepTime {
                     seconds: since.elapsed().as_secs_f64(),
                     input_wait: (batches.waited() - waited).as_secs_f64(),
-                    busy: timer.take().map_err(ModelError::from)?,
+                    busy: timer.take()?,
                 };
                 (since, waited) = (Instant::now(), batches.waited());
                 self.state.sums.add(rows, &loss, time);

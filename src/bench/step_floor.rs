@@ -145,13 +145,6 @@ impl AddAssign for Floor {
     }
 }
 
-impl Mul<f64> for Floor {
-    type Output = Self;
-    fn mul(self, by: f64) -> Self {
-        Self { work: self.work * by, bounds: self.bounds.map(|b| b * by), seconds: self.seconds * by }
-    }
-}
-
 impl StepWork {
     /// Of a step of the network `config` on `batch`.
     pub fn new(config: &ModelConfig, batch: &Batch, dense_embeddings: bool) -> Self {
@@ -284,12 +277,10 @@ impl Shape {
         // Indices and targets of the rows; candidates, the history's means, both interests' means and attended vectors.
         let read = Work::values(3.0 * rows + (candidate_rows + 3.0 * groups + 2.0 * rows) * width);
         let written = Work::values((pairs + 3.0 * groups + 2.0 * rows) * width);
-        let logits = Work::values(2.0 * 2.0 * rows);
         PartWork {
             always: Work::products(2.0 * 3.0 * forward)
                 + read * 2.0
                 + written
-                + logits
                 + Work::values(2.0 * 3.0 * parameters),
             kept: Work::values(2.0 * 2.0 * rows * (t0 + t1)),
             again: Work::products(2.0 * forward),

@@ -19,7 +19,7 @@ fn config() -> ModelConfig {
 fn batch(seed: u32) -> Batch {
     let history = |length: u32| History {
         items: (0..length).map(|t| (7 * t + seed) % 40).collect(),
-        labels: (0..length).map(|t| u8::from((t + seed) % 3 > 0)).collect(),
+        labels: (0..length).map(|t| u8::from(!(t + seed).is_multiple_of(3))).collect(),
         groups: vec![Group {
             length,
             candidates: (0..4).map(|c| (11 * c + length) % 40).collect(),

@@ -48,53 +48,58 @@ impl StepObserver for Heard {
     }
 }
 
-/// Losses and parameters of three steps.
-fn three_steps<D: Device>(
-    device: Arc<D>,
-    dense_embeddings: bool,
-    observer: &mut dyn FnMut(&mut dyn FnMut(&mut dyn StepObserver)),
-) -> (Vec<f64>, Vec<HostTensor>) {
-    let mut model = Model::initialized(device, config(), 3, Initialization::Scaled).unwrap();
-    let mut optimizer = Optimizer::new(&model).unwrap();
-    let adam = AdamOptions { dense_embeddings, ..ADAM };
-    let mut losses = Vec::new();
-    for seed in 0..3 {
-        let staged = model.stager().stage(&batch(seed)).unwrap();
-        let mut staged = Some(staged);
-        observer(&mut |observer| {
-            let batch = staged.take().expect("one step for each batch");
-            losses.push(model.train_staged(batch, &LOSS, &adam, &mut optimizer, observer).unwrap().loss);
-        });
+/// A model in training.
+struct Training<D: Device> {
+    model: Model<D>,
+    optimizer: Optimizer<D>,
+    adam: AdamOptions,
+    losses: Vec<f64>,
+}
+
+impl<D: Device> Training<D> {
+    fn new(device: Arc<D>, dense_embeddings: bool) -> Self {
+        let model = Model::initialized(device, config(), 3, Initialization::Scaled).unwrap();
+        let optimizer = Optimizer::new(&model).unwrap();
+        Self { model, optimizer, adam: AdamOptions { dense_embeddings, ..ADAM }, losses: Vec::new() }
     }
-    (losses, model.tensors().unwrap())
+
+    fn step(&mut self, seed: u32, observer: &mut dyn StepObserver) {
+        let staged = self.model.stager().stage(&batch(seed)).unwrap();
+        let step = self.model.train_staged(staged, &LOSS, &self.adam, &mut self.optimizer, observer);
+        self.losses.push(step.unwrap().loss);
+    }
+
+    fn result(self) -> (Vec<f64>, Vec<HostTensor>) {
+        (self.losses, self.model.tensors().unwrap())
+    }
 }
 
 pub fn watching_a_step_changes_nothing<D: Device>(new: &dyn Fn() -> Arc<D>) {
     for dense_embeddings in [false, true] {
-        let unseen = three_steps(new(), dense_embeddings, &mut |step| step(&mut ()));
+        let mut unseen = Training::new(new(), dense_embeddings);
         let device = new();
         let mut timer = PartTimer::new(device.clone());
-        let timed = three_steps(device, dense_embeddings, &mut |step| {
-            step(&mut timer);
+        let mut timed = Training::new(device, dense_embeddings);
+        let mut heard = Training::new(new(), dense_embeddings);
+        for seed in 0..3 {
+            unseen.step(seed, &mut ());
+            timed.step(seed, &mut timer);
             timer.take().unwrap();
-        });
-        assert!(timed == unseen);
-        let heard = three_steps(new(), dense_embeddings, &mut |step| {
-            let mut heard = Heard::default();
-            step(&mut heard);
-            assert_eq!(heard.ends, 1);
-            assert_eq!(
-                (heard.parts.first(), heard.parts.last()),
-                (Some(&StepPart::Input), Some(&StepPart::Optimizer))
-            );
+
+            let mut ear = Heard::default();
+            heard.step(seed, &mut ear);
+            assert_eq!(ear.ends, 1);
+            let (first, last) = (ear.parts.first(), ear.parts.last());
+            assert_eq!((first, last), (Some(&StepPart::Input), Some(&StepPart::Optimizer)));
             for part in StepPart::ALL {
                 // Forward and backward, of one interest or both; what comes before and after happens once.
                 let once = matches!(part, StepPart::Input | StepPart::Optimizer);
-                let times = heard.parts.iter().filter(|&&p| p == part).count();
+                let times = ear.parts.iter().filter(|&&p| p == part).count();
                 assert!(if once { times == 1 } else { times >= 2 }, "{part:?}: {times} times");
             }
-        });
-        assert!(heard == unseen);
+        }
+        let unseen = unseen.result();
+        assert!(timed.result() == unseen && heard.result() == unseen);
     }
 }
 
@@ -102,9 +107,11 @@ pub fn parts_make_up_the_step<D: Device>(new: &dyn Fn() -> Arc<D>) {
     let device = new();
     let (mut parts, mut whole) = (PartTimer::new(device.clone()), StepTimer::new(device.clone()));
     assert_eq!((parts.take().unwrap().total(), whole.take().unwrap()), (0.0, 0.0), "no step, no time");
-    three_steps(device, false, &mut |step| {
+    let mut training = Training::new(device, false);
+    let mut share: f64 = 0.0;
+    for seed in 0..10 {
         let start = Instant::now();
-        step(&mut Both(&mut parts, &mut whole));
+        training.step(seed, &mut Both(&mut parts, &mut whole));
         let outside = start.elapsed().as_secs_f64();
         let (parts, whole) = (parts.take().unwrap(), whole.take().unwrap());
         for part in StepPart::ALL {
@@ -115,8 +122,10 @@ pub fn parts_make_up_the_step<D: Device>(new: &dyn Fn() -> Arc<D>) {
             parts.total() <= whole + 1e-9 && whole <= outside + 1e-9,
             "{parts:?} of {whole} of {outside}"
         );
-        assert!(parts.total() >= 0.5 * whole, "{parts:?} of {whole}");
-    });
+        share = share.max(parts.total() / whole);
+    }
+    // Of the best step: between any two marks the thread may lose its core.
+    assert!(share >= 0.9, "parts are {share} of the step");
 }
 
 /// Two observers: what the first measures lies inside of what the second does.

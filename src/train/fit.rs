@@ -247,12 +247,13 @@ impl<'a, D: Device> Fit<'a, D> {
                 let batch = batch?;
                 let rows = batch.rows();
                 let loss = self.step(batch, &mut timer)?;
+                let (now, waited_now) = (Instant::now(), batches.waited());
                 let time = StepTime {
-                    seconds: since.elapsed().as_secs_f64(),
-                    input_wait: (batches.waited() - waited).as_secs_f64(),
+                    seconds: (now - since).as_secs_f64(),
+                    input_wait: (waited_now - waited).as_secs_f64(),
                     busy: timer.take()?,
                 };
-                (since, waited) = (Instant::now(), batches.waited());
+                (since, waited) = (now, waited_now);
                 self.state.sums.add(rows, &loss, time);
                 lately += time;
                 self.state.batch += 1;

@@ -9,6 +9,7 @@ use dfar::device::cuda::compile::{Arch, Cache};
 use dfar::device::cuda::tile::{Element, HEAD_DIMS};
 use dfar::device::cuda::{Cuda, CudaError, Precision, device_count, nvrtc::Nvrtc, plan};
 use dfar::verify::{Case, Fha, cases, compare, compare_gradients};
+use std::io::Write;
 use std::path::Path;
 
 #[test]
@@ -36,7 +37,7 @@ fn compiled_modules_are_kept() {
     let module = plan::module(Element::Bf16, 16);
     match Nvrtc::get() {
         Err(error) => {
-            eprintln!("compiled_modules_are_kept: skipped: {error}");
+            let _ = writeln!(std::io::stderr(), "compiled_modules_are_kept: skipped: {error}");
             let error = cache.load(module, Arch::OLDEST).expect_err("nothing can compile it");
             assert!(matches!(error, CudaError::NoNvrtc { .. } | CudaError::OldNvrtc { .. }), "{error}");
         }

@@ -4,6 +4,8 @@
 //! it that are asked about (the encoder is causal), and a (history, candidate) **pair** is scored once, over the
 //! longest prefix that needs it, however many groups ask for that candidate. See `docs/mathematics.md`.
 
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
 use thiserror::Error;
 
 /// A run of one user's events, oldest first, encoded in one pass, and what is asked of its prefixes.
@@ -206,18 +208,22 @@ impl Batch {
             split.cu_seqlens.push(0);
         }
         let mut scores = 0usize;
+        let mut pairs: HashMap<u32, u32, BuildHasherDefault<ItemHasher>> = HashMap::default();
+        let mut longest: Vec<u32> = Vec::new();
         for history in histories {
             batch.push_tokens(history);
-            let mut pairs = std::collections::HashMap::new();
-            let mut longest: Vec<u32> = Vec::new();
+            pairs.clear();
             let first_pair = batch.pair_item.len() as u32;
+            let (mut counted, mut liked) = (0, 0);
             for group in &history.groups {
                 let g = batch.group_length.len() as u32;
                 batch.group_length.push(group.length);
-                for (f, split) in batch.split.iter_mut().enumerate() {
-                    let prefix = &history.labels[..group.length as usize];
-                    split.count.push(prefix.iter().filter(|&&l| l as usize == f).count() as u32);
-                }
+                // Lengths ascend, so that every event is counted once.
+                liked +=
+                    history.labels[counted..group.length as usize].iter().map(|&l| u32::from(l)).sum::<u32>();
+                counted = group.length as usize;
+                batch.split[0].count.push(group.length - liked);
+                batch.split[1].count.push(liked);
                 for (&candidate, &target) in group.candidates.iter().zip(&group.targets) {
                     let fresh = longest.len() as u32;
                     let pair = if share_pairs { *pairs.entry(candidate).or_insert(fresh) } else { fresh };
@@ -233,7 +239,7 @@ impl Batch {
                 }
                 batch.row_offsets.push(batch.target.len() as u32);
             }
-            for length in longest {
+            for length in longest.drain(..) {
                 scores += length as usize;
                 if scores > u32::MAX as usize {
                     return Err(BatchError::TooLarge { what: "(candidate, event) scores", count: scores });
@@ -244,9 +250,11 @@ impl Batch {
             batch.group_offsets.push(batch.group_length.len() as u32);
         }
         batch.pair_rows = Lists::by_key(&batch.row_pair, batch.pair_item.len());
-        let candidates = batch.item.iter().chain(&batch.pair_item).copied();
-        batch.touched_item = touched(candidates.collect());
-        batch.touched_position = touched(batch.position.clone());
+        batch.touched_item = touched(batch.item.iter().chain(&batch.pair_item).copied());
+        // Positions count from 0 in every history, so none is left out below the highest.
+        let positions = batch.position.iter().max().map_or(0, |&last| last + 1);
+        let source = Lists::by_key(&batch.position, positions as usize);
+        batch.touched_position = Touched { row: (0..positions).collect(), source };
         let pairs = batch.pair_item.len();
         let interests = std::iter::repeat_n(0, pairs).chain(std::iter::repeat_n(1, pairs));
         let label: Vec<u32> = batch.label.iter().map(|&l| l.into()).chain(interests).collect();
@@ -333,12 +341,37 @@ fn check(histories: &[History]) -> Result<(), BatchError> {
     Ok(())
 }
 
-/// Distinct values of `key` and where they occur.
-fn touched(key: Vec<u32>) -> Touched {
-    let mut row = key.clone();
-    row.sort_unstable();
-    row.dedup();
-    let dense: Vec<u32> =
-        key.iter().map(|k| row.binary_search(k).expect("every key is among the rows") as u32).collect();
-    Touched { source: Lists::by_key(&dense, row.len()), row }
+/// Distinct values of `keys` and where they occur.
+fn touched(keys: impl Iterator<Item = u32>) -> Touched {
+    // Sorted by key and then by place, which is the order of the lists.
+    let mut places: Vec<u64> =
+        (0..).zip(keys).map(|(place, key): (u64, u32)| u64::from(key) << 32 | place).collect();
+    places.sort_unstable();
+    let mut touched = Touched::default();
+    touched.source.members = places.iter().map(|&place| place as u32).collect();
+    touched.source.offsets.push(0);
+    for of_key in places.chunk_by(|a, b| a >> 32 == b >> 32) {
+        touched.row.push((of_key[0] >> 32) as u32);
+        let end = touched.source.offsets[touched.row.len() - 1] + of_key.len() as u32;
+        touched.source.offsets.push(end);
+    }
+    touched
+}
+
+/// A hash of item ids that costs a multiplication: ids come from a data set, not from somebody who looks for collisions.
+#[derive(Default)]
+struct ItemHasher(u64);
+
+impl Hasher for ItemHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|&byte| self.write_u32(byte.into()));
+    }
+    fn write_u32(&mut self, item: u32) {
+        // The table takes its place from the low bits and its tag from the high ones.
+        let product = (self.0 ^ u64::from(item)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.0 = product ^ (product >> 32);
+    }
+    fn finish(&self) -> u64 {
+        self.0
+    }
 }

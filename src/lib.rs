@@ -60,6 +60,7 @@ pub mod error;
 pub mod evaluate;
 pub mod history;
 pub mod model;
+mod pipeline;
 pub mod report;
 pub mod train;
 pub mod verify;

@@ -54,7 +54,7 @@ fn bytes(path: impl AsRef<Path>) -> Vec<u8> {
 fn help_lists_the_flags_and_commands() {
     let output = dfar_train(Path::new("."), &["--help"]);
     assert_eq!(code(&output), 0);
-    for word in ["evaluate", "score", "--no-fha", "--train-targets", "--resume", "Exit codes"] {
+    for word in ["evaluate", "score", "--no-fha", "--train-targets", "--workers", "--resume", "Exit codes"] {
         assert!(stdout(&output).contains(word), "{word}");
     }
 }
@@ -119,7 +119,9 @@ fn a_run_leaves_what_it_promises() {
         assert!(table.contains(word), "{word} in\n{table}");
     }
     let log = stderr(&output);
-    assert!(log.contains("epoch 1: loss") && log.contains("validation AUC"), "{log}");
+    for word in ["epoch 1: loss", "validation AUC", "device busy"] {
+        assert!(log.contains(word), "{word} in\n{log}");
+    }
     assert!(!log.contains('\u{1b}'), "no bars without a terminal");
 
     let run = dir.path().join("run");
@@ -160,6 +162,7 @@ fn a_saved_configuration_repeats_the_run_and_flags_win_over_it() {
     };
     let first = bytes(dir.path().join("first/model.safetensors"));
     assert!(repeat("second", &[]) == first);
+    assert!(repeat("by three workers", &["--workers", "3"]) == first);
     assert!(repeat("third", &["--seed", "9"]) != first);
 }
 
@@ -225,7 +228,7 @@ fn only_the_length_of_a_resumed_run_may_change() {
     let output = dfar_train(dir.path(), &["--resume", "run", "--lr", "0.1"]);
     assert_eq!(code(&output), 2);
     assert!(stderr(&output).contains("--lr cannot change"), "{}", stderr(&output));
-    let output = dfar_train(dir.path(), &["--resume", "run", "--epochs", "3"]);
+    let output = dfar_train(dir.path(), &["--resume", "run", "--epochs", "3", "--workers", "2"]);
     assert_eq!(code(&output), 0, "{}", stderr(&output));
     let longer = dir.path().join("run/model.safetensors");
     let args = ["--data", "x.dfar", "--out", "three", "--epochs", "3"];

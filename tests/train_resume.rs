@@ -1,13 +1,14 @@
 //! A run that is stopped, however it is stopped, and continued ends where the uninterrupted run ends: bit for bit.
 
 use dfar::batch::Batch;
-use dfar::data::Dataset;
 use dfar::data::synthetic::{self, SyntheticOptions};
+use dfar::data::{Dataset, Part};
 use dfar::device::cpu::Cpu;
-use dfar::history::without_sharing;
-use dfar::model::{Initialization, Model};
+use dfar::evaluate::{self, ScoreOptions};
+use dfar::history::{Feedback, without_sharing};
+use dfar::model::{Initialization, Model, ModelError};
 use dfar::report;
-use dfar::train::checkpoint::{Checkpoint, ModelFile};
+use dfar::train::checkpoint::{Checkpoint, EpochSums, ModelFile, StepTime};
 use dfar::train::draw::Drawer;
 use dfar::train::run::Run;
 use dfar::train::{Config, Event, Fit, Outcome, TrainError};
@@ -30,13 +31,24 @@ fn config() -> Config {
 
 /// Trains in `dir`, stopping after `stop` steps (of this session) if given.
 fn session(dir: &Path, data: &Dataset, resume: bool, stop: Option<u64>) -> Result<Outcome, TrainError> {
+    session_with(0, dir, data, resume, stop)
+}
+
+/// [`session`] with a number of workers.
+fn session_with(
+    workers: usize,
+    dir: &Path,
+    data: &Dataset,
+    resume: bool,
+    stop: Option<u64>,
+) -> Result<Outcome, TrainError> {
     let device = Arc::new(Cpu::new());
     let run = if resume { Run::resume(dir)? } else { Run::create(dir)? };
     let mut fit = match resume {
-        false => Fit::start(device.clone(), data, config(), &run)?,
+        false => Fit::start(device.clone(), data, Config { workers, ..config() }, &run)?,
         true => {
             let checkpoint = Checkpoint::load(&run.checkpoint())?;
-            let config = checkpoint.info.config.clone();
+            let config = Config { workers, ..checkpoint.info.config.clone() };
             Fit::resume(device.clone(), data, config, &run, checkpoint)?
         }
     };
@@ -118,6 +130,127 @@ fn the_number_of_threads_changes_nothing() {
         model_bytes(&dir)
     });
     assert!(bytes[0] == bytes[1]);
+}
+
+#[test]
+fn the_number_of_workers_changes_nothing() {
+    let data = data();
+    let dir = tempfile::tempdir().unwrap();
+    let whole = dir.path().join("whole");
+    session_with(1, &whole, &data, false, None).unwrap();
+    // Also where a run is stopped with batches made ahead, and goes on with another number.
+    for (name, stops) in
+        [("three", vec![(3, None)]), ("changing", vec![(4, Some(2)), (2, Some(1)), (7, None)])]
+    {
+        let parts = dir.path().join(name);
+        for (i, &(workers, stop)) in stops.iter().enumerate() {
+            session_with(workers, &parts, &data, i > 0, stop).unwrap();
+        }
+        assert!(model_bytes(&parts) == model_bytes(&whole), "{name}");
+        let checkpoint = |dir: &Path| Checkpoint::load(&dir.join("checkpoint.safetensors")).unwrap();
+        let [found, expected] = [&parts, &whole].map(|dir| checkpoint(dir));
+        assert!(found.parameters == expected.parameters && found.moments == expected.moments, "{name}");
+    }
+}
+
+#[test]
+fn scores_depend_neither_on_workers_nor_on_batches() {
+    let data = data();
+    let device = Arc::new(Cpu::new());
+    // Short enough that some histories are cut.
+    let model = Model::initialized(device, config().model(data.items()), 5, Initialization::Scaled).unwrap();
+    for feedback in [Feedback::Mixed, Feedback::PositiveOnly, Feedback::Ignored] {
+        let score = |workers, batch_tokens, batch_rows| {
+            let options = ScoreOptions { feedback, batch_tokens, batch_rows, workers };
+            let mut done = Vec::new();
+            let scores = evaluate::score_part(&model, &data, Part::Test, &options, &mut |groups| {
+                done.push(groups);
+                ControlFlow::Continue(())
+            });
+            (scores.unwrap(), done)
+        };
+        let (expected, done) = score(1, 100, 100);
+        assert!(done.is_sorted() && done.len() > 3 && done.last() == Some(&data.groups(Part::Test).len()));
+        assert_eq!(expected.len(), data.groups(Part::Test).len() * 10);
+        for (workers, batch_tokens, batch_rows) in
+            [(0, 100, 100), (3, 100, 100), (2, 1, 1), (2, 1 << 20, 1 << 20)]
+        {
+            assert!(
+                score(workers, batch_tokens, batch_rows).0 == expected,
+                "{workers} workers, {feedback:?}"
+            );
+        }
+    }
+}
+
+/// A batch that cannot be used is found by a worker, ahead of its turn: the run ends at that batch, with the checkpoint of before.
+#[test]
+fn an_error_of_a_worker_ends_the_run_and_keeps_the_checkpoint() {
+    let data = data();
+    for workers in [1, 3] {
+        let dir = tempfile::tempdir().unwrap();
+        session_with(workers, dir.path(), &data, false, Some(1)).unwrap();
+        let run = Run::resume(dir.path()).unwrap();
+        // A model of too few items for the data, which only the batches show.
+        let mut checkpoint = Checkpoint::load(&run.checkpoint()).unwrap();
+        let config = checkpoint.info.config.clone();
+        checkpoint.info.model.items -= 10;
+        for tensor in checkpoint.parameters.iter_mut().chain(&mut checkpoint.moments) {
+            if tensor.name.ends_with("item") {
+                tensor.shape[0] -= 10;
+                tensor.values.truncate(tensor.shape.iter().product());
+            }
+        }
+        checkpoint.save(&run.checkpoint()).unwrap();
+        let checkpoint = Checkpoint::load(&run.checkpoint()).unwrap();
+        let before = checkpoint.clone();
+        let mut fit = Fit::resume(Arc::new(Cpu::new()), &data, config, &run, checkpoint).unwrap();
+        let error = fit.run(&mut |_| ControlFlow::Continue(())).unwrap_err();
+        assert!(matches!(error, TrainError::Model(ModelError::Batch { limit: 30, .. })), "{error}");
+        let kept = Checkpoint::load(&run.checkpoint()).unwrap();
+        assert_eq!((&kept.info.state, kept.parameters), (&before.info.state, before.parameters));
+    }
+}
+
+#[test]
+fn the_log_tells_how_busy_the_device_was() {
+    let data = data();
+    let dir = tempfile::tempdir().unwrap();
+    let run = Run::create(dir.path()).unwrap();
+    let config = Config { batch_tokens: 40, ..config() };
+    let mut fit = Fit::start(Arc::new(Cpu::new()), &data, config, &run).unwrap();
+    fit.run(&mut |_| ControlFlow::Continue(())).unwrap();
+    let log = std::fs::read_to_string(dir.path().join("log.jsonl")).unwrap();
+    let mut seen = [0u64, 0];
+    for line in log.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()) {
+        let kind = match line["event"].as_str() {
+            Some("step") => 0,
+            Some("epoch") => 1,
+            _ => continue,
+        };
+        seen[kind] += 1;
+        let figure = |name: &str| line[name].as_f64().unwrap_or_else(|| panic!("{name} in {line}"));
+        let utilisation = figure("utilisation");
+        assert!(utilisation > 0.0 && utilisation <= 1.0 && figure("input_wait") >= 0.0, "{line}");
+        if kind == 1 {
+            // What the loop waited, and what the device worked, are different times of the same epoch.
+            let (seconds, wait) = (figure("train_seconds"), figure("input_wait"));
+            assert!(wait + utilisation * seconds <= seconds * (1.0 + 1e-9), "{line}");
+        }
+    }
+    assert_eq!(seen, [fit.state().steps / 20, 3]);
+    assert!(seen[0] >= 1);
+}
+
+/// Checkpoints of versions that did not measure how long batches were waited for.
+#[test]
+fn older_checkpoints_go_on() {
+    let sums: EpochSums =
+        serde_json::from_str(r#"{"rows":4,"loss":1.0,"bce":0.5,"ibl":0.25,"idl":0.25,"seconds":2.0}"#)
+            .unwrap();
+    assert_eq!((sums.rows, sums.time), (4, StepTime { seconds: 2.0, ..StepTime::default() }));
+    let json = serde_json::to_value(sums).unwrap();
+    assert_eq!((&json["seconds"], &json["busy"]), (&2.0.into(), &0.0.into()), "one flat object");
 }
 
 #[test]

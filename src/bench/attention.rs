@@ -129,28 +129,33 @@ impl Batch {
         self.run(true, Pass::Backward)
     }
 
-    /// (multiply-adds, exponentials) that the mathematics of a pass needs, counted from the labels: visible
-    /// pairs only, products with values only where they are kept.
+    /// [`needed`], for these sequences.
     pub(super) fn work(&self, pass: Pass) -> (f64, f64) {
-        let FhaOptions { heads, head_dim, label_mask, normalization, causal, .. } = self.options;
-        let masked = label_mask == LabelMask::Feedback;
-        let (slots, heads) = (self.options.query_slots() as f64, heads as f64);
-        let (mut inside, mut kept) = (0.0, 0.0);
-        for w in self.cu_seqlens.windows(2) {
-            let length = (w[1] - w[0]) as f64;
-            // With or without the label mask, each visible key token meets all key heads, or half of them.
-            let pairs = if causal { length * (length + 1.0) / 2.0 } else { length * length };
-            let kept_heads = if masked { heads / 2.0 } else { heads };
-            let read_heads = if normalization == Normalization::Joint { heads } else { kept_heads };
-            inside += pairs * slots * read_heads;
-            kept += pairs * slots * kept_heads;
-        }
-        let products = match pass {
-            Pass::Forward => inside + kept,              // q.k, p.v
-            Pass::Backward => 3.0 * inside + 2.0 * kept, // q.k, dq, dk; do.v, dv
-        };
-        (products * head_dim as f64, inside)
+        needed(&self.options, &self.cu_seqlens, pass)
     }
+}
+
+/// (multiply-adds, exponentials) that the mathematics of a pass needs, counted from the lengths: visible
+/// pairs only, products with values only where they are kept.
+pub(super) fn needed(options: &FhaOptions, cu_seqlens: &[u32], pass: Pass) -> (f64, f64) {
+    let FhaOptions { head_dim, label_mask, normalization, causal, .. } = *options;
+    let masked = label_mask == LabelMask::Feedback;
+    let (slots, heads) = (options.query_slots() as f64, options.key_slots() as f64);
+    let (mut inside, mut kept) = (0.0, 0.0);
+    for w in cu_seqlens.windows(2) {
+        let length = (w[1] - w[0]) as f64;
+        // With or without the label mask, each visible key token meets all key heads, or half of them.
+        let pairs = if causal { length * (length + 1.0) / 2.0 } else { length * length };
+        let kept_heads = if masked { heads / 2.0 } else { heads };
+        let read_heads = if normalization == Normalization::Joint { heads } else { kept_heads };
+        inside += pairs * slots * read_heads;
+        kept += pairs * slots * kept_heads;
+    }
+    let products = match pass {
+        Pass::Forward => inside + kept,              // q.k, p.v
+        Pass::Backward => 3.0 * inside + 2.0 * kept, // q.k, dq, dk; do.v, dv
+    };
+    (products * head_dim as f64, inside)
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

@@ -4,6 +4,8 @@ pub mod attention;
 pub mod gpu;
 pub mod limits;
 pub mod predict;
+pub mod step_floor;
+pub mod steps;
 pub mod train;
 
 use std::time::{Duration, Instant};

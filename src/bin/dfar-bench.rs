@@ -3,10 +3,10 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 use dfar::attention::{FhaOptions, Normalization};
 use dfar::bench::attention::{Plan, Row};
+use dfar::bench::steps::{self, Batches, Peak};
 use dfar::bench::{self, limits, predict};
 use dfar::data::Dataset;
 use dfar::data::synthetic::{self, SyntheticOptions};
-use dfar::device::Device as _;
 use dfar::device::cpu::Cpu;
 use dfar::device::cuda::tile::Element;
 use dfar::device::cuda::{self, Cuda, Gpu};
@@ -36,7 +36,7 @@ enum Command {
     Verify(Verify),
     /// Time the attention operation, naive and fused, by sequence length
     Attention(Attention),
-    /// Time training steps on a data set, with and without what histories and candidates share
+    /// Time training steps on a data set: with and without what histories and candidates share, and by part
     Train(Train),
     /// Measure the multiply-adds and exponentials per second this machine can do at most
     Limits {
@@ -127,18 +127,31 @@ struct Train {
     /// Tokens of a batch, before anything is taken apart
     #[arg(long, default_value_t = 512)]
     batch_tokens: usize,
+    /// Most instances of a batch
+    #[arg(long, default_value_t = 16384)]
+    batch_rows: usize,
+    /// Time steps on made-up batches only: batch-rows instances in histories of exactly max-length events with one group
+    /// of candidates each
+    #[arg(long, conflicts_with = "data")]
+    uniform: bool,
+    /// Measure nothing: print the least time of each part of a step on this GPU by the limits of its datasheet
+    #[arg(long, value_enum, value_name = "GPU")]
+    predict: Option<predict::Card>,
     /// Where to run
     #[arg(long, value_enum, default_value_t = Device::Cpu)]
     device: Device,
     /// What products are computed with on the GPU: f32 or bf16
     #[arg(long, value_enum, default_value_t = Precision::F32)]
     precision: Precision,
-    /// Start the launches of a step in one piece, on a GPU
+    /// Start the launches of a step in one piece, on a GPU; steps that are timed by part are taken without
     #[arg(long)]
     cuda_graphs: bool,
     /// Threads; 0 for one a core
     #[arg(long, default_value_t = 0)]
     threads: usize,
+    /// Threads that draw and pack batches ahead of the steps timed by part; 0: one for the CPU, a few for a GPU
+    #[arg(long, default_value_t = 0)]
+    workers: usize,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -174,6 +187,14 @@ enum Precision {
 }
 
 impl Precision {
+    /// What matrix products are computed with: bf16 for both 16-bit types.
+    fn products(self) -> cuda::Precision {
+        match self {
+            Self::F32 => cuda::Precision::F32,
+            Self::Bf16 | Self::F16 => cuda::Precision::Bf16,
+        }
+    }
+
     fn element(self) -> Element {
         match self {
             Self::F32 => Element::F32,
@@ -191,13 +212,9 @@ fn check_precision(device: Device, precision: Precision) {
     }
 }
 
-/// The first GPU, with matrix products in f32, or in bf16 for both 16-bit types.
+/// The first GPU.
 fn gpu(precision: Precision) -> Result<Gpu<Cuda>> {
-    let products = match precision {
-        Precision::F32 => cuda::Precision::F32,
-        Precision::Bf16 | Precision::F16 => cuda::Precision::Bf16,
-    };
-    Ok(Gpu::new(Cuda::new(0)?, products))
+    Ok(Gpu::new(Cuda::new(0)?, precision.products()))
 }
 
 fn main() -> ExitCode {
@@ -360,52 +377,117 @@ fn run_attention_on_gpu(arguments: &Attention, plan: &bench::gpu::Plan) -> Resul
 }
 
 fn run_train(arguments: &Train) -> Result<()> {
-    check_precision(arguments.device, arguments.precision);
-    let folder = tempfile::tempdir().map_err(Error::io("make", "a temporary folder"))?;
-    let path = match &arguments.data {
-        Some(path) => path.clone(),
-        None => {
-            let path = folder.path().join("synthetic.dfar");
-            synthetic::write(&SyntheticOptions::default(), &path)?;
-            path
-        }
-    };
-    let data = Dataset::open(&path)?;
+    if arguments.predict.is_none() {
+        check_precision(arguments.device, arguments.precision);
+    }
     let config = Config {
         max_length: arguments.max_length,
         window_stride: arguments.window_stride,
         negatives: arguments.negatives,
         negative_pool: arguments.negative_pool,
         batch_tokens: arguments.batch_tokens,
+        batch_rows: arguments.batch_rows,
+        workers: arguments.workers,
         ..Config::default()
     };
-    let pool = pool(arguments.threads)?;
-    let (rows, device) = match arguments.device {
-        Device::Cpu => {
-            let device = Arc::new(Cpu::new());
-            (
-                pool.install(|| bench::train::measure(&device, &data, &config, arguments.batches))?,
-                device.name(),
-            )
-        }
-        Device::Cuda => {
-            let gpu = gpu(arguments.precision)?;
-            let device = Arc::new(if arguments.cuda_graphs { gpu.with_graphs() } else { gpu });
-            let rows = pool.install(|| bench::train::measure(&device, &data, &config, arguments.batches))?;
-            let graphs = device.captures().map_or_else(String::new, |captures| format!("; {captures}"));
-            (rows, device.name() + &graphs)
+    let folder = tempfile::tempdir().map_err(Error::io("make", "a temporary folder"))?;
+    let data = match &arguments.data {
+        _ if arguments.uniform => None,
+        Some(path) => Some(Dataset::open(path)?),
+        None => {
+            let path = folder.path().join("synthetic.dfar");
+            synthetic::write(&SyntheticOptions::default(), &path)?;
+            Some(Dataset::open(&path)?)
         }
     };
+    let data = data.as_ref();
+    if let Some(card) = arguments.predict {
+        return predict_steps(arguments, &config, data, card);
+    }
+    let pool = pool(arguments.threads)?;
+    match arguments.device {
+        Device::Cpu => pool.install(|| time_steps(arguments, &config, data, &Arc::new(Cpu::new()), None)),
+        Device::Cuda => {
+            let gpu = gpu(arguments.precision)?;
+            let gpu = Arc::new(if arguments.cuda_graphs { gpu.with_graphs() } else { gpu });
+            let limits = bench::gpu::limits(&gpu, bench::gpu::Effort::FULL)?;
+            let peak = Peak { limits, precision: arguments.precision.products() };
+            pool.install(|| time_steps(arguments, &config, data, &gpu, Some(&peak)))?;
+            if let Some(captures) = gpu.captures() {
+                eprintln!("{captures}");
+            }
+            Ok(())
+        }
+    }
+}
+
+/// Batches of the data set, or made up where there is none.
+fn batches<'a>(data: Option<&'a Dataset>, config: &Config) -> Batches<'a> {
+    data.map_or_else(|| Batches::uniform(config), |data| Batches::drawn(data, config))
+}
+
+/// What batches are of, in words.
+fn described(arguments: &Train) -> String {
+    let source = match &arguments.data {
+        Some(path) => path.display().to_string(),
+        None if arguments.uniform => "made-up histories of one length".to_owned(),
+        None => "a synthetic set".to_owned(),
+    };
+    let (events, candidates) = (arguments.max_length, arguments.negatives + 1);
+    format!("training steps on {source}, at most {events} events a history, {candidates} candidates")
+}
+
+/// Floors of the steps; nothing is run.
+fn predict_steps(
+    arguments: &Train,
+    config: &Config,
+    data: Option<&Dataset>,
+    card: predict::Card,
+) -> Result<()> {
+    let peak = Peak { limits: card.datasheet(), precision: arguments.precision.products() };
+    let profile = steps::predict(&batches(data, config), config, arguments.batches, &peak)?;
     if arguments.json {
-        say!("{}", serde_json::to_string_pretty(&rows).expect("numbers and strings are valid JSON"));
+        let json = serde_json::json!({ "peak": peak, "steps": profile });
+        say!("{json:#}");
         return Ok(());
     }
     say!(
-        "training steps on {}, at most {} events a history, {} candidates, on {device}",
-        arguments.data.as_ref().map_or("a synthetic set".into(), |path| path.display().to_string()),
-        arguments.max_length,
-        arguments.negatives + 1
+        "PREDICTIONS, not measurements: the least time of each part, by its bytes, products and exponentials."
     );
+    say!("{}", peak.limits);
+    say!("{}, width {}, in {}", described(arguments), config.width, peak.precision.name());
+    cli::print(&profile.to_string())
+}
+
+/// What sharing gives, where there is something to share, and a step by part.
+fn time_steps<D: dfar::device::Device>(
+    arguments: &Train,
+    config: &Config,
+    data: Option<&Dataset>,
+    device: &Arc<D>,
+    peak: Option<&Peak>,
+) -> Result<()> {
+    let measured = data.map(|data| bench::train::measure(device, data, config, arguments.batches));
+    let sharing = measured.transpose()?.unwrap_or_default();
+    let profile = steps::measure(device, &batches(data, config), config, arguments.batches, peak)?;
+    if arguments.json {
+        let json = serde_json::json!({ "sharing": sharing, "peak": peak, "steps": profile });
+        say!("{json:#}");
+        return Ok(());
+    }
+    say!("{}, on {}", described(arguments), device.name());
+    print_sharing(&sharing)?;
+    if let Some(peak) = peak {
+        say!("{}", peak.limits);
+    }
+    say!("{profile}");
+    Ok(())
+}
+
+fn print_sharing(rows: &[bench::train::Row]) -> Result<()> {
+    if rows.is_empty() {
+        return Ok(());
+    }
     say!(
         "{:<26}{:>11}{:>11}{:>10}{:>14}{:>9}{:>9}",
         "shared",
@@ -416,7 +498,7 @@ fn run_train(arguments: &Train) -> Result<()> {
         "ratio",
         "loss"
     );
-    for row in &rows {
+    for row in rows {
         let ratio = rows[0].instances_per_second / row.instances_per_second;
         say!(
             "{:<26}{:>11}{:>11}{:>10.2}{:>14.0}{:>9.1}{:>9.4}",
@@ -429,6 +511,7 @@ fn run_train(arguments: &Train) -> Result<()> {
             row.loss
         );
     }
+    say!("");
     Ok(())
 }
 

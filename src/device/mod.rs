@@ -203,9 +203,22 @@ pub trait Device: Send + Sync {
     type AttentionPlan: Send;
     /// What target attention needs to know of a batch; made once a batch, used by both interests.
     type TargetPlan: Send;
+    /// A moment in the course of its work.
+    type Mark: Send;
 
     /// What it is, for logs, e.g. `cpu (avx512, 2 threads)`.
     fn name(&self) -> String;
+    /// Threads that draw and pack batches ahead of its work, where nobody asked for another number: a few, as long as the
+    /// processor has nothing better to do.
+    fn default_workers(&self) -> usize {
+        std::thread::available_parallelism().map_or(1, |cores| (cores.get() - 1).clamp(1, 4))
+    }
+
+    // ---------------------------------------------------------------- time
+    /// Marks the moment when all that was asked for so far is done.
+    fn mark(&self) -> Result<Self::Mark, DeviceError>;
+    /// Seconds between two moments; waits for the later one.
+    fn seconds_between(&self, from: &Self::Mark, to: &Self::Mark) -> Result<f64, DeviceError>;
 
     /// Does `work`. A device may record what it asks for and start all of it in one piece, if that is possible; if not, `work` is
     /// run again. So it may only compute: from buffers that were there before to new ones.

@@ -11,13 +11,14 @@ pub use rank::rank;
 
 use crate::auc::auc;
 use crate::batch::{Batch, BatchError, History};
-use crate::data::{Dataset, Part};
+use crate::data::{Dataset, EvaluationGroups, Part};
 use crate::device::Device;
 use crate::history::{Cut, Feedback, Question, View};
-use crate::model::{Model, ModelError};
+use crate::model::{Model, ModelError, StagedBatch};
+use crate::pipeline;
 use metrics::{GaucRule, Metrics, ScoredGroups};
 use serde::{Deserialize, Serialize};
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use thiserror::Error;
 
 /// An evaluation that could not be finished.
@@ -56,6 +57,8 @@ pub struct ScoreOptions {
     pub batch_tokens: usize,
     /// Most rows of a batch (one history may exceed it alone).
     pub batch_rows: usize,
+    /// Threads that pack batches ahead of the device; 0 counts as 1. Scores do not depend on it.
+    pub workers: usize,
 }
 
 /// The model's logits of all groups of a part: `[G, 1 + negatives]`, in the order of the groups.
@@ -70,30 +73,74 @@ pub fn score_part<D: Device>(
 ) -> Result<Vec<f32>, EvaluateError> {
     let groups = data.groups(part);
     let candidates = 1 + groups.negatives_per_group;
-    let mut scores = Vec::with_capacity(groups.len() * candidates);
-    let mut batch: Vec<History> = Vec::new();
-    let (mut tokens, mut rows) = (0, 0);
-    let mut flush = |batch: &mut Vec<History>| -> Result<(), EvaluateError> {
-        if batch.is_empty() {
-            return Ok(());
-        }
-        let first = scores.len();
-        scores.extend(model.score(&Batch::pack(batch)?)?);
-        if let Some(at) = scores[first..].iter().position(|s| !s.is_finite()) {
-            let (group, candidate) = ((first + at) / candidates, (first + at) % candidates);
-            let (user, event) = (groups.user[group], groups.event[group]);
-            return Err(EvaluateError::NonFinite { user, event, candidate, score: scores[first + at] });
-        }
-        batch.clear();
-        match progress(scores.len() / candidates) {
-            ControlFlow::Continue(()) => Ok(()),
-            ControlFlow::Break(()) => Err(EvaluateError::Interrupted),
-        }
+    let cut = Cut::exact(model.config().max_length);
+    let batches = batches(data, &groups, cut, options);
+    let stager = model.stager();
+    let make = |batch: usize| -> Result<StagedBatch<D>, EvaluateError> {
+        let histories = histories(data, &groups, batches[batch].clone(), cut, options.feedback);
+        Ok(stager.stage(&Batch::pack(&histories)?)?)
     };
-    let mut next = 0;
+    let mut scores = Vec::with_capacity(groups.len() * candidates);
+    pipeline::ahead(0..batches.len(), options.workers, make, |staged| {
+        for batch in staged {
+            let first = scores.len();
+            scores.extend(model.score_staged(batch?)?);
+            if let Some(at) = scores[first..].iter().position(|s| !s.is_finite()) {
+                let (group, candidate) = ((first + at) / candidates, (first + at) % candidates);
+                let (user, event) = (groups.user[group], groups.event[group]);
+                return Err(EvaluateError::NonFinite { user, event, candidate, score: scores[first + at] });
+            }
+            if progress(scores.len() / candidates).is_break() {
+                return Err(EvaluateError::Interrupted);
+            }
+        }
+        Ok(())
+    })?;
+    Ok(scores)
+}
+
+/// The groups of each batch. Groups of one history stay together, so that a batch holds whole histories.
+fn batches(data: &Dataset, groups: &EvaluationGroups, cut: Cut, options: &ScoreOptions) -> Vec<Range<usize>> {
+    let candidates = 1 + groups.negatives_per_group;
+    let mut batches = Vec::new();
+    let (mut first, mut next, mut tokens, mut rows) = (0, 0, 0, 0);
     for of_user in groups.user.chunk_by(|a, b| a == b) {
         let events = data.user(of_user[0]);
         let view = View::new(events.items, events.feedback, options.feedback);
+        let lengths: Vec<usize> =
+            groups.event[next..][..of_user.len()].iter().map(|&event| view.length(event as usize)).collect();
+        for of_history in lengths.chunk_by(|&a, &b| cut.start(a) == cut.start(b)) {
+            let last = *of_history.last().expect("a chunk holds something");
+            let more = (last - cut.start(last), of_history.len() * candidates);
+            let is_full = tokens + more.0 > options.batch_tokens || rows + more.1 > options.batch_rows;
+            if is_full && next > first {
+                batches.push(first..next);
+                (first, tokens, rows) = (next, 0, 0);
+            }
+            tokens += more.0;
+            rows += more.1;
+            next += of_history.len();
+        }
+    }
+    if next > first {
+        batches.push(first..next);
+    }
+    batches
+}
+
+/// The histories of a batch, in the order of its groups: so scores come in the order of the groups too.
+fn histories(
+    data: &Dataset,
+    groups: &EvaluationGroups,
+    batch: Range<usize>,
+    cut: Cut,
+    feedback: Feedback,
+) -> Vec<History> {
+    let mut histories = Vec::new();
+    let mut next = batch.start;
+    for of_user in groups.user[batch].chunk_by(|a, b| a == b) {
+        let events = data.user(of_user[0]);
+        let view = View::new(events.items, events.feedback, feedback);
         let questions = (next..next + of_user.len())
             .map(|g| {
                 let group = groups.get(g);
@@ -103,20 +150,9 @@ pub fn score_part<D: Device>(
             })
             .collect();
         next += of_user.len();
-        // Histories come in the order of their questions, so scores come in the order of the groups.
-        for history in view.histories(questions, Cut::exact(model.config().max_length)) {
-            let more = (history.items.len(), history.groups.len() * candidates);
-            if tokens + more.0 > options.batch_tokens || rows + more.1 > options.batch_rows {
-                flush(&mut batch)?;
-                (tokens, rows) = (0, 0);
-            }
-            tokens += more.0;
-            rows += more.1;
-            batch.push(history);
-        }
+        histories.extend(view.histories(questions, cut));
     }
-    flush(&mut batch)?;
-    Ok(scores)
+    histories
 }
 
 /// The popularity baseline: every candidate scores the number of training events of its item.

@@ -1,5 +1,6 @@
 //! What a model is, and how it is trained: plain numbers, checked.
 
+use super::parameters::Layout;
 use crate::attention::{FhaOptions, LabelMask, Normalization, Pairing};
 use crate::device::{Clip, DeviceError};
 use serde::{Deserialize, Serialize};
@@ -67,6 +68,11 @@ impl ModelConfig {
             pairing: if self.fha { Pairing::Factorized } else { Pairing::PerHead },
             ..FhaOptions::new(self.heads, self.width / self.heads)
         }
+    }
+
+    /// Number of trained values.
+    pub fn parameters(&self) -> usize {
+        Layout::new(self).parameters()
     }
 
     /// Whether these numbers make a network.
@@ -178,6 +184,9 @@ pub enum ModelError {
         /// The model's limit.
         limit: usize,
     },
+    /// A staged batch of another model.
+    #[error("the batch was staged for another device or another model; stage it with this model's stager")]
+    OtherModel,
     /// A loss or gradient that is not finite.
     #[error("non-finite value in {tensor}")]
     NonFinite {

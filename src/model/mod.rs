@@ -6,10 +6,14 @@ mod indices;
 mod network;
 mod optimizer;
 mod parameters;
+mod parts;
+mod staged;
 mod tensors;
 
 pub use config::{AdamOptions, Initialization, LossOptions, ModelConfig, ModelError};
 pub use optimizer::Optimizer;
+pub use parts::{PartSeconds, PartTimer, StepObserver, StepPart, StepTimer};
+pub use staged::{StagedBatch, Stager};
 
 use crate::batch::Batch;
 use crate::device::Device;
@@ -121,14 +125,24 @@ impl<D: Device> Model<D> {
         self.parameters.download(&*self.device, &self.layout, "")
     }
 
+    /// Stages batches for this model, on any thread: for [`Model::train_staged`] and [`Model::score_staged`].
+    pub fn stager(&self) -> Stager<D> {
+        Stager::new(self.device.clone(), self.config.clone())
+    }
+
     /// Positive logit of every row, `[R]`: the score of a candidate is its sigmoid.
     pub fn score(&self, batch: &Batch) -> Result<Vec<f32>, ModelError> {
+        self.score_staged(self.stager().stage(batch)?)
+    }
+
+    /// [`Model::score`] of a batch that was staged for this model.
+    pub fn score_staged(&self, batch: StagedBatch<D>) -> Result<Vec<f32>, ModelError> {
         self.with_network(batch, |network| Ok(self.device.download(&network.score()?)?))
     }
 
     /// Both logits of every row, `[R]` each: negative interest first.
     pub fn logits(&self, batch: &Batch) -> Result<[Vec<f32>; 2], ModelError> {
-        self.with_network(batch, |network| {
+        self.with_network(self.stager().stage(batch)?, |network| {
             let [negative, positive] = network.logits()?;
             Ok([self.device.download(&negative)?, self.device.download(&positive)?])
         })
@@ -140,8 +154,8 @@ impl<D: Device> Model<D> {
         batch: &Batch,
         loss: &LossOptions,
     ) -> Result<(StepLoss, Vec<HostTensor>), ModelError> {
-        self.with_network(batch, |network| {
-            let (report, gradients) = network.gradients(loss)?;
+        self.with_network(self.stager().stage(batch)?, |network| {
+            let (report, gradients) = network.gradients(loss, &mut ())?;
             let loss = report.read(&*self.device, loss)?;
             let gradients = self.fill_tables(gradients, network.batch)?;
             Ok((loss, gradients.download(&*self.device, &self.layout, "")?))
@@ -157,33 +171,47 @@ impl<D: Device> Model<D> {
         adam: &AdamOptions,
         optimizer: &mut Optimizer<D>,
     ) -> Result<StepLoss, ModelError> {
-        let indices = self.upload(batch)?;
+        let batch = self.stager().stage(batch)?;
+        self.train_staged(batch, loss, adam, optimizer, &mut ())
+    }
+
+    /// [`Model::train_step`] on a batch that was staged for this model. `observer` is told of the step's parts.
+    pub fn train_staged(
+        &mut self,
+        batch: StagedBatch<D>,
+        loss: &LossOptions,
+        adam: &AdamOptions,
+        optimizer: &mut Optimizer<D>,
+        observer: &mut dyn StepObserver,
+    ) -> Result<StepLoss, ModelError> {
+        observer.enter(StepPart::Input)?;
+        let indices = self.send(batch)?;
         let network = self.network(&indices);
-        let (report, gradients) = self.device.captured(|| network.gradients(loss))?;
+        let (report, gradients) = self.device.captured(|| network.gradients(loss, observer))?;
+        observer.enter(StepPart::Optimizer)?;
         if adam.dense_embeddings {
             let gradients = self.fill_tables(gradients, &indices)?;
-            optimizer.step_dense(adam, loss, &mut self.parameters, &gradients, report)
+            optimizer.step_dense(adam, loss, &mut self.parameters, &gradients, report, observer)
         } else {
-            optimizer.step_sparse(adam, loss, &mut self.parameters, &gradients, &indices, report)
+            optimizer.step_sparse(adam, loss, &mut self.parameters, &gradients, &indices, report, observer)
         }
     }
 
     fn with_network<T>(
         &self,
-        batch: &Batch,
+        batch: StagedBatch<D>,
         run: impl FnOnce(Network<D>) -> Result<T, ModelError>,
     ) -> Result<T, ModelError> {
-        let indices = self.upload(batch)?;
+        let indices = self.send(batch)?;
         run(self.network(&indices))
     }
 
-    /// Checks a batch and sends all that the device needs of it, in one copy.
-    fn upload(&self, batch: &Batch) -> Result<Indices<D>, ModelError> {
-        self.check_batch(batch)?;
-        let mut staging = self.device.staging()?;
-        let indices = Indices::stage(&*self.device, &mut staging, &self.config, batch)?;
-        self.device.send(staging)?;
-        Ok(indices)
+    /// Sends a batch, if it is for this model.
+    fn send(&self, batch: StagedBatch<D>) -> Result<Indices<D>, ModelError> {
+        if !batch.fits(&self.device, &self.config) {
+            return Err(ModelError::OtherModel);
+        }
+        Ok(batch.send()?)
     }
 
     fn network<'a>(&'a self, batch: &'a Indices<D>) -> Network<'a, D> {
@@ -209,18 +237,5 @@ impl<D: Device> Model<D> {
             self.device.scatter_add(self.config.width, &rows, &touched.row, &mut dense[id])?;
         }
         Ok(dense)
-    }
-
-    /// Everything an index could get wrong, before a device sees it.
-    fn check_batch(&self, batch: &Batch) -> Result<(), ModelError> {
-        let check = |what, found: Option<&u32>, limit: usize| match found {
-            Some(&found) if found as usize >= limit => {
-                Err(ModelError::Batch { what, found: found as usize, limit })
-            }
-            _ => Ok(()),
-        };
-        check("item", batch.item.iter().max(), self.config.items)?;
-        check("candidate item", batch.pair_item.iter().max(), self.config.items)?;
-        check("history position", batch.position.iter().max(), self.config.max_length)
     }
 }

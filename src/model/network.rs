@@ -13,7 +13,7 @@ use super::block::{self, BlockState, Sequences};
 use super::indices::Indices;
 use super::parameters::{Layout, Linear};
 use super::tensors::Tensors;
-use super::{LossOptions, ModelConfig, ModelError, StepLoss};
+use super::{LossOptions, ModelConfig, ModelError, StepLoss, StepObserver, StepPart};
 use crate::attention::FhaOptions;
 use crate::device::{Activation, Buffer, Device, DeviceError, Slot, Store, TargetWeights};
 
@@ -125,23 +125,29 @@ type Done = Result<(), DeviceError>;
 impl<D: Device> Network<'_, D> {
     /// Positive logits `[R]`. The negative interest does not enter them and is not computed.
     pub fn score(&self) -> Result<D::Buffer<f32>, DeviceError> {
-        let encoded = self.encode()?;
-        let Interest { tower: [_, _, _, logit], .. } = self.interest(&encoded, POSITIVE)?;
+        let encoded = self.encode(&mut ())?;
+        let Interest { tower: [_, _, _, logit], .. } = self.interest(&encoded, POSITIVE, &mut ())?;
         Ok(logit)
     }
 
     /// Both logits, negative first: `[R]` each.
     pub fn logits(&self) -> Result<[D::Buffer<f32>; 2], DeviceError> {
-        let encoded = self.encode()?;
-        let logit = |f| self.interest(&encoded, f).map(|Interest { tower: [_, _, _, logit], .. }| logit);
+        let encoded = self.encode(&mut ())?;
+        let logit =
+            |f| self.interest(&encoded, f, &mut ()).map(|Interest { tower: [_, _, _, logit], .. }| logit);
         Ok([logit(NEGATIVE)?, logit(POSITIVE)?])
     }
 
-    /// Loss and gradients.
-    pub fn gradients(&self, options: &LossOptions) -> Result<(Report<D>, Gradients<D>), DeviceError> {
+    /// Loss and gradients. `observer` is told of the parts.
+    pub fn gradients(
+        &self,
+        options: &LossOptions,
+        observer: &mut dyn StepObserver,
+    ) -> Result<(Report<D>, Gradients<D>), DeviceError> {
         let (device, batch, width) = (self.device, self.batch, self.config.width);
-        let encoded = self.encode()?;
-        let interests = [self.interest(&encoded, NEGATIVE)?, self.interest(&encoded, POSITIVE)?];
+        let encoded = self.encode(observer)?;
+        let interests =
+            [self.interest(&encoded, NEGATIVE, observer)?, self.interest(&encoded, POSITIVE, observer)?];
 
         let mut report = Report::new(device)?;
         let mut d_logit = [device.alloc(batch.rows)?, device.alloc(batch.rows)?];
@@ -192,6 +198,7 @@ impl<D: Device> Network<'_, D> {
         let slot = report.slot(report::IDL[1]);
         device.cosine_loss(width, options.idl, &pos.att, &neg.att, d_pos, d_neg, slot)?;
 
+        observer.enter(StepPart::Encoder)?;
         let mut d_s = device.zeros(batch.tokens * width)?;
         let mut d_seq = device.alloc(batch.tokens * width)?;
         device.prefix_mean_backward(
@@ -205,9 +212,12 @@ impl<D: Device> Network<'_, D> {
         )?;
         let mut d_r = Vec::with_capacity(2);
         for (f, interest) in interests.into_iter().enumerate() {
+            observer.enter(StepPart::TargetAttention)?;
             d_r.push(self.target_backward(encoded.s(), &interest, f, &d_atts[f], &mut d_s, &mut grads)?);
+            observer.enter(StepPart::Dual)?;
             self.interest_encoder_backward(interest, f, &d_means[f], &mut d_seq, &mut grads)?;
         }
+        observer.enter(StepPart::Encoder)?;
         let options_of_encoder = self.config.encoder_attention();
         let d_input = block::backward(
             device,
@@ -268,7 +278,8 @@ impl<D: Device> Network<'_, D> {
         }
     }
 
-    fn encode(&self) -> Result<Encoded<D>, DeviceError> {
+    fn encode(&self, observer: &mut dyn StepObserver) -> Result<Encoded<D>, DeviceError> {
+        observer.enter(StepPart::Encoder)?;
         let (device, batch, width) = (self.device, self.batch, self.config.width);
         let tables = [
             (&self.p[self.layout.item], &batch.item),
@@ -291,7 +302,13 @@ impl<D: Device> Network<'_, D> {
         Ok(Encoded { seq, blocks, mean })
     }
 
-    fn interest(&self, encoded: &Encoded<D>, f: usize) -> Result<Interest<D>, DeviceError> {
+    fn interest(
+        &self,
+        encoded: &Encoded<D>,
+        f: usize,
+        observer: &mut dyn StepObserver,
+    ) -> Result<Interest<D>, DeviceError> {
+        observer.enter(StepPart::Dual)?;
         let (device, batch, width) = (self.device, self.batch, self.config.width);
         let split = &batch.split[f];
 
@@ -314,6 +331,7 @@ impl<D: Device> Network<'_, D> {
             &mut mean,
         )?;
 
+        observer.enter(StepPart::TargetAttention)?;
         let target = &self.layout.target[f];
         let mut a = device.alloc(batch.tokens * width)?;
         device.linear(
@@ -346,6 +364,7 @@ impl<D: Device> Network<'_, D> {
             &mut att,
         )?;
 
+        observer.enter(StepPart::Towers)?;
         let mut input = device.alloc(batch.rows * PARTS * width)?;
         let parts = [
             (&self.p[self.layout.item], Some(&batch.row_item)),

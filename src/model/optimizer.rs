@@ -4,7 +4,7 @@ use super::indices::Indices;
 use super::network::{Gradients, Report};
 use super::parameters::Layout;
 use super::tensors::Tensors;
-use super::{AdamOptions, HostTensor, LossOptions, Model, ModelError, StepLoss};
+use super::{AdamOptions, HostTensor, LossOptions, Model, ModelError, StepLoss, StepObserver};
 use crate::device::{AdamStep, AdamTensor, Device};
 use std::sync::Arc;
 
@@ -57,9 +57,10 @@ impl<D: Device> Optimizer<D> {
         parameters: &mut Tensors<D>,
         gradients: &Tensors<D>,
         report: Report<D>,
+        observer: &mut dyn StepObserver,
     ) -> Result<StepLoss, ModelError> {
         let gradients = gradients.iter().map(|g| (g, None)).collect();
-        self.step(options, loss, parameters, gradients, report)
+        self.step(options, loss, parameters, gradients, report, observer)
     }
 
     /// A step on whole tensors and on the touched rows of the embedding tables.
@@ -71,6 +72,7 @@ impl<D: Device> Optimizer<D> {
         gradients: &Gradients<D>,
         batch: &Indices<D>,
         report: Report<D>,
+        observer: &mut dyn StepObserver,
     ) -> Result<StepLoss, ModelError> {
         let layout = &self.layout;
         let mut list: Vec<_> = gradients.dense.iter().map(|g| (g, None)).collect();
@@ -79,7 +81,7 @@ impl<D: Device> Optimizer<D> {
         list[layout.position] =
             (&gradients.position, Some((&batch.touched_position.row, width(layout.position))));
         list[layout.label] = (&gradients.label, Some((&batch.touched_label.row, width(layout.label))));
-        self.step(options, loss, parameters, list, report)
+        self.step(options, loss, parameters, list, report, observer)
     }
 
     fn step(
@@ -89,6 +91,7 @@ impl<D: Device> Optimizer<D> {
         parameters: &mut Tensors<D>,
         gradients: Vec<(&D::Buffer<f32>, Option<(&D::Buffer<u32>, usize)>)>,
         mut report: Report<D>,
+        observer: &mut dyn StepObserver,
     ) -> Result<StepLoss, ModelError> {
         let step = AdamStep {
             lr: options.lr,
@@ -110,6 +113,7 @@ impl<D: Device> Optimizer<D> {
             })
             .collect();
         self.device.adam(&step, &mut tensors, report.norm())?;
+        observer.end()?;
         // The one place where a step waits for the device.
         let loss = report.read(&*self.device, loss)?;
         if !loss.gradient_norm.is_finite() {

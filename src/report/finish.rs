@@ -19,7 +19,7 @@ pub fn evaluate_model<D: Device>(
     config: &Config,
     observe: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
 ) -> Result<Evaluation, TrainError> {
-    let options = score_options(config);
+    let options = score_options(config, &**model.device());
     let mut score = |part| {
         let groups = data.groups(part).len();
         evaluate::score_part(model, data, part, &options, &mut |done| {

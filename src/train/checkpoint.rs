@@ -60,6 +60,34 @@ impl DataInfo {
     }
 }
 
+/// Where the time of training went.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct StepTime {
+    /// Seconds, each step's from the end of the one before.
+    pub seconds: f64,
+    /// Of these, seconds in which the next batch was waited for.
+    #[serde(default)]
+    pub input_wait: f64,
+    /// Seconds the device took, each step's from the moment when its batch is sent to the end of its last operation.
+    #[serde(default)]
+    pub busy: f64,
+}
+
+impl StepTime {
+    /// Share of the time in which the device was at a step; 0 where there was no time.
+    pub fn utilisation(&self) -> f64 {
+        if self.seconds > 0.0 { self.busy / self.seconds } else { 0.0 }
+    }
+}
+
+impl std::ops::AddAssign for StepTime {
+    fn add_assign(&mut self, more: Self) {
+        self.seconds += more.seconds;
+        self.input_wait += more.input_wait;
+        self.busy += more.busy;
+    }
+}
+
 /// Running sums over the steps of an epoch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct EpochSums {
@@ -73,19 +101,20 @@ pub struct EpochSums {
     pub ibl: f64,
     /// Disentangling.
     pub idl: f64,
-    /// Seconds spent on steps.
-    pub seconds: f64,
+    /// Time spent on steps.
+    #[serde(flatten)]
+    pub time: StepTime,
 }
 
 impl EpochSums {
     /// Adds a step over `rows` rows.
-    pub fn add(&mut self, rows: usize, step: &StepLoss, seconds: f64) {
+    pub fn add(&mut self, rows: usize, step: &StepLoss, time: StepTime) {
         self.rows += rows as u64;
         self.loss += step.loss * rows as f64;
         self.bce += step.bce * rows as f64;
         self.ibl += step.ibl * rows as f64;
         self.idl += step.idl * rows as f64;
-        self.seconds += seconds;
+        self.time += time;
     }
 }
 
@@ -110,6 +139,12 @@ pub struct EpochRecord {
     pub instances_per_second: f64,
     /// Seconds of training.
     pub train_seconds: f64,
+    /// Of these, seconds in which the next batch was waited for; none in records of versions that did not measure it.
+    #[serde(default)]
+    pub input_wait: Option<f64>,
+    /// Share of the training time in which the device was at a step; none as above.
+    #[serde(default)]
+    pub utilisation: Option<f64>,
     /// Seconds of validation.
     pub valid_seconds: f64,
     /// What the epoch amounted to.

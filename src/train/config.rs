@@ -3,8 +3,8 @@
 use super::draw::{DrawOptions, TrainTargets};
 use super::negatives::NegativeSource;
 use crate::attention::Normalization;
-use crate::device::Clip;
 use crate::device::cuda::Precision;
+use crate::device::{Clip, Device};
 use crate::evaluate::metrics::GaucRule;
 use crate::history::{Cut, Feedback};
 use crate::model::{AdamOptions, Initialization, LossOptions, ModelConfig};
@@ -106,6 +106,9 @@ pub struct Config {
     pub checkpoint_seconds: u64,
     /// Threads; 0: one per core. Results do not depend on it.
     pub threads: usize,
+    /// Threads that draw and pack batches ahead of the device; 0: one where the CPU computes, a few for a GPU. Results do
+    /// not depend on it.
+    pub workers: usize,
     /// Device.
     pub device: DeviceChoice,
     /// What products are computed in, on a GPU.
@@ -149,6 +152,7 @@ impl Default for Config {
             length_edges: Vec::new(),
             checkpoint_seconds: 60,
             threads: 0,
+            workers: 0,
             device: DeviceChoice::Cpu,
             precision: Precision::F32,
             cuda_graphs: false,
@@ -209,7 +213,7 @@ fn did_you_mean(suggestion: &Option<String>) -> String {
 }
 
 /// Spellings of other frameworks that are understood in files.
-const ALIASES: [(&str, &str); 8] = [
+const ALIASES: [(&str, &str); 10] = [
     ("learning_rate", "lr"),
     ("stopping_step", "patience"),
     ("max_item_list_length", "max_length"),
@@ -218,14 +222,25 @@ const ALIASES: [(&str, &str); 8] = [
     ("embedding_size", "width"),
     ("n_heads", "heads"),
     ("n_layers", "blocks"),
+    ("worker", "workers"),
+    ("num_workers", "workers"),
 ];
 
 /// Default `max_length` for the embedded synthetic set, whose next event depends on the last one above all.
 pub const SYNTHETIC_MAX_LENGTH: i64 = 20;
 
 /// Keys that may change when a run is resumed: how long and on what, not what.
-pub const RESUME_KEYS: [&str; 8] =
-    ["epochs", "patience", "checkpoint_seconds", "threads", "device", "precision", "cuda_graphs", "data"];
+pub const RESUME_KEYS: [&str; 9] = [
+    "epochs",
+    "patience",
+    "checkpoint_seconds",
+    "threads",
+    "workers",
+    "device",
+    "precision",
+    "cuda_graphs",
+    "data",
+];
 
 impl Config {
     /// Defaults, then the keys of `file`, then those of `flags`.
@@ -332,6 +347,11 @@ impl Config {
     /// Weights of the loss.
     pub fn loss(&self) -> LossOptions {
         LossOptions { bpr: self.bpr as f32, idl: self.idl as f32, embed_l2: self.embed_l2 as f32 }
+    }
+
+    /// Threads that draw and pack batches for `device`.
+    pub fn workers_for(&self, device: &impl Device) -> usize {
+        if self.workers == 0 { device.default_workers() } else { self.workers }
     }
 
     /// The optimiser.

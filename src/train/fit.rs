@@ -2,21 +2,21 @@
 
 use super::TrainError;
 use super::checkpoint::{
-    Best, Checkpoint, CheckpointInfo, DataInfo, EpochRecord, EpochSums, ModelFile, ModelInfo, State,
+    Best, Checkpoint, CheckpointInfo, DataInfo, EpochRecord, EpochSums, ModelFile, ModelInfo, State, StepTime,
 };
 use super::config::Config;
 use super::draw::{Drawer, Plan, PlanSize};
 use super::log::Log;
 use super::run::Run;
-use crate::batch::{Batch, BatchError};
+use crate::batch::Batch;
 use crate::data::{Dataset, Part};
 use crate::device::Device;
 use crate::evaluate::{self, ScoreOptions};
-use crate::model::{Model, ModelError, Optimizer, StepLoss};
+use crate::model::{Model, ModelError, Optimizer, StagedBatch, StepLoss, StepTimer};
+use crate::pipeline;
 use serde_json::json;
 use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
 
 /// Steps between two step lines of the log.
@@ -232,31 +232,38 @@ impl<'a, D: Device> Fit<'a, D> {
         observe: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
     ) -> Result<ControlFlow<()>, TrainError> {
         let (epoch, first) = (self.state.epoch, self.state.batch);
-        std::thread::scope(|scope| {
-            // The next batch is drawn and packed while the device works on this one.
-            let (sender, receiver) = sync_channel::<Result<Batch, BatchError>>(1);
-            scope.spawn(move || {
-                for batch in first..plan.size.batches {
-                    let packed = Batch::pack(&drawer.draw(plan, epoch as u64, batch));
-                    if sender.send(packed).is_err() {
-                        break; // The loop has ended early.
-                    }
-                }
-            });
-            let mut since = Instant::now();
-            for batch in receiver {
+        let stager = self.model.stager();
+        // Batches are drawn, packed and staged while the device works on those before.
+        let make = |batch| -> Result<StagedBatch<D>, TrainError> {
+            Ok(stager.stage(&Batch::pack(&drawer.draw(plan, epoch as u64, batch))?)?)
+        };
+        let workers = self.config.workers_for(&*self.device);
+        pipeline::ahead(first..plan.size.batches, workers, make, |batches| {
+            let mut timer = StepTimer::new(self.device.clone());
+            // Of the steps since the last line of the log.
+            let mut lately = StepTime::default();
+            let (mut since, mut waited) = (Instant::now(), Duration::ZERO);
+            while let Some(batch) = batches.next() {
                 let batch = batch?;
-                let loss = self.step(&batch)?;
-                let elapsed = since.elapsed();
-                since = Instant::now();
-                self.state.sums.add(batch.rows(), &loss, elapsed.as_secs_f64());
+                let rows = batch.rows();
+                let loss = self.step(batch, &mut timer)?;
+                let time = StepTime {
+                    seconds: since.elapsed().as_secs_f64(),
+                    input_wait: (batches.waited() - waited).as_secs_f64(),
+                    busy: timer.take()?,
+                };
+                (since, waited) = (Instant::now(), batches.waited());
+                self.state.sums.add(rows, &loss, time);
+                lately += time;
                 self.state.batch += 1;
                 self.state.steps += 1;
                 if self.state.steps.is_multiple_of(LOG_EVERY) {
                     self.log.line(&json!({
                         "event": "step", "epoch": epoch + 1, "batch": self.state.batch, "step": self.state.steps,
-                        "loss": loss, "rows": batch.rows(), "seconds": elapsed.as_secs_f64(),
+                        "loss": loss, "rows": rows, "seconds": time.seconds,
+                        "input_wait": lately.input_wait, "utilisation": lately.utilisation(),
                     }))?;
+                    lately = StepTime::default();
                 }
                 let told = observe(Event::Step {
                     done: self.state.batch,
@@ -276,9 +283,10 @@ impl<'a, D: Device> Fit<'a, D> {
         })
     }
 
-    fn step(&mut self, batch: &Batch) -> Result<StepLoss, TrainError> {
+    fn step(&mut self, batch: StagedBatch<D>, timer: &mut StepTimer<D>) -> Result<StepLoss, TrainError> {
         let (loss, adam) = (self.config.loss(), self.config.adam());
-        self.model.train_step(batch, &loss, &adam, &mut self.optimizer).map_err(|error| match error {
+        let step = self.model.train_staged(batch, &loss, &adam, &mut self.optimizer, timer);
+        step.map_err(|error| match error {
             ModelError::NonFinite { tensor } => TrainError::NonFinite {
                 epoch: self.state.epoch + 1,
                 batch: self.state.batch + 1,
@@ -295,7 +303,7 @@ impl<'a, D: Device> Fit<'a, D> {
         observe: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
     ) -> Result<Vec<f32>, TrainError> {
         let groups = self.data.groups(part).len();
-        let options = score_options(&self.config);
+        let options = score_options(&self.config, &*self.device);
         Ok(evaluate::score_part(&self.model, self.data, part, &options, &mut |done| {
             observe(Event::Scored { part, done, groups })
         })?)
@@ -319,8 +327,10 @@ impl<'a, D: Device> Fit<'a, D> {
             idl: mean(sums.idl),
             valid_auc: valid.as_ref().map(|v| v.liked.auc),
             valid_gauc: valid.as_ref().and_then(|v| v.liked.gauc),
-            instances_per_second: sums.rows as f64 / sums.seconds,
-            train_seconds: sums.seconds,
+            instances_per_second: sums.rows as f64 / sums.time.seconds,
+            train_seconds: sums.time.seconds,
+            input_wait: Some(sums.time.input_wait),
+            utilisation: Some(sums.time.utilisation()),
             valid_seconds: valid_time.as_secs_f64(),
             size: plan.size,
         };
@@ -386,11 +396,12 @@ impl<'a, D: Device> Fit<'a, D> {
 }
 
 /// How a run's model is scored.
-pub fn score_options(config: &Config) -> ScoreOptions {
+pub fn score_options(config: &Config, device: &impl Device) -> ScoreOptions {
     ScoreOptions {
         feedback: config.feedback,
         batch_tokens: config.batch_tokens.max(4096),
         batch_rows: config.batch_rows.max(4096),
+        workers: config.workers_for(device),
     }
 }
 

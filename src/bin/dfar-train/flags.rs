@@ -25,6 +25,10 @@ pub struct Flags {
     /// Threads; 0: one per core. Results do not depend on it [default: 0].
     #[arg(long)]
     threads: Option<usize>,
+    /// Threads that draw and pack batches ahead of the device; 0: one where the CPU computes, a few for a GPU. Results
+    /// do not depend on it [default: 0].
+    #[arg(long, alias = "num-workers")]
+    workers: Option<usize>,
     /// Where to compute [default: cpu].
     #[arg(long, value_enum)]
     device: Option<DeviceChoice>,

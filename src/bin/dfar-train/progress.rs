@@ -68,11 +68,12 @@ impl Progress {
             }
             Event::Step { done, sums, .. } => {
                 if let Some(bar) = &self.bar {
-                    let rate = (sums.rows as f64 / sums.seconds).round() as usize;
+                    let rate = (sums.rows as f64 / sums.time.seconds).round() as usize;
                     bar.set_message(format!(
-                        "loss {:.4}, {} instances/s",
+                        "loss {:.4}, {} instances/s, device busy {:.0} %",
                         sums.loss / sums.rows as f64,
-                        count(rate)
+                        count(rate),
+                        100.0 * sums.time.utilisation()
                     ));
                     bar.set_position(done as u64);
                 }
@@ -90,7 +91,7 @@ impl Progress {
             Event::EpochEnd { record, best } => {
                 let auc = record.valid_auc.map_or_else(|| "-".to_owned(), |auc| format!("{auc:.4}"));
                 self.line(&format!(
-                    "epoch {}: loss {:.4} (bce {:.4}, ibl {:.4}, idl {:.4}), validation AUC {auc}{}, {} instances/s, {:.1} s",
+                    "epoch {}: loss {:.4} (bce {:.4}, ibl {:.4}, idl {:.4}), validation AUC {auc}{}, {} instances/s, device busy {:.0} %, {:.1} s",
                     record.epoch,
                     record.loss,
                     record.bce,
@@ -98,6 +99,7 @@ impl Progress {
                     record.idl,
                     if best { " (best)" } else { "" },
                     count(record.instances_per_second.round() as usize),
+                    100.0 * record.utilisation.unwrap_or(0.0),
                     record.train_seconds + record.valid_seconds
                 ));
             }

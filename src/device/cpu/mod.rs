@@ -24,6 +24,7 @@ use super::{
 };
 use crate::attention::{self as fha, FhaOptions};
 use std::sync::Arc;
+use std::time::Instant;
 
 type Floats = CpuBuffer<f32>;
 type Indices = CpuBuffer<u32>;
@@ -88,9 +89,22 @@ impl Device for Cpu {
     type Staging = ();
     type AttentionPlan = AttentionPlan;
     type TargetPlan = TargetPlan;
+    /// Operations are over when they return.
+    type Mark = Instant;
 
     fn name(&self) -> String {
         format!("cpu ({}, {} threads)", simd::name(), rayon::current_num_threads())
+    }
+    /// One: more would take the cores that compute.
+    fn default_workers(&self) -> usize {
+        1
+    }
+
+    fn mark(&self) -> Result<Instant, DeviceError> {
+        Ok(Instant::now())
+    }
+    fn seconds_between(&self, from: &Instant, to: &Instant) -> Result<f64, DeviceError> {
+        Ok((*to - *from).as_secs_f64())
     }
 
     fn alloc<T: Element>(&self, len: usize) -> Result<CpuBuffer<T>, DeviceError> {

@@ -300,6 +300,7 @@ impl Runtime for Cuda {
 
     fn pinned(&self, bytes: usize) -> Result<launch::Pinned, CudaError> {
         let failed = |error| CudaError::driver("staging a copy", error, 0);
+        self.bind()?; // any thread may ask
         let oldest = {
             let mut sent = lock(&self.sent);
             let is_free = match sent.front() {

@@ -20,6 +20,7 @@ impl<R: Runtime> Device for Gpu<R> {
     type Staging = Staging<R>;
     type AttentionPlan = DevicePlan<R>;
     type TargetPlan = target_attention::TargetPlan<R>;
+    type Mark = R::Mark;
 
     fn name(&self) -> String {
         format!("{} ({})", self.runtime().name(), self.precision().name())
@@ -27,6 +28,12 @@ impl<R: Runtime> Device for Gpu<R> {
 
     fn captured<T>(&self, work: impl FnMut() -> Result<T, DeviceError>) -> Result<T, DeviceError> {
         graph::captured(self, work)
+    }
+    fn mark(&self) -> Result<R::Mark, DeviceError> {
+        Ok(self.runtime().mark()?)
+    }
+    fn seconds_between(&self, from: &R::Mark, to: &R::Mark) -> Result<f64, DeviceError> {
+        Ok(self.runtime().seconds_between(from, to)?)
     }
 
     fn check_room(&self, parameters: usize, copies: usize) -> Done {

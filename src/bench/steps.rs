@@ -1,0 +1,311 @@
+//! Training steps by part: what each takes, and the least that it could.
+
+use super::gpu::Limits;
+use super::step_floor::{Floor, StepWork};
+use crate::Result;
+use crate::batch::{Batch, BatchError, Group, History};
+use crate::data::Dataset;
+use crate::device::Device;
+use crate::device::cuda::Precision;
+use crate::model::{Model, ModelConfig, Optimizer, PartSeconds, PartTimer, StepPart};
+use crate::pipeline;
+use crate::train::config::Config;
+use crate::train::draw::{Drawer, Plan};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde::Serialize;
+use std::fmt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Items of the table that made-up batches draw from.
+const ITEMS: usize = 10_000;
+
+/// Where the batches of the steps come from.
+pub enum Batches<'a> {
+    /// A data set's first epoch.
+    Drawn {
+        /// What draws them.
+        drawer: Box<Drawer<'a>>,
+        /// The epoch.
+        plan: Plan,
+        /// Items of the data set.
+        items: usize,
+    },
+    /// Made up: histories of one length, each asked about once.
+    Uniform {
+        /// Events of each history.
+        events: usize,
+        /// Histories of a batch.
+        groups: usize,
+        /// Candidates of each.
+        candidates: usize,
+    },
+}
+
+impl<'a> Batches<'a> {
+    /// Batches of a data set, as training draws them.
+    pub fn drawn(data: &'a Dataset, config: &Config) -> Self {
+        let drawer = Box::new(Drawer::new(data, config.draw()));
+        let plan = drawer.plan(0);
+        Self::Drawn { drawer, plan, items: data.items() }
+    }
+
+    /// Batches of `batch_rows` instances, in histories of exactly `max_length` events with one group of candidates each.
+    pub fn uniform(config: &Config) -> Self {
+        let candidates = 1 + config.negatives;
+        Self::Uniform {
+            events: config.max_length,
+            groups: (config.batch_rows / candidates).max(1),
+            candidates,
+        }
+    }
+
+    /// Items that the model needs.
+    pub fn items(&self) -> usize {
+        match self {
+            Self::Drawn { items, .. } => *items,
+            Self::Uniform { .. } => ITEMS,
+        }
+    }
+
+    /// Batch `index` of `count` that are spread evenly over the epoch.
+    fn make(&self, index: usize, count: usize) -> Result<Batch, BatchError> {
+        match self {
+            Self::Drawn { drawer, plan, .. } => {
+                Batch::pack(&drawer.draw(plan, 0, index * plan.size.batches / count))
+            }
+            &Self::Uniform { events, groups, candidates } => {
+                uniform(ITEMS, events, groups, candidates, index as u64)
+            }
+        }
+    }
+
+    /// As many as were asked for, or as there are.
+    fn count(&self, asked: usize) -> usize {
+        match self {
+            Self::Drawn { plan, .. } => asked.min(plan.size.batches),
+            Self::Uniform { .. } => asked,
+        }
+    }
+}
+
+/// A batch of `groups` histories of `events` events each, with random items and labels, every one asked about once, after its
+/// last event, with `candidates` candidates: nothing but the candidates of a group share a history.
+///
+/// # Errors
+/// More than can be indexed.
+pub(super) fn uniform(
+    items: usize,
+    events: usize,
+    groups: usize,
+    candidates: usize,
+    seed: u64,
+) -> Result<Batch, BatchError> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut draw =
+        |count: usize| -> Vec<u32> { (0..count).map(|_| rng.random_range(0..items as u32)).collect() };
+    let mut histories = Vec::with_capacity(groups);
+    for _ in 0..groups {
+        let (items, candidates) = (draw(events), draw(candidates));
+        let labels = draw(events).into_iter().map(|x| (x % 2) as u8).collect();
+        let targets = vec![0.0; candidates.len()];
+        let groups = vec![Group { length: events as u32, candidates, targets }];
+        histories.push(History { items, labels, groups });
+    }
+    Batch::pack(&histories)
+}
+
+/// A card to hold steps against: what it can do at most, and what products are computed with.
+#[derive(Clone, Debug, Serialize)]
+pub struct Peak {
+    /// What it can do.
+    pub limits: Limits,
+    /// Of products.
+    pub precision: Precision,
+}
+
+/// A part of the steps that were taken.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct PartRow {
+    /// The part.
+    pub part: StepPart,
+    /// Seconds of all steps, on the device; none in a prediction.
+    pub seconds: Option<f64>,
+    /// The least that all steps need on a card.
+    pub floor: Option<Floor>,
+}
+
+/// Where the time of steps went.
+#[derive(Clone, Debug, Serialize)]
+pub struct Profile {
+    /// Steps taken.
+    pub steps: usize,
+    /// Instances in them.
+    pub instances: usize,
+    /// Tokens encoded.
+    pub tokens: usize,
+    /// (candidate, event) scores of target attention.
+    pub scores: usize,
+    /// Seconds of all that; none in a prediction.
+    pub seconds: Option<f64>,
+    /// Of these, seconds in which the next batch was waited for.
+    pub input_wait: f64,
+    /// Parts, in the order of a step.
+    pub parts: Vec<PartRow>,
+}
+
+/// What a batch adds to a profile besides times.
+struct Counts {
+    instances: usize,
+    tokens: usize,
+    scores: usize,
+    floors: Option<[Floor; StepPart::ALL.len()]>,
+}
+
+impl Counts {
+    fn new(batch: &Batch, network: &ModelConfig, config: &Config, peak: Option<&Peak>) -> Self {
+        let floors = peak.map(|Peak { limits, precision }| {
+            StepWork::new(network, batch, config.dense_embeddings).floors(limits, *precision)
+        });
+        let scores = batch.score_offsets.last().map_or(0, |&scores| scores as usize);
+        Self { instances: batch.rows(), tokens: batch.tokens(), scores, floors }
+    }
+}
+
+impl Profile {
+    fn new() -> Self {
+        let parts = StepPart::ALL.map(|part| PartRow { part, seconds: None, floor: None }).to_vec();
+        Self { steps: 0, instances: 0, tokens: 0, scores: 0, seconds: None, input_wait: 0.0, parts }
+    }
+
+    fn add(&mut self, counts: &Counts) {
+        self.steps += 1;
+        self.instances += counts.instances;
+        self.tokens += counts.tokens;
+        self.scores += counts.scores;
+        for (row, &floor) in self.parts.iter_mut().zip(counts.floors.iter().flatten()) {
+            *row.floor.get_or_insert_default() += floor;
+        }
+    }
+}
+
+/// Trains a fresh model on `batches` batches on `device`, timing the parts of each step. With `peak`, floors stand beside them.
+///
+/// # Errors
+/// A model that cannot be made, or a failing step.
+pub fn measure<D: Device>(
+    device: &Arc<D>,
+    source: &Batches,
+    config: &Config,
+    batches: usize,
+    peak: Option<&Peak>,
+) -> Result<Profile> {
+    let network = config.model(source.items());
+    let mut model = Model::initialized(device.clone(), network.clone(), config.seed, config.init)?;
+    let mut optimizer = Optimizer::new(&model)?;
+    let (loss, adam, stager) = (config.loss(), config.adam(), model.stager());
+    let count = source.count(batches);
+    let make = |index| -> Result<_> {
+        let batch = source.make(index, count)?;
+        Ok((Counts::new(&batch, &network, config, peak), stager.stage(&batch)?))
+    };
+    let (mut profile, mut parts) = (Profile::new(), PartSeconds::default());
+    let mut timer = PartTimer::new(device.clone());
+    pipeline::ahead(0..count, config.workers_for(&**device), make, |made| -> Result<()> {
+        let (mut start, mut waited) = (Instant::now(), Duration::ZERO);
+        for index in 0..count {
+            let Some(batch) = made.next() else { break };
+            let (counts, batch) = batch?;
+            model.train_staged(batch, &loss, &adam, &mut optimizer, &mut timer)?;
+            let seconds = timer.take()?;
+            // The first step also fills the memory pools; it is taken, not timed.
+            if index == 0 && count > 1 {
+                (start, waited) = (Instant::now(), made.waited());
+                continue;
+            }
+            profile.add(&counts);
+            parts += seconds;
+        }
+        profile.seconds = Some(start.elapsed().as_secs_f64());
+        profile.input_wait = (made.waited() - waited).as_secs_f64();
+        Ok(())
+    })?;
+    for row in &mut profile.parts {
+        row.seconds = Some(parts.of(row.part));
+    }
+    Ok(profile)
+}
+
+/// The floors of steps on `batches` batches, without taking any.
+///
+/// # Errors
+/// A network that cannot be made, or a batch that cannot be packed.
+pub fn predict(source: &Batches, config: &Config, batches: usize, peak: &Peak) -> Result<Profile> {
+    let network = config.model(source.items());
+    network.check()?;
+    let mut profile = Profile::new();
+    let count = source.count(batches);
+    for index in 0..count {
+        profile.add(&Counts::new(&source.make(index, count)?, &network, config, Some(peak)));
+    }
+    Ok(profile)
+}
+
+/// A table: per step, so that batches of different numbers compare.
+impl fmt::Display for Profile {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let steps = self.steps.max(1) as f64;
+        let [instances, tokens, scores] =
+            [self.instances, self.tokens, self.scores].map(|n| (n as f64 / steps).round());
+        write!(f, "a step by part; {} steps of {instances} instances, {tokens} tokens", self.steps)?;
+        writeln!(f, " and {scores} scores of target attention on average")?;
+        write!(f, "{:<18}", "part")?;
+        if self.seconds.is_some() {
+            write!(f, "{:>10}{:>8}", "ms", "share")?;
+        }
+        if self.parts.iter().any(|row| row.floor.is_some()) {
+            write!(f, "{:>11}{:>13}{:>12}", "by bytes us", "by products", "by exp")?;
+            write!(f, "{:>10}  {:<13}", "floor us", "bound")?;
+            if self.seconds.is_some() {
+                write!(f, "{:>9}{:>15}", "x floor", "share of peak")?;
+            }
+        }
+        writeln!(f)?;
+        let inside: f64 = self.parts.iter().filter_map(|row| row.seconds).sum();
+        let rows = self.parts.iter().map(|row| (row.part.name(), row.seconds, row.floor));
+        let mut floor = None;
+        for row in &self.parts {
+            if let Some(part) = row.floor {
+                *floor.get_or_insert_with(Floor::default) += part;
+            }
+        }
+        let between = self.seconds.map(|all| ("between steps", Some(all - inside), None));
+        let all = ("all", self.seconds, floor);
+        for (name, seconds, floor) in rows.chain(between).chain([all]) {
+            write!(f, "{name:<18}")?;
+            if let (Some(seconds), Some(all)) = (seconds, self.seconds) {
+                write!(f, "{:>10.3}{:>6.1} %", seconds / steps * 1e3, 100.0 * seconds / all)?;
+            }
+            if let Some(floor) = floor {
+                let [bytes, products, exponentials] = floor.bounds.map(|bound| bound / steps * 1e6);
+                write!(f, "{bytes:>11.2}{products:>13.2}{exponentials:>12.2}")?;
+                let bound = if name == "all" { "" } else { floor.bound() };
+                write!(f, "{:>10.2}  {bound:<13}", floor.seconds / steps * 1e6)?;
+                if let Some(seconds) = seconds {
+                    write!(f, "{:>9.1}{:>13.1} %", seconds / floor.seconds, 100.0 * floor.seconds / seconds)?;
+                }
+            }
+            writeln!(f)?;
+        }
+        if let Some(seconds) = self.seconds {
+            let (rate, busy) = (self.instances as f64 / seconds, 100.0 * inside / seconds);
+            let wait = self.input_wait / steps * 1e3;
+            write!(
+                f,
+                "{rate:.0} instances/s; device busy {busy:.1} %; waited {wait:.3} ms a step for input"
+            )?;
+        }
+        Ok(())
+    }
+}

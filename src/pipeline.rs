@@ -1,0 +1,269 @@
+//! Work done ahead of its use: items made by several threads, handed over in order.
+//!
+//! What an item is depends on its index alone, so the number of threads changes when items are ready and nothing else.
+//! Items that are begun and not yet handed over are bounded, and with them the memory they take.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Items that may be begun and not yet handed over, for each worker: the one it works on, and one that waits.
+const AHEAD: usize = 2;
+
+/// Calls `consume` with the items `make(i)` of `range`, in order, made by `workers` threads (0 counts as 1) ahead of their use.
+/// When `consume` returns, what is not begun is never made.
+///
+/// # Panics
+/// As `make` and `consume` do.
+pub fn ahead<T: Send, R>(
+    range: Range<usize>,
+    workers: usize,
+    make: impl Fn(usize) -> T + Sync,
+    consume: impl FnOnce(&mut Made<'_, T>) -> R,
+) -> R {
+    let workers = workers.clamp(1, range.len().max(1));
+    let line = Line {
+        end: range.end,
+        limit: AHEAD * workers,
+        state: Mutex::new(State {
+            begun: range.start,
+            taken: range.start,
+            made: BTreeMap::new(),
+            closed: false,
+        }),
+        room: Condvar::new(),
+        ready: Condvar::new(),
+    };
+    thread::scope(|scope| {
+        for _ in 0..workers {
+            scope.spawn(|| line.work(&make));
+        }
+        consume(&mut Made { line: &line, waited: Duration::ZERO })
+    })
+}
+
+/// The items, in order. Dropping it ends the work.
+pub struct Made<'a, T> {
+    line: &'a Line<T>,
+    waited: Duration,
+}
+
+impl<T> Made<'_, T> {
+    /// Time spent in waiting for items that were not ready, so far.
+    pub fn waited(&self) -> Duration {
+        self.waited
+    }
+}
+
+impl<T> Iterator for Made<'_, T> {
+    type Item = T;
+
+    fn next(&mut self) -> Option<T> {
+        let asked = Instant::now();
+        let mut state = self.line.lock();
+        let item = loop {
+            let index = state.taken;
+            if let Some(item) = state.made.remove(&index) {
+                state.taken += 1;
+                self.line.room.notify_one();
+                break Some(item);
+            }
+            if index >= self.line.end || state.closed {
+                break None;
+            }
+            state = wait(&self.line.ready, state);
+        };
+        self.waited += asked.elapsed();
+        item
+    }
+}
+
+impl<T> Drop for Made<'_, T> {
+    fn drop(&mut self) {
+        self.line.close();
+    }
+}
+
+/// What the threads share.
+struct Line<T> {
+    end: usize,
+    limit: usize,
+    state: Mutex<State<T>>,
+    /// An item was taken, or the line closed.
+    room: Condvar,
+    /// An item was made, or the line closed.
+    ready: Condvar,
+}
+
+struct State<T> {
+    /// The next item to begin.
+    begun: usize,
+    /// The next item to hand over.
+    taken: usize,
+    made: BTreeMap<usize, T>,
+    closed: bool,
+}
+
+impl<T> Line<T> {
+    /// A worker: begins items while there is room, until there are no more or nobody wants them.
+    fn work(&self, make: impl Fn(usize) -> T) {
+        // A worker that panics ends everything: nobody waits for its item.
+        let _alarm = Alarm(self);
+        loop {
+            let mut state = self.lock();
+            while !state.closed && state.begun < self.end && state.begun - state.taken >= self.limit {
+                state = wait(&self.room, state);
+            }
+            if state.closed || state.begun >= self.end {
+                return;
+            }
+            let index = state.begun;
+            state.begun += 1;
+            drop(state);
+            let item = make(index);
+            self.lock().made.insert(index, item);
+            self.ready.notify_one();
+        }
+    }
+
+    fn close(&self) {
+        self.lock().closed = true;
+        self.room.notify_all();
+        self.ready.notify_all();
+    }
+
+    /// Nothing is left half-changed by a panic.
+    fn lock(&self) -> MutexGuard<'_, State<T>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn wait<'a, T>(condition: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
+    condition.wait(guard).unwrap_or_else(PoisonError::into_inner)
+}
+
+struct Alarm<'a, T>(&'a Line<T>);
+
+impl<T> Drop for Alarm<'_, T> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.close();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    /// Makes an item late where its index is even, so that threads overtake each other.
+    fn unevenly(index: usize) -> usize {
+        if index.is_multiple_of(2) {
+            thread::sleep(Duration::from_micros(300));
+        }
+        index
+    }
+
+    #[test]
+    fn items_come_once_and_in_order() {
+        for workers in [0, 1, 2, 3, 8] {
+            for range in [0..0, 0..1, 3..40] {
+                let found = ahead(range.clone(), workers, unevenly, |made| made.collect::<Vec<_>>());
+                assert_eq!(found, range.collect::<Vec<_>>(), "{workers} workers");
+            }
+        }
+    }
+
+    #[test]
+    fn no_more_are_begun_than_there_is_room_for() {
+        for workers in [1, 3] {
+            let begun = AtomicUsize::new(0);
+            let make = |index: usize| {
+                begun.fetch_add(1, Ordering::SeqCst);
+                index
+            };
+            ahead(0..100, workers, make, |made| {
+                for taken in 1..=20 {
+                    made.next();
+                    thread::sleep(Duration::from_millis(2));
+                    let ahead = begun.load(Ordering::SeqCst) - taken;
+                    assert!(ahead <= AHEAD * workers, "{ahead} ahead with {workers} workers");
+                }
+            });
+            // With nobody left to take them, the rest is never made.
+            assert!(begun.load(Ordering::SeqCst) <= 20 + AHEAD * workers);
+        }
+    }
+
+    #[test]
+    fn an_idle_consumer_finds_the_line_full() {
+        let begun = AtomicUsize::new(0);
+        let make = |_| begun.fetch_add(1, Ordering::SeqCst);
+        ahead(0..100, 3, make, |_| {
+            let start = Instant::now();
+            while begun.load(Ordering::SeqCst) < 3 * AHEAD {
+                assert!(start.elapsed() < Duration::from_secs(60), "workers should not wait to be asked");
+                thread::yield_now();
+            }
+        });
+    }
+
+    #[test]
+    fn waiting_is_counted_and_only_that() {
+        let made = AtomicUsize::new(0);
+        let slow = |index| {
+            thread::sleep(Duration::from_millis(50));
+            made.fetch_add(1, Ordering::SeqCst);
+            index
+        };
+        let at_once = ahead(0..5, 1, slow, |items| {
+            items.by_ref().for_each(drop);
+            items.waited()
+        });
+        assert!(at_once >= Duration::from_millis(5 * 50), "{at_once:?}");
+
+        made.store(0, Ordering::SeqCst);
+        let when_ready = ahead(0..5, 1, slow, |items| {
+            for taken in 0..5 {
+                while made.load(Ordering::SeqCst) <= taken {
+                    thread::sleep(Duration::from_millis(1));
+                }
+                items.next();
+            }
+            items.waited()
+        });
+        assert!(when_ready < at_once / 2, "{when_ready:?} and {at_once:?}");
+    }
+
+    #[test]
+    fn a_panic_of_a_worker_is_passed_on_instead_of_waited_for() {
+        for workers in [1, 3] {
+            let make = |index: usize| if index == 4 { panic!("item {index}") } else { index };
+            let mut taken = 0;
+            let result = catch_unwind(AssertUnwindSafe(|| {
+                ahead(0..100, workers, make, |made| made.for_each(|_| taken += 1));
+            }));
+            assert!(result.is_err() && taken <= 4, "{taken} taken");
+        }
+    }
+
+    #[test]
+    fn a_panic_of_the_consumer_ends_the_workers() {
+        let result = catch_unwind(|| {
+            ahead(
+                0..usize::MAX,
+                2,
+                |index| index,
+                |made| {
+                    made.next();
+                    panic!("enough");
+                },
+            )
+        });
+        assert!(result.is_err());
+    }
+}

@@ -1,0 +1,177 @@
+//! A step by its parts: all are there, they make up the step, and watching changes nothing. One body, run on every device.
+
+use dfar::batch::{Batch, Group, History};
+use dfar::device::{Clip, Device, DeviceError};
+use dfar::model::{
+    AdamOptions, HostTensor, Initialization, LossOptions, Model, ModelConfig, ModelError, Optimizer,
+    PartTimer, StepObserver, StepPart, StepTimer,
+};
+use std::sync::Arc;
+use std::time::Instant;
+
+const LOSS: LossOptions = LossOptions { bpr: 0.3, idl: 0.2, embed_l2: 1e-3 };
+const ADAM: AdamOptions = AdamOptions { lr: 1e-2, clip: Some(Clip::PerTensor(2.0)), dense_embeddings: false };
+
+fn config() -> ModelConfig {
+    ModelConfig { width: 8, attention: [7, 4], tower: [6, 5], ..ModelConfig::new(40, 12) }
+}
+
+fn batch(seed: u32) -> Batch {
+    let history = |length: u32| History {
+        items: (0..length).map(|t| (7 * t + seed) % 40).collect(),
+        labels: (0..length).map(|t| u8::from(!(t + seed).is_multiple_of(3))).collect(),
+        groups: vec![Group {
+            length,
+            candidates: (0..4).map(|c| (11 * c + length) % 40).collect(),
+            targets: vec![1.0, 0.0, 0.0, 0.0],
+        }],
+    };
+    Batch::pack(&[history(12), history(5), history(9)]).expect("the histories are sound")
+}
+
+/// Everything an observer hears.
+#[derive(Default)]
+struct Heard {
+    parts: Vec<StepPart>,
+    ends: usize,
+}
+
+impl StepObserver for Heard {
+    fn enter(&mut self, part: StepPart) -> Result<(), DeviceError> {
+        assert_eq!(self.ends, 0, "nothing begins after the end");
+        self.parts.push(part);
+        Ok(())
+    }
+    fn end(&mut self) -> Result<(), DeviceError> {
+        self.ends += 1;
+        Ok(())
+    }
+}
+
+/// A model in training.
+struct Training<D: Device> {
+    model: Model<D>,
+    optimizer: Optimizer<D>,
+    adam: AdamOptions,
+    losses: Vec<f64>,
+}
+
+impl<D: Device> Training<D> {
+    fn new(device: Arc<D>, dense_embeddings: bool) -> Self {
+        let model = Model::initialized(device, config(), 3, Initialization::Scaled).unwrap();
+        let optimizer = Optimizer::new(&model).unwrap();
+        Self { model, optimizer, adam: AdamOptions { dense_embeddings, ..ADAM }, losses: Vec::new() }
+    }
+
+    fn step(&mut self, seed: u32, observer: &mut dyn StepObserver) {
+        let staged = self.model.stager().stage(&batch(seed)).unwrap();
+        let step = self.model.train_staged(staged, &LOSS, &self.adam, &mut self.optimizer, observer);
+        self.losses.push(step.unwrap().loss);
+    }
+
+    fn result(self) -> (Vec<f64>, Vec<HostTensor>) {
+        (self.losses, self.model.tensors().unwrap())
+    }
+}
+
+pub fn watching_a_step_changes_nothing<D: Device>(new: &dyn Fn() -> Arc<D>) {
+    for dense_embeddings in [false, true] {
+        let mut unseen = Training::new(new(), dense_embeddings);
+        let device = new();
+        let mut timer = PartTimer::new(device.clone());
+        let mut timed = Training::new(device, dense_embeddings);
+        let mut heard = Training::new(new(), dense_embeddings);
+        for seed in 0..3 {
+            unseen.step(seed, &mut ());
+            timed.step(seed, &mut timer);
+            timer.take().unwrap();
+
+            let mut ear = Heard::default();
+            heard.step(seed, &mut ear);
+            assert_eq!(ear.ends, 1);
+            let (first, last) = (ear.parts.first(), ear.parts.last());
+            assert_eq!((first, last), (Some(&StepPart::Input), Some(&StepPart::Optimizer)));
+            for part in StepPart::ALL {
+                // Forward and backward, of one interest or both; what comes before and after happens once.
+                let once = matches!(part, StepPart::Input | StepPart::Optimizer);
+                let times = ear.parts.iter().filter(|&&p| p == part).count();
+                assert!(if once { times == 1 } else { times >= 2 }, "{part:?}: {times} times");
+            }
+        }
+        let unseen = unseen.result();
+        assert!(timed.result() == unseen && heard.result() == unseen);
+    }
+}
+
+pub fn parts_make_up_the_step<D: Device>(new: &dyn Fn() -> Arc<D>) {
+    let device = new();
+    let (mut parts, mut whole) = (PartTimer::new(device.clone()), StepTimer::new(device.clone()));
+    assert_eq!((parts.take().unwrap().total(), whole.take().unwrap()), (0.0, 0.0), "no step, no time");
+    let mut training = Training::new(device, false);
+    let mut share: f64 = 0.0;
+    for seed in 0..10 {
+        let start = Instant::now();
+        training.step(seed, &mut Both(&mut parts, &mut whole));
+        let outside = start.elapsed().as_secs_f64();
+        let (parts, whole) = (parts.take().unwrap(), whole.take().unwrap());
+        for part in StepPart::ALL {
+            assert!(parts.of(part) > 0.0, "{part:?}");
+        }
+        // Marks of both lie next to each other, and inside the call.
+        assert!(
+            parts.total() <= whole + 1e-9 && whole <= outside + 1e-9,
+            "{parts:?} of {whole} of {outside}"
+        );
+        share = share.max(parts.total() / whole);
+    }
+    // Of the best step: between any two marks the thread may lose its core.
+    assert!(share >= 0.9, "parts are {share} of the step");
+}
+
+/// Two observers: what the first measures lies inside of what the second does.
+struct Both<'a, A, B>(&'a mut A, &'a mut B);
+
+impl<A: StepObserver, B: StepObserver> StepObserver for Both<'_, A, B> {
+    fn enter(&mut self, part: StepPart) -> Result<(), DeviceError> {
+        self.1.enter(part)?;
+        self.0.enter(part)
+    }
+    fn end(&mut self) -> Result<(), DeviceError> {
+        self.0.end()?;
+        self.1.end()
+    }
+}
+
+pub fn a_batch_staged_for_another_model_is_refused<D: Device>(new: &dyn Fn() -> Arc<D>) {
+    let device = new();
+    let model = Model::new(device.clone(), config(), 1).unwrap();
+    let wider = Model::new(device, ModelConfig { width: 16, ..config() }, 1).unwrap();
+    let elsewhere = Model::new(new(), config(), 1).unwrap();
+    for other in [&wider, &elsewhere] {
+        let staged = other.stager().stage(&batch(0)).unwrap();
+        let error = model.score_staged(staged).unwrap_err();
+        assert!(matches!(error, ModelError::OtherModel), "{error}");
+    }
+    let staged = model.stager().stage(&batch(0)).unwrap();
+    assert_eq!((staged.rows(), staged.tokens()), (12, 26));
+    assert_eq!(model.score_staged(staged).unwrap(), model.score(&batch(0)).unwrap());
+}
+
+/// Batches are staged on other threads while the model works, and dropped unused without harm.
+pub fn batches_are_staged_on_any_thread<D: Device>(new: &dyn Fn() -> Arc<D>) {
+    let model = Model::initialized(new(), config(), 3, Initialization::Scaled).unwrap();
+    let expected: Vec<_> = (0..6).map(|seed| model.score(&batch(seed)).unwrap()).collect();
+    let found: Vec<_> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..6)
+            .map(|seed| {
+                let stager = model.stager();
+                scope.spawn(move || {
+                    drop(stager.stage(&batch(seed + 1)).unwrap());
+                    stager.stage(&batch(seed)).unwrap()
+                })
+            })
+            .collect();
+        threads.into_iter().map(|thread| model.score_staged(thread.join().unwrap()).unwrap()).collect()
+    });
+    assert!(found == expected);
+}

@@ -1,0 +1,45 @@
+//! A step by its parts on the emulated GPU; the bodies are those of the CPU.
+
+#[path = "../../bodies/parts.rs"]
+mod bodies;
+
+use dfar::bench::predict::Card;
+use dfar::bench::steps::{self, Batches, Peak};
+use dfar::device::cuda::Precision;
+use dfar::train::Config;
+use dfar_emulator::gpu;
+use std::sync::Arc;
+
+macro_rules! on_the_emulator {
+    ($($name:ident)+) => {$(
+        #[test]
+        fn $name() {
+            bodies::$name(&|| Arc::new(gpu(Precision::F32)));
+        }
+    )+};
+}
+
+on_the_emulator! {
+    watching_a_step_changes_nothing
+    parts_make_up_the_step
+    a_batch_staged_for_another_model_is_refused
+    batches_are_staged_on_any_thread
+}
+
+#[test]
+fn parts_stand_beside_their_floors() {
+    let config = Config { width: 8, max_length: 6, batch_rows: 20, workers: 2, ..Config::default() };
+    let peak = Peak { limits: Card::H200.datasheet(), precision: Precision::F32 };
+    let (device, batches) = (Arc::new(gpu(Precision::F32)), Batches::uniform(&config));
+    let profile = steps::measure(&device, &batches, &config, 3, Some(&peak)).expect("sound steps");
+    assert_eq!((profile.steps, profile.instances, profile.tokens), (2, 2 * 20, 2 * 12));
+    for row in &profile.parts {
+        // An emulator is slower than any GPU.
+        let (seconds, floor) = (row.seconds.expect("timed"), row.floor.expect("counted").seconds);
+        assert!(floor > 0.0 && seconds > floor, "{row:?}");
+    }
+    let text = profile.to_string();
+    for word in ["x floor", "share of peak", "between steps", "instances/s"] {
+        assert!(text.contains(word), "{word} in\n{text}");
+    }
+}

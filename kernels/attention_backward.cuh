@@ -6,7 +6,7 @@
 
 // Blocks that should be resident: what registers allow without spills.
 template <class E, int D> constexpr int DQ_BLOCKS = sizeof(E) == 4 ? (D <= 32 ? 3 : 1) : D == 8 ? 6 : D == 16 ? 5 : D == 32 ? 4 : D == 64 ? 3 : 1;
-template <class E, int D> constexpr int DK_DV_BLOCKS = sizeof(E) == 4 ? (D == 8 ? 4 : D <= 32 ? 3 : 1) : D == 8 ? 8 : D == 16 ? 6 : D == 32 ? 4 : D == 64 ? 3 : 1;
+template <class E, int D> constexpr int DK_DV_BLOCKS = sizeof(E) == 4 ? (D == 8 ? 4 : D <= 32 ? 3 : 1) : D == 8 ? 8 - AMPERE : D == 16 ? 6 : D == 32 ? 4 : D == 64 ? 3 : 1;
 
 // Whether backward keeps what is not finite from rows that do not see it: not where registers are all taken.
 template <class E, int D> constexpr bool MENDED = sizeof(E) == 2 || D < 128;

@@ -116,6 +116,7 @@ struct Device {
     unsigned char* shared = nullptr;
     size_t shared_bytes = 0;
     unsigned block_time = 0;
+    bool vote = false, voted = false;  // of the barrier to come, and of the last
     std::vector<Touch> writes, reads;
     bool failed = false;
     char message[512];
@@ -293,6 +294,11 @@ static void wait_for(Wait wait, int line, void* argument, void (*run)(void* cons
 }
 void meet_warp(int line, void* argument, void (*run)(void* const (&)[32])) { wait_for(Wait::warp, line, argument, run); }
 void meet_block(int line) { wait_for(Wait::block, line, nullptr, nullptr); }
+bool meet_block_any(bool x, int line) {
+    device->vote |= x;
+    meet_block(line);
+    return device->voted;
+}
 
 static void fibre_main() {
     Device& d = *device;
@@ -346,6 +352,7 @@ static bool run_block(Device& d, uint3 block, int threads) {
     memset(d.state + (d.shared - d.memory), UNWRITTEN, d.shared_bytes);
     d.writes.assign(d.shared_bytes, {});
     d.reads.assign(d.shared_bytes, {});
+    d.vote = false;
     d.fibres.resize(threads);
     for (int i = 0; i < threads; ++i) {
         Fibre& fibre = d.fibres[i];
@@ -375,6 +382,8 @@ static bool run_block(Device& d, uint3 block, int threads) {
         }
         if (one.wait == Wait::done) return true;
         ++d.block_time;
+        d.voted = d.vote;
+        d.vote = false;
         for (Fibre& fibre : d.fibres) fibre.wait = Wait::none;
     }
 }

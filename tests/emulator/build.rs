@@ -51,6 +51,7 @@ fn main() {
     }
     let mut own = base();
     own.flag("-fsanitize=thread")
+        .flag("-Wno-unknown-pragmas")
         .flag("-Wno-unused-parameter")
         .files(["src/faults.cpp", "src/functions.cpp"]);
     objects.extend(own.compile_intermediates());

@@ -20,6 +20,7 @@ pub struct Emulated {
     limits: Limits,
     to_device: AtomicUsize,
     to_host: AtomicUsize,
+    overlapped: AtomicUsize,
     capture: Mutex<Option<Recording>>,
     /// `Some`: what is asked for and not done yet.
     behind: Option<Mutex<Recording>>,
@@ -72,6 +73,8 @@ pub struct Copies {
     pub to_device: usize,
     /// From the device.
     pub to_host: usize,
+    /// Of those from the host, the ones that came before work that was asked for earlier. Only where the device lags.
+    pub overlapped: usize,
 }
 
 // SAFETY: a device may be used from any thread, by one at a time, which the mutex sees to.
@@ -87,6 +90,7 @@ impl Default for Emulated {
             limits: Limits { shared_per_block: 163 << 10, multiprocessors: 4, cache_bytes: 1 << 20 },
             to_device: AtomicUsize::new(0),
             to_host: AtomicUsize::new(0),
+            overlapped: AtomicUsize::new(0),
             capture: Mutex::default(),
             behind: None,
             landing: Mutex::default(),
@@ -115,21 +119,21 @@ impl Emulated {
         requests.into_iter().try_for_each(|request| self.carry_out(request))
     }
 
-    /// Where requests are to be recorded, if they are.
+    /// Records what is asked for, where that is done. False where it is to be done at once.
     fn recording(&self, act: impl FnOnce(&mut Recording)) -> bool {
-        let recorded = match (&mut *lock(&self.capture), &self.behind) {
-            (Some(capture), _) => capture,
-            (None, Some(behind)) => &mut *lock(behind),
+        match (&mut *lock(&self.capture), &self.behind) {
+            (Some(capture), _) => act(capture),
+            (None, Some(behind)) => act(&mut lock(behind)),
             (None, None) => return false,
-        };
-        act(recorded);
+        }
         true
     }
 
     /// Copies so far.
     pub fn copies(&self) -> Copies {
-        let [to_device, to_host] = [&self.to_device, &self.to_host].map(|n| n.load(Ordering::Relaxed));
-        Copies { to_device, to_host }
+        let counts = [&self.to_device, &self.to_host, &self.overlapped];
+        let [to_device, to_host, overlapped] = counts.map(|n| n.load(Ordering::Relaxed));
+        Copies { to_device, to_host, overlapped }
     }
 
     /// Replaces bytes inside one array.
@@ -292,6 +296,11 @@ impl Runtime for Emulated {
         self.to_device.fetch_add(1, Ordering::Relaxed);
         if !lock(&self.landing).remove(&at) {
             return Err(fault("send")(format!("a copy to {at:#x}, which is not idle memory for copies")));
+        }
+        if let Some(behind) = &self.behind
+            && lock(behind).requests.iter().any(|request| request.node().is_some())
+        {
+            self.overlapped.fetch_add(1, Ordering::Relaxed);
         }
         let mut end = 0;
         for part in parts {

@@ -246,7 +246,7 @@ impl<'a, D: Device> Fit<'a, D> {
             // A batch sent ahead, or why it was not: an error comes to light in the batch's turn, when the steps before it
             // are done and counted.
             let mut sent = None;
-            while let Some(batch) = sent.take().or_else(|| Some(self.send(batches.next()?))) {
+            while let Some(batch) = sent.take().or_else(|| Some(send(&self.model, batches.next()?))) {
                 let batch = batch?;
                 let rows = batch.rows();
                 let (loss, ahead) = self.step(batch, &mut timer, || batches.next_if_ready())?;
@@ -288,10 +288,6 @@ impl<'a, D: Device> Fit<'a, D> {
         })
     }
 
-    fn send(&self, batch: Result<StagedBatch<D>, TrainError>) -> Result<SentBatch<D>, TrainError> {
-        Ok(self.model.send(batch?)?)
-    }
-
     /// Takes a step. While the device is at work on it, the `next` batch is sent if there is one: waiting for one would delay
     /// the losses, and with them whoever asked to stop.
     fn step(
@@ -303,7 +299,7 @@ impl<'a, D: Device> Fit<'a, D> {
         let (loss, adam) = (self.config.loss(), self.config.adam());
         let Self { model, optimizer, .. } = self;
         let step = model.begin_step(batch, &loss, &adam, optimizer, timer).and_then(|pending| {
-            let sent = next().map(|batch| Ok(model.send(batch?)?));
+            let sent = next().map(|batch| send(model, batch));
             Ok((pending.finish()?, sent))
         });
         step.map_err(|error| match error {
@@ -413,6 +409,14 @@ impl<'a, D: Device> Fit<'a, D> {
         self.saved = Instant::now();
         Ok(())
     }
+}
+
+/// Sends a batch, if it could be made.
+fn send<D: Device>(
+    model: &Model<D>,
+    batch: Result<StagedBatch<D>, TrainError>,
+) -> Result<SentBatch<D>, TrainError> {
+    Ok(model.send(batch?)?)
 }
 
 /// How a run's model is scored.

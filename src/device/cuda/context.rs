@@ -21,8 +21,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 /// - What is asked for after a copy finds it: the work's stream waits for an event behind the copy before it goes on.
 /// - What was asked for before is not disturbed: the copy goes to memory that the host knows to be idle. See [`Landing`].
 ///
-/// The optimiser's table of addresses goes the same way, though it is sent in the middle of a step: it is made while the device
-/// is behind the host, and so is there when its kernel is. On the work's stream it would be one more thing in the step.
+/// The optimiser's table of addresses goes the same way, though it is sent in the middle of a step: the same two things keep its
+/// place, and as the host is mostly ahead of the device, it is there before its kernel's turn. One kind of copy is enough.
 pub struct Cuda {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
@@ -194,8 +194,7 @@ impl Cuda {
         }
     }
 
-    /// Memory from the driver, after what nobody uses is given back to it if there is no more. The stream that uses it need not
-    /// wait: it is there when this returns.
+    /// As [`Cuda::new_memory`]; where there is no more, what nobody uses is given back to the driver first.
     fn new_memory_or_room(&self, bytes: usize) -> Result<Pointer, CudaError> {
         match self.new_memory(bytes) {
             Err(CudaError::OutOfMemory { .. }) => {
@@ -210,7 +209,7 @@ impl Cuda {
         }
     }
 
-    /// Memory from the driver, there when this returns.
+    /// Memory from the driver. The stream that uses it need not wait: it is there when this returns.
     fn new_memory(&self, bytes: usize) -> Result<Pointer, CudaError> {
         self.bind()?;
         let at = launch::allocate(&self.allocations, bytes)?;

@@ -21,6 +21,11 @@
 // written once. Streamed: forward reads k and v once per block of query rows of their sequence (from L2 after the
 // first); backward is two passes, dq over query rows and dk_dv over keys, each of which streams the other side.
 //
+// NOT FINITE. A pair behind the diagonal has the weight 0, but 0 times NaN is NaN: what is not finite would reach rows of its
+// sequence that do not see it, where they share a tile of 16 by 16. It is found where a kernel ends (an output of the warp is not
+// finite then), or begins (whole backward), and the block does its work once more, CAREFUL: that takes the chunks of a tile one
+// by one, and leaves out of products what is not finite for those who do not see it. Everybody else keeps their bits.
+//
 //     attention_rows.cuh            rows, heads and tiles: what all of them share
 //     attention_forward.cuh         o and lse, both regimes
 //     attention_backward_whole.cuh  dq, dk and dv of short sequences
@@ -30,8 +35,19 @@
 #include "attention_forward.cuh"
 
 // A module is compiled for one element type and width: -DDFAR_ELEMENT=bf16 -DDFAR_HEAD_DIM=16.
-KERNEL(attention_forward_whole, AttentionParams, THREADS, FORWARD_BLOCKS<DFAR_ELEMENT, DFAR_HEAD_DIM>) { forward<DFAR_ELEMENT, DFAR_HEAD_DIM, true>(p); }
-KERNEL(attention_forward, AttentionParams, THREADS, FORWARD_BLOCKS<DFAR_ELEMENT, DFAR_HEAD_DIM>) { forward<DFAR_ELEMENT, DFAR_HEAD_DIM, false>(p); }
-KERNEL(attention_backward_whole, AttentionParams, THREADS, WHOLE_BLOCKS<DFAR_ELEMENT, DFAR_HEAD_DIM>) { backward_whole<DFAR_ELEMENT, DFAR_HEAD_DIM>(p); }
-KERNEL(attention_dq, AttentionParams, THREADS, 1) { dq<DFAR_ELEMENT, DFAR_HEAD_DIM>(p); }
-KERNEL(attention_dk_dv, AttentionParams, THREADS, 1) { dk_dv<DFAR_ELEMENT, DFAR_HEAD_DIM>(p); }
+using E = DFAR_ELEMENT;
+constexpr int D = DFAR_HEAD_DIM;
+
+KERNEL(attention_forward_whole, AttentionParams, THREADS, FORWARD_BLOCKS<E, D, true>) {
+    if (forward<E, D, true, false>(p)) forward_carefully<E, D, true>(p);
+}
+KERNEL(attention_forward, AttentionParams, THREADS, FORWARD_BLOCKS<E, D, false>) {
+    if (forward<E, D, false, false>(p)) forward_carefully<E, D, false>(p);
+}
+KERNEL(attention_backward_whole, AttentionParams, THREADS, WHOLE_BLOCKS<E, D>) { backward_whole<E, D>(p); }
+KERNEL(attention_dq, AttentionParams, THREADS, DQ_BLOCKS<E, D>) {
+    if (dq<E, D, false>(p)) dq_carefully<E, D>(p);
+}
+KERNEL(attention_dk_dv, AttentionParams, THREADS, DK_DV_BLOCKS<E, D>) {
+    if (dk_dv<E, D, false>(p)) dk_dv_carefully<E, D>(p);
+}

@@ -4,6 +4,13 @@
 #pragma once
 #include "attention_rows.cuh"
 
+// Blocks that should be resident: what registers allow without spills.
+template <class E, int D> constexpr int DQ_BLOCKS = sizeof(E) == 4 ? (D <= 32 ? 3 : 1) : D == 8 ? 6 : D == 16 ? 5 : D == 32 ? 4 : D == 64 ? 3 : 1;
+template <class E, int D> constexpr int DK_DV_BLOCKS = sizeof(E) == 4 ? (D == 8 ? 4 : D <= 32 ? 3 : 1) : D == 8 ? 8 - AMPERE : D == 16 ? 6 : D == 32 ? 4 : D == 64 ? 3 : 1;
+
+// Whether backward keeps what is not finite from rows that do not see it: not where registers are all taken.
+template <class E, int D> constexpr bool MENDED = sizeof(E) == 2 || D < 128;
+
 // sum += <x, y> over 16 bytes of elements.
 template <class E> __device__ __forceinline__ float add_product(const uint4& x, const uint4& y, float sum) {
     const unsigned a[4] = {x.x, x.y, x.z, x.w}, b[4] = {y.x, y.y, y.z, y.w};
@@ -51,6 +58,14 @@ __device__ __forceinline__ void compute_delta(float (&delta)[2], const Attention
 // lse in base 2, such that 2^(score - lse) is 0 for a row that saw nothing.
 __device__ __forceinline__ float base_2_lse(float lse) { return lse == -INF ? INF : lse * LOG2_E; }
 
+// Zeros in elements of pairs that do not see each other, whatever they were multiplied with.
+template <class Sees> __device__ __forceinline__ void hide(float (&s)[2][4], Sees sees) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        if (!sees(i)) s[i / 4][i % 4] = 0.0f;
+    }
+}
+
 // Whether p is corrected for the rounding of lse. An lse of 1e4 in f32 is off by up to 5e-4, and p of the whole row with it.
 // The pass that visits a row's every p adds them up and divides by the sum, which should be 1; it leaves the factor for dk_dv.
 template <class E> constexpr bool CORRECTED = sizeof(E) == 4;
@@ -71,8 +86,8 @@ __device__ __forceinline__ void clear_other_group(const AttentionParams& p, cons
 
 // dq: a block of query rows as in forward. Reads q, k, v, o, d_o, lse, order, feedback; writes delta of its rows, dq of its
 // tokens, zeros for the heads of the other group included, and in f32 correction.
-template <class E, int D> __device__ __forceinline__ void dq(const AttentionParams& p) {
-    constexpr int KEYS = TILE<E, D>, STRIDE = Tile<E, D>::STRIDE;
+template <class E, int D, bool CAREFUL> __device__ __forceinline__ bool dq(const AttentionParams& p) {
+    constexpr int KEYS = CAREFUL ? 16 : TILE<E, D>, STRIDE = Tile<E, D>::STRIDE;
     const int lane = lane_index(), warp = uniform(warp_index()), warps = blockDim.x / 32;
     const Item item = load_item(p, blockIdx.x);
     const Problem problem(p);
@@ -112,20 +127,19 @@ template <class E, int D> __device__ __forceinline__ void dq(const AttentionPara
     }
 
     const float scale = p.scale * LOG2_E;
-    float sum[2] = {0.0f, 0.0f};
     stage_rows<E, D>(q_tile, p.q, rows, 0, [&](int row) { return problem.query(p, item, first + row); });
     __syncwarp();
-    Rows<E, D, true> q, d_o;
+    Rows<E, D, !CAREFUL> q, d_o;
     q.set(q_tile);
 
-    float acc[D / 8][4];
+    float acc[D / 8][4], sum[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int n = 0; n < D / 8; ++n) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0.0f;
     KeyWalk<KEYS> walk;
     KeyCopy<E, D, KEYS> copy;
     int stage = 0;
     bool more = walk.start(p, problem, block_visible);
-    if (more) {
+    if (!CAREFUL && more) {
         copy.find(p, item, walk);
         copy.start(k_tile, v_tile, p, problem, item, walk);
     }
@@ -140,13 +154,17 @@ template <class E, int D> __device__ __forceinline__ void dq(const AttentionPara
         while (more && walk.head == head) {
             const KeyWalk<KEYS> tile = walk;
             more = walk.advance(p, problem, block_visible);
-            if (more) copy.find(p, item, walk);
-            copy_wait();
-            __syncthreads();
+            if constexpr (CAREFUL) {
+                copy_now<E, D, KEYS>(k_tile + stage * KEYS * STRIDE, v_tile + stage * KEYS * STRIDE, p, problem, item, tile);
+            } else {
+                if (more) copy.find(p, item, walk);
+                copy_wait();
+                __syncthreads();
+            }
             const E* const keys = k_tile + stage * KEYS * STRIDE;
             const E* const values = v_tile + stage * KEYS * STRIDE;
             stage ^= 1;
-            if (more) copy.start(k_tile + stage * KEYS * STRIDE, v_tile + stage * KEYS * STRIDE, p, problem, item, walk);
+            if (!CAREFUL && more) copy.start(k_tile + stage * KEYS * STRIDE, v_tile + stage * KEYS * STRIDE, p, problem, item, walk);
 
             const int columns = warp_most.of(tile.label) - tile.first;
             const int seen_by_all = warp_least.of(tile.label) - tile.first;
@@ -164,14 +182,22 @@ template <class E, int D> __device__ __forceinline__ void dq(const AttentionPara
                     const int half = i / 2 % 2, column = j * 16 + i / 4 * 8 + (lane & 3) * 2 + i % 2;
                     float& x = s[i / 4][i % 4];
                     float weight = exp2_fast(exponent<E>(x, low[i / 4][i % 4], scale, lse[half]));
-                    if (diagonal && column >= limit[half]) weight = 0.0f;
+                    if ((CAREFUL || diagonal) && column >= limit[half]) weight = 0.0f;
                     if constexpr (CORRECTED<E>) sum[half] += weight;
                     x = weight * ((tile.kept ? dp[i / 4][i % 4] : 0.0f) - delta[half]);
                 }
-                accumulate<E, D>(acc, s, keys + j * 16 * STRIDE, scratch);
+                if constexpr (CAREFUL) {
+                    const auto sees = [&](int i) { return j * 16 + i / 4 * 8 + (lane & 3) * 2 + i % 2 < limit[i / 2 % 2]; };
+                    hide(s, sees);
+                    accumulate_carefully<E, D>(acc, s, keys + j * 16 * STRIDE, scratch, sees);
+                } else {
+                    accumulate<E, D>(acc, s, keys + j * 16 * STRIDE, scratch);
+                }
             }
         }
     }
+    float zero = 0.0f;
+    add_zeros<D>(zero, acc);
 
     if constexpr (CORRECTED<E>) {
 #pragma unroll
@@ -192,13 +218,16 @@ template <class E, int D> __device__ __forceinline__ void dq(const AttentionPara
     __syncwarp();
     write_rows<E, D>(p.dq, out, D + 4, rows, [&](int row) { return problem.query(p, item, first + row); });
     clear_other_group<E, D>(p, problem, item, first, rows);
+    return any_thread(zero != 0.0f);
 }
+
+template <class E, int D> __device__ __forceinline__ void dq_carefully(const AttentionParams& p) { dq<E, D, true>(p); }
 
 // dk_dv: one block takes 16 * warps keys of one label, starting at item.first in label order, of key head blockIdx.y, and
 // all query rows that see them. Reads q, k, v, d_o, lse, delta, order, feedback, in f32 correction; writes dk and dv of its keys (zeros where
 // nothing is kept). Works on transposed scores: rows are keys, columns query rows.
-template <class E, int D> __device__ __forceinline__ void dk_dv(const AttentionParams& p) {
-    constexpr int QUERIES = TILE<E, D>, STRIDE = Tile<E, D>::STRIDE;
+template <class E, int D, bool CAREFUL> __device__ __forceinline__ bool dk_dv(const AttentionParams& p) {
+    constexpr int QUERIES = CAREFUL ? 16 : TILE<E, D>, STRIDE = Tile<E, D>::STRIDE;
     const int lane = lane_index(), warp = uniform(warp_index()), warps = blockDim.x / 32;
     const Item item = load_item(p, blockIdx.x);
     const Problem problem(p);
@@ -227,7 +256,7 @@ template <class E, int D> __device__ __forceinline__ void dk_dv(const AttentionP
     stage_rows<E, D>(k_tile, p.k, keys, 0, key_index);
     stage_rows<E, D>(v_tile, p.v, keys, 0, key_index);
     __syncwarp();
-    Rows<E, D, (D <= 64)> k, v;
+    Rows<E, D, (D <= 64 && !CAREFUL)> k, v;
     k.set(k_tile);
     v.set(v_tile);
 
@@ -274,18 +303,24 @@ template <class E, int D> __device__ __forceinline__ void dk_dv(const AttentionP
     };
 
     int stage = 0;
-    if (block_from < all_rows) copy_queries(0, block_from);
+    if (!CAREFUL && block_from < all_rows) copy_queries(0, block_from);
     for (int from = block_from; from < all_rows; from += QUERIES) {
+        if constexpr (CAREFUL) {
+            __syncthreads();
+            copy_queries(0, from);
+        }
         copy_wait();
         __syncthreads();  // the tile is there, and everyone has done with the one before
         const int at = stage * QUERIES;
-        stage ^= 1;
-        if (from + QUERIES < all_rows) copy_queries(stage, from + QUERIES);
+        if constexpr (!CAREFUL) {
+            stage ^= 1;
+            if (from + QUERIES < all_rows) copy_queries(stage, from + QUERIES);
+        }
 
 #pragma unroll
         for (int j = 0; j < QUERIES / 16; ++j) {
             const int row = from + j * 16;
-            if (row >= all_rows || row + 16 <= warp_from) continue;
+            if (row >= all_rows || (!CAREFUL && row + 16 <= warp_from)) continue;
             const bool diagonal = row < warp_all_from;
             const E* const queries = q_tile + (at + j * 16) * STRIDE;
             const E* const d_o = d_o_tile + (at + j * 16) * STRIDE;
@@ -301,7 +336,7 @@ template <class E, int D> __device__ __forceinline__ void dk_dv(const AttentionP
                 for (int i = 0; i < 4; ++i) {
                     float& x = s[half][i];
                     x = exp2_fast(exponent<E>(x, low[half][i], scale, i % 2 ? lse.y : lse.x));
-                    if (diagonal && row + column + i % 2 < own_from[i / 2]) x = 0.0f;
+                    if ((CAREFUL || diagonal) && row + column + i % 2 < own_from[i / 2]) x = 0.0f;
                 }
                 if constexpr (CORRECTED<E>) {
                     const float2 factor = *reinterpret_cast<const float2*>(correction_tile + at + j * 16 + column);
@@ -309,7 +344,14 @@ template <class E, int D> __device__ __forceinline__ void dk_dv(const AttentionP
                     for (int i = 0; i < 4; ++i) s[half][i] *= i % 2 ? factor.y : factor.x;
                 }
             }
-            if (kept) accumulate<E, D>(dv, s, d_o, scratch);
+            // Element i of transposed scores: its query row sees its key.
+            const auto sees = [&](int i) { return row + i / 4 * 8 + (lane & 3) * 2 + i % 2 >= own_from[i / 2 % 2]; };
+            if constexpr (CAREFUL) {
+                hide(s, sees);
+                if (kept) accumulate_carefully<E, D>(dv, s, d_o, scratch, sees);
+            } else if (kept) {
+                accumulate<E, D>(dv, s, d_o, scratch);
+            }
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int column = half * 8 + (lane & 3) * 2;
@@ -317,9 +359,17 @@ template <class E, int D> __device__ __forceinline__ void dk_dv(const AttentionP
 #pragma unroll
                 for (int i = 0; i < 4; ++i) s[half][i] *= (kept ? dp[half][i] : 0.0f) - (i % 2 ? delta.y : delta.x);
             }
-            accumulate<E, D>(dk, s, queries, scratch);
+            if constexpr (CAREFUL) {
+                hide(s, sees);
+                accumulate_carefully<E, D>(dk, s, queries, scratch, sees);
+            } else {
+                accumulate<E, D>(dk, s, queries, scratch);
+            }
         }
     }
+    float zero = 0.0f;
+    add_zeros<D>(zero, dk);
+    add_zeros<D>(zero, dv);
 
     store_accumulator<D>(out, D + 4, dk, p.scale);
     __syncwarp();
@@ -328,4 +378,9 @@ template <class E, int D> __device__ __forceinline__ void dk_dv(const AttentionP
     store_accumulator<D>(out, D + 4, dv, 1.0f);
     __syncwarp();
     write_rows<E, D>(p.dv, out, D + 4, keys, key_index);
+    return MENDED<E, D> && any_thread(zero != 0.0f);
+}
+
+template <class E, int D> __device__ __forceinline__ void dk_dv_carefully(const AttentionParams& p) {
+    if constexpr (MENDED<E, D>) dk_dv<E, D, true>(p);
 }

@@ -11,6 +11,8 @@
 //
 // Keys lie in shared memory by head and label, each label from a multiple of 16 on, with zeros up to the next.
 //
+// What is not finite shows before the walk, of which keys and values do not outlast: in a row's lse or delta, or it is a key.
+//
 // Reads q, k, v, o, d_o, lse, order, feedback, each element once; writes dq, dk, dv, each element once. delta is computed
 // while d_o passes through registers to shared memory.
 #pragma once
@@ -20,7 +22,7 @@
 template <int D> constexpr int DQ_STRIDE = D == 8 ? 8 : D + 8;
 
 // Blocks that should be resident: what shared memory allows, where registers can be had for it without spills.
-template <class E, int D> constexpr int WHOLE_BLOCKS = sizeof(E) == 2 && D <= 32 ? 5 : 1;
+template <class E, int D> constexpr int WHOLE_BLOCKS = sizeof(E) == 4 ? (D == 8 ? 4 - BLACKWELL : 1) : D <= 16 ? 5 : D == 32 ? 4 : 1;
 
 // First query row that sees a key that is not there.
 constexpr int NEVER = 1 << 30;
@@ -55,17 +57,22 @@ template <class E, int D> __device__ __forceinline__ void backward_whole(const A
     // ---- everything there is comes to shared memory
     const Team team{int(threadIdx.x) - place * item_warps * 32, item_warps * 32};
     const int first = member * 16, rows = all_rows - first < 0 ? 0 : (all_rows - first < 16 ? all_rows - first : 16);
-    for (int head = 0; item.length && head < heads; ++head) {
-        for (int label = 0; label < 2; ++label) {
-            const int from = label ? item.negatives : 0, count = label ? item.length - item.negatives : item.negatives;
-            const bool kept = is_kept(p, head, label);
-            if (count == 0 || (p.masked && !kept)) continue;
-            const int at = (head * capacity + (label ? negative_chunks * 16 : 0)) * STRIDE;
-            const auto index = [&](int row) { return problem.key(p, token_at(p, item, from + row), head); };
-            copy_rows<E, D>(team, k_tile + at, p.k, count, 0, index);
-            if (kept) copy_rows<E, D>(team, v_tile + at, p.v, count, 0, index);
+    // `visit`(head, first key, keys, kept, where they lie) for each head and label that takes part.
+    const auto each = [&](auto visit) {
+        for (int head = 0; item.length && head < heads; ++head) {
+            for (int label = 0; label < 2; ++label) {
+                const int from = label ? item.negatives : 0, count = label ? item.length - item.negatives : item.negatives;
+                const bool kept = is_kept(p, head, label);
+                if (count == 0 || (p.masked && !kept)) continue;
+                visit(head, from, count, kept, (head * capacity + (label ? negative_chunks * 16 : 0)) * STRIDE);
+            }
         }
-    }
+    };
+    each([&](int head, int from, int count, bool kept, int at) {
+        const auto index = [&](int row) { return problem.key(p, token_at(p, item, from + row), head); };
+        copy_rows<E, D>(team, k_tile + at, p.k, count, 0, index);
+        if (kept) copy_rows<E, D>(team, v_tile + at, p.v, count, 0, index);
+    });
     copy_rows<E, D>(team, q_tile, p.q, all_rows, 0, [&](int row) { return problem.query(p, item, row); });
     for (int i = team.thread; i < head_chunks * 16; i += team.threads) {
         const int key = i < negative_chunks * 16 ? i : i - negative_chunks * 16 + item.negatives;
@@ -83,16 +90,20 @@ template <class E, int D> __device__ __forceinline__ void backward_whole(const A
         *reinterpret_cast<uint4*>(d_o_tile + (head * most_rows + first + row) * STRIDE + i % T::CHUNKS * T::PER_CHUNK) =
             make_uint4(0, 0, 0, 0);
     }
+    bool spoiled = false;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const int row = (lane >> 2) + i * 8;
         if ((lane & 3) == 0) {
-            lse_tile[first + row] = row < rows ? base_2_lse(p.lse[problem.row(p, item, first + row)]) : INF;
+            const float lse = row < rows ? p.lse[problem.row(p, item, first + row)] : -INF;
+            spoiled |= row < rows && !(magnitude(lse) < INF && magnitude(delta[i]) < INF);
+            lse_tile[first + row] = base_2_lse(lse);
             delta_tile[first + row] = delta[i];
         }
     }
     copy_wait();
-    __syncthreads();
+    each([&](int, int, int count, bool, int at) { spoiled |= copied_spoiled<E, D>(team, k_tile + at, count); });
+    const bool careful = any_thread(spoiled) && MENDED<E, D>;
 
     const float scale = p.scale * LOG2_E;
     if constexpr (CORRECTED<E>) {
@@ -181,15 +192,26 @@ template <class E, int D> __device__ __forceinline__ void backward_whole(const A
                         for (int i = 0; i < 4; ++i) s[half][i] *= i % 2 ? factor.y : factor.x;
                     }
                 }
-                if (kept) accumulate<E, D>(dv, s, d_o, scratch);
+                // Element i of transposed scores: its query row sees its key.
+                const auto sees = [&](int i) { return row + i / 4 * 8 + (lane & 3) * 2 + i % 2 >= own_from[i / 2 % 2]; };
+                if (careful) hide(s, sees);
+                if (kept && careful) accumulate_carefully<E, D>(dv, s, d_o, scratch, sees);
+                else if (kept) accumulate<E, D>(dv, s, d_o, scratch);
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     const float2 delta = *reinterpret_cast<const float2*>(delta_tile + row + half * 8 + (lane & 3) * 2);
 #pragma unroll
                     for (int i = 0; i < 4; ++i) s[half][i] *= (kept ? dp[half][i] : 0.0f) - (i % 2 ? delta.y : delta.x);
                 }
-                accumulate<E, D>(dk, s, queries, scratch);
-                accumulate_transposed<E, D>(dq + row * DQ_STRIDE<D>, DQ_STRIDE<D>, s, keys, scratch);
+                float* const dq_rows = dq + row * DQ_STRIDE<D>;
+                if (careful) {
+                    hide(s, sees);
+                    accumulate_transposed_carefully<E, D>(dq_rows, DQ_STRIDE<D>, s, keys, scratch, sees);
+                    accumulate_carefully<E, D>(dk, s, queries, scratch, sees);
+                } else {
+                    accumulate<E, D>(dk, s, queries, scratch);
+                    accumulate_transposed<E, D>(dq_rows, DQ_STRIDE<D>, s, keys, scratch);
+                }
             }
             if (tile == item_warps - 1) {
                 // The chunk's own keys and values have done their work: the gradients leave through their place.

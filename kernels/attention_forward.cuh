@@ -11,19 +11,19 @@
 #pragma once
 #include "attention_rows.cuh"
 
-// Blocks of forward that should be resident, where registers can be had for it without spills: on sm_100 one fewer.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int FEWER = 1;
-#else
-constexpr int FEWER = 0;
-#endif
-template <class E, int D> constexpr int FORWARD_BLOCKS = sizeof(E) == 4 || D > 32 ? 1 : D == 32 ? 4 : (D == 16 ? 5 : 4) - FEWER;
+// Blocks of forward that should be resident, where registers can be had for it without spills.
+template <class E, int D, bool WHOLE>
+constexpr int FORWARD_BLOCKS = sizeof(E) == 4 ? (D <= 32 ? 3 : 1)
+                             : D == 8         ? 4 - BLACKWELL
+                             : D == 16        ? 5 - BLACKWELL - (!WHOLE && (AMPERE || BLACKWELL))
+                             : D == 32        ? 4 - (!WHOLE && AMPERE)
+                                              : 1;
 
 // A tile of which every row of the warp sees every column, when every row has a reference already: no maximum, no test of a
-// column, no branch between the products. False, with nothing changed, when the reference turns out too low.
+// column, no branch between the products. False, with nothing changed but `slack`, when a reference turns out too low.
 template <class E, int D, int KEYS, bool KEPT>
 __device__ __forceinline__ bool take_seen_tile(float (&acc)[D / 8][4], OnlineSoftmax& softmax, const Rows<E, D, true>& q, float scale,
-                                               const E* keys, const E* values) {
+                                               const E* keys, const E* values, float (&slack)[2]) {
     constexpr int CHUNKS = KEYS / 16, STRIDE = Tile<E, D>::STRIDE;
     float s[CHUNKS][2][4], sum[2] = {0.0f, 0.0f};
     unsigned pairs[CHUNKS][4];
@@ -34,12 +34,13 @@ __device__ __forceinline__ bool take_seen_tile(float (&acc)[D / 8][4], OnlineSof
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             float& x = s[j][i / 4][i % 4];
-            x = exp2_fast(exponent<E>(x, 0.0f, scale, softmax.peak[i / 2 % 2]));
+            x = exponent<E>(x, 0.0f, scale, softmax.peak[i / 2 % 2]);
+            x = i < DFAR_POLYNOMIAL ? exp2_polynomial(x) : exp2_fast(x);
             sum[i / 2 % 2] += x;
         }
         if constexpr (KEPT) round_pairs<E>(pairs[j], s[j]);
     }
-    if (!OnlineSoftmax::serves(sum)) return false;
+    if (!OnlineSoftmax::serves(sum, slack)) return false;
     softmax.sum[0] += sum[0];
     softmax.sum[1] += sum[1];
     if constexpr (KEPT) {
@@ -49,8 +50,10 @@ __device__ __forceinline__ bool take_seen_tile(float (&acc)[D / 8][4], OnlineSof
     return true;
 }
 
-template <class E, int D, bool WHOLE> __device__ __forceinline__ void forward(const AttentionParams& p) {
+// True if an output may be other than it should be, as something is not finite: to be done CAREFULLY.
+template <class E, int D, bool WHOLE, bool CAREFUL> __device__ __forceinline__ bool forward(const AttentionParams& p) {
     constexpr int KEYS = TILE<E, D>, STRIDE = Tile<E, D>::STRIDE;
+    constexpr int AT_ONCE = CAREFUL ? 1 : KEYS / 16;  // chunks with scores in registers
     const int lane = lane_index(), warp = uniform(warp_index()), warps = blockDim.x / 32;
     const int item_warps = WHOLE ? p.item_warps : warps, items = warps / item_warps, member = warp / item_warps;
     const Item item = load_item(p, blockIdx.x * items + member);
@@ -91,15 +94,9 @@ template <class E, int D, bool WHOLE> __device__ __forceinline__ void forward(co
     const unsigned flip = p.scale < 0 ? (sizeof(E) == 4 ? 0x80000000u : 0x80008000u) : 0;
     stage_rows<E, D>(q_tile, p.q, rows, flip, [&](int row) { return problem.query(p, item, first + row); });
     __syncwarp();
-    Rows<E, D, true> q;
+    Rows<E, D, !CAREFUL> q;
     q.set(q_tile);
 
-    OnlineSoftmax softmax;
-    softmax.clear();
-    KeyWalk<KEYS> walk;
-    KeyCopy<E, D, KEYS> copy;
-    int stage = 0;
-    bool more = walk.start(p, problem, block_visible);
     if constexpr (WHOLE) {
         const Team team{int(threadIdx.x) - member * item_warps * 32, item_warps * 32};
         for (unsigned head = 0; item.length && head < problem.key_heads; ++head) {
@@ -118,12 +115,20 @@ template <class E, int D, bool WHOLE> __device__ __forceinline__ void forward(co
         }
         copy_wait();
         __syncthreads();
-    } else if (more) {
+    }
+
+    OnlineSoftmax softmax;
+    KeyWalk<KEYS> walk;
+    KeyCopy<E, D, KEYS> copy;
+    int stage = 0;
+    bool more = walk.start(p, problem, block_visible);
+    if (!WHOLE && !CAREFUL && more) {
         copy.find(p, item, walk);
         copy.start(k_tile, v_tile, p, problem, item, walk);
     }
+    softmax.clear();
     bool started = false;  // every row has seen a key
-
+    float zero = 0.0f;     // unless an output is not finite
     for (unsigned head = 0; head < problem.key_heads; ++head) {
         float acc[D / 8][4];
 #pragma unroll
@@ -132,7 +137,9 @@ template <class E, int D, bool WHOLE> __device__ __forceinline__ void forward(co
         while (more && walk.head == head) {
             const KeyWalk<KEYS> tile = walk;
             more = walk.advance(p, problem, block_visible);
-            if constexpr (!WHOLE) {
+            if constexpr (!WHOLE && CAREFUL) {
+                copy_now<E, D, KEYS>(k_tile + stage * KEYS * STRIDE, v_tile + stage * KEYS * STRIDE, p, problem, item, tile);
+            } else if constexpr (!WHOLE) {
                 if (more) copy.find(p, item, walk);
                 copy_wait();
                 __syncthreads();  // the tile is there, and everyone has done with the one before
@@ -141,65 +148,96 @@ template <class E, int D, bool WHOLE> __device__ __forceinline__ void forward(co
             const E* const keys = k_tile + at * STRIDE;
             const E* const values = v_tile + at * STRIDE;
             stage ^= 1;
-            if (!WHOLE && more) {
+            if (!WHOLE && !CAREFUL && more) {
                 copy.start(k_tile + stage * KEYS * STRIDE, v_tile + stage * KEYS * STRIDE, p, problem, item, walk);
             }
 
             // Columns of this tile that the warp's last row sees, and those that all its rows see.
             const int columns = warp_most.of(tile.label) - tile.first;
             const int seen_by_all = warp_least.of(tile.label) - tile.first;
+            float slack[2] = {OnlineSoftmax::SLACK, OnlineSoftmax::SLACK};
             if constexpr (!WHOLE && sizeof(E) == 2) {
-                if (started && seen_by_all >= KEYS) {
-                    const bool taken = tile.kept ? take_seen_tile<E, D, KEYS, true>(acc, softmax, q, scale, keys, values)
-                                                 : take_seen_tile<E, D, KEYS, false>(acc, softmax, q, scale, keys, values);
+                const bool seen = started && seen_by_all >= KEYS;
+                if constexpr (CAREFUL) {
+                    // What `take_seen_tile` finds of the references.
+                    float sum[2] = {0.0f, 0.0f};
+#pragma unroll 1
+                    for (int j = 0; seen && j < KEYS / 16; ++j) {
+                        float c[2][4];
+                        scores(c, q, keys + j * 16 * STRIDE);
+#pragma unroll
+                        for (int i = 0; i < 8; ++i) {
+                            sum[i / 2 % 2] += exp2_fast(exponent<E>(c[i / 4][i % 4], 0.0f, scale, softmax.peak[i / 2 % 2]));
+                        }
+                    }
+                    if (seen && OnlineSoftmax::serves(sum, slack)) slack[0] = slack[1] = INF;
+                } else if (seen) {
+                    const bool taken = tile.kept ? take_seen_tile<E, D, KEYS, true>(acc, softmax, q, scale, keys, values, slack)
+                                                 : take_seen_tile<E, D, KEYS, false>(acc, softmax, q, scale, keys, values, slack);
                     if (taken) continue;
                 }
+                started = started || seen_by_all > 0;
             }
             const int limit[2] = {own[0].of(tile.label) - tile.first, own[1].of(tile.label) - tile.first};
-            float s[KEYS / 16][2][4];
-            float found[2] = {-INF, -INF};
+            float s[AT_ONCE][2][4];
+            // Scores of chunk j, -inf where a row does not see the column.
+            const auto visible_scores = [&](float (&c)[2][4], int j) {
+                scores(c, q, keys + j * 16 * STRIDE);
+                if (j * 16 + 16 <= seen_by_all) return;
 #pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    const int column = j * 16 + i / 4 * 8 + (lane & 3) * 2 + i % 2;
+                    if (column >= limit[i / 2 % 2]) c[i / 4][i % 4] = -INF;
+                }
+            };
+            float found[2] = {-INF, -INF};
+#pragma unroll AT_ONCE
             for (int j = 0; j < KEYS / 16; ++j) {
                 if (j * 16 >= columns) continue;
-                scores(s[j], q, keys + j * 16 * STRIDE);
-                if (j * 16 + 16 > seen_by_all) {
+                auto& c = s[CAREFUL ? 0 : j];
+                visible_scores(c, j);
 #pragma unroll
-                    for (int i = 0; i < 8; ++i) {
-                        const int column = j * 16 + i / 4 * 8 + (lane & 3) * 2 + i % 2;
-                        if (column >= limit[i / 2 % 2]) s[j][i / 4][i % 4] = -INF;
-                    }
-                }
-#pragma unroll
-                for (int i = 0; i < 8; ++i) found[i / 2 % 2] = largest(found[i / 2 % 2], s[j][i / 4][i % 4]);
+                for (int i = 0; i < 8; ++i) found[i / 2 % 2] = largest(found[i / 2 % 2], c[i / 4][i % 4]);
             }
             found[0] *= scale;
             found[1] *= scale;
             float factor[2];
-            if (softmax.raise(found, factor)) {
+            if (softmax.raise(found, slack, factor)) {
 #pragma unroll
                 for (int n = 0; n < D / 8; ++n) {
 #pragma unroll
                     for (int i = 0; i < 4; ++i) acc[n][i] *= factor[i / 2];
                 }
             }
-            if constexpr (!WHOLE && sizeof(E) == 2) started = started || softmax.started();
             const float peak[2] = {OnlineSoftmax::reference(softmax.peak[0]), OnlineSoftmax::reference(softmax.peak[1])};
-#pragma unroll
+            float sum[2] = {0.0f, 0.0f};  // as `take_seen_tile` adds up
+#pragma unroll AT_ONCE
             for (int j = 0; j < KEYS / 16; ++j) {
                 if (j * 16 >= columns) continue;
+                auto& c = s[CAREFUL ? 0 : j];
+                if constexpr (CAREFUL) visible_scores(c, j);
                 float low[2][4];
-                refine(s[j], low, scale, q, keys + j * 16 * STRIDE);
+                refine(c, low, scale, q, keys + j * 16 * STRIDE);
 #pragma unroll
                 for (int i = 0; i < 8; ++i) {
-                    float& x = s[j][i / 4][i % 4];
+                    float& x = c[i / 4][i % 4];
                     x = exp2_fast(exponent<E>(x, low[i / 4][i % 4], scale, peak[i / 2 % 2]));
-                    softmax.sum[i / 2 % 2] += x;
+                    sum[i / 2 % 2] += x;
                 }
-                if (tile.kept) accumulate<E, D>(acc, s[j], values + j * 16 * STRIDE, scratch);
+                if (!tile.kept) continue;
+                if constexpr (CAREFUL) {
+                    const auto sees = [&](int i) { return j * 16 + i / 4 * 8 + (lane & 3) * 2 + i % 2 < limit[i / 2 % 2]; };
+                    accumulate_carefully<E, D>(acc, c, values + j * 16 * STRIDE, scratch, sees);
+                } else {
+                    accumulate<E, D>(acc, c, values + j * 16 * STRIDE, scratch);
+                }
             }
+            softmax.sum[0] += sum[0];
+            softmax.sum[1] += sum[1];
         }
 
         store_accumulator<D>(out + head * D, out_stride, acc, 1.0f);
+        add_zeros<D>(zero, acc);
         if ((lane & 3) == 0) {
             peaks[(lane >> 2) * problem.key_heads + head] = softmax.peak[0];
             peaks[((lane >> 2) + 8) * problem.key_heads + head] = softmax.peak[1];
@@ -229,4 +267,9 @@ template <class E, int D, bool WHOLE> __device__ __forceinline__ void forward(co
         *reinterpret_cast<uint4*>(static_cast<E*>(p.o) + problem.row(p, item, first + row) * problem.key_heads * D +
                                   chunk * T::PER_CHUNK) = narrow<E>(out + row * out_stride + chunk * T::PER_CHUNK, factor);
     }
+    return any_thread(zero != 0.0f);
+}
+
+template <class E, int D, bool WHOLE> __device__ __noinline__ void forward_carefully(const AttentionParams& p) {
+    forward<E, D, WHOLE, true>(p);
 }

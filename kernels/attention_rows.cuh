@@ -10,6 +10,13 @@
 constexpr int MAX_WARPS = 4;
 constexpr int THREADS = MAX_WARPS * 32;
 
+// Machines whose registers go otherwise than Hopper's.
+#if defined(__CUDA_ARCH__)
+constexpr bool AMPERE = __CUDA_ARCH__ < 900, BLACKWELL = __CUDA_ARCH__ >= 1000;
+#else
+constexpr bool AMPERE = false, BLACKWELL = false;
+#endif
+
 // Keys (dk_dv: query rows) of one tile. 64 keep more loads in flight; wide heads have room for 32.
 template <class E, int D> constexpr int TILE = sizeof(E) == 2 && D <= 32 ? 64 : 32;
 
@@ -75,6 +82,17 @@ __device__ __forceinline__ void copy_rows(const Team& team, E* tile, const void*
         const E* from = static_cast<const E*>(source) + (valid ? index(row) * D : 0) + chunk * T::PER_CHUNK;
         copy_async(tile + row * T::STRIDE + chunk * T::PER_CHUNK, from, valid);
     }
+}
+
+// Whether what this thread copied by `copy_rows`, and waited for, holds anything that is not finite.
+template <class E, int D> __device__ __forceinline__ bool copied_spoiled(const Team& team, const E* tile, int count) {
+    using T = Tile<E, D>;
+    bool spoiled = false;
+    for (int i = team.thread; i < count * T::CHUNKS; i += team.threads) {
+        const E* const at = tile + i / T::CHUNKS * T::STRIDE + i % T::CHUNKS * T::PER_CHUNK;
+        spoiled |= is_spoiled<E>(*reinterpret_cast<const uint4*>(at));
+    }
+    return spoiled;
 }
 
 // Writes the warp's 16 rows of floats as elements: row i to `target` + D * `index`(i).
@@ -146,11 +164,14 @@ template <class E, int D, int KEYS> struct KeyCopy {
     __device__ __forceinline__ void start(E* k_tile, E* v_tile, const AttentionParams& p, const Problem& problem, const Item& item,
                                           const KeyWalk<KEYS>& walk) const {
         const int keys = walk.count(), rows = (keys + 15) & ~15;
+        // Bytes: one multiply-add of 32 bits into 64 finds a row.
+        const unsigned token_bytes = p.heads * D * unsigned(sizeof(E));
+        const unsigned offset = ((problem.first_key_head + walk.head) * D + column) * unsigned(sizeof(E));
         const auto copy = [&](int i, unsigned of) {
-            const size_t from = problem.key(p, of, walk.head) * D + column;
+            const size_t from = size_t(of) * token_bytes + offset;
             const int at = to + i * step * T::STRIDE;
-            copy_async(k_tile + at, static_cast<const E*>(p.k) + from, row + i * step < keys);
-            if (walk.kept) copy_async(v_tile + at, static_cast<const E*>(p.v) + from, row + i * step < keys);
+            copy_async(k_tile + at, static_cast<const char*>(p.k) + from, row + i * step < keys);
+            if (walk.kept) copy_async(v_tile + at, static_cast<const char*>(p.v) + from, row + i * step < keys);
         };
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
@@ -160,3 +181,14 @@ template <class E, int D, int KEYS> struct KeyCopy {
         for (int i = AHEAD; row + i * step < rows; ++i) copy(i, token_of(p, item, walk, row + i * step));
     }
 };
+
+// The block copies a tile and waits for it; everyone has done with what was in its place.
+template <class E, int D, int KEYS>
+__device__ __forceinline__ void copy_now(E* k_tile, E* v_tile, const AttentionParams& p, const Problem& problem, const Item& item,
+                                         const KeyWalk<KEYS>& walk) {
+    KeyCopy<E, D, KEYS> copy;
+    copy.find(p, item, walk);
+    copy.start(k_tile, v_tile, p, problem, item, walk);
+    copy_wait();
+    __syncthreads();
+}

@@ -7,11 +7,34 @@
 //
 // Once every row has a reference, columns that all rows see need no maximum at all: their terms are taken relative to the
 // reference there is, and their sum, which is needed anyway, tells afterwards whether it still served (`serves`).
+//
+// Each row decides by itself, though the warp takes the longer way together: nothing in a row's bits shows what its
+// neighbours saw, not even that it was not finite.
 #pragma once
 #include "primitives.cuh"
 
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
+
+// Of every 8 exponentials that a thread takes in tiles that all rows see (16 bits, streamed), so many come from the multiply-add pipes
+// instead of the special-function unit. None: the loop has no issue slots left for them, see docs/kernels.md. `dfar-bench
+// attention --polynomial` measures others. With any, rows beside one that is not finite may change in their last digits.
+#ifndef DFAR_POLYNOMIAL
+#define DFAR_POLYNOMIAL 0
+#endif
+
+// 2^x within 7.6e-5 of it (relative), for x from -125 to 127; for x beyond, that of the nearer end; for a NaN, that of 127, which
+// `serves` refuses. The nearest whole number goes to the exponent, the rest through a minimax polynomial.
+__device__ __forceinline__ float exp2_polynomial(float x) {
+    constexpr float WHOLE = 12582912.0f;  // 1.5 * 2^23: added, it leaves no room for fractions
+    x = largest(-largest(-x, -127.0f), -125.0f);
+    const float shifted = add_exactly(x, WHOLE);
+    const float rest = add_exactly(x, -add_exactly(shifted, -WHOLE));
+    float y = multiply_add(0.0551716685f, rest, 0.242611125f);
+    y = multiply_add(y, rest, 0.693260968f);
+    y = multiply_add(y, rest, 0.999928057f);
+    return __uint_as_float(__float_as_uint(y) + (__float_as_uint(shifted) << 23));
+}
 
 struct OnlineSoftmax {
     static constexpr float SLACK = 8.0f;
@@ -25,21 +48,22 @@ struct OnlineSoftmax {
         sum[0] = sum[1] = 0.0f;
     }
 
-    // Takes in the largest scaled scores of this thread in new columns. Returns whether any row of the warp got a new
-    // reference; then what was accumulated has to be multiplied by `factor`, which `sum` already was.
-    __device__ __forceinline__ bool raise(const float (&found)[2], float (&factor)[2]) {
+    // Takes in the largest scaled scores of this thread in new columns. Rows that exceed their reference by more than `slack`
+    // get a new one. Returns whether any of the warp did; then what was accumulated has to be multiplied by `factor`, which
+    // `sum` already was.
+    __device__ __forceinline__ bool raise(const float (&found)[2], const float (&slack)[2], float (&factor)[2]) {
         float row[2];
         bool higher = false;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             row[i] = largest(found[i], shuffle_xor(found[i], 1));
             row[i] = largest(row[i], shuffle_xor(row[i], 2));
-            higher |= row[i] > peak[i] + SLACK;
+            higher |= row[i] > peak[i] + slack[i];
         }
         if (!any_lane(higher)) return false;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const float top = largest(peak[i], row[i]);
+            const float top = row[i] > peak[i] + slack[i] ? row[i] : peak[i];
             factor[i] = exp2_fast(peak[i] - reference(top));
             peak[i] = top;
             sum[i] *= factor[i];
@@ -47,12 +71,16 @@ struct OnlineSoftmax {
         return true;
     }
 
-    // Whether every row of the warp has a reference.
-    __device__ __forceinline__ bool started() const { return !any_lane(peak[0] == -INF || peak[1] == -INF); }
-
-    // Whether sums of a tile's terms show that the reference they were taken with was high enough, in all rows of the warp.
-    static __device__ __forceinline__ bool serves(const float (&tile)[2]) {
-        return !any_lane(!(tile[0] <= MOST) || !(tile[1] <= MOST));
+    // Whether sums of a tile's terms show that the reference they were taken with was high enough, in all rows of the warp. If
+    // not, `slack` is what the rows then allow their maximum: those whose reference did serve keep it.
+    static __device__ __forceinline__ bool serves(const float (&tile)[2], float (&slack)[2]) {
+        if (!any_lane(!(tile[0] <= MOST) || !(tile[1] <= MOST))) return true;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const float half = largest(tile[i], shuffle_xor(tile[i], 1));
+            slack[i] = largest(half, shuffle_xor(half, 2)) <= MOST ? INF : SLACK;
+        }
+        return false;
     }
 
     // What exponents are taken relative to. A row that has seen nothing yet has peak -inf, and -inf - -inf is not

@@ -8,6 +8,7 @@ struct bf16 { unsigned short bits; };
 struct f16 { unsigned short bits; };
 
 constexpr float INF = __builtin_bit_cast(float, 0x7f800000);
+constexpr float NOT_A_NUMBER = __builtin_bit_cast(float, 0x7fffffff);
 
 #ifdef DFAR_EMULATOR
 #include "emulator.h"
@@ -26,6 +27,10 @@ __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffff, x
 __device__ __forceinline__ float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffff, x, lanes); }
 __device__ __forceinline__ double shuffle_xor(double x, int lanes) { return __shfl_xor_sync(0xffffffff, x, lanes); }
 __device__ __forceinline__ bool any_lane(bool x) { return __any_sync(0xffffffff, x); }
+// A bit for every lane.
+__device__ __forceinline__ unsigned ballot(bool x) { return __ballot_sync(0xffffffff, x); }
+// Whether x holds in any thread of the block; a barrier as well.
+__device__ __forceinline__ bool any_thread(bool x) { return __syncthreads_or(x); }
 
 // ---------------------------------------------------------------- memory
 

@@ -17,6 +17,32 @@ template <class E, int D> struct Tile {
     static constexpr int PER_CHUNK = 16 / sizeof(E);    // elements of a piece
 };
 
+// In 32 bits of a tensor, which are two elements or one: the exponents, and the least bit of each. An exponent of all ones,
+// which is that of what is not finite, carries into the sign when that is added.
+template <class E> struct Exponent { static constexpr unsigned BITS = 0x7f800000, STEP = 0x00800000, SIGN = 0x80000000; };
+template <> struct Exponent<bf16> { static constexpr unsigned BITS = 0x7f807f80, STEP = 0x00800080, SIGN = 0x80008000; };
+template <> struct Exponent<f16> { static constexpr unsigned BITS = 0x7c007c00, STEP = 0x04000400, SIGN = 0x80008000; };
+
+// Whether 16 bytes of elements hold one that is not finite.
+template <class E> __device__ __forceinline__ bool is_spoiled(const uint4& x) {
+    using X = Exponent<E>;
+    const unsigned all = ((x.x & X::BITS) + X::STEP) | ((x.y & X::BITS) + X::STEP) | ((x.z & X::BITS) + X::STEP) |
+                         ((x.w & X::BITS) + X::STEP);
+    return all & X::SIGN;
+}
+
+// Which of 16 rows of a tile hold anything that is not finite: a bit for each.
+template <class E, int D> __device__ __forceinline__ unsigned spoiled_rows(const E* tile) {
+    using T = Tile<E, D>;
+    const E* const row = tile + (lane_index() & 15) * T::STRIDE;
+    bool spoiled = false;
+    for (int chunk = lane_index() >> 4; chunk < T::CHUNKS; chunk += 2) {
+        spoiled |= is_spoiled<E>(*reinterpret_cast<const uint4*>(row + chunk * T::PER_CHUNK));
+    }
+    const unsigned rows = ballot(spoiled);
+    return (rows | rows >> 16) & 0xffff;
+}
+
 constexpr int SCRATCH_STRIDE = 20;
 // Floats of scratch a warp needs.
 template <class E> constexpr int SCRATCH = 0;
@@ -137,7 +163,8 @@ __device__ __forceinline__ void refine(float (&c)[2][4], float (&low)[2][4], flo
                         add_exactly(add_exactly(sum, -add_exactly(next, -took)), add_exactly(product, -took));
                 sum = next;
             }
-            if (c[i / 4][i % 4] == -INF) continue;
+            const float size = magnitude(c[i / 4][i % 4] * scale);
+            if (!(size > LARGE_SCORE && size < INF)) continue;  // not because another row's is large
             c[i / 4][i % 4] = sum;
             low[i / 4][i % 4] = rest;
         }
@@ -168,9 +195,10 @@ template <bool TRANSPOSED> __device__ __forceinline__ void exchange(float* scrat
     __syncwarp();
 }
 
-// acc += what was exchanged times COUNT * 8 columns of the tile.
-template <int COUNT>
-__device__ __forceinline__ void accumulate_exchanged(float (&acc)[COUNT][4], const float* scratch, const float* tile, int stride) {
+// acc += what was exchanged times COUNT * 8 columns of the tile. CAREFUL: its `spoiled` rows count as zeros.
+template <int COUNT, bool CAREFUL>
+__device__ __forceinline__ void accumulate_exchanged(float (&acc)[COUNT][4], const float* scratch, const float* tile, int stride,
+                                                     unsigned spoiled) {
     const int lane = lane_index(), row = lane >> 2, column = (lane & 3) * 2;
 #pragma unroll 4
     for (int k = 0; k < 16; ++k) {
@@ -178,7 +206,8 @@ __device__ __forceinline__ void accumulate_exchanged(float (&acc)[COUNT][4], con
         const float high = scratch[(row + 8) * SCRATCH_STRIDE + k];
 #pragma unroll
         for (int n = 0; n < COUNT; ++n) {
-            const float2 b = *reinterpret_cast<const float2*>(tile + k * stride + n * 8 + column);
+            float2 b = *reinterpret_cast<const float2*>(tile + k * stride + n * 8 + column);
+            if (CAREFUL && spoiled >> k & 1) b = make_float2(0.0f, 0.0f);
             acc[n][0] = multiply_add(low, b.x, acc[n][0]);
             acc[n][1] = multiply_add(low, b.y, acc[n][1]);
             acc[n][2] = multiply_add(high, b.x, acc[n][2]);
@@ -193,20 +222,33 @@ template <class E> __device__ __forceinline__ void round_pairs(unsigned (&a)[4],
     for (int i = 0; i < 4; ++i) a[i] = pack<E>(c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]);
 }
 
+// `load_matrices_transposed`. CAREFUL: rows of the tile that are `spoiled` count as zeros.
+template <bool CAREFUL, int COUNT>
+__device__ __forceinline__ void load_rows(unsigned (&b)[COUNT], const void* row, unsigned spoiled) {
+    load_matrices_transposed(b, row);
+    if constexpr (CAREFUL) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            const unsigned two = spoiled >> ((lane_index() & 3) * 2 + i % 2 * 8);
+            b[i] &= (two & 1 ? 0 : 0x0000ffffu) | (two & 2 ? 0 : 0xffff0000u);
+        }
+    }
+}
+
 // acc += a tile, with `a` as `round_pairs` leaves it.
-template <class E, int D>
-__device__ __forceinline__ void accumulate_pairs(float (&acc)[D / 8][4], const unsigned (&a)[4], const E* tile) {
+template <class E, int D, bool CAREFUL = false>
+__device__ __forceinline__ void accumulate_pairs(float (&acc)[D / 8][4], const unsigned (&a)[4], const E* tile, unsigned spoiled = 0) {
     const int lane = lane_index();
     const E* at = tile + (lane & 15) * Tile<E, D>::STRIDE;
     if constexpr (D == 8) {
         unsigned b[2];
-        load_matrices_transposed(b, at);
+        load_rows<CAREFUL>(b, at, spoiled);
         multiply<E>(acc[0], a, b[0], b[1]);
     } else {
 #pragma unroll
         for (int n = 0; n < D / 16; ++n) {
             unsigned b[4];
-            load_matrices_transposed(b, at + n * 16 + (lane >> 4) * 8);
+            load_rows<CAREFUL>(b, at + n * 16 + (lane >> 4) * 8, spoiled);
             multiply<E>(acc[2 * n], a, b[0], b[1]);
             multiply<E>(acc[2 * n + 1], a, b[2], b[3]);
         }
@@ -214,23 +256,37 @@ __device__ __forceinline__ void accumulate_pairs(float (&acc)[D / 8][4], const u
 }
 
 // `scratch`: SCRATCH<E> floats of the warp's own.
-template <class E, int D>
-__device__ __forceinline__ void accumulate(float (&acc)[D / 8][4], const float (&c)[2][4], const E* tile, float* scratch) {
+template <class E, int D, bool CAREFUL = false>
+__device__ __forceinline__ void accumulate(float (&acc)[D / 8][4], const float (&c)[2][4], const E* tile, float* scratch,
+                                           unsigned spoiled = 0) {
     if constexpr (sizeof(E) == 4) {
         exchange<false>(scratch, c);
-        accumulate_exchanged(acc, scratch, tile, Tile<E, D>::STRIDE);
+        accumulate_exchanged<D / 8, CAREFUL>(acc, scratch, tile, Tile<E, D>::STRIDE, spoiled);
     } else {
         unsigned a[4];
         round_pairs<E>(a, c);
-        accumulate_pairs<E, D>(acc, a, tile);
+        accumulate_pairs<E, D, CAREFUL>(acc, a, tile, spoiled);
     }
+}
+
+// `accumulate` over rows some of which may not be finite: those reach the rows of c that see them, and as a NaN whatever c is,
+// and no others. `sees`(i) says whether element i of c, counted through, is of a pair that sees each other.
+template <class E, int D, class Sees>
+__device__ __forceinline__ void accumulate_carefully(float (&acc)[D / 8][4], float (&c)[2][4], const E* tile, float* scratch, Sees sees) {
+    const unsigned spoiled = spoiled_rows<E, D>(tile);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const int column = i / 4 * 8 + (lane_index() & 3) * 2 + i % 2;
+        if (spoiled >> column & 1) c[i / 4][i % 4] = sees(i) ? NOT_A_NUMBER : 0.0f;
+    }
+    accumulate<E, D, true>(acc, c, tile, scratch, spoiled);
 }
 
 // sums[16 x D] += c[16 x 16]^T tile[16 x D], with sums in shared memory: every element is one lane's, whatever c and tile.
 // Rows are taken there and back a few columns at a time, so that wide heads cost no registers.
-template <class E, int D>
+template <class E, int D, bool CAREFUL = false>
 __device__ __forceinline__ void accumulate_transposed(float* sums, int stride, const float (&c)[2][4], const E* tile,
-                                                      float* scratch) {
+                                                      float* scratch, unsigned spoiled = 0) {
     constexpr int STRIDE = Tile<E, D>::STRIDE, MOST = sizeof(E) == 4 ? 4 : 2, COUNT = D / 8 < MOST ? D / 8 : MOST;
     const int lane = lane_index(), column = (lane & 3) * 2;
     unsigned a[4];
@@ -253,14 +309,14 @@ __device__ __forceinline__ void accumulate_transposed(float* sums, int stride, c
             acc[m][0] = low.x, acc[m][1] = low.y, acc[m][2] = high.x, acc[m][3] = high.y;
         }
         if constexpr (sizeof(E) == 4) {
-            accumulate_exchanged(acc, scratch, tile + n * 8, STRIDE);
+            accumulate_exchanged<COUNT, CAREFUL>(acc, scratch, tile + n * 8, STRIDE, spoiled);
         } else if constexpr (COUNT == 1) {
             unsigned b[2];
-            load_matrices_transposed(b, tile + (lane & 15) * STRIDE);
+            load_rows<CAREFUL>(b, tile + (lane & 15) * STRIDE, spoiled);
             multiply<E>(acc[0], a, b[0], b[1]);
         } else {
             unsigned b[4];
-            load_matrices_transposed(b, tile + (lane & 15) * STRIDE + n * 8 + (lane >> 4) * 8);
+            load_rows<CAREFUL>(b, tile + (lane & 15) * STRIDE + n * 8 + (lane >> 4) * 8, spoiled);
             multiply<E>(acc[0], a, b[0], b[1]);
             multiply<E>(acc[1], a, b[2], b[3]);
         }
@@ -269,6 +325,27 @@ __device__ __forceinline__ void accumulate_transposed(float* sums, int stride, c
             *reinterpret_cast<float2*>(at + m * 8) = make_float2(acc[m][0], acc[m][1]);
             *reinterpret_cast<float2*>(at + 8 * stride + m * 8) = make_float2(acc[m][2], acc[m][3]);
         }
+    }
+}
+
+// `accumulate_transposed`, likewise.
+template <class E, int D, class Sees>
+__device__ __forceinline__ void accumulate_transposed_carefully(float* sums, int stride, float (&c)[2][4], const E* tile, float* scratch,
+                                                                Sees sees) {
+    const unsigned spoiled = spoiled_rows<E, D>(tile);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        if (spoiled >> ((lane_index() >> 2) + i / 2 % 2 * 8) & 1) c[i / 4][i % 4] = sees(i) ? NOT_A_NUMBER : 0.0f;
+    }
+    accumulate_transposed<E, D, true>(sums, stride, c, tile, scratch, spoiled);
+}
+
+// Adds 0 times a thread's first row of an accumulator to `zero`, which then is not 0 if any of it is not finite.
+template <int D> __device__ __forceinline__ void add_zeros(float& zero, const float (&acc)[D / 8][4]) {
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) {
+        zero = multiply_add(acc[n][0], 0.0f, zero);
+        zero = multiply_add(acc[n][1], 0.0f, zero);
     }
 }
 

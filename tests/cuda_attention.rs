@@ -1,22 +1,16 @@
 //! The attention operation on a GPU, where there is one; what the library says where there is none.
 
+#[path = "common/gpu.rs"]
+mod common;
+
+use common::gpu;
 use dfar::attention::{FhaOptions, Inputs};
 use dfar::device::cuda::compile::{Arch, Cache};
 use dfar::device::cuda::tile::{Element, HEAD_DIMS};
-use dfar::device::cuda::{Cuda, CudaError, Gpu, Precision, device_count, nvrtc::Nvrtc, plan};
+use dfar::device::cuda::{Cuda, CudaError, Precision, device_count, nvrtc::Nvrtc, plan};
 use dfar::verify::{Case, Fha, cases, compare, compare_gradients};
+use std::io::Write;
 use std::path::Path;
-
-/// The first GPU, or a word on why the test is skipped.
-fn gpu(test: &str) -> Option<Gpu<Cuda>> {
-    match Cuda::new(0) {
-        Ok(cuda) => Some(Gpu::new(cuda, Precision::F32)),
-        Err(error) => {
-            eprintln!("{test}: skipped: {error}");
-            None
-        }
-    }
-}
 
 #[test]
 fn a_missing_gpu_is_a_typed_error() {
@@ -43,7 +37,7 @@ fn compiled_modules_are_kept() {
     let module = plan::module(Element::Bf16, 16);
     match Nvrtc::get() {
         Err(error) => {
-            eprintln!("compiled_modules_are_kept: skipped: {error}");
+            let _ = writeln!(std::io::stderr(), "compiled_modules_are_kept: skipped: {error}");
             let error = cache.load(module, Arch::OLDEST).expect_err("nothing can compile it");
             assert!(matches!(error, CudaError::NoNvrtc { .. } | CudaError::OldNvrtc { .. }), "{error}");
         }
@@ -75,7 +69,7 @@ fn compiled_modules_are_kept() {
 
 #[test]
 fn golden_cases_in_f32() {
-    let Some(cuda) = gpu("golden_cases_in_f32") else { return };
+    let Some(cuda) = gpu("golden_cases_in_f32", Precision::F32) else { return };
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
     for path in cases(&folder).expect("golden cases should be there") {
         let case = Case::read(&path).expect("a case should be readable");
@@ -108,7 +102,7 @@ fn golden_cases_in_f32() {
 
 #[test]
 fn refused_arguments_write_nothing() {
-    let Some(cuda) = gpu("refused_arguments_write_nothing") else { return };
+    let Some(cuda) = gpu("refused_arguments_write_nothing", Precision::F32) else { return };
     let x = [0.0f32; 3 * 32];
     let inputs = Inputs { q: &x, k: &x, v: &x[..32], cu_seqlens: &[0, 3], label: &[0, 1, 0] };
     let (mut o, mut lse) = (vec![5.0; 96], vec![5.0; 3]);

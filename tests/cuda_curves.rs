@@ -2,25 +2,17 @@
 
 #[path = "bodies/curves.rs"]
 mod bodies;
+#[path = "common/gpu.rs"]
+mod common;
 
+use common::gpu;
 use dfar::device::cpu::Cpu;
-use dfar::device::cuda::{Cuda, Gpu, Precision};
+use dfar::device::cuda::Precision;
 use std::sync::Arc;
-
-/// The first GPU, or a word on why the test is skipped.
-fn gpu(test: &str) -> Option<Gpu<Cuda>> {
-    match Cuda::new(0).and_then(|cuda| cuda.require_libraries().map(|()| cuda)) {
-        Ok(cuda) => Some(Gpu::new(cuda, Precision::F32)),
-        Err(error) => {
-            eprintln!("{test}: skipped: {error}");
-            None
-        }
-    }
-}
 
 #[test]
 fn the_loss_falls_as_on_the_cpu() {
-    let Some(gpu) = gpu("the_loss_falls_as_on_the_cpu") else { return };
+    let Some(gpu) = gpu("the_loss_falls_as_on_the_cpu", Precision::F32) else { return };
     let batches = bodies::batches();
     let reference = bodies::curve(Arc::new(Cpu::new()), &batches);
     bodies::assert_curves_agree(&bodies::curve(Arc::new(gpu), &batches), &reference);
@@ -30,7 +22,9 @@ fn the_loss_falls_as_on_the_cpu() {
 #[test]
 fn graphs_change_no_bit() {
     let test = "graphs_change_no_bit";
-    let (Some(plain), Some(captured)) = (gpu(test), gpu(test)) else { return };
+    let (Some(plain), Some(captured)) = (gpu(test, Precision::F32), gpu(test, Precision::F32)) else {
+        return;
+    };
     let batches = bodies::batches();
     let captured = Arc::new(captured.with_graphs());
     assert_eq!(bodies::curve(captured.clone(), &batches), bodies::curve(Arc::new(plain), &batches));

@@ -52,7 +52,7 @@ fn empty_histories_attend_to_nothing() {
     let (_, case) = &cases()[0];
     assert!(case.row_length.contains(&0) && case.row_length.iter().any(|length| *length > 1));
     assert!(case.row_offsets.windows(2).any(|pair| pair[0] == pair[1]));
-    let out = run(&case, true);
+    let out = run(case, true);
     for (row, _) in case.row_length.iter().enumerate().filter(|(_, length)| **length == 0) {
         assert_eq!(out.lse[row], f32::NEG_INFINITY);
         assert!(out.att[row * case.width..][..case.width].iter().all(|x| *x == 0.0));

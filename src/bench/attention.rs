@@ -53,6 +53,11 @@ impl Batch {
         Self { options, ..Self::new(narrow, length, tokens) }
     }
 
+    /// The operation.
+    pub fn options(&self) -> &FhaOptions {
+        &self.options
+    }
+
     /// Number of tokens.
     pub fn tokens(&self) -> usize {
         *self.cu_seqlens.last().expect("there is at least one sequence") as usize
@@ -158,11 +163,27 @@ pub(super) fn needed(options: &FhaOptions, cu_seqlens: &[u32], pass: Pass) -> (f
     (products * head_dim as f64, inside)
 }
 
+/// A direction of the operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum Pass {
+pub enum Pass {
+    /// `o` and `lse`.
     Forward,
+    /// `dq`, `dk` and `dv`.
     Backward,
+}
+
+impl Pass {
+    /// Both, in an order in which they can run.
+    pub const ALL: [Pass; 2] = [Pass::Forward, Pass::Backward];
+
+    /// Its name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Pass::Forward => "forward",
+            Pass::Backward => "backward",
+        }
+    }
 }
 
 /// What to measure.
@@ -257,7 +278,7 @@ impl Row {
 
 impl fmt::Display for Row {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        let pass = if self.pass == Pass::Forward { "forward" } else { "backward" };
+        let pass = self.pass.name();
         let or_dash =
             |x: Option<f64>, decimals: usize| x.map_or("-".to_owned(), |x| format!("{x:.decimals$}"));
         let (naive, speed_up) = (or_dash(self.naive_ms, 2), or_dash(self.speed_up, 1));

@@ -6,8 +6,9 @@
 use super::attention::{Batch, Pass};
 use super::predict::{Prediction, bytes_per_token};
 use crate::attention::{FhaOptions, Inputs};
-use crate::device::cuda::attention::{ProjectionGradients, Projections, Value};
+use crate::device::cuda::attention::{self, ProjectionGradients, Projections, Value};
 use crate::device::cuda::limits::{CHAINS, PRODUCT_OPERATIONS, Rate, THREADS};
+use crate::device::cuda::naive_attention::Naive;
 use crate::device::cuda::runtime::{Array, Runtime};
 use crate::device::cuda::{CudaError, Gpu};
 use serde::Serialize;
@@ -54,6 +55,23 @@ impl Effort {
     pub const FULL: Self = Self { copied: 1 << 28, rounds: 4096, repeats: 25 };
 }
 
+/// Seconds on the device from the first of `count` runs to the last.
+///
+/// # Errors
+/// What `run` and the runtime report.
+pub fn time<R: Runtime>(
+    gpu: &Gpu<R>,
+    count: u64,
+    mut run: impl FnMut() -> Result<(), CudaError>,
+) -> Result<f64, CudaError> {
+    let start = gpu.runtime().mark()?;
+    for _ in 0..count {
+        run()?;
+    }
+    let end = gpu.runtime().mark()?;
+    gpu.runtime().seconds_between(&start, &end)
+}
+
 /// Median seconds of `run` over the repeats, after one run that is not counted.
 fn median<R: Runtime>(
     gpu: &Gpu<R>,
@@ -61,13 +79,8 @@ fn median<R: Runtime>(
     mut run: impl FnMut() -> Result<(), CudaError>,
 ) -> Result<f64, CudaError> {
     run()?;
-    let mut times = Vec::with_capacity(repeats);
-    for _ in 0..repeats {
-        let start = gpu.runtime().mark()?;
-        run()?;
-        let end = gpu.runtime().mark()?;
-        times.push(gpu.runtime().seconds_between(&start, &end)?);
-    }
+    let times = (0..repeats).map(|_| time(gpu, 1, &mut run));
+    let mut times = times.collect::<Result<Vec<f64>, _>>()?;
     times.sort_unstable_by(f64::total_cmp);
     Ok(times[times.len() / 2])
 }
@@ -107,6 +120,115 @@ struct Tensors<R: Runtime, T> {
     gradients: [Array<R, T>; 3],
 }
 
+/// The kernels on a batch, with several sets of its tensors.
+pub struct Fused<'a, R: Runtime, T> {
+    gpu: &'a Gpu<R>,
+    batch: attention::Batch<R>,
+    sets: Vec<Tensors<R, T>>,
+    next: usize,
+}
+
+impl<'a, R: Runtime, T: Value> Fused<'a, R, T> {
+    /// Copies a batch to the device, its values made from f32 by `narrow`, and runs forward over every set, so that each has the
+    /// results that its backward pass reads. `polynomial`: see [`attention::Batch::with_polynomial`].
+    ///
+    /// # Errors
+    /// Options the kernels do not accept, and what the runtime reports.
+    pub fn new(
+        gpu: &'a Gpu<R>,
+        host: &Batch,
+        narrow: fn(f32) -> T,
+        polynomial: u32,
+    ) -> Result<Self, CudaError> {
+        let options = host.options();
+        let upload = |x: &[f32]| gpu.copy_of(&x.iter().map(|&x| narrow(x)).collect::<Vec<T>>());
+        let make = || -> Result<Tensors<R, T>, CudaError> {
+            let [q, k, v] = host.qkv().map(upload);
+            let width = host.qkv()[0].len();
+            Ok(Tensors {
+                qkv: [q?, k?, v?],
+                d_o: upload(host.d_o())?,
+                o: gpu.array(host.d_o().len())?,
+                lse: gpu.array(options.lse_len(host.tokens()))?,
+                gradients: [gpu.array(width)?, gpu.array(width)?, gpu.array(width)?],
+            })
+        };
+        let first = make()?;
+        let bytes = size_of::<T>() * (6 * first.qkv[0].len() + 2 * first.o.len());
+        let sets = (2 * gpu.runtime().limits().cache_bytes).div_ceil(bytes).clamp(2, 64);
+        let sets: Vec<_> =
+            std::iter::once(Ok(first)).chain((1..sets).map(|_| make())).collect::<Result<_, _>>()?;
+        let [q, k, v] = host.qkv().map(|x| x.iter().map(|&x| narrow(x)).collect::<Vec<T>>());
+        let inputs = Inputs { q: &q, k: &k, v: &v, cu_seqlens: host.cu_seqlens(), label: host.label() };
+        let batch = gpu.batch(options, &inputs)?.with_polynomial(polynomial);
+        let mut fused = Self { gpu, batch, sets, next: 0 };
+        for _ in 0..fused.sets.len() {
+            fused.run(Pass::Forward)?;
+        }
+        Ok(fused)
+    }
+
+    /// Asks for a pass over the next set.
+    ///
+    /// # Errors
+    /// As [`Gpu::attention_forward`].
+    pub fn run(&mut self, pass: Pass) -> Result<(), CudaError> {
+        let next = self.next % self.sets.len();
+        let Tensors { qkv: [q, k, v], d_o, o, lse, gradients: [dq, dk, dv] } = &mut self.sets[next];
+        self.next = next + 1;
+        let qkv = Projections { q, k, v };
+        match pass {
+            Pass::Forward => self.gpu.attention_forward(&self.batch, qkv, o, lse),
+            Pass::Backward => {
+                let gradients = ProjectionGradients { dq, dk, dv };
+                self.gpu.attention_backward(&self.batch, qkv, o, lse, d_o, gradients)
+            }
+        }
+    }
+}
+
+/// The naive form on a batch: f32 in memory, products in the GPU's precision.
+pub struct NaiveForm<'a, R: Runtime> {
+    gpu: &'a Gpu<R>,
+    naive: Naive<R>,
+    tensors: Tensors<R, f32>,
+}
+
+impl<'a, R: Runtime> NaiveForm<'a, R> {
+    /// Copies a batch to the device and runs forward.
+    ///
+    /// # Errors
+    /// What the runtime reports; the scores have to fit in memory.
+    pub fn new(gpu: &'a Gpu<R>, host: &Batch, length: usize) -> Result<Self, CudaError> {
+        let options = host.options();
+        let naive = gpu.naive(options, host.cu_seqlens().len() - 1, length, host.label())?;
+        let [q, k, v] = host.qkv().map(|x| gpu.copy_of(x));
+        let width = host.qkv()[0].len();
+        let tensors = Tensors {
+            qkv: [q?, k?, v?],
+            d_o: gpu.copy_of(host.d_o())?,
+            o: gpu.array(host.d_o().len())?,
+            lse: gpu.array(options.lse_len(host.tokens()))?,
+            gradients: [gpu.array(width)?, gpu.array(width)?, gpu.array(width)?],
+        };
+        let mut form = Self { gpu, naive, tensors };
+        form.run(Pass::Forward)?;
+        Ok(form)
+    }
+
+    /// Asks for a pass.
+    ///
+    /// # Errors
+    /// What the runtime reports.
+    pub fn run(&mut self, pass: Pass) -> Result<(), CudaError> {
+        let Tensors { qkv: [q, k, v], d_o, o, lse, gradients: [dq, dk, dv] } = &mut self.tensors;
+        match pass {
+            Pass::Forward => self.gpu.naive_forward(&mut self.naive, [q, k, v], o, lse),
+            Pass::Backward => self.gpu.naive_backward(&mut self.naive, [q, k, v], lse, d_o, [dq, dk, dv]),
+        }
+    }
+}
+
 /// What to measure.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
@@ -120,6 +242,8 @@ pub struct Plan {
     pub backward: bool,
     /// Time the naive form as well (f32 in memory, products in the GPU's precision).
     pub naive: bool,
+    /// Exponentials of 8 that are polynomials; see [`attention::Batch::with_polynomial`].
+    pub polynomial: u32,
     /// Measurements; the median counts.
     pub repeats: usize,
 }
@@ -137,80 +261,27 @@ impl Plan {
         narrow: fn(f32) -> T,
     ) -> Result<Vec<Row>, CudaError> {
         let host = Batch::new(self.options, length, self.batch_tokens);
-        let upload = |x: &[f32]| gpu.copy_of(&x.iter().map(|&x| narrow(x)).collect::<Vec<T>>());
-        let make = || -> Result<Tensors<R, T>, CudaError> {
-            let [q, k, v] = host.qkv().map(upload);
-            let width = host.qkv()[0].len();
-            Ok(Tensors {
-                qkv: [q?, k?, v?],
-                d_o: upload(host.d_o())?,
-                o: gpu.array(host.d_o().len())?,
-                lse: gpu.array(self.options.lse_len(host.tokens()))?,
-                gradients: [gpu.array(width)?, gpu.array(width)?, gpu.array(width)?],
-            })
-        };
-        let first = make()?;
-        let bytes = size_of::<T>() * (6 * first.qkv[0].len() + 2 * first.o.len());
-        let sets = (2 * gpu.runtime().limits().cache_bytes).div_ceil(bytes).clamp(2, 64);
-        let mut sets: Vec<_> =
-            std::iter::once(Ok(first)).chain((1..sets).map(|_| make())).collect::<Result<_, _>>()?;
-        let [q, k, v] = host.qkv().map(|x| x.iter().map(|&x| narrow(x)).collect::<Vec<T>>());
-        let inputs = Inputs { q: &q, k: &k, v: &v, cu_seqlens: host.cu_seqlens(), label: host.label() };
-        let batch = gpu.batch(&self.options, &inputs)?;
-
+        let mut form = Fused::new(gpu, &host, narrow, self.polynomial)?;
+        let mut naive = self.naive.then(|| NaiveForm::new(gpu, &host, length)).transpose()?;
         let mut rows = Vec::new();
         let wanted = [(self.forward, Pass::Forward), (self.backward, Pass::Backward)];
-        let (mut next, count) = (0, sets.len());
-        let mut run = |pass| -> Result<(), CudaError> {
-            let Tensors { qkv: [q, k, v], d_o, o, lse, gradients: [dq, dk, dv] } = &mut sets[next % count];
-            next += 1;
-            let qkv = Projections { q, k, v };
-            match pass {
-                Pass::Forward => gpu.attention_forward(&batch, qkv, o, lse),
-                Pass::Backward => {
-                    gpu.attention_backward(&batch, qkv, o, lse, d_o, ProjectionGradients { dq, dk, dv })
-                }
-            }
-        };
-        // Every set gets the results that its backward pass reads.
-        for _ in 0..count {
-            run(Pass::Forward)?;
-        }
         for (_, pass) in wanted.into_iter().filter(|(wanted, _)| *wanted) {
-            let fused = median(gpu, self.repeats, || run(pass))?;
-            let naive = if self.naive { Some(self.naive(gpu, &host, length, pass)?) } else { None };
-            let predicted = Prediction::new(T::ELEMENT, &self.options, batch.plan(), limits, length, pass);
-            rows.push(self.row::<T>(&host, predicted.bound().0, limits, length, pass, fused, naive));
+            let fused = median(gpu, self.repeats, || form.run(pass))?;
+            let naive = match &mut naive {
+                Some(naive) => Some(median(gpu, self.repeats, || naive.run(pass))?),
+                None => None,
+            };
+            let plan = form.batch.plan();
+            let predicted = Prediction::new(T::ELEMENT, &self.options, plan, limits, length, pass);
+            rows.push(self.row::<T>(&host, &predicted, limits, length, pass, fused, naive));
         }
         Ok(rows)
-    }
-
-    fn naive<R: Runtime>(
-        &self,
-        gpu: &Gpu<R>,
-        host: &Batch,
-        length: usize,
-        pass: Pass,
-    ) -> Result<f64, CudaError> {
-        let mut naive = gpu.naive(&self.options, host.cu_seqlens().len() - 1, length, host.label())?;
-        let [q, k, v] = host.qkv().map(|x| gpu.copy_of(x));
-        let (q, k, v, d_o) = (q?, k?, v?, gpu.copy_of(host.d_o())?);
-        let (mut o, mut lse) = (gpu.array(d_o.len())?, gpu.array(self.options.lse_len(host.tokens()))?);
-        let [dq, dk, dv] = [gpu.array(q.len()), gpu.array(q.len()), gpu.array(q.len())];
-        let (mut dq, mut dk, mut dv) = (dq?, dk?, dv?);
-        gpu.naive_forward(&mut naive, [&q, &k, &v], &mut o, &mut lse)?;
-        median(gpu, self.repeats, || match pass {
-            Pass::Forward => gpu.naive_forward(&mut naive, [&q, &k, &v], &mut o, &mut lse),
-            Pass::Backward => {
-                gpu.naive_backward(&mut naive, [&q, &k, &v], &lse, &d_o, [&mut dq, &mut dk, &mut dv])
-            }
-        })
     }
 
     fn row<T: Value>(
         &self,
         host: &Batch,
-        predicted: f64,
+        predicted: &Prediction,
         limits: &Limits,
         length: usize,
         pass: Pass,
@@ -227,6 +298,7 @@ impl Plan {
             ("products", 2.0 * multiply_adds / peak),
         ];
         let (bound, floor) = floors.into_iter().max_by(|a, b| a.1.total_cmp(&b.1)).expect("there are three");
+        let (least, predicted_by) = predicted.bound();
         Row {
             pass,
             length,
@@ -240,8 +312,9 @@ impl Plan {
             gigabytes_per_second: bytes as f64 / fused / 1e9,
             bound,
             share_of_limit: floor / fused,
-            predicted_ms: predicted * 1e3,
-            share_of_prediction: predicted / fused,
+            predicted_ms: least * 1e3,
+            predicted_by,
+            share_of_prediction: least / fused,
         }
     }
 }
@@ -262,26 +335,32 @@ pub struct Row {
     bound: &'static str,
     share_of_limit: f64,
     predicted_ms: f64,
+    predicted_by: &'static str,
     share_of_prediction: f64,
 }
 
 impl Row {
     /// Names of the columns.
-    pub const HEADER: &str = "pass      length  naive ms  fused ms  speed-up  Mtokens/s  TFLOP/s    Gexp/s    GB/s  predicted ms  reached  of the limit of";
+    pub const HEADER: &str = "pass      length  naive ms  fused ms  speed-up  Mtokens/s  TFLOP/s    Gexp/s    GB/s  predicted ms  by            reached  of the limit of";
     /// What the columns mean.
-    pub const FOOTNOTE: &str = "Rates count what the mathematics needs, not what tiles add; bytes count each tensor once. The prediction is \
-         the bound of what tiles execute.\nThe naive form keeps f32 in memory, and its backward pass computes the probabilities again.";
+    pub const FOOTNOTE: &str = "Rates count what the mathematics needs, not what tiles add; bytes count each tensor once. The prediction is the \
+         least time for what tiles execute,\nby the limits above; reached is its share of the measured time. \
+The naive form keeps f32 in memory, and its backward pass computes the probabilities again.";
 }
 
 impl fmt::Display for Row {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        let pass = if self.pass == Pass::Forward { "forward" } else { "backward" };
+        let pass = self.pass.name();
         let or_dash =
             |x: Option<f64>, decimals: usize| x.map_or("-".to_owned(), |x| format!("{x:.decimals$}"));
         let (naive, speed_up) = (or_dash(self.naive_ms, 3), or_dash(self.speed_up, 1));
         write!(f, "{pass:<8} {:>7} {naive:>9} {:>9.4} {speed_up:>9}", self.length, self.fused_ms)?;
         write!(f, " {:>10.1} {:>8.2} {:>9.1}", self.tokens_per_second / 1e6, self.tflops, self.gexps)?;
-        write!(f, " {:>7.1} {:>13.4}", self.gigabytes_per_second, self.predicted_ms)?;
+        write!(
+            f,
+            " {:>7.1} {:>13.4}  {:<12}",
+            self.gigabytes_per_second, self.predicted_ms, self.predicted_by
+        )?;
         write!(
             f,
             " {:>6.0} % {:>5.0} % {}",

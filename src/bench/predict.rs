@@ -273,7 +273,7 @@ impl Prediction {
 
 impl fmt::Display for Prediction {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        let pass = if self.pass == Direction::Forward { "forward" } else { "backward" };
+        let pass = self.pass.name();
         let [bytes, exponentials, products] = self.floors.map(|seconds| seconds * 1e6);
         let executed = self.counts.exponentials as f64 / 1e9;
         write!(f, "{pass:<8} {:>7} {:>9} {executed:>14.4} {exponentials:>10.1}", self.length, self.tokens)?;

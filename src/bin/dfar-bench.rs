@@ -10,7 +10,7 @@ use dfar::data::synthetic::{self, SyntheticOptions};
 use dfar::device::cpu::Cpu;
 use dfar::device::cuda::tile::Element;
 use dfar::device::cuda::{self, Cuda, Gpu};
-use dfar::train::Config;
+use dfar::train::{Config, TrainError, file};
 use dfar::verify::{self, CpuEngine, Engine, GpuEngine, Outcome, Report};
 use dfar::{Error, Result, cli};
 use std::path::PathBuf;
@@ -93,6 +93,9 @@ struct Attention {
     /// Measure nothing: print the least time that the kernels need on this GPU by the limits of its datasheet
     #[arg(long, value_enum, value_name = "GPU")]
     predict: Option<predict::Card>,
+    /// Of 8 exponentials of long 16-bit sequences, so many as polynomials (an experiment, on the GPU)
+    #[arg(long, default_value_t = 0, value_name = "0..8", value_parser = clap::value_parser!(u32).range(0..=8))]
+    polynomial: u32,
     /// Leave the naive form out
     #[arg(long)]
     no_naive: bool,
@@ -204,6 +207,11 @@ impl Precision {
     }
 }
 
+/// Ends with a usage error.
+fn usage(message: &str) -> ! {
+    Arguments::command().error(ErrorKind::ValueValidation, message).exit()
+}
+
 /// Ends with a usage error where the CPU is asked for what only the GPU has.
 fn check_precision(device: Device, precision: Precision) {
     if device == Device::Cpu && precision != Precision::F32 {
@@ -301,7 +309,9 @@ fn run_attention(arguments: &Attention) -> Result<()> {
         return run_prediction(arguments, &options, card);
     }
     if arguments.device == Device::Cuda {
-        let plan = bench::gpu::Plan { options, batch_tokens, forward, backward, naive, repeats: 101 };
+        let polynomial = arguments.polynomial;
+        let plan =
+            bench::gpu::Plan { options, batch_tokens, forward, backward, naive, polynomial, repeats: 101 };
         return run_attention_on_gpu(arguments, &plan);
     }
     let plan = Plan { options, batch_tokens, forward, backward, naive };
@@ -323,7 +333,10 @@ fn run_attention(arguments: &Attention) -> Result<()> {
 fn write_json(arguments: &Attention, table: &impl serde::Serialize) -> Result<()> {
     let Some(path) = &arguments.json else { return Ok(()) };
     let text = serde_json::to_string_pretty(table).expect("numbers and strings are valid JSON");
-    std::fs::write(path, text + "\n").map_err(Error::io("write", path))
+    if path.file_name().is_none() {
+        usage(&format!("--json {}: a file is needed", path.display()));
+    }
+    Ok(file::replace_bytes(path, (text + "\n").as_bytes()).map_err(TrainError::from)?)
 }
 
 /// The table of predictions; with `--json`, its rows too.
@@ -337,7 +350,9 @@ fn run_prediction(arguments: &Attention, options: &FhaOptions, card: predict::Ca
     say!("{}", predict::Prediction::HEADER);
     let mut rows = Vec::new();
     for &length in &arguments.seq_lens {
-        let [forward, backward] = predict::predict(element, options, &limits, length, tokens)?;
+        // Nothing but the arguments can be at fault: no GPU is asked for.
+        let [forward, backward] = predict::predict(element, options, &limits, length, tokens)
+            .unwrap_or_else(|error| usage(&error.to_string()));
         if !matches!(arguments.pass, Pass::Backward) {
             rows.push(forward);
             say!("{forward}");

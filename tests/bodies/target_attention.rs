@@ -326,12 +326,24 @@ pub fn assert_close(what: &str, got: &Output<f32>, want: &Output<f64>) {
     assert!(got.weights[5] == [0.0], "{what}: the gradient of b2 is exactly 0");
 }
 
+/// Width, hidden widths, lengths, most pairs of a sequence, most rows of a pair.
+type Shape<'a> = (usize, [usize; 2], &'a [u32], u32, u32);
+
+/// A case of each shape, named, with seeds from `first` on.
+fn made(first: u64, shapes: &[Shape]) -> Vec<(String, Case)> {
+    let case = |(seed, &(width, hidden, lengths, pairs, rows)): (u64, &Shape)| {
+        let name = format!("D = {width}, hidden {hidden:?}, lengths {lengths:?}");
+        (name, Case::random(width, hidden, lengths, pairs, rows, seed))
+    };
+    (first..).zip(shapes).map(case).collect()
+}
+
 /// Widths and hidden layers at, below and across vector widths; empty and one-token sequences; lengths across
 /// tiles; many rows a pair; nothing at all.
 pub fn cases() -> Vec<(String, Case)> {
     let short = [5, 0, 1, 12, 3, 9, 2, 30];
     let long = [70, 0, 200, 1, 64, 129, 33, 65, 150, 90];
-    let shapes: [(usize, [usize; 2], &[u32], u32, u32); 11] = [
+    let shapes: [Shape; 11] = [
         (8, [7, 4], &short, 4, 3),
         (8, [8, 4], &short, 5, 2),
         (1, [1, 1], &short, 3, 2),
@@ -344,11 +356,7 @@ pub fn cases() -> Vec<(String, Case)> {
         (32, [80, 40], &[], 4, 4),
         (32, [80, 40], &[0, 0], 4, 4),
     ];
-    let case = |(seed, (width, hidden, lengths, pairs, rows))| {
-        let name = format!("D = {width}, hidden {hidden:?}, lengths {lengths:?}");
-        (name, Case::random(width, hidden, lengths, pairs, rows, seed))
-    };
-    (0u64..).zip(shapes).map(case).collect()
+    made(0, &shapes)
 }
 
 /// Shapes that pad to those the kernels' tests are compiled for: widths that 4 divides or not, more pairs than an item has, no
@@ -356,7 +364,7 @@ pub fn cases() -> Vec<(String, Case)> {
 pub fn kernel_cases() -> Vec<(String, Case)> {
     let short = [5, 0, 1, 12, 3, 9, 2, 30];
     let long = [70, 0, 33, 1, 64, 16, 17];
-    let shapes: [(usize, [usize; 2], &[u32], u32, u32); 11] = [
+    let shapes: [Shape; 11] = [
         (8, [7, 4], &short, 4, 3),
         (1, [1, 1], &short, 3, 2),
         (5, [13, 6], &short, 3, 2),
@@ -369,11 +377,7 @@ pub fn kernel_cases() -> Vec<(String, Case)> {
         (32, [80, 40], &[], 4, 4),
         (32, [80, 40], &[0, 0], 4, 4),
     ];
-    let case = |(seed, (width, hidden, lengths, pairs, rows))| {
-        let name = format!("D = {width}, hidden {hidden:?}, lengths {lengths:?}");
-        (name, Case::random(width, hidden, lengths, pairs, rows, seed))
-    };
-    (100u64..).zip(shapes).map(case).collect()
+    made(100, &shapes)
 }
 
 /// Errors of a computation in bf16 and of the unfused one, over several cases.

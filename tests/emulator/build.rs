@@ -49,9 +49,11 @@ fn main() {
             std::fs::rename(made, object).expect("OUT_DIR should be writable");
         }
     }
-    let mut faults = base();
-    faults.flag("-fsanitize=thread").flag("-Wno-unused-parameter").file("src/faults.cpp");
-    objects.extend(faults.compile_intermediates());
+    let mut own = base();
+    own.flag("-fsanitize=thread")
+        .flag("-Wno-unused-parameter")
+        .files(["src/faults.cpp", "src/functions.cpp"]);
+    objects.extend(own.compile_intermediates());
     library.objects(objects);
     // Whole: nothing refers to the kernels, they make themselves known.
     library.link_lib_modifier("+whole-archive").compile("dfar_emulator_kernels");
@@ -66,6 +68,11 @@ fn modules() -> Vec<(&'static str, Vec<(&'static str, String)>)> {
             let defines = vec![("DFAR_ELEMENT", element.to_owned()), ("DFAR_HEAD_DIM", head_dim.to_string())];
             modules.push(("attention.cu", defines));
         }
+    }
+    // The variant that takes some exponentials as polynomials, for a test.
+    for element in ["bf16", "f16"] {
+        let defines = [("DFAR_ELEMENT", element), ("DFAR_HEAD_DIM", "16"), ("DFAR_POLYNOMIAL", "3")];
+        modules.push(("attention.cu", defines.map(|(name, value)| (name, value.to_owned())).to_vec()));
     }
     for element in ["float", "bf16"] {
         modules.push(("convert.cu", vec![("DFAR_ELEMENT", element.to_owned())]));

@@ -32,9 +32,16 @@ pub struct Batch<R: Runtime> {
     order: Array<R, u32>,
     feedback: Array<R, u32>,
     items: [Array<R, Item>; Pass::ALL.len()],
+    polynomial: u32,
 }
 
 impl<R: Runtime> Batch<R> {
+    /// For kernels in a variant, see [`Kernel::with_polynomial`](super::runtime::Kernel::with_polynomial).
+    #[must_use]
+    pub fn with_polynomial(self, of_8: u32) -> Self {
+        Self { polynomial: of_8, ..self }
+    }
+
     /// How its work is cut.
     pub fn plan(&self) -> &Plan {
         &self.plan
@@ -209,6 +216,7 @@ impl<R: Runtime> Gpu<R> {
             order: staging.add(&plan.order)?,
             feedback: staging.add(&plan.feedback)?,
             items: [forward_whole?, forward?, backward_whole?, dq?, dk_dv?],
+            polynomial: 0,
             plan,
         })
     }
@@ -332,7 +340,7 @@ impl<R: Runtime> Gpu<R> {
     /// # Safety
     /// `pointers`, but for `items`, are to arrays of the shapes in params.cuh for this batch and pass.
     unsafe fn run(&self, batch: &Batch<R>, pass: Pass, pointers: AttentionParams) -> Result<(), CudaError> {
-        let kernel = pass.kernel(batch.element, batch.options.head_dim);
+        let kernel = pass.kernel(batch.element, batch.options.head_dim).with_polynomial(batch.polynomial);
         let items = batch.items[pass as usize].pointer();
         let launch = batch.plan.launch(&batch.options, pass);
         let params = batch.plan.params(&batch.options, pass, AttentionParams { items, ..pointers });

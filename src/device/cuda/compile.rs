@@ -243,6 +243,7 @@ mod tests {
                 "attention_backward_whole.cuh",
                 "attention_forward.cuh",
                 "attention_rows.cuh",
+                "carve.cuh",
                 "online_softmax.cuh",
                 "params.cuh",
                 "primitives.cuh",

@@ -77,6 +77,18 @@ impl Pass {
     }
 }
 
+impl Kernel {
+    /// A kernel of attention in the variant that takes so many of 8 exponentials of long 16-bit sequences as polynomials; 0: as
+    /// it is. To be measured.
+    #[must_use]
+    pub const fn with_polynomial(self, of_8: u32) -> Kernel {
+        match of_8 {
+            0 => self,
+            _ => Kernel { module: self.module.with("DFAR_POLYNOMIAL", Define::Number(of_8)), ..self },
+        }
+    }
+}
+
 /// `attention.cu` for an element type and head width.
 pub const fn module(element: Element, head_dim: usize) -> Module {
     Module::new("attention.cu")

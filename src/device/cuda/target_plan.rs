@@ -208,7 +208,7 @@ mod tests {
             }
         }
         assert!(scored.iter().all(|&n| n == 1));
-        let mut tokens = vec![0; 43];
+        let mut tokens = [0; 43];
         for tile in &lists.tiles {
             (tile.token..tile.token + tile.tokens).for_each(|token| tokens[token as usize] += 1);
             let items = &lists.items[tile.first_item as usize..][..tile.items as usize];

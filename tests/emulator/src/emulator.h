@@ -13,6 +13,7 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline __attribute__((always_inline))
+#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define EMULATOR_PLAIN __attribute__((no_sanitize("thread")))
 
@@ -42,6 +43,8 @@ void access_by(int lane, const void* at, size_t bytes, Access kind);
 // Suspends until the whole warp is here; `run` is called once with the arguments of all lanes.
 void meet_warp(int line, void* argument, void (*run)(void* const (&arguments)[32]));
 void meet_block(int line);
+// The same; whether x held in any thread.
+bool meet_block_any(bool x, int line);
 
 // What kernels have done, for the counts of the cost model: exponentials of single threads, multiply-adds of tensor-core
 // products, bytes of `copy_async`.
@@ -108,6 +111,16 @@ EMULATOR_PLAIN inline bool any_lane(bool x, int line = __builtin_LINE()) {
     });
     return a.result;
 }
+EMULATOR_PLAIN inline unsigned ballot(bool x, int line = __builtin_LINE()) {
+    struct A { bool x; unsigned result; } a{x, 0};
+    emulator::meet(line, a, [](void* const (&all)[32]) EMULATOR_PLAIN {
+        unsigned bits = 0;
+        for (int i = 0; i < 32; ++i) bits |= unsigned(static_cast<A*>(all[i])->x) << i;
+        for (void* i : all) static_cast<A*>(i)->result = bits;
+    });
+    return a.result;
+}
+inline bool any_thread(bool x, int line = __builtin_LINE()) { return emulator::meet_block_any(x, line); }
 
 inline unsigned char* shared_memory() { return emulator::self->shared; }
 inline void copy_async(void* shared, const void* source, bool valid) { emulator::start_copy(shared, source, valid); }

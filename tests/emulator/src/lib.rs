@@ -46,6 +46,9 @@ unsafe extern "C" {
 /// The kernels of `faults.cpp`, with a fault each.
 pub const FAULTS: Module = Module::new("faults");
 
+/// The kernels of `functions.cpp`: functions of the kernels by themselves.
+pub const FUNCTIONS: Module = Module::new("functions");
+
 /// What a device's kernels have done since it was made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {

@@ -1,4 +1,6 @@
 // Runs blocks of fibres and judges every memory access. Single-threaded: one OS thread uses one device at a time.
+#include <algorithm>
+#include <bit>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -70,10 +72,13 @@ enum State : unsigned char { NONE, UNWRITTEN, WRITTEN, READ_ONLY };
 
 // Who last wrote, or last read, a byte of shared memory, and when, counted in barriers. Of several readers only the
 // last is remembered: a race with an earlier one can go unseen.
+// One word, as nearly every access compares and writes several.
 struct Touch {
-    int thread = -1;
-    unsigned block_time = 0, warp_time = 0;
+    uint64_t block_time : 32 = 0, warp_time : 21 = 0, next_thread : 11 = 0;  // next_thread 0: nobody
+    int thread() const { return int(next_thread) - 1; }
+    bool operator==(const Touch& other) const { return std::bit_cast<uint64_t>(*this) == std::bit_cast<uint64_t>(other); }
 };
+static_assert(sizeof(Touch) == 8);
 
 constexpr size_t ARENA = size_t(1) << 30, GAP = 4096, STACK = 256 << 10;
 constexpr int MAX_THREADS = 1024;
@@ -111,6 +116,7 @@ struct Device {
     unsigned char* shared = nullptr;
     size_t shared_bytes = 0;
     unsigned block_time = 0;
+    bool vote = false, voted = false;  // of the barrier to come, and of the last
     std::vector<Touch> writes, reads;
     bool failed = false;
     char message[512];
@@ -147,13 +153,23 @@ static thread_local Device* device = nullptr;
 
 static void leave(Device& d) { change(d.running->context, d.scheduler); }
 
-static bool ordered(const Device& d, const Touch& before, const Fibre& now) {
-    if (before.thread < 0 || before.thread == int(now.thread_index.x) || before.block_time != d.block_time) return true;
-    return before.thread / 32 == int(now.thread_index.x) / 32 && before.warp_time != now.warp_time;
+static Touch touch_now(const Device& d, const Fibre& fibre) {
+    return {.block_time = d.block_time, .warp_time = fibre.warp_time, .next_thread = fibre.thread_index.x + 1};
+}
+static bool ordered(Touch before, Touch now) {
+    if (before.next_thread == 0 || before.next_thread == now.next_thread || before.block_time != now.block_time) return true;
+    return before.thread() / 32 == now.thread() / 32 && before.warp_time != now.warp_time;
+}
+static bool ordered(const Touch* before, size_t count, Touch now) {
+    // Mostly the bytes were touched together.
+    bool together = true;
+    for (size_t i = 1; i < count; ++i) together &= before[i] == before[0];
+    if (together) return ordered(before[0], now);
+    return std::all_of(before, before + count, [now](Touch touch) { return ordered(touch, now); });
 }
 
-// Whether bytes of memory that no two threads of a block exchange may be accessed: reads need WRITTEN or READ_ONLY, which share a
-// bit; writes UNWRITTEN or WRITTEN, which have one bit each.
+// Whether bytes may be accessed by their state: reads need WRITTEN or READ_ONLY, which share a bit; writes UNWRITTEN or
+// WRITTEN, which have one bit each.
 static_assert(NONE == 0 && UNWRITTEN == 1 && WRITTEN == 2 && READ_ONLY == 3);
 template <class Word> static bool is_sound(const unsigned char* state, Access kind) {
     constexpr Word ones = Word(0x0101010101010101);
@@ -186,14 +202,24 @@ static bool judge(Device& d, Fibre& fibre, const void* at, size_t bytes, Access 
     // Bytes of the gaps count to the nearer neighbour.
     const bool is_shared = d.shared && address >= d.shared - GAP / 2 && address < d.shared + d.shared_bytes + GAP / 2;
     const char* space = is_shared ? "shared" : "global";
-    if (bytes <= 16 && offset % bytes) {
+    // A division, which is slow, only where it is needed.
+    if (bytes <= 16 && ((bytes & (bytes - 1)) == 0 ? offset & (bytes - 1) : offset % bytes)) {
         d.fail("misaligned %s of %zu bytes of %s memory", verb, bytes, space);
         return false;
     }
     // Nearly every access; whatever is wrong with the others, the bytes are looked at one by one to say so.
-    if (!is_shared && offset + bytes <= ARENA && is_sound(d.state + offset, bytes, kind)) {
-        if (kind == Access::write) memset(d.state + offset, WRITTEN, bytes);
-        return true;
+    const Touch now = touch_now(d, fibre);
+    if (offset + bytes <= ARENA && is_sound(d.state + offset, bytes, kind)) {
+        bool sound = true;
+        if (is_shared) {
+            const size_t s = address - d.shared;
+            sound = ordered(&d.writes[s], bytes, now) && (kind == Access::read || ordered(&d.reads[s], bytes, now));
+            if (sound) std::fill_n(&(kind == Access::read ? d.reads : d.writes)[s], bytes, now);
+        }
+        if (sound) {
+            if (kind == Access::write) memset(d.state + offset, WRITTEN, bytes);
+            return true;
+        }
     }
     for (size_t i = offset; i < offset + bytes; ++i) {
         if (i >= ARENA || d.state[i] == NONE) {
@@ -210,10 +236,9 @@ static bool judge(Device& d, Fibre& fibre, const void* at, size_t bytes, Access 
         }
         if (is_shared) {
             const size_t s = address - d.shared + (i - offset);
-            const Touch now{int(fibre.thread_index.x), d.block_time, fibre.warp_time};
-            if (!ordered(d, d.writes[s], fibre) || (kind == Access::write && !ordered(d, d.reads[s], fibre))) {
+            if (!ordered(d.writes[s], now) || (kind == Access::write && !ordered(d.reads[s], now))) {
                 d.fail("race: %s of %zu bytes of shared memory, touched by thread %d since the last barrier of both", verb,
-                       bytes, ordered(d, d.writes[s], fibre) ? d.reads[s].thread : d.writes[s].thread);
+                       bytes, ordered(d.writes[s], now) ? d.reads[s].thread() : d.writes[s].thread());
                 return false;
             }
             (kind == Access::read ? d.reads : d.writes)[s] = now;
@@ -269,6 +294,11 @@ static void wait_for(Wait wait, int line, void* argument, void (*run)(void* cons
 }
 void meet_warp(int line, void* argument, void (*run)(void* const (&)[32])) { wait_for(Wait::warp, line, argument, run); }
 void meet_block(int line) { wait_for(Wait::block, line, nullptr, nullptr); }
+bool meet_block_any(bool x, int line) {
+    device->vote |= x;
+    meet_block(line);
+    return device->voted;
+}
 
 static void fibre_main() {
     Device& d = *device;
@@ -322,6 +352,7 @@ static bool run_block(Device& d, uint3 block, int threads) {
     memset(d.state + (d.shared - d.memory), UNWRITTEN, d.shared_bytes);
     d.writes.assign(d.shared_bytes, {});
     d.reads.assign(d.shared_bytes, {});
+    d.vote = false;
     d.fibres.resize(threads);
     for (int i = 0; i < threads; ++i) {
         Fibre& fibre = d.fibres[i];
@@ -351,6 +382,8 @@ static bool run_block(Device& d, uint3 block, int threads) {
         }
         if (one.wait == Wait::done) return true;
         ++d.block_time;
+        d.voted = d.vote;
+        d.vote = false;
         for (Fibre& fibre : d.fibres) fibre.wait = Wait::none;
     }
 }

@@ -8,6 +8,8 @@ use dfar::device::cuda::graph::Captures;
 use dfar::device::cuda::runtime::{Runtime, Staging};
 use dfar::device::cuda::{CudaError, Gpu, Precision};
 use dfar::device::{Activation, Device, DeviceError, Segments, Slot, Store};
+use dfar::model::{AdamOptions, LossOptions, Model, ModelConfig, Optimizer};
+use dfar::model::{PartTimer, StepObserver, StepPart, StepTimer};
 use dfar_emulator::{Emulated, gpu};
 use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -155,6 +157,32 @@ fn an_error_or_a_panic_ends_the_capture() {
     }));
     assert!(panic.is_err());
     assert_eq!(work(&captured, 7), work(&plain, 7));
+}
+
+/// A timer of whole steps marks what lies around a capture, one of parts what would be inside.
+#[test]
+fn steps_are_captured_unless_they_are_timed_by_part() {
+    let batch = &bodies::batches()[0];
+    let device = Arc::new(with_graphs());
+    let config = ModelConfig { width: 16, attention: [12, 7], tower: [6, 5], ..ModelConfig::new(40, 10) };
+    let mut model = Model::new(device.clone(), config, 1).unwrap();
+    let mut optimizer = Optimizer::new(&model).unwrap();
+    let loss = LossOptions { bpr: 0.1, idl: 1e-3, embed_l2: 1e-6 };
+    let adam = AdamOptions { lr: 1e-3, clip: None, dense_embeddings: false };
+    let mut step = |observer: &mut dyn StepObserver| {
+        let staged = model.stager().stage(batch).unwrap();
+        model.train_staged(staged, &loss, &adam, &mut optimizer, observer).unwrap();
+    };
+    let mut whole = StepTimer::new(device.clone());
+    step(&mut whole);
+    assert!(whole.take().unwrap() > 0.0);
+    assert_eq!(device.captures().unwrap().refused, 0);
+    let mut parts = PartTimer::new(device.clone());
+    step(&mut parts);
+    let seconds = parts.take().unwrap();
+    assert!(StepPart::ALL.iter().all(|&part| seconds.of(part) > 0.0), "{seconds:?}");
+    let reason = device.captures().unwrap().reason;
+    assert_eq!(reason.as_deref(), Some("cuda: marking a moment cannot be part of a CUDA graph"));
 }
 
 #[test]

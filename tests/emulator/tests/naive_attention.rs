@@ -49,7 +49,26 @@ fn the_benchmark_runs() {
     let limits = limits(&gpu, Effort { copied: 1000, rounds: 2, repeats: 1 }).expect("sound");
     assert!(limits.copy > 0.0 && limits.exponentials > 0.0 && limits.products > 0.0, "{limits}");
     let options = FhaOptions::new(2, 16);
-    let plan = Plan { options, batch_tokens: 40, forward: true, backward: true, naive: true, repeats: 1 };
+    let plan = Plan {
+        options,
+        batch_tokens: 40,
+        forward: true,
+        backward: true,
+        naive: true,
+        polynomial: 0,
+        repeats: 1,
+    };
     let rows = plan.measure(&gpu, &limits, 20, half::bf16::from_f32).expect("sound");
     assert_eq!(rows.len(), 2);
+    for row in rows {
+        // Emulated times mean nothing; that a prediction and its share of them are told does.
+        let json = serde_json::to_value(row).expect("numbers and strings");
+        let number = |name: &str| json[name].as_f64().expect("a number");
+        let ratio = number("predicted_ms") / number("fused_ms");
+        assert!(
+            number("predicted_ms") > 0.0 && (number("share_of_prediction") / ratio - 1.0).abs() < 1e-9,
+            "{json}"
+        );
+        assert!(row.to_string().contains(json["predicted_by"].as_str().expect("a word")), "{row}");
+    }
 }

@@ -1,0 +1,113 @@
+//! Every operation of a training step, and the network as a whole, on a GPU where there is one; the bodies are those that the CPU
+//! and the emulated GPU pass.
+
+#[path = "common/gpu.rs"]
+mod common;
+#[path = "bodies/layers.rs"]
+mod layers;
+#[path = "bodies/model.rs"]
+mod model;
+#[path = "bodies/parts.rs"]
+#[allow(dead_code)] // what needs two devices
+mod parts;
+#[path = "bodies/target_attention.rs"]
+#[allow(dead_code)] // what is for the CPU
+mod target_attention;
+
+use common::gpu;
+use dfar::device::cpu::Cpu;
+use dfar::device::cuda::Precision;
+use dfar::verify::{Case, cases, verify_dfar};
+use std::path::Path;
+use std::sync::Arc;
+
+macro_rules! on_the_gpu {
+    ($($body:ident: $($name:ident)+;)+) => {$($(
+        #[test]
+        fn $name() {
+            let Some(device) = gpu(stringify!($name), Precision::F32) else { return };
+            $body!($name, device);
+        }
+    )+)+};
+}
+/// One operation.
+macro_rules! operation {
+    ($name:ident, $device:ident) => {
+        layers::$name(&$device)
+    };
+}
+/// A network, of which each call of the closure starts a fresh one.
+macro_rules! network {
+    ($name:ident, $device:ident) => {{
+        let device = Arc::new($device);
+        model::$name(&|| device.clone())
+    }};
+}
+/// The parts of a step.
+macro_rules! step {
+    ($name:ident, $device:ident) => {{
+        let device = Arc::new($device);
+        parts::$name(&|| device.clone())
+    }};
+}
+
+on_the_gpu! {
+    operation: layer_norm fused_layer_norms linear label_linear gather_and_segment_sum segments_of_every_length attention
+        prefix_mean concat rank_loss cosine_loss adam;
+    network: shared_prefixes_and_candidates_change_nothing lazy_and_dense_adam_agree_while_every_row_is_touched
+        steps_repeat_bit_for_bit a_non_finite_value_stops_the_step_and_is_named what_does_not_fit_is_refused_by_name
+        histories_without_events_or_of_one_label_score_finitely;
+    step: watching_a_step_changes_nothing parts_make_up_the_step batches_are_staged_on_any_thread;
+}
+
+#[test]
+fn target_attention_agrees_with_the_definition() {
+    let Some(device) = gpu("target_attention_agrees_with_the_definition", Precision::F32) else { return };
+    for (name, case) in target_attention::cases().into_iter().chain(target_attention::kernel_cases()) {
+        let found = case.run_on(&device);
+        target_attention::assert_close(&name, &found, &case.reference());
+        assert!(case.run_on(&device) == found, "{name}: it should repeat bit for bit");
+    }
+}
+
+#[test]
+fn target_attention_in_bf16_is_as_exact_as_unfused() {
+    let Some(device) = gpu("target_attention_in_bf16_is_as_exact_as_unfused", Precision::Bf16) else {
+        return;
+    };
+    let mut errors = target_attention::InBf16::default();
+    for (name, case) in target_attention::kernel_cases() {
+        errors.add(&name, &case.run_on(&device), &case.reference(), &case.in_bf16());
+    }
+    errors.assert();
+}
+
+#[test]
+fn gradients_are_derivatives_of_the_loss() {
+    let Some(device) = gpu("gradients_are_derivatives_of_the_loss", Precision::F32) else { return };
+    let device = Arc::new(device);
+    model::gradients_are_derivatives_of_the_loss(&|| device.clone(), 1);
+}
+
+#[test]
+fn steps_are_those_of_the_cpu() {
+    let Some(device) = gpu("steps_are_those_of_the_cpu", Precision::F32) else { return };
+    let device = Arc::new(device);
+    model::steps_agree(&|| Arc::new(Cpu::new()), &|| device.clone());
+}
+
+#[test]
+fn the_network_agrees_with_the_oracle() {
+    let Some(device) = gpu("the_network_agrees_with_the_oracle", Precision::F32) else { return };
+    let device = Arc::new(device);
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    for path in cases(&folder).expect("golden cases should be there") {
+        let case = Case::read(&path).expect("a case should be readable");
+        if case.kind != "dfar" {
+            continue;
+        }
+        let errors = verify_dfar(&case, device.clone()).expect("a case should be complete");
+        let failed: Vec<_> = errors.iter().filter(|e| !e.passes()).collect();
+        assert!(failed.is_empty(), "{}: {failed:?}", case.name);
+    }
+}

@@ -1,0 +1,13 @@
+// Functions of the kernels by themselves, as kernels.
+#define DFAR_MODULE "functions"
+#include "online_softmax.cuh"
+
+struct ValuesParams {
+    const float* x;  // a value for each thread of the grid
+    float* y;
+};
+
+KERNEL(exp2_polynomial_of, ValuesParams, 128) {
+    const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+    p.y[i] = exp2_polynomial(p.x[i]);
+}

@@ -57,6 +57,13 @@ impl<T> Made<'_, T> {
     }
 }
 
+impl<T> Made<'_, T> {
+    /// The next item if it is ready: `None` says nothing about there being one. Does not wait.
+    pub fn next_if_ready(&mut self) -> Option<T> {
+        self.line.take(&mut self.line.lock())
+    }
+}
+
 impl<T> Iterator for Made<'_, T> {
     type Item = T;
 
@@ -64,13 +71,10 @@ impl<T> Iterator for Made<'_, T> {
         let asked = Instant::now();
         let mut state = self.line.lock();
         let item = loop {
-            let index = state.taken;
-            if let Some(item) = state.made.remove(&index) {
-                state.taken += 1;
-                self.line.room.notify_one();
+            if let Some(item) = self.line.take(&mut state) {
                 break Some(item);
             }
-            if index >= self.line.end || state.closed {
+            if state.taken >= self.line.end || state.closed {
                 break None;
             }
             state = wait(&self.line.ready, state);
@@ -126,6 +130,14 @@ impl<T> Line<T> {
             self.lock().made.insert(index, item);
             self.ready.notify_one();
         }
+    }
+
+    /// The next item, if it is made.
+    fn take(&self, state: &mut State<T>) -> Option<T> {
+        let item = state.made.remove(&state.taken)?;
+        state.taken += 1;
+        self.room.notify_one();
+        Some(item)
     }
 
     fn close(&self) {
@@ -209,6 +221,31 @@ mod tests {
                 assert!(start.elapsed() < Duration::from_secs(60), "workers should not wait to be asked");
                 thread::yield_now();
             }
+        });
+    }
+
+    #[test]
+    fn an_item_is_taken_early_only_if_it_is_ready_and_in_its_turn() {
+        let (first, rest) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let make = |index: usize| {
+            while index == 0 && first.load(Ordering::SeqCst) == 0 {
+                thread::yield_now();
+            }
+            rest.fetch_add(usize::from(index > 0), Ordering::SeqCst);
+            index
+        };
+        ahead(0..3, 2, make, |items| {
+            // Others are made, but it is not their turn.
+            while rest.load(Ordering::SeqCst) < 2 {
+                thread::yield_now();
+            }
+            assert_eq!(items.next_if_ready(), None);
+            first.store(1, Ordering::SeqCst);
+            assert_eq!(items.next(), Some(0));
+            let waited = items.waited();
+            let taken: Vec<_> = std::iter::repeat_with(|| items.next_if_ready()).flatten().take(2).collect();
+            assert_eq!(taken, [1, 2]);
+            assert_eq!((items.next_if_ready(), items.next(), items.waited() >= waited), (None, None, true));
         });
     }
 

@@ -249,7 +249,7 @@ pub trait Device: Send + Sync {
         staging: &mut Self::Staging,
         host: &[T],
     ) -> Result<Self::Buffer<T>, DeviceError>;
-    /// Sends all that was staged, in one copy.
+    /// Sends all that was staged, in one copy, for which nothing waits that was asked for before.
     fn send(&self, staging: Self::Staging) -> Result<(), DeviceError>;
     /// A copy of `buffer` on the host.
     fn download<T: Element>(&self, buffer: &Self::Buffer<T>) -> Result<Vec<T>, DeviceError>;

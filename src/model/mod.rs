@@ -8,12 +8,14 @@ mod optimizer;
 mod parameters;
 mod parts;
 mod staged;
+mod step;
 mod tensors;
 
 pub use config::{AdamOptions, Initialization, LossOptions, ModelConfig, ModelError};
 pub use optimizer::Optimizer;
 pub use parts::{PartSeconds, PartTimer, StepObserver, StepPart, StepTimer};
-pub use staged::{StagedBatch, Stager};
+pub use staged::{SentBatch, StagedBatch, Stager};
+pub use step::PendingStep;
 
 use crate::batch::Batch;
 use crate::device::Device;
@@ -185,16 +187,63 @@ impl<D: Device> Model<D> {
         observer: &mut dyn StepObserver,
     ) -> Result<StepLoss, ModelError> {
         observer.enter(StepPart::Input)?;
-        let indices = self.send(batch)?;
-        let network = self.network(&indices);
-        let (report, gradients) = self.device.captured(|| network.gradients(loss, observer))?;
-        observer.enter(StepPart::Optimizer)?;
-        if adam.dense_embeddings {
-            let gradients = self.fill_tables(gradients, &indices)?;
-            optimizer.step_dense(adam, loss, &mut self.parameters, &gradients, report, observer)
-        } else {
-            optimizer.step_sparse(adam, loss, &mut self.parameters, &gradients, &indices, report, observer)
+        let batch = self.send(batch)?;
+        self.ask(batch.indices, loss, adam, optimizer, observer)?.finish()
+    }
+
+    /// Sends a batch that was staged for this model, for [`Model::begin_step`]. While a step is under way the batch after it
+    /// is best sent before [`PendingStep::finish`]: the copy and the step then overlap where the device can do both.
+    ///
+    /// # Errors
+    /// [`ModelError::OtherModel`], and what the device reports.
+    pub fn send(&self, batch: StagedBatch<D>) -> Result<SentBatch<D>, ModelError> {
+        if !batch.fits(&self.device, &self.config) {
+            return Err(ModelError::OtherModel);
         }
+        Ok(batch.send()?)
+    }
+
+    /// Asks the device for a step on a batch that was sent, and does not wait for it: [`Model::train_staged`] in two pieces.
+    /// What `observer` is told of as the input does not have the copy in it.
+    ///
+    /// # Errors
+    /// [`ModelError::OtherModel`], and what the device reports.
+    pub fn begin_step<'a>(
+        &mut self,
+        batch: SentBatch<D>,
+        loss: &LossOptions,
+        adam: &AdamOptions,
+        optimizer: &'a mut Optimizer<D>,
+        observer: &mut dyn StepObserver,
+    ) -> Result<PendingStep<'a, D>, ModelError> {
+        if !batch.fits(&self.device, &self.config) {
+            return Err(ModelError::OtherModel);
+        }
+        observer.enter(StepPart::Input)?;
+        self.ask(batch.indices, loss, adam, optimizer, observer)
+    }
+
+    /// Asks for a step. Gives the batch back when all is asked for, before anything waits: so its memory is free for another
+    /// as soon as the losses are here.
+    fn ask<'a>(
+        &mut self,
+        indices: Indices<D>,
+        loss: &LossOptions,
+        adam: &AdamOptions,
+        optimizer: &'a mut Optimizer<D>,
+        observer: &mut dyn StepObserver,
+    ) -> Result<PendingStep<'a, D>, ModelError> {
+        let network = self.network(&indices);
+        let (mut report, gradients) = self.device.captured(|| network.gradients(loss, observer))?;
+        observer.enter(StepPart::Optimizer)?;
+        let (gradients, touched) = if adam.dense_embeddings {
+            (self.fill_tables(gradients, &indices)?, None)
+        } else {
+            (gradients.by_row(&self.layout), Some(&indices))
+        };
+        optimizer.ask(adam, &mut self.parameters, &gradients, touched, &mut report)?;
+        observer.end()?;
+        Ok(PendingStep { optimizer, loss: *loss, report, gradients })
     }
 
     fn with_network<T>(
@@ -202,16 +251,8 @@ impl<D: Device> Model<D> {
         batch: StagedBatch<D>,
         run: impl FnOnce(Network<D>) -> Result<T, ModelError>,
     ) -> Result<T, ModelError> {
-        let indices = self.send(batch)?;
-        run(self.network(&indices))
-    }
-
-    /// Sends a batch, if it is for this model.
-    fn send(&self, batch: StagedBatch<D>) -> Result<Indices<D>, ModelError> {
-        if !batch.fits(&self.device, &self.config) {
-            return Err(ModelError::OtherModel);
-        }
-        Ok(batch.send()?)
+        let batch = self.send(batch)?;
+        run(self.network(&batch.indices))
     }
 
     fn network<'a>(&'a self, batch: &'a Indices<D>) -> Network<'a, D> {

@@ -35,6 +35,17 @@ pub struct Gradients<D: Device> {
     pub label: D::Buffer<f32>,
 }
 
+impl<D: Device> Gradients<D> {
+    /// One buffer a parameter, those of the tables by touched row.
+    pub fn by_row(self, layout: &Layout) -> Tensors<D> {
+        let Self { mut dense, item, position, label } = self;
+        for (id, rows) in [(layout.item, item), (layout.position, position), (layout.label, label)] {
+            dense[id] = rows;
+        }
+        dense
+    }
+}
+
 /// What a step leaves on the device for the host: its losses in parts, and the gradients' norm, in one buffer.
 pub struct Report<D: Device> {
     values: D::Buffer<f64>,

@@ -1,11 +1,11 @@
 //! Adam's state and its step over all parameters: embedding tables by touched row, everything else whole.
 
 use super::indices::Indices;
-use super::network::{Gradients, Report};
+use super::network::Report;
 use super::parameters::Layout;
 use super::tensors::Tensors;
-use super::{AdamOptions, HostTensor, LossOptions, Model, ModelError, StepLoss, StepObserver};
-use crate::device::{AdamStep, AdamTensor, Device};
+use super::{AdamOptions, HostTensor, Model, ModelError};
+use crate::device::{AdamStep, AdamTensor, Device, DeviceError};
 use std::sync::Arc;
 
 /// Names of the moments in a checkpoint.
@@ -14,11 +14,11 @@ const SECOND: &str = "adam.second.";
 
 /// Adam's moments and step count.
 pub struct Optimizer<D: Device> {
-    device: Arc<D>,
-    layout: Layout,
+    pub(super) device: Arc<D>,
+    pub(super) layout: Layout,
     first: Tensors<D>,
     second: Tensors<D>,
-    steps: u64,
+    pub(super) steps: u64,
 }
 
 impl<D: Device> Optimizer<D> {
@@ -49,50 +49,24 @@ impl<D: Device> Optimizer<D> {
         Ok(tensors)
     }
 
-    /// A step on whole tensors.
-    pub(super) fn step_dense(
+    /// Asks for a step, the next after [`Optimizer::steps`]: on whole tensors, or with `touched` on those rows of the embedding
+    /// tables alone. The device takes it only if the gradients' norm is finite; [`super::PendingStep::finish`] counts it then.
+    pub(super) fn ask(
         &mut self,
         options: &AdamOptions,
-        loss: &LossOptions,
         parameters: &mut Tensors<D>,
         gradients: &Tensors<D>,
-        report: Report<D>,
-        observer: &mut dyn StepObserver,
-    ) -> Result<StepLoss, ModelError> {
-        let gradients = gradients.iter().map(|g| (g, None)).collect();
-        self.step(options, loss, parameters, gradients, report, observer)
-    }
-
-    /// A step on whole tensors and on the touched rows of the embedding tables.
-    pub(super) fn step_sparse(
-        &mut self,
-        options: &AdamOptions,
-        loss: &LossOptions,
-        parameters: &mut Tensors<D>,
-        gradients: &Gradients<D>,
-        batch: &Indices<D>,
-        report: Report<D>,
-        observer: &mut dyn StepObserver,
-    ) -> Result<StepLoss, ModelError> {
+        touched: Option<&Indices<D>>,
+        report: &mut Report<D>,
+    ) -> Result<(), DeviceError> {
         let layout = &self.layout;
-        let mut list: Vec<_> = gradients.dense.iter().map(|g| (g, None)).collect();
-        let width = |id: usize| layout.specs[id].shape[1];
-        list[layout.item] = (&gradients.item, Some((&batch.touched_item.row, width(layout.item))));
-        list[layout.position] =
-            (&gradients.position, Some((&batch.touched_position.row, width(layout.position))));
-        list[layout.label] = (&gradients.label, Some((&batch.touched_label.row, width(layout.label))));
-        self.step(options, loss, parameters, list, report, observer)
-    }
-
-    fn step(
-        &mut self,
-        options: &AdamOptions,
-        loss: &LossOptions,
-        parameters: &mut Tensors<D>,
-        gradients: Vec<(&D::Buffer<f32>, Option<(&D::Buffer<u32>, usize)>)>,
-        mut report: Report<D>,
-        observer: &mut dyn StepObserver,
-    ) -> Result<StepLoss, ModelError> {
+        let mut rows = vec![None; layout.specs.len()];
+        if let Some(batch) = touched {
+            let width = |id: usize| layout.specs[id].shape[1];
+            rows[layout.item] = Some((&batch.touched_item.row, width(layout.item)));
+            rows[layout.position] = Some((&batch.touched_position.row, width(layout.position)));
+            rows[layout.label] = Some((&batch.touched_label.row, width(layout.label)));
+        }
         let step = AdamStep {
             lr: options.lr,
             beta1: 0.9,
@@ -103,8 +77,8 @@ impl<D: Device> Optimizer<D> {
         };
         let state = parameters.iter_mut().zip(self.first.iter_mut().zip(self.second.iter_mut()));
         let mut tensors: Vec<_> = state
-            .zip(&gradients)
-            .map(|((value, (first, second)), &(gradient, rows))| AdamTensor {
+            .zip(gradients.iter().zip(rows))
+            .map(|((value, (first, second)), (gradient, rows))| AdamTensor {
                 value,
                 first,
                 second,
@@ -112,27 +86,6 @@ impl<D: Device> Optimizer<D> {
                 rows,
             })
             .collect();
-        self.device.adam(&step, &mut tensors, report.norm())?;
-        observer.end()?;
-        // The one place where a step waits for the device.
-        let loss = report.read(&*self.device, loss)?;
-        if !loss.gradient_norm.is_finite() {
-            return Err(first_non_finite(&*self.device, &self.layout, &gradients)?);
-        }
-        self.steps += 1;
-        Ok(loss)
+        self.device.adam(&step, &mut tensors, report.norm())
     }
-}
-
-fn first_non_finite<D: Device>(
-    device: &D,
-    layout: &Layout,
-    gradients: &[(&D::Buffer<f32>, Option<(&D::Buffer<u32>, usize)>)],
-) -> Result<ModelError, ModelError> {
-    for (spec, (gradient, _)) in layout.specs.iter().zip(gradients) {
-        if device.download(gradient)?.iter().any(|x| !x.is_finite()) {
-            return Ok(ModelError::NonFinite { tensor: format!("gradient of {}", spec.name) });
-        }
-    }
-    Ok(ModelError::NonFinite { tensor: "the gradients' norm".into() })
 }

@@ -67,7 +67,8 @@ impl StepObserver for () {
     }
 }
 
-/// Times steps on the device: from the moment when a batch is sent to the end of the last operation.
+/// Times steps on the device: from the moment when a batch is sent, or with [`Model::begin_step`](super::Model::begin_step) from
+/// there, to the end of the last operation.
 pub struct StepTimer<D: Device> {
     device: Arc<D>,
     start: Option<D::Mark>,

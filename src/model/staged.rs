@@ -1,4 +1,4 @@
-//! A batch on its way to the device: made on any thread, used up by one step.
+//! A batch on its way to the device: made on any thread, sent by one, used up by one step.
 
 use super::indices::Indices;
 use super::{ModelConfig, ModelError};
@@ -55,9 +55,29 @@ impl<D: Device> StagedBatch<D> {
     }
 
     /// Sends it.
-    pub(super) fn send(self) -> Result<Indices<D>, DeviceError> {
-        self.device.send(self.staging)?;
-        Ok(self.indices)
+    pub(super) fn send(self) -> Result<SentBatch<D>, DeviceError> {
+        let Self { indices, staging, device, config } = self;
+        device.send(staging)?;
+        Ok(SentBatch { indices, device, config })
+    }
+}
+
+/// A batch on the device, or on its way there: what is asked for from now on finds it. Dropped, it is gone, and nothing else.
+pub struct SentBatch<D: Device> {
+    pub(super) indices: Indices<D>,
+    device: Arc<D>,
+    config: ModelConfig,
+}
+
+impl<D: Device> SentBatch<D> {
+    /// Rows (instances).
+    pub fn rows(&self) -> usize {
+        self.indices.rows
+    }
+
+    /// Whether it was staged for a model like this on `device`.
+    pub(super) fn fits(&self, device: &Arc<D>, config: &ModelConfig) -> bool {
+        Arc::ptr_eq(&self.device, device) && self.config == *config
     }
 }
 

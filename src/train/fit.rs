@@ -12,7 +12,7 @@ use crate::batch::Batch;
 use crate::data::{Dataset, Part};
 use crate::device::Device;
 use crate::evaluate::{self, ScoreOptions};
-use crate::model::{Model, ModelError, Optimizer, StagedBatch, StepLoss, StepTimer};
+use crate::model::{Model, ModelError, Optimizer, SentBatch, StagedBatch, StepLoss, StepTimer};
 use crate::pipeline;
 use serde_json::json;
 use std::ops::ControlFlow;
@@ -243,10 +243,14 @@ impl<'a, D: Device> Fit<'a, D> {
             // Of the steps since the last line of the log.
             let mut lately = StepTime::default();
             let (mut since, mut waited) = (Instant::now(), Duration::ZERO);
-            while let Some(batch) = batches.next() {
+            // A batch sent ahead, or why it was not: an error comes to light in the batch's turn, when the steps before it
+            // are done and counted.
+            let mut sent = None;
+            while let Some(batch) = sent.take().or_else(|| Some(send(&self.model, batches.next()?))) {
                 let batch = batch?;
                 let rows = batch.rows();
-                let loss = self.step(batch, &mut timer)?;
+                let (loss, ahead) = self.step(batch, &mut timer, || batches.next_if_ready())?;
+                sent = ahead;
                 let (now, waited_now) = (Instant::now(), batches.waited());
                 let time = StepTime {
                     seconds: (now - since).as_secs_f64(),
@@ -284,9 +288,20 @@ impl<'a, D: Device> Fit<'a, D> {
         })
     }
 
-    fn step(&mut self, batch: StagedBatch<D>, timer: &mut StepTimer<D>) -> Result<StepLoss, TrainError> {
+    /// Takes a step. While the device is at work on it, the `next` batch is sent if there is one: waiting for one would delay
+    /// the losses, and with them whoever asked to stop.
+    fn step(
+        &mut self,
+        batch: SentBatch<D>,
+        timer: &mut StepTimer<D>,
+        next: impl FnOnce() -> Option<Result<StagedBatch<D>, TrainError>>,
+    ) -> Result<(StepLoss, Option<Result<SentBatch<D>, TrainError>>), TrainError> {
         let (loss, adam) = (self.config.loss(), self.config.adam());
-        let step = self.model.train_staged(batch, &loss, &adam, &mut self.optimizer, timer);
+        let Self { model, optimizer, .. } = self;
+        let step = model.begin_step(batch, &loss, &adam, optimizer, timer).and_then(|pending| {
+            let sent = next().map(|batch| send(model, batch));
+            Ok((pending.finish()?, sent))
+        });
         step.map_err(|error| match error {
             ModelError::NonFinite { tensor } => TrainError::NonFinite {
                 epoch: self.state.epoch + 1,
@@ -394,6 +409,14 @@ impl<'a, D: Device> Fit<'a, D> {
         self.saved = Instant::now();
         Ok(())
     }
+}
+
+/// Sends a batch, if it could be made.
+fn send<D: Device>(
+    model: &Model<D>,
+    batch: Result<StagedBatch<D>, TrainError>,
+) -> Result<SentBatch<D>, TrainError> {
+    Ok(model.send(batch?)?)
 }
 
 /// How a run's model is scored.

@@ -144,17 +144,66 @@ impl<A: StepObserver, B: StepObserver> StepObserver for Both<'_, A, B> {
 
 pub fn a_batch_staged_for_another_model_is_refused<D: Device>(new: &dyn Fn() -> Arc<D>) {
     let device = new();
-    let model = Model::new(device.clone(), config(), 1).unwrap();
+    let mut model = Model::new(device.clone(), config(), 1).unwrap();
     let wider = Model::new(device, ModelConfig { width: 16, ..config() }, 1).unwrap();
     let elsewhere = Model::new(new(), config(), 1).unwrap();
     for other in [&wider, &elsewhere] {
         let staged = other.stager().stage(&batch(0)).unwrap();
         let error = model.score_staged(staged).unwrap_err();
         assert!(matches!(error, ModelError::OtherModel), "{error}");
+        // Nor is one taken that the other has sent.
+        assert!(matches!(model.send(other.stager().stage(&batch(0)).unwrap()), Err(ModelError::OtherModel)));
+        let sent = other.send(other.stager().stage(&batch(0)).unwrap()).unwrap();
+        let mut optimizer = Optimizer::new(&model).unwrap();
+        let step = model.begin_step(sent, &LOSS, &ADAM, &mut optimizer, &mut ());
+        assert!(matches!(step.map(|_| ()), Err(ModelError::OtherModel)));
     }
     let staged = model.stager().stage(&batch(0)).unwrap();
     assert_eq!((staged.rows(), staged.tokens()), (12, 26));
     assert_eq!(model.score_staged(staged).unwrap(), model.score(&batch(0)).unwrap());
+}
+
+/// Steps in two pieces, the next batch sent between them, are the same steps; what watches them hears of no copy in between.
+pub fn a_batch_sent_ahead_changes_nothing<D: Device>(new: &dyn Fn() -> Arc<D>) {
+    for dense_embeddings in [false, true] {
+        let mut plain = Training::new(new(), dense_embeddings);
+        (0..4).for_each(|seed| plain.step(seed, &mut ()));
+
+        let Training { mut model, mut optimizer, adam, mut losses } = Training::new(new(), dense_embeddings);
+        let send = |model: &Model<D>, seed| model.send(model.stager().stage(&batch(seed)).unwrap()).unwrap();
+        let mut sent = send(&model, 0);
+        for seed in 0..4 {
+            let mut ear = Heard::default();
+            assert_eq!(sent.rows(), 12);
+            let pending = model.begin_step(sent, &LOSS, &adam, &mut optimizer, &mut ear).unwrap();
+            assert_eq!((ear.parts[0], ear.ends), (StepPart::Input, 1));
+            sent = send(&model, seed + 1);
+            losses.push(pending.finish().unwrap().loss);
+            assert_eq!(optimizer.steps(), u64::from(seed) + 1);
+        }
+        // Dropped unused, the last is without effect.
+        drop(sent);
+        assert!(Training { model, optimizer, adam, losses }.result() == plain.result());
+    }
+}
+
+/// A step that fails updates nothing and is not counted, whatever was sent behind it; that can be trained on afterwards.
+pub fn a_batch_sent_behind_a_failing_step_is_not_lost<D: Device>(new: &dyn Fn() -> Arc<D>) {
+    let Training { mut model, mut optimizer, adam, .. } = Training::new(new(), false);
+    let send = |model: &Model<D>, seed| model.send(model.stager().stage(&batch(seed)).unwrap()).unwrap();
+    let before = model.tensors().unwrap();
+    let infinite = LossOptions { bpr: f32::INFINITY, ..LOSS };
+    let first = send(&model, 0);
+    let pending = model.begin_step(first, &infinite, &adam, &mut optimizer, &mut ()).unwrap();
+    let second = send(&model, 1);
+    let error = pending.finish().unwrap_err();
+    assert!(matches!(error, ModelError::NonFinite { .. }), "{error}");
+    assert!(optimizer.steps() == 0 && model.tensors().unwrap() == before);
+
+    let step = model.begin_step(second, &LOSS, &adam, &mut optimizer, &mut ()).unwrap().finish().unwrap();
+    let mut plain = Training::new(new(), false);
+    plain.step(1, &mut ());
+    assert!((vec![step.loss], model.tensors().unwrap()) == plain.result());
 }
 
 /// Batches are staged on other threads while the model works, and dropped unused without harm.

@@ -1,8 +1,9 @@
-//! A GPU in use: its context and stream, its limits, the modules compiled for it, its memory.
+//! A GPU in use: its context and streams, its limits, the modules compiled for it, its memory.
 
 use super::blas::Blas;
 use super::compile::{Arch, Cache, Module};
 use super::graph::{Node, Recent, Start};
+use super::landing::Landing;
 use super::nvrtc::Nvrtc;
 use super::params::Pointer;
 use super::runtime::{Gemm, Kernel, Launch, Limits, Memory, Runtime};
@@ -13,12 +14,22 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// One GPU. All work goes to one stream, so it happens in the order it was asked for.
+/// One GPU. All work but the copies of [`Runtime::send`] goes to one stream, so it happens in the order it was asked for.
+///
+/// Those copies go to a stream of their own, which waits for nothing: a batch comes up while the step before is at work. Two
+/// things keep the order that is promised:
+/// - What is asked for after a copy finds it: the work's stream waits for an event behind the copy before it goes on.
+/// - What was asked for before is not disturbed: the copy goes to memory that the host knows to be idle. See [`Landing`].
+///
+/// The optimiser's table of addresses goes the same way, though it is sent in the middle of a step: the same two things keep its
+/// place, and as the host is mostly ahead of the device, it is there before its kernel's turn. One kind of copy is enough.
 pub struct Cuda {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     /// Where memory is asked for, so that this is never part of a capture.
     allocations: Arc<CudaStream>,
+    /// Where [`Runtime::send`] copies.
+    copies: Arc<CudaStream>,
     name: String,
     arch: Arch,
     limits: Limits,
@@ -26,6 +37,8 @@ pub struct Cuda {
     loaded: Mutex<Loaded>,
     /// Memory to be used again, by size: asking the driver takes microseconds, and a step asks a few hundred times.
     pool: Mutex<BTreeMap<usize, Vec<Pointer>>>,
+    /// Memory that [`Runtime::send`] copies to.
+    landing: Mutex<Landing>,
     /// Host memory that copies were started from, the oldest first.
     sent: Mutex<VecDeque<launch::Pinned>>,
     blas: Mutex<Option<Blas>>,
@@ -37,6 +50,10 @@ pub struct Cuda {
 
 /// Copies that may be under way before the next one waits for the first: the batch and the optimiser's table of two steps.
 const COPIES: usize = 4;
+
+/// Memory of copies that may be given back before the host waits for the device. A step gives back two pieces and then waits for
+/// its losses; this is for whoever sends again and again and never reads.
+const RESTING: usize = 16;
 
 /// What has been compiled and loaded.
 #[derive(Default)]
@@ -102,17 +119,19 @@ impl Cuda {
         launch::keep_freed_memory(&context).map_err(failed("setting up the memory pool"))?;
         // Not the default stream: it cannot be captured.
         let stream = || context.new_stream().map_err(failed("making a stream"));
-        let (stream, allocations) = (stream()?, stream()?);
+        let (stream, allocations, copies) = (stream()?, stream()?, stream()?);
         Ok(Cuda {
             context,
             stream,
             allocations,
+            copies,
             name,
             arch,
             limits,
             cache,
             loaded: Mutex::default(),
             pool: Mutex::default(),
+            landing: Mutex::default(),
             sent: Mutex::default(),
             blas: Mutex::default(),
             capture: Mutex::default(),
@@ -152,7 +171,10 @@ impl Cuda {
     /// What went wrong on the device since the last call.
     pub fn synchronize(&self) -> Result<(), CudaError> {
         self.check_no_capture("waiting for the device")?;
-        self.stream.synchronize().map_err(|error| CudaError::driver("finishing the work given", error, 0))
+        let moment = lock(&self.landing).now();
+        self.stream.synchronize().map_err(failed("finishing the work given"))?;
+        lock(&self.landing).settle(moment);
+        Ok(())
     }
 
     /// The driver's context is the calling thread's.
@@ -169,6 +191,21 @@ impl Cuda {
     fn note(&self, node: Node) {
         if let Some(nodes) = &mut *lock(&self.capture) {
             nodes.push(node);
+        }
+    }
+
+    /// As [`Cuda::new_memory`]; where there is no more, what nobody uses is given back to the driver first.
+    fn new_memory_or_room(&self, bytes: usize) -> Result<Pointer, CudaError> {
+        match self.new_memory(bytes) {
+            Err(CudaError::OutOfMemory { .. }) => {
+                // (Some of the pool may be used by what is being recorded.)
+                self.check_no_capture("giving memory back to the driver")?;
+                self.synchronize()?; // what rests is idle then
+                self.empty_pool();
+                self.synchronize()?;
+                self.new_memory(bytes)
+            }
+            result => result,
         }
     }
 
@@ -209,14 +246,14 @@ impl Cuda {
         if executable.is_some() { self.synchronize() } else { Ok(()) }
     }
 
-    /// Gives the pool's memory back to the driver.
+    /// Gives the pool's memory and what is idle of the copies' back to the driver.
     fn empty_pool(&self) {
-        for (_, list) in std::mem::take(&mut *lock(&self.pool)) {
-            for at in list {
-                // SAFETY: what is in the pool was allocated and belongs to nobody; whatever used it is before this on the
-                // stream. A failure leaks it.
-                let _ = unsafe { launch::free(&self.stream, at) };
-            }
+        let pool = std::mem::take(&mut *lock(&self.pool)).into_values().flatten();
+        let idle = lock(&self.landing).take_idle().map(|(at, _)| at);
+        for at in pool.chain(idle) {
+            // SAFETY: what is in the pool was allocated and belongs to nobody; whatever used it is before this on the
+            // stream. What is idle is so too, and nothing uses it on any stream. A failure leaks it.
+            let _ = unsafe { launch::free(&self.stream, at) };
         }
     }
 }
@@ -267,20 +304,36 @@ impl Runtime for Cuda {
         if let Some(at) = lock(&self.pool).get_mut(&size).and_then(Vec::pop) {
             return Ok(at);
         }
-        match self.new_memory(size) {
-            Err(CudaError::OutOfMemory { .. }) => {
-                // Other sizes may hold what is missing. (Some of it may be used by what is being recorded.)
-                self.check_no_capture("giving memory back to the driver")?;
-                self.empty_pool();
-                self.synchronize()?;
-                self.new_memory(size)
-            }
-            result => result,
-        }
+        // Other sizes may hold what is missing.
+        self.new_memory_or_room(size)
     }
 
     unsafe fn free(&self, at: Pointer, bytes: usize) {
         lock(&self.pool).entry(size_class(bytes)).or_default().push(at);
+    }
+
+    fn allocate_landing(&self, bytes: usize) -> Result<Pointer, CudaError> {
+        let size = Landing::size(bytes);
+        let (found, resting) = {
+            let mut landing = lock(&self.landing);
+            (landing.take(size), landing.resting())
+        };
+        if let Some(at) = found {
+            return Ok(at);
+        }
+        if resting >= RESTING {
+            self.synchronize()?;
+            if let Some(at) = lock(&self.landing).take(size) {
+                return Ok(at);
+            }
+        }
+        self.new_memory_or_room(size)
+    }
+
+    unsafe fn free_landing(&self, at: Pointer, bytes: usize) {
+        // What uses it was asked for by now, and is on the work's stream behind the wait for the copy: once the host has waited
+        // for that stream, all of it is done, and so is the copy, even if nothing ever used what it brought.
+        lock(&self.landing).give_back(at, Landing::size(bytes));
     }
 
     unsafe fn zero(&self, at: Pointer, bytes: usize) -> Result<(), CudaError> {
@@ -324,20 +377,30 @@ impl Runtime for Cuda {
         from: launch::Pinned,
         parts: &[Range<usize>],
     ) -> Result<(), CudaError> {
+        // The wait must not become part of a graph: it is for this copy only.
         self.check_no_capture("copying to the device")?;
         self.bind()?;
         let bytes = parts.last().map_or(0, |last| last.end);
-        // SAFETY: the caller's promise.
-        unsafe { from.send(&self.stream, at, bytes) }.map_err(failed("copying to the device"))?;
+        // SAFETY: the caller's promise. The memory is from `allocate_landing`, so it was idle or new, and no other copy or
+        // kernel uses it.
+        let sent = unsafe { from.send(&self.copies, at, bytes) }.and_then(|()| from.let_wait(&self.stream));
+        if sent.is_err() {
+            // The memory will be given back without a wait on the work's stream: nothing may be on its way to it then.
+            let _ = self.copies.synchronize();
+        }
         lock(&self.sent).push_back(from);
-        Ok(())
+        sent.map_err(failed("copying to the device"))
     }
 
     unsafe fn read(&self, at: Pointer, host: &mut [u8]) -> Result<(), CudaError> {
         self.check_no_capture("copying from the device")?;
         self.bind()?;
+        let moment = lock(&self.landing).now();
         // SAFETY: the caller's promise.
-        unsafe { launch::read(&self.stream, at, host) }.map_err(failed("copying from the device"))
+        unsafe { launch::read(&self.stream, at, host) }.map_err(failed("copying from the device"))?;
+        // It has waited for all that was on the work's stream at that moment.
+        lock(&self.landing).settle(moment);
+        Ok(())
     }
 
     unsafe fn launch(&self, kernel: Kernel, launch: Launch, params: &[u8]) -> Result<(), CudaError> {

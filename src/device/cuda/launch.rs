@@ -77,7 +77,8 @@ pub(super) unsafe fn read(stream: &CudaStream, at: Pointer, host: &mut [u8]) -> 
     stream.synchronize()
 }
 
-/// Page-locked host memory, which the device reads by itself, and the moment when it has.
+/// Page-locked host memory, which the device reads by itself, and the moment when it has. That is an event, recorded anew by every
+/// copy; a stream that was made to wait for it waits for the copy before, whatever is recorded later.
 pub struct Pinned {
     at: NonNull<u8>,
     bytes: usize,
@@ -110,10 +111,15 @@ impl Pinned {
         self.read.synchronize()
     }
 
+    /// Lets what is put on the stream from now on wait for the last copy.
+    pub(super) fn let_wait(&self, stream: &CudaStream) -> Result<(), DriverError> {
+        stream.wait(&self.read)
+    }
+
     /// Starts a copy of the first `bytes` bytes. They may be changed when [`Pinned::is_read`] says so.
     ///
     /// # Safety
-    /// `bytes` bytes from `at` on lie inside one allocation.
+    /// `bytes` bytes from `at` on lie inside one allocation, which nothing on another stream uses before it waits for the copy.
     pub(super) unsafe fn send(
         &self,
         stream: &CudaStream,

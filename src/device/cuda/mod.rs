@@ -23,6 +23,7 @@ mod device;
 pub mod embedding;
 pub mod gpu;
 pub mod graph;
+pub mod landing;
 mod launch;
 pub mod layer_norm;
 pub mod limits;

@@ -3,7 +3,8 @@
 //! [`Cuda`](super::Cuda) is a GPU; `tests/emulator` is the same kernels on the CPU. All that is above (checks, plans, the
 //! order of launches) is written once over this trait, in [`Gpu`](super::Gpu), and so is tested where there is no GPU.
 //!
-//! Everything asked of a runtime happens in the order it was asked for; only [`Runtime::read`] waits for all of it.
+//! Everything asked of a runtime happens in the order it was asked for, but for the copies of [`Runtime::send`], which may come
+//! earlier; only [`Runtime::read`] waits for all of it.
 
 use super::CudaError;
 use super::compile::Module;
@@ -150,6 +151,19 @@ pub trait Runtime: Send + Sync + 'static {
     /// `at` is from [`Runtime::allocate`] of this runtime with as many `bytes`, and was not freed.
     unsafe fn free(&self, at: Pointer, bytes: usize);
 
+    /// Memory as [`Runtime::allocate`] gives it, for [`Runtime::send`]. Nothing that was asked for earlier uses it: a copy to it
+    /// may come before all that.
+    ///
+    /// # Errors
+    /// As [`Runtime::allocate`], and [`CudaError::NotCaptured`] if it has to wait for the device during a capture.
+    fn allocate_landing(&self, bytes: usize) -> Result<Pointer, CudaError>;
+
+    /// Gives such memory back. What was asked for so far may use it.
+    ///
+    /// # Safety
+    /// `at` is from [`Runtime::allocate_landing`] of this runtime with as many `bytes`, and was not freed.
+    unsafe fn free_landing(&self, at: Pointer, bytes: usize);
+
     /// Fills memory with zeros.
     ///
     /// # Errors
@@ -176,7 +190,8 @@ pub trait Runtime: Send + Sync + 'static {
     fn pinned(&self, bytes: usize) -> Result<Self::Pinned, CudaError>;
 
     /// Copies `parts` of `from`, which ascend, to the same places from `at` on, in one piece: what lies between them may be
-    /// copied with them. Takes the memory back, to give it to somebody else when the copy is done.
+    /// copied with them. Takes the host memory back, to give it to somebody else when the copy is done. What is asked for from
+    /// now on finds the copy; what was asked for before need not be done when it is made.
     ///
     /// # Errors
     /// What the driver reports.
@@ -185,7 +200,8 @@ pub trait Runtime: Send + Sync + 'static {
     /// If a part ends outside `from`.
     ///
     /// # Safety
-    /// The bytes from `at` on to the end of the last part lie inside one allocation.
+    /// `at` is from [`Runtime::allocate_landing`] with at least as many bytes as the last part ends at, and nothing that was
+    /// asked for since uses it.
     unsafe fn send(&self, at: Pointer, from: Self::Pinned, parts: &[Range<usize>]) -> Result<(), CudaError>;
 
     /// Copies to the host, after all that was asked for before.
@@ -251,24 +267,30 @@ pub trait Runtime: Send + Sync + 'static {
 /// Memory of a runtime, given back when dropped.
 struct Allocation<R: Runtime> {
     runtime: Arc<R>,
+    /// Whether [`Runtime::send`] copies to it.
+    landing: bool,
     /// Address and bytes; unset until it is known how many there are. Null where there are none.
     taken: OnceLock<(Pointer, usize)>,
 }
 
 impl<R: Runtime> Allocation<R> {
-    /// Of no size yet.
-    fn open(runtime: &Arc<R>) -> Self {
-        Self { runtime: runtime.clone(), taken: OnceLock::new() }
+    /// For [`Runtime::send`], of no size yet.
+    fn landing(runtime: &Arc<R>) -> Self {
+        Self { runtime: runtime.clone(), landing: true, taken: OnceLock::new() }
     }
 
     fn new(runtime: &Arc<R>, bytes: usize) -> Result<Self, CudaError> {
-        let allocation = Self::open(runtime);
+        let allocation = Self { runtime: runtime.clone(), landing: false, taken: OnceLock::new() };
         allocation.take(bytes)?;
         Ok(allocation)
     }
 
     fn take(&self, bytes: usize) -> Result<Pointer, CudaError> {
-        let at = if bytes == 0 { 0 } else { self.runtime.allocate(bytes)? };
+        let at = match self.landing {
+            _ if bytes == 0 => 0,
+            true => self.runtime.allocate_landing(bytes)?,
+            false => self.runtime.allocate(bytes)?,
+        };
         self.taken.set((at, bytes)).expect("memory is taken once");
         Ok(at)
     }
@@ -283,8 +305,13 @@ impl<R: Runtime> Drop for Allocation<R> {
         if let Some(&(at, bytes)) = self.taken.get()
             && bytes > 0
         {
-            // SAFETY: allocated in `take` with this many bytes; nothing else frees it.
-            unsafe { self.runtime.free(at, bytes) };
+            // SAFETY: allocated in `take`, of this kind and with this many bytes; nothing else frees it.
+            unsafe {
+                match self.landing {
+                    true => self.runtime.free_landing(at, bytes),
+                    false => self.runtime.free(at, bytes),
+                }
+            }
         }
     }
 }
@@ -445,7 +472,7 @@ impl<R: Runtime> Staging<R> {
     /// As [`Runtime::pinned`].
     pub fn new(runtime: &Arc<R>) -> Result<Self, CudaError> {
         let host = runtime.pinned(Self::BYTES)?;
-        Ok(Self { memory: Arc::new(Allocation::open(runtime)), host, parts: Vec::new() })
+        Ok(Self { memory: Arc::new(Allocation::landing(runtime)), host, parts: Vec::new() })
     }
 
     /// One more array: a copy of `host`.
@@ -471,13 +498,13 @@ impl<R: Runtime> Staging<R> {
     /// Starts the copy. What is asked of the runtime from now on finds the arrays.
     ///
     /// # Errors
-    /// As [`Runtime::allocate`] and [`Runtime::send`].
+    /// As [`Runtime::allocate_landing`] and [`Runtime::send`].
     pub fn send(self) -> Result<(), CudaError> {
         let Self { memory, host, parts } = self;
         let bytes = parts.last().map_or(0, |last| last.end);
         let at = memory.take(bytes)?;
         if bytes > 0 {
-            // SAFETY: the memory has as many bytes as the last part ends at.
+            // SAFETY: the memory was just taken with as many bytes as the last part ends at; no array has had an address so far.
             unsafe { memory.runtime.send(at, host, &parts)? };
         }
         Ok(())

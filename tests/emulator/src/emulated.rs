@@ -2,6 +2,7 @@
 
 use super::Device;
 use dfar::device::cuda::graph::{Node, Start};
+use dfar::device::cuda::landing::Landing;
 use dfar::device::cuda::params::Pointer;
 use dfar::device::cuda::runtime::{Gemm, Kernel, Launch, Limits, Memory, Precision, Runtime};
 use dfar::device::cuda::{CudaError, Gpu};
@@ -19,12 +20,19 @@ pub struct Emulated {
     limits: Limits,
     to_device: AtomicUsize,
     to_host: AtomicUsize,
+    overlapped: AtomicUsize,
     capture: Mutex<Option<Recording>>,
+    /// `Some`: what is asked for and not done yet.
+    behind: Option<Mutex<Recording>>,
+    /// Memory that a copy may be sent to: taken, and nothing sent to it so far.
+    landing: Mutex<HashSet<Pointer>>,
+    /// Memory of copies that was given back, until the host has waited.
+    resting: Mutex<Landing>,
     /// The sequences captured so far.
     graphs: Mutex<HashSet<Vec<Node>>>,
 }
 
-/// A capture: what is asked for, as it is asked for, to be done when the capture is over.
+/// What is asked for, as it is asked for, to be done later: when a capture is over, or the host waits.
 #[derive(Default)]
 struct Recording {
     requests: Vec<Request>,
@@ -36,6 +44,7 @@ enum Request {
     Launch(Kernel, Launch, Vec<u8>),
     Products(Gemm, usize),
     Zero(Pointer, usize),
+    Write(Pointer, Vec<u8>),
     Release(Pointer, usize),
     /// The memory released last of this size, once more.
     Allocate(Pointer, usize),
@@ -47,7 +56,7 @@ impl Request {
             Request::Launch(kernel, ..) => Some(Node::Kernel(*kernel)),
             Request::Products(..) => Some(Node::Product),
             Request::Zero(..) => Some(Node::Zero),
-            Request::Release(..) | Request::Allocate(..) => None,
+            Request::Write(..) | Request::Release(..) | Request::Allocate(..) => None,
         }
     }
 }
@@ -64,6 +73,8 @@ pub struct Copies {
     pub to_device: usize,
     /// From the device.
     pub to_host: usize,
+    /// Of those from the host, the ones that came before work that was asked for earlier. Only where the device lags.
+    pub overlapped: usize,
 }
 
 // SAFETY: a device may be used from any thread, by one at a time, which the mutex sees to.
@@ -79,7 +90,11 @@ impl Default for Emulated {
             limits: Limits { shared_per_block: 163 << 10, multiprocessors: 4, cache_bytes: 1 << 20 },
             to_device: AtomicUsize::new(0),
             to_host: AtomicUsize::new(0),
+            overlapped: AtomicUsize::new(0),
             capture: Mutex::default(),
+            behind: None,
+            landing: Mutex::default(),
+            resting: Mutex::default(),
             graphs: Mutex::default(),
         }
     }
@@ -91,10 +106,34 @@ pub fn gpu(precision: Precision) -> Gpu<Emulated> {
 }
 
 impl Emulated {
+    /// One that does nothing before the host waits for it, but for what is sent, which comes at once: a GPU as far behind the
+    /// host as it can be, with copies as far ahead. It captures nothing.
+    pub fn lagging() -> Self {
+        Self { behind: Some(Mutex::default()), ..Self::default() }
+    }
+
+    /// Does what was asked for.
+    fn catch_up(&self) -> Result<(), CudaError> {
+        let Some(behind) = &self.behind else { return Ok(()) };
+        let Recording { requests, .. } = std::mem::take(&mut *lock(behind));
+        requests.into_iter().try_for_each(|request| self.carry_out(request))
+    }
+
+    /// Records what is asked for, where that is done. False where it is to be done at once.
+    fn recording(&self, act: impl FnOnce(&mut Recording)) -> bool {
+        match (&mut *lock(&self.capture), &self.behind) {
+            (Some(capture), _) => act(capture),
+            (None, Some(behind)) => act(&mut lock(behind)),
+            (None, None) => return false,
+        }
+        true
+    }
+
     /// Copies so far.
     pub fn copies(&self) -> Copies {
-        let [to_device, to_host] = [&self.to_device, &self.to_host].map(|n| n.load(Ordering::Relaxed));
-        Copies { to_device, to_host }
+        let counts = [&self.to_device, &self.to_host, &self.overlapped];
+        let [to_device, to_host, overlapped] = counts.map(|n| n.load(Ordering::Relaxed));
+        Copies { to_device, to_host, overlapped }
     }
 
     /// Replaces bytes inside one array.
@@ -123,11 +162,9 @@ impl Emulated {
 
     /// Records a request during a capture, or does it.
     fn ask(&self, request: Request) -> Result<(), CudaError> {
-        if let Some(recording) = &mut *lock(&self.capture) {
-            recording.requests.push(request);
-            return Ok(());
-        }
-        self.carry_out(request)
+        let mut request = Some(request);
+        self.recording(|recording| recording.requests.extend(request.take()));
+        request.map_or(Ok(()), |request| self.carry_out(request))
     }
 
     fn carry_out(&self, request: Request) -> Result<(), CudaError> {
@@ -137,6 +174,7 @@ impl Emulated {
             }
             Request::Products(gemm, count) => self.products(&gemm, count),
             Request::Zero(at, bytes) => self.put(at, &vec![0; bytes], false),
+            Request::Write(at, bytes) => self.put(at, &bytes, false),
             Request::Release(at, bytes) => {
                 // SAFETY: recorded of `free`, whose caller promised; nothing has released it since.
                 unsafe { self.device().release(at as *mut u8, bytes) };
@@ -203,23 +241,38 @@ impl Runtime for Emulated {
     }
 
     fn allocate(&self, bytes: usize) -> Result<Pointer, CudaError> {
-        if let Some(Recording { requests, released }) = &mut *lock(&self.capture)
-            && let Some((at, _)) = released.get_mut(&size_class(bytes)).and_then(Vec::pop)
-        {
-            requests.push(Request::Allocate(at, bytes));
+        let mut found = None;
+        self.recording(|Recording { requests, released }| {
+            found = released.get_mut(&size_class(bytes)).and_then(Vec::pop);
+            requests.extend(found.map(|(at, _)| Request::Allocate(at, bytes)));
+        });
+        if let Some((at, _)) = found {
             return Ok(at);
         }
         self.device().allocate_bytes(bytes).map(|at| at as Pointer).ok_or(CudaError::OutOfMemory { bytes })
     }
 
     unsafe fn free(&self, at: Pointer, bytes: usize) {
-        if let Some(Recording { requests, released }) = &mut *lock(&self.capture) {
+        let recorded = self.recording(|Recording { requests, released }| {
             requests.push(Request::Release(at, bytes));
             released.entry(size_class(bytes)).or_default().push((at, bytes));
-            return;
+        });
+        if !recorded {
+            // SAFETY: the caller's promise.
+            unsafe { self.device().release(at as *mut u8, bytes) }
         }
-        // SAFETY: the caller's promise.
-        unsafe { self.device().release(at as *mut u8, bytes) }
+    }
+
+    fn allocate_landing(&self, bytes: usize) -> Result<Pointer, CudaError> {
+        // Not what was given back in a recording: that may still be used.
+        let at = self.device().allocate_bytes(bytes).ok_or(CudaError::OutOfMemory { bytes })? as Pointer;
+        lock(&self.landing).insert(at);
+        Ok(at)
+    }
+
+    unsafe fn free_landing(&self, at: Pointer, bytes: usize) {
+        lock(&self.landing).remove(&at);
+        lock(&self.resting).give_back(at, bytes);
     }
 
     unsafe fn zero(&self, at: Pointer, bytes: usize) -> Result<(), CudaError> {
@@ -229,17 +282,26 @@ impl Runtime for Emulated {
     unsafe fn write(&self, at: Pointer, host: &[u8]) -> Result<(), CudaError> {
         self.check_no_capture("copying to the device")?;
         self.to_device.fetch_add(1, Ordering::Relaxed);
-        self.put(at, host, false)
+        self.ask(Request::Write(at, host.to_vec()))
     }
 
     fn pinned(&self, bytes: usize) -> Result<Vec<u8>, CudaError> {
         Ok(vec![0; bytes])
     }
 
-    /// What is sent is input: kernels may not write it. What lies between the parts becomes nobody's.
+    /// At once, whatever else is still to be done. What is sent is input: kernels may not write it. What lies between the parts
+    /// becomes nobody's.
     unsafe fn send(&self, at: Pointer, from: Vec<u8>, parts: &[Range<usize>]) -> Result<(), CudaError> {
         self.check_no_capture("copying to the device")?;
         self.to_device.fetch_add(1, Ordering::Relaxed);
+        if !lock(&self.landing).remove(&at) {
+            return Err(fault("send")(format!("a copy to {at:#x}, which is not idle memory for copies")));
+        }
+        if let Some(behind) = &self.behind
+            && lock(behind).requests.iter().any(|request| request.node().is_some())
+        {
+            self.overlapped.fetch_add(1, Ordering::Relaxed);
+        }
         let mut end = 0;
         for part in parts {
             if end > 0 && part.start < end + Self::GAP {
@@ -256,6 +318,17 @@ impl Runtime for Emulated {
     unsafe fn read(&self, at: Pointer, host: &mut [u8]) -> Result<(), CudaError> {
         self.check_no_capture("copying from the device")?;
         self.to_host.fetch_add(1, Ordering::Relaxed);
+        let moment = lock(&self.resting).now();
+        self.catch_up()?;
+        let idle = {
+            let mut resting = lock(&self.resting);
+            resting.settle(moment);
+            resting.take_idle()
+        };
+        for (at, bytes) in idle {
+            // SAFETY: given back by `free_landing`, whose caller promised, and to nobody since.
+            unsafe { self.device().release(at as *mut u8, bytes) };
+        }
         let device = self.device();
         let from = at as *const u8;
         if !device.is_owned(from, host.len()) {
@@ -281,6 +354,9 @@ impl Runtime for Emulated {
 
     fn begin_capture(&self) -> Result<(), CudaError> {
         self.check_no_capture("another capture")?;
+        if self.behind.is_some() {
+            return Err(CudaError::NotCaptured { action: "work of a device that lags" });
+        }
         *lock(&self.capture) = Some(Recording::default());
         Ok(())
     }

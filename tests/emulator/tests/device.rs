@@ -6,9 +6,9 @@ mod bodies;
 use dfar::batch::Batch;
 use dfar::device::DeviceError;
 use dfar::device::cuda::runtime::{Runtime, Staging};
-use dfar::device::cuda::{CudaError, Precision};
-use dfar::model::{Model, ModelConfig, ModelError, Optimizer};
-use dfar_emulator::gpu;
+use dfar::device::cuda::{CudaError, Gpu, Precision};
+use dfar::model::{AdamOptions, Model, ModelConfig, ModelError, Optimizer};
+use dfar_emulator::{Emulated, gpu};
 use std::sync::Arc;
 
 #[test]
@@ -69,15 +69,45 @@ fn staged_arrays_arrive_in_one_copy_and_apart() {
     let error = behind.expect_err("nobody's memory").to_string();
     assert!(error.contains("not inside one array"), "{error}");
 
-    // The memory is given back with the last of them, whole.
+    // The memory is given back with the last of them, whole, and used again when the host has waited for the device.
     let at = bytes.pointer();
     drop((bytes, long));
     assert_eq!(last.to_vec().expect("it is still there"), [0.5]);
     drop((last, none));
-    let mut again = Staging::new(gpu.runtime()).expect("there is memory");
-    let parts = (again.add(&[1u8, 2, 3]), again.add(&values), again.add(&[0.5f64]));
-    again.send().expect("there is memory");
-    assert_eq!(parts.0.expect("there is memory").pointer(), at);
+    let send_again = || {
+        let mut again = Staging::new(gpu.runtime()).expect("there is memory");
+        let parts = (again.add(&[1u8, 2, 3]), again.add(&values), again.add(&[0.5f64]));
+        again.send().expect("there is memory");
+        parts.0.expect("there is memory")
+    };
+    let second = send_again();
+    assert_ne!(second.pointer(), at);
+    second.to_vec().expect("it was sent");
+    assert_eq!(send_again().pointer(), at);
+}
+
+/// A copy may come before all work that is under way, so it must not go to memory that this may use.
+#[test]
+fn a_copy_goes_to_idle_memory_alone() {
+    let gpu = gpu(Precision::F32);
+    let runtime = gpu.runtime();
+    let part = 0..4;
+    let send = |at| {
+        // SAFETY: the emulator judges the copy before it makes it.
+        unsafe { runtime.send(at, vec![7; 4], std::slice::from_ref(&part)) }
+    };
+    let refused = |at| send(at).expect_err("it is not idle").to_string();
+    let pooled = runtime.allocate(4).expect("there is memory");
+    assert!(refused(pooled).contains("not idle memory for copies"));
+    let landing = runtime.allocate_landing(4).expect("there is memory");
+    send(landing).expect("it is idle");
+    // What was asked for since may use it.
+    assert!(refused(landing).contains("not idle memory for copies"));
+    // SAFETY: allocated above with as many bytes, each in its own way.
+    unsafe {
+        runtime.free(pooled, 4);
+        runtime.free_landing(landing, 4);
+    }
 }
 
 #[test]
@@ -102,5 +132,49 @@ fn a_step_copies_its_batch_once_and_its_losses_back() {
         let after = device.runtime().copies();
         assert_eq!(after.to_device - before.to_device, 2, "to the device");
         assert_eq!(after.to_host - before.to_host, 1, "to the host");
+    }
+}
+
+/// A device that has done nothing yet when the next batch arrives takes the same steps, to the bit: no batch is written over
+/// one that is still to be read.
+#[test]
+fn batches_sent_ahead_overtake_the_steps_before_and_change_nothing() {
+    let batches: Vec<_> = [&[12, 3, 9][..], &[5], &[1, 1, 12, 7], &[12, 3, 9], &[5], &[2]]
+        .iter()
+        .map(|lengths| Batch::pack(&bodies::histories(lengths, 9)).expect("the histories are sound"))
+        .collect();
+    for dense_embeddings in [false, true] {
+        let adam = AdamOptions { dense_embeddings, ..bodies::ADAM };
+        let mut plain = bodies::lively(Arc::new(gpu(Precision::F32)), bodies::config());
+        let mut optimizer = Optimizer::new(&plain).expect("there is memory");
+        let expected: Vec<_> = batches
+            .iter()
+            .map(|batch| plain.train_step(batch, &bodies::LOSS, &adam, &mut optimizer).expect("a sound step"))
+            .collect();
+
+        let device = Arc::new(Gpu::new(Emulated::lagging(), Precision::F32));
+        let mut model = bodies::lively(device.clone(), bodies::config());
+        let mut optimizer = Optimizer::new(&model).expect("there is memory");
+        let stager = model.stager();
+        let mut staged = batches.iter().map(|batch| stager.stage(batch).expect("the batch fits"));
+        // The first finds nothing to overtake.
+        model.tensors().expect("the device works");
+        let before = device.runtime().copies();
+        let mut sent = staged.next().map(|batch| model.send(batch).expect("there is memory"));
+        let mut losses = Vec::new();
+        while let Some(batch) = sent.take() {
+            let pending = model.begin_step(batch, &bodies::LOSS, &adam, &mut optimizer, &mut ());
+            let pending = pending.expect("a sound step");
+            sent = staged.next().map(|batch| model.send(batch).expect("there is memory"));
+            losses.push(pending.finish().expect("a sound step"));
+        }
+        let after = device.runtime().copies();
+        assert_eq!(losses, expected);
+        assert!(model.tensors().expect("the device works") == plain.tensors().expect("the device works"));
+        let steps = batches.len();
+        assert_eq!(after.to_device - before.to_device, 2 * steps, "to the device");
+        assert_eq!(after.to_host - before.to_host, steps, "to the host");
+        // Every table, and every batch but the first.
+        assert_eq!(after.overlapped - before.overlapped, 2 * steps - 1);
     }
 }

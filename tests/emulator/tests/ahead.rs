@@ -1,0 +1,55 @@
+//! A training run sends batches ahead, and ends as one on a device that does everything at once.
+
+use dfar::data::Dataset;
+use dfar::data::synthetic::{self, SyntheticOptions};
+use dfar::device::cuda::{Gpu, Precision};
+use dfar::train::run::Run;
+use dfar::train::{Config, Event, Fit, Outcome};
+use dfar_emulator::Emulated;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+#[test]
+fn a_run_sends_batches_ahead_and_stays_the_same() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("x.dfar");
+    let options =
+        SyntheticOptions { users: 12, items: 20, events_per_user: 8.0, ..SyntheticOptions::default() };
+    synthetic::write(&options, &path).expect("the log should be written");
+    let data = Dataset::open(&path).expect("the log should be readable");
+    let config = Config { epochs: 1, width: 8, max_length: 6, batch_tokens: 12, ..Config::default() };
+
+    let run = |name: &str, runtime: Emulated, stop: u64| {
+        let device = Arc::new(Gpu::new(runtime, Precision::F32));
+        let run = Run::create(&folder.path().join(name)).expect("a new folder");
+        let mut fit = Fit::start(device.clone(), &data, config.clone(), &run).expect("a sound start");
+        let (before, mut losses, mut overlapped) = (device.runtime().copies().overlapped, Vec::new(), 0);
+        let outcome = fit.run(&mut |event| {
+            if let Event::Step { loss, steps, .. } = event {
+                losses.push(*loss);
+                overlapped = device.runtime().copies().overlapped - before;
+                if steps == stop {
+                    return ControlFlow::Break(());
+                }
+                // Long enough for the next batches to be ready.
+                thread::sleep(Duration::from_millis(20));
+            }
+            ControlFlow::Continue(())
+        });
+        (outcome.expect("a sound run"), losses, overlapped, fit.model().tensors().expect("the device works"))
+    };
+    let (outcome, expected, none, parameters) = run("at once", Emulated::default(), 0);
+    assert_eq!((outcome, none), (Outcome::Finished, 0));
+    let steps = expected.len();
+    assert!(steps > 8, "{steps} steps");
+    let (outcome, losses, overlapped, found) = run("behind", Emulated::lagging(), 0);
+    assert!(outcome == Outcome::Finished && losses == expected && found == parameters);
+    // Every step's table, and every batch that was ready in time: each but the first, unless the machine is very busy.
+    assert!((steps + steps / 2..2 * steps).contains(&overlapped), "{overlapped} in {steps} steps");
+
+    // Stopped when a batch was sent ahead, it has taken the steps that were told of, and no other.
+    let (outcome, losses, ..) = run("stopped", Emulated::lagging(), 3);
+    assert_eq!((outcome, losses.as_slice()), (Outcome::Interrupted, &expected[..3]));
+}

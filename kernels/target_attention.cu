@@ -24,7 +24,7 @@ KERNEL(target_combine, CombineParams, SUM_THREADS) { combine(p); }
 // ------------------------------------------------------------------------------------------------------------- forward
 
 // Writes e.
-KERNEL(target_scores, PerceptronParams, THREADS) { scores(p); }
+KERNEL(target_scores, PerceptronParams, THREADS, 2) { scores(p); }
 // Writes att and lse from s and e.
 KERNEL(target_softmax, SoftmaxParams, ROW_THREADS) { softmax(p); }
 

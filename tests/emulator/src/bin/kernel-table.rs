@@ -8,16 +8,18 @@
 
 use dfar::attention::{FhaOptions, LabelMask};
 use dfar::device::cuda::CudaError;
-use dfar::device::cuda::compile::{Arch, Define, compile};
+use dfar::device::cuda::compile::{Arch, Define, Module, compile};
 use dfar::device::cuda::gpu::step_kernels;
 use dfar::device::cuda::nvrtc::Nvrtc;
 use dfar::device::cuda::plan::{Pass, module};
 use dfar::device::cuda::runtime::Kernel;
 use dfar::device::cuda::tile::{Block, Element, HEAD_DIMS, tile};
-use std::collections::hash_map::Entry;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::fmt::Write as _;
+use std::num::NonZero;
 use std::process::{Command, ExitCode};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// A multiprocessor: shared memory in all, and what one block may have of it, in KiB; 1 KiB of each block is the system's.
 struct Machine {
@@ -26,7 +28,7 @@ struct Machine {
     shared_per_block: usize,
 }
 
-const MACHINES: [Machine; 3] = [
+static MACHINES: [Machine; 3] = [
     Machine { arch: Arch { major: 8, minor: 0 }, shared: 164, shared_per_block: 163 },
     Machine { arch: Arch { major: 9, minor: 0 }, shared: 228, shared_per_block: 227 },
     Machine { arch: Arch { major: 10, minor: 0 }, shared: 228, shared_per_block: 227 },
@@ -55,7 +57,7 @@ fn tool(name: &str, arguments: &[&str]) -> Result<String, String> {
 }
 
 /// What the tools say about one kernel.
-#[derive(Default, Clone)]
+#[derive(Default)]
 struct Found {
     registers: usize,
     stack: usize,
@@ -71,28 +73,97 @@ fn number(line: &str, field: &str) -> usize {
     rest.chars().take_while(char::is_ascii_digit).collect::<String>().parse().unwrap_or(0)
 }
 
-fn inspect(code: &[u8], entry: &str) -> Result<Found, String> {
+/// What one module's kernels cost, in the order of `entries`.
+fn inspect(code: &[u8], entries: &[&str]) -> Result<Vec<Found>, String> {
     let file = tempfile::NamedTempFile::new().map_err(|e| e.to_string())?;
     std::fs::write(file.path(), code).map_err(|e| e.to_string())?;
     let path = file.path().to_str().expect("temporary files have plain names");
-    let mut kernel = Found::default();
     let usage = tool("cuobjdump", &["--dump-resource-usage", path])?;
-    let mut lines = usage.lines().skip_while(|line| !line.trim().ends_with(&format!("Function {entry}:")));
-    let line = lines.nth(1).ok_or_else(|| format!("cuobjdump knows no {entry}"))?;
-    kernel.registers = number(line, "REG:");
-    kernel.stack = number(line, "STACK:");
-    kernel.local = number(line, "LOCAL:");
-    let assembly = tool("cuobjdump", &["-sass", "-fun", entry, path])?;
-    for line in assembly.lines() {
-        let has = |what: &str| line.contains(what);
-        kernel.tensor += usize::from(has("HMMA"));
-        kernel.exponentials += usize::from(has("MUFU.EX2"));
-        kernel.local += usize::from(has(" LDL") || has(" STL"));
-        if has("LDG.") || has("STG.") || has("LDGSTS") {
-            *(if has(".128") { &mut kernel.wide } else { &mut kernel.narrow }) += 1;
+    let assembly = tool("cuobjdump", &["-sass", path])?;
+    let found = entries.iter().map(|entry| {
+        let mut kernel = Found::default();
+        let mut lines =
+            usage.lines().skip_while(|line| !line.trim().ends_with(&format!("Function {entry}:")));
+        let line = lines.nth(1).ok_or_else(|| format!("cuobjdump knows no {entry}"))?;
+        kernel.registers = number(line, "REG:");
+        kernel.stack = number(line, "STACK:");
+        kernel.local = number(line, "LOCAL:");
+        let title = format!("Function : {entry}");
+        let body = assembly.lines().skip_while(|line| line.trim() != title).skip(1);
+        for line in body.take_while(|line| !line.contains("Function : ")) {
+            let has = |what: &str| line.contains(what);
+            kernel.tensor += usize::from(has("HMMA"));
+            kernel.exponentials += usize::from(has("MUFU.EX2"));
+            kernel.local += usize::from(has(" LDL") || has(" STL"));
+            if has("LDG.") || has("STG.") || has("LDGSTS") {
+                *(if has(".128") { &mut kernel.wide } else { &mut kernel.narrow }) += 1;
+            }
+        }
+        Ok(kernel)
+    });
+    found.collect()
+}
+
+/// A module for one machine, and the rows of the table that its kernels get: name of the type, width, block.
+struct Job {
+    machine: &'static Machine,
+    module: Module,
+    rows: Vec<(Kernel, &'static str, String, Block)>,
+}
+
+impl Job {
+    fn run(&self) -> Result<Vec<Found>, String> {
+        let code = compile(self.module, self.machine.arch).map_err(|e| e.to_string())?;
+        inspect(&code, &self.rows.iter().map(|(kernel, ..)| kernel.entry).collect::<Vec<_>>())
+    }
+}
+
+/// Every module for every machine, in the order of the table.
+fn jobs() -> Result<Vec<Job>, String> {
+    let mut jobs = vec![];
+    for machine in &MACHINES {
+        for (element, head_dim) in Element::ALL.into_iter().flat_map(|e| HEAD_DIMS.map(|d| (e, d))) {
+            let options = FhaOptions { label_mask: LabelMask::Feedback, ..FhaOptions::new(2, head_dim) };
+            // A long sequence, and the longest of each direction that is taken whole.
+            let lengths: Vec<usize> = (1..=64).chain([4096]).collect();
+            let tile = tile(element, &options, &lengths, machine.shared_per_block << 10)
+                .map_err(|e| e.to_string())?;
+            let rows = Pass::ALL.into_iter().filter_map(|pass| {
+                let block = tile.block(pass)?; // none: too wide to be loaded whole
+                Some((pass.kernel(element, head_dim), element.name(), head_dim.to_string(), block))
+            });
+            jobs.push(Job { machine, module: module(element, head_dim), rows: rows.collect() });
+        }
+        let first = jobs.len();
+        for (kernel, block) in step_kernels() {
+            let bf16 = kernel.module.define("DFAR_ELEMENT") == Some(Define::Word(Element::Bf16.cuda_name()));
+            let element = if bf16 { Element::Bf16 } else { Element::F32 };
+            let width = kernel.module.define("DFAR_WIDTH").map_or("-".to_owned(), |width| width.to_string());
+            let row = (kernel, element.name(), width, block);
+            match jobs[first..].iter_mut().find(|job| job.module == kernel.module) {
+                Some(job) => job.rows.push(row),
+                None => jobs.push(Job { machine, module: kernel.module, rows: vec![row] }),
+            }
         }
     }
-    Ok(kernel)
+    Ok(jobs)
+}
+
+/// Runs all, on as many threads as there are cores.
+fn run(jobs: &[Job]) -> Vec<Result<Vec<Found>, String>> {
+    let (next, done) = (AtomicUsize::new(0), jobs.iter().map(|_| OnceLock::new()).collect::<Vec<_>>());
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, NonZero::get) {
+            scope.spawn(|| {
+                loop {
+                    let place = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(job) = jobs.get(place) else { break };
+                    assert!(done[place].set(job.run()).is_ok(), "a job is run once");
+                }
+            });
+        }
+    });
+    done.into_iter().map(|found| found.into_inner().expect("all were run")).collect()
 }
 
 fn table() -> Result<(String, Vec<String>), String> {
@@ -118,68 +189,37 @@ fn table() -> Result<(String, Vec<String>), String> {
         "16 B/less"
     )
     .expect("strings can be written");
-    let mut add = |machine: &Machine, code: &[u8], kernel: Kernel, types: (&str, String), block: Block| {
-        let found = inspect(code, kernel.entry)?;
-        let blocks = resident(machine, found.registers, block);
-        let arch = machine.arch.name();
-        let occupancy = blocks * block.warps * 100 / WARPS;
-        writeln!(
-            text,
-            "{arch:7} {:5} {:>3}  {:25} {:>9} {:>5} {:>6} {:>7} {blocks:>7} {occupancy:>8}% {:>5} {:>4} {:>6}/{}",
-            types.0,
-            types.1,
-            kernel.entry,
-            found.registers,
-            found.stack + found.local,
-            block.shared_bytes,
-            block.warps * 32,
-            found.tensor,
-            found.exponentials,
-            found.wide,
-            found.narrow,
-        )
-        .expect("strings can be written");
-        let name = format!("{arch} {} {}", kernel.module.name(), kernel.entry);
-        if found.stack + found.local > 0 {
-            faults.push(format!("{name}: spills or local memory"));
-        }
-        let multiplies = kernel.entry.starts_with("attention") || MULTIPLIES.contains(&kernel.entry);
-        if types.0 != Element::F32.name() && multiplies && found.tensor == 0 {
-            faults.push(format!("{name}: no tensor-core instructions"));
-        }
-        if blocks == 0 {
-            faults.push(format!("{name}: does not fit the multiprocessor"));
-        }
-        Ok::<(), String>(())
-    };
-    for machine in &MACHINES {
-        for element in Element::ALL {
-            for head_dim in HEAD_DIMS {
-                let code = compile(module(element, head_dim), machine.arch).map_err(|e| e.to_string())?;
-                let options = FhaOptions { label_mask: LabelMask::Feedback, ..FhaOptions::new(2, head_dim) };
-                // A long sequence, and the longest of each direction that is taken whole.
-                let lengths: Vec<usize> = (1..=64).chain([4096]).collect();
-                let tile = tile(element, &options, &lengths, machine.shared_per_block << 10)
-                    .map_err(|e| e.to_string())?;
-                for pass in Pass::ALL {
-                    let Some(block) = tile.block(pass) else { continue }; // too wide to be loaded whole
-                    let types = (element.name(), head_dim.to_string());
-                    add(machine, &code, pass.kernel(element, head_dim), types, block)?;
-                }
+    let jobs = jobs()?;
+    for (job, found) in jobs.iter().zip(run(&jobs)) {
+        let arch = job.machine.arch.name();
+        for ((kernel, element, width, block), found) in job.rows.iter().zip(found?) {
+            let blocks = resident(job.machine, found.registers, *block);
+            let occupancy = blocks * block.warps * 100 / WARPS;
+            writeln!(
+                text,
+                "{arch:7} {element:5} {width:>3}  {:25} {:>9} {:>5} {:>6} {:>7} {blocks:>7} {occupancy:>8}% {:>5} {:>4} {:>6}/{}",
+                kernel.entry,
+                found.registers,
+                found.stack + found.local,
+                block.shared_bytes,
+                block.warps * 32,
+                found.tensor,
+                found.exponentials,
+                found.wide,
+                found.narrow,
+            )
+            .expect("strings can be written");
+            let name = format!("{arch} {} {}", kernel.module.name(), kernel.entry);
+            if found.stack + found.local > 0 {
+                faults.push(format!("{name}: spills or local memory"));
             }
-        }
-        let mut compiled = HashMap::new();
-        for (kernel, block) in step_kernels() {
-            let code = match compiled.entry(kernel.module) {
-                Entry::Occupied(entry) => entry.into_mut(),
-                Entry::Vacant(entry) => {
-                    entry.insert(compile(kernel.module, machine.arch).map_err(|e| e.to_string())?)
-                }
-            };
-            let bf16 = kernel.module.define("DFAR_ELEMENT") == Some(Define::Word(Element::Bf16.cuda_name()));
-            let element = if bf16 { Element::Bf16 } else { Element::F32 };
-            let width = kernel.module.define("DFAR_WIDTH").map_or("-".to_owned(), |width| width.to_string());
-            add(machine, code, kernel, (element.name(), width), block)?;
+            let multiplies = kernel.entry.starts_with("attention") || MULTIPLIES.contains(&kernel.entry);
+            if *element != Element::F32.name() && multiplies && found.tensor == 0 {
+                faults.push(format!("{name}: no tensor-core instructions"));
+            }
+            if blocks == 0 {
+                faults.push(format!("{name}: does not fit the multiprocessor"));
+            }
         }
     }
     Ok((text, faults))

@@ -27,6 +27,20 @@ template <class E, int D> constexpr int WHOLE_BLOCKS = sizeof(E) == 4 ? (D == 8 
 // First query row that sees a key that is not there.
 constexpr int NEVER = 1 << 30;
 
+// `visit`(head, first key, keys, kept, row where they lie) for each head and label that takes part. A function, as the oldest NVRTC knows no generic lambda.
+template <class Visit>
+__device__ __forceinline__ void each_key_list(const AttentionParams& p, const Item& item, int heads, int capacity,
+                                              int negative_chunks, Visit visit) {
+    for (int head = 0; item.length && head < heads; ++head) {
+        for (int label = 0; label < 2; ++label) {
+            const int from = label ? item.negatives : 0, count = label ? item.length - item.negatives : item.negatives;
+            const bool kept = is_kept(p, head, label);
+            if (count == 0 || (p.masked && !kept)) continue;
+            visit(head, from, count, kept, head * capacity + (label ? negative_chunks * 16 : 0));
+        }
+    }
+}
+
 template <class E, int D> __device__ __forceinline__ void backward_whole(const AttentionParams& p) {
     using T = Tile<E, D>;
     constexpr int STRIDE = T::STRIDE;
@@ -57,18 +71,8 @@ template <class E, int D> __device__ __forceinline__ void backward_whole(const A
     // ---- everything there is comes to shared memory
     const Team team{int(threadIdx.x) - place * item_warps * 32, item_warps * 32};
     const int first = member * 16, rows = all_rows - first < 0 ? 0 : (all_rows - first < 16 ? all_rows - first : 16);
-    // `visit`(head, first key, keys, kept, where they lie) for each head and label that takes part.
-    const auto each = [&](auto visit) {
-        for (int head = 0; item.length && head < heads; ++head) {
-            for (int label = 0; label < 2; ++label) {
-                const int from = label ? item.negatives : 0, count = label ? item.length - item.negatives : item.negatives;
-                const bool kept = is_kept(p, head, label);
-                if (count == 0 || (p.masked && !kept)) continue;
-                visit(head, from, count, kept, (head * capacity + (label ? negative_chunks * 16 : 0)) * STRIDE);
-            }
-        }
-    };
-    each([&](int head, int from, int count, bool kept, int at) {
+    each_key_list(p, item, heads, capacity, negative_chunks, [&](int head, int from, int count, bool kept, int row) {
+        const int at = row * STRIDE;
         const auto index = [&](int row) { return problem.key(p, token_at(p, item, from + row), head); };
         copy_rows<E, D>(team, k_tile + at, p.k, count, 0, index);
         if (kept) copy_rows<E, D>(team, v_tile + at, p.v, count, 0, index);
@@ -102,7 +106,9 @@ template <class E, int D> __device__ __forceinline__ void backward_whole(const A
         }
     }
     copy_wait();
-    each([&](int, int, int count, bool, int at) { spoiled |= copied_spoiled<E, D>(team, k_tile + at, count); });
+    each_key_list(p, item, heads, capacity, negative_chunks, [&](int, int, int count, bool, int row) {
+        spoiled |= copied_spoiled<E, D>(team, k_tile + row * STRIDE, count);
+    });
     const bool careful = any_thread(spoiled) && MENDED<E, D>;
 
     const float scale = p.scale * LOG2_E;

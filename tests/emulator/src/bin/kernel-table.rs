@@ -149,21 +149,21 @@ fn jobs() -> Result<Vec<Job>, String> {
     Ok(jobs)
 }
 
-/// Runs all, on as many threads as there are cores.
-fn run(jobs: &[Job]) -> Vec<Result<Vec<Found>, String>> {
-    let (next, done) = (AtomicUsize::new(0), jobs.iter().map(|_| OnceLock::new()).collect::<Vec<_>>());
+/// `work` on each of `items`, on as many threads as there are cores; results in the order of the items.
+fn on_all_cores<T: Sync, R: Send + Sync>(items: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    let (next, done) = (AtomicUsize::new(0), items.iter().map(|_| OnceLock::new()).collect::<Vec<_>>());
     std::thread::scope(|scope| {
         for _ in 0..std::thread::available_parallelism().map_or(1, NonZero::get) {
             scope.spawn(|| {
                 loop {
                     let place = next.fetch_add(1, Ordering::Relaxed);
-                    let Some(job) = jobs.get(place) else { break };
-                    assert!(done[place].set(job.run()).is_ok(), "a job is run once");
+                    let Some(item) = items.get(place) else { break };
+                    assert!(done[place].set(work(item)).is_ok(), "each is taken once");
                 }
             });
         }
     });
-    done.into_iter().map(|found| found.into_inner().expect("all were run")).collect()
+    done.into_iter().map(|result| result.into_inner().expect("all were taken")).collect()
 }
 
 fn table() -> Result<(String, Vec<String>), String> {
@@ -190,7 +190,7 @@ fn table() -> Result<(String, Vec<String>), String> {
     )
     .expect("strings can be written");
     let jobs = jobs()?;
-    for (job, found) in jobs.iter().zip(run(&jobs)) {
+    for (job, found) in jobs.iter().zip(on_all_cores(&jobs, Job::run)) {
         let arch = job.machine.arch.name();
         for ((kernel, element, width, block), found) in job.rows.iter().zip(found?) {
             let blocks = resident(job.machine, found.registers, *block);
@@ -229,18 +229,14 @@ fn table() -> Result<(String, Vec<String>), String> {
 fn compile_all() -> Result<usize, CudaError> {
     // Blackwell came with CUDA 12.8.
     let known = |arch: Arch| arch.major < 10 || Nvrtc::get().is_ok_and(|nvrtc| nvrtc.version() >= (12, 8));
-    let mut count = 0;
+    let mut modules = vec![];
     for machine in MACHINES.iter().filter(|machine| known(machine.arch)) {
-        for (element, head_dim) in Element::ALL.into_iter().flat_map(|e| HEAD_DIMS.map(|d| (e, d))) {
-            compile(module(element, head_dim), machine.arch)?;
-            count += 1;
-        }
-        for module in step_kernels().into_iter().map(|(kernel, _)| kernel.module).collect::<HashSet<_>>() {
-            compile(module, machine.arch)?;
-            count += 1;
-        }
+        let attention = Element::ALL.into_iter().flat_map(|e| HEAD_DIMS.map(|d| module(e, d)));
+        let others: HashSet<Module> = step_kernels().into_iter().map(|(kernel, _)| kernel.module).collect();
+        modules.extend(attention.chain(others).map(|module| (module, machine.arch)));
     }
-    Ok(count)
+    let compiled = on_all_cores(&modules, |&(module, arch)| compile(module, arch).map(|_| ()));
+    compiled.into_iter().collect::<Result<Vec<()>, CudaError>>().map(|all| all.len())
 }
 
 fn main() -> ExitCode {

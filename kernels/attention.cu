@@ -33,16 +33,23 @@
 #include "attention_backward.cuh"
 #include "attention_backward_whole.cuh"
 #include "attention_forward.cuh"
+#include "attention_forward_short.cuh"
+#include "attention_forward_whole.cuh"
 
 // A module is compiled for one element type and width: -DDFAR_ELEMENT=bf16 -DDFAR_HEAD_DIM=16.
 using E = DFAR_ELEMENT;
 constexpr int D = DFAR_HEAD_DIM;
 
-KERNEL(attention_forward_whole, AttentionParams, THREADS, FORWARD_BLOCKS<E, D, true>) {
-    if (forward<E, D, true, false>(p)) forward_carefully<E, D, true>(p);
+KERNEL(attention_forward_short, AttentionParams, THREADS, SHORT_BLOCKS<E, D>) {
+    if constexpr (sizeof(E) == 2) {
+        if (p.key_slots > 2) forward_short<E, D, 4, 2>(p);
+        else if (p.capacity > 32) forward_short<E, D, 2, 4>(p);
+        else forward_short<E, D, 2, 2>(p);
+    }
 }
-KERNEL(attention_forward, AttentionParams, THREADS, FORWARD_BLOCKS<E, D, false>) {
-    if (forward<E, D, false, false>(p)) forward_carefully<E, D, false>(p);
+KERNEL(attention_forward_whole, AttentionParams, THREADS, WHOLE_FORWARD_BLOCKS<E, D>) { forward_whole<E, D>(p); }
+KERNEL(attention_forward, AttentionParams, THREADS, FORWARD_BLOCKS<E, D>) {
+    if (forward<E, D, false>(p)) forward_carefully<E, D>(p);
 }
 KERNEL(attention_backward_whole, AttentionParams, THREADS, WHOLE_BLOCKS<E, D>) { backward_whole<E, D>(p); }
 KERNEL(attention_dq, AttentionParams, THREADS, DQ_BLOCKS<E, D>) {

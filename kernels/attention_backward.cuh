@@ -77,10 +77,8 @@ __device__ __forceinline__ void clear_other_group(const AttentionParams& p, cons
     using T = Tile<E, D>;
     if (p.group == 0) return;
     for (int i = lane_index(); i < rows * T::CHUNKS; i += 32) {
-        const unsigned r = first + i / T::CHUNKS, token = item.start + r / problem.slots;
-        const unsigned other = query_head(p, r % problem.slots, 1 - load_feedback(p, token).label);
-        *reinterpret_cast<uint4*>(static_cast<E*>(p.dq) + (size_t(token) * p.heads + other) * D +
-                                  i % T::CHUNKS * T::PER_CHUNK) = make_uint4(0, 0, 0, 0);
+        const size_t other = problem.query(p, item, first + i / T::CHUNKS, true);
+        *reinterpret_cast<uint4*>(static_cast<E*>(p.dq) + other * D + i % T::CHUNKS * T::PER_CHUNK) = make_uint4(0, 0, 0, 0);
     }
 }
 
@@ -104,9 +102,9 @@ template <class E, int D, bool CAREFUL> __device__ __forceinline__ bool dq(const
     const int block_last = (block_first + warps * 16 < all_rows ? block_first + warps * 16 : all_rows) - 1;
     const int rows = first > block_last ? 0 : (block_last + 1 - first < 16 ? block_last + 1 - first : 16);
     const Visible nothing{0, 0};
-    const Visible block_visible = visible_keys(p, item, block_last / problem.slots);
-    const Visible warp_most = rows ? visible_keys(p, item, (first + rows - 1) / problem.slots) : nothing;
-    const Visible warp_least = rows == 16 ? visible_keys(p, item, first / problem.slots) : nothing;
+    const Visible block_visible = visible_keys(p, item, problem.position(p, block_last));
+    const Visible warp_most = rows ? visible_keys(p, item, problem.position(p, first + rows - 1)) : nothing;
+    const Visible warp_least = rows == 16 ? visible_keys(p, item, problem.position(p, first)) : nothing;
     Visible own[2];
     float lse[2], delta[2];
 #pragma unroll
@@ -115,7 +113,7 @@ template <class E, int D, bool CAREFUL> __device__ __forceinline__ bool dq(const
         own[i] = nothing;
         lse[i] = INF;
         if (row < rows) {
-            own[i] = visible_keys(p, item, (first + row) / problem.slots);
+            own[i] = visible_keys(p, item, problem.position(p, first + row));
             lse[i] = base_2_lse(p.lse[problem.row(p, item, first + row)]);
         }
     }

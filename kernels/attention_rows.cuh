@@ -20,7 +20,8 @@ constexpr bool AMPERE = false, BLACKWELL = false;
 // Keys (dk_dv: query rows) of one tile. 64 keep more loads in flight; wide heads have room for 32.
 template <class E, int D> constexpr int TILE = sizeof(E) == 2 && D <= 32 ? 64 : 32;
 
-// Which rows and heads a block works on. With one key slot, heads are separate problems along blockIdx.y.
+// Which rows and heads a block works on. With one key slot, heads are separate problems along blockIdx.y. Rows of tensors are
+// counted in 32 bits: the host has checked that they can be.
 struct Problem {
     unsigned slots;       // query rows per token
     unsigned first_slot;
@@ -33,18 +34,20 @@ struct Problem {
         first_slot = first_key_head = separate ? blockIdx.y : 0;
         key_heads = p.key_slots;
     }
+    // Of the sequence's tokens, that of query row `r`: r / slots.
+    static __device__ __forceinline__ unsigned position(const AttentionParams& p, unsigned r) { return multiply_high(2 * r, p.slot_share); }
     // Row of lse and delta, and of o when counted in K * D elements.
     __device__ __forceinline__ size_t row(const AttentionParams& p, const Item& item, unsigned r) const {
-        return size_t(item.start + r / slots) * p.query_slots + first_slot + r % slots;
+        return item.start * p.query_slots + first_slot + r * (p.key_slots == 1 ? p.query_slots : 1);
     }
-    // Row of q and dq, counted in D elements.
-    __device__ __forceinline__ size_t query(const AttentionParams& p, const Item& item, unsigned r) const {
-        const unsigned token = item.start + r / slots;
-        const unsigned head = query_head(p, first_slot + r % slots, load_feedback(p, token).label);
-        return size_t(token) * p.heads + head;
+    // Row of q and dq, counted in D elements; of the head that stands in the slot for the other label.
+    __device__ __forceinline__ size_t query(const AttentionParams& p, const Item& item, unsigned r, bool other = false) const {
+        const unsigned position = this->position(p, r), token = item.start + position;
+        const unsigned label = load_feedback(p, token).label ^ unsigned(other);
+        return token * p.heads + query_head(p, first_slot + r - position * slots, label);
     }
     __device__ __forceinline__ size_t key(const AttentionParams& p, unsigned token, unsigned head) const {
-        return size_t(token) * p.heads + first_key_head + head;
+        return token * p.heads + first_key_head + head;
     }
 };
 

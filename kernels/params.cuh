@@ -29,7 +29,7 @@ struct AttentionParams {
     float scale;               // factor on the scores
     unsigned item_warps;       // whole sequences: warps that share one
     unsigned capacity;         // whole sequences: rows that a head's keys have in shared memory
-    unsigned reserved;         // the size is a multiple of 8
+    unsigned slot_share;       // 2^31 over the query rows of a token, rounded up: divides by them (attention_rows.cuh)
 };
 
 static_assert(sizeof(AttentionParams) == 152, "AttentionParams is mirrored by src/device/cuda/params.rs");

@@ -26,11 +26,19 @@ __device__ __forceinline__ int warp_index() { return threadIdx.x >> 5; }
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffff, x, 0); }
 __device__ __forceinline__ float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffff, x, lanes); }
 __device__ __forceinline__ double shuffle_xor(double x, int lanes) { return __shfl_xor_sync(0xffffffff, x, lanes); }
+__device__ __forceinline__ unsigned shuffle_from(unsigned x, int lane) { return __shfl_sync(0xffffffff, x, lane); }
 __device__ __forceinline__ bool any_lane(bool x) { return __any_sync(0xffffffff, x); }
 // A bit for every lane.
 __device__ __forceinline__ unsigned ballot(bool x) { return __ballot_sync(0xffffffff, x); }
 // Whether x holds in any thread of the block; a barrier as well.
 __device__ __forceinline__ bool any_thread(bool x) { return __syncthreads_or(x); }
+
+// The same value, which the compiler takes for a new one every time: what follows from it is computed where it is needed, and
+// not kept in registers from before a loop.
+__device__ __forceinline__ int unforeseen(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
 
 // ---------------------------------------------------------------- memory
 
@@ -89,9 +97,17 @@ __device__ __forceinline__ float log2_fast(float x) {
     asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+// 1 / x, off by one in the last place at most.
+__device__ __forceinline__ float reciprocal_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 __device__ __forceinline__ float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ __forceinline__ float largest(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ float magnitude(float x) { return fabsf(x); }
+// The high half of a product.
+__device__ __forceinline__ unsigned multiply_high(unsigned a, unsigned b) { return __umulhi(a, b); }
 // One rounding each, never fused into what follows.
 __device__ __forceinline__ float multiply_exactly(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ float add_exactly(float a, float b) { return __fadd_rn(a, b); }

@@ -10,7 +10,7 @@ use crate::attention::{FhaOptions, Inputs, LabelMask, Normalization, Pairing};
 use crate::device::cuda::CudaError;
 use crate::device::cuda::params::Item;
 use crate::device::cuda::plan::{Pass, Plan};
-use crate::device::cuda::tile::{Element, WARP_ROWS};
+use crate::device::cuda::tile::{Element, Room, WARP_ROWS};
 use serde::Serialize;
 use std::fmt;
 use std::ops::Add;
@@ -43,6 +43,15 @@ impl Add for Counts {
 
 /// Scores of a piece: 16 by 16.
 const PIECE: u64 = (WARP_ROWS * WARP_ROWS) as u64;
+
+/// Keys that a head meets in a row.
+#[derive(Clone, Copy)]
+enum List {
+    /// All of a sequence, in order.
+    All,
+    /// Those of a label.
+    Label(usize),
+}
 
 /// A batch as one of its (row, key head) problems sees it.
 struct Counter<'a> {
@@ -97,15 +106,38 @@ impl Counter<'_> {
         Counts { exponentials, multiply_adds, ..Counts::default() }
     }
 
-    /// A block of forward or dq: query rows from `first` to `end`.
+    /// The lists of keys that a head meets, one after the other, and whether their values are kept: streamed passes have one for each
+    /// label, whole ones have all keys in one, or with Masked those of the head's own label.
+    fn lists(&self, item: &Item, head: usize, whole: bool) -> Vec<(List, bool)> {
+        let labelled = self.options.label_mask == LabelMask::Feedback;
+        if !whole || (labelled && self.options.normalization == Normalization::Masked) {
+            let visited = self.visited().filter(|&(h, ..)| h == head);
+            return visited.map(|(_, label, kept)| (List::Label(label), kept)).collect();
+        }
+        let of_label =
+            [item.negatives, item.length - item.negatives][usize::from(head >= self.options.heads / 2)];
+        vec![(List::All, !labelled || of_label > 0)]
+    }
+
+    /// Keys of a list that the token at `position` sees.
+    fn visible_of(&self, item: &Item, position: usize, list: List) -> usize {
+        let visible = self.visible(item, position);
+        match list {
+            List::Label(label) => visible[label],
+            List::All => visible.iter().sum(),
+        }
+    }
+
+    /// Query rows of forward or dq, from `first` to `end`.
     fn query_rows(&self, item: &Item, pass: Pass, first: usize, end: usize) -> Counts {
+        let whole = matches!(pass, Pass::ForwardWhole(_));
         let mut counts = Counts::default();
         for from in (first..end).step_by(WARP_ROWS) {
-            let to = (from + WARP_ROWS).min(end);
-            let most = self.visible(item, (to - 1) / self.slots);
-            for (_, label, kept) in self.visited() {
+            let last = ((from + WARP_ROWS).min(end) - 1) / self.slots;
+            for (list, kept) in (0..self.key_heads).flat_map(|head| self.lists(item, head, whole)) {
                 let products = if pass == Pass::Dq { 2 + usize::from(kept) } else { 1 + usize::from(kept) };
-                counts = counts + self.pieces(most[label].div_ceil(WARP_ROWS), products);
+                let pieces = self.visible_of(item, last, list).div_ceil(WARP_ROWS);
+                counts = counts + self.pieces(pieces, products);
             }
         }
         if pass == Pass::Dq {
@@ -113,10 +145,9 @@ impl Counter<'_> {
         }
         // Of key heads that come before the first key a row sees there is no output to rescale.
         for row in first..end {
-            let seen = self.visible(item, row / self.slots);
-            let head =
-                self.visited().find(|&(_, label, _)| seen[label] > 0).map_or(self.key_heads, |(h, ..)| h);
-            counts.rescaling += self.bytes(self.key_heads - head) / 16;
+            let sees = |&(list, _): &(List, bool)| self.visible_of(item, row / self.slots, list) > 0;
+            let head = (0..self.key_heads).find(|&head| self.lists(item, head, whole).iter().any(sees));
+            counts.rescaling += self.bytes(self.key_heads - head.unwrap_or(self.key_heads)) / 16;
         }
         counts
     }
@@ -132,7 +163,7 @@ impl Counter<'_> {
         let block_rows = self.plan.tile.block(pass).map_or(0, |block| block.rows());
         let by_label = [negatives, length - negatives];
         match pass {
-            Pass::ForwardWhole => {
+            Pass::ForwardWhole(_) => {
                 let copied = self.keys(by_label);
                 Counts { copied, ..self.query_rows(item, pass, 0, all_rows) }
             }
@@ -141,13 +172,21 @@ impl Counter<'_> {
                 let copied = self.keys(self.visible(item, (end - 1) / self.slots));
                 Counts { copied, ..self.query_rows(item, pass, first, end) }
             }
-            Pass::BackwardWhole => {
+            Pass::BackwardWhole(_) => {
                 let mut counts =
                     Counts { copied: self.keys(by_label) + self.bytes(all_rows), ..Counts::default() };
-                for (_, label, kept) in self.visited() {
-                    let from = [0, negatives][label];
-                    for key in (from..from + by_label[label]).step_by(WARP_ROWS) {
-                        let tiles = all_rows.div_ceil(WARP_ROWS) - self.seen_from(item, key) / WARP_ROWS;
+                for (list, kept) in (0..self.key_heads).flat_map(|head| self.lists(item, head, true)) {
+                    let (from, count) = match list {
+                        List::All => (0, length),
+                        List::Label(label) => ([0, negatives][label], by_label[label]),
+                    };
+                    for key in (from..from + count).step_by(WARP_ROWS) {
+                        let seen_from = match list {
+                            List::All if self.options.causal => key * self.slots,
+                            List::All => 0,
+                            List::Label(_) => self.seen_from(item, key),
+                        };
+                        let tiles = all_rows.div_ceil(WARP_ROWS) - seen_from / WARP_ROWS;
                         counts = counts + self.pieces(tiles, 3 + 2 * usize::from(kept));
                         if self.element == Element::F32 {
                             counts = counts + self.pieces(tiles, 1); // the sums of p, beforehand
@@ -248,8 +287,8 @@ impl Prediction {
         pass: Direction,
     ) -> Prediction {
         let passes: &[Pass] = match pass {
-            Direction::Forward => &Pass::FORWARD,
-            Direction::Backward => &Pass::BACKWARD,
+            Direction::Forward => Pass::FORWARD,
+            Direction::Backward => Pass::BACKWARD,
         };
         let each = passes.iter().map(|&pass| counts(element, options, plan, pass));
         let counts = each.fold(Counts::default(), Add::add);
@@ -309,7 +348,7 @@ pub fn predict(
     let values = vec![(); batch.tokens() * options.heads * options.head_dim];
     let (cu_seqlens, label) = (batch.cu_seqlens(), batch.label());
     options.check(&Inputs { q: &values, k: &values, v: &values, cu_seqlens, label })?;
-    let plan = Plan::new(element, options, cu_seqlens, label, 227 << 10)?;
+    let plan = Plan::new(element, options, cu_seqlens, label, Room::of(227 << 10))?;
     Ok([Direction::Forward, Direction::Backward]
         .map(|pass| Prediction::new(element, options, &plan, limits, length, pass)))
 }
@@ -317,16 +356,17 @@ pub fn predict(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::cuda::tile::Sharing;
 
     /// One sequence without labels, worked by hand: 40 tokens are rows of 3 warps, which see 1, 2 and 3 pieces a head.
     #[test]
     fn a_short_sequence_by_hand() {
         let options = FhaOptions { label_mask: LabelMask::None, ..FhaOptions::new(1, 16) };
-        let plan = Plan::new(Element::Bf16, &options, &[0, 40], &[], 227 << 10).expect("it fits");
+        let plan = Plan::new(Element::Bf16, &options, &[0, 40], &[], Room::of(227 << 10)).expect("it fits");
         let of = |pass| counts(Element::Bf16, &options, &plan, pass);
         let pieces = 1 + 2 + 3;
         assert_eq!(
-            of(Pass::ForwardWhole),
+            of(Pass::ForwardWhole(Sharing::Two)),
             Counts {
                 exponentials: pieces * 256,
                 rescaling: 40 * 2,
@@ -335,7 +375,7 @@ mod tests {
             }
         );
         assert_eq!(
-            of(Pass::BackwardWhole),
+            of(Pass::BackwardWhole(Sharing::Two)),
             Counts {
                 exponentials: pieces * 256,
                 rescaling: 0,

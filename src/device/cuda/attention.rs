@@ -5,7 +5,7 @@ use super::gpu::Gpu;
 use super::params::{AttentionParams, Item};
 use super::plan::{Pass, Plan};
 use super::runtime::{Array, Precision, Runtime, Staging};
-use super::tile::{Element, HEAD_DIMS};
+use super::tile::{Element, HEAD_DIMS, Room};
 use super::{CudaError, convert};
 use crate::attention::{FhaOptions, Inputs, length};
 
@@ -31,7 +31,8 @@ pub struct Batch<R: Runtime> {
     plan: Plan,
     order: Array<R, u32>,
     feedback: Array<R, u32>,
-    items: [Array<R, Item>; Pass::ALL.len()],
+    /// Of each pass, in the order of [`Pass::ALL`].
+    items: Vec<Array<R, Item>>,
     polynomial: u32,
 }
 
@@ -206,16 +207,18 @@ impl<R: Runtime> Gpu<R> {
         cu_seqlens: &[u32],
         label: &[u8],
     ) -> Result<Batch<R>, CudaError> {
-        let shared_limit = self.runtime().limits().shared_per_block;
-        let plan = Plan::new(element, options, cu_seqlens, label, shared_limit)?;
-        let [forward_whole, forward, backward_whole, dq, dk_dv] =
-            Pass::ALL.map(|pass| staging.add(plan.items(pass)));
+        let room = Room::of(self.runtime().limits().shared_per_block);
+        let plan = Plan::new(element, options, cu_seqlens, label, room)?;
+        let mut items = Vec::with_capacity(Pass::ALL.len());
+        for pass in Pass::ALL {
+            items.push(staging.add(plan.items(pass))?);
+        }
         Ok(Batch {
             options: *options,
             element,
             order: staging.add(&plan.order)?,
             feedback: staging.add(&plan.feedback)?,
-            items: [forward_whole?, forward?, backward_whole?, dq?, dk_dv?],
+            items,
             polynomial: 0,
             plan,
         })
@@ -267,7 +270,7 @@ impl<R: Runtime> Gpu<R> {
     ) -> Result<(), CudaError> {
         self.check_all(batch, qkv, o, lse)?;
         let pointers = self.pointers(batch, qkv, o, lse);
-        for pass in Pass::FORWARD {
+        for &pass in Pass::FORWARD {
             // SAFETY: `check_all` has found all that forward reads and writes to be of the batch's shape, and o and lse are
             // borrowed mutably.
             unsafe { self.run(batch, pass, pointers)? };
@@ -295,7 +298,7 @@ impl<R: Runtime> Gpu<R> {
             self.check(name, "[N, H, d]", buffer, tokens * options.heads * options.head_dim)?;
         }
         // Between the two passes over long sequences. Freed in stream order, when the launches that use them are done.
-        let streamed = if batch.plan.dq.is_empty() { 0 } else { options.lse_len(tokens) };
+        let streamed = if batch.plan.items(Pass::Dq).is_empty() { 0 } else { options.lse_len(tokens) };
         let delta = self.array::<f32>(streamed)?;
         let correction = self.array::<f32>(streamed)?;
         let pointers = AttentionParams {
@@ -307,7 +310,7 @@ impl<R: Runtime> Gpu<R> {
             dv: dv.pointer(),
             ..self.pointers(batch, qkv, o, lse)
         };
-        for pass in Pass::BACKWARD {
+        for &pass in Pass::BACKWARD {
             // SAFETY: `check_all` and the checks above have found all that these passes read and write to be of the batch's
             // shape; the gradients are borrowed mutably; delta and correction were made for it, are written before they
             // are read, in the order of the passes, and are freed behind them on the same stream.
@@ -341,7 +344,7 @@ impl<R: Runtime> Gpu<R> {
     /// `pointers`, but for `items`, are to arrays of the shapes in params.cuh for this batch and pass.
     unsafe fn run(&self, batch: &Batch<R>, pass: Pass, pointers: AttentionParams) -> Result<(), CudaError> {
         let kernel = pass.kernel(batch.element, batch.options.head_dim).with_polynomial(batch.polynomial);
-        let items = batch.items[pass as usize].pointer();
+        let items = batch.items[pass.index()].pointer();
         let launch = batch.plan.launch(&batch.options, pass);
         let params = batch.plan.params(&batch.options, pass, AttentionParams { items, ..pointers });
         // SAFETY: the kernel is of the batch's variant; grid, items and scalars are of its one plan; the rest is the caller's.

@@ -56,8 +56,8 @@ pub struct AttentionParams {
     pub item_warps: u32,
     /// Whole sequences: rows a head's keys have in shared memory.
     pub capacity: u32,
-    /// The size is a multiple of 8.
-    pub reserved: u32,
+    /// 2^31 over the query rows of a token, rounded up.
+    pub slot_share: u32,
 }
 
 /// A piece of one sequence: the work of one block.

@@ -8,7 +8,7 @@ use super::CudaError;
 use super::compile::{Define, Module};
 use super::params::{AttentionParams, Item};
 use super::runtime::{Kernel, Launch};
-use super::tile::{Block, Element, Tile, Whole, tile};
+use super::tile::{Block, Element, Room, Sharing, Tile, Whole, tile};
 use crate::attention::{FhaOptions, LabelMask, Normalization, Pairing};
 
 /// Order, feedback and work of one batch.
@@ -21,29 +21,22 @@ pub struct Plan {
     /// `[N]`: `2 * positives + label`, where `positives` counts the tokens of label 1 of the sequence up to and with
     /// this one. Empty without labels.
     pub feedback: Vec<u32>,
-    /// Short sequences, which forward takes whole, several a block; the last block's filled up with items of no tokens.
-    pub forward_whole: Vec<Item>,
-    /// Blocks of the forward pass over the other sequences.
-    pub forward: Vec<Item>,
-    /// Short sequences, which backward takes whole, in the same way; it needs more room, so they may be fewer.
-    pub backward_whole: Vec<Item>,
-    /// Blocks of the dq pass over the other sequences.
-    pub dq: Vec<Item>,
-    /// Blocks of the dk and dv pass over them, once per key head.
-    pub dk_dv: Vec<Item>,
+    /// The work of each pass, in the order of [`Pass::ALL`], longest first. Passes over whole sequences have one item a sequence,
+    /// their last block filled up with items of no tokens; the others one a block, dk_dv so for each key head.
+    items: [Vec<Item>; Pass::ALL.len()],
     /// Sizes of the blocks.
     pub tile: Tile,
 }
 
-/// The passes of the operation, each a kernel of `attention.cu`.
+/// The passes of the operation, each a launch of a kernel of `attention.cu`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pass {
-    /// `o` and `lse` of short sequences.
-    ForwardWhole,
+    /// `o` and `lse` of whole sequences.
+    ForwardWhole(Sharing),
     /// `o` and `lse` of the others.
     Forward,
-    /// `dq`, `dk` and `dv` of short sequences.
-    BackwardWhole,
+    /// `dq`, `dk` and `dv` of whole sequences.
+    BackwardWhole(Sharing),
     /// `dq` of the others, and what the next one needs.
     Dq,
     /// `dk` and `dv` of the others.
@@ -52,20 +45,35 @@ pub enum Pass {
 
 impl Pass {
     /// Every one, in an order in which they can run.
-    pub const ALL: [Pass; 5] = [Pass::ForwardWhole, Pass::Forward, Pass::BackwardWhole, Pass::Dq, Pass::DkDv];
+    pub const ALL: [Pass; 9] = [
+        Pass::ForwardWhole(Sharing::One),
+        Pass::ForwardWhole(Sharing::Two),
+        Pass::ForwardWhole(Sharing::Four),
+        Pass::Forward,
+        Pass::BackwardWhole(Sharing::One),
+        Pass::BackwardWhole(Sharing::Two),
+        Pass::BackwardWhole(Sharing::Four),
+        Pass::Dq,
+        Pass::DkDv,
+    ];
 
     /// Those of forward, in order.
-    pub const FORWARD: [Pass; 2] = [Pass::ForwardWhole, Pass::Forward];
+    pub const FORWARD: &[Pass] = Pass::ALL.split_at(4).0;
 
     /// Those of backward, in order.
-    pub const BACKWARD: [Pass; 3] = [Pass::BackwardWhole, Pass::Dq, Pass::DkDv];
+    pub const BACKWARD: &[Pass] = Pass::ALL.split_at(4).1;
+
+    /// Its place in [`Pass::ALL`].
+    pub fn index(self) -> usize {
+        Pass::ALL.iter().position(|&pass| pass == self).expect("all are there")
+    }
 
     /// Name of the kernel.
     pub const fn entry(self) -> &'static str {
         match self {
-            Pass::ForwardWhole => "attention_forward_whole",
+            Pass::ForwardWhole(_) => "attention_forward_whole",
             Pass::Forward => "attention_forward",
-            Pass::BackwardWhole => "attention_backward_whole",
+            Pass::BackwardWhole(_) => "attention_backward_whole",
             Pass::Dq => "attention_dq",
             Pass::DkDv => "attention_dk_dv",
         }
@@ -96,9 +104,16 @@ pub const fn module(element: Element, head_dim: usize) -> Module {
         .with("DFAR_HEAD_DIM", Define::Number(head_dim as u32))
 }
 
+/// Query rows of a token in one problem: heads are separate ones with [`Pairing::PerHead`].
+pub(super) fn slots_of(options: &FhaOptions) -> usize {
+    match options.pairing {
+        Pairing::Factorized => options.query_slots(),
+        Pairing::PerHead => 1,
+    }
+}
+
 impl Plan {
-    /// Plans a batch for a device that gives a block `shared_limit` bytes of shared memory. `label` is not read with
-    /// [`LabelMask::None`]. Arguments have passed [`FhaOptions::check`].
+    /// Plans a batch. `label` is not read with [`LabelMask::None`]. Arguments have passed [`FhaOptions::check`].
     ///
     /// # Errors
     /// Those of [`tile`], and [`CudaError::TooLarge`] for a batch whose rows cannot be counted in 31 bits.
@@ -107,7 +122,7 @@ impl Plan {
         options: &FhaOptions,
         cu_seqlens: &[u32],
         label: &[u8],
-        shared_limit: usize,
+        room: Room,
     ) -> Result<Plan, CudaError> {
         let sequences =
             || cu_seqlens.windows(2).map(|w| (w[0] as usize, w[1] as usize)).filter(|(s, e)| s < e);
@@ -117,20 +132,17 @@ impl Plan {
             return Err(CudaError::TooLarge { rows });
         }
         let labelled = options.label_mask == LabelMask::Feedback;
-        let slots = match options.pairing {
-            Pairing::Factorized => options.query_slots(),
-            Pairing::PerHead => 1,
-        };
+        let slots = slots_of(options);
         let lengths: Vec<usize> = sequences().map(|(start, end)| end - start).collect();
-        let tile = tile(element, options, &lengths, shared_limit)?;
+        let tile = tile(element, options, &lengths, room)?;
 
         let (mut order, mut feedback) = (vec![], vec![]);
         if labelled {
             order = vec![0; tokens];
             feedback = vec![0; tokens];
         }
-        let (mut forward_whole, mut backward_whole) = (vec![], vec![]);
-        let (mut forward, mut dq, mut dk_dv) = (vec![], vec![], vec![]);
+        // With the number of (row, key) pairs of each, for the order.
+        let mut items = Pass::ALL.map(|_| Vec::<(usize, Item)>::new());
         for (start, end) in sequences() {
             let length = end - start;
             let negatives =
@@ -151,64 +163,53 @@ impl Plan {
                 negatives: negatives as u32,
                 first: first as u32,
             };
-            // With the number of (row, key) pairs a block meets, for the order.
-            let by_rows = |items: &mut Vec<(usize, Item)>, rows: usize| {
+            let mut by_rows = |pass: Pass, rows: usize| {
                 for first in (0..length * slots).step_by(rows) {
                     let last = ((first + rows).min(length * slots) - 1) / slots;
-                    items.push((if options.causal { last + 1 } else { length }, item(first)));
+                    let work = if options.causal { last + 1 } else { length };
+                    items[pass.index()].push((work, item(first)));
                 }
             };
-            let is_short = |whole: Option<Whole>| whole.is_some_and(|whole| length <= whole.longest);
-            if is_short(tile.forward_whole) {
-                forward_whole.push((length, item(0)));
-            } else {
-                by_rows(&mut forward, tile.forward.rows());
+            let sharing = Sharing::of(length * slots);
+            let fits = |whole: Option<Whole>| whole.is_some_and(|whole| length <= whole.longest);
+            let forward = sharing.filter(|&sharing| fits(tile.forward_whole[sharing as usize]));
+            let backward = sharing.filter(|&sharing| fits(tile.backward_whole[sharing as usize]));
+            if forward.is_none() {
+                by_rows(Pass::Forward, tile.forward.rows());
             }
-            if is_short(tile.backward_whole) {
-                backward_whole.push((length, item(0)));
+            if backward.is_none() {
+                by_rows(Pass::Dq, tile.dq.rows());
+            }
+            for pass in forward.map(Pass::ForwardWhole).into_iter().chain(backward.map(Pass::BackwardWhole)) {
+                items[pass.index()].push((length, item(0)));
+            }
+            if backward.is_some() {
                 continue;
             }
-            by_rows(&mut dq, tile.dq.rows());
             for (from, to) in [(0, negatives), (negatives, length)] {
                 for first in (from..to).step_by(tile.dk_dv.rows()) {
                     let position = if labelled { order[start + first] as usize - start } else { first };
-                    dk_dv.push((if options.causal { length - position } else { length }, item(first)));
+                    let work = if options.causal { length - position } else { length };
+                    items[Pass::DkDv.index()].push((work, item(first)));
                 }
             }
         }
-        let longest_first = |mut items: Vec<(usize, Item)>| {
+        let mut passes = Pass::ALL.into_iter();
+        let items = items.map(|mut items| {
             // Stable: equal work stays in the order of memory.
             items.sort_by_key(|&(work, _)| std::cmp::Reverse(work));
-            items.into_iter().map(|(_, item)| item).collect::<Vec<Item>>()
-        };
-        let filled_up = |items: Vec<(usize, Item)>, whole: Option<Whole>| {
-            let mut items = longest_first(items);
-            let blocks = whole.map_or(0, |whole| items.len().next_multiple_of(whole.items()));
-            items.resize(blocks, Item { start: 0, length: 0, negatives: 0, first: 0 });
+            let mut items: Vec<Item> = items.into_iter().map(|(_, item)| item).collect();
+            let whole = passes.next().and_then(|pass| tile.whole(pass));
+            let filled_up = items.len().next_multiple_of(whole.map_or(1, |whole| whole.items()));
+            items.resize(filled_up, Item { start: 0, length: 0, negatives: 0, first: 0 });
             items
-        };
-        Ok(Plan {
-            tokens,
-            order,
-            feedback,
-            forward_whole: filled_up(forward_whole, tile.forward_whole),
-            forward: longest_first(forward),
-            backward_whole: filled_up(backward_whole, tile.backward_whole),
-            dq: longest_first(dq),
-            dk_dv: longest_first(dk_dv),
-            tile,
-        })
+        });
+        Ok(Plan { tokens, order, feedback, items, tile })
     }
 
     /// Items of a pass.
     pub fn items(&self, pass: Pass) -> &[Item] {
-        match pass {
-            Pass::ForwardWhole => &self.forward_whole,
-            Pass::Forward => &self.forward,
-            Pass::BackwardWhole => &self.backward_whole,
-            Pass::Dq => &self.dq,
-            Pass::DkDv => &self.dk_dv,
-        }
+        &self.items[pass.index()]
     }
 
     /// Arguments of a pass: these pointers, and all else.
@@ -222,8 +223,9 @@ impl Plan {
             causal: options.causal.into(),
             masked: (options.normalization == Normalization::Masked).into(),
             scale: options.scale,
-            item_warps: whole.map_or(0, |whole| whole.item_warps as u32),
+            item_warps: whole.map_or(0, |whole| whole.sharing.warps() as u32),
             capacity: whole.map_or(0, |whole| whole.capacity as u32),
+            slot_share: (1u32 << 31).div_ceil(slots_of(options) as u32),
             ..pointers
         }
     }
@@ -248,11 +250,11 @@ impl Plan {
 }
 
 impl Tile {
-    /// How a pass over whole sequences is cut; `None` for the others, and when no sequence is short enough.
+    /// How a pass over whole sequences is cut; `None` for the others, and when there is no such sequence.
     pub fn whole(&self, pass: Pass) -> Option<Whole> {
         match pass {
-            Pass::ForwardWhole => self.forward_whole,
-            Pass::BackwardWhole => self.backward_whole,
+            Pass::ForwardWhole(sharing) => self.forward_whole[sharing as usize],
+            Pass::BackwardWhole(sharing) => self.backward_whole[sharing as usize],
             Pass::Forward | Pass::Dq | Pass::DkDv => None,
         }
     }
@@ -260,7 +262,7 @@ impl Tile {
     /// The block of a pass; `None` where it has no work.
     pub fn block(&self, pass: Pass) -> Option<Block> {
         match pass {
-            Pass::ForwardWhole | Pass::BackwardWhole => self.whole(pass).map(|whole| whole.block),
+            Pass::ForwardWhole(_) | Pass::BackwardWhole(_) => self.whole(pass).map(|whole| whole.block),
             Pass::Forward => Some(self.forward),
             Pass::Dq => Some(self.dq),
             Pass::DkDv => Some(self.dk_dv),
@@ -273,7 +275,7 @@ mod tests {
     use super::*;
 
     fn plan(options: &FhaOptions, cu_seqlens: &[u32], label: &[u8]) -> Plan {
-        Plan::new(Element::Bf16, options, cu_seqlens, label, 227 << 10).expect("it should fit")
+        Plan::new(Element::Bf16, options, cu_seqlens, label, Room::of(227 << 10)).expect("it should fit")
     }
 
     #[test]
@@ -281,13 +283,14 @@ mod tests {
         let plan = plan(&FhaOptions::new(2, 16), &[0, 5, 5, 7], &[1, 0, 1, 0, 0, 1, 1]);
         assert_eq!(plan.order, [1, 3, 4, 0, 2, 5, 6]);
         assert_eq!(plan.feedback, [3, 2, 5, 4, 4, 3, 5]);
-        let negatives: Vec<_> = plan.forward_whole.iter().map(|i| (i.start, i.length, i.negatives)).collect();
+        let whole = plan.items(Pass::ForwardWhole(Sharing::One));
+        let negatives: Vec<_> = whole.iter().map(|i| (i.start, i.length, i.negatives)).collect();
         assert_eq!(negatives, [(0, 5, 3), (5, 2, 0), (0, 0, 0), (0, 0, 0)], "filled up to the block's four");
     }
 
     #[test]
     fn every_row_and_key_belongs_to_one_block() {
-        let lengths = [0usize, 1, 300, 17, 0, 64, 65, 1000];
+        let lengths = [0usize, 1, 300, 17, 0, 64, 65, 1000]; // streamed, whole, and whole in forward only
         let cu: Vec<u32> = std::iter::once(0)
             .chain(lengths.iter().scan(0, |n, &l| {
                 *n += l as u32;
@@ -299,7 +302,7 @@ mod tests {
             for causal in [true, false] {
                 let options =
                     FhaOptions { causal, normalization: Normalization::Masked, ..FhaOptions::new(heads, 16) };
-                let plan = plan(&options, &cu, &label);
+                let plan = &plan(&options, &cu, &label);
                 let slots = options.query_slots();
                 let mut rows = vec![0; plan.tokens * slots];
                 let mut rows_of_dq = rows.clone();
@@ -310,15 +313,20 @@ mod tests {
                     let end = (item.first as usize + block.rows()).min(item.length as usize * slots);
                     item.start as usize * slots + item.first as usize..item.start as usize * slots + end
                 };
-                plan.forward_whole.iter().flat_map(all).for_each(|r| rows[r] += 1);
-                plan.forward.iter().flat_map(|i| some(i, plan.tile.forward)).for_each(|r| rows[r] += 1);
-                plan.backward_whole.iter().flat_map(all).for_each(|r| {
+                let whole = |pass: fn(Sharing) -> Pass| {
+                    Sharing::ALL.into_iter().flat_map(move |sharing| plan.items(pass(sharing)))
+                };
+                whole(Pass::ForwardWhole).flat_map(all).for_each(|r| rows[r] += 1);
+                let forward = plan.items(Pass::Forward).iter();
+                forward.flat_map(|i| some(i, plan.tile.forward)).for_each(|r| rows[r] += 1);
+                whole(Pass::BackwardWhole).flat_map(all).for_each(|r| {
                     rows_of_dq[r] += 1;
                     keys[r / slots] += (r % slots == 0) as i32;
                 });
-                plan.dq.iter().flat_map(|i| some(i, plan.tile.dq)).for_each(|r| rows_of_dq[r] += 1);
+                let dq = plan.items(Pass::Dq).iter();
+                dq.flat_map(|i| some(i, plan.tile.dq)).for_each(|r| rows_of_dq[r] += 1);
                 assert!(rows.iter().chain(&rows_of_dq).all(|&n| n == 1));
-                for item in &plan.dk_dv {
+                for item in plan.items(Pass::DkDv) {
                     let label_end = if item.first < item.negatives { item.negatives } else { item.length };
                     let end = (item.first as usize + plan.tile.dk_dv.rows()).min(label_end as usize);
                     (item.first as usize..end)
@@ -331,14 +339,15 @@ mod tests {
 
     #[test]
     fn the_longest_come_first() {
-        let plan = plan(&FhaOptions::new(2, 16), &[0, 10, 210, 240], &[0; 240]);
-        let work: Vec<u32> = plan.dq.iter().map(|i| (i.first + 64).min(i.length)).collect();
-        assert!(work.is_sorted_by(|a, b| a >= b), "{work:?}");
-        for whole in [&plan.forward_whole, &plan.backward_whole] {
+        let plan = plan(&FhaOptions::new(2, 16), &[0, 10, 510, 540, 940], &[0; 940]);
+        let work: Vec<u32> = plan.items(Pass::Dq).iter().map(|i| (i.first + 64).min(i.length)).collect();
+        assert!(work.len() > 10 && work.is_sorted_by(|a, b| a >= b), "{work:?}");
+        for pass in [Pass::ForwardWhole, Pass::BackwardWhole] {
+            let whole = plan.items(pass(Sharing::One));
             let work: Vec<u32> = whole.iter().map(|i| i.length).collect();
-            assert!(work.len() >= 2 && work.is_sorted_by(|a, b| a >= b), "{work:?}");
+            assert_eq!(work, [30, 10, 0, 0]);
         }
-        let work: Vec<u32> = plan.dk_dv.iter().map(|i| i.length - i.first).collect();
+        let work: Vec<u32> = plan.items(Pass::DkDv).iter().map(|i| i.length - i.first).collect();
         assert!(work.is_sorted_by(|a, b| a >= b), "{work:?}");
     }
 

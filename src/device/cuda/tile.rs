@@ -1,7 +1,8 @@
 //! How work is cut for the kernels of `attention.cu`. Pure functions of shapes and of the device's limits.
 
 use super::CudaError;
-use crate::attention::{FhaOptions, LabelMask, Pairing};
+use super::plan::slots_of;
+use crate::attention::FhaOptions;
 
 /// Type of `q`, `k`, `v`, `o` and their gradients. Accumulation is in f32 always.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -70,20 +71,78 @@ impl Block {
     }
 }
 
-/// Sequences of at most this many tokens, and query rows, may be loaded whole: a block's [`MAX_WARPS`] warps own as many rows.
-pub const WHOLE_ROWS: usize = MAX_WARPS * WARP_ROWS;
+/// Sequences of at most this many query rows may be taken whole: five tiles for each of a block's warps. Longer ones
+/// have more to do than a block should have alone.
+pub const WHOLE_ROWS: usize = 5 * MAX_WARPS * WARP_ROWS;
 
 /// Shared memory a block of whole sequences may use: three fit a multiprocessor of sm_90, so that one loads while
 /// others compute. A sequence that needs more by itself, its heads being wide or many, is streamed.
 pub const WHOLE_BYTES: usize = 72 << 10;
 
-/// A direction's block of whole short sequences, several in one.
+/// Shared memory that blocks may have, in bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct Room {
+    /// Any block: what the device gives.
+    pub block: usize,
+    /// One of whole sequences.
+    pub whole: usize,
+}
+
+impl Room {
+    /// On a device that gives a block so much.
+    pub fn of(shared_per_block: usize) -> Room {
+        Room { block: shared_per_block, whole: WHOLE_BYTES.min(shared_per_block) }
+    }
+
+    /// The same, with no sequence taken whole: to compare.
+    pub fn streamed(shared_per_block: usize) -> Room {
+        Room { block: shared_per_block, whole: 0 }
+    }
+}
+
+/// How many warps share a whole sequence. Each number has a launch of its own, so that no sequence has a block that is made
+/// for much longer ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sharing {
+    /// Up to 32 query rows: a warp has a sequence to itself, and waits for nobody.
+    One,
+    /// Up to 64.
+    Two,
+    /// Up to [`WHOLE_ROWS`].
+    Four,
+}
+
+impl Sharing {
+    /// Every one.
+    pub const ALL: [Sharing; 3] = [Sharing::One, Sharing::Two, Sharing::Four];
+
+    /// Warps of a sequence.
+    pub const fn warps(self) -> usize {
+        match self {
+            Sharing::One => 1,
+            Sharing::Two => 2,
+            Sharing::Four => 4,
+        }
+    }
+
+    /// That of a sequence of so many query rows; `None` if it is streamed.
+    pub fn of(rows: usize) -> Option<Sharing> {
+        match rows {
+            1..=32 => Some(Sharing::One),
+            33..=64 => Some(Sharing::Two),
+            65..=WHOLE_ROWS => Some(Sharing::Four),
+            _ => None,
+        }
+    }
+}
+
+/// A direction's block of whole sequences, several in one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Whole {
     /// The block.
     pub block: Block,
     /// Warps that share a sequence.
-    pub item_warps: usize,
+    pub sharing: Sharing,
     /// Rows that one head's keys have in shared memory.
     pub capacity: usize,
     /// Tokens of the longest sequence taken so.
@@ -93,19 +152,19 @@ pub struct Whole {
 impl Whole {
     /// Sequences of a block.
     pub fn items(&self) -> usize {
-        self.block.warps / self.item_warps
+        self.block.warps / self.sharing.warps()
     }
 }
 
 /// The blocks of all passes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tile {
-    /// Forward over whole sequences, for those that are short enough, if any are.
-    pub forward_whole: Option<Whole>,
+    /// Forward over whole sequences, by [`Sharing`], where there are such.
+    pub forward_whole: [Option<Whole>; 3],
     /// Forward over the others: query rows.
     pub forward: Block,
-    /// Backward over whole sequences, for those that are short enough, if any are.
-    pub backward_whole: Option<Whole>,
+    /// Backward over whole sequences, by [`Sharing`], where there are such.
+    pub backward_whole: [Option<Whole>; 3],
     /// dq of the others: query rows.
     pub dq: Block,
     /// dk and dv of the others: keys.
@@ -171,18 +230,24 @@ impl Variant {
         carve.bytes()
     }
 
-    fn backward_whole(&self, items: usize, item_warps: usize, capacity: usize, key_heads: usize) -> usize {
-        let (keys, warps) = (items * key_heads * capacity * self.stride(), items * item_warps);
+    fn backward_whole(
+        &self,
+        items: usize,
+        item_warps: usize,
+        capacity: usize,
+        slots: usize,
+        key_heads: usize,
+    ) -> usize {
+        let (keys, rows) = (items * key_heads * capacity * self.stride(), items * capacity * slots);
         // `DQ_STRIDE<D>`
         let dq_stride = if self.head_dim == 8 { 8 } else { self.head_dim + 8 };
-        let corrected = if self.size == 4 { warps * 16 } else { 0 };
+        let corrected = if self.size == 4 { rows } else { 0 };
         let mut carve = Carve::default();
-        carve.take(warps * 16 * self.stride(), self.size);
-        carve.take(key_heads * warps * 16 * self.stride(), self.size);
         carve.take(keys, self.size).take(keys, self.size);
-        carve.take(warps * 16 * dq_stride, 4);
-        carve.take(warps * 16, 4).take(warps * 16, 4).take(corrected, 4);
-        carve.take(items * capacity, 4).take(warps * self.scratch(), 4);
+        carve.take(rows * self.stride(), self.size).take(key_heads * rows * self.stride(), self.size);
+        carve.take(rows, 4).take(rows, 4).take(corrected, 4);
+        carve.take(item_warps * rows * dq_stride, 4);
+        carve.take(items * item_warps * self.scratch(), 4);
         carve.bytes()
     }
 
@@ -220,31 +285,31 @@ fn block(
         .ok_or(CudaError::SharedMemory { pass, needed: bytes(1), available: limit })
 }
 
-/// The block of whole sequences for a batch of these lengths. `bytes` is the shared memory of a number of sequences of
-/// so many warps and rows of keys each; `capacity` gives the latter for a number of tokens.
+/// The blocks of whole sequences for a batch of these lengths, by [`Sharing`]. `bytes` is the shared memory of a number of
+/// sequences of so many warps and rows of keys each.
 ///
-/// Whether a sequence is short enough is decided by itself alone, so that its results do not depend on its batch.
+/// Whether a sequence is taken whole, and by how many warps, is decided by itself alone, so that its results do not depend on
+/// its batch.
 fn whole(
     slots: usize,
     lengths: &[usize],
     limit: usize,
-    capacity: impl Fn(usize) -> usize,
     bytes: impl Fn(usize, usize, usize) -> usize,
-) -> Option<Whole> {
-    let item_warps = |tokens: usize| (tokens * slots).div_ceil(WARP_ROWS);
-    let fits = |items: usize, tokens: usize| {
-        tokens * slots <= WHOLE_ROWS && bytes(items, item_warps(tokens), capacity(tokens)) <= limit
-    };
-    let longest = lengths.iter().copied().filter(|&tokens| tokens > 0 && fits(1, tokens)).max()?;
-    let item_warps = item_warps(longest);
-    let items = (1..=MAX_WARPS / item_warps).rev().find(|&items| fits(items, longest))?;
-    let shared_bytes = bytes(items, item_warps, capacity(longest));
-    let block = Block { warps: items * item_warps, shared_bytes };
-    Some(Whole { block, item_warps, capacity: capacity(longest), longest })
+) -> [Option<Whole>; 3] {
+    Sharing::ALL.map(|sharing| {
+        let warps = sharing.warps();
+        let capacity = |tokens: usize| tokens.next_multiple_of(WARP_ROWS);
+        let fits = |items: usize, tokens: usize| bytes(items, warps, capacity(tokens)) <= limit;
+        let taken = |&tokens: &usize| Sharing::of(tokens * slots) == Some(sharing) && fits(1, tokens);
+        let longest = lengths.iter().copied().filter(taken).max()?;
+        let items = (1..=MAX_WARPS / warps).rev().find(|&items| fits(items, longest))?;
+        let shared_bytes = bytes(items, warps, capacity(longest));
+        let block = Block { warps: items * warps, shared_bytes };
+        Some(Whole { block, sharing, capacity: capacity(longest), longest })
+    })
 }
 
-/// Chooses the blocks for a batch of sequences of these lengths, on a device that gives a block `shared_limit` bytes of
-/// shared memory.
+/// Chooses the blocks for a batch of sequences of these lengths.
 ///
 /// # Errors
 /// [`CudaError::HeadDim`] for a width that is not in [`HEAD_DIMS`]; [`CudaError::SharedMemory`] when even the
@@ -253,43 +318,33 @@ pub fn tile(
     element: Element,
     options: &FhaOptions,
     lengths: &[usize],
-    shared_limit: usize,
+    room: Room,
 ) -> Result<Tile, CudaError> {
     if !HEAD_DIMS.contains(&options.head_dim) {
         return Err(CudaError::HeadDim { head_dim: options.head_dim });
     }
     let variant = Variant { size: element.size(), head_dim: options.head_dim };
-    let slots = match options.pairing {
-        Pairing::Factorized => options.query_slots(),
-        Pairing::PerHead => 1,
-    };
+    let slots = slots_of(options);
     let key_heads = options.key_slots();
     let longest = lengths.iter().copied().max().unwrap_or(0);
     let rows = longest * slots;
-    let whole_limit = WHOLE_BYTES.min(shared_limit);
-    // Forward: chunks of 16 keys start where a label does, and may end up to 15 rows behind the last token.
-    let forward_capacity = |tokens: usize| tokens.next_multiple_of(16) + 16;
-    // Backward: each label has rows up to a multiple of 16, for which the worst split is a last token of its own.
-    let backward_capacity = |tokens: usize| match options.label_mask {
-        LabelMask::Feedback => (tokens + 14) / 16 * 16 + 16,
-        LabelMask::None => tokens.next_multiple_of(16),
-    };
     Ok(Tile {
-        forward_whole: whole(slots, lengths, whole_limit, forward_capacity, |items, warps, capacity| {
+        forward_whole: whole(slots, lengths, room.whole, |items, warps, capacity| {
             variant.forward_whole(items, warps, capacity, key_heads)
         }),
-        forward: block(rows, shared_limit, |w| variant.forward(w, key_heads), "forward")?,
-        backward_whole: whole(slots, lengths, whole_limit, backward_capacity, |items, warps, capacity| {
-            variant.backward_whole(items, warps, capacity, key_heads)
+        forward: block(rows, room.block, |w| variant.forward(w, key_heads), "forward")?,
+        backward_whole: whole(slots, lengths, room.whole, |items, warps, capacity| {
+            variant.backward_whole(items, warps, capacity, slots, key_heads)
         }),
-        dq: block(rows, shared_limit, |w| variant.dq(w), "dq")?,
-        dk_dv: block(longest, shared_limit, |w| variant.dk_dv(w), "dk_dv")?,
+        dq: block(rows, room.block, |w| variant.dq(w), "dq")?,
+        dk_dv: block(longest, room.block, |w| variant.dk_dv(w), "dk_dv")?,
     })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::attention::LabelMask;
 
     /// Shared memory a block may have on sm_80, sm_86 and sm_90.
     const LIMITS: [usize; 3] = [163 << 10, 99 << 10, 227 << 10];
@@ -304,7 +359,8 @@ mod tests {
                         options.label_mask = LabelMask::None;
                     }
                     for limit in [LIMITS[0], LIMITS[2]] {
-                        let tile = tile(element, &options, &[4096, 64], limit).expect("it should fit");
+                        let tile =
+                            tile(element, &options, &[4096, 64], Room::of(limit)).expect("it should fit");
                         for block in [tile.forward, tile.dq, tile.dk_dv] {
                             assert!(block.warps >= 1 && block.shared_bytes <= limit, "{options:?} {tile:?}");
                         }
@@ -318,74 +374,68 @@ mod tests {
     fn a_block_is_no_larger_than_the_longest_sequence() {
         let options = FhaOptions::new(2, 16);
         for (longest, warps) in [(0, 1), (1, 1), (16, 1), (17, 2), (48, 3), (64, 4), (5000, 4)] {
-            let tile = tile(Element::Bf16, &options, &[longest], LIMITS[2]).expect("it should fit");
+            let tile = tile(Element::Bf16, &options, &[longest], Room::of(LIMITS[2])).expect("it should fit");
             assert_eq!(tile.forward.warps, warps, "{longest} tokens");
         }
-        let four = tile(Element::Bf16, &FhaOptions::new(4, 16), &[17], LIMITS[2]).expect("it should fit");
+        let four =
+            tile(Element::Bf16, &FhaOptions::new(4, 16), &[17], Room::of(LIMITS[2])).expect("it should fit");
         assert_eq!((four.forward.warps, four.dk_dv.warps), (3, 2), "two query rows a token, one key");
     }
 
     #[test]
     fn short_sequences_share_a_block() {
         let options = FhaOptions::new(2, 16);
-        // Tokens; sequences of a block; rows of keys a head, forward and backward.
-        for (longest, items, forward, backward) in [
-            (1, 4, 32, 16),
-            (2, 4, 32, 32),
-            (16, 4, 32, 32),
-            (17, 2, 48, 32),
-            (20, 2, 48, 48),
-            (32, 2, 48, 48),
-            (33, 1, 64, 48),
-            (64, 1, 80, 80),
+        // Tokens; sequences of a block; rows of keys a head.
+        for (longest, sharing, items, capacity) in [
+            (1, Sharing::One, 4, 16),
+            (20, Sharing::One, 4, 32),
+            (32, Sharing::One, 4, 32),
+            (33, Sharing::Two, 2, 48),
+            (64, Sharing::Two, 2, 64),
+            (65, Sharing::Four, 1, 80),
+            (80, Sharing::Four, 1, 80),
         ] {
-            let tile = tile(Element::Bf16, &options, &[1, longest, 4096], LIMITS[0]).expect("it should fit");
-            for (whole, capacity) in [(tile.forward_whole, forward), (tile.backward_whole, backward)] {
-                let whole = whole.expect("it is short enough");
-                assert_eq!((whole.items(), whole.capacity, whole.longest), (items, capacity, longest));
+            let tile =
+                tile(Element::Bf16, &options, &[longest, 4096], Room::of(LIMITS[0])).expect("it should fit");
+            for whole in [tile.forward_whole, tile.backward_whole] {
+                let [whole] = whole.into_iter().flatten().collect::<Vec<_>>()[..] else {
+                    panic!("{whole:?}")
+                };
+                assert_eq!((whole.sharing, whole.items()), (sharing, items), "{longest} tokens");
+                assert_eq!((whole.capacity, whole.longest), (capacity, longest));
             }
         }
         let unlabelled = FhaOptions { label_mask: LabelMask::None, ..FhaOptions::new(1, 16) };
-        let tile = tile(Element::Bf16, &unlabelled, &[64, 65], LIMITS[0]).expect("it should fit");
-        let whole = tile.backward_whole.expect("64 tokens are short");
-        assert_eq!((whole.longest, whole.capacity), (64, 64), "65 are not");
-    }
-
-    /// Every split of a sequence into two labels has its chunks within the capacity.
-    #[test]
-    fn keys_of_both_labels_fit() {
-        let options = FhaOptions::new(2, 16);
-        for tokens in 1..=64usize {
-            let tile = tile(Element::Bf16, &options, &[tokens], LIMITS[0]).expect("it should fit");
-            let [forward, backward] =
-                [tile.forward_whole, tile.backward_whole].map(|x| x.expect("short").capacity);
-            let splits = || (0..=tokens).map(|negatives| (negatives, tokens - negatives));
-            let end = |(n, p): (usize, usize)| n.next_multiple_of(16).max(n + p.next_multiple_of(16));
-            assert!(splits().all(|split| end(split) <= forward));
-            let most = splits().map(|(n, p)| n.next_multiple_of(16) + p.next_multiple_of(16)).max();
-            assert_eq!(most, Some(backward), "{tokens} tokens");
-        }
+        let most = WHOLE_ROWS;
+        let tile =
+            tile(Element::Bf16, &unlabelled, &[most, most + 1], Room::of(LIMITS[0])).expect("it should fit");
+        assert_eq!(tile.forward_whole.map(|x| x.map(|x| x.longest)), [None, None, Some(most)]);
     }
 
     /// What is taken whole depends on the sequence alone.
     #[test]
     fn a_batch_does_not_change_who_is_short() {
-        let lengths: Vec<usize> = (1..=64).collect();
+        let lengths: Vec<usize> = (1..=320).collect();
         for options in
             [FhaOptions::new(4, 32), FhaOptions::new(2, 64), FhaOptions::new(8, 16), FhaOptions::new(2, 128)]
         {
             for element in [Element::F32, Element::Bf16] {
-                let of =
-                    |lengths: &[usize]| tile(element, &options, lengths, LIMITS[0]).expect("it should fit");
+                let of = |lengths: &[usize]| {
+                    tile(element, &options, lengths, Room::of(LIMITS[0])).expect("it should fit")
+                };
                 let all = of(&lengths);
                 for &tokens in &lengths {
                     let alone = of(&[tokens]);
                     for (all, alone) in
                         [(all.forward_whole, alone.forward_whole), (all.backward_whole, alone.backward_whole)]
                     {
-                        let short = all.is_some_and(|whole| tokens <= whole.longest);
-                        assert_eq!(alone.is_some(), short, "{tokens} tokens, {options:?}");
-                        assert!(alone.is_none_or(|whole| whole.block.shared_bytes <= WHOLE_BYTES));
+                        for (all, alone) in all.into_iter().zip(alone) {
+                            let mine = all
+                                .filter(|x| Sharing::of(tokens * options.query_slots()) == Some(x.sharing));
+                            let taken = mine.is_some_and(|x| tokens <= x.longest);
+                            assert_eq!(alone.is_some(), taken, "{tokens} tokens, {options:?}");
+                            assert!(alone.is_none_or(|whole| whole.block.shared_bytes <= WHOLE_BYTES));
+                        }
                     }
                 }
             }
@@ -395,13 +445,13 @@ mod tests {
     #[test]
     fn a_small_device_gets_smaller_blocks_or_a_clear_error() {
         let wide = FhaOptions::new(8, 64);
-        let tile_on = |limit| tile(Element::Bf16, &wide, &[4096], limit);
+        let tile_on = |limit| tile(Element::Bf16, &wide, &[4096], Room::of(limit));
         let (large, small) = (tile_on(LIMITS[2]).expect("fits"), tile_on(LIMITS[1]).expect("fits"));
         assert!(small.forward.warps < large.forward.warps);
         let error = tile_on(16 << 10).expect_err("nothing fits in 16 KiB");
         assert!(error.to_string().contains("forward needs"), "{error}");
-        let odd =
-            tile(Element::F32, &FhaOptions::new(2, 4), &[10], LIMITS[0]).expect_err("no kernel for width 4");
+        let odd = tile(Element::F32, &FhaOptions::new(2, 4), &[10], Room::of(LIMITS[0]))
+            .expect_err("no kernel for width 4");
         assert!(matches!(odd, CudaError::HeadDim { head_dim: 4 }));
     }
 
@@ -413,16 +463,16 @@ mod tests {
         assert_eq!(paper.forward(4, 2), tiles + 4 * 16 * 24 * 2 + 4 * 16 * 36 * 4 + 4 * 16 * 4 * 4);
         assert_eq!(paper.dq(4), tiles + 2 * (4 * 16 * 24 * 2) + 4 * 16 * 20 * 4);
         assert_eq!(paper.dk_dv(4), paper.dq(4) + 2 * (2 * 64 * 4));
-        let keys = 2 * (2 * 80 * 24 * 2);
+        let keys = 2 * (2 * 64 * 24 * 2);
         assert_eq!(
-            paper.forward_whole(1, 4, 80, 2),
-            keys + 64 * 24 * 2 + 64 * 36 * 4 + 64 * 4 * 4,
-            "k and v, q, o of both heads, references"
+            paper.forward_whole(1, 2, 64, 2),
+            keys + 32 * 24 * 2 + 32 * 36 * 4 + 32 * 4 * 4,
+            "k and v, and of two warps q, o of both heads, references"
         );
         assert_eq!(
-            paper.backward_whole(1, 4, 80, 2),
-            64 * 24 * 2 + 2 * (64 * 24 * 2) + keys + 64 * 24 * 4 + 2 * (64 * 4) + 80 * 4,
-            "q, d_o of both heads, k and v, dq, lse and delta, first rows"
+            paper.backward_whole(1, 2, 64, 1, 2),
+            keys + 64 * 24 * 2 + 2 * (64 * 24 * 2) + 2 * (64 * 4) + 2 * (64 * 24 * 4),
+            "k and v, q, d_o of both heads, lse and delta, dq of two warps"
         );
     }
 }

@@ -26,6 +26,8 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
+inline int unforeseen(int x) { return x; }
+inline unsigned multiply_high(unsigned a, unsigned b) { return unsigned(std::uint64_t(a) * b >> 32); }
 
 namespace emulator {
 
@@ -102,6 +104,13 @@ template <class T> EMULATOR_PLAIN T shuffle(T x, int lanes, int line) {
 inline int uniform(int x, int line = __builtin_LINE()) { return shuffle(x, -1, line); }
 inline float shuffle_xor(float x, int lanes, int line = __builtin_LINE()) { return shuffle(x, lanes, line); }
 inline double shuffle_xor(double x, int lanes, int line = __builtin_LINE()) { return shuffle(x, lanes, line); }
+EMULATOR_PLAIN inline unsigned shuffle_from(unsigned x, int lane, int line = __builtin_LINE()) {
+    struct A { unsigned x; int lane; unsigned result; } a{x, lane, 0};
+    emulator::meet(line, a, [](void* const (&all)[32]) EMULATOR_PLAIN {
+        for (void* i : all) static_cast<A*>(i)->result = static_cast<A*>(all[static_cast<A*>(i)->lane])->x;
+    });
+    return a.result;
+}
 EMULATOR_PLAIN inline bool any_lane(bool x, int line = __builtin_LINE()) {
     struct A { bool x, result; } a{x, false};
     emulator::meet(line, a, [](void* const (&all)[32]) EMULATOR_PLAIN {
@@ -167,6 +176,7 @@ inline float exp2_fast(float x) {
     const float y = std::exp2(x);
     return y < 0x1p-126f ? 0.0f : y;  // .ftz; a NaN stays
 }
+inline float reciprocal_fast(float x) { return 1.0f / x; }
 inline float log2_fast(float x) { return std::log2(x); }
 inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline float largest(float a, float b) { return std::fmax(a, b); }

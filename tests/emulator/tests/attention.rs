@@ -6,7 +6,7 @@ use dfar::bench::predict;
 use dfar::device::cuda::params::{AttentionParams, Item};
 use dfar::device::cuda::plan::{Pass, Plan};
 use dfar::device::cuda::runtime::{Kernel, Launch};
-use dfar::device::cuda::tile::{Element, HEAD_DIMS, WHOLE_ROWS};
+use dfar::device::cuda::tile::{Element, HEAD_DIMS, Room, Sharing, WHOLE_BYTES};
 use dfar::verify::{Case, Fha, cases, compare, compare_gradients, relative_error, unfused};
 use dfar_emulator::{Counts, Device, FUNCTIONS};
 use half::{bf16, f16};
@@ -117,25 +117,25 @@ struct Results {
 }
 
 fn run<T: Value>(batch: &Batch) -> Results {
-    run_within::<T>(batch, SHARED_LIMIT).expect("the kernels should be sound")
+    run_within::<T>(batch, Room::of(SHARED_LIMIT))
 }
 
 /// All passes on a fresh device.
-fn run_within<T: Value>(batch: &Batch, shared_limit: usize) -> Result<Results, String> {
-    run_variant::<T>(batch, shared_limit, 0, |_, _, _| {})
+fn run_within<T: Value>(batch: &Batch, room: Room) -> Results {
+    run_variant::<T>(batch, room, 0, |_, _, _| {}).expect("the kernels should be sound")
 }
 
 /// The same, with so many of 8 exponentials as polynomials; `see` is told what each pass has executed.
 fn run_variant<T: Value>(
     batch: &Batch,
-    shared_limit: usize,
+    room: Room,
     polynomial: u32,
     mut see: impl FnMut(&Plan, Pass, Counts),
 ) -> Result<Results, String> {
     let options = &batch.options;
     let n = options.check(&batch.inputs()).map_err(|e| e.to_string())?;
-    let plan = Plan::new(T::ELEMENT, options, &batch.cu_seqlens, &batch.label, shared_limit)
-        .map_err(|e| e.to_string())?;
+    let plan =
+        Plan::new(T::ELEMENT, options, &batch.cu_seqlens, &batch.label, room).map_err(|e| e.to_string())?;
     let device = Device::new();
     let input = |x: &[f32]| device.input(&x.iter().map(|&x| T::from_f32(x)).collect::<Vec<T>>());
     let [q, k, v] = batch.qkv.each_ref().map(|x| input(x));
@@ -228,7 +228,8 @@ fn golden_cases_in_f32() {
 /// Errors of the kernels against errors of the unfused computation, both from the reference on the same inputs.
 fn judge_16_bit<T: Value>(name: &str, batch: &Batch) -> Vec<String> {
     let batch = batch.rounded::<T>();
-    judge_rounded::<T>(name, &batch, run::<T>(&batch))
+    let judge = |room| judge_rounded::<T>(&format!("{name} {room:?}"), &batch, run_within::<T>(&batch, room));
+    ROOMS.into_iter().flat_map(judge).collect()
 }
 
 /// `fused` is what the kernels made of a batch of values that `T` has.
@@ -288,6 +289,10 @@ fn variants() -> Vec<FhaOptions> {
     all
 }
 
+/// With short sequences whole, and with none.
+const ROOMS: [Room; 2] =
+    [Room { block: SHARED_LIMIT, whole: WHOLE_BYTES }, Room { block: SHARED_LIMIT, whole: 0 }];
+
 const LENGTHS: [usize; 7] = [0, 1, 37, 2, 0, 70, 16];
 
 #[test]
@@ -298,13 +303,10 @@ fn random_cases_in_f32() {
         let exact = reference::forward(&options, batch.inputs()).expect("valid inputs");
         let gradients = reference::backward(&options, batch.inputs(), &batch.d_o).expect("valid inputs");
         let gradients = [&gradients.dq[..], &gradients.dk[..], &gradients.dv[..]];
-        failures.extend(f32_failures(
-            &format!("{options:?}"),
-            &run::<f32>(&batch),
-            &exact.o,
-            &exact.lse,
-            gradients,
-        ));
+        for room in ROOMS {
+            let (name, results) = (format!("{room:?} {options:?}"), run_within::<f32>(&batch, room));
+            failures.extend(f32_failures(&name, &results, &exact.o, &exact.lse, gradients));
+        }
     }
     assert!(failures.is_empty(), "{failures:#?}");
 }
@@ -320,6 +322,11 @@ fn random_cases_in_16_bits() {
     assert!(failures.is_empty(), "{failures:#?}");
 }
 
+/// Sequences of a pass.
+fn whole_items(plan: &Plan, pass: Pass) -> usize {
+    plan.items(pass).iter().filter(|item| item.length > 0).count()
+}
+
 /// Blocks of several whole sequences, of every number of tiles, some of them empty.
 #[test]
 fn whole_sequences_of_all_lengths() {
@@ -330,9 +337,9 @@ fn whole_sequences_of_all_lengths() {
         failures: &mut Vec<String>,
     ) -> usize {
         let batch = Batch::random(options, lengths, seed);
-        let plan = Plan::new(T::ELEMENT, &options, &batch.cu_seqlens, &batch.label, SHARED_LIMIT);
+        let plan = Plan::new(T::ELEMENT, &options, &batch.cu_seqlens, &batch.label, Room::of(SHARED_LIMIT));
         let plan = plan.expect("it fits");
-        if !plan.dq.is_empty() {
+        if !plan.items(Pass::Dq).is_empty() {
             return 0; // too wide for some of them: `random_cases` has such
         }
         let name = format!("{lengths:?} {:?} {options:?}", T::ELEMENT);
@@ -344,11 +351,11 @@ fn whole_sequences_of_all_lengths() {
         } else {
             failures.extend(judge_16_bit::<T>(&name, &batch));
         }
-        plan.backward_whole.iter().filter(|item| item.length > 0).count()
+        Sharing::ALL.map(|sharing| whole_items(&plan, Pass::BackwardWhole(sharing))).iter().sum()
     }
     let (mut failures, mut whole) = (vec![], [0; 3]);
     for (seed, options) in variants().into_iter().enumerate() {
-        let longest = WHOLE_ROWS / options.query_slots();
+        let longest = 64 / options.query_slots();
         for lengths in [[64, 33, 1, 48], [17, 32, 0, 31], [16, 1, 2, 15]] {
             let (lengths, seed) = (lengths.map(|length: usize| length.min(longest)), 100 + seed as u64);
             whole[0] += judge::<f32>(options, &lengths, seed, &mut failures);
@@ -379,8 +386,8 @@ fn a_sequence_does_not_see_its_batch() {
 #[test]
 fn less_shared_memory_gives_the_same_bits() {
     let batch = Batch::random(FhaOptions::new(8, 64), &[90], 21);
-    let one = run_within::<bf16>(&batch, 227 << 10).expect("sound");
-    let other = run_within::<bf16>(&batch, 80 << 10).expect("sound");
+    let one = run_within::<bf16>(&batch, Room::of(227 << 10));
+    let other = run_within::<bf16>(&batch, Room::of(80 << 10));
     assert!(one == other);
 }
 
@@ -405,9 +412,9 @@ fn may_show(spoiled: Spoiled, at: usize, tokens: usize) -> [Range<usize>; 5] {
     }
 }
 
-fn judge_spoiled<T: Value>(options: FhaOptions, lengths: &[usize], sequence: usize, at: usize) {
+fn judge_spoiled<T: Value>(options: FhaOptions, room: Room, lengths: &[usize], sequence: usize, at: usize) {
     let batch = Batch::random(options, lengths, 22);
-    let (clean, start) = (run::<T>(&batch), lengths[..sequence].iter().sum::<usize>());
+    let (clean, start) = (run_within::<T>(&batch, room), lengths[..sequence].iter().sum::<usize>());
     let (width, out, slots) = (q_len(&options, 1), options.output_len(1), options.lse_len(1));
     for spoiled in [Spoiled::Q, Spoiled::K, Spoiled::V, Spoiled::DO] {
         // Everything about the token, or one feature of each head.
@@ -424,7 +431,7 @@ fn judge_spoiled<T: Value>(options: FhaOptions, lengths: &[usize], sequence: usi
                 qkv => &mut batch.qkv[qkv as usize][token * width..][..width],
             };
             values.iter_mut().skip(step - 1).step_by(step).for_each(|x| *x = bad);
-            let results = run::<T>(&batch);
+            let results = run_within::<T>(&batch, room);
             let name =
                 format!("{bad} in each {step} of {spoiled:?}, {:?} {options:?} {lengths:?}", T::ELEMENT);
             let [dq, dk, dv] = &results.gradients;
@@ -459,22 +466,27 @@ fn what_is_not_finite_reaches_only_what_depends_on_it() {
     for head_dim in [8, 16, 64] {
         for normalization in [Normalization::Joint, Normalization::Masked] {
             let options = FhaOptions { normalization, ..FhaOptions::new(2, head_dim) };
-            // Whole, and streamed; in a row that shares its warp with earlier ones.
-            for (lengths, at) in [([20, 40, 7], 25), ([9, 100, 3], 70)] {
-                judge_spoiled::<f32>(options, &lengths, 1, at);
-                judge_spoiled::<bf16>(options, &lengths, 1, at);
+            // In a row that shares its warp with earlier ones.
+            for room in ROOMS {
+                judge_spoiled::<f32>(options, room, &[20, 40, 7], 1, 25);
+                judge_spoiled::<bf16>(options, room, &[20, 40, 7], 1, 25);
             }
+            // Whole, by four warps; streamed, beyond the first tile.
+            judge_spoiled::<bf16>(options, ROOMS[0], &[9, 80, 3], 1, 70);
+            judge_spoiled::<bf16>(options, ROOMS[1], &[9, 100, 3], 1, 70);
         }
     }
-    judge_spoiled::<f16>(FhaOptions::new(4, 16), &[20, 30, 7], 1, 13);
-    judge_spoiled::<f16>(FhaOptions::new(4, 32), &[70, 7], 0, 35);
+    judge_spoiled::<f16>(FhaOptions::new(4, 16), ROOMS[0], &[20, 30, 7], 1, 13);
+    judge_spoiled::<f16>(FhaOptions::new(4, 32), ROOMS[1], &[70, 7], 0, 35);
 }
 
 /// Behind tiles that are taken without a maximum: rows of the warp keep their own references.
 #[test]
 fn what_is_not_finite_does_not_show_in_seen_tiles() {
     for scale in [0.25, 6.0] {
-        judge_spoiled::<bf16>(FhaOptions { scale, ..FhaOptions::new(2, 16) }, &[300], 0, 292);
+        let options = FhaOptions { scale, ..FhaOptions::new(2, 16) };
+        judge_spoiled::<bf16>(options, ROOMS[0], &[150], 0, 140);
+        judge_spoiled::<bf16>(options, ROOMS[1], &[300], 0, 292);
     }
 }
 
@@ -498,51 +510,49 @@ fn the_polynomial_is_the_exponential() {
 /// The variant with polynomials keeps the tolerances, and takes fewer exponentials.
 #[test]
 fn polynomials_keep_the_tolerances() {
-    fn judge<T: Value>(options: FhaOptions) -> Vec<String> {
+    fn judge<T: Value>(options: FhaOptions, room: Room) -> Vec<String> {
         let batch = Batch::random(options, &[300, 200], 41).rounded::<T>();
         let run = |polynomial| {
             let mut exponentials = 0;
             let see = |_: &Plan, pass, executed: Counts| {
-                exponentials += if pass == Pass::Forward { executed.exponentials } else { 0 };
+                exponentials += if Pass::FORWARD.contains(&pass) { executed.exponentials } else { 0 };
             };
-            let results = run_variant::<T>(&batch, SHARED_LIMIT, polynomial, see).expect("sound");
+            let results = run_variant::<T>(&batch, room, polynomial, see).expect("sound");
             (results, exponentials)
         };
         let ((_, all), (fused, fewer)) = (run(0), run(3));
         assert!(fewer < all, "{fewer} of {all}");
-        judge_rounded::<T>(&format!("{:?} {options:?}", T::ELEMENT), &batch, fused)
+        judge_rounded::<T>(&format!("{:?} {room:?} {options:?}", T::ELEMENT), &batch, fused)
     }
     let mut failures = vec![];
     for normalization in [Normalization::Joint, Normalization::Masked] {
         let options = FhaOptions { normalization, ..FhaOptions::new(2, 16) };
-        failures.extend(judge::<bf16>(options));
-        failures.extend(judge::<f16>(options));
+        failures.extend(judge::<bf16>(options, ROOMS[0]));
+        failures.extend(judge::<f16>(options, ROOMS[1]));
     }
     assert!(failures.is_empty(), "{failures:#?}");
 }
 
-/// How often a reference moves in forward when all scores are 0: in each warp when its rows see their first negatives, and
-/// again when those that saw none see their first positives.
+/// How often a reference moves in forward when all scores are 0: in each warp when its rows see their first keys; where these come
+/// label by label, again when rows that saw no negatives see their first positives.
 fn first_references(batch: &Batch, plan: &Plan, pass: Pass) -> u64 {
     let options = &batch.options;
     let slots = if options.pairing == Pairing::PerHead { 1 } else { options.query_slots() };
+    let whole = matches!(pass, Pass::ForwardWhole(_));
+    let by_label = options.label_mask == LabelMask::Feedback
+        && (!whole || options.normalization == Normalization::Masked);
     let mut count = 0;
     for item in plan.items(pass) {
         let all = item.length as usize * slots;
-        let (first, end) = match pass {
-            Pass::ForwardWhole => (0, all),
-            _ => (item.first as usize, all.min(item.first as usize + plan.tile.forward.rows())),
+        let (first, end) = match whole {
+            true => (0, all),
+            false => (item.first as usize, all.min(item.first as usize + plan.tile.forward.rows())),
         };
         for from in (first..end).step_by(16) {
             let seen = (from..end.min(from + 16)).map(|row| {
                 let visible = if options.causal { row / slots + 1 } else { item.length as usize };
-                let positives = match options.label_mask {
-                    LabelMask::None => 0,
-                    LabelMask::Feedback => {
-                        let labels = &batch.label[item.start as usize..][..visible];
-                        labels.iter().filter(|&&label| label == 1).count()
-                    }
-                };
+                let labels = &batch.label[item.start as usize..][..visible];
+                let positives = labels.iter().filter(|&&label| by_label && label == 1).count();
                 (visible - positives, positives)
             });
             let seen: Vec<_> = seen.collect();
@@ -556,13 +566,13 @@ fn first_references(batch: &Batch, plan: &Plan, pass: Pass) -> u64 {
 /// No exponential is spent on tiles that are masked or in the future, and the cost model's counts are what runs.
 #[test]
 fn what_is_executed_is_what_is_predicted() {
-    fn judge<T: Value>(options: FhaOptions, lengths: &[usize], seed: u64) {
+    fn judge<T: Value>(options: FhaOptions, room: Room, lengths: &[usize], seed: u64) {
         let mut batch = Batch::random(options, lengths, seed);
         batch.qkv[0].fill(0.0);
-        let run = run_variant::<T>(&batch, SHARED_LIMIT, 0, |plan, pass, executed| {
+        let run = run_variant::<T>(&batch, room, 0, |plan, pass, executed| {
             let predicted = predict::counts(T::ELEMENT, &options, plan, pass);
             let moved = match pass {
-                Pass::ForwardWhole | Pass::Forward => 64 * first_references(&batch, plan, pass),
+                Pass::ForwardWhole(_) | Pass::Forward => 64 * first_references(&batch, plan, pass),
                 _ => 0,
             };
             let exponentials = predicted.exponentials + predicted.rescaling + moved;
@@ -576,9 +586,11 @@ fn what_is_executed_is_what_is_predicted() {
         run.expect("the kernels should be sound");
     }
     for (seed, options) in variants().into_iter().enumerate() {
-        for lengths in [&LENGTHS[..], &[64, 33, 1, 48], &[200, 65]] {
-            judge::<f32>(options, lengths, 200 + seed as u64);
-            judge::<bf16>(options, lengths, 200 + seed as u64);
+        for (room, lengths) in
+            [(ROOMS[0], &LENGTHS[..]), (ROOMS[0], &[64, 33, 1, 100]), (ROOMS[1], &[200, 65])]
+        {
+            judge::<f32>(options, room, lengths, 200 + seed as u64);
+            judge::<bf16>(options, room, lengths, 200 + seed as u64);
         }
     }
 }

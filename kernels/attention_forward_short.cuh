@@ -1,0 +1,189 @@
+// Attention forward over sequences so short that all scores of 16 query rows fit a warp's registers, in 16 bits: up to 8 pieces of
+// 16 by 16, which are 64 tokens of two key heads or 32 of four.
+//
+// A warp has a sequence to itself and waits for nobody. It knows the maximum and the sum of a row before it multiplies with the
+// first value, so that outputs are normalised in registers, and there is nothing to rescale. At these lengths instructions are what
+// is short: numbers of heads and pieces are compiled in.
+//
+// Reads q, k, v, order, feedback; writes o and lse, each element once.
+//
+// Exponentials: H per visible (row, key), Masked half of that, up to 16 x 16 granularity at the diagonal and at the end.
+#pragma once
+#include "attention_forward_tile.cuh"
+#include "attention_whole.cuh"
+
+// Blocks that should be resident, where registers can be had for it without spills.
+template <class E, int D> constexpr int SHORT_BLOCKS = sizeof(E) == 4 ? 1 : D <= 32 ? 4 : D == 64 ? 3 : 1;
+
+// A warp's sequence: of up to HEADS key heads, and CHUNKS * 16 tokens, for which each head has room in shared memory.
+template <class E, int D, int HEADS, int CHUNKS> struct ShortForward {
+    using T = Tile<E, D>;
+    static constexpr int STRIDE = T::STRIDE;
+
+    const WholeKeys<E, D> keys;
+    E* q_tile;
+    E* out;  // [16, out_stride]
+
+    static __device__ __forceinline__ int out_stride(const AttentionParams& p) { return p.key_slots * D + T::PER_CHUNK; }
+
+    __device__ __forceinline__ ShortForward(const AttentionParams& p, Carve carve, int warps, int warp) : keys(p, carve, warps, warp) {
+        q_tile = carve.take<E>(warps * 16 * STRIDE) + warp * 16 * STRIDE;
+        out = carve.take<E>(warps * 16 * out_stride(p)) + warp * 16 * out_stride(p);
+    }
+
+    // 16 query rows from `first` on. True in a lane that finds an output that is not finite.
+    template <bool CAREFUL> __device__ __forceinline__ bool take_rows(const AttentionParams& p, int first) const {
+        const Problem& problem = keys.problem;
+        const int lane = lane_index(), left = keys.item.length * problem.slots - first, rows = left < 16 ? left : 16;
+
+        // Two lanes share a row of q and of o, `row`. Of an accumulator a lane has two others, lane / 4 and lane / 4 + 8.
+        const int row = lane & 15;
+        unsigned visible = 0;
+        __syncwarp();  // of the rows before, everything was read
+        {
+            const unsigned position = problem.position(p, first + row), token = keys.item.start + position;
+            const Feedback feedback = row < rows && p.group ? load_feedback(p, token) : Feedback{0, 0};
+            if (row < rows) visible = keys.visible_to(p, position, feedback);
+            const unsigned slot = problem.first_slot + first + row - position * problem.slots;
+            const E* const from = static_cast<const E*>(p.q) + size_t(token * p.heads + query_head(p, slot, feedback.label)) * D;
+            const unsigned flip = Scale<E>(p).flip;
+#pragma unroll
+            for (int c = 0; c < T::CHUNKS; c += 2) {
+                const int chunk = c + (lane >> 4);
+                if (T::CHUNKS == 1 && chunk) continue;
+                uint4 x = make_uint4(0, 0, 0, 0);
+                if (row < rows) x = *reinterpret_cast<const uint4*>(from + chunk * T::PER_CHUNK);
+                *reinterpret_cast<uint4*>(q_tile + row * STRIDE + chunk * T::PER_CHUNK) =
+                    make_uint4(x.x ^ flip, x.y ^ flip, x.z ^ flip, x.w ^ flip);
+            }
+        }
+        const unsigned most = shuffle_from(visible, rows - 1), least = rows == 16 ? shuffle_from(visible, 0) : 0;
+        const unsigned own[2] = {shuffle_from(visible, lane >> 2), shuffle_from(visible, (lane >> 2) + 8)};
+        __syncwarp();
+        Rows<E, D, !CAREFUL> q;
+        q.set(q_tile);
+
+        // Columns of a head that the last row sees; none of a head that is not there.
+        const auto columns = [&](int head) {
+            return head < int(problem.key_heads) ? keys.of_list(most, keys.list_of(p, head)) : 0;
+        };
+        // Whether element i of a chunk of a head's scores is of a pair that sees each other.
+        const auto sees = [&](int head, int chunk, int i) {
+            return chunk * 16 + i / 4 * 8 + (lane & 3) * 2 + i % 2 < keys.of_list(own[i / 2 % 2], keys.list_of(p, head));
+        };
+
+        const float scale = Scale<E>(p).factor;
+        float s[HEADS][CHUNKS][2][4], peak[2] = {-INF, -INF};
+#pragma unroll
+        for (int j = 0; j < HEADS * CHUNKS; ++j) {
+            const int head = j / CHUNKS, chunk = j % CHUNKS;
+            auto& c = s[head][chunk];
+            if (chunk * 16 >= columns(head)) continue;
+            scores(c, q, keys.k_tile + j * 16 * STRIDE);
+            if (chunk * 16 + 16 > keys.of_list(least, keys.list_of(p, head))) {
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    if (!sees(head, chunk, i)) c[i / 4][i % 4] = -INF;
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < 8; ++i) peak[i / 2 % 2] = largest(peak[i / 2 % 2], c[i / 4][i % 4]);
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            peak[i] = largest(peak[i], shuffle_xor(peak[i], 1));
+            peak[i] = OnlineSoftmax::reference(largest(peak[i], shuffle_xor(peak[i], 2)) * scale);
+        }
+
+        float sum[2] = {0.0f, 0.0f};
+        unsigned pairs[HEADS][CHUNKS][4];
+#pragma unroll
+        for (int j = 0; j < HEADS * CHUNKS; ++j) {
+            const int head = j / CHUNKS, chunk = j % CHUNKS;
+            auto& c = s[head][chunk];
+            if (chunk * 16 >= columns(head)) continue;
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                float& x = c[i / 4][i % 4];
+                x = exp2_fast(exponent<E>(x, 0.0f, scale, peak[i / 2 % 2]));
+                sum[i / 2 % 2] += x;
+            }
+            if constexpr (!CAREFUL) round_pairs<E>(pairs[head][chunk], c);
+        }
+        float inverse[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            sum[i] += shuffle_xor(sum[i], 1);
+            sum[i] += shuffle_xor(sum[i], 2);
+            inverse[i] = sum[i] == 0.0f ? 0.0f : reciprocal_fast(sum[i]);
+        }
+        {
+            // Of the four lanes that share two rows, one writes lse of the first, one of the other.
+            const int second = lane & 1, r = (lane >> 2) + second * 8;
+            const float total = second ? sum[1] : sum[0], reference = second ? peak[1] : peak[0];
+            if (r < rows && !(lane & 2)) {
+                p.lse[problem.row(p, keys.item, first + r)] = total == 0.0f ? -INF : (reference + log2_fast(total)) * LN_2;
+            }
+        }
+
+        float zero = 0.0f;  // unless an output is not finite
+#pragma unroll
+        for (int head = 0; head < HEADS; ++head) {
+            if (head >= int(problem.key_heads)) continue;
+            float acc[D / 8][4];
+#pragma unroll
+            for (int n = 0; n < D / 8; ++n) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0.0f;
+            const int kept_columns = keys.keeps(p, head) ? columns(head) : 0;
+#pragma unroll
+            for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+                if (chunk * 16 >= kept_columns) continue;
+                const E* const values = keys.v_tile + (head * CHUNKS + chunk) * 16 * STRIDE;
+                if constexpr (CAREFUL) {
+                    accumulate_carefully<E, D>(acc, s[head][chunk], values, nullptr, [&](int i) { return sees(head, chunk, i); });
+                } else {
+                    accumulate_pairs<E, D>(acc, pairs[head][chunk], values);
+                }
+            }
+            add_zeros<D>(zero, acc);
+            E* const to = out + (lane >> 2) * out_stride(p) + head * D + (lane & 3) * 2;
+#pragma unroll
+            for (int n = 0; n < D / 8; ++n) {
+                *reinterpret_cast<unsigned*>(to + n * 8) = pack<E>(acc[n][0] * inverse[0], acc[n][1] * inverse[0]);
+                *reinterpret_cast<unsigned*>(to + 8 * out_stride(p) + n * 8) = pack<E>(acc[n][2] * inverse[1], acc[n][3] * inverse[1]);
+            }
+        }
+        __syncwarp();
+        if (row < rows) {
+            const int width = problem.key_heads * D;
+            E* const to = static_cast<E*>(p.o) + problem.row(p, keys.item, first + row) * width;
+#pragma unroll 1
+            for (int at = (lane >> 4) * T::PER_CHUNK; at < width; at += 2 * T::PER_CHUNK) {
+                *reinterpret_cast<uint4*>(to + at) = *reinterpret_cast<const uint4*>(out + row * out_stride(p) + at);
+            }
+        }
+        return zero != 0.0f;
+    }
+
+    // All rows, or up to those that have to be done CAREFULLY, as something is not finite: then true.
+    template <bool CAREFUL> __device__ __forceinline__ bool take_all(const AttentionParams& p) const {
+        const int all_rows = keys.item.length * keys.problem.slots;
+        for (int first = 0; first < all_rows; first += 16) {
+            if (any_lane(take_rows<CAREFUL>(p, first)) && !CAREFUL) return true;
+        }
+        return false;
+    }
+};
+
+// A call of its own, which only those with something that is not finite pay for.
+template <class E, int D, int HEADS, int CHUNKS> __device__ __noinline__ void forward_short_carefully(const AttentionParams& p) {
+    const ShortForward<E, D, HEADS, CHUNKS> forward(p, Carve{shared_memory()}, blockDim.x / 32, uniform(warp_index()));
+    forward.template take_all<true>(p);
+}
+
+template <class E, int D, int HEADS, int CHUNKS> __device__ __forceinline__ void forward_short(const AttentionParams& p) {
+    const ShortForward<E, D, HEADS, CHUNKS> forward(p, Carve{shared_memory()}, blockDim.x / 32, uniform(warp_index()));
+    forward.keys.load(p);
+    copy_wait();
+    __syncwarp();
+    if (forward.template take_all<false>(p)) forward_short_carefully<E, D, HEADS, CHUNKS>(p);
+}

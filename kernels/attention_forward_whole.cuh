@@ -1,0 +1,89 @@
+// Attention forward over whole sequences: keys and values of all heads are loaded at once; then every warp works by itself, on 16
+// query rows at a time.
+//
+// Reads q, k, v, order, feedback; writes o and lse, each element once.
+//
+// Exponentials: H per visible (row, key), Masked half of that, up to 16 x 16 granularity at the diagonal and at the end.
+#pragma once
+#include "attention_forward_tile.cuh"
+#include "attention_whole.cuh"
+
+// Blocks that should be resident, where registers can be had for it without spills.
+template <class E, int D>
+constexpr int WHOLE_FORWARD_BLOCKS = sizeof(E) == 4 ? (D <= 32 ? 3 : 1) : D == 8 ? 4 - BLACKWELL : D == 16 ? 5 - BLACKWELL : D == 32 ? 4 : 1;
+
+// A warp's part in it.
+template <class E, int D> struct WholeForward {
+    const HeadOutputs<E, D> outputs;
+    const WholeKeys<E, D> keys;
+    E* q_tile;
+    float* scratch;
+
+    __device__ __forceinline__ WholeForward(const AttentionParams& p, Carve carve, int warps, int warp)
+        : outputs(p, carve, warps, warp), keys(p, carve, warps, warp) {
+        q_tile = carve.take<E>(warps * 16 * Tile<E, D>::STRIDE) + warp * 16 * Tile<E, D>::STRIDE;
+        scratch = carve.take<float>(warps * SCRATCH<E>) + warp * SCRATCH<E>;
+    }
+
+    // 16 query rows from `first` on. True if an output may be other than it should be, as something is not finite.
+    template <bool CAREFUL> __device__ __forceinline__ bool take_rows(const AttentionParams& p, int first) const {
+        constexpr int KEYS = TILE<E, D>, STRIDE = Tile<E, D>::STRIDE;
+        const Problem& problem = keys.problem;
+        const Item& item = keys.item;
+        const int lane = lane_index(), left = item.length * problem.slots - first, rows = left < 16 ? left : 16;
+        const unsigned most = keys.visible(p, first + rows - 1), least = rows == 16 ? keys.visible(p, first) : 0;
+        unsigned own[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int row = (lane >> 2) + i * 8;
+            own[i] = row < rows ? keys.visible(p, first + row) : 0;
+        }
+        const Scale<E> scale(p);
+        stage_rows<E, D>(q_tile, p.q, rows, scale.flip, [&](int row) { return problem.query(p, item, first + row); });
+        __syncwarp();
+        Rows<E, D, !CAREFUL> q;
+        q.set(q_tile + unforeseen(0));
+
+        OnlineSoftmax softmax;
+        softmax.clear();
+        bool started = false;
+        for (int head = 0; head < int(problem.key_heads); ++head) {
+            float acc[D / 8][4];
+#pragma unroll
+            for (int n = 0; n < D / 8; ++n) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0.0f;
+            const int list = keys.list_of(p, head), columns = keys.of_list(most, list);
+            const bool kept = keys.keeps(p, head);
+            for (int from = 0; from < columns; from += KEYS) {
+                const int at = (head * p.capacity + from) * STRIDE;
+                const int limit[2] = {keys.of_list(own[0], list) - from, keys.of_list(own[1], list) - from};
+                take_tile<E, D, CAREFUL>(acc, softmax, started, q, scale.factor, keys.k_tile + at, keys.v_tile + at, kept, scratch,
+                                         columns - from, keys.of_list(least, list) - from, limit);
+            }
+            outputs.store(p, head, acc, softmax);
+        }
+        return any_lane(outputs.write(p, problem, item, first, rows, softmax));
+    }
+
+    // All rows of the warp, or up to those that have to be done CAREFULLY: then true.
+    template <bool CAREFUL> __device__ __forceinline__ bool take_all(const AttentionParams& p) const {
+        const int all_rows = keys.item.length * keys.problem.slots;
+        for (Pieces tile(p, uniform(warp_index()) % p.item_warps); tile.at * 16 < all_rows; tile.advance()) {
+            if (take_rows<CAREFUL>(p, tile.at * 16) && !CAREFUL) return true;
+        }
+        return false;
+    }
+};
+
+// A call of its own, which only those with something that is not finite pay for.
+template <class E, int D> __device__ __noinline__ void forward_whole_carefully(const AttentionParams& p) {
+    const WholeForward<E, D> forward(p, Carve{shared_memory()}, blockDim.x / 32, uniform(warp_index()));
+    forward.template take_all<true>(p);
+}
+
+template <class E, int D> __device__ __forceinline__ void forward_whole(const AttentionParams& p) {
+    const WholeForward<E, D> forward(p, Carve{shared_memory()}, blockDim.x / 32, uniform(warp_index()));
+    forward.keys.load(p);
+    copy_wait();
+    forward.keys.meet(p);
+    if (forward.template take_all<false>(p)) forward_whole_carefully<E, D>(p);
+}

@@ -1,0 +1,100 @@
+// A sequence whose keys and values lie whole in shared memory, for forward and backward.
+//
+// `item_warps` of a block's warps share a sequence, so a block holds several; the last block of a launch may hold items of no
+// tokens.
+//
+// Unlike in a stream, keys stay in their own order, so that what a row sees is a prefix of one list and not of two. That saves
+// more than it costs, which is the products with values that are not kept: those are zeros in shared memory, and never read.
+// Masked leaves such pairs out: then a head's list is the keys of its own label, in label order, of which a row sees a prefix too.
+#pragma once
+#include "attention_rows.cuh"
+
+template <class E, int D> struct WholeKeys {
+    using T = Tile<E, D>;
+    const Problem problem;
+    Item item;
+    Team team;           // those who share the sequence
+    E *k_tile, *v_tile;  // [heads, capacity, STRIDE]
+
+    __device__ __forceinline__ WholeKeys(const AttentionParams& p, Carve& carve, int warps, int warp) : problem(p) {
+        const int items = warps / p.item_warps, place = warp / p.item_warps, rows = problem.key_heads * p.capacity;
+        item = load_item(p, blockIdx.x * items + place);
+        team = Team{int(threadIdx.x) - place * int(p.item_warps) * 32, int(p.item_warps) * 32};
+        k_tile = carve.take<E>(items * rows * T::STRIDE) + place * rows * T::STRIDE;
+        v_tile = carve.take<E>(items * rows * T::STRIDE) + place * rows * T::STRIDE;
+    }
+
+    // Whether a head's list is the keys of its label.
+    static __device__ __forceinline__ bool by_label(const AttentionParams& p) { return p.masked && p.group; }
+    // Which list a head has: 1 for that of the positives.
+    static __device__ __forceinline__ int list_of(const AttentionParams& p, int head) { return by_label(p) && head >= int(p.group); }
+
+    __device__ __forceinline__ int list_start(int list) const { return list ? item.negatives : 0; }
+    __device__ __forceinline__ int list_length(const AttentionParams& p, int list) const {
+        return by_label(p) && list == 0 ? item.negatives : item.length - list_start(list);
+    }
+    // The token that is `index`-th in a list.
+    __device__ __forceinline__ unsigned token(const AttentionParams& p, int list, int index) const {
+        return by_label(p) ? token_at(p, item, list_start(list) + index) : item.start + index;
+    }
+    // Whether any value of a head is kept.
+    __device__ __forceinline__ bool keeps(const AttentionParams& p, int head) const {
+        return by_label(p) || p.group == 0 || (int(p.group) > head ? item.negatives : item.length - item.negatives) > 0;
+    }
+
+    // Keys that the token at `position` sees, 16 bits for each list.
+    __device__ __forceinline__ unsigned visible_to(const AttentionParams& p, unsigned position, const Feedback& feedback) const {
+        const unsigned all = p.causal ? position + 1 : item.length;
+        if (!by_label(p)) return all;
+        const unsigned positives = p.causal ? feedback.positives : item.length - item.negatives;
+        return (all - positives) | positives << 16;
+    }
+    // That a query row sees.
+    __device__ __forceinline__ unsigned visible(const AttentionParams& p, unsigned row) const {
+        const unsigned position = problem.position(p, row);
+        return visible_to(p, position, by_label(p) ? load_feedback(p, item.start + position) : Feedback{0, 0});
+    }
+    static __device__ __forceinline__ int of_list(unsigned visible, int list) { return list ? visible >> 16 : visible & 0xffff; }
+
+    // Starts copying keys and values; zeros up to the next multiple of 16.
+    __device__ __forceinline__ void load(const AttentionParams& p) const {
+        const int lists = by_label(p) ? 2 : 1;
+        for (int list = 0; list < lists; ++list) {
+            const int count = list_length(p, list), head_end = by_label(p) && list == 0 ? p.group : problem.key_heads;
+            for (int i = team.thread; i < ((count + 15) & ~15) * T::CHUNKS; i += team.threads) {
+                const int row = i / T::CHUNKS, column = i % T::CHUNKS * T::PER_CHUNK;
+                const bool valid = row < count;
+                const unsigned of = valid ? token(p, list, row) : item.start;
+                const unsigned label = by_label(p) || p.group == 0 ? 0 : load_feedback(p, of).label;
+                const int first = list ? p.group : 0;
+                size_t at = problem.key(p, of, first) * D + column;
+                int to = (first * p.capacity + row) * T::STRIDE + column;
+#pragma unroll 2
+                for (int head = first; head < head_end; ++head) {
+                    copy_async(k_tile + to, static_cast<const E*>(p.k) + at, valid);
+                    copy_async(v_tile + to, static_cast<const E*>(p.v) + at, valid && (by_label(p) || is_kept(p, head, label)));
+                    at += D;
+                    to += p.capacity * T::STRIDE;
+                }
+            }
+        }
+    }
+
+    // Waits for those who share the sequence.
+    __device__ __forceinline__ void meet(const AttentionParams& p) const {
+        if (p.item_warps == 1) __syncwarp();
+        else __syncthreads();
+    }
+};
+
+// Of the pieces of 16 that the warps of a sequence share out, those of one warp: in every `item_warps` of them one, from the front and
+// from the back in turn, as what lies further back sees more, or is seen by fewer.
+struct Pieces {
+    int at, step, both;
+    __device__ __forceinline__ Pieces(const AttentionParams& p, int member)
+        : at(member), step(2 * (int(p.item_warps) - member) - 1), both(2 * p.item_warps) {}
+    __device__ __forceinline__ void advance() {
+        at += step;
+        step = both - step;
+    }
+};

@@ -15,7 +15,7 @@
 template <int D> constexpr int DQ_STRIDE = D == 8 ? 8 : D + 8;
 
 // Blocks that should be resident: what shared memory allows, where registers can be had for it without spills.
-template <class E, int D> constexpr int WHOLE_BLOCKS = sizeof(E) == 4 ? (D == 8 ? 4 - BLACKWELL : 1) : D == 8 ? 5 : D == 16 ? 4 : D == 32 ? 3 : 1;
+template <class E, int D> constexpr int WHOLE_BLOCKS = sizeof(E) == 4 ? (D == 8 ? 3 : 1) : D <= 16 ? 4 : D == 32 ? 3 : 1;
 
 // First query row that sees a key that is not there.
 constexpr int NEVER = 1 << 30;
@@ -33,7 +33,7 @@ template <class E, int D> struct WholeBackward {
     float* dq;                        // [item_warps, most_rows, DQ_STRIDE]
     float* scratch;
 
-    __device__ __forceinline__ WholeBackward(const AttentionParams& p, Carve carve, int warps, int warp) : keys(p, carve, warps, warp) {
+    __device__ __forceinline__ WholeBackward(const AttentionParams& p, Carve carve, int warps, int warp) : keys(p, carve, warps, warp, p.item_warps) {
         const int items = warps / p.item_warps, place = warp / p.item_warps;
         member = warp - place * p.item_warps;
         most_rows = p.capacity * keys.problem.slots;
@@ -53,7 +53,7 @@ template <class E, int D> struct WholeBackward {
     // Everything there is comes to shared memory; zeros in rows up to the next multiple of 16.
     __device__ __forceinline__ void load(const AttentionParams& p) const {
         const Problem& problem = keys.problem;
-        keys.load(p);
+        keys.template load<0>(p);
         copy_rows<E, D>(keys.team, q_tile, p.q, all_rows, 0, [&](int row) { return problem.query(p, keys.item, row); });
         const int lane = lane_index(), heads = problem.key_heads, chunks = heads * T::CHUNKS;
         for (int i = lane * 4; i < ((all_rows + 15) & ~15) * DQ_STRIDE<D>; i += 128) {

@@ -10,7 +10,7 @@
 // Blocks that should be resident, where registers can be had for it without spills.
 template <class E, int D>
 constexpr int FORWARD_BLOCKS = sizeof(E) == 4 ? (D <= 32 ? 3 : 1)
-                             : D == 8         ? 4 - BLACKWELL
+                             : D == 8         ? 3
                              : D == 16        ? 5 - BLACKWELL - (AMPERE || BLACKWELL)
                              : D == 32        ? 4 - AMPERE
                                               : 1;

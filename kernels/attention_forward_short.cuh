@@ -13,7 +13,7 @@
 #include "attention_whole.cuh"
 
 // Blocks that should be resident, where registers can be had for it without spills.
-template <class E, int D> constexpr int SHORT_BLOCKS = sizeof(E) == 4 ? 1 : D <= 32 ? 4 : D == 64 ? 3 : 1;
+template <class E, int D> constexpr int SHORT_BLOCKS = sizeof(E) == 4 ? 1 : D <= 32 ? 4 - AMPERE : D == 64 ? 3 : 1;
 
 // A warp's sequence: of up to HEADS key heads, and CHUNKS * 16 tokens, for which each head has room in shared memory.
 template <class E, int D, int HEADS, int CHUNKS> struct ShortForward {
@@ -26,7 +26,7 @@ template <class E, int D, int HEADS, int CHUNKS> struct ShortForward {
 
     static __device__ __forceinline__ int out_stride(const AttentionParams& p) { return p.key_slots * D + T::PER_CHUNK; }
 
-    __device__ __forceinline__ ShortForward(const AttentionParams& p, Carve carve, int warps, int warp) : keys(p, carve, warps, warp) {
+    __device__ __forceinline__ ShortForward(const AttentionParams& p, Carve carve, int warps, int warp) : keys(p, carve, warps, warp, 1) {
         q_tile = carve.take<E>(warps * 16 * STRIDE) + warp * 16 * STRIDE;
         out = carve.take<E>(warps * 16 * out_stride(p)) + warp * 16 * out_stride(p);
     }
@@ -38,25 +38,8 @@ template <class E, int D, int HEADS, int CHUNKS> struct ShortForward {
 
         // Two lanes share a row of q and of o, `row`. Of an accumulator a lane has two others, lane / 4 and lane / 4 + 8.
         const int row = lane & 15;
-        unsigned visible = 0;
         __syncwarp();  // of the rows before, everything was read
-        {
-            const unsigned position = problem.position(p, first + row), token = keys.item.start + position;
-            const Feedback feedback = row < rows && p.group ? load_feedback(p, token) : Feedback{0, 0};
-            if (row < rows) visible = keys.visible_to(p, position, feedback);
-            const unsigned slot = problem.first_slot + first + row - position * problem.slots;
-            const E* const from = static_cast<const E*>(p.q) + size_t(token * p.heads + query_head(p, slot, feedback.label)) * D;
-            const unsigned flip = Scale<E>(p).flip;
-#pragma unroll
-            for (int c = 0; c < T::CHUNKS; c += 2) {
-                const int chunk = c + (lane >> 4);
-                if (T::CHUNKS == 1 && chunk) continue;
-                uint4 x = make_uint4(0, 0, 0, 0);
-                if (row < rows) x = *reinterpret_cast<const uint4*>(from + chunk * T::PER_CHUNK);
-                *reinterpret_cast<uint4*>(q_tile + row * STRIDE + chunk * T::PER_CHUNK) =
-                    make_uint4(x.x ^ flip, x.y ^ flip, x.z ^ flip, x.w ^ flip);
-            }
-        }
+        const unsigned visible = stage_queries(p, keys, q_tile, first, rows);
         const unsigned most = shuffle_from(visible, rows - 1), least = rows == 16 ? shuffle_from(visible, 0) : 0;
         const unsigned own[2] = {shuffle_from(visible, lane >> 2), shuffle_from(visible, (lane >> 2) + 8)};
         __syncwarp();
@@ -182,7 +165,7 @@ template <class E, int D, int HEADS, int CHUNKS> __device__ __noinline__ void fo
 
 template <class E, int D, int HEADS, int CHUNKS> __device__ __forceinline__ void forward_short(const AttentionParams& p) {
     const ShortForward<E, D, HEADS, CHUNKS> forward(p, Carve{shared_memory()}, blockDim.x / 32, uniform(warp_index()));
-    forward.keys.load(p);
+    forward.keys.template load<HEADS>(p);
     copy_wait();
     __syncwarp();
     if (forward.template take_all<false>(p)) forward_short_carefully<E, D, HEADS, CHUNKS>(p);

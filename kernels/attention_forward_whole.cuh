@@ -20,7 +20,7 @@ template <class E, int D> struct WholeForward {
     float* scratch;
 
     __device__ __forceinline__ WholeForward(const AttentionParams& p, Carve carve, int warps, int warp)
-        : outputs(p, carve, warps, warp), keys(p, carve, warps, warp) {
+        : outputs(p, carve, warps, warp), keys(p, carve, warps, warp, p.item_warps) {
         q_tile = carve.take<E>(warps * 16 * Tile<E, D>::STRIDE) + warp * 16 * Tile<E, D>::STRIDE;
         scratch = carve.take<float>(warps * SCRATCH<E>) + warp * SCRATCH<E>;
     }
@@ -31,19 +31,14 @@ template <class E, int D> struct WholeForward {
         const Problem& problem = keys.problem;
         const Item& item = keys.item;
         const int lane = lane_index(), left = item.length * problem.slots - first, rows = left < 16 ? left : 16;
-        const unsigned most = keys.visible(p, first + rows - 1), least = rows == 16 ? keys.visible(p, first) : 0;
-        unsigned own[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int row = (lane >> 2) + i * 8;
-            own[i] = row < rows ? keys.visible(p, first + row) : 0;
-        }
-        const Scale<E> scale(p);
-        stage_rows<E, D>(q_tile, p.q, rows, scale.flip, [&](int row) { return problem.query(p, item, first + row); });
+        const unsigned visible = stage_queries(p, keys, q_tile, first, rows);
+        const unsigned most = shuffle_from(visible, rows - 1), least = rows == 16 ? shuffle_from(visible, 0) : 0;
+        const unsigned own[2] = {shuffle_from(visible, lane >> 2), shuffle_from(visible, (lane >> 2) + 8)};
         __syncwarp();
         Rows<E, D, !CAREFUL> q;
         q.set(q_tile + unforeseen(0));
 
+        const Scale<E> scale(p);
         OnlineSoftmax softmax;
         softmax.clear();
         bool started = false;
@@ -82,7 +77,7 @@ template <class E, int D> __device__ __noinline__ void forward_whole_carefully(c
 
 template <class E, int D> __device__ __forceinline__ void forward_whole(const AttentionParams& p) {
     const WholeForward<E, D> forward(p, Carve{shared_memory()}, blockDim.x / 32, uniform(warp_index()));
-    forward.keys.load(p);
+    forward.keys.template load<0>(p);
     copy_wait();
     forward.keys.meet(p);
     if (forward.template take_all<false>(p)) forward_whole_carefully<E, D>(p);

@@ -51,6 +51,16 @@ struct Problem {
     }
 };
 
+// Scores are scaled into base 2 once. A negative scale would turn the maximum into a minimum: queries are negated instead, by
+// the bits of `flip`.
+template <class E> struct Scale {
+    float factor;
+    unsigned flip;
+    __device__ __forceinline__ explicit Scale(const AttentionParams& p)
+        : factor(largest(magnitude(p.scale) * LOG2_E, 1e-30f)),
+          flip(int(__float_as_uint(p.scale)) >> 31 & (sizeof(E) == 4 ? 0x80000000u : 0x80008000u)) {}
+};
+
 // Copies 16 rows to the warp's own tile: row i from `source` + D * `index`(i), zeros from `count` on. `flip` is
 // xor-ed into every word.
 template <class E, int D, class Index>

@@ -16,10 +16,11 @@ template <class E, int D> struct WholeKeys {
     Team team;           // those who share the sequence
     E *k_tile, *v_tile;  // [heads, capacity, STRIDE]
 
-    __device__ __forceinline__ WholeKeys(const AttentionParams& p, Carve& carve, int warps, int warp) : problem(p) {
-        const int items = warps / p.item_warps, place = warp / p.item_warps, rows = problem.key_heads * p.capacity;
+    // `sharing`: p.item_warps, or 1 where it is known to be that.
+    __device__ __forceinline__ WholeKeys(const AttentionParams& p, Carve& carve, int warps, int warp, int sharing) : problem(p) {
+        const int items = warps / sharing, place = warp / sharing, rows = problem.key_heads * p.capacity;
         item = load_item(p, blockIdx.x * items + place);
-        team = Team{int(threadIdx.x) - place * int(p.item_warps) * 32, int(p.item_warps) * 32};
+        team = Team{int(threadIdx.x) - place * sharing * 32, sharing * 32};
         k_tile = carve.take<E>(items * rows * T::STRIDE) + place * rows * T::STRIDE;
         v_tile = carve.take<E>(items * rows * T::STRIDE) + place * rows * T::STRIDE;
     }
@@ -56,25 +57,27 @@ template <class E, int D> struct WholeKeys {
     }
     static __device__ __forceinline__ int of_list(unsigned visible, int list) { return list ? visible >> 16 : visible & 0xffff; }
 
-    // Starts copying keys and values; zeros up to the next multiple of 16.
-    __device__ __forceinline__ void load(const AttentionParams& p) const {
-        const int lists = by_label(p) ? 2 : 1;
-        for (int list = 0; list < lists; ++list) {
-            const int count = list_length(p, list), head_end = by_label(p) && list == 0 ? p.group : problem.key_heads;
-            for (int i = team.thread; i < ((count + 15) & ~15) * T::CHUNKS; i += team.threads) {
-                const int row = i / T::CHUNKS, column = i % T::CHUNKS * T::PER_CHUNK;
+    // Starts copying keys and values; zeros up to the next multiple of 16. HEADS: there are no more than so many; 0: any number.
+    template <int HEADS> __device__ __forceinline__ void load(const AttentionParams& p) const {
+        const bool labelled = p.group && !p.masked;  // and values are kept by label
+        const int column = team.thread % T::CHUNKS * T::PER_CHUNK;
+        for (int list = 0; list < 1 + by_label(p); ++list) {
+            const int count = list_length(p, list), first = list ? p.group : 0;
+            const int end = by_label(p) && list == 0 ? p.group : problem.key_heads;
+            for (int row = team.thread / T::CHUNKS; row < ((count + 15) & ~15); row += team.threads / T::CHUNKS) {
                 const bool valid = row < count;
                 const unsigned of = valid ? token(p, list, row) : item.start;
-                const unsigned label = by_label(p) || p.group == 0 ? 0 : load_feedback(p, of).label;
-                const int first = list ? p.group : 0;
-                size_t at = problem.key(p, of, first) * D + column;
-                int to = (first * p.capacity + row) * T::STRIDE + column;
-#pragma unroll 2
-                for (int head = first; head < head_end; ++head) {
-                    copy_async(k_tile + to, static_cast<const E*>(p.k) + at, valid);
-                    copy_async(v_tile + to, static_cast<const E*>(p.v) + at, valid && (by_label(p) || is_kept(p, head, label)));
-                    at += D;
-                    to += p.capacity * T::STRIDE;
+                const unsigned label = labelled ? load_feedback(p, of).label : 0;
+                const size_t at = size_t(problem.key(p, of, 0)) * D + column;
+                const E* const k = static_cast<const E*>(p.k) + at;
+                const E* const v = static_cast<const E*>(p.v) + at;
+                const int to = row * T::STRIDE + column;
+#pragma unroll HEADS ? HEADS : 2
+                for (int head = HEADS ? 0 : first; head < (HEADS ? HEADS : end); ++head) {
+                    if (HEADS && (head < first || head >= end)) continue;
+                    const int head_at = to + head * p.capacity * T::STRIDE;
+                    copy_async(k_tile + head_at, k + head * D, valid);
+                    copy_async(v_tile + head_at, v + head * D, valid && (!labelled || (head >= int(p.group)) == (label != 0)));
                 }
             }
         }
@@ -86,6 +89,29 @@ template <class E, int D> struct WholeKeys {
         else __syncthreads();
     }
 };
+
+// Copies `rows` query rows from `first` on to a warp's tile, and zeros behind them. Two lanes share a row, lane & 15; what it sees
+// of the keys is returned. With a negative scale queries are negated.
+template <class E, int D>
+__device__ __forceinline__ unsigned stage_queries(const AttentionParams& p, const WholeKeys<E, D>& keys, E* tile, int first, int rows) {
+    using T = Tile<E, D>;
+    const int lane = lane_index(), row = lane & 15;
+    const unsigned position = keys.problem.position(p, first + row), token = keys.item.start + position;
+    const Feedback feedback = row < rows && p.group ? load_feedback(p, token) : Feedback{0, 0};
+    const unsigned slot = keys.problem.first_slot + first + row - position * keys.problem.slots;
+    const E* const from = static_cast<const E*>(p.q) + size_t(token * p.heads + query_head(p, slot, feedback.label)) * D;
+    const unsigned flip = Scale<E>(p).flip;
+#pragma unroll
+    for (int c = 0; c < T::CHUNKS; c += 2) {
+        const int chunk = c + (lane >> 4);
+        if (T::CHUNKS == 1 && chunk) continue;
+        uint4 x = make_uint4(0, 0, 0, 0);
+        if (row < rows) x = *reinterpret_cast<const uint4*>(from + chunk * T::PER_CHUNK);
+        *reinterpret_cast<uint4*>(tile + row * T::STRIDE + chunk * T::PER_CHUNK) =
+            make_uint4(x.x ^ flip, x.y ^ flip, x.z ^ flip, x.w ^ flip);
+    }
+    return row < rows ? keys.visible_to(p, position, feedback) : 0;
+}
 
 // Of the pieces of 16 that the warps of a sequence share out, those of one warp: in every `item_warps` of them one, from the front and
 // from the back in turn, as what lies further back sees more, or is seen by fewer.

@@ -130,7 +130,7 @@ impl Counter<'_> {
 
     /// Query rows of forward or dq, from `first` to `end`.
     fn query_rows(&self, item: &Item, pass: Pass, first: usize, end: usize) -> Counts {
-        let whole = matches!(pass, Pass::ForwardWhole(_));
+        let whole = matches!(pass, Pass::ForwardShort | Pass::ForwardWhole(_));
         let mut counts = Counts::default();
         for from in (first..end).step_by(WARP_ROWS) {
             let last = ((from + WARP_ROWS).min(end) - 1) / self.slots;
@@ -140,7 +140,7 @@ impl Counter<'_> {
                 counts = counts + self.pieces(pieces, products);
             }
         }
-        if pass == Pass::Dq {
+        if matches!(pass, Pass::ForwardShort | Pass::Dq) {
             return counts;
         }
         // Of key heads that come before the first key a row sees there is no output to rescale.
@@ -163,7 +163,7 @@ impl Counter<'_> {
         let block_rows = self.plan.tile.block(pass).map_or(0, |block| block.rows());
         let by_label = [negatives, length - negatives];
         match pass {
-            Pass::ForwardWhole(_) => {
+            Pass::ForwardShort | Pass::ForwardWhole(_) => {
                 let copied = self.keys(by_label);
                 Counts { copied, ..self.query_rows(item, pass, 0, all_rows) }
             }
@@ -366,10 +366,10 @@ mod tests {
         let of = |pass| counts(Element::Bf16, &options, &plan, pass);
         let pieces = 1 + 2 + 3;
         assert_eq!(
-            of(Pass::ForwardWhole(Sharing::Two)),
+            of(Pass::ForwardShort),
             Counts {
                 exponentials: pieces * 256,
-                rescaling: 40 * 2,
+                rescaling: 0,
                 multiply_adds: pieces * 256 * 16 * 2,
                 copied: 2 * 40 * 32,
             }

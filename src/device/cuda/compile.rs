@@ -242,6 +242,7 @@ mod tests {
                 "attention_backward.cuh",
                 "attention_backward_whole.cuh",
                 "attention_forward.cuh",
+                "attention_forward_short.cuh",
                 "attention_forward_tile.cuh",
                 "attention_forward_whole.cuh",
                 "attention_rows.cuh",

@@ -31,7 +31,9 @@ pub struct Plan {
 /// The passes of the operation, each a launch of a kernel of `attention.cu`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pass {
-    /// `o` and `lse` of whole sequences.
+    /// `o` and `lse` of sequences whose scores fit registers.
+    ForwardShort,
+    /// `o` and `lse` of other whole sequences.
     ForwardWhole(Sharing),
     /// `o` and `lse` of the others.
     Forward,
@@ -45,7 +47,8 @@ pub enum Pass {
 
 impl Pass {
     /// Every one, in an order in which they can run.
-    pub const ALL: [Pass; 9] = [
+    pub const ALL: [Pass; 10] = [
+        Pass::ForwardShort,
         Pass::ForwardWhole(Sharing::One),
         Pass::ForwardWhole(Sharing::Two),
         Pass::ForwardWhole(Sharing::Four),
@@ -58,10 +61,10 @@ impl Pass {
     ];
 
     /// Those of forward, in order.
-    pub const FORWARD: &[Pass] = Pass::ALL.split_at(4).0;
+    pub const FORWARD: &[Pass] = Pass::ALL.split_at(5).0;
 
     /// Those of backward, in order.
-    pub const BACKWARD: &[Pass] = Pass::ALL.split_at(4).1;
+    pub const BACKWARD: &[Pass] = Pass::ALL.split_at(5).1;
 
     /// Its place in [`Pass::ALL`].
     pub fn index(self) -> usize {
@@ -71,6 +74,7 @@ impl Pass {
     /// Name of the kernel.
     pub const fn entry(self) -> &'static str {
         match self {
+            Pass::ForwardShort => "attention_forward_short",
             Pass::ForwardWhole(_) => "attention_forward_whole",
             Pass::Forward => "attention_forward",
             Pass::BackwardWhole(_) => "attention_backward_whole",
@@ -163,7 +167,7 @@ impl Plan {
                 negatives: negatives as u32,
                 first: first as u32,
             };
-            let mut by_rows = |pass: Pass, rows: usize| {
+            let by_rows = |items: &mut [Vec<(usize, Item)>], pass: Pass, rows: usize| {
                 for first in (0..length * slots).step_by(rows) {
                     let last = ((first + rows).min(length * slots) - 1) / slots;
                     let work = if options.causal { last + 1 } else { length };
@@ -171,17 +175,18 @@ impl Plan {
                 }
             };
             let sharing = Sharing::of(length * slots);
-            let fits = |whole: Option<Whole>| whole.is_some_and(|whole| length <= whole.longest);
-            let forward = sharing.filter(|&sharing| fits(tile.forward_whole[sharing as usize]));
-            let backward = sharing.filter(|&sharing| fits(tile.backward_whole[sharing as usize]));
+            let takes = |pass: &Pass| tile.whole(*pass).is_some_and(|whole| length <= whole.longest);
+            let whole = [Some(Pass::ForwardShort), sharing.map(Pass::ForwardWhole)];
+            let forward = whole.into_iter().flatten().find(takes);
+            let backward = sharing.map(Pass::BackwardWhole).filter(takes);
+            for pass in forward.into_iter().chain(backward) {
+                items[pass.index()].push((length, item(0)));
+            }
             if forward.is_none() {
-                by_rows(Pass::Forward, tile.forward.rows());
+                by_rows(&mut items, Pass::Forward, tile.forward.rows());
             }
             if backward.is_none() {
-                by_rows(Pass::Dq, tile.dq.rows());
-            }
-            for pass in forward.map(Pass::ForwardWhole).into_iter().chain(backward.map(Pass::BackwardWhole)) {
-                items[pass.index()].push((length, item(0)));
+                by_rows(&mut items, Pass::Dq, tile.dq.rows());
             }
             if backward.is_some() {
                 continue;
@@ -253,6 +258,7 @@ impl Tile {
     /// How a pass over whole sequences is cut; `None` for the others, and when there is no such sequence.
     pub fn whole(&self, pass: Pass) -> Option<Whole> {
         match pass {
+            Pass::ForwardShort => self.forward_short,
             Pass::ForwardWhole(sharing) => self.forward_whole[sharing as usize],
             Pass::BackwardWhole(sharing) => self.backward_whole[sharing as usize],
             Pass::Forward | Pass::Dq | Pass::DkDv => None,
@@ -262,7 +268,9 @@ impl Tile {
     /// The block of a pass; `None` where it has no work.
     pub fn block(&self, pass: Pass) -> Option<Block> {
         match pass {
-            Pass::ForwardWhole(_) | Pass::BackwardWhole(_) => self.whole(pass).map(|whole| whole.block),
+            Pass::ForwardShort | Pass::ForwardWhole(_) | Pass::BackwardWhole(_) => {
+                self.whole(pass).map(|whole| whole.block)
+            }
             Pass::Forward => Some(self.forward),
             Pass::Dq => Some(self.dq),
             Pass::DkDv => Some(self.dk_dv),
@@ -283,7 +291,7 @@ mod tests {
         let plan = plan(&FhaOptions::new(2, 16), &[0, 5, 5, 7], &[1, 0, 1, 0, 0, 1, 1]);
         assert_eq!(plan.order, [1, 3, 4, 0, 2, 5, 6]);
         assert_eq!(plan.feedback, [3, 2, 5, 4, 4, 3, 5]);
-        let whole = plan.items(Pass::ForwardWhole(Sharing::One));
+        let whole = plan.items(Pass::ForwardShort);
         let negatives: Vec<_> = whole.iter().map(|i| (i.start, i.length, i.negatives)).collect();
         assert_eq!(negatives, [(0, 5, 3), (5, 2, 0), (0, 0, 0), (0, 0, 0)], "filled up to the block's four");
     }
@@ -316,7 +324,8 @@ mod tests {
                 let whole = |pass: fn(Sharing) -> Pass| {
                     Sharing::ALL.into_iter().flat_map(move |sharing| plan.items(pass(sharing)))
                 };
-                whole(Pass::ForwardWhole).flat_map(all).for_each(|r| rows[r] += 1);
+                let short = plan.items(Pass::ForwardShort).iter();
+                short.chain(whole(Pass::ForwardWhole)).flat_map(all).for_each(|r| rows[r] += 1);
                 let forward = plan.items(Pass::Forward).iter();
                 forward.flat_map(|i| some(i, plan.tile.forward)).for_each(|r| rows[r] += 1);
                 whole(Pass::BackwardWhole).flat_map(all).for_each(|r| {
@@ -342,8 +351,8 @@ mod tests {
         let plan = plan(&FhaOptions::new(2, 16), &[0, 10, 510, 540, 940], &[0; 940]);
         let work: Vec<u32> = plan.items(Pass::Dq).iter().map(|i| (i.first + 64).min(i.length)).collect();
         assert!(work.len() > 10 && work.is_sorted_by(|a, b| a >= b), "{work:?}");
-        for pass in [Pass::ForwardWhole, Pass::BackwardWhole] {
-            let whole = plan.items(pass(Sharing::One));
+        for pass in [Pass::ForwardShort, Pass::BackwardWhole(Sharing::One)] {
+            let whole = plan.items(pass);
             let work: Vec<u32> = whole.iter().map(|i| i.length).collect();
             assert_eq!(work, [30, 10, 0, 0]);
         }

@@ -159,7 +159,9 @@ impl Whole {
 /// The blocks of all passes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tile {
-    /// Forward over whole sequences, by [`Sharing`], where there are such.
+    /// Forward over sequences whose scores fit registers, where there are such.
+    pub forward_short: Option<Whole>,
+    /// Forward over whole sequences, by [`Sharing`], where there are such. Shorter ones of these are taken as short.
     pub forward_whole: [Option<Whole>; 3],
     /// Forward over the others: query rows.
     pub forward: Block,
@@ -227,6 +229,15 @@ impl Variant {
         carve.take(warps * 16 * (key_heads * self.head_dim + 4), 4);
         carve.take(warps * 16 * (key_heads + 2), 4);
         carve.take(warps * self.scratch(), 4);
+        carve.bytes()
+    }
+
+    fn forward_short(&self, items: usize, capacity: usize, key_heads: usize) -> usize {
+        let keys = items * key_heads * capacity * self.stride();
+        let mut carve = Carve::default();
+        carve.take(keys, self.size).take(keys, self.size);
+        carve.take(items * 16 * self.stride(), self.size);
+        carve.take(items * 16 * (key_heads * self.head_dim + 16 / self.size), self.size);
         carve.bytes()
     }
 
@@ -309,6 +320,34 @@ fn whole(
     })
 }
 
+/// Rows of keys a head has in `attention_forward_short`, for a sequence of so many tokens; `None` if its scores do not fit a warp's
+/// registers. These are the numbers that are compiled in.
+fn short_capacity(size: usize, key_heads: usize, tokens: usize) -> Option<usize> {
+    match (size, key_heads, tokens) {
+        (2, 1..=2, 1..=32) | (2, 3..=4, 1..=32) => Some(32),
+        (2, 1..=2, 33..=64) => Some(64),
+        _ => None,
+    }
+}
+
+/// The block of such sequences: a warp has one to itself.
+fn short(
+    size: usize,
+    key_heads: usize,
+    lengths: &[usize],
+    limit: usize,
+    bytes: impl Fn(usize, usize) -> usize,
+) -> Option<Whole> {
+    let fits = |items: usize, tokens: usize| {
+        short_capacity(size, key_heads, tokens).is_some_and(|capacity| bytes(items, capacity) <= limit)
+    };
+    let longest = lengths.iter().copied().filter(|&tokens| fits(1, tokens)).max()?;
+    let items = (1..=MAX_WARPS).rev().find(|&items| fits(items, longest))?;
+    let capacity = short_capacity(size, key_heads, longest)?;
+    let block = Block { warps: items, shared_bytes: bytes(items, capacity) };
+    Some(Whole { block, sharing: Sharing::One, capacity, longest })
+}
+
 /// Chooses the blocks for a batch of sequences of these lengths.
 ///
 /// # Errors
@@ -329,6 +368,9 @@ pub fn tile(
     let longest = lengths.iter().copied().max().unwrap_or(0);
     let rows = longest * slots;
     Ok(Tile {
+        forward_short: short(variant.size, key_heads, lengths, room.whole, |items, capacity| {
+            variant.forward_short(items, capacity, key_heads)
+        }),
         forward_whole: whole(slots, lengths, room.whole, |items, warps, capacity| {
             variant.forward_whole(items, warps, capacity, key_heads)
         }),
@@ -386,6 +428,12 @@ mod tests {
     fn short_sequences_share_a_block() {
         let options = FhaOptions::new(2, 16);
         // Tokens; sequences of a block; rows of keys a head.
+        let short = |longest| {
+            let tile =
+                tile(Element::Bf16, &options, &[longest, 4096], Room::of(LIMITS[0])).expect("it should fit");
+            tile.forward_short.map(|whole| (whole.items(), whole.capacity))
+        };
+        assert_eq!([20, 33, 65].map(short), [Some((4, 32)), Some((4, 64)), None]);
         for (longest, sharing, items, capacity) in [
             (1, Sharing::One, 4, 16),
             (20, Sharing::One, 4, 32),
@@ -468,6 +516,11 @@ mod tests {
             paper.forward_whole(1, 2, 64, 2),
             keys + 32 * 24 * 2 + 32 * 36 * 4 + 32 * 4 * 4,
             "k and v, and of two warps q, o of both heads, references"
+        );
+        assert_eq!(
+            paper.forward_short(4, 64, 2),
+            4 * (keys + 16 * 24 * 2 + 16 * 40 * 2),
+            "k and v, q, o of both heads"
         );
         assert_eq!(
             paper.backward_whole(1, 2, 64, 1, 2),

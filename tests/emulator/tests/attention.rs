@@ -538,6 +538,9 @@ fn polynomials_keep_the_tolerances() {
 fn first_references(batch: &Batch, plan: &Plan, pass: Pass) -> u64 {
     let options = &batch.options;
     let slots = if options.pairing == Pairing::PerHead { 1 } else { options.query_slots() };
+    if pass == Pass::ForwardShort {
+        return 0; // it knows the maximum beforehand
+    }
     let whole = matches!(pass, Pass::ForwardWhole(_));
     let by_label = options.label_mask == LabelMask::Feedback
         && (!whole || options.normalization == Normalization::Masked);

@@ -266,7 +266,7 @@ template <class E, int D> struct WholeBackward {
         bool spoiled = false;
         for (int head = 0; head < int(keys.problem.key_heads); ++head) {
             const int count = keys.list_length(p, keys.list_of(p, head));
-            for (Pieces piece(p, member); piece.at * 16 < count; piece.advance()) {
+            for (Pieces piece(p, unforeseen(member)); piece.at * 16 < count; piece.advance()) {
                 spoiled |= take_keys<CAREFUL>(p, head, piece.at * 16);
             }
             if (keys.by_label(p)) clear_unlisted(p, head);

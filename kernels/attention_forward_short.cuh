@@ -13,7 +13,7 @@
 #include "attention_whole.cuh"
 
 // Blocks that should be resident, where registers can be had for it without spills.
-template <class E, int D> constexpr int SHORT_BLOCKS = sizeof(E) == 4 ? 1 : D <= 32 ? 4 - AMPERE : D == 64 ? 3 : 1;
+template <class E, int D> constexpr int SHORT_BLOCKS = sizeof(E) == 4 ? 1 : D <= 32 ? 4 - AMPERE - BLACKWELL : D == 64 ? 3 : 1;
 
 // A warp's sequence: of up to HEADS key heads, and CHUNKS * 16 tokens, for which each head has room in shared memory.
 template <class E, int D, int HEADS, int CHUNKS> struct ShortForward {

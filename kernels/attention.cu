@@ -1,5 +1,5 @@
-// Factorization-heads attention (FHA), forward and backward, each in two regimes: short sequences whole in a block, long
-// ones streamed. Deterministic, without atomics.
+// Factorization-heads attention (FHA), forward and backward: short sequences whole in a block, long ones streamed.
+// Deterministic, without atomics.
 //
 // MATHEMATICS. A query row is a (token i, slot a): the token's a-th active query head, which with labels is head
 // a + label[i] * H/2. It meets every key head b of every visible token j of its sequence, in one softmax:
@@ -11,24 +11,29 @@
 //     delta = sum_b <do[b], o[b]>     ds = p (dp - delta),  dp = <do[b], v[j, b]> where kept, else 0
 //     dq = scale sum_{j, b} ds k      dk = scale sum ds q      dv = sum_{kept} p do
 //
-// TILING. Keys of a sequence are visited head by head and, inside a head, in label order (`order`). Whether a pair
-// is kept is then a property of a whole tile, never of an element: V is neither loaded nor multiplied where it is
-// not, and what a query sees of a label is a prefix, so that the causal test is a comparison with a count and only
-// tiles across the diagonal make it. Queries stay in their own order. A warp owns 16 rows (query rows or keys), a block
-// has up to 4 warps; streamed tiles are shared by them and double-buffered by cp.async; blocks take items longest first.
+// TILING. Queries stay in their own order. A warp owns 16 rows (query rows or keys) at a time. Whole: a sequence's keys lie in shared
+// memory in their own order, with zeros for values that are not kept; what a query sees is a prefix. Streamed: keys are visited head by
+// head and, inside a head, in label order (`order`). Whether a pair is kept is then a property of a whole tile, never of an element: V is
+// neither loaded nor multiplied where it is not, and what a query sees of a label is a prefix. So the causal test is a comparison
+// with a count, and only tiles across the diagonal make it. Streamed tiles are shared by up to 4 warps and double-buffered by cp.async;
+// blocks take items longest first.
 //
 // TRAFFIC. Nothing of size T^2 exists. All global accesses of tensors are 16 bytes wide. Whole: every tensor is read or
 // written once. Streamed: forward reads k and v once per block of query rows of their sequence (from L2 after the
 // first); backward is two passes, dq over query rows and dk_dv over keys, each of which streams the other side.
 //
 // NOT FINITE. A pair behind the diagonal has the weight 0, but 0 times NaN is NaN: what is not finite would reach rows of its
-// sequence that do not see it, where they share a tile of 16 by 16. It is found where a kernel ends (an output of the warp is not
-// finite then), or begins (whole backward), and the block does its work once more, CAREFUL: that takes the chunks of a tile one
-// by one, and leaves out of products what is not finite for those who do not see it. Everybody else keeps their bits.
+// sequence that do not see it, where they share a tile of 16 by 16. It is found where a kernel ends, as an output of the warp is not
+// finite then, and the work is done once more, CAREFUL: that takes the chunks of a tile one by one, and leaves out of products what
+// is not finite for those who do not see it. Everybody else keeps their bits.
 //
 //     attention_rows.cuh            rows, heads and tiles: what all of them share
-//     attention_forward.cuh         o and lse, both regimes
-//     attention_backward_whole.cuh  dq, dk and dv of short sequences
+//     attention_whole.cuh           a sequence in shared memory
+//     attention_forward_tile.cuh    a tile of keys in forward, and the outputs of key heads
+//     attention_forward_short.cuh   o and lse: of sequences whose scores fit registers,
+//     attention_forward_whole.cuh       of others whose keys and values fit shared memory,
+//     attention_forward.cuh             of long ones
+//     attention_backward_whole.cuh  dq, dk and dv of sequences that fit shared memory
 //     attention_backward.cuh        dq, then dk and dv, of long ones
 #include "attention_backward.cuh"
 #include "attention_backward_whole.cuh"
@@ -51,7 +56,9 @@ KERNEL(attention_forward_whole, AttentionParams, THREADS, WHOLE_FORWARD_BLOCKS<E
 KERNEL(attention_forward, AttentionParams, THREADS, FORWARD_BLOCKS<E, D>) {
     if (forward<E, D, false>(p)) forward_carefully<E, D>(p);
 }
-KERNEL(attention_backward_whole, AttentionParams, THREADS, WHOLE_BLOCKS<E, D>) { backward_whole<E, D>(p); }
+KERNEL(attention_backward_whole, AttentionParams, THREADS, WHOLE_BLOCKS<E, D>) {
+    if constexpr (D < 128) backward_whole<E, D>(p);  // wider heads have no registers left for it
+}
 KERNEL(attention_dq, AttentionParams, THREADS, DQ_BLOCKS<E, D>) {
     if (dq<E, D, false>(p)) dq_carefully<E, D>(p);
 }

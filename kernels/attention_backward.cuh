@@ -5,7 +5,7 @@
 #include "attention_rows.cuh"
 
 // Blocks that should be resident: what registers allow without spills.
-template <class E, int D> constexpr int DQ_BLOCKS = sizeof(E) == 4 ? (D <= 32 ? 3 : 1) : D == 8 ? 6 : D == 16 ? 5 : D == 32 ? 4 : D == 64 ? 3 : 1;
+template <class E, int D> constexpr int DQ_BLOCKS = sizeof(E) == 4 ? (D <= 16 ? 3 : D == 32 ? 2 : 1) : D == 8 ? 6 - AMPERE : D == 16 ? 5 : D == 32 ? 4 : D == 64 ? 3 : 1;
 template <class E, int D> constexpr int DK_DV_BLOCKS = sizeof(E) == 4 ? (D == 8 ? 4 : D <= 32 ? 3 : 1) : D == 8 ? 8 - AMPERE : D == 16 ? 6 : D == 32 ? 4 : D == 64 ? 3 : 1;
 
 // Whether backward keeps what is not finite from rows that do not see it: not where registers are all taken.
@@ -80,6 +80,76 @@ __device__ __forceinline__ void clear_other_group(const AttentionParams& p, cons
         const size_t other = problem.query(p, item, first + i / T::CHUNKS, true);
         *reinterpret_cast<uint4*>(static_cast<E*>(p.dq) + other * D + i % T::CHUNKS * T::PER_CHUNK) = make_uint4(0, 0, 0, 0);
     }
+}
+
+// ds of a chunk of 16 keys for the rows of a warp: s. Where nothing is KEPT, dp is 0. `limit`: columns that this lane's rows see; those
+// beyond are hidden if it is on the `diagonal`. `sum` gets p in f32.
+template <class E, int D, bool KEPT, bool HELD>
+__device__ __forceinline__ void score_gradients(float (&s)[2][4], float (&sum)[2], const Rows<E, D, HELD>& q, const Rows<E, D, HELD>& d_o,
+                                                const E* keys, const E* values, float scale, const float (&lse)[2],
+                                                const float (&delta)[2], bool diagonal, const int (&limit)[2]) {
+    float low[2][4], dp[2][4];
+    scores(s, q, keys);
+    refine(s, low, scale, q, keys);
+    if constexpr (KEPT) scores(dp, d_o, values);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        float& x = s[i / 4][i % 4];
+        x = exp2_fast(exponent<E>(x, low[i / 4][i % 4], scale, lse[i / 2 % 2]));
+    }
+    if (diagonal) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            if (i / 4 * 8 + (lane_index() & 3) * 2 + i % 2 >= limit[i / 2 % 2]) s[i / 4][i % 4] = 0.0f;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        float& x = s[i / 4][i % 4];
+        if constexpr (CORRECTED<E>) sum[i / 2 % 2] += x;
+        x *= (KEPT ? dp[i / 4][i % 4] : 0.0f) - delta[i / 2 % 2];
+    }
+}
+
+// p of a chunk of 16 query rows, the first of which is `row` of the sequence, for 16 keys, transposed, added to dv where it is KEPT;
+// then s is ds. `own_from`: rows from which on this lane's keys are seen; before them they are hidden if it is on the `diagonal`.
+template <class E, int D, bool CAREFUL, bool KEPT, bool HELD>
+__device__ __forceinline__ void transposed_gradients(float (&s)[2][4], float (&dv)[D / 8][4], const Rows<E, D, HELD>& k,
+                                                     const Rows<E, D, HELD>& v, const E* queries, const E* d_o, float scale,
+                                                     const float* lse, const float* delta, const float* correction, int row,
+                                                     bool diagonal, const int (&own_from)[2], float* scratch) {
+    const int column = (lane_index() & 3) * 2;
+    float low[2][4], dp[2][4];
+    scores(s, k, queries);
+    refine(s, low, scale, k, queries);
+    if constexpr (KEPT) scores(dp, v, d_o);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const float2 l = *reinterpret_cast<const float2*>(lse + half * 8 + column);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[half][i] = exp2_fast(exponent<E>(s[half][i], low[half][i], scale, i % 2 ? l.y : l.x));
+    }
+    // Element i of transposed scores: its query row sees its key.
+    const auto sees = [&](int i) { return row + i / 4 * 8 + column + i % 2 >= own_from[i / 2 % 2]; };
+    if (diagonal) hide(s, sees);
+    if constexpr (CORRECTED<E>) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const float2 factor = *reinterpret_cast<const float2*>(correction + half * 8 + column);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) s[half][i] *= i % 2 ? factor.y : factor.x;
+        }
+    }
+    if constexpr (CAREFUL) hide(s, sees);
+    if constexpr (KEPT && CAREFUL) accumulate_carefully<E, D>(dv, s, d_o, scratch, sees);
+    else if constexpr (KEPT) accumulate<E, D>(dv, s, d_o, scratch);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const float2 d = *reinterpret_cast<const float2*>(delta + half * 8 + column);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[half][i] *= (KEPT ? dp[half][i] : 0.0f) - (i % 2 ? d.y : d.x);
+    }
+    if constexpr (CAREFUL) hide(s, sees);
 }
 
 // dq: a block of query rows as in forward. Reads q, k, v, o, d_o, lse, order, feedback; writes delta of its rows, dq of its
@@ -170,19 +240,13 @@ template <class E, int D, bool CAREFUL> __device__ __forceinline__ bool dq(const
 #pragma unroll
             for (int j = 0; j < KEYS / 16; ++j) {
                 if (j * 16 >= columns) continue;
-                float s[2][4], low[2][4], dp[2][4];
-                scores(s, q, keys + j * 16 * STRIDE);
-                refine(s, low, scale, q, keys + j * 16 * STRIDE);
-                if (tile.kept) scores(dp, d_o, values + j * 16 * STRIDE);
-                const bool diagonal = j * 16 + 16 > seen_by_all;
-#pragma unroll
-                for (int i = 0; i < 8; ++i) {
-                    const int half = i / 2 % 2, column = j * 16 + i / 4 * 8 + (lane & 3) * 2 + i % 2;
-                    float& x = s[i / 4][i % 4];
-                    float weight = exp2_fast(exponent<E>(x, low[i / 4][i % 4], scale, lse[half]));
-                    if ((CAREFUL || diagonal) && column >= limit[half]) weight = 0.0f;
-                    if constexpr (CORRECTED<E>) sum[half] += weight;
-                    x = weight * ((tile.kept ? dp[i / 4][i % 4] : 0.0f) - delta[half]);
+                const int rest[2] = {limit[0] - j * 16, limit[1] - j * 16};
+                const bool diagonal = CAREFUL || j * 16 + 16 > seen_by_all;
+                float s[2][4];
+                if (tile.kept) {
+                    score_gradients<E, D, true>(s, sum, q, d_o, keys + j * 16 * STRIDE, values + j * 16 * STRIDE, scale, lse, delta, diagonal, rest);
+                } else {
+                    score_gradients<E, D, false>(s, sum, q, d_o, keys + j * 16 * STRIDE, nullptr, scale, lse, delta, diagonal, rest);
                 }
                 if constexpr (CAREFUL) {
                     const auto sees = [&](int i) { return j * 16 + i / 4 * 8 + (lane & 3) * 2 + i % 2 < limit[i / 2 % 2]; };
@@ -319,46 +383,19 @@ template <class E, int D, bool CAREFUL> __device__ __forceinline__ bool dk_dv(co
         for (int j = 0; j < QUERIES / 16; ++j) {
             const int row = from + j * 16;
             if (row >= all_rows || (!CAREFUL && row + 16 <= warp_from)) continue;
-            const bool diagonal = row < warp_all_from;
+            const bool diagonal = CAREFUL || row < warp_all_from;
             const E* const queries = q_tile + (at + j * 16) * STRIDE;
             const E* const d_o = d_o_tile + (at + j * 16) * STRIDE;
-            float s[2][4], low[2][4], dp[2][4];
-            scores(s, k, queries);
-            refine(s, low, scale, k, queries);
-            if (kept) scores(dp, v, d_o);
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int column = half * 8 + (lane & 3) * 2;
-                const float2 lse = *reinterpret_cast<const float2*>(lse_tile + at + j * 16 + column);
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    float& x = s[half][i];
-                    x = exp2_fast(exponent<E>(x, low[half][i], scale, i % 2 ? lse.y : lse.x));
-                    if ((CAREFUL || diagonal) && row + column + i % 2 < own_from[i / 2]) x = 0.0f;
-                }
-                if constexpr (CORRECTED<E>) {
-                    const float2 factor = *reinterpret_cast<const float2*>(correction_tile + at + j * 16 + column);
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) s[half][i] *= i % 2 ? factor.y : factor.x;
-                }
-            }
-            // Element i of transposed scores: its query row sees its key.
-            const auto sees = [&](int i) { return row + i / 4 * 8 + (lane & 3) * 2 + i % 2 >= own_from[i / 2 % 2]; };
-            if constexpr (CAREFUL) {
-                hide(s, sees);
-                if (kept) accumulate_carefully<E, D>(dv, s, d_o, scratch, sees);
-            } else if (kept) {
-                accumulate<E, D>(dv, s, d_o, scratch);
-            }
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int column = half * 8 + (lane & 3) * 2;
-                const float2 delta = *reinterpret_cast<const float2*>(delta_tile + at + j * 16 + column);
-#pragma unroll
-                for (int i = 0; i < 4; ++i) s[half][i] *= (kept ? dp[half][i] : 0.0f) - (i % 2 ? delta.y : delta.x);
+            float s[2][4];
+            const float *const lse = lse_tile + at + j * 16, *const delta = delta_tile + at + j * 16;
+            const float* const correction = correction_tile + at + j * 16;
+            if (kept) {
+                transposed_gradients<E, D, CAREFUL, true>(s, dv, k, v, queries, d_o, scale, lse, delta, correction, row, diagonal, own_from, scratch);
+            } else {
+                transposed_gradients<E, D, CAREFUL, false>(s, dv, k, v, queries, d_o, scale, lse, delta, correction, row, diagonal, own_from, scratch);
             }
             if constexpr (CAREFUL) {
-                hide(s, sees);
+                const auto sees = [&](int i) { return row + i / 4 * 8 + (lane & 3) * 2 + i % 2 >= own_from[i / 2 % 2]; };
                 accumulate_carefully<E, D>(dk, s, queries, scratch, sees);
             } else {
                 accumulate<E, D>(dk, s, queries, scratch);

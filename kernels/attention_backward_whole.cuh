@@ -154,43 +154,17 @@ template <class E, int D> struct WholeBackward {
             const E* const d_o = d_o_tile + (head * most_rows + row) * STRIDE;
             // Keys that are not there are hidden as those of the diagonal are.
             const bool diagonal = CAREFUL || row < all_from;
-            float s[2][4], low[2][4], dp[2][4];
-            scores(s, k, queries);
-            refine(s, low, scale, k, queries);
-            if (kept) scores(dp, v, d_o);
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int column = row + half * 8 + (lane & 3) * 2;
-                const float2 lse = *reinterpret_cast<const float2*>(lse_tile + column);
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    float& x = s[half][i];
-                    x = exp2_fast(exponent<E>(x, low[half][i], scale, i % 2 ? lse.y : lse.x));
-                    if (diagonal && column + i % 2 < own_from[i / 2]) x = 0.0f;
-                }
-                if constexpr (CORRECTED<E>) {
-                    const float2 factor = *reinterpret_cast<const float2*>(correction_tile + column);
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) s[half][i] *= i % 2 ? factor.y : factor.x;
-                }
-            }
-            // Element i of transposed scores: its query row sees its key.
-            const auto sees = [&](int i) { return row + i / 4 * 8 + (lane & 3) * 2 + i % 2 >= own_from[i / 2 % 2]; };
-            if constexpr (CAREFUL) {
-                hide(s, sees);
-                if (kept) accumulate_carefully<E, D>(dv, s, d_o, scratch, sees);
-            } else if (kept) {
-                accumulate<E, D>(dv, s, d_o, scratch);
-            }
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const float2 delta = *reinterpret_cast<const float2*>(delta_tile + row + half * 8 + (lane & 3) * 2);
-#pragma unroll
-                for (int i = 0; i < 4; ++i) s[half][i] *= (kept ? dp[half][i] : 0.0f) - (i % 2 ? delta.y : delta.x);
+            float s[2][4];
+            if (kept) {
+                transposed_gradients<E, D, CAREFUL, true>(s, dv, k, v, queries, d_o, scale, lse_tile + row, delta_tile + row,
+                                                          correction_tile + row, row, diagonal, own_from, scratch);
+            } else {
+                transposed_gradients<E, D, CAREFUL, false>(s, dv, k, v, queries, d_o, scale, lse_tile + row, delta_tile + row,
+                                                           correction_tile + row, row, diagonal, own_from, scratch);
             }
             float* const dq_rows = own_dq() + row * DQ_STRIDE<D>;
             if constexpr (CAREFUL) {
-                hide(s, sees);
+                const auto sees = [&](int i) { return row + i / 4 * 8 + (lane & 3) * 2 + i % 2 >= own_from[i / 2 % 2]; };
                 accumulate_transposed_carefully<E, D>(dq_rows, DQ_STRIDE<D>, s, own_keys, scratch, sees);
                 accumulate_carefully<E, D>(dk, s, queries, scratch, sees);
             } else {
@@ -280,10 +254,8 @@ template <class E, int D> struct WholeBackward {
 // A call of its own, which only those with something that is not finite pay for.
 template <class E, int D> __device__ __noinline__ void backward_whole_carefully(const AttentionParams& p) {
     const WholeBackward<E, D> backward(p, Carve{shared_memory()}, blockDim.x / 32, uniform(warp_index()));
-    if constexpr (MENDED<E, D>) {
-        backward.keys.meet(p);
-        backward.template run<true>(p);
-    }
+    backward.keys.meet(p);
+    backward.template run<true>(p);
 }
 
 template <class E, int D> __device__ __forceinline__ void backward_whole(const AttentionParams& p) {

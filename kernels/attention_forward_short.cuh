@@ -46,10 +46,14 @@ template <class E, int D, int HEADS, int CHUNKS> struct ShortForward {
         Rows<E, D, !CAREFUL> q;
         q.set(q_tile);
 
-        // Columns of a head that the last row sees; none of a head that is not there.
-        const auto columns = [&](int head) {
-            return head < int(problem.key_heads) ? keys.of_list(most, keys.list_of(p, head)) : 0;
-        };
+        // Columns of a head that the last row sees, none of a head that is not there, and those that all rows see.
+        int columns[HEADS], seen_by_all[HEADS];
+#pragma unroll
+        for (int head = 0; head < HEADS; ++head) {
+            const int list = keys.list_of(p, head);
+            columns[head] = unforeseen(head < int(problem.key_heads) ? keys.of_list(most, list) : 0);
+            seen_by_all[head] = unforeseen(keys.of_list(least, list));
+        }
         // Whether element i of a chunk of a head's scores is of a pair that sees each other.
         const auto sees = [&](int head, int chunk, int i) {
             return chunk * 16 + i / 4 * 8 + (lane & 3) * 2 + i % 2 < keys.of_list(own[i / 2 % 2], keys.list_of(p, head));
@@ -61,9 +65,9 @@ template <class E, int D, int HEADS, int CHUNKS> struct ShortForward {
         for (int j = 0; j < HEADS * CHUNKS; ++j) {
             const int head = j / CHUNKS, chunk = j % CHUNKS;
             auto& c = s[head][chunk];
-            if (chunk * 16 >= columns(head)) continue;
+            if (chunk * 16 >= columns[head]) continue;
             scores(c, q, keys.k_tile + j * 16 * STRIDE);
-            if (chunk * 16 + 16 > keys.of_list(least, keys.list_of(p, head))) {
+            if (chunk * 16 + 16 > seen_by_all[head]) {
 #pragma unroll
                 for (int i = 0; i < 8; ++i) {
                     if (!sees(head, chunk, i)) c[i / 4][i % 4] = -INF;
@@ -84,7 +88,7 @@ template <class E, int D, int HEADS, int CHUNKS> struct ShortForward {
         for (int j = 0; j < HEADS * CHUNKS; ++j) {
             const int head = j / CHUNKS, chunk = j % CHUNKS;
             auto& c = s[head][chunk];
-            if (chunk * 16 >= columns(head)) continue;
+            if (chunk * 16 >= columns[head]) continue;
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
                 float& x = c[i / 4][i % 4];
@@ -116,7 +120,7 @@ template <class E, int D, int HEADS, int CHUNKS> struct ShortForward {
             float acc[D / 8][4];
 #pragma unroll
             for (int n = 0; n < D / 8; ++n) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0.0f;
-            const int kept_columns = keys.keeps(p, head) ? columns(head) : 0;
+            const int kept_columns = keys.keeps(p, head) ? columns[head] : 0;
 #pragma unroll
             for (int chunk = 0; chunk < CHUNKS; ++chunk) {
                 if (chunk * 16 >= kept_columns) continue;

@@ -75,28 +75,41 @@ impl Block {
 /// have more to do than a block should have alone.
 pub const WHOLE_ROWS: usize = 5 * MAX_WARPS * WARP_ROWS;
 
-/// Shared memory a block of whole sequences may use: three fit a multiprocessor of sm_90, so that one loads while
+/// Shared memory a block of whole sequences may use in forward: three fit a multiprocessor of sm_90, so that one loads while
 /// others compute. A sequence that needs more by itself, its heads being wide or many, is streamed.
 pub const WHOLE_BYTES: usize = 72 << 10;
+
+/// The same in backward: two fit, as streaming takes three times the instructions there.
+pub const WHOLE_BACKWARD_BYTES: usize = 112 << 10;
 
 /// Shared memory that blocks may have, in bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct Room {
     /// Any block: what the device gives.
     pub block: usize,
-    /// One of whole sequences.
+    /// One of whole sequences, in forward.
     pub whole: usize,
+    /// The same in backward.
+    pub whole_backward: usize,
+}
+
+const fn least(a: usize, b: usize) -> usize {
+    if a < b { a } else { b }
 }
 
 impl Room {
     /// On a device that gives a block so much.
-    pub fn of(shared_per_block: usize) -> Room {
-        Room { block: shared_per_block, whole: WHOLE_BYTES.min(shared_per_block) }
+    pub const fn of(shared_per_block: usize) -> Room {
+        Room {
+            block: shared_per_block,
+            whole: least(WHOLE_BYTES, shared_per_block),
+            whole_backward: least(WHOLE_BACKWARD_BYTES, shared_per_block),
+        }
     }
 
     /// The same, with no sequence taken whole: to compare.
-    pub fn streamed(shared_per_block: usize) -> Room {
-        Room { block: shared_per_block, whole: 0 }
+    pub const fn streamed(shared_per_block: usize) -> Room {
+        Room { block: shared_per_block, whole: 0, whole_backward: 0 }
     }
 }
 
@@ -375,9 +388,13 @@ pub fn tile(
             variant.forward_whole(items, warps, capacity, key_heads)
         }),
         forward: block(rows, room.block, |w| variant.forward(w, key_heads), "forward")?,
-        backward_whole: whole(slots, lengths, room.whole, |items, warps, capacity| {
-            variant.backward_whole(items, warps, capacity, slots, key_heads)
-        }),
+        // Wider heads have no registers left for it.
+        backward_whole: match variant.head_dim {
+            ..128 => whole(slots, lengths, room.whole_backward, |items, warps, capacity| {
+                variant.backward_whole(items, warps, capacity, slots, key_heads)
+            }),
+            _ => [None; 3],
+        },
         dq: block(rows, room.block, |w| variant.dq(w), "dq")?,
         dk_dv: block(longest, room.block, |w| variant.dk_dv(w), "dk_dv")?,
     })
@@ -482,7 +499,9 @@ mod tests {
                                 .filter(|x| Sharing::of(tokens * options.query_slots()) == Some(x.sharing));
                             let taken = mine.is_some_and(|x| tokens <= x.longest);
                             assert_eq!(alone.is_some(), taken, "{tokens} tokens, {options:?}");
-                            assert!(alone.is_none_or(|whole| whole.block.shared_bytes <= WHOLE_BYTES));
+                            assert!(
+                                alone.is_none_or(|whole| whole.block.shared_bytes <= WHOLE_BACKWARD_BYTES)
+                            );
                         }
                     }
                 }

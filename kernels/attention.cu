@@ -57,7 +57,13 @@ KERNEL(attention_forward, AttentionParams, THREADS, FORWARD_BLOCKS<E, D>) {
     if (forward<E, D, false>(p)) forward_carefully<E, D>(p);
 }
 KERNEL(attention_backward_whole, AttentionParams, THREADS, WHOLE_BLOCKS<E, D>) {
-    if constexpr (D < 128) backward_whole<E, D>(p);  // wider heads have no registers left for it
+    if constexpr (D < 128) backward_whole<E, D, true>(p);  // wider heads have no registers left for it
+}
+KERNEL(attention_dq_whole, AttentionParams, THREADS, WHOLE_DQ_BLOCKS<E, D>) {
+    if constexpr (D < 128) dq_whole<E, D>(p);
+}
+KERNEL(attention_dk_dv_whole, AttentionParams, THREADS, WHOLE_DK_DV_BLOCKS<E, D>) {
+    if constexpr (D < 128) backward_whole<E, D, false>(p);
 }
 KERNEL(attention_dq, AttentionParams, THREADS, DQ_BLOCKS<E, D>) {
     if (dq<E, D, false>(p)) dq_carefully<E, D>(p);

@@ -152,6 +152,26 @@ __device__ __forceinline__ void transposed_gradients(float (&s)[2][4], float (&d
     if constexpr (CAREFUL) hide(s, sees);
 }
 
+// Divides dq of a warp's rows by the sum of their p, of which a lane has its share in `sum`, and leaves the factor for dk_dv.
+template <int D>
+__device__ __forceinline__ void correct_rows(float (&acc)[D / 8][4], float (&sum)[2], const AttentionParams& p, const Problem& problem,
+                                             const Item& item, int first, int rows) {
+    const int lane = lane_index();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int row = (lane >> 2) + i * 8;
+        sum[i] += shuffle_xor(sum[i], 1);
+        sum[i] += shuffle_xor(sum[i], 2);
+        const float correction = sum[i] == 0.0f ? 1.0f : 1.0f / sum[i];
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n) {
+            acc[n][2 * i] *= correction;
+            acc[n][2 * i + 1] *= correction;
+        }
+        if ((lane & 3) == 0 && row < rows) p.correction[problem.row(p, item, first + row)] = correction;
+    }
+}
+
 // dq: a block of query rows as in forward. Reads q, k, v, o, d_o, lse, order, feedback; writes delta of its rows, dq of its
 // tokens, zeros for the heads of the other group included, and in f32 correction.
 template <class E, int D, bool CAREFUL> __device__ __forceinline__ bool dq(const AttentionParams& p) {
@@ -261,21 +281,7 @@ template <class E, int D, bool CAREFUL> __device__ __forceinline__ bool dq(const
     float zero = 0.0f;
     add_zeros<D>(zero, acc);
 
-    if constexpr (CORRECTED<E>) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int row = (lane >> 2) + i * 8;
-            sum[i] += shuffle_xor(sum[i], 1);
-            sum[i] += shuffle_xor(sum[i], 2);
-            const float correction = sum[i] == 0.0f ? 1.0f : 1.0f / sum[i];
-#pragma unroll
-            for (int n = 0; n < D / 8; ++n) {
-                acc[n][2 * i] *= correction;
-                acc[n][2 * i + 1] *= correction;
-            }
-            if ((lane & 3) == 0 && row < rows) p.correction[problem.row(p, item, first + row)] = correction;
-        }
-    }
+    if constexpr (CORRECTED<E>) correct_rows<D>(acc, sum, p, problem, item, first, rows);
     store_accumulator<D>(out, D + 4, acc, p.scale);
     __syncwarp();
     write_rows<E, D>(p.dq, out, D + 4, rows, [&](int row) { return problem.query(p, item, first + row); });

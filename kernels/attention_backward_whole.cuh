@@ -1,12 +1,15 @@
-// Attention backward over whole short sequences: dq, dk and dv in one kernel, which computes each p once (in f32 twice, see below).
+// Attention backward over whole sequences, in two ways.
 //
-// Besides keys and values, queries and d_o lie in shared memory. A warp takes 16 keys of one head at a time, on transposed
-// scores as in dk_dv, and walks down the query rows that see them, so that dk and dv stay in registers. dq is added up in shared memory,
-// in f32, from ds transposed in registers: by each warp in a sum of its own, so that warps wait for each other only before and
-// after. How many share a sequence is decided by its length alone; neither that nor the rest of the batch shows in the bits.
+// Where all there is of a sequence has room in shared memory, with sums of dq, one kernel (backward_whole) computes each p once (in f32
+// twice, see below). A warp takes 16 keys of one head at a time, on transposed scores, and walks down the query rows that see them, so
+// that dk and dv stay in registers. dq is added up in shared memory, in f32, from ds transposed in registers: by each warp in a sum
+// of its own, so that warps wait for each other only before and after. Reads q, k, v, o, d_o, lse, order, feedback, each element once;
+// writes dq, dk, dv, each element once. delta is computed while d_o passes through registers to shared memory.
 //
-// Reads q, k, v, o, d_o, lse, order, feedback, each element once; writes dq, dk, dv, each element once. delta is computed
-// while d_o passes through registers to shared memory.
+// Where there is room for one side only, there are two passes, as over long sequences: dq_whole holds the keys and values and takes
+// 16 query rows at a time, dk_dv_whole holds the queries and d_o and takes 16 keys. Neither adds to what another warp writes.
+//
+// How many warps share a sequence is decided by its length alone; neither that nor the rest of the batch shows in the bits.
 #pragma once
 #include "attention_backward.cuh"
 #include "attention_whole.cuh"
@@ -17,11 +20,14 @@ template <int D> constexpr int DQ_STRIDE = D == 8 ? 8 : D + 8;
 // Blocks that should be resident: what shared memory allows, where registers can be had for it without spills.
 template <class E, int D> constexpr int WHOLE_BLOCKS = sizeof(E) == 4 ? (D == 8 ? 3 : 1) : D <= 16 ? 4 : D == 32 ? 3 : 1;
 
+template <class E, int D> constexpr int WHOLE_DQ_BLOCKS = sizeof(E) == 4 ? 1 : D <= 16 ? 4 : D == 32 ? 3 : 1;
+template <class E, int D> constexpr int WHOLE_DK_DV_BLOCKS = sizeof(E) == 4 ? 1 : D <= 16 ? 4 : D == 32 ? 3 : 1;
+
 // First query row that sees a key that is not there.
 constexpr int NEVER = 1 << 30;
 
-// A warp's part in it.
-template <class E, int D> struct WholeBackward {
+// A warp's part in backward_whole, or without SUMS of dq in dk_dv_whole.
+template <class E, int D, bool SUMS> struct WholeBackward {
     using T = Tile<E, D>;
     static constexpr int STRIDE = T::STRIDE;
 
@@ -30,10 +36,12 @@ template <class E, int D> struct WholeBackward {
     E* q_tile;                        // [most_rows, STRIDE]
     E* d_o_tile;                      // [heads, most_rows, STRIDE]
     float *lse_tile, *delta_tile, *correction_tile;
-    float* dq;                        // [item_warps, most_rows, DQ_STRIDE]
+    float* dq;                        // SUMS: [warps of the block, most_rows, DQ_STRIDE]
     float* scratch;
 
-    __device__ __forceinline__ WholeBackward(const AttentionParams& p, Carve carve, int warps, int warp) : keys(p, carve, warps, warp, p.item_warps) {
+    // Without SUMS a warp has room for 16 keys and values in place of the sequence's.
+    __device__ __forceinline__ WholeBackward(const AttentionParams& p, Carve carve, int warps, int warp)
+        : keys(p, carve, warps, warp, p.item_warps, SUMS ? p.key_slots * p.capacity : p.item_warps * 16) {
         const int items = warps / p.item_warps, place = warp / p.item_warps;
         member = warp - place * p.item_warps;
         most_rows = p.capacity * keys.problem.slots;
@@ -44,20 +52,24 @@ template <class E, int D> struct WholeBackward {
         lse_tile = carve.take<float>(sequences_rows) + row;
         delta_tile = carve.take<float>(sequences_rows) + row;
         correction_tile = carve.take<float>(CORRECTED<E> ? sequences_rows : 0) + row;
-        dq = carve.take<float>(warps * most_rows * DQ_STRIDE<D>) + place * p.item_warps * most_rows * DQ_STRIDE<D>;
+        dq = carve.take<float>(SUMS ? warps * most_rows * DQ_STRIDE<D> : 0);
         scratch = carve.take<float>(warps * SCRATCH<E>) + warp * SCRATCH<E>;
     }
 
-    __device__ __forceinline__ float* own_dq() const { return dq + member * most_rows * DQ_STRIDE<D>; }
+    // The sum of a warp of the block.
+    __device__ __forceinline__ float* dq_of(int warp) const { return dq + warp * most_rows * DQ_STRIDE<D>; }
+    __device__ __forceinline__ float* own_dq() const { return dq_of(uniform(warp_index())); }
 
     // Everything there is comes to shared memory; zeros in rows up to the next multiple of 16.
     __device__ __forceinline__ void load(const AttentionParams& p) const {
         const Problem& problem = keys.problem;
-        keys.template load<0>(p);
+        if constexpr (SUMS) keys.template load<0>(p);
         copy_rows<E, D>(keys.team, q_tile, p.q, all_rows, 0, [&](int row) { return problem.query(p, keys.item, row); });
         const int lane = lane_index(), heads = problem.key_heads, chunks = heads * T::CHUNKS;
-        for (int i = lane * 4; i < ((all_rows + 15) & ~15) * DQ_STRIDE<D>; i += 128) {
-            *reinterpret_cast<float4*>(own_dq() + i) = float4{0.0f, 0.0f, 0.0f, 0.0f};
+        if constexpr (SUMS) {
+            for (int i = lane * 4; i < ((all_rows + 15) & ~15) * DQ_STRIDE<D>; i += 128) {
+                *reinterpret_cast<float4*>(own_dq() + i) = float4{0.0f, 0.0f, 0.0f, 0.0f};
+            }
         }
         // Two lanes share a row of d_o.
         for (int row = member * 16 + (lane & 15); row < ((all_rows + 15) & ~15); row += p.item_warps * 16) {
@@ -66,20 +78,25 @@ template <class E, int D> struct WholeBackward {
             float delta = 0.0f;
 #pragma unroll 2
             for (int chunk = lane >> 4; chunk < chunks; chunk += 2) {
-                uint4 y = make_uint4(0, 0, 0, 0);
-                if (there) {
-                    const size_t from = at * (heads * D) + chunk * T::PER_CHUNK;
-                    const uint4 x = *reinterpret_cast<const uint4*>(static_cast<const E*>(p.o) + from);
-                    y = *reinterpret_cast<const uint4*>(static_cast<const E*>(p.d_o) + from);
-                    delta = add_product<E>(x, y, delta);
-                }
+                const size_t from = at * (heads * D) + chunk * T::PER_CHUNK;
                 E* const to = d_o_tile + (chunk / T::CHUNKS * most_rows + row) * STRIDE + chunk % T::CHUNKS * T::PER_CHUNK;
-                *reinterpret_cast<uint4*>(to) = y;
+                if constexpr (SUMS) {
+                    uint4 y = make_uint4(0, 0, 0, 0);
+                    if (there) {
+                        const uint4 x = *reinterpret_cast<const uint4*>(static_cast<const E*>(p.o) + from);
+                        y = *reinterpret_cast<const uint4*>(static_cast<const E*>(p.d_o) + from);
+                        delta = add_product<E>(x, y, delta);
+                    }
+                    *reinterpret_cast<uint4*>(to) = y;
+                } else {
+                    copy_async(to, static_cast<const E*>(p.d_o) + from, there);
+                }
             }
-            delta += shuffle_xor(delta, 16);
+            if constexpr (SUMS) delta += shuffle_xor(delta, 16);
             if (lane < 16) {
                 lse_tile[row] = there ? base_2_lse(p.lse[at]) : INF;
-                delta_tile[row] = delta;
+                delta_tile[row] = SUMS ? delta : there ? p.delta[at] : 0.0f;
+                if constexpr (CORRECTED<E> && !SUMS) correction_tile[row] = there ? p.correction[at] : 0.0f;
             }
         }
     }
@@ -137,8 +154,25 @@ template <class E, int D> struct WholeBackward {
             const int key = (lane >> 2) + i * 8;
             own_from[i] = key < count ? seen_from(first + key) : NEVER;
         }
-        E* const own_keys = keys.k_tile + (head * p.capacity + first) * STRIDE;
-        E* const own_values = keys.v_tile + (head * p.capacity + first) * STRIDE;
+        const int at = SUMS ? head * p.capacity + first : member * 16;
+        E* const own_keys = keys.k_tile + at * STRIDE;
+        E* const own_values = keys.v_tile + at * STRIDE;
+        if constexpr (!SUMS) {
+            const auto index = [&](int row) { return keys.problem.key(p, keys.token(p, list, first + row), head); };
+            __syncwarp();  // the gradients of the keys before have been read
+            stage_rows<E, D>(own_keys, p.k, count, 0, index);
+            stage_rows<E, D>(own_values, p.v, count, 0, index);
+            if (!keys.by_label(p) && p.group) {
+                // Values that are not kept count as zeros.
+                __syncwarp();
+                for (int i = lane; i < count * T::CHUNKS; i += 32) {
+                    const int row = i / T::CHUNKS;
+                    if (is_kept(p, head, load_feedback(p, keys.token(p, list, first + row)).label)) continue;
+                    *reinterpret_cast<uint4*>(own_values + row * STRIDE + i % T::CHUNKS * T::PER_CHUNK) = make_uint4(0, 0, 0, 0);
+                }
+            }
+            __syncwarp();
+        }
         Rows<E, D, (D <= 64 && !CAREFUL)> k, v;
         k.set(own_keys);
         if (kept) v.set(own_values);
@@ -162,14 +196,17 @@ template <class E, int D> struct WholeBackward {
                 transposed_gradients<E, D, CAREFUL, false>(s, dv, k, v, queries, d_o, scale, lse_tile + row, delta_tile + row,
                                                            correction_tile + row, row, diagonal, own_from, scratch);
             }
-            float* const dq_rows = own_dq() + row * DQ_STRIDE<D>;
             if constexpr (CAREFUL) {
                 const auto sees = [&](int i) { return row + i / 4 * 8 + (lane & 3) * 2 + i % 2 >= own_from[i / 2 % 2]; };
-                accumulate_transposed_carefully<E, D>(dq_rows, DQ_STRIDE<D>, s, own_keys, scratch, sees);
+                if constexpr (SUMS) {
+                    accumulate_transposed_carefully<E, D>(own_dq() + row * DQ_STRIDE<D>, DQ_STRIDE<D>, s, own_keys, scratch, sees);
+                }
                 accumulate_carefully<E, D>(dk, s, queries, scratch, sees);
             } else {
                 accumulate<E, D>(dk, s, queries, scratch);
-                accumulate_transposed<E, D>(dq_rows, DQ_STRIDE<D>, s, own_keys, scratch);
+                if constexpr (SUMS) {
+                    accumulate_transposed<E, D>(own_dq() + row * DQ_STRIDE<D>, DQ_STRIDE<D>, s, own_keys, scratch);
+                }
             }
         }
         // The keys and values have done their work: the gradients leave through their place.
@@ -210,7 +247,7 @@ template <class E, int D> struct WholeBackward {
         float zero = 0.0f;
         for (int i = keys.team.thread; i < all_rows * T::CHUNKS; i += keys.team.threads) {
             const int row = i / T::CHUNKS, column = i % T::CHUNKS * T::PER_CHUNK;
-            float* const sum = dq + row * DQ_STRIDE<D> + column;
+            float* const sum = dq_of(uniform(warp_index()) - member) + row * DQ_STRIDE<D> + column;
             for (int warp = 1; warp < int(p.item_warps); ++warp) {
                 const float* const more = sum + warp * most_rows * DQ_STRIDE<D>;
 #pragma unroll
@@ -233,7 +270,7 @@ template <class E, int D> struct WholeBackward {
         load(p);
         copy_wait();
         keys.meet(p);
-        if constexpr (CORRECTED<E>) {
+        if constexpr (CORRECTED<E> && SUMS) {
             correct(p);
             keys.meet(p);
         }
@@ -245,20 +282,123 @@ template <class E, int D> struct WholeBackward {
             }
             if (keys.by_label(p)) clear_unlisted(p, head);
         }
-        keys.meet(p);
-        spoiled |= write_queries(p);
+        if constexpr (SUMS) {
+            keys.meet(p);
+            spoiled |= write_queries(p);
+        }
         return p.item_warps == 1 ? any_lane(spoiled) : any_thread(spoiled);
     }
 };
 
 // A call of its own, which only those with something that is not finite pay for.
-template <class E, int D> __device__ __noinline__ void backward_whole_carefully(const AttentionParams& p) {
-    const WholeBackward<E, D> backward(p, Carve{shared_memory()}, blockDim.x / 32, uniform(warp_index()));
+template <class E, int D, bool SUMS> __device__ __noinline__ void backward_whole_carefully(const AttentionParams& p) {
+    const WholeBackward<E, D, SUMS> backward(p, Carve{shared_memory()}, blockDim.x / 32, uniform(warp_index()));
     backward.keys.meet(p);
     backward.template run<true>(p);
 }
 
-template <class E, int D> __device__ __forceinline__ void backward_whole(const AttentionParams& p) {
-    const WholeBackward<E, D> backward(p, Carve{shared_memory()}, blockDim.x / 32, uniform(warp_index()));
-    if (backward.template run<false>(p)) backward_whole_carefully<E, D>(p);
+template <class E, int D, bool SUMS> __device__ __forceinline__ void backward_whole(const AttentionParams& p) {
+    const WholeBackward<E, D, SUMS> backward(p, Carve{shared_memory()}, blockDim.x / 32, uniform(warp_index()));
+    if (backward.template run<false>(p)) backward_whole_carefully<E, D, SUMS>(p);
+}
+
+// A warp's part in dq_whole. Reads q, k, v, o, d_o, lse, order, feedback; writes dq, zeros for the heads of the other group included,
+// delta, and in f32 correction.
+template <class E, int D> struct WholeDq {
+    static constexpr int STRIDE = Tile<E, D>::STRIDE;
+
+    const WholeKeys<E, D> keys;
+    E *q_tile, *d_o_tile;
+    float* out;  // [16, D + 4]
+    float* scratch;
+
+    __device__ __forceinline__ WholeDq(const AttentionParams& p, Carve carve, int warps, int warp)
+        : keys(p, carve, warps, warp, p.item_warps, p.key_slots * p.capacity) {
+        q_tile = carve.take<E>(warps * 16 * STRIDE) + warp * 16 * STRIDE;
+        d_o_tile = carve.take<E>(warps * 16 * STRIDE) + warp * 16 * STRIDE;
+        out = carve.take<float>(warps * 16 * (D + 4)) + warp * 16 * (D + 4);
+        scratch = carve.take<float>(warps * SCRATCH<E>) + warp * SCRATCH<E>;
+    }
+
+    // 16 query rows from `first` on. True if a gradient may be other than it should be, as something is not finite.
+    template <bool CAREFUL> __device__ __forceinline__ bool take_rows(const AttentionParams& p, int first) const {
+        const Problem& problem = keys.problem;
+        const Item& item = keys.item;
+        const int lane = lane_index(), left = item.length * problem.slots - first, rows = left < 16 ? left : 16;
+        __syncwarp();  // of the rows before, everything was read
+        const unsigned visible = stage_queries(p, keys, q_tile, first, rows, 0);
+        const unsigned most = shuffle_from(visible, rows - 1), least = rows == 16 ? shuffle_from(visible, 0) : 0;
+        const unsigned own[2] = {shuffle_from(visible, lane >> 2), shuffle_from(visible, (lane >> 2) + 8)};
+        float lse[2], delta[2];
+        compute_delta<E, D>(delta, p, problem, item, first, rows, [](int, int, const uint4&) {});
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int row = (lane >> 2) + i * 8;
+            lse[i] = row < rows ? base_2_lse(p.lse[problem.row(p, item, first + row)]) : INF;
+            if ((lane & 3) == 0 && row < rows) p.delta[problem.row(p, item, first + row)] = delta[i];
+        }
+        __syncwarp();
+        Rows<E, D, !CAREFUL> q, d_o;
+        q.set(q_tile);
+
+        const float scale = p.scale * LOG2_E;
+        float acc[D / 8][4], sum[2] = {0.0f, 0.0f};
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0.0f;
+        for (int head = 0; head < int(problem.key_heads); ++head) {
+            __syncwarp();  // the rows of the head before have been read
+            stage_rows<E, D>(d_o_tile, p.d_o, rows, 0,
+                             [&](int row) { return problem.row(p, item, first + row) * problem.key_heads + head; });
+            __syncwarp();
+            d_o.set(d_o_tile);
+            const int list = keys.list_of(p, head);
+            const bool kept = keys.keeps(p, head);
+            for (int from = 0; from < keys.of_list(most, list); from += 16) {
+                const E* const own_keys = keys.k_tile + (head * p.capacity + from) * STRIDE;
+                const E* const values = keys.v_tile + (head * p.capacity + from) * STRIDE;
+                const int limit[2] = {keys.of_list(own[0], list) - from, keys.of_list(own[1], list) - from};
+                const bool diagonal = CAREFUL || from + 16 > keys.of_list(least, list);
+                float s[2][4];
+                if (kept) score_gradients<E, D, true>(s, sum, q, d_o, own_keys, values, scale, lse, delta, diagonal, limit);
+                else score_gradients<E, D, false>(s, sum, q, d_o, own_keys, values, scale, lse, delta, diagonal, limit);
+                if constexpr (CAREFUL) {
+                    const auto sees = [&](int i) { return i / 4 * 8 + (lane & 3) * 2 + i % 2 < limit[i / 2 % 2]; };
+                    hide(s, sees);
+                    accumulate_carefully<E, D>(acc, s, own_keys, scratch, sees);
+                } else {
+                    accumulate<E, D>(acc, s, own_keys, scratch);
+                }
+            }
+        }
+        float zero = 0.0f;
+        add_zeros<D>(zero, acc);
+        if constexpr (CORRECTED<E>) correct_rows<D>(acc, sum, p, problem, item, first, rows);
+        store_accumulator<D>(out, D + 4, acc, p.scale);
+        __syncwarp();
+        write_rows<E, D>(p.dq, out, D + 4, rows, [&](int row) { return problem.query(p, item, first + row); });
+        clear_other_group<E, D>(p, problem, item, first, rows);
+        return any_lane(zero != 0.0f);
+    }
+
+    // All rows of the warp, or up to those that have to be done CAREFULLY: then true.
+    template <bool CAREFUL> __device__ __forceinline__ bool take_all(const AttentionParams& p) const {
+        const int all_rows = keys.item.length * keys.problem.slots;
+        for (Pieces tile(p, uniform(warp_index()) % p.item_warps); tile.at * 16 < all_rows; tile.advance()) {
+            if (take_rows<CAREFUL>(p, tile.at * 16) && !CAREFUL) return true;
+        }
+        return false;
+    }
+};
+
+template <class E, int D> __device__ __noinline__ void dq_whole_carefully(const AttentionParams& p) {
+    const WholeDq<E, D> dq(p, Carve{shared_memory()}, blockDim.x / 32, uniform(warp_index()));
+    dq.template take_all<true>(p);
+}
+
+template <class E, int D> __device__ __forceinline__ void dq_whole(const AttentionParams& p) {
+    const WholeDq<E, D> dq(p, Carve{shared_memory()}, blockDim.x / 32, uniform(warp_index()));
+    dq.keys.template load<0>(p);
+    copy_wait();
+    dq.keys.meet(p);
+    if (dq.template take_all<false>(p)) dq_whole_carefully<E, D>(p);
 }

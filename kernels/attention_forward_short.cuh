@@ -26,7 +26,7 @@ template <class E, int D, int HEADS, int CHUNKS> struct ShortForward {
 
     static __device__ __forceinline__ int out_stride(const AttentionParams& p) { return p.key_slots * D + T::PER_CHUNK; }
 
-    __device__ __forceinline__ ShortForward(const AttentionParams& p, Carve carve, int warps, int warp) : keys(p, carve, warps, warp, 1) {
+    __device__ __forceinline__ ShortForward(const AttentionParams& p, Carve carve, int warps, int warp) : keys(p, carve, warps, warp, 1, p.key_slots * p.capacity) {
         q_tile = carve.take<E>(warps * 16 * STRIDE) + warp * 16 * STRIDE;
         out = carve.take<E>(warps * 16 * out_stride(p)) + warp * 16 * out_stride(p);
     }
@@ -39,7 +39,7 @@ template <class E, int D, int HEADS, int CHUNKS> struct ShortForward {
         // Two lanes share a row of q and of o, `row`. Of an accumulator a lane has two others, lane / 4 and lane / 4 + 8.
         const int row = lane & 15;
         __syncwarp();  // of the rows before, everything was read
-        const unsigned visible = stage_queries(p, keys, q_tile, first, rows);
+        const unsigned visible = stage_queries(p, keys, q_tile, first, rows, Scale<E>(p).flip);
         const unsigned most = shuffle_from(visible, rows - 1), least = rows == 16 ? shuffle_from(visible, 0) : 0;
         const unsigned own[2] = {shuffle_from(visible, lane >> 2), shuffle_from(visible, (lane >> 2) + 8)};
         __syncwarp();

@@ -20,7 +20,7 @@ template <class E, int D> struct WholeForward {
     float* scratch;
 
     __device__ __forceinline__ WholeForward(const AttentionParams& p, Carve carve, int warps, int warp)
-        : outputs(p, carve, warps, warp), keys(p, carve, warps, warp, p.item_warps) {
+        : outputs(p, carve, warps, warp), keys(p, carve, warps, warp, p.item_warps, p.key_slots * p.capacity) {
         q_tile = carve.take<E>(warps * 16 * Tile<E, D>::STRIDE) + warp * 16 * Tile<E, D>::STRIDE;
         scratch = carve.take<float>(warps * SCRATCH<E>) + warp * SCRATCH<E>;
     }
@@ -31,7 +31,7 @@ template <class E, int D> struct WholeForward {
         const Problem& problem = keys.problem;
         const Item& item = keys.item;
         const int lane = lane_index(), left = item.length * problem.slots - first, rows = left < 16 ? left : 16;
-        const unsigned visible = stage_queries(p, keys, q_tile, first, rows);
+        const unsigned visible = stage_queries(p, keys, q_tile, first, rows, Scale<E>(p).flip);
         const unsigned most = shuffle_from(visible, rows - 1), least = rows == 16 ? shuffle_from(visible, 0) : 0;
         const unsigned own[2] = {shuffle_from(visible, lane >> 2), shuffle_from(visible, (lane >> 2) + 8)};
         __syncwarp();

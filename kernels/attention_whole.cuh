@@ -16,9 +16,9 @@ template <class E, int D> struct WholeKeys {
     Team team;           // those who share the sequence
     E *k_tile, *v_tile;  // [heads, capacity, STRIDE]
 
-    // `sharing`: p.item_warps, or 1 where it is known to be that.
-    __device__ __forceinline__ WholeKeys(const AttentionParams& p, Carve& carve, int warps, int warp, int sharing) : problem(p) {
-        const int items = warps / sharing, place = warp / sharing, rows = problem.key_heads * p.capacity;
+    // `sharing`: p.item_warps, or 1 where it is known to be that. A sequence has `rows` rows of keys, and of values.
+    __device__ __forceinline__ WholeKeys(const AttentionParams& p, Carve& carve, int warps, int warp, int sharing, int rows) : problem(p) {
+        const int items = warps / sharing, place = warp / sharing;
         item = load_item(p, blockIdx.x * items + place);
         team = Team{int(threadIdx.x) - place * sharing * 32, sharing * 32};
         k_tile = carve.take<E>(items * rows * T::STRIDE) + place * rows * T::STRIDE;
@@ -91,16 +91,16 @@ template <class E, int D> struct WholeKeys {
 };
 
 // Copies `rows` query rows from `first` on to a warp's tile, and zeros behind them. Two lanes share a row, lane & 15; what it sees
-// of the keys is returned. With a negative scale queries are negated.
+// of the keys is returned. `flip` is xor-ed into every word.
 template <class E, int D>
-__device__ __forceinline__ unsigned stage_queries(const AttentionParams& p, const WholeKeys<E, D>& keys, E* tile, int first, int rows) {
+__device__ __forceinline__ unsigned stage_queries(const AttentionParams& p, const WholeKeys<E, D>& keys, E* tile, int first, int rows,
+                                                  unsigned flip) {
     using T = Tile<E, D>;
     const int lane = lane_index(), row = lane & 15;
     const unsigned position = keys.problem.position(p, first + row), token = keys.item.start + position;
     const Feedback feedback = row < rows && p.group ? load_feedback(p, token) : Feedback{0, 0};
     const unsigned slot = keys.problem.first_slot + first + row - position * keys.problem.slots;
     const E* const from = static_cast<const E*>(p.q) + size_t(token * p.heads + query_head(p, slot, feedback.label)) * D;
-    const unsigned flip = Scale<E>(p).flip;
 #pragma unroll
     for (int c = 0; c < T::CHUNKS; c += 2) {
         const int chunk = c + (lane >> 4);

@@ -83,7 +83,8 @@ pub fn forward(
 /// Computes the gradients of a loss with respect to `q`, `k` and `v`, given `o` and `lse` as [`forward`] left
 /// them and the gradient `d_o` (`[N, Q, K, d]`) with respect to `o`.
 ///
-/// Input that is not finite spoils gradients of its own sequence only.
+/// Input that is not finite spoils the gradients that depend on it, and no others: docs/kernels.md, "What is not finite", says
+/// which. (Such a sequence, or the part of a long one that is one piece of work, is computed twice.)
 ///
 /// # Errors
 /// [`FhaOptions::check`], and buffers of the wrong length; nothing is written then.

@@ -14,10 +14,15 @@
 //! - One key may take nearly all of the probability. What is left of `ds` is then a difference of nearly equal
 //!   numbers, so both are taken relative to that key: `ds = p * ((do . v - center) - sum p (do . v - center))` with
 //!   `center` its `do . v`, which makes its own difference exactly 0.
+//!
+//! A key that a row does not see has `p = ds = 0`, and is left in the products: that costs less than to leave it out. But 0 times
+//! NaN is NaN. Where a gradient turns out not to be finite, the piece of work is therefore done again with care: hidden keys
+//! are left out, so that what is not finite reaches only what depends on it. All other results keep their bits, as what is left
+//! out was 0.
 
 use super::forward::{KeyPanels, Queries, Softmax, interleave_row, stretches};
 use super::pack::{Buffer, KeyOrder, Piece, QueryOrder, Row, STRIDE, Scratch, Tile, cut};
-use super::product::{accumulate_panel, accumulate_rows, dots, exact_score, score};
+use super::product::{accumulate_panel, accumulate_rows, accumulate_visible, dots, exact_score, score};
 use super::{Group, Saved, Sequence, Shape};
 use crate::device::cpu::simd::{Kernel, Simd};
 use std::f32::consts::{LN_2, LOG2_E};
@@ -100,19 +105,27 @@ impl Kernel for Backward<'_> {
             normalizers,
             dq,
             first: range.start,
+            careful: false,
         };
-        for group in shape.groups() {
-            let rows = context.queries.rows(&group);
-            let mut row = 0;
-            while row < rows {
-                if S::REGISTERS >= 32 && rows - row > 4 {
-                    context.tile::<S, 8>(s, &group, row..rows.min(row + 8));
-                    row += 8;
-                } else {
-                    context.tile::<S, 4>(s, &group, row..rows.min(row + 4));
-                    row += 4;
+        loop {
+            for group in shape.groups() {
+                let rows = context.queries.rows(&group);
+                let mut row = 0;
+                while row < rows {
+                    if S::REGISTERS >= 32 && rows - row > 4 {
+                        context.tile::<S, 8>(s, &group, row..rows.min(row + 8));
+                        row += 8;
+                    } else {
+                        context.tile::<S, 4>(s, &group, row..rows.min(row + 4));
+                        row += 4;
+                    }
                 }
             }
+            if context.careful || context.gradients_are_finite(s) {
+                break;
+            }
+            context.careful = true;
+            context.d_panels.iter_mut().flatten().for_each(|panels| panels.fill(0.0));
         }
         if let (Some([dk, dv]), Some([dk_panels, dv_panels])) = (dkv.as_mut(), context.d_panels) {
             // Queries were multiplied with scale * log2(e); the gradient wants scale.
@@ -138,9 +151,17 @@ struct Context<'a> {
     dq: Option<&'a mut [f32]>,
     /// The first query token: the first row of `dq` and of recorded normalizers.
     first: usize,
+    /// Whether keys that a row does not see are left out of its products.
+    careful: bool,
 }
 
 impl Context<'_> {
+    #[inline(always)]
+    fn gradients_are_finite<S: Simd>(&self, s: S) -> bool {
+        let panels = self.d_panels.iter().flatten().all(|panels| all_finite(s, panels));
+        panels && self.dq.as_deref().is_none_or(|dq| all_finite(s, dq))
+    }
+
     /// At most `R` rows of a group through all keys.
     #[inline(always)]
     fn tile<S: Simd, const R: usize>(&mut self, s: S, group: &Group, range: Range<usize>) {
@@ -206,18 +227,35 @@ impl Context<'_> {
                 unkept_gradients::<S, R>(s, &delta, len, scores, gradients);
             }
             let d_o = products.of_head::<R>(piece);
+            // With care, keys that all rows see are taken together, and of the others each row takes its own.
+            let visible = rows.map(|row| piece.visible(&row));
+            let shared = visible[0];
             if let Some([dk, dv]) = &mut self.d_panels {
                 let [dk, dv] = [dk, dv].map(|x| &mut x[head..][..(d - 1) * slots + len]);
+                let together = if self.careful { shared / S::LANES * S::LANES } else { len };
+                let add = |weights: &[f32], rows: &[f32], panel: &mut [f32]| {
+                    accumulate_panel::<S, R>(s, weights, STRIDE, rows, panel, slots, together);
+                    if self.careful {
+                        accumulate_visible::<S, R>(
+                            s, weights, STRIDE, rows, panel, slots, together, &visible,
+                        );
+                    }
+                };
                 if piece.kept {
-                    accumulate_panel::<S, R>(s, scores, STRIDE, d_o, dv, slots, len);
+                    add(scores, d_o, dv);
                 }
-                accumulate_panel::<S, R>(s, gradients, STRIDE, queries.scaled, dk, slots, len);
+                add(gradients, queries.scaled, dk);
             }
             if let Some(k_rows) = self.k_rows {
-                let from = (piece.key_head * slots + piece.slot(keys)) * self.padded;
-                let k_rows = &k_rows[from..][..piece.len * self.padded];
-                let all = 0..piece.len;
-                accumulate_rows::<S, R>(s, gradients, STRIDE, k_rows, self.padded, all, sums, self.padded);
+                let padded = self.padded;
+                let from = (piece.key_head * slots + piece.slot(keys)) * padded;
+                let k_rows = &k_rows[from..][..piece.len * padded];
+                let together = 0..if self.careful { shared } else { piece.len };
+                accumulate_rows::<S, R>(s, gradients, STRIDE, k_rows, padded, together, sums, padded);
+                for r in (0..R).filter(|_| self.careful) {
+                    let (gradients, sums) = (&gradients[r * STRIDE..], &mut sums[r * padded..]);
+                    accumulate_rows::<S, 1>(s, gradients, 0, k_rows, padded, shared..visible[r], sums, 0);
+                }
             }
         }
         if let Some(dq) = &mut self.dq {
@@ -300,7 +338,7 @@ impl OutputProducts<'_> {
         for piece in pieces {
             probabilities::<S, R>(s, panels, queries, piece, &shift, p);
             for r in 0..R {
-                for (j, &p) in p[r * STRIDE..][..piece.len].iter().enumerate() {
+                for (j, &p) in p[r * STRIDE..][..piece.visible(&queries.rows[r])].iter().enumerate() {
                     if p > best[r] {
                         best[r] = p;
                         center[r] =
@@ -317,7 +355,7 @@ impl OutputProducts<'_> {
                 unkept_gradients::<S, R>(s, &center, piece.padded(), p, gradients);
             }
             for r in 0..R {
-                let piece = &gradients[r * STRIDE..][..piece.len];
+                let piece = &gradients[r * STRIDE..][..piece.visible(&queries.rows[r])];
                 rest[r] += piece.iter().map(|&x| f64::from(x)).sum::<f64>();
             }
         }
@@ -479,4 +517,18 @@ fn unkept_gradients<S: Simd, const R: usize>(s: S, delta: &[f32; R], len: usize,
             s.store(s.mul(s.load(p), minus), out);
         }
     }
+}
+
+#[inline(always)]
+fn all_finite<S: Simd>(s: S, x: &[f32]) -> bool {
+    // What is finite is 0 times itself.
+    let mut sums = [s.zero(); 4];
+    let mut blocks = x.chunks_exact(4 * S::LANES);
+    for block in &mut blocks {
+        for (sum, vector) in sums.iter_mut().zip(block.chunks_exact(S::LANES)) {
+            *sum = s.mul_add(s.load(vector), s.zero(), *sum);
+        }
+    }
+    let rest = blocks.remainder().iter().all(|x| x.is_finite());
+    rest && s.sum(s.add(s.add(sums[0], sums[1]), s.add(sums[2], sums[3]))) == 0.0
 }

@@ -32,7 +32,8 @@ fn main() {
     // Not in OUT_DIR, which is another one for each of clippy, documentation and tests.
     let kept = out.ancestors().nth(3).expect("it is deep in target/").join("emulated-modules");
     std::fs::create_dir_all(&kept).expect("target/ should be writable");
-    let compiler = format!("{:?}", kernels.get_compiler().to_command());
+    let compiler = kernels.get_compiler();
+    let compiler = format!("{:?} {:?}", compiler.path(), compiler.args());
     let mut library = base();
     let (mut missing, mut objects) = (vec![], vec![]);
     for (source, defines) in modules() {

@@ -22,7 +22,7 @@
 
 use super::forward::{KeyPanels, Queries, Softmax, interleave_row, stretches};
 use super::pack::{Buffer, KeyOrder, Piece, QueryOrder, Row, STRIDE, Scratch, Tile, cut};
-use super::product::{accumulate_panel, accumulate_rows, accumulate_visible, dots, exact_score, score};
+use super::product::{accumulate_panel, accumulate_rows, dots, exact_score, score};
 use super::{Group, Saved, Sequence, Shape};
 use crate::device::cpu::simd::{Kernel, Simd};
 use std::f32::consts::{LN_2, LOG2_E};
@@ -158,8 +158,10 @@ struct Context<'a> {
 impl Context<'_> {
     #[inline(always)]
     fn gradients_are_finite<S: Simd>(&self, s: S) -> bool {
-        let panels = self.d_panels.iter().flatten().all(|panels| all_finite(s, panels));
-        panels && self.dq.as_deref().is_none_or(|dq| all_finite(s, dq))
+        // (A closure would not be inlined.)
+        let [dk, dv] = self.d_panels.as_ref().map_or([&[][..]; 2], |panels| panels.each_ref().map(|x| &**x));
+        let dq = self.dq.as_deref().unwrap_or(&[]);
+        all_finite(s, dk) && all_finite(s, dv) && all_finite(s, dq)
     }
 
     /// At most `R` rows of a group through all keys.
@@ -227,35 +229,33 @@ impl Context<'_> {
                 unkept_gradients::<S, R>(s, &delta, len, scores, gradients);
             }
             let d_o = products.of_head::<R>(piece);
-            // With care, keys that all rows see are taken together, and of the others each row takes its own.
-            let visible = rows.map(|row| piece.visible(&row));
-            let shared = visible[0];
+            let q = queries.scaled;
+            if self.careful {
+                let visible = rows.map(|row| piece.visible(&row));
+                if let Some([dk, dv]) = &mut self.d_panels {
+                    if piece.kept {
+                        accumulate_visible_panel::<S, R>(s, scores, d_o, &mut dv[head..], slots, &visible);
+                    }
+                    accumulate_visible_panel::<S, R>(s, gradients, q, &mut dk[head..], slots, &visible);
+                }
+                if let Some(k_rows) = self.k_rows {
+                    let k_rows = &k_rows[(piece.key_head * slots + piece.slot(keys)) * self.padded..];
+                    accumulate_visible_rows::<S, R>(s, gradients, k_rows, self.padded, sums, &visible);
+                }
+                continue;
+            }
             if let Some([dk, dv]) = &mut self.d_panels {
                 let [dk, dv] = [dk, dv].map(|x| &mut x[head..][..(d - 1) * slots + len]);
-                let together = if self.careful { shared / S::LANES * S::LANES } else { len };
-                let add = |weights: &[f32], rows: &[f32], panel: &mut [f32]| {
-                    accumulate_panel::<S, R>(s, weights, STRIDE, rows, panel, slots, together);
-                    if self.careful {
-                        accumulate_visible::<S, R>(
-                            s, weights, STRIDE, rows, panel, slots, together, &visible,
-                        );
-                    }
-                };
                 if piece.kept {
-                    add(scores, d_o, dv);
+                    accumulate_panel::<S, R>(s, scores, STRIDE, d_o, dv, slots, len);
                 }
-                add(gradients, queries.scaled, dk);
+                accumulate_panel::<S, R>(s, gradients, STRIDE, q, dk, slots, len);
             }
             if let Some(k_rows) = self.k_rows {
-                let padded = self.padded;
-                let from = (piece.key_head * slots + piece.slot(keys)) * padded;
-                let k_rows = &k_rows[from..][..piece.len * padded];
-                let together = 0..if self.careful { shared } else { piece.len };
-                accumulate_rows::<S, R>(s, gradients, STRIDE, k_rows, padded, together, sums, padded);
-                for r in (0..R).filter(|_| self.careful) {
-                    let (gradients, sums) = (&gradients[r * STRIDE..], &mut sums[r * padded..]);
-                    accumulate_rows::<S, 1>(s, gradients, 0, k_rows, padded, shared..visible[r], sums, 0);
-                }
+                let from = (piece.key_head * slots + piece.slot(keys)) * self.padded;
+                let k_rows = &k_rows[from..][..piece.len * self.padded];
+                let all = 0..piece.len;
+                accumulate_rows::<S, R>(s, gradients, STRIDE, k_rows, self.padded, all, sums, self.padded);
             }
         }
         if let Some(dq) = &mut self.dq {
@@ -515,6 +515,49 @@ fn unkept_gradients<S: Simd, const R: usize>(s: S, delta: &[f32; R], len: usize,
         let (p, out) = (&p[r * STRIDE..][..len], &mut out[r * STRIDE..][..len]);
         for (p, out) in p.chunks_exact(S::LANES).zip(out.chunks_exact_mut(S::LANES)) {
             s.store(s.mul(s.load(p), minus), out);
+        }
+    }
+}
+
+/// `panel[x][j] += sum over r of rows[x][r] * weights[r][j]` for the keys `j` that row `r` sees, in the order of
+/// [`accumulate_panel`]. Apart from the code that is always needed, whose registers it would take; so it has no vectors.
+#[cold]
+#[inline(never)]
+fn accumulate_visible_panel<S: Simd, const R: usize>(
+    s: S,
+    weights: &[f32],
+    rows: &[f32],
+    panel: &mut [f32],
+    stride: usize,
+    visible: &[usize; R],
+) {
+    for (x, row) in rows.chunks_exact(R).enumerate() {
+        for r in 0..R {
+            for (j, weight) in weights[r * STRIDE..][..visible[r]].iter().enumerate() {
+                let sum = &mut panel[x * stride + j];
+                *sum = s.mul_add_one(row[r], *weight, *sum);
+            }
+        }
+    }
+}
+
+/// `sums[r][x] += sum over j of weights[r][j] * rows[j][x]` for the keys `j` that row `r` sees, in the order of
+/// [`accumulate_rows`].
+#[cold]
+#[inline(never)]
+fn accumulate_visible_rows<S: Simd, const R: usize>(
+    s: S,
+    weights: &[f32],
+    rows: &[f32],
+    padded: usize,
+    sums: &mut [f32],
+    visible: &[usize; R],
+) {
+    for (r, sums) in sums.chunks_exact_mut(padded).enumerate() {
+        for (weight, row) in weights[r * STRIDE..][..visible[r]].iter().zip(rows.chunks_exact(padded)) {
+            for (sum, x) in sums.iter_mut().zip(row) {
+                *sum = s.mul_add_one(*weight, *x, *sum);
+            }
         }
     }
 }

@@ -249,28 +249,6 @@ unsafe fn accumulate_vectors<S: Simd, const R: usize, const C: usize>(
     }
 }
 
-/// As [`accumulate_panel`] for keys from `from` on, of which row `r` sees those before `visible[r]`.
-#[inline(always)]
-pub(super) fn accumulate_visible<S: Simd, const R: usize>(
-    s: S,
-    weights: &[f32],
-    weight_stride: usize,
-    rows: &[f32],
-    panel: &mut [f32],
-    stride: usize,
-    from: usize,
-    visible: &[usize; R],
-) {
-    for r in 0..R {
-        for (x, row) in rows.chunks_exact(R).enumerate() {
-            for j in from..visible[r] {
-                let sum = &mut panel[x * stride + j];
-                *sum = s.mul_add_one(row[r], weights[r * weight_stride + j], *sum);
-            }
-        }
-    }
-}
-
 /// Dot products of interleaved rows, summed in the order of [`score`]: where a row has a single key, so that `o`
 /// is its value, `do . v - delta` is exactly 0.
 #[inline(always)]

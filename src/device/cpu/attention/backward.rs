@@ -14,11 +14,6 @@
 //! - One key may take nearly all of the probability. What is left of `ds` is then a difference of nearly equal
 //!   numbers, so both are taken relative to that key: `ds = p * ((do . v - center) - sum p (do . v - center))` with
 //!   `center` its `do . v`, which makes its own difference exactly 0.
-//!
-//! A key that a row does not see has `p = ds = 0`, and is left in the products: that costs less than to leave it out. But 0 times
-//! NaN is NaN. Where a gradient turns out not to be finite, the piece of work is therefore done again with care: hidden keys
-//! are left out, so that what is not finite reaches only what depends on it. All other results keep their bits, as what is left
-//! out was 0.
 
 use super::forward::{KeyPanels, Queries, Softmax, interleave_row, stretches};
 use super::pack::{Buffer, KeyOrder, Piece, QueryOrder, Row, STRIDE, Scratch, Tile, cut};
@@ -105,27 +100,19 @@ impl Kernel for Backward<'_> {
             normalizers,
             dq,
             first: range.start,
-            careful: false,
         };
-        loop {
-            for group in shape.groups() {
-                let rows = context.queries.rows(&group);
-                let mut row = 0;
-                while row < rows {
-                    if S::REGISTERS >= 32 && rows - row > 4 {
-                        context.tile::<S, 8>(s, &group, row..rows.min(row + 8));
-                        row += 8;
-                    } else {
-                        context.tile::<S, 4>(s, &group, row..rows.min(row + 4));
-                        row += 4;
-                    }
+        for group in shape.groups() {
+            let rows = context.queries.rows(&group);
+            let mut row = 0;
+            while row < rows {
+                if S::REGISTERS >= 32 && rows - row > 4 {
+                    context.tile::<S, 8>(s, &group, row..rows.min(row + 8));
+                    row += 8;
+                } else {
+                    context.tile::<S, 4>(s, &group, row..rows.min(row + 4));
+                    row += 4;
                 }
             }
-            if context.careful || context.gradients_are_finite(s) {
-                break;
-            }
-            context.careful = true;
-            context.d_panels.iter_mut().flatten().for_each(|panels| panels.fill(0.0));
         }
         if let (Some([dk, dv]), Some([dk_panels, dv_panels])) = (dkv.as_mut(), context.d_panels) {
             // Queries were multiplied with scale * log2(e); the gradient wants scale.
@@ -151,19 +138,9 @@ struct Context<'a> {
     dq: Option<&'a mut [f32]>,
     /// The first query token: the first row of `dq` and of recorded normalizers.
     first: usize,
-    /// Whether keys that a row does not see are left out of its products.
-    careful: bool,
 }
 
 impl Context<'_> {
-    #[inline(always)]
-    fn gradients_are_finite<S: Simd>(&self, s: S) -> bool {
-        // (A closure would not be inlined.)
-        let [dk, dv] = self.d_panels.as_ref().map_or([&[][..]; 2], |panels| panels.each_ref().map(|x| &**x));
-        let dq = self.dq.as_deref().unwrap_or(&[]);
-        all_finite(s, dk) && all_finite(s, dv) && all_finite(s, dq)
-    }
-
     /// At most `R` rows of a group through all keys.
     #[inline(always)]
     fn tile<S: Simd, const R: usize>(&mut self, s: S, group: &Group, range: Range<usize>) {
@@ -229,27 +206,12 @@ impl Context<'_> {
                 unkept_gradients::<S, R>(s, &delta, len, scores, gradients);
             }
             let d_o = products.of_head::<R>(piece);
-            let q = queries.scaled;
-            if self.careful {
-                let visible = rows.map(|row| piece.visible(&row));
-                if let Some([dk, dv]) = &mut self.d_panels {
-                    if piece.kept {
-                        accumulate_visible_panel::<S, R>(s, scores, d_o, &mut dv[head..], slots, &visible);
-                    }
-                    accumulate_visible_panel::<S, R>(s, gradients, q, &mut dk[head..], slots, &visible);
-                }
-                if let Some(k_rows) = self.k_rows {
-                    let k_rows = &k_rows[(piece.key_head * slots + piece.slot(keys)) * self.padded..];
-                    accumulate_visible_rows::<S, R>(s, gradients, k_rows, self.padded, sums, &visible);
-                }
-                continue;
-            }
             if let Some([dk, dv]) = &mut self.d_panels {
                 let [dk, dv] = [dk, dv].map(|x| &mut x[head..][..(d - 1) * slots + len]);
                 if piece.kept {
                     accumulate_panel::<S, R>(s, scores, STRIDE, d_o, dv, slots, len);
                 }
-                accumulate_panel::<S, R>(s, gradients, STRIDE, q, dk, slots, len);
+                accumulate_panel::<S, R>(s, gradients, STRIDE, queries.scaled, dk, slots, len);
             }
             if let Some(k_rows) = self.k_rows {
                 let from = (piece.key_head * slots + piece.slot(keys)) * self.padded;
@@ -338,7 +300,7 @@ impl OutputProducts<'_> {
         for piece in pieces {
             probabilities::<S, R>(s, panels, queries, piece, &shift, p);
             for r in 0..R {
-                for (j, &p) in p[r * STRIDE..][..piece.visible(&queries.rows[r])].iter().enumerate() {
+                for (j, &p) in p[r * STRIDE..][..piece.len].iter().enumerate() {
                     if p > best[r] {
                         best[r] = p;
                         center[r] =
@@ -355,7 +317,7 @@ impl OutputProducts<'_> {
                 unkept_gradients::<S, R>(s, &center, piece.padded(), p, gradients);
             }
             for r in 0..R {
-                let piece = &gradients[r * STRIDE..][..piece.visible(&queries.rows[r])];
+                let piece = &gradients[r * STRIDE..][..piece.len];
                 rest[r] += piece.iter().map(|&x| f64::from(x)).sum::<f64>();
             }
         }
@@ -517,61 +479,4 @@ fn unkept_gradients<S: Simd, const R: usize>(s: S, delta: &[f32; R], len: usize,
             s.store(s.mul(s.load(p), minus), out);
         }
     }
-}
-
-/// `panel[x][j] += sum over r of rows[x][r] * weights[r][j]` for the keys `j` that row `r` sees, in the order of
-/// [`accumulate_panel`]. Apart from the code that is always needed, whose registers it would take; so it has no vectors.
-#[cold]
-#[inline(never)]
-fn accumulate_visible_panel<S: Simd, const R: usize>(
-    s: S,
-    weights: &[f32],
-    rows: &[f32],
-    panel: &mut [f32],
-    stride: usize,
-    visible: &[usize; R],
-) {
-    for (x, row) in rows.chunks_exact(R).enumerate() {
-        for r in 0..R {
-            for (j, weight) in weights[r * STRIDE..][..visible[r]].iter().enumerate() {
-                let sum = &mut panel[x * stride + j];
-                *sum = s.mul_add_one(row[r], *weight, *sum);
-            }
-        }
-    }
-}
-
-/// `sums[r][x] += sum over j of weights[r][j] * rows[j][x]` for the keys `j` that row `r` sees, in the order of
-/// [`accumulate_rows`].
-#[cold]
-#[inline(never)]
-fn accumulate_visible_rows<S: Simd, const R: usize>(
-    s: S,
-    weights: &[f32],
-    rows: &[f32],
-    padded: usize,
-    sums: &mut [f32],
-    visible: &[usize; R],
-) {
-    for (r, sums) in sums.chunks_exact_mut(padded).enumerate() {
-        for (weight, row) in weights[r * STRIDE..][..visible[r]].iter().zip(rows.chunks_exact(padded)) {
-            for (sum, x) in sums.iter_mut().zip(row) {
-                *sum = s.mul_add_one(*weight, *x, *sum);
-            }
-        }
-    }
-}
-
-#[inline(always)]
-fn all_finite<S: Simd>(s: S, x: &[f32]) -> bool {
-    // What is finite is 0 times itself.
-    let mut sums = [s.zero(); 4];
-    let mut blocks = x.chunks_exact(4 * S::LANES);
-    for block in &mut blocks {
-        for (sum, vector) in sums.iter_mut().zip(block.chunks_exact(S::LANES)) {
-            *sum = s.mul_add(s.load(vector), s.zero(), *sum);
-        }
-    }
-    let rest = blocks.remainder().iter().all(|x| x.is_finite());
-    rest && s.sum(s.add(s.add(sums[0], sums[1]), s.add(sums[2], sums[3]))) == 0.0
 }

@@ -5,40 +5,23 @@
 //! the activations again, `2 (3*32*80 + 3*80*40 + 2*40)` = 34.7 kFLOP; what is shared by candidates or by tokens is
 //! not counted. `peak` is the rate of this core's multiply-add units in FLOP, to compare with.
 
+#[path = "../tests/bodies/target_attention.rs"]
+#[allow(dead_code)] // what is for tests
+mod bodies;
+
+use bodies::{Case, Output};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use dfar::device::TargetWeights;
 use dfar::device::cpu::simd::{Kernel, Simd, dispatch};
 use dfar::device::cpu::target_attention::{self, unfused};
-use dfar::device::{Segments, TargetIndex, TargetWeights};
 use rand::{RngExt, SeedableRng};
 use std::time::Duration;
 
 /// Sequences of one length, every one with the same number of candidates, each read by one row.
 struct Workload {
-    width: usize,
-    hidden: [usize; 2],
-    cu_seqlens: Vec<u32>,
-    pair_offsets: Vec<u32>,
-    score_offsets: Vec<u32>,
-    row_offsets: Vec<u32>,
-    members: Vec<u32>,
-    row_length: Vec<u32>,
-    s: Vec<f32>,
-    a: Vec<f32>,
-    r: Vec<f32>,
-    weights: [Vec<f32>; 6],
-    datt: Vec<f32>,
-    out: Output,
+    case: Case,
+    out: Output<f32>,
     kept: unfused::Activations,
-}
-
-struct Output {
-    e: Vec<f32>,
-    lse: Vec<f32>,
-    att: Vec<f32>,
-    ds: Vec<f32>,
-    da: Vec<f32>,
-    dr: Vec<f32>,
-    weights: [Vec<f32>; 6],
 }
 
 impl Workload {
@@ -50,16 +33,7 @@ impl Workload {
         let pairs = sequences * candidates;
         let [tokens, rows, scores] = [sequences * length, pairs, pairs * length].map(|n| n as usize);
         let [h0, h1] = hidden;
-        let weights = [
-            values(4 * width * h0, 0.2),
-            values(h0, 0.1),
-            values(h0 * h1, 0.2),
-            values(h1, 0.1),
-            values(h1, 0.3),
-            values(1, 0.1),
-        ];
-        let zeros = |n: usize| vec![0.0; n];
-        Self {
+        let case = Case {
             width,
             hidden,
             cu_seqlens: multiples(sequences, length),
@@ -68,81 +42,60 @@ impl Workload {
             row_offsets: multiples(pairs, 1),
             members: (0..pairs).collect(),
             row_length: vec![length; rows],
+            weights: [
+                values(4 * width * h0, 0.2),
+                values(h0, 0.1),
+                values(h0 * h1, 0.2),
+                values(h1, 0.1),
+                values(h1, 0.3),
+                values(1, 0.1),
+            ],
             s: values(tokens * width, 1.0),
             a: values(tokens * width, 1.0),
             r: values(rows * width, 1.0),
             datt: values(rows * width, 1.0),
-            out: Output {
-                e: zeros(scores),
-                lse: zeros(rows),
-                att: zeros(rows * width),
-                ds: zeros(tokens * width),
-                da: zeros(tokens * width),
-                dr: zeros(rows * width),
-                weights: weights.each_ref().map(|w| zeros(w.len())),
-            },
-            weights,
-            kept: unfused::Activations::default(),
-        }
+        };
+        let zeros = |n: usize| vec![0.0; n];
+        let out = Output {
+            e: zeros(scores),
+            lse: zeros(rows),
+            att: zeros(rows * width),
+            ds: zeros(tokens * width),
+            da: zeros(tokens * width),
+            dr: zeros(rows * width),
+            weights: case.weights.each_ref().map(|w| zeros(w.len())),
+        };
+        Self { case, out, kept: unfused::Activations::default() }
     }
 
     fn scores(&self) -> u64 {
         self.out.e.len() as u64
     }
 
-    fn index(&self) -> TargetIndex<'_, [u32]> {
-        TargetIndex {
-            cu_seqlens: &self.cu_seqlens,
-            pair_offsets: &self.pair_offsets,
-            score_offsets: &self.score_offsets,
-            rows: Segments { offsets: &self.row_offsets[..], members: &self.members[..] },
-            row_length: &self.row_length,
-        }
-    }
-
     fn forward(&mut self, fused: bool) {
-        let mut out = std::mem::replace(&mut self.out, Output::empty());
-        let mut kept = std::mem::take(&mut self.kept);
-        let Output { e, lse, att, .. } = &mut out;
-        let (d, hidden, s, a, r, w) =
-            (self.width, self.hidden, &self.s, &self.a, &self.r, weights(&self.weights));
+        let Self { case, out: Output { e, lse, att, .. }, kept } = self;
+        let (d, hidden, i, s, a, r, w) =
+            (case.width, case.hidden, case.index(), &case.s, &case.a, &case.r, case.weights());
         if fused {
-            target_attention::forward(d, hidden, self.index(), s, a, r, w, e, lse, att);
+            target_attention::forward(d, hidden, i, s, a, r, w, e, lse, att);
         } else {
-            unfused::forward(d, hidden, self.index(), s, a, r, w, e, lse, att, &mut kept);
+            unfused::forward(d, hidden, i, s, a, r, w, e, lse, att, kept);
         }
-        (self.out, self.kept) = (out, kept);
     }
 
     fn backward(&mut self, fused: bool) {
-        let mut out = std::mem::replace(&mut self.out, Output::empty());
-        let mut kept = std::mem::take(&mut self.kept);
-        let Output { e, lse, att, ds, da, dr, weights: dw } = &mut out;
-        let [w0, b0, w1, b1, w2, b2] = dw.each_mut().map(|w| &mut w[..]);
+        let Self { case, out: Output { e, lse, att, ds, da, dr, weights }, kept } = self;
+        let [w0, b0, w1, b1, w2, b2] = weights.each_mut().map(|w| &mut w[..]);
         let dw = TargetWeights { w0, b0, w1, b1, w2, b2 };
-        let (d, hidden, s, a, r, w) =
-            (self.width, self.hidden, &self.s, &self.a, &self.r, weights(&self.weights));
-        let g = &self.datt;
-        let i = self.index();
+        let (d, hidden, i, s, a, r, w) =
+            (case.width, case.hidden, case.index(), &case.s, &case.a, &case.r, case.weights());
+        let g = &case.datt;
         if fused {
             target_attention::backward(d, hidden, i, s, a, r, w, e, lse, att, g, ds, da, dr, dw);
         } else {
-            unfused::backward(d, hidden, i, s, a, r, w, e, lse, att, g, ds, da, dr, dw, &mut kept);
+            unfused::backward(d, hidden, i, s, a, r, w, e, lse, att, g, ds, da, dr, dw, kept);
         }
-        (self.out, self.kept) = (out, kept);
     }
-}
-
-impl Output {
-    fn empty() -> Self {
-        let [e, lse, att, ds, da, dr] = std::array::from_fn(|_| Vec::new());
-        Self { e, lse, att, ds, da, dr, weights: Default::default() }
-    }
-}
-
-fn weights(weights: &[Vec<f32>; 6]) -> TargetWeights<&[f32]> {
-    let [w0, b0, w1, b1, w2, b2] = weights.each_ref().map(|w| &w[..]);
-    TargetWeights { w0, b0, w1, b1, w2, b2 }
 }
 
 /// Independent multiply-adds in registers.

@@ -1,5 +1,7 @@
 //! The fused attention engine: right, and the same whatever runs beside it.
 
+#[path = "bodies/not_finite.rs"]
+mod bodies;
 mod common;
 
 use common::{Batch, Results, assert_within, golden};
@@ -238,42 +240,39 @@ fn the_number_of_threads_does_not_show() {
     }
 }
 
+/// In tiles of rows that share keys, in the last rows of a tile that is not full, across stretches of keys, and across the pieces of
+/// a long sequence.
 #[test]
-fn what_is_not_finite_stays_in_its_rows() {
-    for (options, chunk) in [
-        (FhaOptions::new(2, 16), 60),
-        (FhaOptions { label_mask: LabelMask::None, ..FhaOptions::new(2, 16) }, 60),
-        (FhaOptions::new(2, 4), 1200),
+fn what_is_not_finite_reaches_only_what_depends_on_it() {
+    let engine = |options: &FhaOptions, inputs: Inputs, d_o: &[f32]| {
+        let n = inputs.q.len() / (options.heads * options.head_dim);
+        let (mut o, mut lse) = (vec![0.0; options.output_len(n)], vec![0.0; options.lse_len(n)]);
+        forward(options, inputs, &mut o, &mut lse).expect("inputs should be accepted");
+        let mut gradients = [(); 3].map(|()| vec![0.0; inputs.q.len()]);
+        let [dq, dk, dv] = &mut gradients;
+        backward(options, inputs, &o, &lse, d_o, Gradients { dq, dk, dv })
+            .expect("inputs should be accepted");
+        bodies::Results { o, lse, gradients }
+    };
+    let base = FhaOptions::new(2, 16);
+    for options in [
+        base,
+        FhaOptions { normalization: Normalization::Masked, ..base },
+        FhaOptions { causal: false, ..base },
+        FhaOptions { label_mask: LabelMask::None, ..base },
+        FhaOptions { label_mask: LabelMask::None, pairing: Pairing::PerHead, ..base },
+        FhaOptions::new(4, 5),
     ] {
-        let lengths = [chunk, chunk, 5];
-        let batch = Batch::random(&options, &lengths, 8);
-        let clean = run(&options, &batch);
-        let (width, token) = (options.heads * options.head_dim, chunk + chunk / 3);
-        let (row, slots) = (options.output_len(1), options.lse_len(1));
-        for bad in [f32::NAN, f32::INFINITY] {
-            for tensor in 0..3 {
-                let mut spoiled = batch.clone();
-                [&mut spoiled.q, &mut spoiled.k, &mut spoiled.v][tensor][token * width..][..width].fill(bad);
-                let r = run(&options, &spoiled);
-                let context = format!("{options:?}: {bad} in tensor {tensor}");
-                // A query spoils its own row; keys and values those that see them, which come later.
-                let same = |x: &[f32], clean: &[f32], row: usize, tokens: std::ops::Range<usize>| {
-                    x[tokens.start * row..tokens.end * row] == clean[tokens.start * row..tokens.end * row]
-                };
-                let last = if tensor == 0 { token + 1 } else { 2 * chunk };
-                for clean_tokens in [0..token, last..2 * chunk + 5] {
-                    assert!(same(&r.o, &clean.o, row, clean_tokens.clone()), "{context}");
-                    assert!(same(&r.lse, &clean.lse, slots, clean_tokens), "{context}");
-                }
-                let own = &r.o[token * row..][..row];
-                assert!(own.iter().any(|x| !x.is_finite()), "{context}: the row should show it");
-                for (x, clean) in [(&r.dq, &clean.dq), (&r.dk, &clean.dk), (&r.dv, &clean.dv)] {
-                    assert!(same(x, clean, width, 0..chunk), "{context}");
-                    assert!(same(x, clean, width, 2 * chunk..2 * chunk + 5), "{context}");
-                }
-            }
+        for at in [0, 1, 7, 25, 38, 39] {
+            bodies::judge_spoiled(options, &[20, 40, 7], 1, at, &engine);
         }
+        bodies::judge_spoiled(options, &[1], 0, 0, &engine);
     }
+    bodies::judge_spoiled(base, &[600], 0, 590, &engine);
+    bodies::judge_spoiled(FhaOptions::new(2, 4), &[9, 1030, 5], 1, 511, &engine);
+    // Scores that are computed with care, whether or not the token is finite.
+    bodies::judge_spoiled(FhaOptions { scale: 60.0, ..base }, &[20, 40, 7], 1, 25, &engine);
+    bodies::judge_spoiled(FhaOptions { scale: 60.0, ..FhaOptions::new(2, 4) }, &[1030], 0, 700, &engine);
 }
 
 #[test]

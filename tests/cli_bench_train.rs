@@ -1,5 +1,6 @@
 //! `dfar-bench train` as a user meets it.
 
+use dfar::data::Split;
 use dfar::data::synthetic::{self, SyntheticOptions};
 use std::process::{Command, Output};
 
@@ -82,4 +83,21 @@ fn floors_are_predicted_without_a_gpu() {
 fn made_up_batches_are_of_no_data_set() {
     let output = bench_train(&["--uniform", "--data", "x.dfar"]);
     assert_eq!(output.status.code(), Some(2));
+}
+
+#[test]
+fn a_set_without_training_targets_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("x.dfar");
+    let split = Split::Temporal { train: 0.001, valid: 0.1 }; // the first two of all events
+    let options =
+        SyntheticOptions { users: 40, items: 40, negatives: 1, split, ..SyntheticOptions::default() };
+    synthetic::write(&options, &path).unwrap();
+    let data = path.to_str().unwrap();
+    for args in [&["--data", data][..], &["--data", data, "--predict", "h200"]] {
+        let output = bench_train(&[args, &SMALL].concat());
+        let message = String::from_utf8(output.stderr).unwrap();
+        assert_eq!((output.status.code(), output.stdout.len()), (Some(3), 0), "{message}");
+        assert!(message.contains("x.dfar has no training target"), "{message}");
+    }
 }

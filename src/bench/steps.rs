@@ -9,6 +9,7 @@ use crate::device::Device;
 use crate::device::cuda::Precision;
 use crate::model::{Model, ModelConfig, Optimizer, PartSeconds, PartTimer, StepPart};
 use crate::pipeline;
+use crate::train::TrainError;
 use crate::train::config::Config;
 use crate::train::draw::{Drawer, Plan};
 use rand::{RngExt, SeedableRng};
@@ -45,10 +46,13 @@ pub enum Batches<'a> {
 
 impl<'a> Batches<'a> {
     /// Batches of a data set, as training draws them.
-    pub fn drawn(data: &'a Dataset, config: &Config) -> Self {
+    ///
+    /// # Errors
+    /// [`TrainError::NoTargets`].
+    pub fn drawn(data: &'a Dataset, config: &Config) -> Result<Self, TrainError> {
         let drawer = Box::new(Drawer::new(data, config.draw()));
-        let plan = drawer.plan(0);
-        Self::Drawn { drawer, plan, items: data.items() }
+        let plan = drawer.training_plan(0)?;
+        Ok(Self::Drawn { drawer, plan, items: data.items() })
     }
 
     /// Batches of `batch_rows` instances, in histories of exactly `max_length` events with one group of candidates each.

@@ -106,10 +106,10 @@ impl<'a, D: Device> Steps<'a, D> {
     /// A fresh model on `device`.
     ///
     /// # Errors
-    /// A model that cannot be made.
+    /// A data set without training targets, and a model that cannot be made.
     pub fn new(device: Arc<D>, data: &'a Dataset, config: &'a Config, sharing: Sharing) -> Result<Self> {
         let drawer = Drawer::new(data, config.draw());
-        let plan = drawer.plan(0);
+        let plan = drawer.training_plan(0)?;
         let network = config.model(data.items());
         let model = Model::initialized(device, network, config.seed, config.init)?;
         let optimizer = Optimizer::new(&model)?;
@@ -143,7 +143,7 @@ impl<'a, D: Device> Steps<'a, D> {
 /// Trains on `batches` batches of an epoch on `device`, each way, from the same initial values.
 ///
 /// # Errors
-/// A data set without training targets, or a failing step.
+/// As [`Steps::new`] and [`Steps::run`].
 pub fn measure<D: Device>(
     device: &Arc<D>,
     data: &Dataset,

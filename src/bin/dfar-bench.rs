@@ -437,8 +437,8 @@ fn run_train(arguments: &Train) -> Result<()> {
 }
 
 /// Batches of the data set, or made up where there is none.
-fn batches<'a>(data: Option<&'a Dataset>, config: &Config) -> Batches<'a> {
-    data.map_or_else(|| Batches::uniform(config), |data| Batches::drawn(data, config))
+fn batches<'a>(data: Option<&'a Dataset>, config: &Config) -> Result<Batches<'a>, TrainError> {
+    data.map_or_else(|| Ok(Batches::uniform(config)), |data| Batches::drawn(data, config))
 }
 
 /// What batches are of, in words.
@@ -460,7 +460,7 @@ fn predict_steps(
     card: predict::Card,
 ) -> Result<()> {
     let peak = Peak { limits: card.datasheet(), precision: arguments.precision.products() };
-    let profile = steps::predict(&batches(data, config), config, arguments.batches, &peak)?;
+    let profile = steps::predict(&batches(data, config)?, config, arguments.batches, &peak)?;
     if arguments.json {
         let json = serde_json::json!({ "peak": peak, "steps": profile });
         say!("{json:#}");
@@ -484,7 +484,7 @@ fn time_steps<D: dfar::device::Device>(
 ) -> Result<()> {
     let measured = data.map(|data| bench::train::measure(device, data, config, arguments.batches));
     let sharing = measured.transpose()?.unwrap_or_default();
-    let profile = steps::measure(device, &batches(data, config), config, arguments.batches, peak)?;
+    let profile = steps::measure(device, &batches(data, config)?, config, arguments.batches, peak)?;
     if arguments.json {
         let json = serde_json::json!({ "sharing": sharing, "peak": peak, "steps": profile });
         say!("{json:#}");

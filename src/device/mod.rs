@@ -86,7 +86,7 @@ pub struct TargetIndex<'a, U: ?Sized> {
 }
 
 /// How many there are of what a [`TargetIndex`] is about.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TargetCounts {
     /// `N`
     pub tokens: usize,

@@ -197,10 +197,7 @@ impl<D: Device> Model<D> {
     /// # Errors
     /// [`ModelError::OtherModel`], and what the device reports.
     pub fn send(&self, batch: StagedBatch<D>) -> Result<SentBatch<D>, ModelError> {
-        if !batch.fits(&self.device, &self.config) {
-            return Err(ModelError::OtherModel);
-        }
-        Ok(batch.send()?)
+        batch.send(self)
     }
 
     /// Asks the device for a step on a batch that was sent, and does not wait for it: [`Model::train_staged`] in two pieces.
@@ -216,11 +213,9 @@ impl<D: Device> Model<D> {
         optimizer: &'a mut Optimizer<D>,
         observer: &mut dyn StepObserver,
     ) -> Result<PendingStep<'a, D>, ModelError> {
-        if !batch.fits(&self.device, &self.config) {
-            return Err(ModelError::OtherModel);
-        }
+        let indices = batch.indices_for(self)?;
         observer.enter(StepPart::Input)?;
-        self.ask(batch.indices, loss, adam, optimizer, observer)
+        self.ask(indices, loss, adam, optimizer, observer)
     }
 
     /// Asks for a step. Gives the batch back when all is asked for, before anything waits: so its memory is free for another

@@ -1,28 +1,39 @@
 //! A batch on its way to the device: made on any thread, sent by one, used up by one step.
 
 use super::indices::Indices;
-use super::{ModelConfig, ModelError};
+use super::{Model, ModelConfig, ModelError};
 use crate::batch::Batch;
-use crate::device::{Device, DeviceError};
+use crate::device::Device;
 use std::sync::Arc;
 
 /// Stages batches for a model, on any thread, while the model works.
 pub struct Stager<D: Device> {
+    made_for: MadeFor<D>,
+}
+
+/// The models that a batch is made for: those like this on `device`.
+struct MadeFor<D: Device> {
     device: Arc<D>,
     config: ModelConfig,
+}
+
+impl<D: Device> MadeFor<D> {
+    fn check(&self, model: &Model<D>) -> Result<(), ModelError> {
+        let fits = Arc::ptr_eq(&self.device, &model.device) && self.config == model.config;
+        if fits { Ok(()) } else { Err(ModelError::OtherModel) }
+    }
 }
 
 /// A batch checked, with all that the device needs of it laid out to be sent in one copy.
 pub struct StagedBatch<D: Device> {
     indices: Indices<D>,
     staging: D::Staging,
-    device: Arc<D>,
-    config: ModelConfig,
+    made_for: MadeFor<D>,
 }
 
 impl<D: Device> Stager<D> {
     pub(super) fn new(device: Arc<D>, config: ModelConfig) -> Self {
-        Self { device, config }
+        Self { made_for: MadeFor { device, config } }
     }
 
     /// Stages a batch.
@@ -30,11 +41,12 @@ impl<D: Device> Stager<D> {
     /// # Errors
     /// [`ModelError::Batch`] for one that does not fit the model; what the device reports.
     pub fn stage(&self, batch: &Batch) -> Result<StagedBatch<D>, ModelError> {
-        let Self { device, config } = self;
+        let MadeFor { device, config } = &self.made_for;
         check(config, batch)?;
         let mut staging = device.staging()?;
         let indices = Indices::stage(&**device, &mut staging, config, batch)?;
-        Ok(StagedBatch { indices, staging, device: device.clone(), config: config.clone() })
+        let made_for = MadeFor { device: device.clone(), config: config.clone() };
+        Ok(StagedBatch { indices, staging, made_for })
     }
 }
 
@@ -49,24 +61,19 @@ impl<D: Device> StagedBatch<D> {
         self.indices.tokens
     }
 
-    /// Whether it was staged for a model like this on `device`.
-    pub(super) fn fits(&self, device: &Arc<D>, config: &ModelConfig) -> bool {
-        Arc::ptr_eq(&self.device, device) && self.config == *config
-    }
-
-    /// Sends it.
-    pub(super) fn send(self) -> Result<SentBatch<D>, DeviceError> {
-        let Self { indices, staging, device, config } = self;
-        device.send(staging)?;
-        Ok(SentBatch { indices, device, config })
+    /// Sends it, if it was staged for a model like this.
+    pub(super) fn send(self, model: &Model<D>) -> Result<SentBatch<D>, ModelError> {
+        let Self { indices, staging, made_for } = self;
+        made_for.check(model)?;
+        model.device.send(staging)?;
+        Ok(SentBatch { indices, made_for })
     }
 }
 
 /// A batch on the device, or on its way there: what is asked for from now on finds it. Dropped, it is gone, and nothing else.
 pub struct SentBatch<D: Device> {
     pub(super) indices: Indices<D>,
-    device: Arc<D>,
-    config: ModelConfig,
+    made_for: MadeFor<D>,
 }
 
 impl<D: Device> SentBatch<D> {
@@ -75,9 +82,10 @@ impl<D: Device> SentBatch<D> {
         self.indices.rows
     }
 
-    /// Whether it was staged for a model like this on `device`.
-    pub(super) fn fits(&self, device: &Arc<D>, config: &ModelConfig) -> bool {
-        Arc::ptr_eq(&self.device, device) && self.config == *config
+    /// What it holds, if it was staged for a model like this.
+    pub(super) fn indices_for(self, model: &Model<D>) -> Result<Indices<D>, ModelError> {
+        self.made_for.check(model)?;
+        Ok(self.indices)
     }
 }
 

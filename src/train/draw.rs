@@ -5,6 +5,7 @@
 //! batch 17 of epoch 3 is the same whether 16 batches were drawn before it or none, so a run continues exactly
 //! where it stopped.
 
+use super::TrainError;
 use super::negatives::{BatchTargets, NegativeSampler, NegativeSource};
 use crate::batch::History;
 use crate::data::Dataset;
@@ -129,6 +130,18 @@ impl<'a> Drawer<'a> {
     /// A drawer for the training events of `data`.
     pub fn new(data: &'a Dataset, options: DrawOptions) -> Self {
         Self { data, sampler: NegativeSampler::new(data, options.source), options }
+    }
+
+    /// The batches of an epoch to train on: at least one.
+    ///
+    /// # Errors
+    /// [`TrainError::NoTargets`].
+    pub fn training_plan(&self, epoch: u64) -> Result<Plan, TrainError> {
+        let plan = self.plan(epoch);
+        if plan.size.batches == 0 {
+            return Err(TrainError::NoTargets { path: self.data.path().to_owned() });
+        }
+        Ok(plan)
     }
 
     /// The batches of an epoch.

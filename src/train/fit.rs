@@ -184,10 +184,7 @@ impl<'a, D: Device> Fit<'a, D> {
     ) -> Result<Outcome, TrainError> {
         let drawer = Drawer::new(self.data, self.config.draw());
         while !self.finished() {
-            let plan = drawer.plan(self.state.epoch as u64);
-            if plan.size.batches == 0 {
-                return Err(TrainError::NoTargets { path: self.data.path().to_owned() });
-            }
+            let plan = drawer.training_plan(self.state.epoch as u64)?;
             let (epoch, epochs, done) = (self.state.epoch + 1, self.config.epochs, self.state.batch);
             let mut stop = observe(Event::Epoch { epoch, epochs, size: &plan.size, done });
             if stop.is_continue() {

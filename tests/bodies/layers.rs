@@ -12,6 +12,34 @@ use dfar::device::{
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+/// Every body as a test of `$device`.
+#[allow(unused_macros, reason = "a GPU, which may not be there, has tests of its own")]
+macro_rules! test_every_body {
+    ($device:expr) => {
+        test_every_body! { $device;
+            layer_norm
+            fused_layer_norms
+            linear
+            label_linear
+            gather_and_segment_sum
+            segments_of_every_length
+            attention
+            prefix_mean
+            concat
+            rank_loss
+            cosine_loss
+            target_attention
+            adam
+        }
+    };
+    ($device:expr; $($name:ident)+) => {$(
+        #[test]
+        fn $name() {
+            bodies::$name(&$device);
+        }
+    )+};
+}
+
 type Floats<D> = <D as Device>::Buffer<f32>;
 
 fn random(rng: &mut ChaCha8Rng, n: usize) -> Vec<f32> {

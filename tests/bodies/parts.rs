@@ -9,6 +9,27 @@ use dfar::model::{
 use std::sync::Arc;
 use std::time::Instant;
 
+/// Every body as a test; `$device` is a closure that makes one.
+#[allow(unused_macros, reason = "a GPU, which may not be there, has tests of its own")]
+macro_rules! test_every_body {
+    ($device:expr) => {
+        test_every_body! { $device;
+            watching_a_step_changes_nothing
+            parts_make_up_the_step
+            a_batch_staged_for_another_model_is_refused
+            a_batch_sent_ahead_changes_nothing
+            a_batch_sent_behind_a_failing_step_is_not_lost
+            batches_are_staged_on_any_thread
+        }
+    };
+    ($device:expr; $($name:ident)+) => {$(
+        #[test]
+        fn $name() {
+            bodies::$name(&$device);
+        }
+    )+};
+}
+
 const LOSS: LossOptions = LossOptions { bpr: 0.3, idl: 0.2, embed_l2: 1e-3 };
 const ADAM: AdamOptions = AdamOptions { lr: 1e-2, clip: Some(Clip::PerTensor(2.0)), dense_embeddings: false };
 

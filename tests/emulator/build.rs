@@ -29,12 +29,17 @@ fn main() {
         kernels.flag(flag);
     }
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets it"));
+    // Not in OUT_DIR, which is another one for each of clippy, documentation and tests.
+    let kept = out.ancestors().nth(3).expect("it is deep in target/").join("emulated-modules");
+    std::fs::create_dir_all(&kept).expect("target/ should be writable");
+    let compiler = kernels.get_compiler();
+    let compiler = format!("{:?} {:?}", compiler.path(), compiler.args());
     let mut library = base();
     let (mut missing, mut objects) = (vec![], vec![]);
     for (source, defines) in modules() {
-        let (text, hash) = module_text(source, &defines);
+        let (text, hash) = module_text(source, &defines, &compiler);
         let stem = format!("{}_{hash:016x}", source.trim_end_matches(".cu"));
-        let object = out.join(format!("{stem}.o"));
+        let object = kept.join(format!("{stem}.o"));
         // Kept from an earlier build: compiling all of them takes minutes.
         if !object.exists() {
             let path = out.join(format!("{stem}.cpp"));
@@ -46,7 +51,7 @@ fn main() {
     }
     if !missing.is_empty() {
         for (made, object) in kernels.compile_intermediates().into_iter().zip(missing) {
-            std::fs::rename(made, object).expect("OUT_DIR should be writable");
+            std::fs::rename(made, object).expect("target/ should be writable");
         }
     }
     let mut own = base();
@@ -101,7 +106,7 @@ fn modules() -> Vec<(&'static str, Vec<(&'static str, String)>)> {
 
 /// A C++ source that holds one module, in a namespace of its own (modules define the same names differently), and a hash
 /// of all it is made from.
-fn module_text(source: &str, defines: &[(&str, String)]) -> (String, u64) {
+fn module_text(source: &str, defines: &[(&str, String)], compiler: &str) -> (String, u64) {
     let mut name = source.to_owned();
     let mut text = String::new();
     for (define, value) in defines {
@@ -114,7 +119,7 @@ fn module_text(source: &str, defines: &[(&str, String)]) -> (String, u64) {
     close_over_includes("emulator.h", &mut files);
     close_over_includes(source, &mut files);
     let mut hasher = DefaultHasher::new();
-    (&text, include_str!("build.rs")).hash(&mut hasher);
+    (&text, include_str!("build.rs"), compiler).hash(&mut hasher);
     for file in files {
         std::fs::read(path_of(&file)).expect("it was found").hash(&mut hasher);
     }

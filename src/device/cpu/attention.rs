@@ -15,6 +15,7 @@
 //! | `pack` | label order, visible counts, packed keys and values |
 //! | `product` | the three matrix products in registers |
 //! | `forward`, `backward` | a row tile through all its keys |
+//! | `not_finite` | faults of the input, kept to what depends on them |
 //!
 //! Work is split in two by tokens until a piece is small: at sequence boundaries, and inside sequences longer
 //! than `CHUNK`. Every piece writes its own rows of the outputs, and where the splits fall depends only on
@@ -28,6 +29,7 @@
 
 mod backward;
 mod forward;
+mod not_finite;
 mod pack;
 mod product;
 
@@ -83,7 +85,8 @@ pub fn forward(
 /// Computes the gradients of a loss with respect to `q`, `k` and `v`, given `o` and `lse` as [`forward`] left
 /// them and the gradient `d_o` (`[N, Q, K, d]`) with respect to `o`.
 ///
-/// Input that is not finite spoils gradients of its own sequence only.
+/// Input that is not finite spoils the gradients that depend on it, and no others: docs/kernels.md, "What is not finite", says
+/// which. Such a sequence is computed twice.
 ///
 /// # Errors
 /// [`FhaOptions::check`], and buffers of the wrong length; nothing is written then.
@@ -323,20 +326,28 @@ fn backward_sequences(
     for index in sequences {
         let sequence = Sequence::new(shape, inputs, index);
         let saved = saved.sequence(shape, span(inputs, index..index + 1));
-        let all = 0..sequence.tokens;
         let [dq, dk, dv] = gradients
             .each_mut()
-            .map(|x| x.split_off_mut(..all.len() * shape.width()).expect("gradients have N rows"));
-        if sequence.tokens <= SINGLE_PASS {
-            run_backward(sequence, &saved, all.clone(), all, Normalizers::Find, Some(dq), Some([dk, dv]));
-        } else {
-            // Taken out while it is used: a thread that waits in `join` may start on another long sequence.
-            let mut normalizers = NORMALIZERS.take();
-            normalizers.resize(all.len() * shape.query_slots, Normalizer::default());
-            backward_queries(sequence, &saved, all.clone(), &mut normalizers, dq);
-            backward_keys(sequence, &saved, all, &normalizers, dk, dv);
-            NORMALIZERS.set(normalizers);
+            .map(|x| x.split_off_mut(..sequence.tokens * shape.width()).expect("gradients have N rows"));
+        backward_sequence(sequence, &saved, [&mut *dq, &mut *dk, &mut *dv]);
+        // Without causality there is no key that a row does not see.
+        if shape.causal && !not_finite::is_finite(dq) {
+            not_finite::confine(sequence, &saved, [dq, dk, dv], backward_sequence);
         }
+    }
+}
+
+fn backward_sequence(sequence: Sequence, saved: &Saved, [dq, dk, dv]: [&mut [f32]; 3]) {
+    let all = 0..sequence.tokens;
+    if sequence.tokens <= SINGLE_PASS {
+        run_backward(sequence, saved, all.clone(), all, Normalizers::Find, Some(dq), Some([dk, dv]));
+    } else {
+        // Taken out while it is used: a thread that waits in `join` may start on another long sequence.
+        let mut normalizers = NORMALIZERS.take();
+        normalizers.resize(all.len() * sequence.shape.query_slots, Normalizer::default());
+        backward_queries(sequence, saved, all.clone(), &mut normalizers, dq);
+        backward_keys(sequence, saved, all, &normalizers, dk, dv);
+        NORMALIZERS.set(normalizers);
     }
 }
 

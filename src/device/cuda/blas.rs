@@ -183,6 +183,11 @@ impl Blas {
         Ok(Blas { functions, handle, workspace, algorithms: HashMap::new() })
     }
 
+    /// The memory it was given.
+    pub fn workspace(&self) -> Pointer {
+        self.workspace
+    }
+
     /// Puts `count` products of one shape on a stream.
     ///
     /// # Errors

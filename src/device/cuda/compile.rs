@@ -116,8 +116,22 @@ impl Module {
 /// # Errors
 /// No NVRTC, or [`CudaError::Compile`].
 pub fn compile(module: Module, arch: Arch) -> Result<Vec<u8>, CudaError> {
+    compile_with(module, arch, &[])
+}
+
+/// Whether NVRTC's front end accepts a module: syntax, types, constants, all templates that are used. Takes a fiftieth of the time
+/// of [`compile`], and says nothing about machine code.
+///
+/// # Errors
+/// As [`compile`].
+pub fn check_syntax(module: Module, arch: Arch) -> Result<(), CudaError> {
+    compile_with(module, arch, &["--fdevice-syntax-only"]).map(|_| ())
+}
+
+fn compile_with(module: Module, arch: Arch, more: &[&str]) -> Result<Vec<u8>, CudaError> {
     let nvrtc = Nvrtc::get()?;
-    let (source, options) = (module.source(), module.options(arch));
+    let (source, mut options) = (module.source(), module.options(arch));
+    options.extend(more.iter().map(|&option| option.to_owned()));
     nvrtc.compile(source.name, source.text, source.headers, &options).map_err(|refused| CudaError::Compile {
         kernel: source.name,
         arch: arch.name(),

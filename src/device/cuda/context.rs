@@ -5,12 +5,13 @@ use super::compile::{Arch, Cache, Module};
 use super::graph::{Node, Recent, Start};
 use super::landing::Landing;
 use super::nvrtc::Nvrtc;
+use super::once::Once;
 use super::params::Pointer;
 use super::runtime::{Gemm, Kernel, Launch, Limits, Memory, Runtime};
 use super::{CudaError, launch};
 use cudarc::driver::sys::{CUdevice_attribute as Attribute, CUevent_flags};
 use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaModule, CudaStream, DriverError, result};
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -34,7 +35,9 @@ pub struct Cuda {
     arch: Arch,
     limits: Limits,
     cache: Cache,
-    loaded: Mutex<Loaded>,
+    /// Modules that are loaded; compiling one takes seconds.
+    modules: Once<Module, Arc<CudaModule>>,
+    kernels: Once<Kernel, CudaFunction>,
     /// Memory to be used again, by size: asking the driver takes microseconds, and a step asks a few hundred times.
     pool: Mutex<BTreeMap<usize, Vec<Pointer>>>,
     /// Memory that [`Runtime::send`] copies to.
@@ -54,13 +57,6 @@ const COPIES: usize = 4;
 /// Memory of copies that may be given back before the host waits for the device. A step gives back two pieces and then waits for
 /// its losses; this is for whoever sends again and again and never reads.
 const RESTING: usize = 16;
-
-/// What has been compiled and loaded.
-#[derive(Default)]
-struct Loaded {
-    modules: HashMap<Module, Arc<CudaModule>>,
-    kernels: HashMap<Kernel, CudaFunction>,
-}
 
 impl std::fmt::Debug for Cuda {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
@@ -129,7 +125,8 @@ impl Cuda {
             arch,
             limits,
             cache,
-            loaded: Mutex::default(),
+            modules: Once::default(),
+            kernels: Once::default(),
             pool: Mutex::default(),
             landing: Mutex::default(),
             sent: Mutex::default(),
@@ -160,7 +157,12 @@ impl Cuda {
         if blas.is_none() {
             self.check_no_capture("opening cuBLASLt")?;
             let workspace = self.allocate(Blas::WORKSPACE)?;
-            *blas = Some(Blas::new(workspace)?);
+            let opened = Blas::new(workspace);
+            if opened.is_err() {
+                // SAFETY: it was just allocated, and nobody else has it.
+                unsafe { self.free(workspace, Blas::WORKSPACE) };
+            }
+            *blas = Some(opened?);
         }
         run(blas.as_mut().expect("it was just made"))
     }
@@ -219,26 +221,16 @@ impl Cuda {
 
     /// A kernel: loaded, from the disk's cache or compiled.
     fn kernel(&self, kernel: Kernel) -> Result<CudaFunction, CudaError> {
-        let mut loaded = lock(&self.loaded);
-        if let Some(function) = loaded.kernels.get(&kernel) {
-            return Ok(function.clone());
-        }
-        // The driver may wait for the device as it loads.
-        self.check_no_capture("loading a kernel")?;
-        let failed = |error| CudaError::driver("loading the kernels", error, 0);
-        let module = match loaded.modules.get(&kernel.module) {
-            Some(module) => module.clone(),
-            None => {
+        self.kernels.get(kernel, || {
+            // The driver may wait for the device as it loads.
+            self.check_no_capture("loading a kernel")?;
+            let failed = |error| CudaError::driver("loading the kernels", error, 0);
+            let module = self.modules.get(kernel.module, || {
                 let code = self.cache.load(kernel.module, self.arch)?;
-                let module = launch::load(&self.context, code).map_err(failed)?;
-                loaded.modules.insert(kernel.module, module.clone());
-                module
-            }
-        };
-        let function =
-            launch::function(&module, kernel.entry, self.limits.shared_per_block).map_err(failed)?;
-        loaded.kernels.insert(kernel, function.clone());
-        Ok(function)
+                launch::load(&self.context, code).map_err(failed)
+            })?;
+            launch::function(&module, kernel.entry, self.limits.shared_per_block).map_err(failed)
+        })
     }
 
     /// Destroys an executable, which may be running.
@@ -465,7 +457,13 @@ fn failed(action: &'static str) -> impl FnOnce(DriverError) -> CudaError {
 
 impl Drop for Cuda {
     fn drop(&mut self) {
-        *lock(&self.blas) = None;
+        if let Some(blas) = lock(&self.blas).take() {
+            let workspace = blas.workspace();
+            drop(blas);
+            // SAFETY: allocated when the library was opened, and no other product will use it: what is in the pool is given back
+            // to the driver behind the products on the stream.
+            unsafe { self.free(workspace, Blas::WORKSPACE) };
+        }
         // Executables may be running.
         let _ = self.synchronize();
         *lock(&self.graphs) = Recent::default();

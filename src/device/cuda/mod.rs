@@ -31,6 +31,7 @@ mod linear;
 pub mod loss;
 pub mod naive_attention;
 pub mod nvrtc;
+mod once;
 pub mod optimizer;
 pub mod params;
 pub mod plan;

@@ -265,7 +265,7 @@ impl<R: Runtime> TargetPlan<R> {
             width,
             hidden,
             shape,
-            counts: index.counts(),
+            counts: lists.counts,
             units: lists.units,
             items: staging.add(&lists.items)?,
             pairs: staging.add(&lists.pairs)?,

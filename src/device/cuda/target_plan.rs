@@ -1,6 +1,6 @@
 //! What the kernels of `target_attention.cu` need to know about one batch: its pairs by length, and its work cut into items.
 
-use crate::device::TargetIndex;
+use crate::device::{TargetCounts, TargetIndex};
 use bytemuck::{Pod, Zeroable};
 
 /// Tokens of an item: the M of `mma.m16n8k16`.
@@ -81,6 +81,8 @@ const _: () = assert!(size_of::<Row>() == 16 && size_of::<Tile>() == 32);
 /// The lists of a batch.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TargetLists {
+    /// Of the batch.
+    pub counts: TargetCounts,
     /// All work of the perceptron.
     pub items: Vec<Item>,
     /// `[C]`
@@ -102,7 +104,7 @@ impl TargetLists {
     /// Where the arrays of `index` do not fit each other.
     pub fn new(index: &TargetIndex<[u32]>) -> Self {
         let counts = index.counts();
-        let mut lists = Self { pair_rows: vec![0], ..Self::default() };
+        let mut lists = Self { counts, pair_rows: vec![0], ..Self::default() };
         lists.pairs.reserve(counts.pairs);
         lists.rows.reserve(counts.rows);
         let mut pairs = Vec::new();

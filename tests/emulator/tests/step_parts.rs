@@ -1,5 +1,6 @@
 //! A step by its parts on the emulated GPU; the bodies are those of the CPU.
 
+#[macro_use]
 #[path = "../../bodies/parts.rs"]
 mod bodies;
 
@@ -10,23 +11,7 @@ use dfar::train::Config;
 use dfar_emulator::gpu;
 use std::sync::Arc;
 
-macro_rules! on_the_emulator {
-    ($($name:ident)+) => {$(
-        #[test]
-        fn $name() {
-            bodies::$name(&|| Arc::new(gpu(Precision::F32)));
-        }
-    )+};
-}
-
-on_the_emulator! {
-    watching_a_step_changes_nothing
-    parts_make_up_the_step
-    a_batch_staged_for_another_model_is_refused
-    a_batch_sent_ahead_changes_nothing
-    a_batch_sent_behind_a_failing_step_is_not_lost
-    batches_are_staged_on_any_thread
-}
+test_every_body!(|| Arc::new(gpu(Precision::F32)));
 
 #[test]
 fn parts_stand_beside_their_floors() {

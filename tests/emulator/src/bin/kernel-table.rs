@@ -1,14 +1,15 @@
 //! Compiles every kernel variant through NVRTC, as the library does, and prints what it costs. Needs no GPU.
 //!
 //!     kernel-table [--check FILE]
-//!     kernel-table --compile          only whether everything compiles, for what this NVRTC knows
+//!     kernel-table --compile          only whether this NVRTC takes everything: its front end all variants for all machines that it
+//!                                     knows, the whole compiler one variant of each source and type for Hopper
 //!
 //! Needs NVRTC on the loader's path and NVIDIA's `cuobjdump` and `nvdisasm` on PATH; `.ci/kernels` provides them.
 //! Fails on spills, local memory, a 16-bit kernel without tensor-core instructions, or a difference from FILE.
 
 use dfar::attention::{FhaOptions, LabelMask};
 use dfar::device::cuda::CudaError;
-use dfar::device::cuda::compile::{Arch, Define, Module, compile};
+use dfar::device::cuda::compile::{Arch, Define, Module, check_syntax, compile};
 use dfar::device::cuda::gpu::step_kernels;
 use dfar::device::cuda::nvrtc::Nvrtc;
 use dfar::device::cuda::plan::{Pass, module};
@@ -234,26 +235,40 @@ fn table() -> Result<(String, Vec<String>), String> {
     Ok((text, faults))
 }
 
-/// Compiles every variant for the machines that this NVRTC knows; the number of modules.
-fn compile_all() -> Result<usize, CudaError> {
+/// Sees whether this NVRTC takes everything: how many modules its front end has read, and how many it has compiled. Front ends
+/// differ, and what the assembler is given is the same few instructions in all variants of a source.
+fn compile_all() -> Result<[usize; 2], CudaError> {
     // Blackwell came with CUDA 12.8.
     let known = |arch: Arch| arch.major < 10 || Nvrtc::get().is_ok_and(|nvrtc| nvrtc.version() >= (12, 8));
-    let mut modules = vec![];
-    for machine in MACHINES.iter().filter(|machine| known(machine.arch)) {
-        let attention = Element::ALL.into_iter().flat_map(|e| HEAD_DIMS.map(|d| module(e, d)));
-        let others: HashSet<Module> = step_kernels().into_iter().map(|(kernel, _)| kernel.module).collect();
-        modules.extend(attention.chain(others).map(|module| (module, machine.arch)));
-    }
-    let compiled = on_all_cores(&modules, |&(module, arch)| compile(module, arch).map(|_| ()));
-    compiled.into_iter().collect::<Result<Vec<()>, CudaError>>().map(|all| all.len())
+    let attention = Element::ALL.into_iter().flat_map(|e| HEAD_DIMS.map(|d| module(e, d)));
+    let others: HashSet<Module> = step_kernels().into_iter().map(|(kernel, _)| kernel.module).collect();
+    let modules: Vec<Module> = attention.chain(others).collect();
+    let read: Vec<(Module, Arch)> = MACHINES
+        .iter()
+        .filter(|machine| known(machine.arch))
+        .flat_map(|machine| modules.iter().map(|&module| (module, machine.arch)))
+        .collect();
+    let one_variant = |module: &&Module| {
+        let is = |name, size| module.define(name).is_none_or(|found| found == Define::Number(size));
+        is("DFAR_HEAD_DIM", 16) && is("DFAR_WIDTH", 32)
+    };
+    let compiled: Vec<&Module> = modules.iter().filter(one_variant).collect();
+    on_all_cores(&read, |&(module, arch)| check_syntax(module, arch))
+        .into_iter()
+        .collect::<Result<(), _>>()?;
+    let hopper = Arch { major: 9, minor: 0 };
+    on_all_cores(&compiled, |&&module| compile(module, hopper).map(|_| ()))
+        .into_iter()
+        .collect::<Result<(), _>>()?;
+    Ok([read.len(), compiled.len()])
 }
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     if arguments == ["--compile"] {
         return match compile_all() {
-            Ok(count) => {
-                println!("{count} modules compile");
+            Ok([read, compiled]) => {
+                println!("{read} modules are understood, {compiled} of them compiled");
                 ExitCode::SUCCESS
             }
             Err(error) => {

@@ -1,0 +1,100 @@
+//! Attention on input that is not finite: what may show it, and that all else keeps its bits. One body, run on every device.
+
+use dfar::attention::{FhaOptions, Inputs};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use std::ops::Range;
+
+/// What the passes write.
+pub struct Results {
+    pub o: Vec<f32>,
+    pub lse: Vec<f32>,
+    /// `dq`, `dk`, `dv`
+    pub gradients: [Vec<f32>; 3],
+}
+
+/// Which tensor holds something that is not finite.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Spoiled {
+    Q,
+    K,
+    V,
+    DO,
+}
+
+/// The tokens of a sequence of `tokens` whose results may show that its token `at` is not finite: (`o`, `lse`, `dq`, `dk`, `dv`),
+/// as docs/kernels.md promises. All others keep their bits.
+fn may_show(spoiled: Spoiled, causal: bool, at: usize, tokens: usize) -> [Range<usize>; 5] {
+    let (none, own, all) = (0..0, at..at + 1, 0..tokens);
+    let (later, earlier) = if causal { (at..tokens, 0..at + 1) } else { (all.clone(), all.clone()) };
+    match spoiled {
+        Spoiled::Q => [own.clone(), own.clone(), own, earlier.clone(), earlier],
+        Spoiled::K => [later.clone(), later.clone(), later, all.clone(), all],
+        Spoiled::V => [later.clone(), none.clone(), later, all, none],
+        Spoiled::DO => [none.clone(), none, own, earlier.clone(), earlier],
+    }
+}
+
+/// Spoils token `at` of sequence `sequence` of a random batch, tensor by tensor and in several ways, for `run`, which is given
+/// options, inputs and the gradient of `o`.
+pub fn judge_spoiled(
+    options: FhaOptions,
+    lengths: &[usize],
+    sequence: usize,
+    at: usize,
+    run: &dyn Fn(&FhaOptions, Inputs, &[f32]) -> Results,
+) {
+    let mut rng = ChaCha8Rng::seed_from_u64(22);
+    let (width, out, slots) = (options.heads * options.head_dim, options.output_len(1), options.lse_len(1));
+    let n = lengths.iter().sum::<usize>();
+    let ends = lengths.iter().scan(0, |end, &length| {
+        *end += length as u32;
+        Some(*end)
+    });
+    let cu_seqlens: Vec<u32> = std::iter::once(0).chain(ends).collect();
+    let label: Vec<u8> = (0..n).map(|_| rng.random_range(0..2)).collect();
+    let tensors = [width, width, width, out]
+        .map(|width| (0..n * width).map(|_| rng.random_range(-1.5f32..1.5)).collect::<Vec<f32>>());
+    let run = |[q, k, v, d_o]: &[Vec<f32>; 4]| {
+        run(&options, Inputs { q, k, v, cu_seqlens: &cu_seqlens, label: &label }, d_o)
+    };
+    let (clean, start) = (run(&tensors), lengths[..sequence].iter().sum::<usize>());
+    for spoiled in [Spoiled::Q, Spoiled::K, Spoiled::V, Spoiled::DO] {
+        // Everything about the token, or one feature of each head.
+        for (bad, step) in [
+            (f32::NAN, 1),
+            (f32::NAN, options.head_dim),
+            (f32::INFINITY, options.head_dim),
+            (f32::NEG_INFINITY, 1),
+        ] {
+            let mut tensors = tensors.clone();
+            let row = if spoiled == Spoiled::DO { out } else { width };
+            let values = &mut tensors[spoiled as usize][(start + at) * row..][..row];
+            values.iter_mut().skip(step - 1).step_by(step).for_each(|x| *x = bad);
+            let results = run(&tensors);
+            let name = format!("{bad} in each {step} of {spoiled:?}, {options:?} {lengths:?}");
+            let [dq, dk, dv] = &results.gradients;
+            let [clean_dq, clean_dk, clean_dv] = &clean.gradients;
+            let tensors = [
+                ("o", &results.o, &clean.o, out),
+                ("lse", &results.lse, &clean.lse, slots),
+                ("dq", dq, clean_dq, width),
+                ("dk", dk, clean_dk, width),
+                ("dv", dv, clean_dv, width),
+            ];
+            let may_show = may_show(spoiled, options.causal, at, lengths[sequence]);
+            for ((tensor, x, clean, row), may_show) in tensors.into_iter().zip(may_show) {
+                let mut shows = false;
+                for (token, (x, clean)) in x.chunks(row).zip(clean.chunks(row)).enumerate() {
+                    if token >= start && may_show.contains(&(token - start)) {
+                        shows |= x.iter().any(|x| !x.is_finite());
+                    } else {
+                        assert!(x == clean, "{tensor} of token {token}: {name}");
+                    }
+                }
+                // An infinite score can be one of -inf, which is a weight of 0.
+                assert!(shows || may_show.is_empty() || bad.is_infinite(), "{tensor} should show {name}");
+            }
+        }
+    }
+}

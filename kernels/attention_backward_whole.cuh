@@ -32,7 +32,8 @@ template <class E, int D, bool SUMS> struct WholeBackward {
     static constexpr int STRIDE = T::STRIDE;
 
     const WholeKeys<E, D> keys;
-    int member, most_rows, all_rows;  // rows there is room for, and those there are
+    int warp, member;         // of the block, of those who share the sequence
+    int most_rows, all_rows;  // rows there is room for, and those there are
     E* q_tile;                        // [most_rows, STRIDE]
     E* d_o_tile;                      // [heads, most_rows, STRIDE]
     float *lse_tile, *delta_tile, *correction_tile;
@@ -41,7 +42,7 @@ template <class E, int D, bool SUMS> struct WholeBackward {
 
     // Without SUMS a warp has room for 16 keys and values in place of the sequence's.
     __device__ __forceinline__ WholeBackward(const AttentionParams& p, Carve carve, int warps, int warp)
-        : keys(p, carve, warps, warp, p.item_warps, SUMS ? p.key_slots * p.capacity : p.item_warps * 16) {
+        : keys(p, carve, warps, warp, p.item_warps, SUMS ? p.key_slots * p.capacity : p.item_warps * 16), warp(warp) {
         const int items = warps / p.item_warps, place = warp / p.item_warps;
         member = warp - place * p.item_warps;
         most_rows = p.capacity * keys.problem.slots;
@@ -58,7 +59,7 @@ template <class E, int D, bool SUMS> struct WholeBackward {
 
     // The sum of a warp of the block.
     __device__ __forceinline__ float* dq_of(int warp) const { return dq + warp * most_rows * DQ_STRIDE<D>; }
-    __device__ __forceinline__ float* own_dq() const { return dq_of(uniform(warp_index())); }
+    __device__ __forceinline__ float* own_dq() const { return dq_of(warp); }
 
     // Everything there is comes to shared memory; zeros in rows up to the next multiple of 16.
     __device__ __forceinline__ void load(const AttentionParams& p) const {
@@ -247,7 +248,7 @@ template <class E, int D, bool SUMS> struct WholeBackward {
         float zero = 0.0f;
         for (int i = keys.team.thread; i < all_rows * T::CHUNKS; i += keys.team.threads) {
             const int row = i / T::CHUNKS, column = i % T::CHUNKS * T::PER_CHUNK;
-            float* const sum = dq_of(uniform(warp_index()) - member) + row * DQ_STRIDE<D> + column;
+            float* const sum = dq_of(warp - member) + row * DQ_STRIDE<D> + column;
             for (int warp = 1; warp < int(p.item_warps); ++warp) {
                 const float* const more = sum + warp * most_rows * DQ_STRIDE<D>;
 #pragma unroll

@@ -130,17 +130,18 @@ impl Counter<'_> {
 
     /// Query rows of forward or dq, from `first` to `end`.
     fn query_rows(&self, item: &Item, pass: Pass, first: usize, end: usize) -> Counts {
-        let whole = matches!(pass, Pass::ForwardShort | Pass::ForwardWhole(_));
+        let whole = matches!(pass, Pass::ForwardShort | Pass::ForwardWhole(_) | Pass::DqWhole);
+        let dq = matches!(pass, Pass::DqWhole | Pass::Dq);
         let mut counts = Counts::default();
         for from in (first..end).step_by(WARP_ROWS) {
             let last = ((from + WARP_ROWS).min(end) - 1) / self.slots;
             for (list, kept) in (0..self.key_heads).flat_map(|head| self.lists(item, head, whole)) {
-                let products = if pass == Pass::Dq { 2 + usize::from(kept) } else { 1 + usize::from(kept) };
+                let products = if dq { 2 + usize::from(kept) } else { 1 + usize::from(kept) };
                 let pieces = self.visible_of(item, last, list).div_ceil(WARP_ROWS);
                 counts = counts + self.pieces(pieces, products);
             }
         }
-        if matches!(pass, Pass::ForwardShort | Pass::Dq) {
+        if dq || pass == Pass::ForwardShort {
             return counts;
         }
         // Of key heads that come before the first key a row sees there is no output to rescale.
@@ -157,13 +158,36 @@ impl Counter<'_> {
         self.visited().map(|(_, label, kept)| self.bytes(count[label]) * (1 + u64::from(kept))).sum()
     }
 
+    /// All keys of a whole sequence, 16 at a time: what `pieces` says of the tiles of query rows that see them.
+    fn whole_keys(&self, item: &Item, pieces: impl Fn(usize, bool) -> Counts) -> Counts {
+        let (length, negatives) = (item.length as usize, item.negatives as usize);
+        let mut counts = Counts::default();
+        for (list, kept) in (0..self.key_heads).flat_map(|head| self.lists(item, head, true)) {
+            let keys = match list {
+                List::All => 0..length,
+                List::Label(0) => 0..negatives,
+                List::Label(_) => negatives..length,
+            };
+            for key in keys.step_by(WARP_ROWS) {
+                let seen_from = match list {
+                    List::All if self.options.causal => key * self.slots,
+                    List::All => 0,
+                    List::Label(_) => self.seen_from(item, key),
+                };
+                let tiles = (length * self.slots).div_ceil(WARP_ROWS) - seen_from / WARP_ROWS;
+                counts = counts + pieces(tiles, kept);
+            }
+        }
+        counts
+    }
+
     fn item(&self, pass: Pass, item: &Item) -> Counts {
         let (length, negatives, first) = (item.length as usize, item.negatives as usize, item.first as usize);
         let all_rows = length * self.slots;
         let block_rows = self.plan.tile.block(pass).map_or(0, |block| block.rows());
         let by_label = [negatives, length - negatives];
         match pass {
-            Pass::ForwardShort | Pass::ForwardWhole(_) => {
+            Pass::ForwardShort | Pass::ForwardWhole(_) | Pass::DqWhole => {
                 let copied = self.keys(by_label);
                 Counts { copied, ..self.query_rows(item, pass, 0, all_rows) }
             }
@@ -173,27 +197,20 @@ impl Counter<'_> {
                 Counts { copied, ..self.query_rows(item, pass, first, end) }
             }
             Pass::BackwardWhole(_) => {
-                let mut counts =
-                    Counts { copied: self.keys(by_label) + self.bytes(all_rows), ..Counts::default() };
-                for (list, kept) in (0..self.key_heads).flat_map(|head| self.lists(item, head, true)) {
-                    let (from, count) = match list {
-                        List::All => (0, length),
-                        List::Label(label) => ([0, negatives][label], by_label[label]),
-                    };
-                    for key in (from..from + count).step_by(WARP_ROWS) {
-                        let seen_from = match list {
-                            List::All if self.options.causal => key * self.slots,
-                            List::All => 0,
-                            List::Label(_) => self.seen_from(item, key),
-                        };
-                        let tiles = all_rows.div_ceil(WARP_ROWS) - seen_from / WARP_ROWS;
-                        counts = counts + self.pieces(tiles, 3 + 2 * usize::from(kept));
-                        if self.element == Element::F32 {
-                            counts = counts + self.pieces(tiles, 1); // the sums of p, beforehand
-                        }
-                    }
+                let copied = self.keys(by_label) + self.bytes(all_rows);
+                // In f32 with the sums of p, beforehand.
+                let sums = usize::from(self.element == Element::F32);
+                let pieces = |tiles, kept: bool| {
+                    self.pieces(tiles, 3 + 2 * usize::from(kept)) + self.pieces(tiles * sums, 1)
+                };
+                Counts { copied, ..self.whole_keys(item, pieces) }
+            }
+            Pass::DkDvWhole => {
+                let copied = self.bytes(all_rows) * (1 + self.key_heads as u64);
+                Counts {
+                    copied,
+                    ..self.whole_keys(item, |tiles, kept| self.pieces(tiles, 2 + 2 * usize::from(kept)))
                 }
-                counts
             }
             Pass::DkDv => {
                 let label = usize::from(first >= negatives);

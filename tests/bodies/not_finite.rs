@@ -6,6 +6,7 @@ use rand_chacha::ChaCha8Rng;
 use std::ops::Range;
 
 /// What the passes write.
+#[derive(Clone, PartialEq, Debug)]
 pub struct Results {
     pub o: Vec<f32>,
     pub lse: Vec<f32>,

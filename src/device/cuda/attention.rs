@@ -297,10 +297,11 @@ impl<R: Runtime> Gpu<R> {
         for (name, buffer) in [("dq", &*dq), ("dk", &*dk), ("dv", &*dv)] {
             self.check(name, "[N, H, d]", buffer, tokens * options.heads * options.head_dim)?;
         }
-        // Between the two passes over long sequences. Freed in stream order, when the launches that use them are done.
-        let streamed = if batch.plan.items(Pass::Dq).is_empty() { 0 } else { options.lse_len(tokens) };
-        let delta = self.array::<f32>(streamed)?;
-        let correction = self.array::<f32>(streamed)?;
+        // Between two passes over a sequence. Freed in stream order, when the launches that use them are done.
+        let two_passes = [Pass::DqWhole, Pass::Dq].into_iter().any(|pass| !batch.plan.items(pass).is_empty());
+        let between = if two_passes { options.lse_len(tokens) } else { 0 };
+        let delta = self.array::<f32>(between)?;
+        let correction = self.array::<f32>(between)?;
         let pointers = AttentionParams {
             d_o: d_o.pointer(),
             delta: delta.pointer(),

@@ -39,6 +39,10 @@ pub enum Pass {
     Forward,
     /// `dq`, `dk` and `dv` of whole sequences.
     BackwardWhole(Sharing),
+    /// `dq` of whole sequences of which one side at a time fits, and what the next one needs.
+    DqWhole,
+    /// `dk` and `dv` of these.
+    DkDvWhole,
     /// `dq` of the others, and what the next one needs.
     Dq,
     /// `dk` and `dv` of the others.
@@ -47,7 +51,7 @@ pub enum Pass {
 
 impl Pass {
     /// Every one, in an order in which they can run.
-    pub const ALL: [Pass; 10] = [
+    pub const ALL: [Pass; 12] = [
         Pass::ForwardShort,
         Pass::ForwardWhole(Sharing::One),
         Pass::ForwardWhole(Sharing::Two),
@@ -56,6 +60,8 @@ impl Pass {
         Pass::BackwardWhole(Sharing::One),
         Pass::BackwardWhole(Sharing::Two),
         Pass::BackwardWhole(Sharing::Four),
+        Pass::DqWhole,
+        Pass::DkDvWhole,
         Pass::Dq,
         Pass::DkDv,
     ];
@@ -78,6 +84,8 @@ impl Pass {
             Pass::ForwardWhole(_) => "attention_forward_whole",
             Pass::Forward => "attention_forward",
             Pass::BackwardWhole(_) => "attention_backward_whole",
+            Pass::DqWhole => "attention_dq_whole",
+            Pass::DkDvWhole => "attention_dk_dv_whole",
             Pass::Dq => "attention_dq",
             Pass::DkDv => "attention_dk_dv",
         }
@@ -178,17 +186,20 @@ impl Plan {
             let takes = |pass: &Pass| tile.whole(*pass).is_some_and(|whole| length <= whole.longest);
             let whole = [Some(Pass::ForwardShort), sharing.map(Pass::ForwardWhole)];
             let forward = whole.into_iter().flatten().find(takes);
-            let backward = sharing.map(Pass::BackwardWhole).filter(takes);
-            for pass in forward.into_iter().chain(backward) {
+            let one = sharing.map(Pass::BackwardWhole).filter(takes);
+            let two =
+                [Pass::DqWhole, Pass::DkDvWhole].into_iter().filter(|pass| one.is_none() && takes(pass));
+            let backward: Vec<Pass> = one.into_iter().chain(two).collect();
+            for pass in forward.into_iter().chain(backward.iter().copied()) {
                 items[pass.index()].push((length, item(0)));
             }
             if forward.is_none() {
                 by_rows(&mut items, Pass::Forward, tile.forward.rows());
             }
-            if backward.is_none() {
+            if backward.is_empty() {
                 by_rows(&mut items, Pass::Dq, tile.dq.rows());
             }
-            if backward.is_some() {
+            if !backward.is_empty() {
                 continue;
             }
             for (from, to) in [(0, negatives), (negatives, length)] {
@@ -261,6 +272,8 @@ impl Tile {
             Pass::ForwardShort => self.forward_short,
             Pass::ForwardWhole(sharing) => self.forward_whole[sharing as usize],
             Pass::BackwardWhole(sharing) => self.backward_whole[sharing as usize],
+            Pass::DqWhole => self.sides_whole.map(|[dq, _]| dq),
+            Pass::DkDvWhole => self.sides_whole.map(|[_, dk_dv]| dk_dv),
             Pass::Forward | Pass::Dq | Pass::DkDv => None,
         }
     }
@@ -268,12 +281,10 @@ impl Tile {
     /// The block of a pass; `None` where it has no work.
     pub fn block(&self, pass: Pass) -> Option<Block> {
         match pass {
-            Pass::ForwardShort | Pass::ForwardWhole(_) | Pass::BackwardWhole(_) => {
-                self.whole(pass).map(|whole| whole.block)
-            }
             Pass::Forward => Some(self.forward),
             Pass::Dq => Some(self.dq),
             Pass::DkDv => Some(self.dk_dv),
+            _ => self.whole(pass).map(|whole| whole.block),
         }
     }
 }
@@ -332,6 +343,9 @@ mod tests {
                     rows_of_dq[r] += 1;
                     keys[r / slots] += (r % slots == 0) as i32;
                 });
+                plan.items(Pass::DqWhole).iter().flat_map(all).for_each(|r| rows_of_dq[r] += 1);
+                let side = plan.items(Pass::DkDvWhole).iter().flat_map(all);
+                side.for_each(|r| keys[r / slots] += (r % slots == 0) as i32);
                 let dq = plan.items(Pass::Dq).iter();
                 dq.flat_map(|i| some(i, plan.tile.dq)).for_each(|r| rows_of_dq[r] += 1);
                 assert!(rows.iter().chain(&rows_of_dq).all(|&n| n == 1));

@@ -178,8 +178,10 @@ pub struct Tile {
     pub forward_whole: [Option<Whole>; 3],
     /// Forward over the others: query rows.
     pub forward: Block,
-    /// Backward over whole sequences, by [`Sharing`], where there are such.
+    /// Backward over whole sequences in one pass, by [`Sharing`], where there are such.
     pub backward_whole: [Option<Whole>; 3],
+    /// dq and then dk and dv over longer whole sequences, of which one side at a time fits, where there are such.
+    pub sides_whole: Option<[Whole; 2]>,
     /// dq of the others: query rows.
     pub dq: Block,
     /// dk and dv of the others: keys.
@@ -272,6 +274,25 @@ impl Variant {
         carve.take(rows, 4).take(rows, 4).take(corrected, 4);
         carve.take(item_warps * rows * dq_stride, 4);
         carve.take(items * item_warps * self.scratch(), 4);
+        carve.bytes()
+    }
+
+    fn dq_whole(&self, warps: usize, capacity: usize, key_heads: usize) -> usize {
+        let keys = key_heads * capacity * self.stride();
+        let mut carve = Carve::default();
+        carve.take(keys, self.size).take(keys, self.size);
+        carve.take(warps * 16 * self.stride(), self.size).take(warps * 16 * self.stride(), self.size);
+        carve.take(warps * 16 * (self.head_dim + 4), 4).take(warps * self.scratch(), 4);
+        carve.bytes()
+    }
+
+    fn dk_dv_whole(&self, warps: usize, capacity: usize, slots: usize, key_heads: usize) -> usize {
+        let rows = capacity * slots;
+        let corrected = if self.size == 4 { rows } else { 0 };
+        let mut carve = Carve::default();
+        carve.take(warps * 16 * self.stride(), self.size).take(warps * 16 * self.stride(), self.size);
+        carve.take(rows * self.stride(), self.size).take(key_heads * rows * self.stride(), self.size);
+        carve.take(rows, 4).take(rows, 4).take(corrected, 4).take(warps * self.scratch(), 4);
         carve.bytes()
     }
 
@@ -380,6 +401,25 @@ pub fn tile(
     let key_heads = options.key_slots();
     let longest = lengths.iter().copied().max().unwrap_or(0);
     let rows = longest * slots;
+    // Wider heads have no registers left for it.
+    let room_backward = if variant.head_dim < 128 { room.whole_backward } else { 0 };
+    let backward_whole = whole(slots, lengths, room_backward, |items, warps, capacity| {
+        variant.backward_whole(items, warps, capacity, slots, key_heads)
+    });
+    let taken = backward_whole[Sharing::Four as usize].map_or(0, |whole| whole.longest);
+    let left: Vec<usize> = lengths.iter().copied().filter(|&tokens| tokens > taken).collect();
+    let side_bytes = |warps: usize, capacity: usize| {
+        let dk_dv = variant.dk_dv_whole(warps, capacity, slots, key_heads);
+        [variant.dq_whole(warps, capacity, key_heads), dk_dv]
+    };
+    let room_sides = if variant.head_dim < 128 { room.whole } else { 0 };
+    let [.., sides] = whole(slots, &left, room_sides, |items, warps, capacity| {
+        items * side_bytes(warps, capacity).into_iter().max().expect("there are two")
+    });
+    let sides_whole = sides.map(|whole| {
+        side_bytes(whole.block.warps, whole.capacity)
+            .map(|shared_bytes| Whole { block: Block { shared_bytes, ..whole.block }, ..whole })
+    });
     Ok(Tile {
         forward_short: short(variant.size, key_heads, lengths, room.whole, |items, capacity| {
             variant.forward_short(items, capacity, key_heads)
@@ -388,13 +428,8 @@ pub fn tile(
             variant.forward_whole(items, warps, capacity, key_heads)
         }),
         forward: block(rows, room.block, |w| variant.forward(w, key_heads), "forward")?,
-        // Wider heads have no registers left for it.
-        backward_whole: match variant.head_dim {
-            ..128 => whole(slots, lengths, room.whole_backward, |items, warps, capacity| {
-                variant.backward_whole(items, warps, capacity, slots, key_heads)
-            }),
-            _ => [None; 3],
-        },
+        backward_whole,
+        sides_whole,
         dq: block(rows, room.block, |w| variant.dq(w), "dq")?,
         dk_dv: block(longest, room.block, |w| variant.dk_dv(w), "dk_dv")?,
     })

@@ -46,7 +46,7 @@ using E = DFAR_ELEMENT;
 constexpr int D = DFAR_HEAD_DIM;
 
 KERNEL(attention_forward_short, AttentionParams, THREADS, SHORT_BLOCKS<E, D>) {
-    if constexpr (sizeof(E) == 2) {
+    if constexpr (SHORT<E, D>) {
         if (p.key_slots > 2) forward_short<E, D, 4, 2>(p);
         else if (p.capacity > 32) forward_short<E, D, 2, 4>(p);
         else forward_short<E, D, 2, 2>(p);

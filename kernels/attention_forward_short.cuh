@@ -12,8 +12,11 @@
 #include "attention_forward_tile.cuh"
 #include "attention_whole.cuh"
 
+// Wider heads leave a multiprocessor no room for many sequences at a time: warps share those (attention_forward_whole.cuh).
+template <class E, int D> constexpr bool SHORT = sizeof(E) == 2 && D <= 32;
+
 // Blocks that should be resident, where registers can be had for it without spills.
-template <class E, int D> constexpr int SHORT_BLOCKS = sizeof(E) == 4 ? 1 : D <= 32 ? 4 - AMPERE - BLACKWELL : D == 64 ? 3 : 1;
+template <class E, int D> constexpr int SHORT_BLOCKS = SHORT<E, D> ? 4 - AMPERE - BLACKWELL : 1;
 
 // A warp's sequence: of up to HEADS key heads, and CHUNKS * 16 tokens, for which each head has room in shared memory.
 template <class E, int D, int HEADS, int CHUNKS> struct ShortForward {

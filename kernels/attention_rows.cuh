@@ -34,7 +34,7 @@ struct Problem {
         first_slot = first_key_head = separate ? blockIdx.y : 0;
         key_heads = p.key_slots;
     }
-    // Of the sequence's tokens, that of query row `r`: r / slots.
+    // Of the sequence's tokens, that of query row `r`: r / slots, exactly while r * slots < 2^31.
     static __device__ __forceinline__ unsigned position(const AttentionParams& p, unsigned r) { return multiply_high(2 * r, p.slot_share); }
     // Row of lse and delta, and of o when counted in K * D elements.
     __device__ __forceinline__ size_t row(const AttentionParams& p, const Item& item, unsigned r) const {
@@ -95,17 +95,6 @@ __device__ __forceinline__ void copy_rows(const Team& team, E* tile, const void*
         const E* from = static_cast<const E*>(source) + (valid ? index(row) * D : 0) + chunk * T::PER_CHUNK;
         copy_async(tile + row * T::STRIDE + chunk * T::PER_CHUNK, from, valid);
     }
-}
-
-// Whether what this thread copied by `copy_rows`, and waited for, holds anything that is not finite.
-template <class E, int D> __device__ __forceinline__ bool copied_spoiled(const Team& team, const E* tile, int count) {
-    using T = Tile<E, D>;
-    bool spoiled = false;
-    for (int i = team.thread; i < count * T::CHUNKS; i += team.threads) {
-        const E* const at = tile + i / T::CHUNKS * T::STRIDE + i % T::CHUNKS * T::PER_CHUNK;
-        spoiled |= is_spoiled<E>(*reinterpret_cast<const uint4*>(at));
-    }
-    return spoiled;
 }
 
 // Writes the warp's 16 rows of floats as elements: row i to `target` + D * `index`(i).

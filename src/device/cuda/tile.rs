@@ -355,29 +355,27 @@ fn whole(
 }
 
 /// Rows of keys a head has in `attention_forward_short`, for a sequence of so many tokens; `None` if its scores do not fit a warp's
-/// registers. These are the numbers that are compiled in.
-fn short_capacity(size: usize, key_heads: usize, tokens: usize) -> Option<usize> {
-    match (size, key_heads, tokens) {
-        (2, 1..=2, 1..=32) | (2, 3..=4, 1..=32) => Some(32),
-        (2, 1..=2, 33..=64) => Some(64),
+/// registers, or its heads are too wide to have many at a time. These are the numbers that are compiled in.
+fn short_capacity(variant: &Variant, key_heads: usize, tokens: usize) -> Option<usize> {
+    if variant.size != 2 || variant.head_dim > 32 {
+        return None;
+    }
+    match (key_heads, tokens) {
+        (1..=4, 1..=32) => Some(32),
+        (1..=2, 33..=64) => Some(64),
         _ => None,
     }
 }
 
 /// The block of such sequences: a warp has one to itself.
-fn short(
-    size: usize,
-    key_heads: usize,
-    lengths: &[usize],
-    limit: usize,
-    bytes: impl Fn(usize, usize) -> usize,
-) -> Option<Whole> {
+fn short(variant: &Variant, key_heads: usize, lengths: &[usize], limit: usize) -> Option<Whole> {
+    let bytes = |items: usize, capacity: usize| variant.forward_short(items, capacity, key_heads);
     let fits = |items: usize, tokens: usize| {
-        short_capacity(size, key_heads, tokens).is_some_and(|capacity| bytes(items, capacity) <= limit)
+        short_capacity(variant, key_heads, tokens).is_some_and(|capacity| bytes(items, capacity) <= limit)
     };
     let longest = lengths.iter().copied().filter(|&tokens| fits(1, tokens)).max()?;
     let items = (1..=MAX_WARPS).rev().find(|&items| fits(items, longest))?;
-    let capacity = short_capacity(size, key_heads, longest)?;
+    let capacity = short_capacity(variant, key_heads, longest)?;
     let block = Block { warps: items, shared_bytes: bytes(items, capacity) };
     Some(Whole { block, sharing: Sharing::One, capacity, longest })
 }
@@ -421,9 +419,7 @@ pub fn tile(
             .map(|shared_bytes| Whole { block: Block { shared_bytes, ..whole.block }, ..whole })
     });
     Ok(Tile {
-        forward_short: short(variant.size, key_heads, lengths, room.whole, |items, capacity| {
-            variant.forward_short(items, capacity, key_heads)
-        }),
+        forward_short: short(&variant, key_heads, lengths, room.whole),
         forward_whole: whole(slots, lengths, room.whole, |items, warps, capacity| {
             variant.forward_whole(items, warps, capacity, key_heads)
         }),

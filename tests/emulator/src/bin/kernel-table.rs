@@ -14,7 +14,7 @@ use dfar::device::cuda::gpu::step_kernels;
 use dfar::device::cuda::nvrtc::Nvrtc;
 use dfar::device::cuda::plan::{Pass, module};
 use dfar::device::cuda::runtime::Kernel;
-use dfar::device::cuda::tile::{Block, Element, HEAD_DIMS, Room, Sharing, tile};
+use dfar::device::cuda::tile::{Block, Element, HEAD_DIMS, Room, Sharing, Tile, tile};
 use std::collections::HashSet;
 use std::fmt::Write as _;
 use std::num::NonZero;
@@ -120,16 +120,18 @@ impl Job {
 }
 
 /// Passes that the table has a row for: one of each kernel.
-const TABLE_PASSES: [Pass; 8] = [
-    Pass::ForwardShort,
-    Pass::ForwardWhole(Sharing::Four),
-    Pass::Forward,
-    Pass::BackwardWhole(Sharing::One),
-    Pass::DqWhole,
-    Pass::DkDvWhole,
-    Pass::Dq,
-    Pass::DkDv,
-];
+fn table_passes(tile: &Tile) -> [Pass; 8] {
+    [
+        Pass::ForwardShort,
+        Pass::ForwardWhole(if tile.forward_short.is_some() { Sharing::Four } else { Sharing::One }),
+        Pass::Forward,
+        Pass::BackwardWhole(Sharing::One),
+        Pass::DqWhole,
+        Pass::DkDvWhole,
+        Pass::Dq,
+        Pass::DkDv,
+    ]
+}
 
 /// Every module for every machine, in the order of the table.
 fn jobs() -> Result<Vec<Job>, String> {
@@ -140,7 +142,7 @@ fn jobs() -> Result<Vec<Job>, String> {
             // A long sequence, and two that are taken whole where they are not too wide for that.
             let tile = tile(element, &options, &[20, 160, 4096], Room::of(machine.shared_per_block << 10))
                 .map_err(|e| e.to_string())?;
-            let rows = TABLE_PASSES.into_iter().filter_map(|pass| {
+            let rows = table_passes(&tile).into_iter().filter_map(|pass| {
                 let block = tile.block(pass)?;
                 Some((pass.kernel(element, head_dim), element.name(), head_dim.to_string(), block))
             });
@@ -180,7 +182,7 @@ fn on_all_cores<T: Sync, R: Send + Sync>(items: &[T], work: impl Fn(&T) -> R + S
 
 fn table() -> Result<(String, Vec<String>), String> {
     let (mut text, mut faults) = (String::new(), vec![]);
-    let heading = "Attention with H = 2 and labels (shared memory grows with H); blocks of long sequences, of whole ones of 20 tokens in forward_short and backward_whole, of 160 elsewhere. Target attention with hidden layers of 80 and 40. Occupancy is resident warps of 64.";
+    let heading = "Attention with H = 2 and labels (shared memory grows with H); blocks of long sequences, of whole ones of 20 tokens (dq_whole, dk_dv_whole, and forward_whole beside forward_short: 160). Target attention with hidden layers of 80 and 40. Occupancy is resident warps of 64.";
     writeln!(text, "{heading}\nGlobal accesses: instructions of 16 bytes, and narrower ones (order, feedback, lse, delta).\n")
         .expect("strings can be written");
     writeln!(

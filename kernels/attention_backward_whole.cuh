@@ -19,7 +19,6 @@ template <int D> constexpr int DQ_STRIDE = D == 8 ? 8 : D + 8;
 
 // Blocks that should be resident: what shared memory allows, where registers can be had for it without spills.
 template <class E, int D> constexpr int WHOLE_BLOCKS = sizeof(E) == 4 ? (D == 8 ? 3 : 1) : D <= 16 ? 4 : D == 32 ? 3 : 1;
-
 template <class E, int D> constexpr int WHOLE_DQ_BLOCKS = sizeof(E) == 4 ? 1 : D <= 16 ? 4 : D == 32 ? 3 : 1;
 template <class E, int D> constexpr int WHOLE_DK_DV_BLOCKS = sizeof(E) == 4 ? 1 : D <= 16 ? 4 : D == 32 ? 3 : 1;
 
@@ -34,10 +33,10 @@ template <class E, int D, bool SUMS> struct WholeBackward {
     const WholeKeys<E, D> keys;
     int warp, member;         // of the block, of those who share the sequence
     int most_rows, all_rows;  // rows there is room for, and those there are
-    E* q_tile;                        // [most_rows, STRIDE]
-    E* d_o_tile;                      // [heads, most_rows, STRIDE]
+    E* q_tile;                // [most_rows, STRIDE]
+    E* d_o_tile;              // [heads, most_rows, STRIDE]
     float *lse_tile, *delta_tile, *correction_tile;
-    float* dq;                        // SUMS: [warps of the block, most_rows, DQ_STRIDE]
+    float* dq;                // SUMS: [warps of the block, most_rows, DQ_STRIDE]
     float* scratch;
 
     // Without SUMS a warp has room for 16 keys and values in place of the sequence's.

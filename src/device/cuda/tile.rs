@@ -75,11 +75,10 @@ impl Block {
 /// have more to do than a block should have alone.
 pub const WHOLE_ROWS: usize = 5 * MAX_WARPS * WARP_ROWS;
 
-/// Shared memory a block of whole sequences may use in forward: three fit a multiprocessor of sm_90, so that one loads while
-/// others compute. A sequence that needs more by itself, its heads being wide or many, is streamed.
+/// Shared memory a block of whole sequences may use: three fit a multiprocessor of sm_90, so that one loads while others compute. A sequence that needs more by itself, its heads being wide or many, is streamed.
 pub const WHOLE_BYTES: usize = 72 << 10;
 
-/// The same in backward: two fit, as streaming takes three times the instructions there.
+/// The same in backward in one pass: two fit, as two passes take half as many instructions again, and streaming three times as many.
 pub const WHOLE_BACKWARD_BYTES: usize = 112 << 10;
 
 /// Shared memory that blocks may have, in bytes.
@@ -87,9 +86,9 @@ pub const WHOLE_BACKWARD_BYTES: usize = 112 << 10;
 pub struct Room {
     /// Any block: what the device gives.
     pub block: usize,
-    /// One of whole sequences, in forward.
+    /// One of whole sequences.
     pub whole: usize,
-    /// The same in backward.
+    /// The same in backward in one pass.
     pub whole_backward: usize,
 }
 

@@ -6,10 +6,11 @@ use criterion::{
     measurement::WallTime,
 };
 use dfar::attention::{AttentionError, FhaOptions};
-use dfar::bench::attention::{Batch, Pass};
-use dfar::bench::gpu::{Fused, NaiveForm, time};
 use dfar::device::cuda::attention::Value;
 use dfar::device::cuda::{Cuda, CudaError, Gpu, Precision};
+use dfar_tools::attention::batch::{Batch, Pass};
+use dfar_tools::attention::gpu::{Fused, NaiveForm};
+use dfar_tools::limits::gpu::time;
 use half::bf16;
 use std::time::Duration;
 

@@ -1,11 +1,11 @@
 //! Training steps by what is shared: `cargo bench --bench training`.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use dfar::bench::train::{Sharing, Steps};
 use dfar::data::Dataset;
 use dfar::data::synthetic::{self, SyntheticOptions};
 use dfar::device::cpu::Cpu;
 use dfar::train::config::Config;
+use dfar_tools::train::sharing::{Sharing, Steps};
 use std::sync::Arc;
 use std::time::Duration;
 

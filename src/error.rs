@@ -2,7 +2,6 @@
 
 use crate::attention::AttentionError;
 use crate::data::DataError;
-use crate::verify::VerifyError;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
@@ -31,9 +30,6 @@ pub enum Error {
     /// A GPU that is not there, or not usable.
     #[error(transparent)]
     Cuda(#[from] crate::device::cuda::CudaError),
-    /// A reference case.
-    #[error(transparent)]
-    Verify(#[from] VerifyError),
     /// The operating system refused something.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
@@ -59,7 +55,6 @@ impl Error {
         match self {
             Error::Data(error) => error.exit_code(),
             Error::Train(error) => error.exit_code(),
-            Error::Verify(_) => 3,
             Error::Cuda(error) => error.exit_code(),
             Error::Model(crate::model::ModelError::Device(crate::device::DeviceError::Cuda(error))) => {
                 error.exit_code()

@@ -7,7 +7,7 @@
 //! One batch travels this line, a module a station:
 //!
 //! ```text
-//! log file -> data (one mmap'd file) -> history -> batch (packed) -> model -> train -> evaluate -> report
+//! log file -> data (one mmap'd file) -> batch (packed histories) -> model -> train -> evaluate
 //!                                                                      |
 //!                                                        device (CPU) and attention (FHA)
 //! ```
@@ -16,10 +16,11 @@
 //! |---|---|
 //! | [`attention`] | FHA as an operation on packed slices, and its naive float64 form |
 //! | [`data`] | importing logs, the `.dfar` file, splits, synthetic logs |
-//! | [`batch`] | packing histories and candidates |
+//! | [`batch`] | what a model sees of a user's events, packed end to end |
 //! | [`device`] | the operations a model needs, on buffers a device owns |
 //! | [`model`] | DFAR: parameters, forward, backward, Adam |
-//! | [`verify`] | the engines against cases computed by an independent float64 program |
+//! | [`train`] | the training loop, its configuration, checkpoints |
+//! | [`evaluate`] | scoring candidate groups, ranking metrics |
 //!
 //! # A model in a few lines
 //!
@@ -50,19 +51,13 @@
 //! ```
 
 pub mod attention;
-pub mod auc;
+mod auc;
 pub mod batch;
-pub mod bench;
-pub mod cli;
 pub mod data;
 pub mod device;
 pub mod error;
 pub mod evaluate;
-pub mod history;
 pub mod model;
-mod pipeline;
-pub mod report;
 pub mod train;
-pub mod verify;
 
 pub use error::{Error, Result};

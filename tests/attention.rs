@@ -9,7 +9,9 @@ use dfar::attention::{
     AttentionError, FhaOptions, Gradients, Inputs, LabelMask, Normalization, Pairing, backward, forward,
     reference,
 };
-use dfar::verify::{CpuEngine, Fha, TensorError, compare, compare_gradients, relative_error, verify_fha};
+use dfar_tools::verify::{
+    CpuEngine, Fha, TensorError, compare, compare_gradients, relative_error, verify_fha,
+};
 use proptest::prelude::*;
 
 /// Runs forward and backward. Outputs start as garbage: they must be overwritten.

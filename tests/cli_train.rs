@@ -1,7 +1,7 @@
 //! The `dfar-train` command as a user meets it.
 
 use dfar::data::synthetic::{self, SyntheticOptions};
-use dfar::train::checkpoint::Checkpoint;
+use dfar::train::checkpoint::{Checkpoint, ModelFile};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -48,6 +48,18 @@ fn trained(dir: &Path, out: &str, more: &[&str]) -> Output {
 
 fn bytes(path: impl AsRef<Path>) -> Vec<u8> {
     std::fs::read(path).unwrap()
+}
+
+#[test]
+fn the_report_is_of_the_model_in_the_file() {
+    let dir = folder();
+    trained(dir.path(), "run", &[]);
+    let file = ModelFile::load(&dir.path().join("run/model.safetensors")).unwrap();
+    let report: serde_json::Value =
+        serde_json::from_slice(&bytes(dir.path().join("run/metrics.json"))).unwrap();
+    assert_eq!(report["best_epoch"].as_u64(), Some(file.info.epoch as u64));
+    // Not of the parameters after the last step.
+    assert_eq!(report["valid"]["auc"].as_f64(), file.info.valid_auc);
 }
 
 #[test]

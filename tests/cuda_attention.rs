@@ -8,7 +8,7 @@ use dfar::attention::{FhaOptions, Inputs};
 use dfar::device::cuda::compile::{Arch, Cache};
 use dfar::device::cuda::tile::{Element, HEAD_DIMS};
 use dfar::device::cuda::{Cuda, CudaError, Precision, device_count, nvrtc::Nvrtc, plan};
-use dfar::verify::{Case, Fha, cases, compare, compare_gradients};
+use dfar_tools::verify::{Case, Fha, cases, compare, compare_gradients};
 use std::io::Write;
 use std::path::Path;
 

@@ -17,7 +17,7 @@ mod target_attention;
 use common::gpu;
 use dfar::device::cpu::Cpu;
 use dfar::device::cuda::Precision;
-use dfar::verify::{Case, cases, verify_dfar};
+use dfar_tools::verify::{Case, cases, verify_dfar};
 use std::path::Path;
 use std::sync::Arc;
 

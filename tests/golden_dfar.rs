@@ -1,6 +1,6 @@
 //! The network against the oracle's cases: loss, logits, every gradient, and the parameters after Adam.
 
-use dfar::verify::{CpuEngine, Outcome, cases, verify};
+use dfar_tools::verify::{CpuEngine, Outcome, cases, verify};
 use std::path::Path;
 
 fn check(folder: &Path) -> usize {

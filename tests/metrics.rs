@@ -1,6 +1,6 @@
 //! Metrics against a naive computation and against cases worked by hand.
 
-use dfar::auc::auc;
+use dfar::evaluate::metrics::auc;
 use dfar::evaluate::metrics::{GaucRule, ScoredGroups, expected_ndcg, expected_reciprocal_rank};
 use proptest::prelude::*;
 

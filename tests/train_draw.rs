@@ -1,9 +1,9 @@
 //! What a drawn epoch promises, recomputed from the data set itself.
 
 use dfar::batch::{Batch, History};
+use dfar::batch::{Cut, Feedback};
 use dfar::data::Dataset;
 use dfar::data::synthetic::{self, SyntheticOptions};
-use dfar::history::{Cut, Feedback};
 use dfar::train::draw::{DrawOptions, Drawer, TrainTargets};
 use dfar::train::negatives::NegativeSource;
 use std::collections::{BTreeMap, BTreeSet, HashSet};

@@ -1,13 +1,12 @@
 //! A run that is stopped, however it is stopped, and continued ends where the uninterrupted run ends: bit for bit.
 
 use dfar::batch::Batch;
+use dfar::batch::{Feedback, without_sharing};
 use dfar::data::synthetic::{self, SyntheticOptions};
 use dfar::data::{Dataset, Part};
 use dfar::device::cpu::Cpu;
 use dfar::evaluate::{self, ScoreOptions};
-use dfar::history::{Feedback, without_sharing};
 use dfar::model::{Initialization, Model, ModelError};
-use dfar::report;
 use dfar::train::checkpoint::{Checkpoint, EpochSums, ModelFile, StepTime};
 use dfar::train::draw::Drawer;
 use dfar::train::run::Run;
@@ -45,15 +44,15 @@ fn session_with(
     let device = Arc::new(Cpu::new());
     let run = if resume { Run::resume(dir)? } else { Run::create(dir)? };
     let mut fit = match resume {
-        false => Fit::start(device.clone(), data, Config { workers, ..config() }, &run)?,
+        false => Fit::start(device, data, Config { workers, ..config() }, &run)?,
         true => {
             let checkpoint = Checkpoint::load(&run.checkpoint())?;
             let config = Config { workers, ..checkpoint.info.config.clone() };
-            Fit::resume(device.clone(), data, config, &run, checkpoint)?
+            Fit::resume(device, data, config, &run, checkpoint)?
         }
     };
     let mut taken = 0;
-    let outcome = fit.run(&mut |event| {
+    fit.run(&mut |event| {
         taken += u64::from(matches!(event, Event::Step { .. }));
         // Also while scoring: an interrupt may come at any time.
         if stop.is_some_and(|stop| taken >= stop) {
@@ -61,12 +60,7 @@ fn session_with(
         } else {
             ControlFlow::Continue(())
         }
-    })?;
-    if outcome == Outcome::Finished {
-        let (config, state) = (config(), (fit.state(), fit.data_info()));
-        report::finish(device, data, &config, &run, state, &mut |_| ControlFlow::Continue(()))?;
-    }
-    Ok(outcome)
+    })
 }
 
 fn model_bytes(dir: &Path) -> Vec<u8> {
@@ -279,19 +273,13 @@ fn a_run_is_used_by_one_process_and_never_overwritten() {
 }
 
 #[test]
-fn a_model_file_serves_alone() {
+fn a_model_file_names_the_items() {
     let data = data();
     let dir = tempfile::tempdir().unwrap();
     session(dir.path(), &data, false, None).unwrap();
     let file = ModelFile::load(&dir.path().join("model.safetensors")).unwrap();
     let names: Vec<&str> = (0..data.items() as u32).map(|item| data.item_name(item)).collect();
     assert_eq!(file.items, names);
-    let report: report::RunReport =
-        serde_json::from_slice(&std::fs::read(dir.path().join("metrics.json")).unwrap()).unwrap();
-    assert_eq!(report.best_epoch, file.info.epoch);
-    // The report is of the model in the file, not of the last step's.
-    let valid = report.evaluation.valid.unwrap().liked.auc;
-    assert_eq!(Some(valid), file.info.valid_auc);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 mod common;
 
-use dfar::verify::{
+use dfar_tools::verify::{
     Case, CpuEngine, GRADIENT_TOLERANCE, VerifyError, compare, compare_gradients, relative_error, verify,
 };
 use std::path::{Path, PathBuf};

@@ -4,7 +4,7 @@
 //! random order of tied candidates, so a model that gives every candidate one score is worth exactly what
 //! guessing is worth.
 
-use crate::auc::auc;
+pub use crate::auc::auc;
 use serde::{Deserialize, Serialize};
 
 /// Ranks counted by NDCG.

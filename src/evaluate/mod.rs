@@ -9,14 +9,13 @@ mod rank;
 
 pub use rank::rank;
 
-use crate::auc::auc;
+use crate::batch::ahead;
 use crate::batch::{Batch, BatchError, History};
+use crate::batch::{Cut, Feedback, Question, View};
 use crate::data::{Dataset, EvaluationGroups, Part};
 use crate::device::Device;
-use crate::history::{Cut, Feedback, Question, View};
 use crate::model::{Model, ModelError, StagedBatch};
-use crate::pipeline;
-use metrics::{GaucRule, Metrics, ScoredGroups};
+use metrics::{GaucRule, Metrics, ScoredGroups, auc};
 use serde::{Deserialize, Serialize};
 use std::ops::{ControlFlow, Range};
 use thiserror::Error;
@@ -81,7 +80,7 @@ pub fn score_part<D: Device>(
         Ok(stager.stage(&Batch::pack(&histories)?)?)
     };
     let mut scores = Vec::with_capacity(groups.len() * candidates);
-    pipeline::ahead(0..batches.len(), options.workers, make, |staged| {
+    ahead::ahead(0..batches.len(), options.workers, make, |staged| {
         for batch in staged {
             let first = scores.len();
             scores.extend(model.score_staged(batch?)?);

@@ -2,8 +2,8 @@
 
 use super::EvaluateError;
 use crate::batch::{Batch, Group, History};
+use crate::batch::{Feedback, View};
 use crate::device::Device;
-use crate::history::{Feedback, View};
 use crate::model::Model;
 
 /// Candidates scored in one batch.

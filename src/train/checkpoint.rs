@@ -3,8 +3,8 @@
 use super::config::Config;
 use super::draw::PlanSize;
 use super::file::{self, FileError, Tensors};
+use crate::batch::Feedback;
 use crate::data::{Dataset, Protocol};
-use crate::history::Feedback;
 use crate::model::{HostTensor, ModelConfig, StepLoss};
 use serde::{Deserialize, Serialize};
 use std::path::Path;

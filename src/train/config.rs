@@ -3,10 +3,10 @@
 use super::draw::{DrawOptions, TrainTargets};
 use super::negatives::NegativeSource;
 use crate::attention::Normalization;
+use crate::batch::{Cut, Feedback};
 use crate::device::cuda::Precision;
 use crate::device::{Clip, Device};
 use crate::evaluate::metrics::GaucRule;
-use crate::history::{Cut, Feedback};
 use crate::model::{AdamOptions, Initialization, LossOptions, ModelConfig};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};

@@ -8,8 +8,8 @@
 use super::TrainError;
 use super::negatives::{BatchTargets, NegativeSampler, NegativeSource};
 use crate::batch::History;
+use crate::batch::{Cut, Feedback, Question, View};
 use crate::data::Dataset;
-use crate::history::{Cut, Feedback, Question, View};
 use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;

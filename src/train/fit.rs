@@ -9,11 +9,11 @@ use super::draw::{Drawer, Plan, PlanSize};
 use super::log::Log;
 use super::run::Run;
 use crate::batch::Batch;
+use crate::batch::ahead;
 use crate::data::{Dataset, Part};
 use crate::device::Device;
 use crate::evaluate::{self, ScoreOptions};
 use crate::model::{Model, ModelError, Optimizer, SentBatch, StagedBatch, StepLoss, StepTimer};
-use crate::pipeline;
 use serde_json::json;
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -235,7 +235,7 @@ impl<'a, D: Device> Fit<'a, D> {
             Ok(stager.stage(&Batch::pack(&drawer.draw(plan, epoch as u64, batch))?)?)
         };
         let workers = self.config.workers_for(&*self.device);
-        pipeline::ahead(first..plan.size.batches, workers, make, |batches| {
+        ahead::ahead(first..plan.size.batches, workers, make, |batches| {
             let mut timer = StepTimer::new(self.device.clone());
             // Of the steps since the last line of the log.
             let mut lately = StepTime::default();

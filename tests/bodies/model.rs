@@ -3,11 +3,12 @@
 #![allow(dead_code, reason = "each test file uses its own part")]
 
 use dfar::attention::Normalization;
+use dfar::batch::without_sharing;
 use dfar::batch::{Batch, Group, History};
 use dfar::device::{Clip, Device};
-use dfar::history::without_sharing;
 use dfar::model::{AdamOptions, HostTensor, LossOptions, Model, ModelConfig, ModelError, Optimizer};
-use dfar::verify::{adam_amplifies, compare, compare_after_adam, compare_gradients};
+use dfar_tools::verify::network::{adam_amplifies, compare_after_adam};
+use dfar_tools::verify::{compare, compare_gradients};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::sync::Arc;

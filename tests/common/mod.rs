@@ -2,7 +2,7 @@
 #![allow(dead_code, reason = "each test file uses its own part")]
 
 use dfar::attention::{FhaOptions, Inputs, LabelMask};
-use dfar::verify::{Case, TensorError};
+use dfar_tools::verify::{Case, TensorError};
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,8 @@ pub fn root() -> PathBuf {
 
 /// The reference cases of one kind that this package carries.
 pub fn golden(kind: &str) -> Vec<Case> {
-    let paths = dfar::verify::cases(&root().join("tests/golden")).expect("reference cases should be there");
+    let paths =
+        dfar_tools::verify::cases(&root().join("tests/golden")).expect("reference cases should be there");
     let cases: Vec<Case> = paths.iter().map(|path| read(path)).filter(|case| case.kind == kind).collect();
     assert!(!cases.is_empty(), "there should be reference cases of kind {kind}");
     cases

@@ -2,9 +2,9 @@
 
 use clap::Args;
 use dfar::attention::Normalization;
+use dfar::batch::Feedback;
 use dfar::device::cuda::Precision;
 use dfar::evaluate::metrics::GaucRule;
-use dfar::history::Feedback;
 use dfar::model::Initialization;
 use dfar::train::TrainError;
 use dfar::train::config::{ClipMode, DeviceChoice};

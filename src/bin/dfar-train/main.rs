@@ -1,18 +1,19 @@
 //! `dfar-train`: train, evaluate and score.
 
+#[path = "../shared/cli.rs"]
+mod cli;
 mod device;
 mod flags;
 mod progress;
+mod report;
 mod score;
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use device::on_device;
-use dfar::cli;
 use dfar::data::synthetic::{self, SyntheticOptions};
 use dfar::data::{DataError, Dataset, Split};
 use dfar::device::Device;
 use dfar::model::Model;
-use dfar::report;
 use dfar::train::checkpoint::{Checkpoint, DataInfo, ModelFile};
 use dfar::train::config::{Config, DeviceChoice};
 use dfar::train::run::{self, Run, RunError};

@@ -1,7 +1,7 @@
 //! Progress on stderr: bars on a terminal, a line an epoch elsewhere.
 
+use crate::report::count;
 use dfar::data::Part;
-use dfar::report::count;
 use dfar::train::Event;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::{IsTerminal, Write};

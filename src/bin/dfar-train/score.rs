@@ -2,12 +2,12 @@
 
 use crate::device::{self, on_device};
 use crate::{Output, open_run, set_threads};
+use crate::{cli, report};
 use clap::Args;
 use dfar::evaluate::rank;
 use dfar::model::Model;
 use dfar::train::TrainError;
 use dfar::train::config::DeviceChoice;
-use dfar::{cli, report};
 use std::collections::HashMap;
 use std::io::Write;
 use std::path::PathBuf;

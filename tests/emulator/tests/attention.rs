@@ -5,13 +5,15 @@
 mod not_finite;
 
 use dfar::attention::{FhaOptions, Inputs, LabelMask, Normalization, Pairing, reference};
-use dfar::bench::predict;
 use dfar::device::cuda::params::{AttentionParams, Item};
 use dfar::device::cuda::plan::{Pass, Plan};
 use dfar::device::cuda::runtime::{Kernel, Launch};
 use dfar::device::cuda::tile::{Element, HEAD_DIMS, Room};
-use dfar::verify::{Case, Fha, cases, compare, compare_gradients, relative_error, unfused};
 use dfar_emulator::{Counts, Device, FUNCTIONS};
+use dfar_tools::attention::predict;
+use dfar_tools::verify::{
+    Case, Fha, cases, compare, compare_gradients, half_precision::unfused, relative_error,
+};
 use half::{bf16, f16};
 use not_finite::Results;
 use rand::{RngExt, SeedableRng};
@@ -238,7 +240,7 @@ fn judge_rounded<T: Value>(name: &str, batch: &Batch, fused: Results) -> Vec<Str
     let unfused = unfused(&batch.options, batch.inputs(), &batch.d_o, T::ELEMENT);
     let largest = |x: &[f64]| x.iter().filter(|x| x.is_finite()).fold(0.0, |m: f64, x| m.max(x.abs()));
     let gradients = [&exact_gradients.dq, &exact_gradients.dk, &exact_gradients.dv];
-    // Gradients that are 0 but for the rounding of terms that cancel are judged by the largest gradient; see dfar::verify.
+    // Gradients that are 0 but for the rounding of terms that cancel are judged by the largest gradient; see dfar_tools::verify.
     let floor = gradients.iter().map(|x| largest(x)).fold(0.0, f64::max) / 400.0;
     let mut failures = vec![];
     let mut check = |tensor: &str, x: &[f32], y: &[f32], exact: &[f64], floor: f64| {

@@ -6,8 +6,8 @@ mod bodies;
 
 use dfar::device::cpu::Cpu;
 use dfar::device::cuda::Precision;
-use dfar::verify::{Case, cases, verify_dfar};
 use dfar_emulator::gpu;
+use dfar_tools::verify::{Case, cases, verify_dfar};
 use std::path::Path;
 use std::sync::Arc;
 

@@ -1,11 +1,12 @@
 //! The naive form on the device, and the kernels that measure limits: right, and sound under the emulator's checks.
 
 use dfar::attention::{FhaOptions, LabelMask, Normalization, reference};
-use dfar::bench::attention::Batch;
-use dfar::bench::gpu::{Effort, Plan, limits};
 use dfar::device::cuda::Precision;
-use dfar::verify::{compare, compare_gradients};
 use dfar_emulator::gpu;
+use dfar_tools::attention::batch::Batch;
+use dfar_tools::attention::gpu::Plan;
+use dfar_tools::limits::gpu::{Effort, measure};
+use dfar_tools::verify::{compare, compare_gradients};
 
 #[test]
 fn the_naive_form_is_the_operation() {
@@ -46,7 +47,7 @@ fn the_naive_form_is_the_operation() {
 #[test]
 fn the_benchmark_runs() {
     let gpu = gpu(Precision::Bf16);
-    let limits = limits(&gpu, Effort { copied: 1000, rounds: 2, repeats: 1 }).expect("sound");
+    let limits = measure(&gpu, Effort { copied: 1000, rounds: 2, repeats: 1 }).expect("sound");
     assert!(limits.copy > 0.0 && limits.exponentials > 0.0 && limits.products > 0.0, "{limits}");
     let options = FhaOptions::new(2, 16);
     let plan = Plan {

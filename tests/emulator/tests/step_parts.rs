@@ -4,11 +4,11 @@
 #[path = "../../bodies/parts.rs"]
 mod bodies;
 
-use dfar::bench::predict::Card;
-use dfar::bench::steps::{self, Batches, Peak};
 use dfar::device::cuda::Precision;
 use dfar::train::Config;
 use dfar_emulator::gpu;
+use dfar_tools::limits::gpu::Card;
+use dfar_tools::train::steps::{self, Batches, Peak};
 use std::sync::Arc;
 
 test_every_body!(|| Arc::new(gpu(Precision::F32)));

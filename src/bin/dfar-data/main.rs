@@ -1,7 +1,9 @@
 //! `dfar-data`: logs to data set files, and what is in them.
 
+#[path = "../shared/cli.rs"]
+mod cli;
+
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use dfar::cli;
 use dfar::data::candidates::CandidateOptions;
 use dfar::data::import::{self, ColumnOptions, ImportOptions, LogFormat, Progress, TimeUnit};
 use dfar::data::statistics::{Statistics, statistics};

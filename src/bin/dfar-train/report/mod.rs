@@ -8,12 +8,12 @@ pub use curves::{CurvePoint, Reference, curves_svg};
 pub use finish::{evaluate_model, finish};
 pub use table::{count, evaluation_text, table};
 
-use crate::data::{Dataset, Part};
-use crate::evaluate::metrics::{GaucRule, Metrics};
-use crate::evaluate::{self, PartReport};
-use crate::history::Feedback;
-use crate::train::checkpoint::{DataInfo, State};
-use crate::train::draw::PlanSize;
+use dfar::batch::Feedback;
+use dfar::data::{Dataset, Part};
+use dfar::evaluate::metrics::{GaucRule, Metrics};
+use dfar::evaluate::{self, PartReport};
+use dfar::train::checkpoint::{DataInfo, State};
+use dfar::train::draw::PlanSize;
 use serde::{Deserialize, Serialize};
 
 /// Figures of the validation and test groups.

@@ -1,7 +1,7 @@
 //! What this machine can do at most: fused multiply-adds and exponentials, from registers, on all threads.
 
-use super::shortest;
-use crate::device::cpu::simd::{self, Kernel, Simd, dispatch};
+use crate::timing::shortest;
+use dfar::device::cpu::simd::{self, Kernel, Simd, dispatch};
 use rayon::prelude::*;
 use serde::Serialize;
 use std::fmt;

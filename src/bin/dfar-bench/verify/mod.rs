@@ -19,15 +19,14 @@
 //! Results in bf16 and f16 are judged as `half_precision` says: by the error of the unfused computation in that type.
 
 mod case;
-mod dfar;
-mod engine;
-mod half_precision;
+pub mod engine;
+pub mod half_precision;
+pub mod network;
 pub use case::{Case, VerifyError};
-pub use dfar::{adam_amplifies, compare_after_adam, verify_dfar};
-pub use engine::{CpuEngine, Engine, GpuEngine, Refusal, Results, verify_fha};
-pub use half_precision::unfused;
+pub use engine::{CpuEngine, Engine, GpuEngine, verify_fha};
+pub use network::verify_dfar;
 
-use crate::attention::{FhaOptions, Inputs, LabelMask, Normalization, Pairing};
+use dfar::attention::{FhaOptions, Inputs, LabelMask, Normalization, Pairing};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 

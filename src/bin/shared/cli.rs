@@ -1,6 +1,6 @@
 //! What the binaries share: printing results and turning errors into exit codes.
 
-use crate::{Error, Result};
+use dfar::{Error, Result};
 use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
 
@@ -12,12 +12,15 @@ pub fn exit(result: Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(Error::Io { source, .. }) if source.kind() == ErrorKind::BrokenPipe => ExitCode::SUCCESS,
-        Err(error) => {
-            // Nobody is left to tell when stderr is closed as well.
-            let _ = writeln!(std::io::stderr(), "error: {error}");
-            ExitCode::from(error.exit_code())
-        }
+        Err(error) => fail(&error, error.exit_code()),
     }
+}
+
+/// Prints the error to stderr, for the exit code `code`.
+pub fn fail(error: &dyn std::error::Error, code: u8) -> ExitCode {
+    // A closed stderr cannot be reported anywhere.
+    let _ = writeln!(std::io::stderr(), "error: {error}");
+    ExitCode::from(code)
 }
 
 /// Writes results to stdout, without the panic of `print!` when the reader has gone.

@@ -6,12 +6,12 @@
 //! multiply-adds of products and exponentials of attention; a part's floor is the largest of the three times. Element by
 //! element arithmetic, latency and launches are not in it, so that a real step is slower.
 
-use super::attention::{Pass, needed};
-use super::gpu::Limits;
-use crate::attention::FhaOptions;
-use crate::batch::{Batch, LabelSplit, Lists, Touched};
-use crate::device::cuda::Precision;
-use crate::model::{ModelConfig, StepPart};
+use crate::attention::batch::{Pass, needed};
+use crate::limits::gpu::Limits;
+use dfar::attention::FhaOptions;
+use dfar::batch::{Batch, LabelSplit, Lists, Touched};
+use dfar::device::cuda::Precision;
+use dfar::model::{ModelConfig, StepPart};
 use serde::Serialize;
 use std::ops::{Add, AddAssign, Mul};
 
@@ -316,9 +316,9 @@ fn indices(batch: &Batch) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::batch::{Group, History};
-    use crate::bench::predict::Card;
-    use crate::bench::steps::uniform;
+    use crate::limits::gpu::Card;
+    use crate::train::steps::uniform;
+    use dfar::batch::{Group, History};
 
     fn config() -> ModelConfig {
         ModelConfig { width: 8, attention: [5, 3], tower: [7, 2], ..ModelConfig::new(100, 10) }

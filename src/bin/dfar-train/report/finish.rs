@@ -1,13 +1,13 @@
 //! The end of a run: the best model scored on both parts, `metrics.json` and `curves.svg` written.
 
 use super::{CurvePoint, Evaluation, Reference, RunModel, RunReport, curves_svg};
-use crate::data::{Dataset, Part};
-use crate::device::Device;
-use crate::evaluate;
-use crate::model::Model;
-use crate::train::checkpoint::{DataInfo, ModelFile, State};
-use crate::train::run::Run;
-use crate::train::{Config, Event, TrainError, file, score_options};
+use dfar::data::{Dataset, Part};
+use dfar::device::Device;
+use dfar::evaluate;
+use dfar::model::Model;
+use dfar::train::checkpoint::{DataInfo, ModelFile, State};
+use dfar::train::run::Run;
+use dfar::train::{Config, Event, TrainError, file, score_options};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Instant;

@@ -1,21 +1,31 @@
 //! `dfar-bench`: verify against reference cases, and measure.
+
+#[allow(dead_code, reason = "benches run more of it: tests/tools")]
+mod attention;
+#[path = "../shared/cli.rs"]
+mod cli;
+mod limits;
+mod timing;
+mod train;
+mod verify;
+
+use attention::{batch, gpu, predict};
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 use dfar::attention::{FhaOptions, Normalization};
-use dfar::bench::attention::{Plan, Row};
-use dfar::bench::steps::{self, Batches, Peak};
-use dfar::bench::{self, limits, predict};
 use dfar::data::Dataset;
 use dfar::data::synthetic::{self, SyntheticOptions};
 use dfar::device::cpu::Cpu;
 use dfar::device::cuda::tile::Element;
 use dfar::device::cuda::{self, Cuda, Gpu};
 use dfar::train::{Config, TrainError, file};
-use dfar::verify::{self, CpuEngine, Engine, GpuEngine, Outcome, Report};
-use dfar::{Error, Result, cli};
+use dfar::{Error, Result};
+use limits::gpu::{Card, Effort};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
+use train::steps::{self, Batches, Peak};
+use verify::{CpuEngine, Engine, GpuEngine, Outcome, Report, VerifyError};
 
 /// `println!` that reports a closed pipe instead of panicking.
 macro_rules! say {
@@ -92,7 +102,7 @@ struct Attention {
     precision: Precision,
     /// Measure nothing: print the least time that the kernels need on this GPU by the limits of its datasheet
     #[arg(long, value_enum, value_name = "GPU")]
-    predict: Option<predict::Card>,
+    predict: Option<Card>,
     /// Of 8 exponentials of long 16-bit sequences, so many as polynomials (an experiment, on the GPU)
     #[arg(long, default_value_t = 0, value_name = "0..8", value_parser = clap::value_parser!(u32).range(0..=8))]
     polynomial: u32,
@@ -139,7 +149,7 @@ struct Train {
     uniform: bool,
     /// Measure nothing: print the least time of each part of a step on this GPU by the limits of its datasheet
     #[arg(long, value_enum, value_name = "GPU")]
-    predict: Option<predict::Card>,
+    predict: Option<Card>,
     /// Where to run
     #[arg(long, value_enum, default_value_t = Device::Cpu)]
     device: Device,
@@ -221,37 +231,56 @@ fn check_precision(device: Device, precision: Precision) {
 }
 
 /// The first GPU.
-fn gpu(precision: Precision) -> Result<Gpu<Cuda>> {
+fn open_gpu(precision: Precision) -> Result<Gpu<Cuda>> {
     Ok(Gpu::new(Cuda::new(0)?, precision.products()))
 }
 
 fn main() -> ExitCode {
-    let result = match Arguments::parse().command {
-        Command::Verify(arguments) => run_verify(&arguments),
-        Command::Attention(arguments) => run_attention(&arguments).map(|()| true),
-        Command::Train(arguments) => run_train(&arguments).map(|()| true),
-        Command::Limits { threads, json } => run_limits(threads, json).map(|()| true),
-    };
-    match result {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(error) => cli::exit(Err(error)),
+    cli::exit(match Arguments::parse().command {
+        Command::Verify(arguments) => match run_verify(&arguments) {
+            Ok(true) => Ok(()),
+            Ok(false) => return ExitCode::FAILURE,
+            Err(VerifyFailure::Case(error)) => return cli::fail(&error, 3),
+            Err(VerifyFailure::Other(error)) => Err(error),
+        },
+        Command::Attention(arguments) => run_attention(&arguments),
+        Command::Train(arguments) => run_train(&arguments),
+        Command::Limits { threads, json } => run_limits(threads, json),
+    })
+}
+
+/// Why `verify` compared nothing, or not everything.
+enum VerifyFailure {
+    /// A case that cannot be read or computed.
+    Case(VerifyError),
+    Other(Error),
+}
+
+impl From<VerifyError> for VerifyFailure {
+    fn from(error: VerifyError) -> Self {
+        Self::Case(error)
+    }
+}
+
+impl From<Error> for VerifyFailure {
+    fn from(error: Error) -> Self {
+        Self::Other(error)
     }
 }
 
 /// Whether every case passed.
-fn run_verify(arguments: &Verify) -> Result<bool> {
+fn run_verify(arguments: &Verify) -> Result<bool, VerifyFailure> {
     check_precision(arguments.device, arguments.precision);
     match arguments.device {
         Device::Cpu => run_verify_on(arguments, &CpuEngine),
         Device::Cuda => {
             let element = arguments.precision.element();
-            run_verify_on(arguments, &GpuEngine { gpu: Arc::new(gpu(arguments.precision)?), element })
+            run_verify_on(arguments, &GpuEngine { gpu: Arc::new(open_gpu(arguments.precision)?), element })
         }
     }
 }
 
-fn run_verify_on<E: Engine>(arguments: &Verify, engine: &E) -> Result<bool> {
+fn run_verify_on<E: Engine>(arguments: &Verify, engine: &E) -> Result<bool, VerifyFailure> {
     let mut reports = Vec::new();
     for path in verify::cases(&arguments.folder)? {
         let report = verify::verify(&path, engine)?;
@@ -310,14 +339,13 @@ fn run_attention(arguments: &Attention) -> Result<()> {
     }
     if arguments.device == Device::Cuda {
         let polynomial = arguments.polynomial;
-        let plan =
-            bench::gpu::Plan { options, batch_tokens, forward, backward, naive, polynomial, repeats: 101 };
+        let plan = gpu::Plan { options, batch_tokens, forward, backward, naive, polynomial, repeats: 101 };
         return run_attention_on_gpu(arguments, &plan);
     }
-    let plan = Plan { options, batch_tokens, forward, backward, naive };
+    let plan = batch::Plan { options, batch_tokens, forward, backward, naive };
     let pool = pool(arguments.threads)?;
     say!("{}", plan.conditions(pool.current_num_threads()));
-    say!("{}", Row::HEADER);
+    say!("{}", batch::Row::HEADER);
     let mut rows = Vec::new();
     for &length in &arguments.seq_lens {
         for row in pool.install(|| plan.measure(length))? {
@@ -325,7 +353,7 @@ fn run_attention(arguments: &Attention) -> Result<()> {
             rows.push(row);
         }
     }
-    say!("{}", Row::FOOTNOTE);
+    say!("{}", batch::Row::FOOTNOTE);
     write_json(arguments, &rows)
 }
 
@@ -340,7 +368,7 @@ fn write_json(arguments: &Attention, table: &impl serde::Serialize) -> Result<()
 }
 
 /// The table of predictions; with `--json`, its rows too.
-fn run_prediction(arguments: &Attention, options: &FhaOptions, card: predict::Card) -> Result<()> {
+fn run_prediction(arguments: &Attention, options: &FhaOptions, card: Card) -> Result<()> {
     let limits = card.datasheet();
     let (element, tokens) = (arguments.precision.element(), arguments.batch_tokens);
     let (heads, d, normalization) = (options.heads, options.head_dim, options.normalization);
@@ -365,16 +393,16 @@ fn run_prediction(arguments: &Attention, options: &FhaOptions, card: predict::Ca
     write_json(arguments, &serde_json::json!({ "limits": limits, "predictions": rows }))
 }
 
-fn run_attention_on_gpu(arguments: &Attention, plan: &bench::gpu::Plan) -> Result<()> {
-    let gpu = gpu(arguments.precision)?;
-    let limits = bench::gpu::limits(&gpu, bench::gpu::Effort::FULL)?;
+fn run_attention_on_gpu(arguments: &Attention, plan: &gpu::Plan) -> Result<()> {
+    let gpu = open_gpu(arguments.precision)?;
+    let limits = limits::gpu::measure(&gpu, Effort::FULL)?;
     say!("{limits}");
     let (heads, d, element) = (arguments.heads, arguments.head_dim, arguments.precision.element().name());
     say!(
         "attention in {element}, H = {heads}, d = {d}, {} tokens a batch; median of many runs",
         plan.batch_tokens
     );
-    say!("{}", bench::gpu::Row::HEADER);
+    say!("{}", gpu::Row::HEADER);
     let mut rows = Vec::new();
     for &length in &arguments.seq_lens {
         let measured = match arguments.precision {
@@ -387,7 +415,7 @@ fn run_attention_on_gpu(arguments: &Attention, plan: &bench::gpu::Plan) -> Resul
             rows.push(row);
         }
     }
-    say!("{}", bench::gpu::Row::FOOTNOTE);
+    say!("{}", gpu::Row::FOOTNOTE);
     write_json(arguments, &serde_json::json!({ "limits": limits, "rows": rows }))
 }
 
@@ -423,9 +451,9 @@ fn run_train(arguments: &Train) -> Result<()> {
     match arguments.device {
         Device::Cpu => pool.install(|| time_steps(arguments, &config, data, &Arc::new(Cpu::new()), None)),
         Device::Cuda => {
-            let gpu = gpu(arguments.precision)?;
+            let gpu = open_gpu(arguments.precision)?;
             let gpu = Arc::new(if arguments.cuda_graphs { gpu.with_graphs() } else { gpu });
-            let limits = bench::gpu::limits(&gpu, bench::gpu::Effort::FULL)?;
+            let limits = limits::gpu::measure(&gpu, Effort::FULL)?;
             let peak = Peak { limits, precision: arguments.precision.products() };
             pool.install(|| time_steps(arguments, &config, data, &gpu, Some(&peak)))?;
             if let Some(captures) = gpu.captures() {
@@ -453,12 +481,7 @@ fn described(arguments: &Train) -> String {
 }
 
 /// Floors of the steps; nothing is run.
-fn predict_steps(
-    arguments: &Train,
-    config: &Config,
-    data: Option<&Dataset>,
-    card: predict::Card,
-) -> Result<()> {
+fn predict_steps(arguments: &Train, config: &Config, data: Option<&Dataset>, card: Card) -> Result<()> {
     let peak = Peak { limits: card.datasheet(), precision: arguments.precision.products() };
     let profile = steps::predict(&batches(data, config)?, config, arguments.batches, &peak)?;
     if arguments.json {
@@ -482,7 +505,7 @@ fn time_steps<D: dfar::device::Device>(
     device: &Arc<D>,
     peak: Option<&Peak>,
 ) -> Result<()> {
-    let measured = data.map(|data| bench::train::measure(device, data, config, arguments.batches));
+    let measured = data.map(|data| train::sharing::measure(device, data, config, arguments.batches));
     let sharing = measured.transpose()?.unwrap_or_default();
     let profile = steps::measure(device, &batches(data, config)?, config, arguments.batches, peak)?;
     if arguments.json {
@@ -499,7 +522,7 @@ fn time_steps<D: dfar::device::Device>(
     Ok(())
 }
 
-fn print_sharing(rows: &[bench::train::Row]) -> Result<()> {
+fn print_sharing(rows: &[train::sharing::Row]) -> Result<()> {
     if rows.is_empty() {
         return Ok(());
     }
@@ -536,7 +559,7 @@ fn pool(threads: usize) -> Result<rayon::ThreadPool> {
 }
 
 fn run_limits(threads: usize, json: bool) -> Result<()> {
-    let limits = pool(threads)?.install(limits::measure);
+    let limits = pool(threads)?.install(limits::cpu::measure);
     if json {
         say!("{}", serde_json::to_string_pretty(&limits).expect("numbers and strings are valid JSON"));
     } else {

@@ -4,13 +4,13 @@
 //! diagonal and at the ends of the two labels. A time is the largest of its bounds; latency, launches and the
 //! instructions between are not in it. The emulator's counters are held against these counts in its tests.
 
-use super::attention::{Batch, Pass as Direction};
-use super::gpu::Limits;
-use crate::attention::{FhaOptions, Inputs, LabelMask, Normalization, Pairing};
-use crate::device::cuda::CudaError;
-use crate::device::cuda::params::Item;
-use crate::device::cuda::plan::{Pass, Plan};
-use crate::device::cuda::tile::{Element, Room, WARP_ROWS};
+use super::batch::{Batch, Pass as Direction};
+use crate::limits::gpu::Limits;
+use dfar::attention::{FhaOptions, Inputs, LabelMask, Normalization, Pairing};
+use dfar::device::cuda::CudaError;
+use dfar::device::cuda::params::Item;
+use dfar::device::cuda::plan::{Pass, Plan};
+use dfar::device::cuda::tile::{Element, Room, WARP_ROWS};
 use serde::Serialize;
 use std::fmt;
 use std::ops::Add;
@@ -248,40 +248,15 @@ pub fn counts(element: Element, options: &FhaOptions, plan: &Plan, pass: Pass) -
     }
 }
 
-/// A data-centre GPU whose datasheet limits are known.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum Card {
-    /// H100 SXM.
-    H100,
-    /// H200 SXM: the same chip, faster memory.
-    H200,
-}
-
-impl Card {
-    /// What its datasheet promises, as limits: nothing here was measured. 132 multiprocessors at 1.83 GHz with 16 special-function
-    /// results and 128 multiply-adds a clock; of 989 dense bf16 TFLOP/s about 60 % is within reach of `mma.sync`.
-    pub fn datasheet(self) -> Limits {
-        let clocks = 132.0 * 1.83e9;
-        let (name, copy) = match self {
-            Card::H100 => ("H100 SXM, by its datasheet", 3.35e12),
-            Card::H200 => ("H200 SXM, by its datasheet", 4.8e12),
-        };
-        Limits {
-            name: name.to_owned(),
-            copy,
-            exponentials: 16.0 * clocks,
-            multiply_adds: 128.0 * clocks,
-            products: 0.6 * 989e12,
-        }
-    }
-}
-
 /// The least time of a direction.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Prediction {
-    pass: Direction,
-    length: usize,
-    tokens: usize,
+    /// The direction.
+    pub pass: Direction,
+    /// Length of the sequences.
+    pub length: usize,
+    /// Tokens of the batch.
+    pub tokens: usize,
     /// What all its passes execute.
     pub counts: Counts,
     /// Bytes between memory and the chip, each tensor once.
@@ -373,7 +348,8 @@ pub fn predict(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::cuda::tile::Sharing;
+    use crate::limits::gpu::Card;
+    use dfar::device::cuda::tile::Sharing;
 
     /// One sequence without labels, worked by hand: 40 tokens are rows of 3 warps, which see 1, 2 and 3 pieces a head.
     #[test]

@@ -1,10 +1,10 @@
 //! Timing of the attention operation by sequence length.
 
-use super::shortest;
-use crate::attention::{
+use crate::timing::shortest;
+use dfar::attention::{
     self, AttentionError, FhaOptions, Gradients, Inputs, LabelMask, Normalization, reference,
 };
-use crate::device::cpu::{attention::scratch_bytes, simd};
+use dfar::device::cpu::{attention::scratch_bytes, simd};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
@@ -142,7 +142,7 @@ impl Batch {
 
 /// (multiply-adds, exponentials) that the mathematics of a pass needs, counted from the lengths: visible
 /// pairs only, products with values only where they are kept.
-pub(super) fn needed(options: &FhaOptions, cu_seqlens: &[u32], pass: Pass) -> (f64, f64) {
+pub fn needed(options: &FhaOptions, cu_seqlens: &[u32], pass: Pass) -> (f64, f64) {
     let FhaOptions { head_dim, label_mask, normalization, causal, .. } = *options;
     let masked = label_mask == LabelMask::Feedback;
     let (slots, heads) = (options.query_slots() as f64, options.key_slots() as f64);

@@ -4,7 +4,7 @@
 //! questions whose history fits the model share one pass over the user's first events; later ones need windows,
 //! because positions count from the oldest kept event. [`Cut`] says where windows may begin.
 
-use crate::batch::{Group, History};
+use super::{Group, History};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 

@@ -4,10 +4,10 @@ use super::{
     Case, FORWARD_TOLERANCE, GRADIENT_TOLERANCE, TensorError, VerifyError, compare, compare_gradients,
     largest,
 };
-use crate::attention::Normalization;
-use crate::batch::{Batch, Group, History};
-use crate::device::{Clip, Device};
-use crate::model::{AdamOptions, HostTensor, LossOptions, Model, ModelConfig, ModelError, Optimizer};
+use dfar::attention::Normalization;
+use dfar::batch::{Batch, Group, History};
+use dfar::device::{Clip, Device};
+use dfar::model::{AdamOptions, HostTensor, LossOptions, Model, ModelConfig, ModelError, Optimizer};
 use serde::Deserialize;
 use std::sync::Arc;
 

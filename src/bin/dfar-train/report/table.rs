@@ -1,8 +1,8 @@
 //! The figures for people.
 
 use super::{Evaluation, RunReport};
-use crate::evaluate::PartReport;
-use crate::evaluate::metrics::Metrics;
+use dfar::evaluate::PartReport;
+use dfar::evaluate::metrics::Metrics;
 use std::fmt::Write;
 
 /// Columns aligned: the first to the left, the others to the right.

@@ -3,113 +3,16 @@
 //! Times are of whole operations between two events. Each run takes the next of several sets of tensors, together larger
 //! than the cache that the multiprocessors share, so that tensors come from memory as they would in a network.
 
-use super::attention::{Batch, Pass};
+use super::batch::{Batch, Pass};
 use super::predict::{Prediction, bytes_per_token};
-use crate::attention::{FhaOptions, Inputs};
-use crate::device::cuda::attention::{self, ProjectionGradients, Projections, Value};
-use crate::device::cuda::limits::{CHAINS, PRODUCT_OPERATIONS, Rate, THREADS};
-use crate::device::cuda::naive_attention::Naive;
-use crate::device::cuda::runtime::{Array, Runtime};
-use crate::device::cuda::{CudaError, Gpu};
+use crate::limits::gpu::{Limits, median};
+use dfar::attention::{FhaOptions, Inputs};
+use dfar::device::cuda::attention::{self, ProjectionGradients, Projections, Value};
+use dfar::device::cuda::naive_attention::Naive;
+use dfar::device::cuda::runtime::{Array, Runtime};
+use dfar::device::cuda::{CudaError, Gpu};
 use serde::Serialize;
 use std::fmt;
-
-/// What a GPU reached with operands in registers, and in copying.
-#[derive(Clone, Debug, Serialize)]
-pub struct Limits {
-    /// Name of the GPU.
-    pub name: String,
-    /// Bytes a second, those read and those written.
-    pub copy: f64,
-    /// Special-function exponentials a second.
-    pub exponentials: f64,
-    /// f32 multiply-adds a second.
-    pub multiply_adds: f64,
-    /// Operations a second of bf16 tensor-core products (`mma.sync`).
-    pub products: f64,
-}
-
-impl fmt::Display for Limits {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        writeln!(f, "{}, operands in registers, copy in memory:", self.name)?;
-        writeln!(f, "  copy           {:>9.1} GB/s", self.copy / 1e9)?;
-        writeln!(f, "  exponentials   {:>9.1} G/s", self.exponentials / 1e9)?;
-        writeln!(f, "  multiply-adds  {:>9.1} G/s", self.multiply_adds / 1e9)?;
-        write!(f, "  bf16 products  {:>9.1} TFLOP/s", self.products / 1e12)
-    }
-}
-
-/// How long measurements take.
-#[derive(Clone, Copy, Debug)]
-pub struct Effort {
-    /// Values of the arrays that are copied; a multiple of 4.
-    pub copied: usize,
-    /// Rounds of work in registers.
-    pub rounds: u32,
-    /// Measurements; the median counts.
-    pub repeats: usize,
-}
-
-impl Effort {
-    /// For a GPU: 1 GiB copies, about a millisecond each of work.
-    pub const FULL: Self = Self { copied: 1 << 28, rounds: 4096, repeats: 25 };
-}
-
-/// Seconds on the device from the first of `count` runs to the last.
-///
-/// # Errors
-/// What `run` and the runtime report.
-pub fn time<R: Runtime>(
-    gpu: &Gpu<R>,
-    count: u64,
-    mut run: impl FnMut() -> Result<(), CudaError>,
-) -> Result<f64, CudaError> {
-    let start = gpu.runtime().mark()?;
-    for _ in 0..count {
-        run()?;
-    }
-    let end = gpu.runtime().mark()?;
-    gpu.runtime().seconds_between(&start, &end)
-}
-
-/// Median seconds of `run` over the repeats, after one run that is not counted.
-fn median<R: Runtime>(
-    gpu: &Gpu<R>,
-    repeats: usize,
-    mut run: impl FnMut() -> Result<(), CudaError>,
-) -> Result<f64, CudaError> {
-    run()?;
-    let times = (0..repeats).map(|_| time(gpu, 1, &mut run));
-    let mut times = times.collect::<Result<Vec<f64>, _>>()?;
-    times.sort_unstable_by(f64::total_cmp);
-    Ok(times[times.len() / 2])
-}
-
-/// Measures the limits.
-///
-/// # Errors
-/// What the runtime reports.
-pub fn limits<R: Runtime>(gpu: &Gpu<R>, effort: Effort) -> Result<Limits, CudaError> {
-    let copy = {
-        let x = gpu.copy_of(&vec![1.5f32; effort.copied])?;
-        let mut y = gpu.array(effort.copied)?;
-        let bytes = 2 * effort.copied * size_of::<f32>();
-        bytes as f64 / median(gpu, effort.repeats, || gpu.copy(&x, &mut y))?
-    };
-    // Eight blocks of 256 threads are all that a multiprocessor holds.
-    let mut out = gpu.array(gpu.runtime().limits().multiprocessors * 8 * THREADS)?;
-    let done = (out.len() * CHAINS) as f64 * f64::from(effort.rounds);
-    let mut rate = |rate, operations: f64| -> Result<f64, CudaError> {
-        Ok(operations / median(gpu, effort.repeats, || gpu.work(rate, effort.rounds, &mut out))?)
-    };
-    Ok(Limits {
-        name: gpu.runtime().name(),
-        copy,
-        exponentials: rate(Rate::Exponentials, done)?,
-        multiply_adds: rate(Rate::MultiplyAdds, done)?,
-        products: rate(Rate::Products, done / 32.0 * PRODUCT_OPERATIONS as f64)?,
-    })
-}
 
 /// Tensors of one run.
 struct Tensors<R: Runtime, T> {
@@ -273,7 +176,7 @@ impl Plan {
             };
             let plan = form.batch.plan();
             let predicted = Prediction::new(T::ELEMENT, &self.options, plan, limits, length, pass);
-            rows.push(self.row::<T>(&host, &predicted, limits, length, pass, fused, naive));
+            rows.push(self.row::<T>(&host, &predicted, limits, fused, naive));
         }
         Ok(rows)
     }
@@ -283,11 +186,10 @@ impl Plan {
         host: &Batch,
         predicted: &Prediction,
         limits: &Limits,
-        length: usize,
-        pass: Pass,
         fused: f64,
         naive: Option<f64>,
     ) -> Row {
+        let &Prediction { pass, length, .. } = predicted;
         let (multiply_adds, exponentials) = host.work(pass);
         let tokens = host.tokens();
         let bytes = tokens * bytes_per_token(T::ELEMENT, &self.options, pass);

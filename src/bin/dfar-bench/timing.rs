@@ -1,12 +1,4 @@
-//! Measuring: what `dfar-bench` and the benches share.
-
-pub mod attention;
-pub mod gpu;
-pub mod limits;
-pub mod predict;
-pub mod step_floor;
-pub mod steps;
-pub mod train;
+//! The shortest of many runs.
 
 use std::time::{Duration, Instant};
 

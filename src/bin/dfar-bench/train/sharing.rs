@@ -1,13 +1,13 @@
 //! Training steps with and without what `batch` and `history` share: instances a second on real histories.
 
-use crate::Result;
-use crate::batch::{Batch, History};
-use crate::data::Dataset;
-use crate::device::Device;
-use crate::history::without_sharing;
-use crate::model::{Model, Optimizer};
-use crate::train::config::Config;
-use crate::train::draw::{Drawer, Plan};
+use dfar::Result;
+use dfar::batch::without_sharing;
+use dfar::batch::{Batch, History};
+use dfar::data::Dataset;
+use dfar::device::Device;
+use dfar::model::{Model, Optimizer};
+use dfar::train::config::Config;
+use dfar::train::draw::{Drawer, Plan};
 use serde::Serialize;
 use std::sync::Arc;
 use std::time::{Duration, Instant};

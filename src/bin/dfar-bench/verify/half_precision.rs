@@ -3,8 +3,8 @@
 
 use super::engine::Results;
 use super::{Fha, TensorError, largest, relative_error};
-use crate::attention::{FhaOptions, Inputs, LabelMask, Normalization, Pairing, reference};
-use crate::device::cuda::tile::Element;
+use dfar::attention::{FhaOptions, Inputs, LabelMask, Normalization, Pairing, reference};
+use dfar::device::cuda::tile::Element;
 use half::{bf16, f16};
 
 /// A result passes with an error of at most this many times that of the unfused computation...

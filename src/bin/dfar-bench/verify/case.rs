@@ -1,6 +1,6 @@
 //! Reading a case: a file nobody has checked.
 
-use crate::attention::AttentionError;
+use dfar::attention::AttentionError;
 use safetensors::{Dtype, SafeTensors};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -102,7 +102,7 @@ pub enum VerifyError {
         /// The file.
         path: PathBuf,
         /// What is wrong with it.
-        source: Box<crate::model::ModelError>,
+        source: Box<dfar::model::ModelError>,
     },
     /// A device that fails.
     #[error("{}: {source}", path.display())]
@@ -110,7 +110,7 @@ pub enum VerifyError {
         /// The file.
         path: PathBuf,
         /// What it reports.
-        source: Box<crate::device::cuda::CudaError>,
+        source: Box<dfar::device::cuda::CudaError>,
     },
     /// Inputs the operation does not accept.
     #[error("{}: {source}", path.display())]

@@ -1,17 +1,17 @@
 //! Training steps by part: what each takes, and the least that it could.
 
-use super::gpu::Limits;
-use super::step_floor::{Floor, StepWork};
-use crate::Result;
-use crate::batch::{Batch, BatchError, Group, History};
-use crate::data::Dataset;
-use crate::device::Device;
-use crate::device::cuda::Precision;
-use crate::model::{Model, ModelConfig, Optimizer, PartSeconds, PartTimer, StepPart};
-use crate::pipeline;
-use crate::train::TrainError;
-use crate::train::config::Config;
-use crate::train::draw::{Drawer, Plan};
+use super::floor::{Floor, StepWork};
+use crate::limits::gpu::Limits;
+use dfar::Result;
+use dfar::batch::ahead;
+use dfar::batch::{Batch, BatchError, Group, History};
+use dfar::data::Dataset;
+use dfar::device::Device;
+use dfar::device::cuda::Precision;
+use dfar::model::{Model, ModelConfig, Optimizer, PartSeconds, PartTimer, StepPart};
+use dfar::train::TrainError;
+use dfar::train::config::Config;
+use dfar::train::draw::{Drawer, Plan};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
@@ -99,7 +99,7 @@ impl<'a> Batches<'a> {
 ///
 /// # Errors
 /// More than can be indexed.
-pub(super) fn uniform(
+pub fn uniform(
     items: usize,
     events: usize,
     groups: usize,
@@ -216,7 +216,7 @@ pub fn measure<D: Device>(
     };
     let (mut profile, mut parts) = (Profile::new(), PartSeconds::default());
     let mut timer = PartTimer::new(device.clone());
-    pipeline::ahead(0..count, config.workers_for(&**device), make, |made| -> Result<()> {
+    ahead::ahead(0..count, config.workers_for(&**device), make, |made| -> Result<()> {
         let (mut start, mut waited) = (Instant::now(), Duration::ZERO);
         for index in 0..count {
             let Some(batch) = made.next() else { break };

@@ -138,6 +138,43 @@ pub enum DataError {
         /// What the header has.
         available: Vec<String>,
     },
+    /// Two columns of a header have the name that is looked for.
+    #[error(
+        "{}: two columns are called {column}, number {} and number {}: give --{option}-column {} or {}",
+        path.display(), numbers[0], numbers[1], numbers[0], numbers[1]
+    )]
+    AmbiguousColumn {
+        /// The log.
+        path: PathBuf,
+        /// The name.
+        column: String,
+        /// The role of the column, as in its option's name.
+        option: &'static str,
+        /// Their numbers, from 0.
+        numbers: [usize; 2],
+    },
+    /// The times of a log have two units, so that they have no order.
+    #[error(
+        "times are mixed: {} looks like {}, {} like {}. Give --time-unit if all have one, or convert them",
+        sightings[0], kinds[0], sightings[1], kinds[1]
+    )]
+    MixedTimes {
+        /// A time of each kind.
+        sightings: Box<[TimeSighting; 2]>,
+        /// The kinds.
+        kinds: [&'static str; 2],
+    },
+    /// A log has events that are neither liked nor skipped by name.
+    #[error(
+        "{count} rows have events that are neither --liked nor --skipped: {}. Name them, or give --ignore-others",
+        names.iter().map(|(name, count)| format!("{name} ({count})")).collect::<Vec<_>>().join(", ")
+    )]
+    OtherEvents {
+        /// Rows with such events.
+        count: u64,
+        /// The most frequent names, and how often they occur.
+        names: Vec<(String, u64)>,
+    },
     /// The log is not of the format it is said to be, or leaves a choice open.
     #[error("{} cannot be read as {format}: {reason}", path.display())]
     UnknownLayout {
@@ -189,13 +226,25 @@ pub enum DataError {
     },
 }
 
+/// Where a time stands.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("{}:{line}: `{value}`", path.display())]
+pub struct TimeSighting {
+    /// The log.
+    pub path: PathBuf,
+    /// Line, or row of a columnar file, counted from 1.
+    pub line: u64,
+    /// The time as it stands there.
+    pub value: String,
+}
+
 /// A row of a log that cannot be read.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("{}:{line}: {field} `{value}`: {reason}", path.display())]
 pub struct BadRow {
     /// The log.
     pub path: PathBuf,
-    /// Line, counted from 1.
+    /// Line, or row of a columnar file, counted from 1.
     pub line: u64,
     /// Column, by its name in the header or its role.
     pub field: String,

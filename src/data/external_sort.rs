@@ -15,8 +15,10 @@ use tempfile::SpooledTempFile;
 const SPOOL_BYTES: usize = 1 << 20;
 /// Bytes read from a run at a time.
 const BLOCK_BYTES: usize = 1 << 16;
-/// Runs that are merged at once: each holds an open file and a block.
-const FAN_IN: usize = 256;
+/// Runs that are merged at once, at most: each holds an open file and a block.
+const WIDEST: usize = 256;
+/// And at least, however little memory there is.
+const NARROWEST: usize = 16;
 
 /// A record with the key it is sorted by.
 pub(super) trait Record: Pod + Send + Sync {
@@ -57,7 +59,12 @@ pub(super) struct RecordWriter<R> {
 impl<R: Pod> RecordWriter<R> {
     /// A file that lives in `folder` as soon as it is too large for memory, and has no name there.
     pub(super) fn new(folder: &Path) -> Self {
-        let file = tempfile::spooled_tempfile_in(SPOOL_BYTES, folder);
+        Self::spooled(folder, SPOOL_BYTES)
+    }
+
+    /// A file that holds its first `bytes` in memory.
+    fn spooled(folder: &Path, bytes: usize) -> Self {
+        let file = tempfile::spooled_tempfile_in(bytes, folder);
         RecordWriter {
             file: BufWriter::with_capacity(BLOCK_BYTES, file),
             folder: folder.to_owned(),
@@ -130,14 +137,18 @@ pub(super) struct ExternalSorter<R> {
     folder: PathBuf,
     buffer: Vec<R>,
     capacity: usize,
-    runs: Vec<RecordFile<R>>,
+    fan_in: usize,
+    /// Sorted runs, the oldest records first, and how often each has been merged: never less than the run after it.
+    runs: Vec<(RecordFile<R>, u32)>,
 }
 
 impl<R: Record> ExternalSorter<R> {
     /// Keeps at most `memory` bytes of records before a run is written to a file in `folder`.
     pub(super) fn new(folder: &Path, memory: usize) -> Self {
         let capacity = (memory / size_of::<R>()).max(2);
-        ExternalSorter { folder: folder.to_owned(), buffer: Vec::new(), capacity, runs: Vec::new() }
+        // The blocks of a merge take the place of the buffer.
+        let fan_in = (memory / BLOCK_BYTES).clamp(NARROWEST, WIDEST);
+        ExternalSorter { folder: folder.to_owned(), buffer: Vec::new(), capacity, fan_in, runs: Vec::new() }
     }
 
     pub(super) fn push(&mut self, record: R) -> Result<(), DataError> {
@@ -156,21 +167,27 @@ impl<R: Record> ExternalSorter<R> {
         }
         self.spill()?;
         self.buffer = Vec::new();
-        merge(&mut self.runs, &mut each)
+        let mut runs: Vec<RecordFile<R>> = self.runs.into_iter().map(|(run, _)| run).collect();
+        merge(&mut runs, &mut each)
     }
 
     fn spill(&mut self) -> Result<(), DataError> {
         self.buffer.sort_by_key(R::key);
-        let mut run = RecordWriter::new(&self.folder);
+        // Straight to the disk: runs that are too small to leave memory by themselves would add up there.
+        let mut run = RecordWriter::spooled(&self.folder, 0);
         run.extend(&self.buffer)?;
         self.buffer.clear();
-        self.runs.push(run.finish()?);
-        if self.runs.len() == FAN_IN {
-            // The merged run holds the oldest records, so it stays first, and the sort stays stable.
-            let mut merged = RecordWriter::new(&self.folder);
-            merge(&mut self.runs, &mut |record| merged.push(&record))?;
-            self.runs.clear();
-            self.runs.push(merged.finish()?);
+        self.runs.push((run.finish()?, 0));
+        // Runs that have been merged equally often are neighbours: merging them keeps the sort stable, and every record
+        // is written once a level.
+        while let Some(first) = self.runs.len().checked_sub(self.fan_in)
+            && self.runs[first].1 == self.runs[self.runs.len() - 1].1
+        {
+            let level = self.runs[first].1 + 1;
+            let mut runs: Vec<RecordFile<R>> = self.runs.drain(first..).map(|(run, _)| run).collect();
+            let mut merged = RecordWriter::spooled(&self.folder, 0);
+            merge(&mut runs, &mut |record| merged.push(&record))?;
+            self.runs.push((merged.finish()?, level));
         }
         Ok(())
     }
@@ -255,8 +272,9 @@ mod tests {
 
     #[test]
     fn merges_in_levels_when_there_are_many_runs() {
-        // Two records a run, so these make more than two levels of FAN_IN runs.
-        let keys: Vec<u32> = (0..3 * FAN_IN as u32 * 2).map(|i| i.wrapping_mul(2_654_435_761) % 97).collect();
+        // Two records a run, so these make more than two levels of NARROWEST runs.
+        let keys: Vec<u32> =
+            (0..3 * (NARROWEST * NARROWEST) as u32 * 2).map(|i| i.wrapping_mul(2_654_435_761) % 97).collect();
         let out = sorted(&keys, 0);
         assert_eq!(out.len(), keys.len());
         assert!(out.windows(2).all(|pair| (pair[0].key, pair[0].place) < (pair[1].key, pair[1].place)));

@@ -9,12 +9,14 @@ use bytemuck::{Pod, Zeroable};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub(super) struct Event {
-    /// Milliseconds since 1970.
+    /// Milliseconds since 1970; units of the log until the unit is known.
     pub time: i64,
+    /// Billionths of a unit until the unit is known, then 0.
+    pub fraction: u32,
     pub user: u32,
     pub item: u32,
     /// 0 skipped, 1 liked. (A byte would do; the record would have padding instead.)
-    pub feedback: u64,
+    pub feedback: u32,
 }
 
 impl Event {
@@ -24,10 +26,10 @@ impl Event {
 }
 
 impl Record for Event {
-    type Key = (u32, i64);
+    type Key = (u32, i64, u32);
 
-    fn key(&self) -> (u32, i64) {
-        (self.user, self.time)
+    fn key(&self) -> (u32, i64, u32) {
+        (self.user, self.time, self.fraction)
     }
 }
 

@@ -52,6 +52,12 @@ pub struct Source {
     pub bad_rows: u64,
     /// Rows dropped because the user had met the item before.
     pub repeated_rows: u64,
+    /// Rows with events that are neither liked nor skipped by name.
+    #[serde(default)]
+    pub other_events: u64,
+    /// What the reader decided about each log: header, columns, liked, unit of the times.
+    #[serde(default)]
+    pub decisions: Vec<String>,
 }
 
 /// What happens to repeated (user, item) pairs.

@@ -106,6 +106,8 @@ pub fn write(options: &SyntheticOptions, path: impl AsRef<Path>) -> Result<Made,
             rows: log.events.len(),
             bad_rows: 0,
             repeated_rows: 0,
+            other_events: 0,
+            decisions: Vec::new(),
         },
         positive: "planted".to_owned(),
         repeats: Repeats::Keep,
@@ -264,7 +266,7 @@ impl Process {
             let rank = running.partition_point(|&sum| sum <= aim).min(running.len() - 1);
             let liked = rng.random::<f64>() < now.liking(cluster);
             let item = (cluster + rank * CLUSTERS) as u32;
-            history.push(Event { time, user, item, feedback: u64::from(liked) });
+            history.push(Event { time, fraction: 0, user, item, feedback: liked.into() });
             last = Some((cluster, liked));
         }
     }
@@ -341,7 +343,8 @@ mod tests {
                     time: events.times[place],
                     user: group.user,
                     item: events.items[place],
-                    feedback: u64::from(events.feedback[place]),
+                    fraction: 0,
+                    feedback: events.feedback[place].into(),
                 })
                 .collect();
             rows.push((score(group.user, &history, events.items[target]), true));

@@ -2,26 +2,20 @@
 //!
 //! A `rating` column is read as ratings, a `label` column as a flag; other names are options.
 
-use super::DataError;
-use super::layout::{Head, Layout, delimited};
+use super::fields::Delimiter;
+use super::layout::Schema;
 
-pub(super) fn layout(head: &Head) -> Result<Layout, DataError> {
-    if !head.first_line()?.contains(':') {
-        return Err(head.unknown("its header has no name:type columns"));
-    }
-    let delimiter = head.delimiter(b"\t,")?;
-    let names: [&[&str]; 4] = [
+pub(super) const SCHEMA: Schema = Schema {
+    names: [
         &["user_id"],
         &["item_id", "business_id", "video_id"],
         &["timestamp", "time_ms", "time"],
         &["rating", "label"],
-    ];
-    let columns = head.by_header(delimiter, false, names, name_of)?;
-    let flag = columns[3].name != "rating";
-    Ok(delimited(columns, delimiter, false, true, flag))
-}
-
-/// `user_id` of `user_id:token`.
-fn name_of(column: &str) -> &str {
-    column.rsplit_once(':').map_or(column, |(name, _)| name)
-}
+    ],
+    positions: None,
+    delimiters: &[Delimiter::Byte(b'\t'), Delimiter::Byte(b',')],
+    typed: true,
+    threshold: |column| (column == "rating").then_some(3.0),
+    order: None,
+    other_members: &["*.item", "*.user", "*.kg", "*.link", "*.net"],
+};

@@ -1,13 +1,17 @@
 //! KuaiRec: `big_matrix.csv` and `small_matrix.csv`.
 //!
-//! There is no flag; its authors suggest a watch ratio above 2 as liked. Times are seconds with a fraction;
-//! some rows have none, which makes them bad rows (`--skip-bad-rows`).
+//! There is no flag; its authors suggest a watch ratio above 2 as liked. Times are seconds with a fraction; some rows
+//! have none, which makes them bad rows (`--skip-bad-rows`). The small matrix repeats users and items of the big one, so
+//! of an archive only the big one is read.
 
-use super::DataError;
-use super::layout::{Head, Layout, delimited};
+use super::layout::{COMMA_OR_TAB, Schema};
 
-pub(super) fn layout(head: &Head) -> Result<Layout, DataError> {
-    let delimiter = head.delimiter(b",\t")?;
-    let names: [&[&str]; 4] = [&["user_id"], &["video_id"], &["timestamp"], &["watch_ratio"]];
-    Ok(delimited(head.by_header(delimiter, true, names, |name| name)?, delimiter, true, true, false))
-}
+pub(super) const SCHEMA: Schema = Schema {
+    names: [&["user_id"], &["video_id"], &["timestamp"], &["watch_ratio"]],
+    positions: None,
+    delimiters: COMMA_OR_TAB,
+    typed: false,
+    threshold: |_| Some(2.0),
+    order: None,
+    other_members: &["small_matrix.csv", "*_features*", "*categor*", "social_network*", "item_daily*"],
+};

@@ -1,32 +1,98 @@
-//! Where a log has its columns.
+//! Where a log has its columns, and whether its first line names them.
 
-use super::{ColumnOptions, DataError, LogFormat};
+use super::fields::{Delimiter, SLOTS, count_delimiters, split};
+use super::label::Rule;
+use super::lines::Lines;
+use super::source::matches;
+use super::time;
+use super::{ColumnOptions, DataError, ImportOptions, Liked};
 use std::path::Path;
 
-/// How the rows of a log are read.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) enum Layout {
-    /// One row a line, fields between delimiters.
-    Delimited(Delimited),
-    /// One JSON object a line, a review of one of the Amazon data sets.
-    AmazonJson,
+/// What a format knows about its logs.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Schema {
+    /// Names of the user, item, time and label columns, the preferred one first.
+    pub names: [&'static [&'static str]; 4],
+    /// The columns of a log without header: user, item, time, label.
+    pub positions: Option<[usize; 4]>,
+    /// What may stand between fields; of equally many the first.
+    pub delimiters: &'static [Delimiter],
+    /// Whether a header has the form `name:type`.
+    pub typed: bool,
+    /// The threshold of a label column with this name; `None` where it is a flag.
+    pub threshold: fn(&str) -> Option<f64>,
+    /// Finds `positions` in the first rows, where the format has several orders.
+    pub order: Option<fn(&[Vec<String>]) -> Result<[usize; 4], &'static str>>,
+    /// Members of an archive that are no logs, beside [`NEVER_LOGS`].
+    pub other_members: &'static [&'static str],
 }
 
-/// Delimited text.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) struct Delimited {
-    /// The byte between fields. (`::` is `:` with an empty field between: columns are 0, 2, 4 ...)
-    pub delimiter: u8,
-    /// Whether fields may be quoted with `"`.
-    pub quoted: bool,
-    /// Whether the first line names the columns.
-    pub header: bool,
-    pub user: Column,
-    pub item: Column,
-    pub time: Column,
-    pub label: Column,
-    /// Whether the label is a flag (0 or 1) rather than a rating.
-    pub flag: bool,
+/// Lines that are looked at where one does not tell.
+const VOTERS: usize = 200;
+/// What lies beside logs in any archive.
+const NEVER_LOGS: &[&str] =
+    &["README*", "LICENSE*", "*.md", "*.py", "*.ipynb", "*.html", "*.pdf", "*.sh", "*.pl"];
+/// Commas and tabs, as most formats have them.
+pub(super) const COMMA_OR_TAB: &[Delimiter] = &[Delimiter::Byte(b','), Delimiter::Byte(b'\t')];
+
+impl Schema {
+    /// Whether a member of an archive is a log: by the pattern given, or else by what the format ships beside its logs.
+    pub(super) fn is_log(&self, member: &Path, pattern: Option<&str>) -> bool {
+        match pattern {
+            Some(pattern) => matches(pattern, member),
+            None => ![NEVER_LOGS, self.other_members].concat().iter().any(|other| matches(other, member)),
+        }
+    }
+}
+
+/// The role of a column; its number is the column's slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Role {
+    User,
+    Item,
+    Time,
+    Label,
+    /// The day, where the time column has the time of day alone.
+    Date,
+}
+
+impl Role {
+    pub(super) const ALL: [Role; SLOTS] = [Role::User, Role::Item, Role::Time, Role::Label, Role::Date];
+
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Role::User => "user",
+            Role::Item => "item",
+            Role::Time => "time",
+            Role::Label => "label",
+            Role::Date => "date",
+        }
+    }
+
+    /// The column given for this role.
+    pub(super) fn wanted(self, options: &ColumnOptions) -> Option<&str> {
+        match self {
+            Role::User => options.user.as_deref(),
+            Role::Item => options.item.as_deref(),
+            Role::Time => options.time.as_deref(),
+            Role::Label => options.label.as_deref(),
+            Role::Date => options.date.as_deref(),
+        }
+    }
+
+    /// The names that the format has for it.
+    fn aliases(self, schema: &Schema) -> &'static [&'static str] {
+        schema.names.get(self as usize).copied().unwrap_or(&[])
+    }
+
+    /// Whether a row must have it.
+    fn needed(self, options: &ImportOptions) -> bool {
+        match self {
+            Role::User | Role::Item | Role::Time => true,
+            Role::Label => options.liked != Liked::Every,
+            Role::Date => options.columns.date.is_some(),
+        }
+    }
 }
 
 /// A column with the name that messages call it by.
@@ -36,168 +102,249 @@ pub(super) struct Column {
     pub name: String,
 }
 
-/// The roles a column can have, in the order of [`ColumnOptions`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Role {
-    User,
-    Item,
-    Time,
-    Label,
+/// The columns of the roles that are read.
+pub(super) type Columns = [Option<Column>; SLOTS];
+
+/// How the lines of a delimited text are read.
+#[derive(Debug, Clone)]
+pub(super) struct Layout {
+    pub delimiter: Delimiter,
+    /// The header's text, blanks taken off.
+    pub header: Option<Vec<u8>>,
+    /// Fields of a whole row, and the line that says so.
+    pub fields: (usize, u64),
+    pub columns: Columns,
+    pub rule: Rule,
 }
 
-impl Role {
-    pub(super) const ALL: [Role; 4] = [Role::User, Role::Item, Role::Time, Role::Label];
-
-    fn name(self) -> &'static str {
-        match self {
-            Role::User => "user",
-            Role::Item => "item",
-            Role::Time => "time",
-            Role::Label => "label",
-        }
-    }
-
-    /// What the caller asked for.
-    pub(super) fn wanted(self, options: &ColumnOptions) -> Option<&str> {
-        match self {
-            Role::User => options.user.as_deref(),
-            Role::Item => options.item.as_deref(),
-            Role::Time => options.time.as_deref(),
-            Role::Label => options.label.as_deref(),
-        }
-    }
+/// The log that a layout is looked for in.
+#[derive(Clone, Copy)]
+pub(super) struct Context<'a> {
+    pub name: &'a Path,
+    pub options: &'a ImportOptions,
+    pub schema: &'a Schema,
 }
 
-/// The first lines of a log.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Head<'a> {
-    pub path: &'a Path,
-    pub format: LogFormat,
-    pub options: &'a ColumnOptions,
-    pub text: &'a [u8],
-}
-
-impl<'a> Head<'a> {
-    /// Lines that are not empty, line ends taken off.
-    pub(super) fn lines(&self) -> impl Iterator<Item = &'a [u8]> {
-        self.text.split(|&byte| byte == b'\n').map(<[u8]>::trim_ascii).filter(|line| !line.is_empty())
-    }
-
-    /// The first line, as text.
-    pub(super) fn first_line(&self) -> Result<&'a str, DataError> {
-        let line = self.lines().next().ok_or_else(|| self.unknown("it is empty"))?;
-        std::str::from_utf8(line).map_err(|_| self.unknown("its first line is not UTF-8 text"))
-    }
-
-    /// That the log is not what it is said to be.
+impl Context<'_> {
+    /// The log is not what it is said to be.
     pub(super) fn unknown(&self, reason: impl Into<String>) -> DataError {
         DataError::UnknownLayout {
-            path: self.path.to_owned(),
-            format: self.format.name(),
+            path: self.name.to_owned(),
+            format: self.options.format.name(),
             reason: reason.into(),
         }
     }
 
-    /// The delimiter asked for, or that of `choices` which the first line has most of.
-    pub(super) fn delimiter(&self, choices: &[u8]) -> Result<u8, DataError> {
-        if let Some(delimiter) = self.options.delimiter {
-            return Ok(delimiter);
+    /// Columns by the names that a header, or a schema, has.
+    pub(super) fn by_names(&self, names: &[String]) -> Result<Columns, DataError> {
+        let mut columns = [const { None }; SLOTS];
+        for role in Role::ALL.into_iter().filter(|role| role.needed(self.options)) {
+            columns[role as usize] = Some(self.by_name(role, names)?);
         }
-        let line = self.first_line()?.as_bytes();
-        let count = |delimiter: u8| line.iter().filter(|&&byte| byte == delimiter).count();
+        Ok(columns)
+    }
+
+    fn by_name(&self, role: Role, names: &[String]) -> Result<Column, DataError> {
+        let aliases = role.aliases(self.schema);
+        let wanted = role.wanted(&self.options.columns);
+        let find = |wanted: &str| names.iter().position(|name| name == wanted);
+        let index = match wanted {
+            Some(wanted) => {
+                find(wanted).or_else(|| wanted.parse().ok().filter(|&index: &usize| index < names.len()))
+            }
+            None => aliases.iter().find_map(|alias| find(alias)),
+        };
+        let missing = || DataError::MissingColumn {
+            path: self.name.to_owned(),
+            column: match wanted {
+                Some(wanted) => wanted.to_owned(),
+                None if aliases.is_empty() => format!("for the {0}: give --{0}-column", role.name()),
+                None => aliases.join(" or "),
+            },
+            available: names.to_vec(),
+        };
+        let index = index.ok_or_else(missing)?;
+        let by_number = wanted.is_some_and(|wanted| *wanted != names[index]);
+        match names[index + 1..].iter().position(|name| *name == names[index]) {
+            Some(again) if !by_number => Err(DataError::AmbiguousColumn {
+                path: self.name.to_owned(),
+                column: names[index].clone(),
+                option: role.name(),
+                numbers: [index, index + 1 + again],
+            }),
+            _ => Ok(Column { index, name: names[index].clone() }),
+        }
+    }
+
+    /// Columns by number: those given, or else `usual`. `None` where a column is given by name, or not at all.
+    fn by_numbers(&self, usual: Option<[usize; 4]>) -> Option<Columns> {
+        let mut columns = [const { None }; SLOTS];
+        for role in Role::ALL.into_iter().filter(|role| role.needed(self.options)) {
+            let index = match role.wanted(&self.options.columns) {
+                Some(wanted) => wanted.parse().ok()?,
+                None => *usual?.get(role as usize)?,
+            };
+            columns[role as usize] = Some(Column { index, name: role.name().to_owned() });
+        }
+        Some(columns)
+    }
+
+    /// The rule for a label column.
+    pub(super) fn rule(&self, columns: &Columns) -> Rule {
+        let name = columns[Role::Label as usize].as_ref().map_or("", |column| &column.name);
+        Rule::new(self.options, (self.schema.threshold)(name))
+    }
+
+    /// The layout of a delimited text, from its first lines.
+    pub(super) fn delimited(&self, lines: &Lines) -> Result<Layout, DataError> {
+        let first = lines.head().next().ok_or_else(|| self.unknown("it is empty"))?;
+        if std::str::from_utf8(first.text).is_err() {
+            return Err(self.unknown("its first line is not UTF-8 text"));
+        }
+        let delimiter = self.delimiter(first.text)?;
+        let header = |names: &[String], columns: Columns| Layout {
+            delimiter,
+            header: Some(first.text.trim_ascii().to_vec()),
+            fields: (names.len(), first.number),
+            rule: self.rule(&columns),
+            columns,
+        };
+        let by_numbers = self.by_numbers(self.schema.positions);
+        let names = match split(first.text, delimiter) {
+            Ok(fields) => texts(&fields),
+            Err(_) if by_numbers.is_some() => return self.without_header(lines, delimiter),
+            Err(broken) => {
+                return Err(self.unknown(format!("its first line names no columns: {}", broken.reason())));
+            }
+        };
+        let typed = self.schema.typed && names.iter().any(|name| name.contains(':'));
+        let clean: Vec<String> = match typed {
+            true => names.iter().map(|name| untyped(name).to_owned()).collect(),
+            false => names.clone(),
+        };
+        match by_numbers {
+            // Columns that are given by name, or that the format finds by name, need a header.
+            None if self.schema.typed && !typed => Err(self.unknown("its header has no name:type columns")),
+            None => Ok(header(&names, self.by_names(&clean)?)),
+            Some(_) if is_count(&names) => Ok(header(&names, self.positional(lines, delimiter)?)),
+            Some(columns) if typed || self.names_columns(&clean, &columns) => {
+                Ok(header(&names, self.by_names(&clean)?))
+            }
+            Some(_) => self.without_header(lines, delimiter),
+        }
+    }
+
+    fn without_header(&self, lines: &Lines, delimiter: Delimiter) -> Result<Layout, DataError> {
+        let columns = self.positional(lines, delimiter)?;
+        let (rule, fields) = (self.rule(&columns), most_common_count(lines, delimiter));
+        Ok(Layout { delimiter, header: None, fields, columns, rule })
+    }
+
+    /// Columns by number, in the order that the rows show where the format has several.
+    fn positional(&self, lines: &Lines, delimiter: Delimiter) -> Result<Columns, DataError> {
+        let given = |role: Role| role.wanted(&self.options.columns).is_some();
+        let positions = match self.schema.order {
+            Some(order) if !(given(Role::User) && given(Role::Item)) => {
+                let rows = lines.head().take(VOTERS).filter_map(|line| split(line.text, delimiter).ok());
+                let rows: Vec<Vec<String>> = rows.map(|fields| texts(&fields)).collect();
+                Some(order(&rows).map_err(|reason| self.unknown(reason))?)
+            }
+            _ => self.schema.positions,
+        };
+        Ok(self.by_numbers(positions).expect("the caller has seen that all columns have numbers"))
+    }
+
+    /// The delimiter given, or that of the format which the first line has most of.
+    fn delimiter(&self, line: &[u8]) -> Result<Delimiter, DataError> {
+        if let Some(delimiter) = self.options.columns.delimiter {
+            return Ok(Delimiter::Byte(delimiter));
+        }
+        let count = |delimiter: Delimiter| count_delimiters(line, delimiter);
         // The first of equals: max_by_key takes the last.
-        let best = choices.iter().copied().rev().max_by_key(|&delimiter| count(delimiter));
+        let best = self.schema.delimiters.iter().copied().rev().max_by_key(|&delimiter| count(delimiter));
         best.filter(|&delimiter| count(delimiter) > 0)
             .ok_or_else(|| self.unknown("its first line has no delimiter that is known; give --delimiter"))
     }
 
-    /// Columns by the names of the header line: those asked for, or else the first of each role's `aliases`.
-    pub(super) fn by_header(
-        &self,
-        delimiter: u8,
-        quoted: bool,
-        aliases: [&[&str]; 4],
-        clean: fn(&str) -> &str,
-    ) -> Result<[Column; 4], DataError> {
-        let names: Vec<String> = split(self.first_line()?, delimiter, quoted)
-            .iter()
-            .map(|name| clean(name.trim()).to_owned())
+    /// Whether the first line is beyond doubt one of names: it has a name that the format knows, or words where
+    /// times and labels are numbers.
+    fn names_columns(&self, fields: &[String], columns: &Columns) -> bool {
+        let known = |role: Role| {
+            role.wanted(&self.options.columns).is_none()
+                && role.aliases(self.schema).iter().any(|alias| fields.iter().any(|field| field == alias))
+        };
+        if Role::ALL.into_iter().any(known) {
+            return true;
+        }
+        let rule = self.rule(columns);
+        let numeric = |role: Role| match role {
+            Role::Time | Role::Date => true,
+            Role::Label => rule.numeric(),
+            Role::User | Role::Item => false,
+        };
+        let cells: Vec<&str> = Role::ALL
+            .into_iter()
+            .filter(|&role| numeric(role))
+            .filter_map(|role| columns[role as usize].as_ref())
+            .map(|column| fields.get(column.index).map_or("", |field| field))
             .collect();
-        let find = |role: Role| {
-            let aliases = aliases[role as usize];
-            let wanted = role.wanted(self.options);
-            let by_name = |wanted: &str| names.iter().position(|name| name == wanted);
-            let index = match wanted {
-                Some(wanted) => by_name(wanted)
-                    .or_else(|| wanted.parse().ok().filter(|&index: &usize| index < names.len())),
-                None => aliases.iter().find_map(|alias| by_name(alias)),
-            };
-            let missing = || DataError::MissingColumn {
-                path: self.path.to_owned(),
-                column: match wanted {
-                    Some(wanted) => wanted.to_owned(),
-                    None if aliases.is_empty() => {
-                        format!("for the {0}: give --{0}-column", role.name())
-                    }
-                    None => aliases.join(" or "),
-                },
-                available: names.clone(),
-            };
-            let index = index.ok_or_else(missing)?;
-            Ok(Column { index, name: names[index].clone() })
-        };
-        Ok([find(Role::User)?, find(Role::Item)?, find(Role::Time)?, find(Role::Label)?])
-    }
-
-    /// Columns of a log without header: the numbers asked for, or else `usual`. `stride` is 2 for `::`.
-    pub(super) fn by_number(
-        &self,
-        usual: [Option<usize>; 4],
-        stride: usize,
-    ) -> Result<[Column; 4], DataError> {
-        let find = |role: Role| {
-            let wanted = role.wanted(self.options);
-            let index = match wanted {
-                Some(wanted) => wanted.parse().ok(),
-                None => usual[role as usize],
-            };
-            let missing = || {
-                let wanted = wanted.map_or(String::new(), |wanted| format!(" {wanted}"));
-                self.unknown(format!(
-                    "it has no header, so --{}-column{wanted} must be a number, counted from 0",
-                    role.name()
-                ))
-            };
-            let index: usize = index.ok_or_else(missing)?;
-            Ok(Column { index: index * stride, name: role.name().to_owned() })
-        };
-        Ok([find(Role::User)?, find(Role::Item)?, find(Role::Time)?, find(Role::Label)?])
+        let all_words = cells.iter().all(|cell| is_word(cell));
+        // One word alone may be a bad time.
+        all_words && (cells.len() > 1 || fields.iter().any(|field| is_usual_name(field)))
     }
 }
 
-/// The fields of one line.
-pub(super) fn split(line: &str, delimiter: u8, quoted: bool) -> Vec<String> {
-    let mut reader = ::csv::ReaderBuilder::new()
-        .has_headers(false)
-        .delimiter(delimiter)
-        .quoting(quoted)
-        .from_reader(line.as_bytes());
-    let record = reader.records().next();
-    record.and_then(Result::ok).map_or_else(Vec::new, |record| record.iter().map(str::to_owned).collect())
+/// `0,1,2,3`, also behind an empty name: the columns of a table without names, as pandas writes them.
+fn is_count(names: &[String]) -> bool {
+    let names = match names.split_first() {
+        Some((first, rest)) if first.is_empty() => rest,
+        _ => names,
+    };
+    names.len() >= 3 && names.iter().enumerate().all(|(number, name)| *name == number.to_string())
 }
 
-/// A layout of four columns.
-pub(super) fn delimited(
-    [user, item, time, label]: [Column; 4],
-    delimiter: u8,
-    quoted: bool,
-    header: bool,
-    flag: bool,
-) -> Layout {
-    Layout::Delimited(Delimited { delimiter, quoted, header, user, item, time, label, flag })
+/// Whether a field cannot be a number, a date, or a missing value.
+fn is_word(field: &str) -> bool {
+    const MISSING: [&str; 8] = ["na", "n/a", "nan", "null", "none", "nil", "true", "false"];
+    field.starts_with(|first: char| first.is_alphabetic() || first == '_')
+        && !MISSING.contains(&&*field.to_ascii_lowercase())
+        && time::parse(field.as_bytes()).is_err()
 }
 
-/// Whether a field reads as a number: then its line is no header.
-pub(super) fn is_number(field: &str) -> bool {
-    field.trim().parse::<f64>().is_ok()
+/// Whether a column may well have this name.
+fn is_usual_name(field: &str) -> bool {
+    const PARTS: [&str; 16] = [
+        "user", "item", "time", "date", "rating", "label", "movie", "video", "product", "event", "click",
+        "score", "session", "visitor", "stars", "asin",
+    ];
+    let field = field.to_ascii_lowercase();
+    field.ends_with("id")
+        && is_word(&field)
+        && field.len() <= 12
+        && !field.bytes().any(|b| b.is_ascii_digit())
+        || PARTS.iter().any(|part| field.contains(part)) && !field.bytes().any(|byte| byte.is_ascii_digit())
+}
+
+/// `user_id` of `user_id:token`.
+fn untyped(name: &str) -> &str {
+    name.rsplit_once(':').map_or(name, |(name, _)| name)
+}
+
+fn texts(fields: &[std::borrow::Cow<'_, [u8]>]) -> Vec<String> {
+    fields.iter().map(|field| String::from_utf8_lossy(field).into_owned()).collect()
+}
+
+/// How many fields most rows of the head have, and the first line that has so many.
+fn most_common_count(lines: &Lines, delimiter: Delimiter) -> (usize, u64) {
+    let mut counts: Vec<(usize, u64, usize)> = Vec::new();
+    for line in lines.head().take(VOTERS) {
+        let Ok(fields) = split(line.text, delimiter) else { continue };
+        match counts.iter_mut().find(|(count, ..)| *count == fields.len()) {
+            Some((_, _, times)) => *times += 1,
+            None => counts.push((fields.len(), line.number, 1)),
+        }
+    }
+    // The first of equals.
+    let best = counts.iter().rev().max_by_key(|(.., times)| *times);
+    best.map_or((0, 1), |&(count, line, _)| (count, line))
 }

@@ -5,14 +5,20 @@
 //! appear, the events are sorted by user and time on disk.
 
 mod amazon;
+mod columnar;
 mod csv;
+mod fields;
 mod inter;
+mod json;
 mod kuairand;
 mod kuairec;
+mod label;
 mod layout;
+mod lines;
 mod movielens;
 mod rows;
 mod source;
+mod time;
 
 use super::assemble::{Workplace, assemble};
 use super::candidates::CandidateOptions;
@@ -24,8 +30,10 @@ use super::writer::folder_of;
 use super::{
     Candidates, CountedRecords, DataError, KCore, Made, Protocol, Repeats, Source, Split, Weighting,
 };
+use layout::Schema;
 use rows::Rows;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use time::RawTime;
 
 /// The known formats.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,8 +59,10 @@ pub struct ColumnOptions {
     pub user: Option<String>,
     /// Items.
     pub item: Option<String>,
-    /// Times.
+    /// Times; the time of day where there is a `date`.
     pub time: Option<String>,
+    /// Dates, where they stand apart from the time of day.
+    pub date: Option<String>,
     /// Ratings or flags.
     pub label: Option<String>,
     /// The byte between fields.
@@ -62,14 +72,40 @@ pub struct ColumnOptions {
 /// The unit of a log's times. Data sets hold milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum TimeUnit {
-    /// Values below 10^11 in magnitude are seconds (until the year 5138), others up to 10^14 milliseconds
-    /// (since 1973); above that a row is bad.
+    /// Decided once for the whole log, by its largest time in magnitude: below 10^11 seconds (until the year 5138),
+    /// below 10^14 milliseconds, below 10^17 microseconds, else nanoseconds. A log whose times lie between 1990 and 2100
+    /// by two different units is refused.
     #[default]
     Auto,
     /// Seconds, with a fraction or without.
     Seconds,
     /// Milliseconds.
     Milliseconds,
+    /// Microseconds.
+    Microseconds,
+    /// Nanoseconds.
+    Nanoseconds,
+}
+
+/// Which events are liked.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub enum Liked {
+    /// As the format has it: ratings above 3, watch ratios above 2 for KuaiRec, flags that are 0 or 1.
+    #[default]
+    ByFormat,
+    /// Those with a label above this.
+    Above(f64),
+    /// All of them: a log of likes. No label column is read.
+    Every,
+    /// By the names in the label column.
+    Named {
+        /// Names of liked events.
+        liked: Vec<String>,
+        /// Names of skipped events.
+        skipped: Vec<String>,
+        /// Whether events with other names are left out; if not, they are an error.
+        ignore_others: bool,
+    },
 }
 
 /// What to import and how. Start from [`ImportOptions::new`], which knows each format's habits.
@@ -77,15 +113,18 @@ pub enum TimeUnit {
 pub struct ImportOptions {
     /// Format of all inputs.
     pub format: LogFormat,
-    /// Logs, read one after the other; gzip is recognised by its first bytes, `-` is standard input.
+    /// Logs, read one after the other; `-` is standard input. gzip, zstd, tar, Parquet, Arrow IPC and JSON are
+    /// recognised by their first bytes.
     pub inputs: Vec<PathBuf>,
+    /// Members of tar archives to read, in which `*` stands for any text; `None`: all but those that the format is
+    /// known to ship beside its logs.
+    pub member: Option<String>,
     /// The data set file to make.
     pub output: PathBuf,
     /// Columns.
     pub columns: ColumnOptions,
-    /// A label above this is liked; `None`: 3 for ratings, 2 for KuaiRec's watch ratio, and flags must be 0
-    /// or 1.
-    pub positive_above: Option<f64>,
+    /// Which events are liked.
+    pub liked: Liked,
     /// Unit of the times.
     pub time_unit: TimeUnit,
     /// Repeated (user, item) pairs.
@@ -112,9 +151,10 @@ impl ImportOptions {
         ImportOptions {
             format,
             inputs,
+            member: None,
             output,
             columns: ColumnOptions::default(),
-            positive_above: None,
+            liked: Liked::ByFormat,
             time_unit: TimeUnit::Auto,
             repeats: Repeats::First,
             k_core: Some(KCore { k: 10, on: format.counted_records(), until_stable: false }),
@@ -149,6 +189,17 @@ impl LogFormat {
         if self.micro_video() { CountedRecords::Positive } else { CountedRecords::All }
     }
 
+    fn schema(self) -> Schema {
+        match self {
+            LogFormat::MovieLens => movielens::SCHEMA,
+            LogFormat::Amazon => amazon::SCHEMA,
+            LogFormat::KuaiRand => kuairand::SCHEMA,
+            LogFormat::KuaiRec => kuairec::SCHEMA,
+            LogFormat::Inter => inter::SCHEMA,
+            LogFormat::Csv => csv::SCHEMA,
+        }
+    }
+
     fn micro_video(self) -> bool {
         matches!(self, LogFormat::KuaiRand | LogFormat::KuaiRec)
     }
@@ -166,6 +217,11 @@ pub trait Progress {
         let _ = row;
     }
 
+    /// A decision about a log: where its columns are, what counts as liked, which unit its times have.
+    fn note(&self, decision: &str) {
+        let _ = decision;
+    }
+
     /// All rows are read; the rest (sorting, filtering, writing) takes a fraction of the time.
     fn finishing(&self) {}
 }
@@ -178,27 +234,39 @@ impl Progress for () {}
 /// Memory: an entry for each user and item, one history, and [`ImportOptions::sort_memory`]; nothing grows
 /// with the number of rows but temporary files (24 bytes a row, up to three times).
 pub fn import(options: &ImportOptions, progress: &dyn Progress) -> Result<Made, DataError> {
-    refuse_own_input(options)?;
-    if options.positive_above.is_some_and(f64::is_nan) {
-        let reason = "is no number to be above";
-        return Err(DataError::InvalidOption { option: "positive-above", value: "NaN".to_owned(), reason });
-    }
+    check(options)?;
     let folder = options.temporary.as_deref().unwrap_or(folder_of(&options.output));
     let mut users = Names::new("users");
     let mut items = Names::new("items");
     let mut sorter = ExternalSorter::new(folder, options.sort_memory);
     let mut rows = Rows::new(options, progress);
+    let mut liked = 0u64;
     for input in &options.inputs {
-        rows.read(input, |row| {
+        rows.read(input, &mut |row| {
             let (user, item) = (users.intern(row.user)?, items.intern(row.item)?);
-            sorter.push(Event { time: row.time, user, item, feedback: u64::from(row.liked) })
+            let RawTime { whole: time, billionths: fraction } = row.time;
+            liked += u64::from(row.liked);
+            sorter.push(Event { time, fraction, user, item, feedback: row.liked.into() })
         })?;
+    }
+    rows.check_others()?;
+    let unit = rows.clock.decide()?;
+    let read = users.len() > 0;
+    if read {
+        rows.note(format!("times: {}", rows.clock.words(unit)));
+    }
+    if read && liked == 0 {
+        rows.note("no event is liked: nothing can be trained on or evaluated".to_owned());
     }
     progress.finishing();
 
     let mut repeats = RepeatFilter::new(options.repeats, items.len());
     let mut events = RecordWriter::new(folder);
-    sorter.drain(|event| if repeats.keeps(&event) { events.push(&event) } else { Ok(()) })?;
+    sorter.drain(|event| {
+        let time = RawTime { whole: event.time, billionths: event.fraction }.milliseconds(unit);
+        let event = Event { time, fraction: 0, ..event };
+        if repeats.keeps(&event) { events.push(&event) } else { Ok(()) }
+    })?;
     let log = k_core::filter(events.finish()?, users, items, options.k_core, folder)?;
 
     let file_name =
@@ -210,8 +278,10 @@ pub fn import(options: &ImportOptions, progress: &dyn Progress) -> Result<Made, 
             rows: rows.read,
             bad_rows: rows.skipped,
             repeated_rows: repeats.dropped,
+            other_events: rows.other_events,
+            decisions: rows.decisions.clone(),
         },
-        positive: rows.rule,
+        positive: rows.rule(),
         repeats: options.repeats,
         k_core: options.k_core,
         split: options.split,
@@ -226,6 +296,29 @@ pub fn import(options: &ImportOptions, progress: &dyn Progress) -> Result<Made, 
     };
     let workplace = Workplace { output: &options.output, folder, sort_memory: options.sort_memory };
     assemble(log, protocol, None, workplace)
+}
+
+/// Refuses options that cannot be met, before anything is read.
+fn check(options: &ImportOptions) -> Result<(), DataError> {
+    let invalid = |option, value: String, reason| Err(DataError::InvalidOption { option, value, reason });
+    match &options.liked {
+        Liked::Above(threshold) if threshold.is_nan() => {
+            return invalid("positive-above", "NaN".to_owned(), "is no number to be above");
+        }
+        Liked::Named { liked, skipped, .. } => {
+            if let Some(both) = liked.iter().find(|name| skipped.contains(name)) {
+                return invalid("liked", both.clone(), "is named under --skipped too");
+            }
+            if liked.is_empty() {
+                return invalid("liked", String::new(), "names no event");
+            }
+        }
+        _ => {}
+    }
+    if options.inputs.iter().filter(|input| *input == Path::new("-")).count() > 1 {
+        return invalid("input", "-".to_owned(), "is standard input, which can be read only once");
+    }
+    refuse_own_input(options)
 }
 
 /// The output replaces what was there under its name: that must not be a log.

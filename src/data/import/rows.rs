@@ -1,207 +1,303 @@
-//! Reading rows, in one way for all formats: fields to user, item, time and feedback, or a bad row.
+//! Rows to events, in one way for all formats: fields to user, item, time and feedback, or a bad row.
 
-use super::layout::{Column, Delimited, Head, Layout};
-use super::source::{self, Source};
-use super::{ImportOptions, LogFormat, Progress, TimeUnit};
-use super::{amazon, csv, inter, kuairand, kuairec, movielens};
-use crate::data::{BadRow, DataError};
-use serde::Deserialize;
+use super::fields::{SLOTS, Splitter};
+use super::json::{JsonLayout, Objects};
+use super::label::{Rule, Verdict};
+use super::layout::{Column, Columns, Context, Role, Schema};
+use super::lines::Lines;
+use super::source::{self, Log};
+use super::time::{self, Clock, RawTime, Stamp};
+use super::{ImportOptions, Liked, Progress};
+use crate::data::{BadRow, DataError, TimeSighting};
 use std::borrow::Cow;
-use std::cell::Cell;
-use std::io::{BufRead, BufReader, ErrorKind, Read};
+use std::collections::BTreeMap;
+use std::fmt::Write;
 use std::path::Path;
 
-/// A row longer than this is refused, so that a stray quote cannot pull a whole log into memory.
-const ROW_BYTES: usize = 1 << 24;
+/// Names of other events that are listed one by one.
+const LISTED_NAMES: usize = 20;
+
+const NO_HEADER: &str = "no header";
 
 /// One row of a log.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Row<'a> {
     pub user: &'a str,
     pub item: &'a str,
-    /// Milliseconds.
-    pub time: i64,
+    pub time: RawTime,
     pub liked: bool,
+}
+
+/// What a row goes to.
+pub(super) type Each<'a> = &'a mut dyn FnMut(Row) -> Result<(), DataError>;
+
+/// A field, as its format holds it.
+#[derive(Debug, Clone)]
+pub(super) enum Cell<'a> {
+    /// There is none, or a null.
+    Absent,
+    Text(Cow<'a, [u8]>),
+    Whole(i64),
+    Natural(u64),
+    Real(f64),
+    /// A date and time of day, since 1970 in UTC.
+    Instant(RawTime),
 }
 
 /// Reads the rows of several logs and counts the bad ones.
 pub(super) struct Rows<'a> {
-    options: &'a ImportOptions,
+    pub(super) options: &'a ImportOptions,
     progress: &'a dyn Progress,
+    schema: Schema,
     /// Rows read, bad ones included.
     pub read: u64,
     /// Bad rows.
     pub skipped: u64,
-    /// What counts as liked, for the protocol.
-    pub rule: String,
+    /// The unit of all times.
+    pub clock: Clock,
+    /// What counts as liked: each rule with the logs that it holds for.
+    rules: Vec<(String, Vec<String>)>,
+    /// What was decided about each log.
+    pub decisions: Vec<String>,
+    /// Events by names that no rule knows.
+    others: BTreeMap<String, u64>,
+    /// All of them.
+    pub other_events: u64,
+    buffers: [String; 2],
 }
 
 /// A field that cannot be used: its column, what stands there, why not.
-struct Fault<'a> {
-    field: &'a str,
-    value: &'a [u8],
-    reason: Cow<'static, str>,
+pub(super) struct Fault<'a> {
+    pub field: &'a str,
+    pub value: Cow<'a, [u8]>,
+    pub reason: Cow<'static, str>,
 }
 
-/// What makes a row liked.
-#[derive(Debug, Clone, Copy)]
-enum Positive {
-    Above(f64),
-    Flag,
+/// A log that is being read.
+#[derive(Clone, Copy)]
+pub(super) struct Reading<'a> {
+    pub name: &'a Path,
+    pub columns: &'a Columns,
+    pub rule: &'a Rule,
 }
 
 impl<'a> Rows<'a> {
     pub(super) fn new(options: &'a ImportOptions, progress: &'a dyn Progress) -> Self {
-        Rows { options, progress, read: 0, skipped: 0, rule: String::new() }
-    }
-
-    /// Calls `each` with the rows of one log.
-    pub(super) fn read(
-        &mut self,
-        path: &Path,
-        each: impl FnMut(Row) -> Result<(), DataError>,
-    ) -> Result<(), DataError> {
-        let source = source::open(path, self.progress)?;
-        let format = self.options.format;
-        let head = Head { path, format, options: &self.options.columns, text: &source.head };
-        let layout = match format {
-            LogFormat::MovieLens => movielens::layout(&head),
-            LogFormat::Amazon => amazon::layout(&head),
-            LogFormat::KuaiRand => kuairand::layout(&head),
-            LogFormat::KuaiRec => kuairec::layout(&head),
-            LogFormat::Inter => inter::layout(&head),
-            LogFormat::Csv => csv::layout(&head),
-        }?;
-        match layout {
-            Layout::Delimited(layout) => self.read_delimited(path, source, &layout, each),
-            Layout::AmazonJson => self.read_json(path, source, each),
+        Rows {
+            options,
+            progress,
+            schema: options.format.schema(),
+            read: 0,
+            skipped: 0,
+            clock: Clock::new(options.time_unit),
+            rules: Vec::new(),
+            decisions: Vec::new(),
+            others: BTreeMap::new(),
+            other_events: 0,
+            buffers: Default::default(),
         }
     }
 
-    fn read_delimited(
-        &mut self,
-        path: &Path,
-        source: Source,
-        layout: &Delimited,
-        mut each: impl FnMut(Row) -> Result<(), DataError>,
-    ) -> Result<(), DataError> {
-        let positive = self.positive(&layout.label.name, layout.flag);
-        let ration = Ration::default();
-        let mut reader = ::csv::ReaderBuilder::new()
-            .has_headers(layout.header)
-            .flexible(true)
-            .delimiter(layout.delimiter)
-            .quoting(layout.quoted)
-            // A carriage return before it is trimmed with the field; the crate's own CRLF handling leaves it
-            // open which line a record is on.
-            .terminator(::csv::Terminator::Any(b'\n'))
-            .from_reader(Rationed { inner: source.all, ration: &ration });
-        if layout.header {
-            reader.byte_headers().map_err(|error| read_error(error, path, 1))?;
+    /// Calls `each` with the rows of one file, which may be an archive of several logs.
+    pub(super) fn read(&mut self, path: &Path, each: Each) -> Result<(), DataError> {
+        let (schema, pattern) = (self.schema, self.options.member.as_deref());
+        let choose = move |member: &Path| schema.is_log(member, pattern);
+        source::each_log(path, self.progress, &choose, &mut |log| self.read_log(log, each))
+    }
+
+    fn read_log(&mut self, log: Log, each: Each) -> Result<(), DataError> {
+        let Log { name, magic, bytes, file } = log;
+        let (options, schema) = (self.options, self.schema);
+        let context = Context { name: &name, options, schema: &schema };
+        if let Some(kind) = super::columnar::Kind::of(&magic) {
+            return super::columnar::read(self, &context, kind, bytes, file, each);
         }
-        let mut record = ::csv::ByteRecord::new();
-        loop {
-            ration.left.set(ROW_BYTES);
-            let line = reader.position().line();
-            match reader.read_byte_record(&mut record) {
-                Ok(true) => {}
-                Ok(false) => return Ok(()),
-                Err(error) => return Err(read_error(error, path, line)),
-            }
-            if record.len() == 1 && record[0].trim_ascii().is_empty() {
+        let lines = Lines::new(bytes).map_err(DataError::read(&name))?;
+        let begins = |start: &[u8]| {
+            lines.head().next().is_some_and(|line| line.text.trim_ascii_start().starts_with(start))
+        };
+        if begins(b"{") || begins(b"[{") || begins(b"[") && !begins(b"[\"") {
+            return self.read_json(&context, lines, each);
+        }
+        self.read_delimited(&context, lines, each)
+    }
+
+    fn read_delimited(&mut self, context: &Context, mut lines: Lines, each: Each) -> Result<(), DataError> {
+        let layout = context.delimited(&lines)?;
+        let reading = Reading { name: context.name, columns: &layout.columns, rule: &layout.rule };
+        let (expected, line_of_expected) = layout.fields;
+        let header = match &layout.header {
+            Some(_) => format!("line {line_of_expected} names the columns"),
+            None => NO_HEADER.to_owned(),
+        };
+        self.decided(&reading, &header);
+        let indices = layout.columns.each_ref().map(|column| column.as_ref().map(|column| column.index));
+        let splitter = Splitter::new(layout.delimiter, expected, indices);
+        let mut headers = 0u64;
+        while let Some(line) = lines.next().map_err(DataError::read(context.name))? {
+            // Concatenated files repeat their header.
+            if layout.header.as_deref().is_some_and(|header| line.text.trim_ascii() == header) {
+                headers += 1;
                 continue;
             }
             self.read += 1;
-            match self.parse(&record, layout, positive) {
-                Ok(row) => each(row)?,
-                Err(fault) => {
-                    // Only a record without a line end makes the parser look for more before it gives it out.
-                    let end = reader.position().line() - u64::from(!ration.ended.get());
-                    let within = record.as_slice().iter().filter(|&&byte| byte == b'\n').count() as u64;
-                    self.skip(path, end - within, fault)?;
+            let whole = |reason: Cow<'static, str>| Fault { field: "row", value: line.text.into(), reason };
+            let fields = match splitter.split(line.text) {
+                _ if line.too_long => {
+                    self.bad_row(&reading, line.number, whole("longer than 16 MiB".into()))?;
+                    continue;
                 }
-            }
-        }
-    }
-
-    fn parse<'r>(
-        &self,
-        record: &'r ::csv::ByteRecord,
-        layout: &'r Delimited,
-        positive: Positive,
-    ) -> Result<Row<'r>, Fault<'r>> {
-        let field = |column: &'r Column| {
-            let value = record.get(column.index).map(<[u8]>::trim_ascii);
-            let reason = || format!("the row has only {} fields", record.len());
-            value.ok_or_else(|| Fault { field: &column.name, value: b"", reason: reason().into() })
-        };
-        let id = |column: &'r Column| {
-            let value = field(column)?;
-            let fault = |reason| Fault { field: &column.name, value, reason: Cow::Borrowed(reason) };
-            let text = std::str::from_utf8(value).map_err(|_| fault("not UTF-8"))?;
-            if text.is_empty() { Err(fault("empty")) } else { Ok(text) }
-        };
-        let (user, item) = (id(&layout.user)?, id(&layout.item)?);
-        let (time, label) = (field(&layout.time)?, field(&layout.label)?);
-        let time = milliseconds(time, self.options.time_unit).map_err(|reason| Fault {
-            field: &layout.time.name,
-            value: time,
-            reason: reason.into(),
-        })?;
-        let liked = positive.judge(label).map_err(|reason| Fault {
-            field: &layout.label.name,
-            value: label,
-            reason: reason.into(),
-        })?;
-        Ok(Row { user, item, time, liked })
-    }
-
-    fn read_json(
-        &mut self,
-        path: &Path,
-        source: Source,
-        mut each: impl FnMut(Row) -> Result<(), DataError>,
-    ) -> Result<(), DataError> {
-        let positive = self.positive("rating", false);
-        let mut reader = BufReader::new(source.all);
-        let mut text = Vec::new();
-        for line in 1.. {
-            text.clear();
-            let mut rationed = (&mut reader).take(ROW_BYTES as u64);
-            let length = rationed.read_until(b'\n', &mut text).map_err(DataError::read(path))?;
-            if length == 0 {
-                break;
-            }
-            if length == ROW_BYTES && text.last() != Some(&b'\n') {
-                return Err(too_long(path, line));
-            }
-            let text = text.trim_ascii();
-            if text.is_empty() {
-                continue;
-            }
-            self.read += 1;
-            let fault = |field, reason| Fault { field, value: text, reason };
-            let review: Result<Review, _> = serde_json::from_slice(text);
-            let row = match &review {
-                Ok(review) => review
-                    .row(positive, self.options.time_unit)
-                    .map_err(|(field, reason)| fault(field, reason.into())),
-                Err(error) => Err(fault("review", error.to_string().into())),
+                Err(broken) => {
+                    self.bad_row(&reading, line.number, whole(broken.reason().into()))?;
+                    continue;
+                }
+                Ok(fields) if fields.count > expected => {
+                    let reason =
+                        format!("{} fields, where line {line_of_expected} has {expected}", fields.count);
+                    self.bad_row(&reading, line.number, whole(reason.into()))?;
+                    continue;
+                }
+                Ok(fields) => fields,
             };
-            match row {
-                Ok(row) => each(row)?,
-                Err(fault) => self.skip(path, line, fault)?,
+            let count = fields.count;
+            let cells = fields.slots.map(|field| field.map_or(Cell::Absent, Cell::Text));
+            let absent = || match count {
+                1 => "the row has only 1 field".into(),
+                _ => format!("the row has only {count} fields").into(),
+            };
+            self.row(&reading, line.number, cells, absent, each)?;
+        }
+        if headers > 1 {
+            let decision = format!("{}: the header stands {headers} times", context.name.display());
+            self.note(decision);
+        }
+        Ok(())
+    }
+
+    fn read_json(&mut self, context: &Context, lines: Lines, each: Each) -> Result<(), DataError> {
+        let layout = JsonLayout::new(context)?;
+        let rule = context.rule(&layout.columns);
+        let reading = Reading { name: context.name, columns: &layout.columns, rule: &rule };
+        self.decided(&reading, "JSON");
+        let mut objects = Objects::new(lines);
+        while let Some(object) = objects.next().map_err(DataError::read(context.name))? {
+            self.read += 1;
+            let values = match object.fault {
+                Some(fault) => Err(fault.to_owned()),
+                None => layout.values(object.text),
+            };
+            match values {
+                Ok(values) => {
+                    let cells = values.map(|value| value.map_or(Cell::Absent, Cell::Text));
+                    self.row(&reading, object.line, cells, || "missing".into(), each)?;
+                }
+                Err(reason) => {
+                    let fault = Fault { field: "object", value: object.text.into(), reason: reason.into() };
+                    self.bad_row(&reading, object.line, fault)?;
+                }
             }
         }
         Ok(())
     }
 
+    /// Takes one row: calls `each` with it, or counts it as bad. `absent` says why a field is not there.
+    pub(super) fn row(
+        &mut self,
+        reading: &Reading,
+        line: u64,
+        cells: [Cell; SLOTS],
+        absent: impl Fn() -> Cow<'static, str>,
+        each: Each,
+    ) -> Result<(), DataError> {
+        let mut buffers = std::mem::take(&mut self.buffers);
+        let parsed = self.parse(reading, line, &cells, absent, &mut buffers);
+        let result = match parsed {
+            Ok(Some(row)) => each(row),
+            Ok(None) => Ok(()),
+            Err(fault) => self.bad_row(reading, line, fault),
+        };
+        self.buffers = buffers;
+        result
+    }
+
+    fn parse<'r>(
+        &mut self,
+        reading: &'r Reading,
+        line: u64,
+        cells: &'r [Cell; SLOTS],
+        absent: impl Fn() -> Cow<'static, str>,
+        [user_buffer, item_buffer]: &'r mut [String; 2],
+    ) -> Result<Option<Row<'r>>, Fault<'r>> {
+        let name = |role: Role| {
+            reading.columns[role as usize].as_ref().map_or(role.name(), |column: &Column| &column.name)
+        };
+        let fault = |role: Role, reason: Cow<'static, str>| Fault {
+            field: name(role),
+            value: cells[role as usize].text(),
+            reason,
+        };
+        let present = |role: Role| match &cells[role as usize] {
+            Cell::Absent => Err(fault(role, absent())),
+            cell => Ok(cell),
+        };
+        let user =
+            id(present(Role::User)?, user_buffer).map_err(|reason| fault(Role::User, reason.into()))?;
+        let item =
+            id(present(Role::Item)?, item_buffer).map_err(|reason| fault(Role::Item, reason.into()))?;
+        let time = present(Role::Time)?;
+        let stamp = match reading.columns[Role::Date as usize] {
+            None => time.stamp().map_err(|reason| (Role::Time, reason)),
+            Some(_) => time::day_and_time(&present(Role::Date)?.text(), &time.text()).map_err(|reason| {
+                (if reason.starts_with("not a time") { Role::Time } else { Role::Date }, reason)
+            }),
+        };
+        let stamp = stamp.map_err(|(role, reason)| fault(role, reason.into()))?;
+        let verdict = match reading.rule {
+            Rule::Every => Verdict::Liked,
+            rule => {
+                let label = present(Role::Label)?;
+                let verdict = match label {
+                    Cell::Text(text) => rule.judge(text),
+                    Cell::Whole(number) => rule.judge_number(*number as f64),
+                    Cell::Natural(number) => rule.judge_number(*number as f64),
+                    Cell::Real(number) => rule.judge_number(*number),
+                    Cell::Instant(_) | Cell::Absent => Err("not a number"),
+                };
+                verdict.map_err(|reason| fault(Role::Label, reason.into()))?
+            }
+        };
+        // Only rows that are used count for the unit, and other events are none of them.
+        if verdict == Verdict::Other {
+            let label = String::from_utf8_lossy(&cells[Role::Label as usize].text()).into_owned();
+            self.count_other(label);
+            return Ok(None);
+        }
+        let seen = || TimeSighting {
+            path: reading.name.to_owned(),
+            line,
+            value: String::from_utf8_lossy(&cells[Role::Time as usize].text()).into_owned(),
+        };
+        let time = self.clock.take(stamp, seen).map_err(|reason| fault(Role::Time, reason.into()))?;
+        Ok(Some(Row { user, item, time, liked: verdict == Verdict::Liked }))
+    }
+
+    fn count_other(&mut self, label: String) {
+        self.other_events += 1;
+        // Ids in the place of names would fill the memory.
+        let label = if self.others.len() < 1000 || self.others.contains_key(&label) {
+            label
+        } else {
+            "...".to_owned()
+        };
+        *self.others.entry(label).or_default() += 1;
+    }
+
     /// Counts a bad row, or gives up.
-    fn skip(&mut self, path: &Path, line: u64, fault: Fault) -> Result<(), DataError> {
+    pub(super) fn bad_row(&mut self, reading: &Reading, line: u64, fault: Fault) -> Result<(), DataError> {
         const SHOWN: usize = 80;
-        let value = String::from_utf8_lossy(fault.value);
+        let value = String::from_utf8_lossy(&fault.value);
         let row = BadRow {
-            path: path.to_owned(),
+            path: reading.name.to_owned(),
             line,
             field: fault.field.to_owned(),
             value: value.chars().take(SHOWN).collect(),
@@ -217,156 +313,111 @@ impl<'a> Rows<'a> {
         Err(if allowed == 0 { DataError::BadRow(row) } else { DataError::TooManyBadRows { allowed, row } })
     }
 
-    /// The rule for this column, noted for the protocol.
-    fn positive(&mut self, column: &str, flag: bool) -> Positive {
-        let usual = if self.options.format == LogFormat::KuaiRec { 2.0 } else { 3.0 };
-        let positive = match self.options.positive_above {
-            Some(threshold) => Positive::Above(threshold),
-            None if flag => Positive::Flag,
-            None => Positive::Above(usual),
-        };
-        self.rule = match positive {
-            Positive::Above(threshold) => format!("{column} > {threshold}"),
-            Positive::Flag => format!("{column} = 1"),
-        };
-        positive
+    /// Notes where the columns of a log are and which of its events count as liked.
+    pub(super) fn decided(&mut self, reading: &Reading, header: &str) {
+        let file = last_part(reading.name);
+        let mut words = format!("{file}: {header}");
+        for role in [Role::User, Role::Item, Role::Date, Role::Time, Role::Label] {
+            if let Some(column) = &reading.columns[role as usize] {
+                let by_number = column.name == role.name();
+                let (name, index) = (&column.name, column.index);
+                // Writing to a String cannot fail.
+                let _ = match by_number && header == NO_HEADER {
+                    true => write!(words, ", {} in column {index}", role.name()),
+                    false if by_number => write!(words, ", {name}"),
+                    false => write!(words, ", {} = {name}", role.name()),
+                };
+            }
+        }
+        let label = reading.columns[Role::Label as usize].as_ref().map_or("label", |column| &column.name);
+        let rule = reading.rule.words(label);
+        let _ = write!(words, "; liked: {rule}");
+        match self.rules.iter_mut().find(|(known, _)| *known == rule) {
+            Some((_, files)) => files.push(file),
+            None => self.rules.push((rule, vec![file])),
+        }
+        self.note(words);
     }
-}
 
-impl Positive {
-    fn judge(self, label: &[u8]) -> Result<bool, &'static str> {
-        match (self, label) {
-            (Positive::Flag, b"0") => Ok(false),
-            (Positive::Flag, b"1") => Ok(true),
-            _ => self.judge_number(number(label).ok_or("not a number")?),
+    /// Tells the caller a decision, and keeps it for the protocol.
+    pub(super) fn note(&mut self, words: String) {
+        self.progress.note(&words);
+        self.decisions.push(words);
+    }
+
+    /// What counts as liked, for the protocol: one rule, or each with its logs.
+    pub(super) fn rule(&self) -> String {
+        match &self.rules[..] {
+            [] => String::new(),
+            [(rule, _)] => rule.clone(),
+            rules => {
+                let each = rules.iter().map(|(rule, files)| format!("{rule} ({})", files.join(", ")));
+                each.collect::<Vec<_>>().join("; ")
+            }
         }
     }
 
-    fn judge_number(self, label: f64) -> Result<bool, &'static str> {
+    /// Refuses events with names that are neither liked nor skipped, unless they are to be ignored.
+    pub(super) fn check_others(&mut self) -> Result<(), DataError> {
+        if self.other_events == 0 {
+            return Ok(());
+        }
+        let mut names: Vec<(String, u64)> = std::mem::take(&mut self.others).into_iter().collect();
+        names.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
+        names.truncate(LISTED_NAMES);
+        if let Liked::Named { ignore_others: true, .. } = self.options.liked {
+            let list: Vec<String> = names.iter().map(|(name, count)| format!("{count} {name}")).collect();
+            self.note(format!("ignored: {} other events ({})", self.other_events, list.join(", ")));
+            return Ok(());
+        }
+        Err(DataError::OtherEvents { count: self.other_events, names })
+    }
+}
+
+impl Cell<'_> {
+    /// The field as a text.
+    fn text(&self) -> Cow<'_, [u8]> {
+        let owned = |text: String| Cow::Owned(text.into_bytes());
         match self {
-            Positive::Above(threshold) => Ok(label > threshold),
-            Positive::Flag if label == 0.0 => Ok(false),
-            Positive::Flag if label == 1.0 => Ok(true),
-            Positive::Flag => Err("a flag is 0 or 1 (for ratings give --positive-above)"),
+            Cell::Absent => Cow::Borrowed(b""),
+            Cell::Text(text) => Cow::Borrowed(text),
+            Cell::Whole(number) => owned(number.to_string()),
+            Cell::Natural(number) => owned(number.to_string()),
+            Cell::Real(number) => owned(number.to_string()),
+            Cell::Instant(time) => owned(time.whole.to_string()),
+        }
+    }
+
+    fn stamp(&self) -> Result<Stamp, &'static str> {
+        match self {
+            Cell::Text(text) => time::parse(text),
+            Cell::Whole(number) => Ok(Stamp::Number(RawTime { whole: *number, billionths: 0 })),
+            Cell::Real(number) => RawTime::from_f64(*number).map(Stamp::Number),
+            Cell::Instant(time) => Ok(Stamp::Instant(*time)),
+            Cell::Natural(_) => Err("not a time: too large"),
+            Cell::Absent => Err("missing"),
         }
     }
 }
 
-/// A finite number.
-fn number(field: &[u8]) -> Option<f64> {
-    let number: f64 = std::str::from_utf8(field).ok()?.parse().ok()?;
-    number.is_finite().then_some(number)
-}
-
-/// A time in milliseconds. Whole numbers stay exact.
-fn milliseconds(field: &[u8], unit: TimeUnit) -> Result<i64, &'static str> {
-    let whole = std::str::from_utf8(field).ok().and_then(|text| text.parse::<i64>().ok());
-    match whole {
-        Some(time) => match in_milliseconds(time as f64, unit)? {
-            true => Ok(time),
-            false => time.checked_mul(1000).ok_or("not a time: too large"),
-        },
-        None => milliseconds_of(number(field).ok_or("not a number")?, unit),
-    }
-}
-
-/// As [`milliseconds`], for a number with a fraction, rounded to the nearest millisecond.
-fn milliseconds_of(time: f64, unit: TimeUnit) -> Result<i64, &'static str> {
-    let time = if in_milliseconds(time, unit)? { time } else { time * 1000.0 };
-    match time.abs() < 9e18 {
-        true => Ok(time.round() as i64),
-        false => Err("not a time: too large"),
-    }
-}
-
-/// Whether a time is in milliseconds already, rather than in seconds.
-fn in_milliseconds(time: f64, unit: TimeUnit) -> Result<bool, &'static str> {
-    match unit {
-        TimeUnit::Seconds => Ok(false),
-        TimeUnit::Milliseconds => Ok(true),
-        TimeUnit::Auto if time.abs() < 1e11 => Ok(false),
-        TimeUnit::Auto if time.abs() < 1e14 => Ok(true),
-        TimeUnit::Auto => Err("neither seconds nor milliseconds since 1970 (see --time-unit)"),
-    }
-}
-
-/// A review as the three generations spell it.
-#[derive(Deserialize)]
-struct Review<'a> {
-    #[serde(borrow, alias = "reviewerID")]
-    user_id: Option<Cow<'a, str>>,
-    /// 2023: the product of which `asin` is one variant.
-    #[serde(borrow)]
-    parent_asin: Option<Cow<'a, str>>,
-    #[serde(borrow)]
-    asin: Option<Cow<'a, str>>,
-    #[serde(alias = "overall")]
-    rating: Option<f64>,
-    #[serde(alias = "sortTimestamp", alias = "unixReviewTime")]
-    timestamp: Option<f64>,
-}
-
-impl Review<'_> {
-    fn row(&self, positive: Positive, unit: TimeUnit) -> Result<Row<'_>, (&'static str, &'static str)> {
-        fn filled<'a>(id: &'a Option<Cow<'_, str>>) -> Option<&'a str> {
-            id.as_deref().map(str::trim).filter(|id| !id.is_empty())
+/// An id: any text without line ends.
+fn id<'r>(cell: &'r Cell, buffer: &'r mut String) -> Result<&'r str, &'static str> {
+    let text = match cell {
+        Cell::Text(text) => std::str::from_utf8(text).map_err(|_| "not UTF-8")?,
+        other => {
+            buffer.clear();
+            buffer.push_str(std::str::from_utf8(&other.text()).expect("numbers are ASCII"));
+            buffer
         }
-        let user = filled(&self.user_id).ok_or(("user_id", "missing (nor is there a reviewerID)"))?;
-        let item = filled(&self.parent_asin).or_else(|| filled(&self.asin));
-        let item = item.ok_or(("parent_asin", "missing (nor is there an asin)"))?;
-        let rating = self.rating.ok_or(("rating", "missing (nor is there an overall)"))?;
-        let time = self.timestamp.ok_or(("timestamp", "missing (nor a sortTimestamp or unixReviewTime)"))?;
-        let time = milliseconds_of(time, unit).map_err(|reason| ("timestamp", reason))?;
-        let liked = positive.judge_number(rating).map_err(|reason| ("rating", reason))?;
-        Ok(Row { user, item, time, liked })
+    };
+    match text {
+        "" => Err("empty"),
+        text if text.contains(['\n', '\r']) => Err("a line end within an id"),
+        text => Ok(text),
     }
 }
 
-/// What may be read for one record.
-#[derive(Debug)]
-struct Ration {
-    /// Bytes left; filled up before each record.
-    left: Cell<usize>,
-    /// Whether the end of the file was met.
-    ended: Cell<bool>,
-}
-
-impl Default for Ration {
-    fn default() -> Self {
-        Ration { left: Cell::new(ROW_BYTES), ended: Cell::new(false) }
-    }
-}
-
-/// Reads until the ration is used up.
-struct Rationed<'a, R> {
-    inner: R,
-    ration: &'a Ration,
-}
-
-impl<R: Read> Read for Rationed<'_, R> {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        let count = self.inner.read(buffer)?;
-        let left = self.ration.left.get().checked_sub(count);
-        self.ration.left.set(left.ok_or_else(|| std::io::Error::from(ErrorKind::FileTooLarge))?);
-        self.ration.ended.set(count == 0);
-        Ok(count)
-    }
-}
-
-fn read_error(error: ::csv::Error, path: &Path, line: u64) -> DataError {
-    match error.into_kind() {
-        ::csv::ErrorKind::Io(error) if error.kind() == ErrorKind::FileTooLarge => too_long(path, line),
-        ::csv::ErrorKind::Io(error) => DataError::read(path)(error),
-        other => DataError::read(path)(std::io::Error::other(format!("line {line}: {other:?}"))),
-    }
-}
-
-fn too_long(path: &Path, line: u64) -> DataError {
-    DataError::BadRow(Box::new(BadRow {
-        path: path.to_owned(),
-        line,
-        field: "row".to_owned(),
-        value: String::new(),
-        reason: format!("longer than {ROW_BYTES} bytes (a quote that is not closed?)"),
-    }))
+/// The name of a file without its folder; of a member, that of the archive too.
+fn last_part(path: &Path) -> String {
+    path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
 }

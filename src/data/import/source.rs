@@ -1,69 +1,272 @@
-//! The bytes of a log: unpacked, counted, without a byte order mark.
+//! The bytes of logs: unpacked, and taken out of archives.
+//!
+//! Containers are recognised by their first bytes, whatever the file's name: gzip and zstd (several members end to
+//! end are one stream), tar, and both together. A container that is not read is named in the error.
 
 use super::{DataError, Progress};
-use flate2::read::MultiGzDecoder;
+use flate2::bufread::GzDecoder;
 use std::fs::File;
-use std::io::{BufReader, Chain, Cursor, ErrorKind, Read};
-use std::path::Path;
+use std::io::{self, BufRead, BufReader, Cursor, ErrorKind, Read};
+use std::path::{Path, PathBuf};
 
-/// How much of a log is looked at to find its columns.
-const HEAD_BYTES: usize = 1 << 16;
+/// Bytes looked at to recognise a container; tar has its magic at 257.
+const MAGIC_BYTES: usize = 512;
+/// Compression within compression beyond this is refused.
+const DEEPEST: usize = 3;
 
-/// A log with its first bytes at hand.
-pub(super) struct Source<'a> {
-    /// The first bytes, unpacked; whole lines, unless the first line alone is longer.
-    pub head: Vec<u8>,
-    /// All bytes, those of the head included.
-    pub all: Chain<Cursor<Vec<u8>>, Box<dyn Read + 'a>>,
+/// One log, wherever it lay.
+pub(super) struct Log<'a> {
+    /// The file, and within an archive the member: `logs.tar.gz/data/log.csv`.
+    pub name: PathBuf,
+    /// The first bytes of `bytes`.
+    pub magic: Vec<u8>,
+    /// All bytes, those of `magic` included.
+    pub bytes: Box<dyn Read + 'a>,
+    /// The file itself, where the log is not packed.
+    pub file: Option<File>,
 }
 
-/// Opens a log, whatever it is packed in.
-pub(super) fn open<'a>(path: &Path, progress: &'a dyn Progress) -> Result<Source<'a>, DataError> {
-    let raw: Box<dyn Read> = if path == Path::new("-") {
-        Box::new(std::io::stdin())
-    } else {
-        Box::new(File::open(path).map_err(DataError::read(path))?)
-    };
-    let mut raw = BufReader::with_capacity(1 << 17, Counted { inner: raw, progress });
-    let magic = peek(&mut raw, 4).map_err(DataError::read(path))?;
-    let raw = Cursor::new(magic.clone()).chain(raw);
-    let mut unpacked: Box<dyn Read + 'a> = match magic[..] {
-        [0x1f, 0x8b, ..] => Box::new(MultiGzDecoder::new(raw)),
-        [b'P', b'K', 3, 4] => {
-            let reason = "zip archives are not read, unpack it first";
-            return Err(DataError::read(path)(std::io::Error::new(ErrorKind::Unsupported, reason)));
+/// Decides which members of an archive are logs, by their paths in it.
+pub(super) type Choose<'a> = &'a dyn Fn(&Path) -> bool;
+
+/// Calls `each` with the log in a file, or with every log in an archive.
+pub(super) fn each_log(
+    path: &Path,
+    progress: &dyn Progress,
+    choose: Choose,
+    each: &mut dyn FnMut(Log) -> Result<(), DataError>,
+) -> Result<(), DataError> {
+    let unpack = Unpack { path, progress, choose };
+    if path == Path::new("-") {
+        return unpack.open(path, Box::new(Counted { inner: io::stdin(), progress }), None, 0, each);
+    }
+    let file = File::open(path).map_err(DataError::read(path))?;
+    if file.metadata().is_ok_and(|data| data.is_dir()) {
+        let reason = "it is a folder; name the files in it";
+        return Err(DataError::read(path)(io::Error::new(ErrorKind::IsADirectory, reason)));
+    }
+    let again = file.try_clone().map_err(DataError::read(path))?;
+    unpack.open(path, Box::new(Counted { inner: file, progress }), Some(again), 0, each)
+}
+
+struct Unpack<'a> {
+    path: &'a Path,
+    progress: &'a dyn Progress,
+    choose: Choose<'a>,
+}
+
+impl Unpack<'_> {
+    fn open(
+        &self,
+        name: &Path,
+        mut bytes: Box<dyn Read + '_>,
+        file: Option<File>,
+        depth: usize,
+        each: &mut dyn FnMut(Log) -> Result<(), DataError>,
+    ) -> Result<(), DataError> {
+        let mut magic = Vec::with_capacity(MAGIC_BYTES);
+        (&mut bytes).take(MAGIC_BYTES as u64).read_to_end(&mut magic).map_err(DataError::read(name))?;
+        let bytes = Box::new(Cursor::new(magic.clone()).chain(bytes));
+        let refuse =
+            |reason: String| Err(DataError::read(name)(io::Error::new(ErrorKind::Unsupported, reason)));
+        if depth > DEEPEST {
+            return refuse(format!("it is packed more than {DEEPEST} times"));
         }
-        _ => Box::new(raw),
-    };
-    let mut start = peek(&mut unpacked, HEAD_BYTES).map_err(DataError::read(path))?;
-    if start.starts_with(b"\xef\xbb\xbf") {
-        start.drain(..3);
+        match &magic[..] {
+            [0x1f, 0x8b, ..] => {
+                let members = Members { decoder: None, rest: Some(buffered(bytes)) };
+                self.open(name, Box::new(members), None, depth + 1, each)
+            }
+            [0x28, 0xb5, 0x2f, 0xfd, ..] => {
+                let decoder = zstd::Decoder::with_buffer(buffered(bytes)).map_err(DataError::read(name))?;
+                self.open(name, Box::new(decoder), None, depth + 1, each)
+            }
+            magic if magic.get(257..262) == Some(b"ustar") => self.members(name, bytes, depth, each),
+            _ => match unread_container(&magic) {
+                Some(container) => refuse(format!("{container} is not read; unpack or convert it first")),
+                None => each(Log { name: name.to_owned(), magic, bytes, file }),
+            },
+        }
     }
-    let mut head = start.clone();
-    if head.len() >= HEAD_BYTES - 3 {
-        let end = head.iter().rposition(|&byte| byte == b'\n').map_or(head.len(), |newline| newline + 1);
-        head.truncate(end);
+
+    fn members(
+        &self,
+        name: &Path,
+        bytes: Box<dyn Read + '_>,
+        depth: usize,
+        each: &mut dyn FnMut(Log) -> Result<(), DataError>,
+    ) -> Result<(), DataError> {
+        if name != self.path {
+            let reason = "an archive within an archive is not read; unpack it first";
+            return Err(DataError::read(name)(io::Error::new(ErrorKind::Unsupported, reason)));
+        }
+        let mut archive = tar::Archive::new(bytes);
+        let mut chosen = false;
+        for entry in archive.entries().map_err(DataError::read(name))? {
+            let entry = entry.map_err(DataError::read(name))?;
+            let member = entry.path().map_err(DataError::read(name))?.into_owned();
+            if !entry.header().entry_type().is_file() || hidden(&member) {
+                continue;
+            }
+            let whole = name.join(member.strip_prefix("/").unwrap_or(&member));
+            if !(self.choose)(&member) {
+                self.progress.note(&format!("{}: not read", whole.display()));
+                continue;
+            }
+            chosen = true;
+            self.open(&whole, Box::new(entry), None, depth + 1, each)?;
+        }
+        if chosen {
+            return Ok(());
+        }
+        let reason = "no member of the archive was read; choose with --member";
+        Err(DataError::read(name)(io::Error::new(ErrorKind::NotFound, reason)))
     }
-    Ok(Source { head, all: Cursor::new(start).chain(unpacked) })
 }
 
-/// Reads up to `count` bytes.
-fn peek(from: &mut impl Read, count: usize) -> std::io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    from.take(count as u64).read_to_end(&mut bytes)?;
-    Ok(bytes)
+/// What packers leave beside the files: `.DS_Store`, `._log.csv`.
+fn hidden(member: &Path) -> bool {
+    member.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b"."))
+}
+
+/// Whether `path` or its last part is `pattern`, in which `*` stands for any text and `?` for any byte.
+pub(super) fn matches(pattern: &str, path: &Path) -> bool {
+    fn fits(pattern: &[u8], text: &[u8]) -> bool {
+        match pattern.split_first() {
+            None => text.is_empty(),
+            Some((b'*', rest)) => (0..=text.len()).any(|at| fits(rest, &text[at..])),
+            Some((b'?', rest)) => !text.is_empty() && fits(rest, &text[1..]),
+            Some((byte, rest)) => text.first() == Some(byte) && fits(rest, &text[1..]),
+        }
+    }
+    let last = path.file_name().unwrap_or_default();
+    [path.as_os_str(), last].iter().any(|text| fits(pattern.as_bytes(), text.as_encoded_bytes()))
+}
+
+fn unread_container(magic: &[u8]) -> Option<&'static str> {
+    const CONTAINERS: [(&[u8], &str); 17] = [
+        (b"PK\x03\x04", "a zip archive (or a spreadsheet)"),
+        (b"PK\x05\x06", "an empty zip archive"),
+        (b"BZh", "bzip2"),
+        (b"\xfd7zXZ\0", "xz"),
+        (b"\x04\x22\x4d\x18", "lz4"),
+        (b"\xff\x06\0\0sNaPpY", "snappy"),
+        (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive"),
+        (b"Rar!", "a RAR archive"),
+        (b"\x1f\x9d", "compress (.Z)"),
+        (b"ORC", "ORC"),
+        (b"Obj\x01", "Avro"),
+        (b"\x89HDF", "HDF5"),
+        (b"SQLite format 3", "an SQLite database"),
+        (b"\x93NUMPY", "a NumPy array"),
+        (b"FEA1", "Feather version 1"),
+        (b"\xff\xfe", "UTF-16 text"),
+        (b"\xfe\xff", "UTF-16 text"),
+    ];
+    if magic.starts_with(&crate::data::format::MAGIC) {
+        return Some("a data set (.dfar), which is imported already,");
+    }
+    // "BZh" and "ORC" are words that a log may begin with: look at the bytes behind.
+    let text = |bytes: &[u8]| bytes.iter().all(|byte| matches!(byte, b' '..=b'~' | b'\t' | b'\r' | b'\n'));
+    let found = CONTAINERS.into_iter().find(|(start, _)| magic.starts_with(start))?;
+    (!text(magic)).then_some(found.1)
+}
+
+/// Whether text begins with a UTF-8 byte order mark.
+pub(super) fn starts_with_bom(text: &[u8]) -> bool {
+    text.starts_with(b"\xef\xbb\xbf")
+}
+
+type Buffered<'a> = BufReader<Box<dyn Read + 'a>>;
+
+fn buffered<'a>(bytes: Box<dyn Read + 'a>) -> Buffered<'a> {
+    BufReader::with_capacity(1 << 17, bytes)
+}
+
+/// The members of a gzip stream, end to end. Zeros behind the last are padding (of tapes, and of some stores);
+/// other bytes are an error.
+struct Members<'a> {
+    decoder: Option<GzDecoder<Buffered<'a>>>,
+    /// What lies between members.
+    rest: Option<Buffered<'a>>,
+}
+
+impl Read for Members<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            if let Some(decoder) = &mut self.decoder {
+                match decoder.read(buffer)? {
+                    0 if !buffer.is_empty() => {
+                        let decoder = self.decoder.take().expect("it was just read");
+                        self.rest = Some(decoder.into_inner());
+                    }
+                    count => return Ok(count),
+                }
+            }
+            let Some(mut rest) = self.rest.take() else { return Ok(0) };
+            match next_byte_that_is_not_zero(&mut rest)? {
+                None => return Ok(0),
+                Some(0x1f) => self.decoder = Some(GzDecoder::new(rest)),
+                Some(_) => {
+                    let reason = "bytes that are no gzip data follow the gzip data";
+                    return Err(io::Error::new(ErrorKind::InvalidData, reason));
+                }
+            }
+        }
+    }
+}
+
+fn next_byte_that_is_not_zero(rest: &mut impl BufRead) -> io::Result<Option<u8>> {
+    loop {
+        let bytes = rest.fill_buf()?;
+        if bytes.is_empty() {
+            return Ok(None);
+        }
+        let zeros = bytes.iter().take_while(|&&byte| byte == 0).count();
+        let next = bytes.get(zeros).copied();
+        rest.consume(zeros);
+        if next.is_some() {
+            return Ok(next);
+        }
+    }
 }
 
 /// Tells how many bytes went through.
-struct Counted<'a> {
-    inner: Box<dyn Read>,
+struct Counted<'a, R> {
+    inner: R,
     progress: &'a dyn Progress,
 }
 
-impl Read for Counted<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+impl<R: Read> Read for Counted<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let count = self.inner.read(buffer)?;
         self.progress.bytes(count as u64);
         Ok(count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns_choose_by_path_or_name() {
+        for (pattern, path, fits) in [
+            ("*.csv", "data/log.csv", true),
+            ("log_*", "KuaiRand/data/log_a.csv", true),
+            ("log_*.csv", "data/user_features.csv", false),
+            ("data/*", "data/log.csv", true),
+            ("*", "x", true),
+            ("log", "log.csv", false),
+        ] {
+            assert_eq!(matches(pattern, Path::new(path)), fits, "{pattern} {path}");
+        }
+    }
+
+    #[test]
+    fn words_that_look_like_magic_are_text() {
+        assert_eq!(unread_container(b"BZhang,1,2,3\n"), None);
+        assert_eq!(unread_container(b"ORC;label\n"), None);
+        assert_eq!(unread_container(b"BZh91AY&SY\x07\x82"), Some("bzip2"));
     }
 }

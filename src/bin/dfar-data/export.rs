@@ -1,0 +1,134 @@
+//! `dfar-data export`: the events of a data set, for other programs.
+
+use crate::replacement::Replacement;
+use clap::{Args, ValueEnum};
+use dfar::Error;
+use dfar::data::Dataset;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+#[derive(Args)]
+pub struct Export {
+    /// Data set file.
+    file: PathBuf,
+    /// File to write; `-` is standard output.
+    #[arg(long, short, value_name = "FILE")]
+    output: PathBuf,
+    /// Format of the output [default: by its ending, .csv or .parquet].
+    #[arg(long, value_enum)]
+    to: Option<To>,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum To {
+    Csv,
+    Parquet,
+}
+
+/// The columns: a log's ids, 0 or 1, milliseconds since 1970, and train, valid or test.
+const COLUMNS: [&str; 5] = ["user", "item", "label", "time", "part"];
+
+pub fn export(args: &Export) -> dfar::Result<()> {
+    let data = Dataset::open(&args.file)?;
+    let parquet = args
+        .to
+        .map_or(args.output.extension().is_some_and(|ending| ending == "parquet"), |to| to == To::Parquet);
+    let failed = |source: std::io::Error| Error::io("write", &args.output)(source);
+    if args.output == Path::new("-") {
+        let mut out = BufWriter::new(std::io::stdout());
+        return write(&data, &mut out, parquet)
+            .and_then(|()| out.flush())
+            .map_err(Error::io("write", "<stdout>"));
+    }
+    let mut out = Replacement::new(&args.output).map_err(failed)?;
+    write(&data, &mut out, parquet).map_err(failed)?;
+    out.finish().map_err(failed)
+}
+
+fn write(data: &Dataset, out: &mut (impl Write + Send), parquet: bool) -> std::io::Result<()> {
+    if parquet { write_parquet(data, out) } else { write_csv(data, out) }
+}
+
+/// One event.
+struct Event<'a> {
+    user: &'a str,
+    item: &'a str,
+    label: u8,
+    time: i64,
+    part: &'static str,
+}
+
+/// All events, by user and time.
+fn events(data: &Dataset) -> impl Iterator<Item = Event<'_>> {
+    (0..data.users() as u32).flat_map(move |user| {
+        let events = data.user(user);
+        (0..events.items.len()).map(move |at| Event {
+            user: data.user_name(user),
+            item: data.item_name(events.items[at]),
+            label: events.feedback[at],
+            time: events.times[at],
+            part: match at {
+                at if at < events.train_end => "train",
+                at if at < events.valid_end => "valid",
+                _ => "test",
+            },
+        })
+    })
+}
+
+fn write_csv(data: &Dataset, out: &mut impl Write) -> std::io::Result<()> {
+    // Quoted, an id may begin with a byte order mark, and "007" stays a text for readers that look.
+    let mut writer = csv::WriterBuilder::new().quote_style(csv::QuoteStyle::NonNumeric).from_writer(out);
+    writer.write_record(COLUMNS)?;
+    for event in events(data) {
+        let (label, time) = (event.label.to_string(), event.time.to_string());
+        writer.write_record([event.user, event.item, &label, &time, event.part])?;
+    }
+    writer.flush()
+}
+
+#[cfg(not(feature = "parquet"))]
+fn write_parquet(_: &Dataset, _: &mut impl Write) -> std::io::Result<()> {
+    let reason = "this program was built without the feature `parquet`";
+    Err(std::io::Error::new(std::io::ErrorKind::Unsupported, reason))
+}
+
+#[cfg(feature = "parquet")]
+fn write_parquet(data: &Dataset, out: &mut (impl Write + Send)) -> std::io::Result<()> {
+    use arrow_array::{ArrayRef, Int8Array, RecordBatch, StringArray, TimestampMillisecondArray};
+    use parquet::arrow::ArrowWriter;
+    use parquet::basic::{Compression, ZstdLevel};
+    use parquet::file::properties::WriterProperties;
+    use std::sync::Arc;
+
+    const BATCH_ROWS: usize = 1 << 16;
+    let failed = std::io::Error::other::<parquet::errors::ParquetError>;
+    let batch = |events: &[Event]| {
+        let texts = |column: fn(&Event) -> String| {
+            Arc::new(StringArray::from_iter_values(events.iter().map(column))) as ArrayRef
+        };
+        let labels = Int8Array::from_iter_values(events.iter().map(|event| event.label as i8));
+        let times = TimestampMillisecondArray::from_iter_values(events.iter().map(|event| event.time));
+        let columns = [
+            texts(|event| event.user.to_owned()),
+            texts(|event| event.item.to_owned()),
+            Arc::new(labels) as ArrayRef,
+            Arc::new(times.with_timezone("UTC")) as ArrayRef,
+            texts(|event| event.part.to_owned()),
+        ];
+        RecordBatch::try_from_iter(COLUMNS.into_iter().zip(columns)).expect("the columns are of one length")
+    };
+    let options =
+        WriterProperties::builder().set_compression(Compression::ZSTD(ZstdLevel::default())).build();
+    let mut writer = ArrowWriter::try_new(out, batch(&[]).schema(), Some(options)).map_err(failed)?;
+    let mut all = events(data);
+    loop {
+        let some: Vec<Event> = all.by_ref().take(BATCH_ROWS).collect();
+        if some.is_empty() {
+            break;
+        }
+        writer.write(&batch(&some)).map_err(failed)?;
+    }
+    writer.close().map_err(failed)?;
+    Ok(())
+}

@@ -1,0 +1,389 @@
+//! JSON logs: an object a line, or an array of objects.
+//!
+//! Only scalars under the keys of the needed columns are looked at: a text as it is, a number by its digits.
+
+use super::fields::SLOTS;
+use super::layout::{Column, Context, Role};
+use super::lines::Lines;
+use super::{DataError, Liked};
+use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde_json::value::RawValue;
+use std::borrow::Cow;
+
+/// A longer object is refused.
+const LONGEST_OBJECT: usize = super::lines::LONGEST_LINE;
+
+/// The keys of a role, the preferred one first.
+type Keys<'a> = [Vec<&'a str>; SLOTS];
+
+/// The keys that hold the columns, and how they are called in messages.
+pub(super) struct JsonLayout<'a> {
+    keys: Keys<'a>,
+    pub columns: [Option<Column>; SLOTS],
+}
+
+impl<'a> JsonLayout<'a> {
+    /// The keys given, or those of the format.
+    pub(super) fn new(context: &'a Context) -> Result<JsonLayout<'a>, DataError> {
+        let options = context.options;
+        let mut layout = JsonLayout { keys: Default::default(), columns: [const { None }; SLOTS] };
+        for role in Role::ALL {
+            let slot = role as usize;
+            let keys = match role.wanted(&options.columns) {
+                Some(key) => vec![key],
+                None if role == Role::Date || role == Role::Label && options.liked == Liked::Every => {
+                    continue;
+                }
+                None => context.schema.names[slot].to_vec(),
+            };
+            let Some(first) = keys.first() else {
+                return Err(
+                    context.unknown(format!("JSON has no columns by number: give --{}-column", role.name()))
+                );
+            };
+            layout.columns[slot] = Some(Column { index: slot, name: (*first).to_owned() });
+            layout.keys[slot] = keys;
+        }
+        Ok(layout)
+    }
+
+    /// The values of an object; a text of the reason where it is none.
+    pub(super) fn values<'t>(&self, text: &'t [u8]) -> Result<[Option<Cow<'t, [u8]>>; SLOTS], String> {
+        let text = std::str::from_utf8(text).map_err(|_| "not UTF-8".to_owned())?;
+        let found = match self.object(text) {
+            Ok(found) => found.map(|value| value.map(Cow::Borrowed)),
+            // Python writes NaN and Infinity, which JSON does not have.
+            Err(error) => match without_nan(text).map(|text| self.object(&text).map(owned)) {
+                Some(Ok(found)) => found,
+                _ => return Err(error.to_string()),
+            },
+        };
+        let mut values = [const { None }; SLOTS];
+        for (value, found) in values.iter_mut().zip(found) {
+            *value = match found {
+                None => None,
+                Some(Cow::Borrowed(raw)) => scalar(raw)?,
+                Some(Cow::Owned(raw)) => scalar(&raw)?.map(|value| Cow::Owned(value.into_owned())),
+            };
+        }
+        Ok(values)
+    }
+
+    fn object<'t>(&self, text: &'t str) -> Result<[Option<&'t str>; SLOTS], serde_json::Error> {
+        let mut json = serde_json::Deserializer::from_str(text);
+        let found = json.deserialize_map(Find { keys: &self.keys })?;
+        json.end()?;
+        Ok(found)
+    }
+}
+
+fn owned<'t>(found: [Option<&str>; SLOTS]) -> [Option<Cow<'t, str>>; SLOTS] {
+    found.map(|value| value.map(|text| Cow::Owned(text.to_owned())))
+}
+
+/// A scalar's text, blanks taken off; `None` for null.
+fn scalar(raw: &str) -> Result<Option<Cow<'_, [u8]>>, String> {
+    match raw.as_bytes().first() {
+        Some(b'"') => match serde_json::from_str(raw).map_err(|error| error.to_string())? {
+            Text(Cow::Borrowed(text)) => Ok(Some(Cow::Borrowed(text.trim_ascii().as_bytes()))),
+            Text(Cow::Owned(text)) => Ok(Some(Cow::Owned(text.trim_ascii().as_bytes().to_vec()))),
+        },
+        Some(b'n') => Ok(None),
+        Some(b'{' | b'[') => Err("a needed value is an object or an array".to_owned()),
+        _ => Ok(Some(Cow::Borrowed(raw.as_bytes()))),
+    }
+}
+
+/// Finds the values of the needed keys.
+struct Find<'k> {
+    keys: &'k Keys<'k>,
+}
+
+impl<'t> Visitor<'t> for Find<'_> {
+    type Value = [Option<&'t str>; SLOTS];
+
+    fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'t>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut found: [Option<(usize, &'t str)>; SLOTS] = [None; SLOTS];
+        while let Some(key) = map.next_key::<Text<'t>>()? {
+            let mut slots = (0..SLOTS).filter_map(|slot| {
+                Some((slot, self.keys[slot].iter().position(|wanted| **wanted == *key.0)?))
+            });
+            let Some((slot, preference)) = slots.next() else {
+                map.next_value::<IgnoredAny>()?;
+                continue;
+            };
+            let also = slots.next();
+            let raw = map.next_value::<&'t RawValue>()?.get();
+            for (slot, preference) in std::iter::once((slot, preference)).chain(also) {
+                match found[slot] {
+                    Some((other, _)) if other == preference => {
+                        return Err(serde::de::Error::custom(format!("the key {} stands twice", key.0)));
+                    }
+                    // A null says nothing: another key may.
+                    Some((other, value)) if other < preference && value != "null" => {}
+                    _ if raw == "null" && found[slot].is_some() => {}
+                    _ => found[slot] = Some((preference, raw)),
+                }
+            }
+        }
+        Ok(found.map(|value| value.map(|(_, raw)| raw)))
+    }
+}
+
+/// A string, copied only where it has escapes.
+struct Text<'t>(Cow<'t, str>);
+
+impl<'t> Deserialize<'t> for Text<'t> {
+    fn deserialize<D: Deserializer<'t>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Whole;
+        impl<'t> Visitor<'t> for Whole {
+            type Value = Text<'t>;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+                f.write_str("a string")
+            }
+
+            fn visit_borrowed_str<E>(self, text: &'t str) -> Result<Text<'t>, E> {
+                Ok(Text(Cow::Borrowed(text)))
+            }
+
+            fn visit_str<E>(self, text: &str) -> Result<Text<'t>, E> {
+                Ok(Text(Cow::Owned(text.to_owned())))
+            }
+        }
+        deserializer.deserialize_str(Whole)
+    }
+}
+
+/// The text with `NaN`, `Infinity` and `-Infinity` as strings; `None` where it has none.
+fn without_nan(text: &str) -> Option<String> {
+    let mut out = String::with_capacity(text.len() + 16);
+    let (mut rest, mut found) = (text, false);
+    while let Some(at) = rest.find(['"', 'N', 'I', '-']) {
+        out.push_str(&rest[..at]);
+        rest = &rest[at..];
+        let length = match rest.as_bytes()[0] {
+            b'"' => string_length(rest.as_bytes())?,
+            _ => match ["NaN", "Infinity", "-Infinity"].iter().find(|word| rest.starts_with(**word)) {
+                Some(word) => {
+                    found = true;
+                    out.push_str(&format!("\"{word}\""));
+                    rest = &rest[word.len()..];
+                    continue;
+                }
+                None => 1,
+            },
+        };
+        out.push_str(&rest[..length]);
+        rest = &rest[length..];
+    }
+    out.push_str(rest);
+    found.then_some(out)
+}
+
+/// Bytes of the string that `text` begins with, its quotes included; `None` where it does not end.
+fn string_length(text: &[u8]) -> Option<usize> {
+    let mut at = 1;
+    loop {
+        match text.get(at)? {
+            b'"' => return Some(at + 1),
+            b'\\' => at += 2,
+            _ => at += 1,
+        }
+    }
+}
+
+/// An object of the log, or what stands in its place.
+pub(super) struct Object<'b> {
+    /// The line on which it begins.
+    pub line: u64,
+    pub text: &'b [u8],
+    /// Why it is none.
+    pub fault: Option<&'static str>,
+}
+
+/// Cuts a JSON text into its objects.
+///
+/// Objects may stand alone, one after the other, or in an array. Where most objects of the first lines end on the line
+/// on which they begin, all must: one that is open at the end of its line is a bad row, and the next line is read as
+/// usual. A string never goes beyond its line in any JSON.
+pub(super) struct Objects<'a> {
+    lines: Lines<'a>,
+    /// Whether the text is an array.
+    array: bool,
+    /// Whether every object ends on the line on which it begins.
+    one_line: bool,
+    text: Vec<u8>,
+    /// The rest of a line of an array, and its number.
+    pending: Vec<u8>,
+    line: u64,
+}
+
+impl<'a> Objects<'a> {
+    pub(super) fn new(lines: Lines<'a>) -> Objects<'a> {
+        let array = lines.head().next().is_some_and(|line| line.text.trim_ascii().starts_with(b"["));
+        let (mut whole, mut open) = (0, 0);
+        for line in lines.head() {
+            let begin = line.text.iter().take_while(|byte| b" \t[,".contains(byte)).count();
+            if line.text[begin..].starts_with(b"{") {
+                let (mut depth, mut fault) = (0, None);
+                object_part(&line.text[begin..], &mut depth, &mut fault);
+                *(if depth == 0 && fault.is_none() { &mut whole } else { &mut open }) += 1;
+            }
+        }
+        let one_line = whole >= open;
+        Objects { lines, array, one_line, text: Vec::new(), pending: Vec::new(), line: 0 }
+    }
+
+    pub(super) fn next(&mut self) -> std::io::Result<Option<Object<'_>>> {
+        self.text.clear();
+        let mut begun = 0;
+        let (mut depth, mut fault) = (0usize, None);
+        loop {
+            if self.pending.is_empty() {
+                let Some(line) = self.lines.next()? else {
+                    if self.text.is_empty() {
+                        return Ok(None);
+                    }
+                    return Ok(Some(Object {
+                        line: begun,
+                        text: &self.text,
+                        fault: Some("it does not end"),
+                    }));
+                };
+                self.line = line.number;
+                if line.too_long {
+                    self.text.clear();
+                    self.text.extend_from_slice(line.text);
+                    let fault = Some("its line is longer than 16 MiB");
+                    return Ok(Some(Object { line: self.line, text: &self.text, fault }));
+                }
+                self.pending.extend_from_slice(line.text.trim_ascii());
+            }
+            if depth == 0 {
+                let skipped = self.skip_punctuation();
+                self.pending.drain(..skipped);
+                if self.pending.is_empty() {
+                    continue;
+                }
+                begun = self.line;
+            }
+            let length = object_part(&self.pending, &mut depth, &mut fault);
+            self.text.extend_from_slice(&self.pending[..length]);
+            self.pending.drain(..length);
+            let ended = depth == 0 && fault.is_none();
+            // Between the objects of an array a comma must stand; without an array, a line end.
+            if ended && self.one_line && !self.separated() {
+                fault = Some("more text follows the object");
+            }
+            if depth > 0 && self.one_line {
+                fault = fault.or(Some("it does not end on its line"));
+            }
+            if self.text.len() > LONGEST_OBJECT {
+                fault = Some("it is longer than 16 MiB");
+            }
+            if fault.is_some() {
+                // The line is lost, whatever else stands on it: one line, one bad row.
+                self.text.extend_from_slice(&self.pending);
+                self.pending.clear();
+                return Ok(Some(Object { line: begun, text: &self.text, fault }));
+            }
+            if ended {
+                return Ok(Some(Object { line: begun, text: &self.text, fault: None }));
+            }
+            self.text.push(b'\n');
+        }
+    }
+
+    /// How many bytes before the next object are brackets and commas of the array, or blanks.
+    fn skip_punctuation(&self) -> usize {
+        let skipped =
+            |&&byte: &&u8| byte.is_ascii_whitespace() || self.array && matches!(byte, b'[' | b']' | b',');
+        self.pending.iter().take_while(skipped).count()
+    }
+
+    /// Whether what follows an object may follow it.
+    fn separated(&self) -> bool {
+        let rest = self.pending.trim_ascii();
+        rest.is_empty() || self.array && rest.starts_with(b",") || self.array && rest.starts_with(b"]")
+    }
+}
+
+/// Bytes of `text` that belong to an object which is `depth` brackets deep; a fault where a string does not end, or
+/// where there is no object.
+fn object_part(text: &[u8], depth: &mut usize, fault: &mut Option<&'static str>) -> usize {
+    if *depth == 0 && text.first() != Some(&b'{') {
+        *fault = Some("not a JSON object");
+        return text.len();
+    }
+    let mut at = 0;
+    while let Some(&byte) = text.get(at) {
+        match byte {
+            b'{' | b'[' => *depth += 1,
+            b'}' | b']' => *depth -= 1,
+            b'"' => match string_length(&text[at..]) {
+                Some(length) => {
+                    at += length;
+                    continue;
+                }
+                None => {
+                    *fault = Some("a quote is not closed on this line");
+                    return text.len();
+                }
+            },
+            _ => {}
+        }
+        at += 1;
+        if *depth == 0 {
+            break;
+        }
+    }
+    at
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn objects(text: &str) -> Vec<(u64, String, bool)> {
+        let mut objects = Objects::new(Lines::new(Box::new(text.as_bytes())).unwrap());
+        let mut out = Vec::new();
+        while let Some(object) = objects.next().unwrap() {
+            let text = String::from_utf8_lossy(object.text).into_owned();
+            out.push((object.line, text, object.fault.is_none()));
+        }
+        out
+    }
+
+    #[test]
+    fn objects_stand_on_lines_or_in_arrays() {
+        let good = |line, text: &str| (line, text.to_owned(), true);
+        let bad = |line, text: &str| (line, text.to_owned(), false);
+        for (text, expected) in [
+            ("{\"a\":1}\n\n{\"b\":[{}]}\n", vec![good(1, "{\"a\":1}"), good(3, "{\"b\":[{}]}")]),
+            ("[{\"a\":1},\n{\"b\":2}]\n", vec![good(1, "{\"a\":1}"), good(2, "{\"b\":2}")]),
+            ("[{\"a\":1},{\"b\":2}]", vec![good(1, "{\"a\":1}"), good(1, "{\"b\":2}")]),
+            ("[\n  {\n \"a\": \"}\"\n },\n {\n}\n]\n", vec![good(2, "{\n\"a\": \"}\"\n}"), good(5, "{\n}")]),
+            ("{\n\"a\":1\n}\n{\n}\n", vec![good(1, "{\n\"a\":1\n}"), good(4, "{\n}")]),
+            ("[]\n", vec![]),
+            ("{}\n{\"a\":\n{}\n", vec![good(1, "{}"), bad(2, "{\"a\":"), good(3, "{}")]),
+            ("{}\n{\"a\n{}\n", vec![good(1, "{}"), bad(2, "{\"a"), good(3, "{}")]),
+            ("{}\n{}{}\n{}\n", vec![good(1, "{}"), bad(2, "{}{}"), good(3, "{}")]),
+            ("{}\nnonsense\n{}", vec![good(1, "{}"), bad(2, "nonsense"), good(3, "{}")]),
+            ("{\n\"a\"", vec![bad(1, "{\n\"a\"\n")]),
+        ] {
+            assert_eq!(objects(text), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn nan_is_a_text() {
+        assert_eq!(without_nan("{\"NaN\":\"-Infinity\\\"\"}"), None);
+        let text = "{\"a\":NaN,\"b\":[-Infinity,-1],\"c\":\"NaN\"}";
+        assert_eq!(without_nan(text).unwrap(), "{\"a\":\"NaN\",\"b\":[\"-Infinity\",-1],\"c\":\"NaN\"}");
+    }
+}

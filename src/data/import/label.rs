@@ -1,0 +1,108 @@
+//! Which events are liked.
+
+use super::ImportOptions;
+use super::Liked;
+
+/// How a column's values are judged.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Rule {
+    /// Ratings: above the threshold.
+    Above(f64),
+    /// 1 or 0.
+    Flag,
+    /// Every event; there is no column.
+    Every,
+    /// Events by name.
+    Named { liked: Vec<String>, skipped: Vec<String> },
+}
+
+/// What an event is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Verdict {
+    Liked,
+    Skipped,
+    /// An event with a name that no rule knows.
+    Other,
+}
+
+impl From<bool> for Verdict {
+    fn from(liked: bool) -> Verdict {
+        if liked { Verdict::Liked } else { Verdict::Skipped }
+    }
+}
+
+impl Rule {
+    /// The rule asked for, or that of the format: `usual` is its threshold, `None` where its labels are flags.
+    pub(super) fn new(options: &ImportOptions, usual: Option<f64>) -> Rule {
+        match &options.liked {
+            Liked::ByFormat => usual.map_or(Rule::Flag, Rule::Above),
+            Liked::Above(threshold) => Rule::Above(*threshold),
+            Liked::Every => Rule::Every,
+            Liked::Named { liked, skipped, .. } => {
+                Rule::Named { liked: liked.clone(), skipped: skipped.clone() }
+            }
+        }
+    }
+
+    /// The rule for the protocol.
+    pub(super) fn words(&self, column: &str) -> String {
+        match self {
+            Rule::Above(threshold) => format!("{column} > {threshold}"),
+            Rule::Flag => format!("{column} = 1"),
+            Rule::Every => "every event".to_owned(),
+            Rule::Named { liked, .. } => format!("{column} in {}", liked.join(", ")),
+        }
+    }
+
+    pub(super) fn judge(&self, label: &[u8]) -> Result<Verdict, &'static str> {
+        match self {
+            Rule::Every => Ok(Verdict::Liked),
+            _ if label.is_empty() => Err("empty"),
+            Rule::Flag => match label {
+                b"0" | b"false" | b"False" | b"FALSE" => Ok(Verdict::Skipped),
+                b"1" | b"true" | b"True" | b"TRUE" => Ok(Verdict::Liked),
+                _ => self.judge_number(number(label).ok_or("not a number")?),
+            },
+            Rule::Above(_) => self.judge_number(number(label).ok_or("not a number")?),
+            Rule::Named { liked, skipped } => {
+                let is = |name: &String| name.as_bytes() == label;
+                Ok(match () {
+                    () if liked.iter().any(is) => Verdict::Liked,
+                    () if skipped.iter().any(is) => Verdict::Skipped,
+                    () => Verdict::Other,
+                })
+            }
+        }
+    }
+
+    pub(super) fn judge_number(&self, label: f64) -> Result<Verdict, &'static str> {
+        match self {
+            _ if !label.is_finite() => Err("not a number"),
+            Rule::Every => Ok(Verdict::Liked),
+            Rule::Above(threshold) => Ok(Verdict::from(label > *threshold)),
+            Rule::Flag if label == 0.0 => Ok(Verdict::Skipped),
+            Rule::Flag if label == 1.0 => Ok(Verdict::Liked),
+            Rule::Flag => Err("a flag is 0 or 1 (for ratings give --positive-above)"),
+            Rule::Named { .. } => self.judge(label.to_string().as_bytes()),
+        }
+    }
+
+    /// Whether labels are numbers, so that a word in their column is a column's name.
+    pub(super) fn numeric(&self) -> bool {
+        matches!(self, Rule::Above(_) | Rule::Flag)
+    }
+}
+
+/// A finite number.
+fn number(field: &[u8]) -> Option<f64> {
+    // The common cases first: a digit, and a digit with ".0" or ".5".
+    match field {
+        [digit @ b'0'..=b'9'] => return Some(f64::from(digit - b'0')),
+        [digit @ b'0'..=b'9', b'.', half @ (b'0' | b'5')] => {
+            return Some(f64::from(digit - b'0') + if *half == b'5' { 0.5 } else { 0.0 });
+        }
+        _ => {}
+    }
+    let number: f64 = std::str::from_utf8(field).ok()?.parse().ok()?;
+    number.is_finite().then_some(number)
+}

@@ -1,0 +1,244 @@
+//! Lines of a log, one at a time.
+//!
+//! One line is one row for every text format. A quoted field therefore cannot hold a line end, and damage in one
+//! line (a stray quote, a cut field) never reaches the next.
+
+use super::source::starts_with_bom;
+use memchr::memchr;
+use std::io::{self, Read};
+
+/// A longer line is a bad row: it is skipped without being held in memory.
+pub(super) const LONGEST_LINE: usize = 1 << 24;
+/// Bytes looked at to find the columns of a log.
+const HEAD_BYTES: usize = 1 << 16;
+const FIRST_BUFFER: usize = 1 << 18;
+/// Bytes of a line that is too long which are given out, for messages.
+const SHOWN: usize = 80;
+
+/// The non-blank lines of a text.
+pub(super) struct Lines<'a> {
+    source: Box<dyn Read + 'a>,
+    /// `buffer[start..end]` has been read and not yet been given out.
+    buffer: Vec<u8>,
+    start: usize,
+    end: usize,
+    source_ended: bool,
+    terminator: u8,
+    number: u64,
+}
+
+/// A line without its line end and byte order mark.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Line<'b> {
+    /// Counted from 1, blank lines included.
+    pub number: u64,
+    /// The text; its beginning where the line is too long.
+    pub text: &'b [u8],
+    /// Whether the line is longer than [`LONGEST_LINE`].
+    pub too_long: bool,
+}
+
+impl<'a> Lines<'a> {
+    /// Reads ahead as far as finding the columns needs it: the first non-blank line, and at least 64 KiB.
+    pub(super) fn new(source: Box<dyn Read + 'a>) -> io::Result<Self> {
+        let mut lines = Lines {
+            source,
+            buffer: vec![0; FIRST_BUFFER],
+            start: 0,
+            end: 0,
+            source_ended: false,
+            terminator: b'\n',
+            number: 0,
+        };
+        while !lines.source_ended && lines.end < LONGEST_LINE {
+            let text = &lines.buffer[..lines.end];
+            let has_line = text
+                .iter()
+                .position(|byte| !byte.is_ascii_whitespace())
+                .is_some_and(|at| memchr(b'\n', &text[at..]).is_some());
+            if has_line && text.len() >= HEAD_BYTES {
+                break;
+            }
+            lines.fill()?;
+        }
+        let head = &lines.buffer[..lines.end];
+        // Files of the classic Mac OS end their lines with a carriage return alone.
+        if memchr(b'\n', head).is_none() && memchr(b'\r', head).is_some() {
+            lines.terminator = b'\r';
+        }
+        Ok(lines)
+    }
+
+    /// The non-blank lines read ahead. The last may be incomplete unless it is the only one.
+    pub(super) fn head(&self) -> impl Iterator<Item = Line<'_>> {
+        let text = &self.buffer[self.start..self.end];
+        let numbered = self.number + 1..;
+        text.split(|&byte| byte == self.terminator)
+            .zip(numbered)
+            .map(|(text, number)| Line { number, text: clean(text), too_long: text.len() > LONGEST_LINE })
+            .filter(|line| !line.text.trim_ascii().is_empty())
+    }
+
+    /// The next line that is not blank.
+    pub(super) fn next(&mut self) -> io::Result<Option<Line<'_>>> {
+        loop {
+            let Some((from, to, too_long)) = self.next_raw()? else { return Ok(None) };
+            // Looked at twice, because a borrow that is returned from a loop would last for the whole function.
+            if !clean(&self.buffer[from..to]).trim_ascii().is_empty() {
+                let text = clean(&self.buffer[from..to]);
+                return Ok(Some(Line { number: self.number, text, too_long }));
+            }
+        }
+    }
+
+    /// The place of the next line in the buffer.
+    fn next_raw(&mut self) -> io::Result<Option<(usize, usize, bool)>> {
+        let mut scanned = 0;
+        loop {
+            let found = memchr(self.terminator, &self.buffer[self.start + scanned..self.end]);
+            if let Some(at) = found {
+                let line = self.place(self.start + scanned + at);
+                self.start = self.start + scanned + at + 1;
+                self.number += 1;
+                return Ok(Some(line));
+            }
+            if self.source_ended {
+                let line = self.place(self.end);
+                self.start = self.end;
+                self.number += 1;
+                return Ok((line.0 < line.1).then_some(line));
+            }
+            scanned = self.end - self.start;
+            if scanned > LONGEST_LINE {
+                self.skip_line()?;
+                self.number += 1;
+                return Ok(Some((0, SHOWN, true)));
+            }
+            self.fill()?;
+        }
+    }
+
+    /// The place of a line that ends before `end`, and whether it is too long.
+    fn place(&self, end: usize) -> (usize, usize, bool) {
+        match end - self.start > LONGEST_LINE {
+            true => (self.start, self.start + SHOWN, true),
+            false => (self.start, end, false),
+        }
+    }
+
+    /// Drops the rest of a line that is too long; its beginning stays at the front of the buffer.
+    fn skip_line(&mut self) -> io::Result<()> {
+        self.buffer.copy_within(self.start..self.start + SHOWN, 0);
+        loop {
+            (self.start, self.end) = (SHOWN, SHOWN);
+            self.fill()?;
+            match memchr(self.terminator, &self.buffer[self.start..self.end]) {
+                Some(at) => {
+                    self.start += at + 1;
+                    return Ok(());
+                }
+                None if self.source_ended => {
+                    self.start = self.end;
+                    return Ok(());
+                }
+                None => {}
+            }
+        }
+    }
+
+    /// Reads more bytes behind those that are there.
+    fn fill(&mut self) -> io::Result<()> {
+        if self.end == self.buffer.len() {
+            if self.start > 0 {
+                self.buffer.copy_within(self.start..self.end, 0);
+                self.end -= self.start;
+                self.start = 0;
+            }
+            if self.end > self.buffer.len() / 2 {
+                self.buffer.resize(2 * self.buffer.len(), 0);
+            }
+        }
+        let count = loop {
+            match self.source.read(&mut self.buffer[self.end..]) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                other => break other?,
+            }
+        };
+        self.end += count;
+        self.source_ended = count == 0;
+        Ok(())
+    }
+}
+
+/// Takes off a carriage return at the end, and a byte order mark at the beginning: concatenated files have one
+/// in their middle.
+fn clean(line: &[u8]) -> &[u8] {
+    let line = line.strip_suffix(b"\r").unwrap_or(line);
+    if starts_with_bom(line) { &line[3..] } else { line }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Gives out a few bytes at a time.
+    struct Drip<'a>(&'a [u8], usize);
+
+    impl Read for Drip<'_> {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            let count = self.1.min(self.0.len()).min(buffer.len());
+            buffer[..count].copy_from_slice(&self.0[..count]);
+            self.0 = &self.0[count..];
+            Ok(count)
+        }
+    }
+
+    fn all(text: &[u8], step: usize) -> Vec<(u64, Vec<u8>)> {
+        let mut lines = Lines::new(Box::new(Drip(text, step))).unwrap();
+        let mut out = Vec::new();
+        while let Some(line) = lines.next().unwrap() {
+            out.push((line.number, line.text.to_vec()));
+        }
+        out
+    }
+
+    proptest! {
+        #[test]
+        fn lines_are_those_of_the_text(text in "[ab \r\n]{0,60}", step in 1usize..9) {
+            let terminator = if text.contains('\n') || !text.contains('\r') { '\n' } else { '\r' };
+            let expected: Vec<(u64, Vec<u8>)> = (1..)
+                .zip(text.split(terminator))
+                .map(|(number, line)| (number, line.strip_suffix('\r').unwrap_or(line).as_bytes().to_vec()))
+                .filter(|(_, line)| !line.trim_ascii().is_empty())
+                .collect();
+            prop_assert_eq!(all(text.as_bytes(), step), expected);
+        }
+    }
+
+    #[test]
+    fn a_long_line_is_skipped_and_the_next_is_read() {
+        let mut text = b"first\n".to_vec();
+        text.extend(std::iter::repeat_n(b'x', LONGEST_LINE + 500_000));
+        text.extend(b"\nlast");
+        let mut lines = Lines::new(Box::new(&text[..])).unwrap();
+        assert_eq!(lines.next().unwrap().unwrap().text, b"first");
+        let long = lines.next().unwrap().unwrap();
+        assert_eq!((long.too_long, long.number, long.text.len()), (true, 2, SHOWN));
+        assert_eq!(lines.next().unwrap(), Some(Line { number: 3, text: b"last", too_long: false }));
+        assert_eq!(lines.next().unwrap(), None);
+    }
+
+    #[test]
+    fn byte_order_marks_are_dropped_at_the_start_of_any_line() {
+        let lines = all("\u{feff}\r\na\n\u{feff}b\n".as_bytes(), 4);
+        assert_eq!(lines, [(2, b"a".to_vec()), (3, b"b".to_vec())]);
+    }
+
+    #[test]
+    fn a_first_line_longer_than_the_head_is_in_the_head() {
+        let text = format!("\r\n{}\nrow", "c,".repeat(100_000));
+        let lines = Lines::new(Box::new(Drip(text.as_bytes(), 7000))).unwrap();
+        assert_eq!(lines.head().next().unwrap().text.len(), 200_000);
+    }
+}

@@ -1,0 +1,417 @@
+//! Times of a log: numbers of one unit, or dates.
+//!
+//! The unit is decided once for the whole log, when all rows are read: by then the largest time is known. Events are
+//! sorted by the numbers as they stand, so every order is that of the log, whatever the unit turns out to be.
+
+use super::TimeUnit;
+use crate::data::{DataError, TimeSighting};
+use jiff::civil;
+
+/// A time in units that are not known yet: whole ones, and billionths of one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct RawTime {
+    pub whole: i64,
+    pub billionths: u32,
+}
+
+/// What stands in a field.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stamp {
+    /// A number in the log's unit.
+    Number(RawTime),
+    /// A date and time of day, in seconds since 1970.
+    Instant(RawTime),
+}
+
+const BILLION: u32 = 1_000_000_000;
+/// Reason of a field that is neither a number nor a date.
+const NO_TIME: &str = "not a number or an ISO 8601 date";
+const TOO_LARGE: &str = "not a time: too large";
+/// Seconds from 1990 to 2100: a number in this range, or in its image in another unit, tells the unit.
+const MODERN: std::ops::RangeInclusive<u64> = 631_152_000..=4_102_444_800;
+
+impl RawTime {
+    fn new(whole: i64, billionths: u32) -> RawTime {
+        RawTime { whole, billionths }
+    }
+
+    pub(super) fn from_f64(number: f64) -> Result<RawTime, &'static str> {
+        if !number.is_finite() {
+            return Err(NO_TIME);
+        }
+        let whole = number.floor();
+        if whole.abs() >= 9.2e18 {
+            return Err(TOO_LARGE);
+        }
+        let billionths = ((number - whole) * f64::from(BILLION)).round() as u32;
+        Ok(RawTime::new(whole as i64, billionths.min(BILLION - 1)))
+    }
+
+    /// A number of `1 / per_second` seconds, as seconds.
+    pub(super) fn seconds(number: i64, per_second: i64) -> RawTime {
+        let rest = number.rem_euclid(per_second) * (i64::from(BILLION) / per_second);
+        RawTime::new(number.div_euclid(per_second), rest as u32)
+    }
+
+    /// Milliseconds, to the nearest, of a time in `unit`.
+    pub(super) fn milliseconds(self, unit: Unit) -> i64 {
+        let RawTime { whole, billionths } = self;
+        match unit {
+            Unit::Seconds => whole * 1000 + i64::from((billionths + 500_000) / 1_000_000),
+            Unit::Milliseconds => whole + i64::from(billionths >= BILLION / 2),
+            Unit::Microseconds => whole.div_euclid(1000) + i64::from(whole.rem_euclid(1000) >= 500),
+            Unit::Nanoseconds => {
+                whole.div_euclid(1_000_000) + i64::from(whole.rem_euclid(1_000_000) >= 500_000)
+            }
+        }
+    }
+}
+
+/// A unit that is decided.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Unit {
+    Seconds,
+    Milliseconds,
+    Microseconds,
+    Nanoseconds,
+}
+
+impl Unit {
+    const ALL: [Unit; 4] = [Unit::Seconds, Unit::Milliseconds, Unit::Microseconds, Unit::Nanoseconds];
+
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Unit::Seconds => "seconds",
+            Unit::Milliseconds => "milliseconds",
+            Unit::Microseconds => "microseconds",
+            Unit::Nanoseconds => "nanoseconds",
+        }
+    }
+
+    fn per_second(self) -> i64 {
+        1000i64.pow(self as u32)
+    }
+
+    /// The unit in which a number is a time between 1990 and 2100.
+    fn of_modern(magnitude: u64) -> Option<Unit> {
+        Unit::ALL.into_iter().find(|unit| MODERN.contains(&(magnitude / unit.per_second() as u64)))
+    }
+
+    /// The unit of a log whose largest time is this.
+    fn of_largest(magnitude: u64) -> Unit {
+        match magnitude {
+            0..100_000_000_000 => Unit::Seconds,
+            100_000_000_000..100_000_000_000_000 => Unit::Milliseconds,
+            100_000_000_000_000..100_000_000_000_000_000 => Unit::Microseconds,
+            _ => Unit::Nanoseconds,
+        }
+    }
+}
+
+/// Decides the unit of a log while its times pass by.
+#[derive(Debug)]
+pub(super) struct Clock {
+    given: Option<Unit>,
+    largest: u64,
+    numbers: Option<TimeSighting>,
+    dates: Option<TimeSighting>,
+    /// The first time that is modern in each unit.
+    modern: [Option<TimeSighting>; 4],
+}
+
+impl Clock {
+    pub(super) fn new(unit: TimeUnit) -> Clock {
+        let given = match unit {
+            TimeUnit::Auto => None,
+            TimeUnit::Seconds => Some(Unit::Seconds),
+            TimeUnit::Milliseconds => Some(Unit::Milliseconds),
+            TimeUnit::Microseconds => Some(Unit::Microseconds),
+            TimeUnit::Nanoseconds => Some(Unit::Nanoseconds),
+        };
+        Clock { given, largest: 0, numbers: None, dates: None, modern: [const { None }; 4] }
+    }
+
+    /// Takes a time; `seen` says where it stands, and is asked only where that may matter.
+    pub(super) fn take(
+        &mut self,
+        stamp: Stamp,
+        seen: impl Fn() -> TimeSighting,
+    ) -> Result<RawTime, &'static str> {
+        match (stamp, self.given) {
+            (Stamp::Number(time), Some(unit)) => {
+                if unit == Unit::Seconds && time.whole.checked_mul(1000).is_none_or(|ms| ms == i64::MAX) {
+                    return Err(TOO_LARGE);
+                }
+                Ok(time)
+            }
+            (Stamp::Instant(time), Some(unit)) => {
+                let per_second = unit.per_second();
+                let parts = i64::from(time.billionths) * per_second;
+                let billion = i64::from(BILLION);
+                let whole =
+                    time.whole.checked_mul(per_second).and_then(|whole| whole.checked_add(parts / billion));
+                Ok(RawTime::new(whole.ok_or(TOO_LARGE)?, (parts % billion) as u32))
+            }
+            (Stamp::Number(time), None) => {
+                let magnitude = time.whole.unsigned_abs();
+                self.largest = self.largest.max(magnitude);
+                if self.numbers.is_none() {
+                    self.numbers = Some(seen());
+                }
+                if let Some(unit) = Unit::of_modern(magnitude) {
+                    self.modern[unit as usize].get_or_insert_with(seen);
+                }
+                Ok(time)
+            }
+            (Stamp::Instant(time), None) => {
+                self.dates.get_or_insert_with(seen);
+                Ok(time)
+            }
+        }
+    }
+
+    /// The unit of all times. An error where the log mixes units, or dates and numbers.
+    pub(super) fn decide(&self) -> Result<Unit, DataError> {
+        if let Some(unit) = self.given {
+            return Ok(unit);
+        }
+        let mixed = |first: &TimeSighting, a, second: &TimeSighting, b| DataError::MixedTimes {
+            sightings: Box::new([first.clone(), second.clone()]),
+            kinds: [a, b],
+        };
+        if let (Some(date), Some(number)) = (&self.dates, &self.numbers) {
+            return Err(mixed(date, "a date", number, "a number"));
+        }
+        let unit = Unit::of_largest(self.largest);
+        let [own, ..] = [&self.modern[unit as usize]];
+        let coarser = Unit::ALL[..unit as usize]
+            .iter()
+            .find_map(|&unit| Some((unit, self.modern[unit as usize].as_ref()?)));
+        match (own, coarser) {
+            (Some(own), Some((coarser, other))) => Err(mixed(other, coarser.name(), own, unit.name())),
+            _ => Ok(unit),
+        }
+    }
+
+    /// The decision in words.
+    pub(super) fn words(&self, unit: Unit) -> String {
+        match self.given {
+            Some(_) => format!("{}, as given", unit.name()),
+            None if self.dates.is_some() => "dates; those without a zone are UTC".to_owned(),
+            None if self.modern[unit as usize].is_some() => format!("{} since 1970", unit.name()),
+            None => "a counter (no time after 1990)".to_owned(),
+        }
+    }
+}
+
+/// Reads a field.
+pub(super) fn parse(text: &[u8]) -> Result<Stamp, &'static str> {
+    let text = std::str::from_utf8(text).map_err(|_| NO_TIME)?;
+    if text.is_empty() {
+        return Err("empty");
+    }
+    if let Ok(whole) = text.parse::<i64>() {
+        return Ok(Stamp::Number(RawTime::new(whole, 0)));
+    }
+    if let Some(time) = decimal(text) {
+        return Ok(Stamp::Number(time));
+    }
+    match text.parse::<f64>() {
+        Ok(number) => RawTime::from_f64(number).map(Stamp::Number),
+        Err(_) => instant(text).map(Stamp::Instant).ok_or(NO_TIME),
+    }
+}
+
+/// `881250949.25`, exactly; `None` for other spellings, negative numbers among them.
+fn decimal(text: &str) -> Option<RawTime> {
+    let (whole, fraction) = text.split_once('.')?;
+    let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    if !digits(whole) || !digits(fraction) || fraction.len() > 9 {
+        return None;
+    }
+    let billionths = fraction.parse::<u32>().ok()? * 10u32.pow(9 - fraction.len() as u32);
+    Some(RawTime::new(whole.parse().ok()?, billionths))
+}
+
+/// `2019-10-01`, `2019-10-01 00:00:00`, `2019-10-01T00:00:00.25+02:00`, `... UTC`: UTC where no zone stands.
+fn instant(text: &str) -> Option<RawTime> {
+    // Numbers are never dates; jiff would read some.
+    if !text.get(4..)?.starts_with(['-', '/']) && !text.contains(['T', 't']) {
+        return None;
+    }
+    let text = text.replace('/', "-");
+    let utc = ["UTC", "GMT", "utc"].iter().find_map(|zone| text.strip_suffix(zone)).map(str::trim_ascii_end);
+    if utc.is_none()
+        && let Ok(timestamp) = text.parse::<jiff::Timestamp>()
+    {
+        return Some(of_timestamp(timestamp));
+    }
+    // "2019-10-01 00:00:00 +0000", as Ruby and git print it.
+    if utc.is_none()
+        && let Some((moment, zone)) = text.rsplit_once(' ')
+        && zone.starts_with(['+', '-'])
+        && let Ok(timestamp) = format!("{moment}{zone}").parse::<jiff::Timestamp>()
+    {
+        return Some(of_timestamp(timestamp));
+    }
+    let moment: civil::DateTime = utc.unwrap_or(&text).parse().ok()?;
+    of_civil(moment)
+}
+
+/// A day and a time of day in fields of their own.
+pub(super) fn day_and_time(day: &[u8], time: &[u8]) -> Result<Stamp, &'static str> {
+    let day = std::str::from_utf8(day).ok().and_then(parse_day);
+    let day = day.ok_or("not a date (ISO 8601, such as 2019-10-01 or 20191001)")?;
+    let time = std::str::from_utf8(time).ok().and_then(parse_time_of_day);
+    let time = time.ok_or("not a time of day (13:45, 13:45:10.5 or 1345)")?;
+    of_civil(day.to_datetime(time)).map(Stamp::Instant).ok_or("no date of this calendar")
+}
+
+fn parse_day(text: &str) -> Option<civil::Date> {
+    let digits = text.len() == 8 && text.bytes().all(|byte| byte.is_ascii_digit());
+    if digits {
+        let number: i32 = text.parse().ok()?;
+        return civil::Date::new((number / 10_000) as i16, (number / 100 % 100) as i8, (number % 100) as i8)
+            .ok();
+    }
+    text.replace('/', "-").parse().ok()
+}
+
+fn parse_time_of_day(text: &str) -> Option<civil::Time> {
+    if text.contains(':') {
+        // jiff wants two digits of the hour.
+        let padded = if text.find(':') == Some(1) { format!("0{text}") } else { text.to_owned() };
+        return padded.parse().ok();
+    }
+    // KuaiRand's hourmin: 400 is 04:00.
+    let number: i32 = text.parse().ok()?;
+    match text.len() {
+        1..=4 => civil::Time::new((number / 100) as i8, (number % 100) as i8, 0, 0).ok(),
+        5..=6 => {
+            civil::Time::new((number / 10_000) as i8, (number / 100 % 100) as i8, (number % 100) as i8, 0)
+                .ok()
+        }
+        _ => None,
+    }
+}
+
+fn of_civil(moment: civil::DateTime) -> Option<RawTime> {
+    Some(of_timestamp(jiff::tz::Offset::UTC.to_timestamp(moment).ok()?))
+}
+
+fn of_timestamp(timestamp: jiff::Timestamp) -> RawTime {
+    let nanoseconds = timestamp.as_nanosecond();
+    let billion = i128::from(BILLION);
+    RawTime::new(nanoseconds.div_euclid(billion) as i64, nanoseconds.rem_euclid(billion) as u32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ms(text: &str, unit: Unit) -> i64 {
+        match parse(text.as_bytes()) {
+            Ok(Stamp::Number(time)) => time.milliseconds(unit),
+            Ok(Stamp::Instant(time)) => time.milliseconds(Unit::Seconds),
+            Err(reason) => panic!("{text}: {reason}"),
+        }
+    }
+
+    #[test]
+    fn numbers_keep_their_digits() {
+        assert_eq!(ms("9223372036854775807", Unit::Milliseconds), i64::MAX);
+        assert_eq!(ms("881250949.25", Unit::Seconds), 881_250_949_250);
+        assert_eq!(ms("8.91717742e8", Unit::Seconds), 891_717_742_000);
+        assert_eq!(ms("0.0004", Unit::Seconds), 0);
+        assert_eq!(ms("0.0005", Unit::Seconds), 1);
+        assert_eq!(ms("-1.5", Unit::Seconds), -1500);
+        assert_eq!(ms("1600000000000499", Unit::Microseconds), 1_600_000_000_000);
+        assert_eq!(ms("1600000000000500", Unit::Microseconds), 1_600_000_000_001);
+        assert_eq!(ms("1600000000000499999", Unit::Nanoseconds), 1_600_000_000_000);
+        for bad in ["", "noon", "inf", "NaN", "1e300", "12/31/2019", "2019-13-01", "2019-02-30", "20191001x"]
+        {
+            assert!(parse(bad.as_bytes()).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn dates_of_iso_8601() {
+        let midnight = 1_569_888_000_000;
+        for (text, offset) in [
+            ("2019-10-01", 0),
+            ("2019/10/01", 0),
+            ("2019-10-01 00:00:00", 0),
+            ("2019-10-01 00:00:00 UTC", 0),
+            ("2019-10-01T00:00:00Z", 0),
+            ("2019-10-01T02:00:00+02:00", 0),
+            ("2019-10-01 02:00:00 +0200", 0),
+            ("2019-10-01T00:00:00.250Z", 250),
+            ("2019-10-01 00:00:01.5", 1500),
+            ("20191001T000000Z", 0),
+        ] {
+            assert_eq!(ms(text, Unit::Seconds), midnight + offset, "{text}");
+        }
+        for (day, time) in
+            [("2019-10-01", "04:05"), ("20191001", "405"), ("2019/10/01", "4:05:00"), ("20191001", "040500")]
+        {
+            let Ok(Stamp::Instant(time)) = day_and_time(day.as_bytes(), time.as_bytes()) else {
+                panic!("{day} {time}")
+            };
+            assert_eq!(time.milliseconds(Unit::Seconds), midnight + (4 * 60 + 5) * 60_000);
+        }
+        for (day, time) in
+            [("01.10.2019", "04:05"), ("20191001", "2460"), ("20191301", "0"), ("2019-10-01", "noon")]
+        {
+            assert!(day_and_time(day.as_bytes(), time.as_bytes()).is_err(), "{day} {time}");
+        }
+    }
+
+    fn decided(times: &[&str]) -> Result<Unit, DataError> {
+        let mut clock = Clock::new(TimeUnit::Auto);
+        for (line, text) in (1..).zip(times) {
+            let seen = || TimeSighting { path: "log".into(), line, value: (*text).to_owned() };
+            clock.take(parse(text.as_bytes()).unwrap(), seen).unwrap();
+        }
+        clock.decide()
+    }
+
+    #[test]
+    fn the_unit_is_that_of_the_whole_column() {
+        for (times, unit) in [
+            (&["86400000", "99999999999", "100000000000", "1600000000000"][..], Unit::Milliseconds),
+            (&["99999999998", "99999999999", "100000000000", "100000000001"], Unit::Milliseconds),
+            (&["1", "2", "3"], Unit::Seconds),
+            (&["1600000000", "0"], Unit::Seconds),
+            (&["1600000000000000"], Unit::Microseconds),
+            (&["1600000000000000000", "-5"], Unit::Nanoseconds),
+            (&["2019-10-01"], Unit::Seconds),
+        ] {
+            assert_eq!(decided(times).unwrap(), unit, "{times:?}");
+        }
+        for times in [
+            &["1600000000", "1600000000000"][..],
+            &["1600000000000000", "1600000000"],
+            &["1600000000000000000", "1600000000000"],
+            &["2019-10-01", "1600000000"],
+        ] {
+            match decided(times) {
+                Err(DataError::MixedTimes { sightings, .. }) => {
+                    let mut lines = sightings.map(|sighting| sighting.line);
+                    lines.sort_unstable();
+                    assert_eq!(lines, [1, 2]);
+                }
+                other => panic!("{times:?}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_given_unit_holds_for_numbers_and_dates() {
+        let mut clock = Clock::new(TimeUnit::Milliseconds);
+        let nowhere = || TimeSighting { path: "log".into(), line: 1, value: String::new() };
+        for text in ["1569888000250", "2019-10-01T00:00:00.25Z"] {
+            let time = clock.take(parse(text.as_bytes()).unwrap(), nowhere).unwrap();
+            assert_eq!(time.milliseconds(clock.decide().unwrap()), 1_569_888_000_250, "{text}");
+        }
+    }
+}

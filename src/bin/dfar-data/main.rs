@@ -28,7 +28,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Import logs: drop repeats, filter, split, draw evaluation negatives, write one file.
-    Import(import::Import),
+    Import(Box<import::Import>),
     /// Print what is in a data set: the paper's Table 1, history lengths, the split, how it was made.
     Info(info::Info),
     /// Write the events of a data set as CSV or Parquet.
@@ -87,7 +87,7 @@ impl SplitKind {
 
 fn main() -> ExitCode {
     cli::exit(match Cli::parse().command {
-        Command::Import(args) => import::import(args),
+        Command::Import(args) => import::import(*args),
         Command::Info(args) => info::info(&args),
         Command::Export(args) => export::export(&args),
         Command::Synth(args) => synth(args),

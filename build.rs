@@ -10,11 +10,8 @@ fn main() {
         PathBuf::from(std::env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it")).join("kernels");
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=kernels");
-    let mut names: Vec<String> = std::fs::read_dir(&folder)
-        .expect("kernels/ should be there")
-        .map(|entry| entry.expect("kernels/ should be readable").file_name().to_string_lossy().into_owned())
-        .filter(|name| name.ends_with(".cu"))
-        .collect();
+    let mut names = vec![];
+    find_sources(&folder, "", &mut names);
     names.sort();
 
     let mut code = String::from("/// Every `.cu` of `kernels/`.\npub const SOURCES: &[Source] = &[\n");
@@ -40,6 +37,19 @@ fn main() {
     code.push_str("];\n");
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets it")).join("kernels.rs");
     std::fs::write(out, code).expect("OUT_DIR should be writable");
+}
+
+/// Adds the paths of all `.cu` below `folder` to `names`, relative to `kernels/` and with `/` between folders.
+fn find_sources(folder: &Path, prefix: &str, names: &mut Vec<String>) {
+    for entry in std::fs::read_dir(folder).expect("kernels/ should be there") {
+        let entry = entry.expect("kernels/ should be readable");
+        let name = format!("{prefix}{}", entry.file_name().to_string_lossy());
+        if entry.path().is_dir() {
+            find_sources(&entry.path(), &format!("{name}/"), names);
+        } else if name.ends_with(".cu") {
+            names.push(name);
+        }
+    }
 }
 
 /// Reads `name` and all it includes by `#include "..."`. Headers that are not there belong to another compiler (the

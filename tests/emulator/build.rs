@@ -38,7 +38,7 @@ fn main() {
     let (mut missing, mut objects) = (vec![], vec![]);
     for (source, defines) in modules() {
         let (text, hash) = module_text(source, &defines, &compiler);
-        let stem = format!("{}_{hash:016x}", source.trim_end_matches(".cu"));
+        let stem = format!("{}_{hash:016x}", source.trim_end_matches(".cu").replace('/', "_"));
         let object = kept.join(format!("{stem}.o"));
         // Kept from an earlier build: compiling all of them takes minutes.
         if !object.exists() {
@@ -72,32 +72,33 @@ fn modules() -> Vec<(&'static str, Vec<(&'static str, String)>)> {
     for element in ["float", "bf16", "f16"] {
         for head_dim in [8, 16, 32, 64, 128] {
             let defines = vec![("DFAR_ELEMENT", element.to_owned()), ("DFAR_HEAD_DIM", head_dim.to_string())];
-            modules.push(("attention.cu", defines));
+            modules.push(("attention/attention.cu", defines));
         }
     }
     // The variant that takes some exponentials as polynomials, for a test.
     for element in ["bf16", "f16"] {
         let defines = [("DFAR_ELEMENT", element), ("DFAR_HEAD_DIM", "16"), ("DFAR_POLYNOMIAL", "3")];
-        modules.push(("attention.cu", defines.map(|(name, value)| (name, value.to_owned())).to_vec()));
+        modules
+            .push(("attention/attention.cu", defines.map(|(name, value)| (name, value.to_owned())).to_vec()));
     }
     for element in ["float", "bf16"] {
-        modules.push(("convert.cu", vec![("DFAR_ELEMENT", element.to_owned())]));
+        modules.push(("attention/convert.cu", vec![("DFAR_ELEMENT", element.to_owned())]));
         for [width, hidden0, hidden1] in [[16, 16, 8], [16, 80, 40], [32, 80, 40], [64, 48, 24]] {
             let sizes = [("DFAR_WIDTH", width), ("DFAR_HIDDEN0", hidden0), ("DFAR_HIDDEN1", hidden1)];
             let mut defines = vec![("DFAR_ELEMENT", element.to_owned())];
             defines.extend(sizes.map(|(name, size): (_, u32)| (name, size.to_string())));
-            modules.push(("target_attention.cu", defines));
+            modules.push(("target/target_attention.cu", defines));
         }
     }
     for source in [
-        "embedding.cu",
-        "layer_norm.cu",
-        "limits.cu",
-        "loss.cu",
-        "naive_attention.cu",
-        "optimizer.cu",
-        "prefix_mean.cu",
-        "rows.cu",
+        "step/embedding.cu",
+        "step/layer_norm.cu",
+        "step/limits.cu",
+        "step/loss.cu",
+        "attention/naive_attention.cu",
+        "step/optimizer.cu",
+        "step/prefix_mean.cu",
+        "step/rows.cu",
     ] {
         modules.push((source, vec![]));
     }

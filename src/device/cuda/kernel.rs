@@ -151,7 +151,7 @@ impl Module {
         SOURCES.iter().find(|source| source.name == self.source).expect("build.rs embeds every kernel")
     }
 
-    /// File and macros in one line, e.g. `attention.cu DFAR_ELEMENT=bf16 DFAR_HEAD_DIM=16`.
+    /// File and macros in one line, e.g. `attention/attention.cu DFAR_ELEMENT=bf16 DFAR_HEAD_DIM=16`.
     pub fn name(&self) -> String {
         let defines = self.defines.iter().flatten().map(|(name, value)| format!(" {name}={value}"));
         defines.fold(self.source.to_owned(), |name, define| name + &define)

@@ -1,4 +1,4 @@
-//! The kernels of `attention.cu`, every one of them, for every element type, against the golden cases and the float64
+//! The kernels of `attention/attention.cu`, every one of them, for every element type, against the golden cases and the float64
 //! reference, under the emulator's checks of every memory access.
 
 #[path = "../../bodies/not_finite.rs"]

@@ -1,4 +1,4 @@
-//! What the kernels of `attention.cu` execute for a batch, counted on the host, and the time that a GPU needs for it at least.
+//! What the kernels of `attention/attention.cu` execute for a batch, counted on the host, and the time that a GPU needs for it at least.
 //!
 //! Counts are of what runs, not of what the mathematics needs: scores come in pieces of 16 rows by 16 keys, cut at the
 //! diagonal and at the ends of the two labels. A time is the largest of its bounds; latency, launches and the

@@ -137,7 +137,7 @@ mod tests {
     use super::*;
     use crate::device::cuda::kernel::Define;
 
-    const MODULE: Module = Module::new("attention.cu")
+    const MODULE: Module = Module::new("attention/attention.cu")
         .with("DFAR_ELEMENT", Define::Word("bf16"))
         .with("DFAR_HEAD_DIM", Define::Number(16));
 
@@ -152,20 +152,20 @@ mod tests {
         assert_eq!(
             headers,
             [
-                "attention_backward.cuh",
-                "attention_backward_whole.cuh",
-                "attention_forward.cuh",
-                "attention_forward_short.cuh",
-                "attention_forward_tile.cuh",
-                "attention_forward_whole.cuh",
-                "attention_rows.cuh",
-                "attention_whole.cuh",
+                "attention/backward.cuh",
+                "attention/backward_whole.cuh",
+                "attention/forward.cuh",
+                "attention/forward_short.cuh",
+                "attention/forward_tile.cuh",
+                "attention/forward_whole.cuh",
+                "attention/params.cuh",
+                "attention/rows.cuh",
+                "attention/seqlen.cuh",
+                "attention/warp_product.cuh",
+                "attention/whole.cuh",
                 "carve.cuh",
                 "online_softmax.cuh",
-                "params.cuh",
-                "primitives.cuh",
-                "seqlen.cuh",
-                "warp_product.cuh"
+                "primitives.cuh"
             ]
         );
         assert!(source.text.contains("KERNEL(attention_forward,") && source.hash != 0);
@@ -180,13 +180,13 @@ mod tests {
             Cache::key(MODULE, hopper, (13, 0)),
             Cache::key(MODULE.with("DFAR_MORE", Define::Number(1)), hopper, (12, 4)),
             Cache::key(MODULE.with("DFAR_MORE", Define::Number(2)), hopper, (12, 4)),
-            Cache::key(Module::new("rows.cu"), hopper, (12, 4)),
+            Cache::key(Module::new("step/rows.cu"), hopper, (12, 4)),
         ];
         for (i, a) in keys.iter().enumerate() {
             assert!(keys[i + 1..].iter().all(|b| a != b), "{a}");
         }
         assert_eq!([hopper.name(), ampere.name()], ["sm_90a", "sm_80"]);
-        assert_eq!(MODULE.name(), "attention.cu DFAR_ELEMENT=bf16 DFAR_HEAD_DIM=16");
+        assert_eq!(MODULE.name(), "attention/attention.cu DFAR_ELEMENT=bf16 DFAR_HEAD_DIM=16");
     }
 
     #[test]

@@ -45,9 +45,9 @@ impl Kernel {
     }
 }
 
-/// `attention.cu` for an element type and head width.
+/// `attention/attention.cu` for an element type and head width.
 pub const fn module(element: Element, head_dim: usize) -> Module {
-    Module::new("attention.cu")
+    Module::new("attention/attention.cu")
         .with("DFAR_ELEMENT", Define::Word(element.cuda_name()))
         .with("DFAR_HEAD_DIM", Define::Number(head_dim as u32))
 }
@@ -370,7 +370,7 @@ impl<R: Runtime> Gpu<R> {
     }
 
     /// # Safety
-    /// `pointers`, but for `items`, are to arrays of the shapes in params.cuh for this batch and pass.
+    /// `pointers`, but for `items`, are to arrays of the shapes in attention/params.cuh for this batch and pass.
     unsafe fn run(&self, batch: &Batch<R>, pass: Pass, pointers: AttentionParams) -> Result<(), CudaError> {
         let kernel = pass.kernel(batch.element, batch.options.head_dim).with_polynomial(batch.polynomial);
         let items = batch.items[pass.index()].pointer();

@@ -1,4 +1,4 @@
-//! Launches of `convert.cu`: heads from f32 and any width to what `attention.cu` is compiled for, and back.
+//! Launches of `attention/convert.cu`: heads from f32 and any width to what `attention/attention.cu` is compiled for, and back.
 
 use crate::device::cuda::array::Array;
 use crate::device::cuda::error::CudaError;
@@ -8,9 +8,9 @@ use crate::device::cuda::plan::rows::{THREADS, blocks};
 use crate::device::cuda::runtime::Runtime;
 use bytemuck::{Pod, Zeroable};
 
-/// `convert.cu` for an element type.
+/// `attention/convert.cu` for an element type.
 pub const fn module(element: Element) -> Module {
-    Module::new("convert.cu").with("DFAR_ELEMENT", Define::Word(element.cuda_name()))
+    Module::new("attention/convert.cu").with("DFAR_ELEMENT", Define::Word(element.cuda_name()))
 }
 
 /// Names of its kernels.
@@ -26,7 +26,7 @@ struct ConvertParams {
     padded: u32,
 }
 
-// As in convert.cu.
+// As in attention/convert.cu.
 const _: () = assert!(size_of::<ConvertParams>() == 32);
 
 fn run<R: Runtime, T: Value>(

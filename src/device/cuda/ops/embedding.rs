@@ -1,4 +1,4 @@
-//! Launches of `embedding.cu`: rows gathered, scattered, and added up by segment.
+//! Launches of `step/embedding.cu`: rows gathered, scattered, and added up by segment.
 
 use super::loss;
 use crate::device::cuda::array::Array;
@@ -11,7 +11,7 @@ use crate::device::{Segments, Slot, Store};
 use bytemuck::{Pod, Zeroable};
 
 const fn kernel(entry: &'static str) -> Kernel {
-    Kernel { module: Module::new("embedding.cu"), entry }
+    Kernel { module: Module::new("step/embedding.cu"), entry }
 }
 
 const GATHER_SUM: Kernel = kernel("embedding_gather_sum");
@@ -29,7 +29,7 @@ pub const KERNELS: &[(Kernel, Block)] = &[
     (SQUARES, block_of(loss::BLOCK_SUM_SHARED)),
 ];
 
-/// Members of a chunk: `CHUNK` of `embedding.cu`.
+/// Members of a chunk: `CHUNK` of `step/embedding.cu`.
 const CHUNK: usize = 64;
 /// Sums of four columns a thread.
 const BORDERS_SHARED: usize = THREADS * 4 * size_of::<f64>();
@@ -93,7 +93,7 @@ struct SquareParams {
     bits: u32,
 }
 
-// As in embedding.cu.
+// As in step/embedding.cu.
 const _: () = assert!(size_of::<GatherParams>() == 88);
 const _: () = assert!(size_of::<ScatterParams>() == 40);
 const _: () = assert!(size_of::<SegmentParams>() == 128);

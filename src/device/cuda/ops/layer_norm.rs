@@ -1,4 +1,4 @@
-//! Launches of `layer_norm.cu`.
+//! Launches of `step/layer_norm.cu`.
 
 use super::embedding::tables_of;
 use super::rows;
@@ -12,7 +12,7 @@ use crate::device::cuda::runtime::Runtime;
 use bytemuck::{Pod, Zeroable};
 
 const fn kernel(entry: &'static str) -> Kernel {
-    Kernel { module: Module::new("layer_norm.cu"), entry }
+    Kernel { module: Module::new("step/layer_norm.cu"), entry }
 }
 
 const NORM: Kernel = kernel("layer_norm");
@@ -65,7 +65,7 @@ struct NormBackwardParams {
     unused: u32,
 }
 
-// As in layer_norm.cu.
+// As in step/layer_norm.cu.
 const _: () = assert!(size_of::<NormParams>() == 120);
 const _: () = assert!(size_of::<NormBackwardParams>() == 64);
 

@@ -1,4 +1,4 @@
-//! Launches of `limits.cu`: what a GPU can do at most.
+//! Launches of `step/limits.cu`: what a GPU can do at most.
 
 use crate::device::cuda::array::Array;
 use crate::device::cuda::error::CudaError;
@@ -15,7 +15,7 @@ pub const CHAINS: usize = 8;
 pub const PRODUCT_OPERATIONS: usize = 2 * 16 * 16 * 8;
 
 const fn kernel(entry: &'static str) -> Kernel {
-    Kernel { module: Module::new("limits.cu"), entry }
+    Kernel { module: Module::new("step/limits.cu"), entry }
 }
 
 /// Every kernel of the file, with its block.
@@ -38,7 +38,7 @@ pub enum Rate {
     Products,
 }
 
-/// As `LimitsParams` of `limits.cu`.
+/// As `LimitsParams` of `step/limits.cu`.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 struct LimitsParams {

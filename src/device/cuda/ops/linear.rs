@@ -1,4 +1,4 @@
-//! Linear layers: products by [`Runtime::gemm`], and what is around them from `rows.cu`.
+//! Linear layers: products by [`Runtime::gemm`], and what is around them from `step/rows.cu`.
 
 use super::rows::{self, Dy};
 use crate::device::cuda::array::Array;

@@ -1,4 +1,4 @@
-//! Launches of `loss.cu`: losses and gradients, and sums left on the device.
+//! Launches of `step/loss.cu`: losses and gradients, and sums left on the device.
 
 use crate::device::Slot;
 use crate::device::cuda::array::Array;
@@ -10,7 +10,7 @@ use crate::device::cuda::runtime::Runtime;
 use bytemuck::{Pod, Zeroable};
 
 const fn kernel(entry: &'static str) -> Kernel {
-    Kernel { module: Module::new("loss.cu"), entry }
+    Kernel { module: Module::new("step/loss.cu"), entry }
 }
 
 const RANK: Kernel = kernel("loss_rank");
@@ -64,7 +64,7 @@ struct ReduceParams {
     factor: f64,
 }
 
-// As in loss.cu.
+// As in step/loss.cu.
 const _: () = assert!(size_of::<RankParams>() == 56);
 const _: () = assert!(size_of::<CosineParams>() == 56);
 const _: () = assert!(size_of::<ReduceParams>() == 32);

@@ -1,4 +1,4 @@
-//! FHA the long way on the device: cuBLASLt products around `naive_attention.cu`, all scores in memory. For measurements.
+//! FHA the long way on the device: cuBLASLt products around `attention/naive_attention.cu`, all scores in memory. For measurements.
 
 use crate::attention::{FhaOptions, LabelMask, Normalization, Pairing};
 use crate::device::cuda::array::Array;
@@ -13,7 +13,7 @@ use bytemuck::{Pod, Zeroable};
 const THREADS: usize = 256;
 
 const fn kernel(entry: &'static str) -> Kernel {
-    Kernel { module: Module::new("naive_attention.cu"), entry }
+    Kernel { module: Module::new("attention/naive_attention.cu"), entry }
 }
 
 /// Every kernel of the file, with its block.
@@ -25,7 +25,7 @@ pub const KERNELS: &[(Kernel, Block)] = &[
 ];
 const BLOCK: Block = Block { warps: THREADS / 32, shared_bytes: 0 };
 
-/// As `HeadsParams` of `naive_attention.cu`.
+/// As `HeadsParams` of `attention/naive_attention.cu`.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 struct HeadsParams {
@@ -40,7 +40,7 @@ struct HeadsParams {
     unused: u32,
 }
 
-/// As `SoftmaxParams` of `naive_attention.cu`.
+/// As `SoftmaxParams` of `attention/naive_attention.cu`.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 struct SoftmaxParams {

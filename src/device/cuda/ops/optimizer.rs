@@ -1,4 +1,4 @@
-//! Launches of `optimizer.cu`: clipping and Adam over all tensors at once.
+//! Launches of `step/optimizer.cu`: clipping and Adam over all tensors at once.
 
 use super::loss::BLOCK_SUM_SHARED;
 use crate::device::cuda::array::{Array, Staging};
@@ -11,7 +11,7 @@ use crate::device::{AdamRows, AdamStep, AdamTensor, Clip, Slot};
 use bytemuck::{Pod, Zeroable};
 
 const fn kernel(entry: &'static str) -> Kernel {
-    Kernel { module: Module::new("optimizer.cu"), entry }
+    Kernel { module: Module::new("step/optimizer.cu"), entry }
 }
 
 const SQUARES: Kernel = kernel("optimizer_squares");
@@ -25,10 +25,10 @@ pub const KERNELS: &[(Kernel, Block)] = &[
     (ADAM, block_of(0)),
 ];
 
-/// Threads of the one block that takes the norms: `NORM_THREADS` of `optimizer.cu`.
+/// Threads of the one block that takes the norms: `NORM_THREADS` of `step/optimizer.cu`.
 pub const NORM_THREADS: usize = 1024;
 
-/// As `Tensor` of `optimizer.cu`.
+/// As `Tensor` of `step/optimizer.cu`.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 struct Tensor {
@@ -65,7 +65,7 @@ struct OptimizerParams {
     global: u32,
 }
 
-// As in optimizer.cu.
+// As in step/optimizer.cu.
 const _: () = assert!(size_of::<Tensor>() == 56);
 const _: () = assert!(size_of::<OptimizerParams>() == 96);
 

@@ -1,4 +1,4 @@
-//! Launches of `prefix_mean.cu`.
+//! Launches of `step/prefix_mean.cu`.
 
 use crate::device::cuda::array::Array;
 use crate::device::cuda::error::CudaError;
@@ -9,7 +9,7 @@ use crate::device::cuda::runtime::Runtime;
 use bytemuck::{Pod, Zeroable};
 
 const fn kernel(entry: &'static str) -> Kernel {
-    Kernel { module: Module::new("prefix_mean.cu"), entry }
+    Kernel { module: Module::new("step/prefix_mean.cu"), entry }
 }
 
 const FORWARD: Kernel = kernel("prefix_mean_forward");
@@ -34,7 +34,7 @@ struct PrefixMeanParams {
     bits: u32,
 }
 
-// As in prefix_mean.cu.
+// As in step/prefix_mean.cu.
 const _: () = assert!(size_of::<PrefixMeanParams>() == 56);
 
 /// What both directions are told about sequences and groups; see [`crate::device::Device::prefix_mean`].

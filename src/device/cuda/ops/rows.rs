@@ -1,4 +1,4 @@
-//! Launches of `rows.cu`: passes over rows of activations.
+//! Launches of `step/rows.cu`: passes over rows of activations.
 
 use crate::device::Store;
 use crate::device::cuda::array::Array;
@@ -10,7 +10,7 @@ use crate::device::cuda::runtime::Runtime;
 use bytemuck::{Pod, Zeroable};
 
 const fn kernel(entry: &'static str) -> Kernel {
-    Kernel { module: Module::new("rows.cu"), entry }
+    Kernel { module: Module::new("step/rows.cu"), entry }
 }
 
 const ADD: Kernel = kernel("rows_add");
@@ -107,7 +107,7 @@ struct SplitParams {
     unused: u32,
 }
 
-// As in rows.cu.
+// As in step/rows.cu.
 const _: () = assert!(size_of::<AddParams>() == 24);
 const _: () = assert!(size_of::<ColumnSumParams>() == 40);
 const _: () = assert!(size_of::<ReduceParams>() == 40);

@@ -1,4 +1,4 @@
-//! Launches of `target_attention.cu`, and the products around them.
+//! Launches of `target/target_attention.cu`, and the products around them.
 
 use super::linear::Factor;
 use super::rows::{self, Dy};
@@ -15,9 +15,9 @@ use crate::device::{Activation, Store, TargetCounts, TargetIndex, TargetWeights}
 use bytemuck::{Pod, Zeroable};
 
 impl Shape {
-    /// `target_attention.cu` for it.
+    /// `target/target_attention.cu` for it.
     pub const fn module(&self, element: Element) -> Module {
-        Module::new("target_attention.cu")
+        Module::new("target/target_attention.cu")
             .with("DFAR_ELEMENT", Define::Word(element.cuda_name()))
             .with("DFAR_WIDTH", Define::Number(self.width as u32))
             .with("DFAR_HIDDEN0", Define::Number(self.hidden0 as u32))

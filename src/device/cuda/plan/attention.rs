@@ -27,7 +27,7 @@ pub struct Plan {
     pub tile: Tile,
 }
 
-/// The passes of the operation, each a launch of a kernel of `attention.cu`.
+/// The passes of the operation, each a launch of a kernel of `attention/attention.cu`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pass {
     /// `o` and `lse` of sequences whose scores fit registers.

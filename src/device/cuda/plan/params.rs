@@ -4,7 +4,7 @@ use crate::device::cuda::kernel::Pointer;
 use bytemuck::{Pod, Zeroable};
 use std::mem::{offset_of, size_of};
 
-/// Arguments of every kernel of `attention.cu`; what a kernel reads and writes is said there.
+/// Arguments of every kernel of `attention/attention.cu`; what a kernel reads and writes is said there.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
 pub struct AttentionParams {
@@ -72,7 +72,7 @@ pub struct Item {
     pub first: u32,
 }
 
-// As in params.cuh and seqlen.cuh.
+// As in attention/params.cuh and attention/seqlen.cuh.
 const _: () = assert!(size_of::<AttentionParams>() == 152);
 const _: () = assert!(offset_of!(AttentionParams, items) == 104);
 const _: () = assert!(offset_of!(AttentionParams, scale) == 136);

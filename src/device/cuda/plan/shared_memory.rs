@@ -1,4 +1,4 @@
-//! Bytes of dynamic shared memory, as the kernels of `attention.cu` carve them.
+//! Bytes of dynamic shared memory, as the kernels of `attention/attention.cu` carve them.
 
 /// Adds up shared memory as `Carve` does: every array is padded to 16 bytes.
 #[derive(Default)]
@@ -15,7 +15,7 @@ impl Carve {
     }
 }
 
-/// Sizes of one compiled variant, as `warp_product.cuh` and `attention.cu` have them.
+/// Sizes of one compiled variant, as `attention/warp_product.cuh` and `attention/attention.cu` have them.
 pub(crate) struct Variant {
     pub(crate) size: usize,
     pub(crate) head_dim: usize,
@@ -136,7 +136,7 @@ impl Variant {
 mod tests {
     use super::*;
 
-    /// Worked by hand from the declarations in `attention.cu`.
+    /// Worked by hand from the declarations in `attention/attention.cu`.
     #[test]
     fn shared_memory_adds_up() {
         let paper = Variant { size: 2, head_dim: 16 };

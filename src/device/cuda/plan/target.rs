@@ -1,4 +1,4 @@
-//! What the kernels of `target_attention.cu` need to know about one batch: its pairs by length, and its work cut into items.
+//! What the kernels of `target/target_attention.cu` need to know about one batch: its pairs by length, and its work cut into items.
 
 use crate::device::{TargetCounts, TargetIndex};
 use bytemuck::{Pod, Zeroable};
@@ -74,7 +74,7 @@ pub struct Tile {
     pub unused: u32,
 }
 
-// As in target_scores.cuh and target_softmax.cuh.
+// As in target/scores.cuh and target/softmax.cuh.
 const _: () = assert!(size_of::<Item>() == 16 && size_of::<Pair>() == 16);
 const _: () = assert!(size_of::<Row>() == 16 && size_of::<Tile>() == 32);
 

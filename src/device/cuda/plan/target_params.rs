@@ -1,4 +1,4 @@
-//! Arguments of the kernels of `target_attention.cu`.
+//! Arguments of the kernels of `target/target_attention.cu`.
 
 use crate::device::cuda::kernel::Pointer;
 use bytemuck::{Pod, Zeroable};
@@ -91,7 +91,7 @@ pub(crate) struct GradientParams {
     pub(crate) unused: u32,
 }
 
-// As in the .cuh files of target_attention.cu.
+// As in the .cuh files of target/target_attention.cu.
 const _: () = assert!(size_of::<PerceptronParams>() == 152);
 const _: () = assert!(size_of::<SoftmaxParams>() == 96);
 const _: () = assert!(size_of::<CombineParams>() == 48);

@@ -1,14 +1,14 @@
-//! Padded sizes and blocks of `target_attention.cu`.
+//! Padded sizes and blocks of `target/target_attention.cu`.
 
 use super::shared_memory::Carve;
 use crate::device::cuda::error::CudaError;
 use crate::device::cuda::kernel::{Block, Element};
 
-/// Warps of a block of the perceptron: `WARPS` of `target_layers.cuh`.
+/// Warps of a block of the perceptron: `WARPS` of `target/layers.cuh`.
 pub const WARPS: usize = 4;
-/// Pairs that a warp scores at once: `AT_ONCE` of `target_scores.cuh`.
+/// Pairs that a warp scores at once: `AT_ONCE` of `target/scores.cuh`.
 const AT_ONCE: usize = 2;
-/// Threads of a block of the softmax: `ROW_THREADS` of `target_softmax.cuh`.
+/// Threads of a block of the softmax: `ROW_THREADS` of `target/softmax.cuh`.
 pub const ROW_THREADS: usize = 256;
 /// Widest tokens there is a kernel for: a lane of the softmax holds four columns of a token.
 pub const MAX_WIDTH: usize = 128;
@@ -51,7 +51,7 @@ impl Shape {
         self.width * self.hidden0 + self.hidden0 * self.hidden1 + 2 * self.hidden1
     }
 
-    /// The weights in shared memory: `Weights` of `target_layers.cuh`.
+    /// The weights in shared memory: `Weights` of `target/layers.cuh`.
     fn weights(&self, size: usize) -> Carve {
         let mut carve = Carve::default();
         carve.take(self.width * stride(self.hidden0, size), size);
@@ -87,7 +87,7 @@ impl Shape {
     }
 }
 
-/// `stride_of` of `target_layers.cuh`: an odd number of 16-byte pieces, so that eight rows meet all banks once.
+/// `stride_of` of `target/layers.cuh`: an odd number of 16-byte pieces, so that eight rows meet all banks once.
 fn stride(columns: usize, size: usize) -> usize {
     if (columns * size / 16).is_multiple_of(2) { columns + 16 / size } else { columns }
 }

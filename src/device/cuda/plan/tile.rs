@@ -1,4 +1,4 @@
-//! How work is cut for the kernels of `attention.cu`. Pure functions of shapes and of the device's limits.
+//! How work is cut for the kernels of `attention/attention.cu`. Pure functions of shapes and of the device's limits.
 
 use super::shared_memory::Variant;
 use crate::attention::{FhaOptions, Pairing};
@@ -8,7 +8,7 @@ use crate::device::cuda::kernel::{Block, Element};
 /// Head widths the kernels are compiled for.
 pub const HEAD_DIMS: [usize; 5] = [8, 16, 32, 64, 128];
 
-/// Warps of a block at most: `MAX_WARPS` of `attention.cu`.
+/// Warps of a block at most: `MAX_WARPS` of `attention/attention.cu`.
 pub const MAX_WARPS: usize = 4;
 
 /// Query rows (or keys) a warp owns: the M of `mma.m16n8k16`.

@@ -2,10 +2,10 @@
 #pragma once
 #include "carve.cuh"
 #include "online_softmax.cuh"
-#include "params.cuh"
+#include "attention/params.cuh"
 #include "primitives.cuh"
-#include "seqlen.cuh"
-#include "warp_product.cuh"
+#include "attention/seqlen.cuh"
+#include "attention/warp_product.cuh"
 
 constexpr int MAX_WARPS = 4;
 constexpr int THREADS = MAX_WARPS * 32;

@@ -5,8 +5,8 @@
 //
 // Exponentials: H per visible (row, key), Masked half of that, up to 16 x 16 granularity at the diagonal and at the end.
 #pragma once
-#include "attention_forward_tile.cuh"
-#include "attention_whole.cuh"
+#include "attention/forward_tile.cuh"
+#include "attention/whole.cuh"
 
 // Blocks that should be resident, where registers can be had for it without spills.
 template <class E, int D>

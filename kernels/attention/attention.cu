@@ -27,19 +27,19 @@
 // finite then, and the work is done once more, CAREFUL: that takes the chunks of a tile one by one, and leaves out of products what
 // is not finite for those who do not see it. Everybody else keeps their bits.
 //
-//     attention_rows.cuh            rows, heads and tiles: what all of them share
-//     attention_whole.cuh           a sequence in shared memory
-//     attention_forward_tile.cuh    a tile of keys in forward, and the outputs of key heads
-//     attention_forward_short.cuh   o and lse: of sequences whose scores fit registers,
-//     attention_forward_whole.cuh       of others whose keys and values fit shared memory,
-//     attention_forward.cuh             of long ones
-//     attention_backward_whole.cuh  dq, dk and dv of sequences that fit shared memory
-//     attention_backward.cuh        dq, then dk and dv, of long ones
-#include "attention_backward.cuh"
-#include "attention_backward_whole.cuh"
-#include "attention_forward.cuh"
-#include "attention_forward_short.cuh"
-#include "attention_forward_whole.cuh"
+//     attention/rows.cuh            rows, heads and tiles: what all of them share
+//     attention/whole.cuh           a sequence in shared memory
+//     attention/forward_tile.cuh    a tile of keys in forward, and the outputs of key heads
+//     attention/forward_short.cuh   o and lse: of sequences whose scores fit registers,
+//     attention/forward_whole.cuh       of others whose keys and values fit shared memory,
+//     attention/forward.cuh             of long ones
+//     attention/backward_whole.cuh  dq, dk and dv of sequences that fit shared memory
+//     attention/backward.cuh        dq, then dk and dv, of long ones
+#include "attention/backward.cuh"
+#include "attention/backward_whole.cuh"
+#include "attention/forward.cuh"
+#include "attention/forward_short.cuh"
+#include "attention/forward_whole.cuh"
 
 // A module is compiled for one element type and width: -DDFAR_ELEMENT=bf16 -DDFAR_HEAD_DIM=16.
 using E = DFAR_ELEMENT;

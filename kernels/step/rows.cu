@@ -142,7 +142,7 @@ struct TakePartParams {
 };
 static_assert(sizeof(TakePartParams) == 40, "mirrored by src/device/cuda/rows.rs");
 
-// dx (+)= one part of dy. (Of parts with an index the gradient is a segmented sum: embedding.cu.)
+// dx (+)= one part of dy. (Of parts with an index the gradient is a segmented sum: step/embedding.cu.)
 template <int V> __device__ __forceinline__ void take_part(const TakePartParams& p) {
     const RowGroup group(p.bits);
     const size_t row = group.row();

@@ -1,6 +1,6 @@
 // FHA the long way, for measurements: what stands between the matrix products of a form that keeps all scores in memory.
 //
-// MATHEMATICS. As attention.cu, in f32, for N tokens in sequences of one length T. Heads come first here, [heads, N, d], so
+// MATHEMATICS. As attention/attention.cu, in f32, for N tokens in sequences of one length T. Heads come first here, [heads, N, d], so
 // that one strided batch of products makes the scores of a (query slot a, key head b) pair: s[a, b] = q[a] k[b]^T, [T, T] a
 // sequence. softmax turns scores into probabilities, with zeros where V is not read; softmax_backward turns scores and
 // dp = do v^T into the kept probabilities and ds.

@@ -2,7 +2,7 @@
 // Each visits the pairs of one side's rows with all of the other's, and recomputes p; neither needs to add to what another
 // block writes.
 #pragma once
-#include "attention_rows.cuh"
+#include "attention/rows.cuh"
 
 // Blocks that should be resident: what registers allow without spills.
 template <class E, int D> constexpr int DQ_BLOCKS = sizeof(E) == 4 ? (D <= 16 ? 3 : D == 32 ? 2 : 1) : D == 8 ? 6 - AMPERE : D == 16 ? 5 : D == 32 ? 4 : D == 64 ? 3 : 1;

@@ -1,6 +1,6 @@
 // Where the perceptron works, its arguments, and its forward pass.
 #pragma once
-#include "target_layers.cuh"
+#include "target/layers.cuh"
 
 // Sixteen neighbouring tokens of a sequence and some of the pairs whose history reaches them.
 struct Item {

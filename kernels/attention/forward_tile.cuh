@@ -3,7 +3,7 @@
 // The unnormalised output of a finished key head waits in shared memory, in f32, for the denominator, which is known when the
 // last head is done.
 #pragma once
-#include "attention_rows.cuh"
+#include "attention/rows.cuh"
 
 // A tile of which every row of the warp sees every column, when every row has a reference already: no maximum, no test of a
 // column, no branch between the products. False, with nothing changed but `slack`, when a reference turns out too low.

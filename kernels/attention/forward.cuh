@@ -5,7 +5,7 @@
 //
 // Exponentials: H per visible (row, key), up to 16 x 16 granularity at the diagonal and at the ends of the labels.
 #pragma once
-#include "attention_forward_tile.cuh"
+#include "attention/forward_tile.cuh"
 
 // Blocks that should be resident, where registers can be had for it without spills.
 template <class E, int D>

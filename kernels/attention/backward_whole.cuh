@@ -11,8 +11,8 @@
 //
 // How many warps share a sequence is decided by its length alone; neither that nor the rest of the batch shows in the bits.
 #pragma once
-#include "attention_backward.cuh"
-#include "attention_whole.cuh"
+#include "attention/backward.cuh"
+#include "attention/whole.cuh"
 
 // Floats between the rows of dq in shared memory: accumulators are read and written without bank conflicts.
 template <int D> constexpr int DQ_STRIDE = D == 8 ? 8 : D + 8;

@@ -15,8 +15,8 @@
 //
 // Compiled for DFAR_ELEMENT (float, bf16), DFAR_WIDTH, DFAR_HIDDEN0, DFAR_HIDDEN1: padded sizes. All values in global memory
 // are f32; the element is what products are computed in.
-#include "target_backward.cuh"
-#include "target_sums.cuh"
+#include "target/backward.cuh"
+#include "target/sums.cuh"
 
 // Writes token, candidate, bias.
 KERNEL(target_combine, CombineParams, SUM_THREADS) { combine(p); }

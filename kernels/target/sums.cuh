@@ -1,6 +1,6 @@
 // Around the perceptron: its first layer's blocks combined, and what its backward left by item, unit and block added up.
 #pragma once
-#include "target_softmax.cuh"
+#include "target/softmax.cuh"
 
 constexpr int SUM_THREADS = 256;
 

@@ -11,9 +11,9 @@
 //
 // y is not staged itself: y a is, for the pair's sum, and then y r in its place.
 //
-// What the sums over tokens and pairs become is in target_sums.cuh.
+// What the sums over tokens and pairs become is in target/sums.cuh.
 #pragma once
-#include "target_scores.cuh"
+#include "target/scores.cuh"
 
 // The weights' gradients are cut in strips of 16 rows by STRIP * 8 columns, dealt to the warps in turn: five eights where both
 // layers are whole strips then, as the paper's 80 and 40 are.

@@ -9,10 +9,10 @@
 //
 // Exponentials: H per visible (row, key), Masked half of that, up to 16 x 16 granularity at the diagonal and at the end.
 #pragma once
-#include "attention_forward_tile.cuh"
-#include "attention_whole.cuh"
+#include "attention/forward_tile.cuh"
+#include "attention/whole.cuh"
 
-// Wider heads leave a multiprocessor no room for many sequences at a time: warps share those (attention_forward_whole.cuh).
+// Wider heads leave a multiprocessor no room for many sequences at a time: warps share those (attention/forward_whole.cuh).
 template <class E, int D> constexpr bool SHORT = sizeof(E) == 2 && D <= 32;
 
 // Blocks that should be resident, where registers can be had for it without spills.

@@ -3,7 +3,7 @@
 // A row is an instance: a pair, and how much of the history it sees. Rows of one pair share its scores.
 #pragma once
 #include "online_softmax.cuh"
-#include "target_scores.cuh"
+#include "target/scores.cuh"
 
 // A row; those of a pair follow each other, the longest first, in the order of the pairs.
 struct Row {

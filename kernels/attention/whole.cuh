@@ -7,7 +7,7 @@
 // more than it costs, which is the products with values that are not kept: those are zeros in shared memory, and never read.
 // Masked leaves such pairs out: then a head's list is the keys of its own label, in label order, of which a row sees a prefix too.
 #pragma once
-#include "attention_rows.cuh"
+#include "attention/rows.cuh"
 
 template <class E, int D> struct WholeKeys {
     using T = Tile<E, D>;

@@ -1,6 +1,6 @@
 // Where a block works: one record per block, read once, and the arithmetic of packed sequences in one place.
 #pragma once
-#include "params.cuh"
+#include "attention/params.cuh"
 
 // A piece of one sequence. The host lists the pieces, longest first.
 struct Item {

@@ -1,4 +1,4 @@
-// Heads of tensors between memory, f32 and of any width, and what attention.cu computes in: DFAR_ELEMENT, of a width it is
+// Heads of tensors between memory, f32 and of any width, and what attention/attention.cu computes in: DFAR_ELEMENT, of a width it is
 // compiled for. Columns behind the last are zeros, which change no score and no output.
 //
 // TRAFFIC. Each side is touched once.

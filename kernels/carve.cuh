@@ -1,4 +1,5 @@
-// Bump allocation of a block's shared memory; the host adds up the same sizes (`Carve` of src/device/cuda/tile.rs).
+// Bump allocation of a block's shared memory; the host adds up the same sizes (`Carve` of
+// src/device/cuda/plan/shared_memory.rs).
 #pragma once
 #include "primitives.cuh"
 

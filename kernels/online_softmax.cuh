@@ -1,32 +1,36 @@
 // The running softmax of two rows per thread, in base 2.
 //
-// A thread shares its rows (lane / 4 and lane / 4 + 8 of the warp's 16) with the three other lanes of its quad. The
-// maximum is kept equal in the quad, the sum is the thread's own share until `total`. Exponents are taken relative to
-// a maximum that may lag behind the true one by up to SLACK, so that accumulators are rescaled only rarely: terms
-// stay below 2^SLACK, far from any overflow, and the factor cancels in the division.
+// A thread shares its rows (lane / 4 and lane / 4 + 8 of the warp's 16) with the three other lanes
+// of its quad. The maximum is kept equal in the quad, the sum is the thread's own share until
+// `total`. Exponents are taken relative to a maximum that may lag behind the true one by up to
+// SLACK, so that accumulators are rescaled only rarely: terms stay below 2^SLACK, far from any
+// overflow, and the factor cancels in the division.
 //
-// Once every row has a reference, columns that all rows see need no maximum at all: their terms are taken relative to the
-// reference there is, and their sum, which is needed anyway, tells afterwards whether it still served (`serves`).
+// Once every row has a reference, columns that all rows see need no maximum. Their terms are taken
+// relative to the current reference, and their sum, which is needed anyway, shows afterwards
+// whether the reference was high enough (`serves`).
 //
-// Each row decides by itself, though the warp takes the longer way together: nothing in a row's bits shows what its
-// neighbours saw, not even that it was not finite.
+// Each row decides for itself, though the warp branches together: a row's bits do not depend on its
+// neighbours, even if those are non-finite.
 #pragma once
 #include "primitives.cuh"
 
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
 
-// Of every 8 exponentials that a thread takes in tiles that all rows see (16 bits, streamed), so many come from the multiply-add pipes
-// instead of the special-function unit. None: the loop has no issue slots left for them, see docs/kernels.md. `dfar-bench
-// attention --polynomial` measures others. With any, rows beside one that is not finite may change in their last digits.
+// Of 8 exponentials in tiles that all rows see (16 bits, streamed), this many use the multiply-add
+// pipes instead of the special-function unit. Default 0: the loop has no issue slots left, see
+// docs/kernels/attention.md. `dfar-bench attention --polynomial` measures others. With any, rows
+// beside a non-finite one may change in their last digits.
 #ifndef DFAR_POLYNOMIAL
 #define DFAR_POLYNOMIAL 0
 #endif
 
-// 2^x within 7.6e-5 of it (relative), for x from -125 to 127; for x beyond, that of the nearer end; for a NaN, that of 127, which
-// `serves` refuses. The nearest whole number goes to the exponent, the rest through a minimax polynomial.
+// 2^x within 7.6e-5 of it (relative), for x from -125 to 127; clamped outside this range; a NaN
+// counts as 127, which `serves` refuses. The nearest integer goes to the exponent, the remainder
+// through a minimax polynomial.
 __device__ __forceinline__ float exp2_polynomial(float x) {
-    constexpr float WHOLE = 12582912.0f;  // 1.5 * 2^23: added, it leaves no room for fractions
+    constexpr float WHOLE = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
     x = largest(-largest(-x, -127.0f), -125.0f);
     const float shifted = add_exactly(x, WHOLE);
     const float rest = add_exactly(x, -add_exactly(shifted, -WHOLE));
@@ -48,9 +52,9 @@ struct OnlineSoftmax {
         sum[0] = sum[1] = 0.0f;
     }
 
-    // Takes in the largest scaled scores of this thread in new columns. Rows that exceed their reference by more than `slack`
-    // get a new one. Returns whether any of the warp did; then what was accumulated has to be multiplied by `factor`, which
-    // `sum` already was.
+    // Takes in the largest scaled scores of this thread in new columns. Rows that exceed their
+    // reference by more than `slack` get a new one. Returns whether any row of the warp did: the
+    // caller then multiplies its accumulators by `factor`; `sum` is already multiplied.
     __device__ __forceinline__ bool raise(const float (&found)[2], const float (&slack)[2], float (&factor)[2]) {
         float row[2];
         bool higher = false;
@@ -71,8 +75,9 @@ struct OnlineSoftmax {
         return true;
     }
 
-    // Whether sums of a tile's terms show that the reference they were taken with was high enough, in all rows of the warp. If
-    // not, `slack` is what the rows then allow their maximum: those whose reference did serve keep it.
+    // Whether the sums of a tile's terms show that the reference was high enough, in all rows of
+    // the warp. If not, `slack` is the excess that the rows then allow: rows whose reference was
+    // high enough keep it.
     static __device__ __forceinline__ bool serves(const float (&tile)[2], float (&slack)[2]) {
         if (!any_lane(!(tile[0] <= MOST) || !(tile[1] <= MOST))) return true;
 #pragma unroll
@@ -83,8 +88,8 @@ struct OnlineSoftmax {
         return false;
     }
 
-    // What exponents are taken relative to. A row that has seen nothing yet has peak -inf, and -inf - -inf is not
-    // a number: it uses 0, so that its terms are 2^-inf = 0.
+    // The reference of exponents. A row that has seen no key has peak -inf, and -inf - -inf is NaN:
+    // it uses 0, so that its terms are 2^-inf = 0.
     static __device__ __forceinline__ float reference(float peak) { return peak == -INF ? 0.0f : peak; }
 
     // The whole sum of row i, in every lane of the quad.

@@ -1,7 +1,8 @@
-// The one place with PTX and intrinsics. tests/emulator gives the same names their meaning on the CPU.
+// All PTX and intrinsics. tests/emulator implements the same names on the CPU.
 //
-// Fragments follow the layout of mma.sync (PTX ISA, "Matrix fragments for mma.m16n8k16"). With row = lane / 4 and
-// column = lane % 4 * 2, an accumulator c holds (row, column), (row, column + 1), (row + 8, column), (row + 8, column + 1).
+// Fragments follow the layout of mma.sync (PTX ISA, "Matrix fragments for mma.m16n8k16"). With row
+// = lane / 4 and column = lane % 4 * 2, an accumulator c holds (row, column), (row, column + 1),
+// (row + 8, column), (row + 8, column + 1).
 #pragma once
 
 struct bf16 { unsigned short bits; };
@@ -14,33 +15,34 @@ constexpr float NOT_A_NUMBER = __builtin_bit_cast(float, 0x7fffffff);
 #include "emulator.h"
 #else
 
-// Defines a kernel with one argument, `p`, for blocks of at most so many threads (and at least so many blocks at a time).
+// Defines a kernel with one argument, `p`, for a maximum block size and a minimum of resident
+// blocks.
 #define KERNEL(name, Params, ...) \
     extern "C" __global__ void __launch_bounds__(__VA_ARGS__) name(const __grid_constant__ Params p)
 
-// ---------------------------------------------------------------- threads
+// ----------------------------------------------------------------------------------------- threads
 
 __device__ __forceinline__ int lane_index() { return threadIdx.x & 31; }
 __device__ __forceinline__ int warp_index() { return threadIdx.x >> 5; }
-// Same value in all lanes, known to the compiler to be so.
+// Tells the compiler that all lanes hold the same value.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffff, x, 0); }
 __device__ __forceinline__ float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffff, x, lanes); }
 __device__ __forceinline__ double shuffle_xor(double x, int lanes) { return __shfl_xor_sync(0xffffffff, x, lanes); }
 __device__ __forceinline__ unsigned shuffle_from(unsigned x, int lane) { return __shfl_sync(0xffffffff, x, lane); }
 __device__ __forceinline__ bool any_lane(bool x) { return __any_sync(0xffffffff, x); }
-// A bit for every lane.
+// Ballot: one bit per lane.
 __device__ __forceinline__ unsigned ballot(bool x) { return __ballot_sync(0xffffffff, x); }
-// Whether x holds in any thread of the block; a barrier as well.
+// Whether x holds in any thread of the block; also a barrier.
 __device__ __forceinline__ bool any_thread(bool x) { return __syncthreads_or(x); }
 
-// The same value, which the compiler takes for a new one every time: what follows from it is computed where it is needed, and
-// not kept in registers from before a loop.
+// The same value, opaque to the compiler: expressions of it are recomputed where they are used, not
+// kept in registers across a loop.
 __device__ __forceinline__ int unforeseen(int x) {
     asm volatile("" : "+r"(x));
     return x;
 }
 
-// ---------------------------------------------------------------- memory
+// ------------------------------------------------------------------------------------------ memory
 
 // The block's dynamic shared memory, 16-byte aligned.
 __device__ __forceinline__ unsigned char* shared_memory() {
@@ -50,7 +52,8 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 
 __device__ __forceinline__ unsigned shared_address(const void* p) { return unsigned(__cvta_generic_to_shared(p)); }
 
-// Starts a copy of 16 bytes from global to shared memory; zeros where `valid` is false (`source` is not read).
+// Starts a copy of 16 bytes from global to shared memory; zeros where `valid` is false (`source` is
+// not read).
 __device__ __forceinline__ void copy_async(void* shared, const void* source, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                  ::"r"(shared_address(shared)), "l"(__cvta_generic_to_global(source)), "r"(valid ? 16 : 0) : "memory");
@@ -58,8 +61,9 @@ __device__ __forceinline__ void copy_async(void* shared, const void* source, boo
 // Waits for this thread's copies.
 __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Reads 8x8 matrices of 16-bit elements; lane i points at row i % 8 of matrix i / 8. A thread receives the two
-// elements (lane / 4, lane % 4 * 2 ..) of each matrix, transposed: (lane % 4 * 2 .., lane / 4).
+// Reads 8x8 matrices of 16-bit elements; lane i points at row i % 8 of matrix i / 8. A thread
+// receives the two elements (lane / 4, lane % 4 * 2 ..) of each matrix, transposed: (lane % 4 * 2
+// .., lane / 4).
 __device__ __forceinline__ void load_matrices(unsigned (&r)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
@@ -84,7 +88,7 @@ __device__ __forceinline__ unsigned transpose_matrix(unsigned x) {
     return r;
 }
 
-// ---------------------------------------------------------------- numbers
+// ----------------------------------------------------------------------------------------- numbers
 
 // 2^x, and log2(x), on the special-function unit; 2^-inf is 0.
 __device__ __forceinline__ float exp2_fast(float x) {
@@ -97,7 +101,7 @@ __device__ __forceinline__ float log2_fast(float x) {
     asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-// 1 / x, off by one in the last place at most.
+// 1 / x, within one unit in the last place.
 __device__ __forceinline__ float reciprocal_fast(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -108,7 +112,7 @@ __device__ __forceinline__ float largest(float a, float b) { return fmaxf(a, b);
 __device__ __forceinline__ float magnitude(float x) { return fabsf(x); }
 // The high half of a product.
 __device__ __forceinline__ unsigned multiply_high(unsigned a, unsigned b) { return __umulhi(a, b); }
-// One rounding each, never fused into what follows.
+// One rounding each, never fused with the next operation.
 __device__ __forceinline__ float multiply_exactly(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ float add_exactly(float a, float b) { return __fadd_rn(a, b); }
 
@@ -136,7 +140,7 @@ template <> __device__ __forceinline__ float2 unpack<f16>(unsigned pair) {
     return r;
 }
 
-// ---------------------------------------------------------------- tensor cores
+// ------------------------------------------------------------------------------------ tensor cores
 
 // c += a b: 16 x 16 by 16 x 8, and 16 x 8 by 8 x 8.
 template <class E>

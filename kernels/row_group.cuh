@@ -1,5 +1,6 @@
-// Rows walked by groups of lanes: 2^bits threads of a warp share a row, each taking V columns at a time, 16 bytes where
-// the width is a multiple of 4. A row of 32 values is one access of 8 lanes; a warp then works on four rows.
+// Groups of lanes that share a row: 2^bits threads of a warp, each accessing V columns at a time
+// (16 bytes where the width is a multiple of 4). A row of 32 values is one access of 8 lanes; a
+// warp then works on four rows.
 #pragma once
 #include "primitives.cuh"
 
@@ -47,7 +48,7 @@ struct RowGroup {
 // Sum over the block, in thread 0; `shared` has room for a value a warp. Every thread takes part.
 __device__ __forceinline__ double block_sum(double x, double* shared) {
     for (int lanes = 16; lanes; lanes >>= 1) x += shuffle_xor(x, lanes);
-    __syncthreads();  // whoever reads an earlier sum is done
+    __syncthreads();  // earlier sums have been read
     if (lane_index() == 0) shared[warp_index()] = x;
     __syncthreads();
     if (threadIdx.x == 0) {

@@ -1,14 +1,15 @@
-// Attention backward over long sequences, two passes: dq (which also leaves delta, and in f32 correction), then dk_dv.
-// Each visits the pairs of one side's rows with all of the other's, and recomputes p; neither needs to add to what another
-// block writes.
+// Attention backward over long sequences, in two passes: dq (which also writes delta, and in f32
+// correction), then dk_dv. Each pass owns the rows of one side, streams the other side, and
+// recomputes p, so no block adds to the output of another.
 #pragma once
 #include "attention/rows.cuh"
 
-// Blocks that should be resident: what registers allow without spills.
+// Target of resident blocks: as many as registers allow without spills.
 template <class E, int D> constexpr int DQ_BLOCKS = sizeof(E) == 4 ? (D <= 16 ? 3 : D == 32 ? 2 : 1) : D == 8 ? 6 - AMPERE : D == 16 ? 5 : D == 32 ? 4 : D == 64 ? 3 : 1;
 template <class E, int D> constexpr int DK_DV_BLOCKS = sizeof(E) == 4 ? (D == 8 ? 4 : D <= 32 ? 3 : 1) : D == 8 ? 8 - AMPERE : D == 16 ? 6 : D == 32 ? 4 : D == 64 ? 3 : 1;
 
-// Whether backward keeps what is not finite from rows that do not see it: not where registers are all taken.
+// Whether backward keeps non-finite values from rows that do not see them. Not where no registers
+// are left.
 template <class E, int D> constexpr bool MENDED = sizeof(E) == 2 || D < 128;
 
 // sum += <x, y> over 16 bytes of elements.
@@ -27,9 +28,9 @@ template <class E> __device__ __forceinline__ float add_product(const uint4& x, 
     return sum;
 }
 
-// delta = <o, d_o> over all key heads, of the two rows that a thread has in accumulators: lane / 4 and lane / 4 + 8 of
-// the `rows` from `first` on. The four lanes of a row share the work, and all get the sum; `see`(row, chunk, x) is given
-// each 16 bytes x of d_o on the way.
+// delta = <o, d_o> over all key heads, of the two rows that a thread has in accumulators: lane / 4
+// and lane / 4 + 8 of the `rows` from `first` on. The four lanes of a row share the work, and all
+// get the sum. `see`(row, chunk, x) is called with each 16 bytes x of d_o.
 template <class E, int D, class See>
 __device__ __forceinline__ void compute_delta(float (&delta)[2], const AttentionParams& p, const Problem& problem,
                                               const Item& item, int first, int rows, See see) {
@@ -55,10 +56,10 @@ __device__ __forceinline__ void compute_delta(float (&delta)[2], const Attention
     }
 }
 
-// lse in base 2, such that 2^(score - lse) is 0 for a row that saw nothing.
+// lse in base 2, such that 2^(score - lse) is 0 for a row that saw no key.
 __device__ __forceinline__ float base_2_lse(float lse) { return lse == -INF ? INF : lse * LOG2_E; }
 
-// Zeros in elements of pairs that do not see each other, whatever they were multiplied with.
+// Zeros the elements of invisible pairs, even if they are NaN.
 template <class Sees> __device__ __forceinline__ void hide(float (&s)[2][4], Sees sees) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -66,11 +67,12 @@ template <class Sees> __device__ __forceinline__ void hide(float (&s)[2][4], See
     }
 }
 
-// Whether p is corrected for the rounding of lse. An lse of 1e4 in f32 is off by up to 5e-4, and p of the whole row with it.
-// The pass that visits a row's every p adds them up and divides by the sum, which should be 1; it leaves the factor for dk_dv.
+// Whether p is corrected for the rounding of lse. An lse of 1e4 in f32 is off by up to 5e-4, and p
+// of the whole row with it. The pass that visits every p of a row sums them and divides by the sum,
+// which should be 1; it writes the factor for dk_dv.
 template <class E> constexpr bool CORRECTED = sizeof(E) == 4;
 
-// Zeros in dq where the heads of the other group stand, of a warp's `rows` rows from `first` on.
+// Zeros dq of the heads of the other group, for a warp's `rows` rows from `first` on.
 template <class E, int D>
 __device__ __forceinline__ void clear_other_group(const AttentionParams& p, const Problem& problem, const Item& item,
                                                   int first, int rows) {
@@ -82,8 +84,9 @@ __device__ __forceinline__ void clear_other_group(const AttentionParams& p, cons
     }
 }
 
-// ds of a chunk of 16 keys for the rows of a warp: s. Where nothing is KEPT, dp is 0. `limit`: columns that this lane's rows see; those
-// beyond are hidden if it is on the `diagonal`. `sum` gets p in f32.
+// Turns s of a chunk of 16 keys into ds for the rows of a warp. If not KEPT, dp is 0. `limit`:
+// columns that this lane's rows see; on the `diagonal` those beyond are hidden. Adds p to `sum` in
+// f32.
 template <class E, int D, bool KEPT, bool HELD>
 __device__ __forceinline__ void score_gradients(float (&s)[2][4], float (&sum)[2], const Rows<E, D, HELD>& q, const Rows<E, D, HELD>& d_o,
                                                 const E* keys, const E* values, float scale, const float (&lse)[2],
@@ -111,8 +114,9 @@ __device__ __forceinline__ void score_gradients(float (&s)[2][4], float (&sum)[2
     }
 }
 
-// p of a chunk of 16 query rows, the first of which is `row` of the sequence, for 16 keys, transposed, added to dv where it is KEPT;
-// then s is ds. `own_from`: rows from which on this lane's keys are seen; before them they are hidden if it is on the `diagonal`.
+// For a transposed chunk of 16 query rows, from `row` of the sequence on, and 16 keys: adds p to dv
+// if KEPT, then turns s into ds. `own_from`: first rows that see this lane's keys; on the
+// `diagonal` earlier rows are hidden.
 template <class E, int D, bool CAREFUL, bool KEPT, bool HELD>
 __device__ __forceinline__ void transposed_gradients(float (&s)[2][4], float (&dv)[D / 8][4], const Rows<E, D, HELD>& k,
                                                      const Rows<E, D, HELD>& v, const E* queries, const E* d_o, float scale,
@@ -129,7 +133,7 @@ __device__ __forceinline__ void transposed_gradients(float (&s)[2][4], float (&d
 #pragma unroll
         for (int i = 0; i < 4; ++i) s[half][i] = exp2_fast(exponent<E>(s[half][i], low[half][i], scale, i % 2 ? l.y : l.x));
     }
-    // Element i of transposed scores: its query row sees its key.
+    // Whether element i of transposed scores is visible: its query row sees its key.
     const auto sees = [&](int i) { return row + i / 4 * 8 + column + i % 2 >= own_from[i / 2 % 2]; };
     if (diagonal) hide(s, sees);
     if constexpr (CORRECTED<E>) {
@@ -152,7 +156,8 @@ __device__ __forceinline__ void transposed_gradients(float (&s)[2][4], float (&d
     if constexpr (CAREFUL) hide(s, sees);
 }
 
-// Divides dq of a warp's rows by the sum of their p, of which a lane has its share in `sum`, and leaves the factor for dk_dv.
+// Divides dq of a warp's rows by the sum of their p (each lane holds a share in `sum`), and writes
+// the factor for dk_dv.
 template <int D>
 __device__ __forceinline__ void correct_rows(float (&acc)[D / 8][4], float (&sum)[2], const AttentionParams& p, const Problem& problem,
                                              const Item& item, int first, int rows) {
@@ -172,8 +177,9 @@ __device__ __forceinline__ void correct_rows(float (&acc)[D / 8][4], float (&sum
     }
 }
 
-// dq: a block of query rows as in forward. Reads q, k, v, o, d_o, lse, order, feedback; writes delta of its rows, dq of its
-// tokens, zeros for the heads of the other group included, and in f32 correction.
+// dq: a block of query rows as in forward. Reads q, k, v, o, d_o, lse, order, feedback; writes
+// delta of its rows, dq of its tokens, zeros for the heads of the other group included, and in f32
+// correction.
 template <class E, int D, bool CAREFUL> __device__ __forceinline__ bool dq(const AttentionParams& p) {
     constexpr int KEYS = CAREFUL ? 16 : TILE<E, D>, STRIDE = Tile<E, D>::STRIDE;
     const int lane = lane_index(), warp = uniform(warp_index()), warps = blockDim.x / 32;
@@ -233,7 +239,7 @@ template <class E, int D, bool CAREFUL> __device__ __forceinline__ bool dq(const
     }
 
     for (unsigned head = 0; head < problem.key_heads; ++head) {
-        __syncwarp();  // the rows of the head before have been read
+        __syncwarp();  // the rows of the previous head have been read
         stage_rows<E, D>(d_o_tile, p.d_o, rows, 0,
                          [&](int row) { return problem.row(p, item, first + row) * problem.key_heads + head; });
         __syncwarp();
@@ -291,9 +297,10 @@ template <class E, int D, bool CAREFUL> __device__ __forceinline__ bool dq(const
 
 template <class E, int D> __device__ __forceinline__ void dq_carefully(const AttentionParams& p) { dq<E, D, true>(p); }
 
-// dk_dv: one block takes 16 * warps keys of one label, starting at item.first in label order, of key head blockIdx.y, and
-// all query rows that see them. Reads q, k, v, d_o, lse, delta, order, feedback, in f32 correction; writes dk and dv of its keys (zeros where
-// nothing is kept). Works on transposed scores: rows are keys, columns query rows.
+// dk_dv: one block takes 16 * warps keys of one label, starting at item.first in label order, of
+// key head blockIdx.y, and all query rows that see them. Reads q, k, v, d_o, lse, delta, order,
+// feedback, in f32 correction; writes dk and dv of its keys (zeros where nothing is kept). Works on
+// transposed scores: rows are keys, columns query rows.
 template <class E, int D, bool CAREFUL> __device__ __forceinline__ bool dk_dv(const AttentionParams& p) {
     constexpr int QUERIES = CAREFUL ? 16 : TILE<E, D>, STRIDE = Tile<E, D>::STRIDE;
     const int lane = lane_index(), warp = uniform(warp_index()), warps = blockDim.x / 32;
@@ -312,7 +319,7 @@ template <class E, int D, bool CAREFUL> __device__ __forceinline__ bool dk_dv(co
     float* const out = carve.take<float>(warps * 16 * (D + 4)) + warp * 16 * (D + 4);
     float* const scratch = carve.take<float>(warps * SCRATCH<E>) + warp * SCRATCH<E>;
 
-    // Keys of the block all have one label: the host cuts tiles there.
+    // All keys of the block have one label: the host cuts tiles at the border.
     const unsigned label = item.first >= item.negatives;
     const int label_end = label ? item.length : item.negatives;
     const int first = item.first + warp * 16;
@@ -328,8 +335,8 @@ template <class E, int D, bool CAREFUL> __device__ __forceinline__ bool dk_dv(co
     k.set(k_tile);
     v.set(v_tile);
 
-    // Query rows that see a key are those from its own token on: rows of the block's first key, of the warp's first
-    // and last, and of this thread's two. A warp without keys skips all rows, the last 16 included.
+    // Query rows that see a key are those from its own token on: rows of the block's first key, of
+    // the warp's first and last, and of this thread's two. A warp without keys skips all rows.
     const int all_rows = item.length * problem.slots;
     int block_from = 0, warp_from = keys ? 0 : all_rows + 16, warp_all_from = 0, own_from[2] = {0, 0};
     if (p.causal) {
@@ -378,7 +385,7 @@ template <class E, int D, bool CAREFUL> __device__ __forceinline__ bool dk_dv(co
             copy_queries(0, from);
         }
         copy_wait();
-        __syncthreads();  // the tile is there, and everyone has done with the one before
+        __syncthreads();  // the tile has arrived, and no thread still reads the previous one
         const int at = stage * QUERIES;
         if constexpr (!CAREFUL) {
             stage ^= 1;

@@ -1,24 +1,28 @@
-// Attention forward over sequences so short that all scores of 16 query rows fit a warp's registers, in 16 bits: up to 8 pieces of
-// 16 by 16, which are 64 tokens of two key heads or 32 of four.
+// Attention forward over sequences so short that all scores of 16 query rows fit a warp's
+// registers, in 16 bits: up to 8 pieces of 16 by 16, which are 64 tokens of two key heads or 32 of
+// four.
 //
-// A warp has a sequence to itself and waits for nobody. It knows the maximum and the sum of a row before it multiplies with the
-// first value, so that outputs are normalised in registers, and there is nothing to rescale. At these lengths instructions are what
-// is short: numbers of heads and pieces are compiled in.
+// One warp owns a sequence, so there is no block barrier. It knows the maximum and the sum of a row
+// before the first product with V: outputs are normalised in registers and never rescaled. These
+// lengths are bound by instruction issue, so the numbers of heads and pieces are compiled in.
 //
 // Reads q, k, v, order, feedback; writes o and lse, each element once.
 //
-// Exponentials: H per visible (row, key), Masked half of that, up to 16 x 16 granularity at the diagonal and at the end.
+// Exponentials: H per visible (row, key), Masked half of that, up to 16 x 16 granularity at the
+// diagonal and at the end.
 #pragma once
 #include "attention/forward_tile.cuh"
 #include "attention/whole.cuh"
 
-// Wider heads leave a multiprocessor no room for many sequences at a time: warps share those (attention/forward_whole.cuh).
+// With wider heads few sequences fit a multiprocessor at a time: warps share those
+// (attention/forward_whole.cuh).
 template <class E, int D> constexpr bool SHORT = sizeof(E) == 2 && D <= 32;
 
-// Blocks that should be resident, where registers can be had for it without spills.
+// Target of resident blocks, where the registers allow it without spills.
 template <class E, int D> constexpr int SHORT_BLOCKS = SHORT<E, D> ? 4 - AMPERE - BLACKWELL : 1;
 
-// A warp's sequence: of up to HEADS key heads, and CHUNKS * 16 tokens, for which each head has room in shared memory.
+// A warp's sequence: of up to HEADS key heads, and CHUNKS * 16 tokens, for which each head has room
+// in shared memory.
 template <class E, int D, int HEADS, int CHUNKS> struct ShortForward {
     using T = Tile<E, D>;
     static constexpr int STRIDE = T::STRIDE;
@@ -34,14 +38,15 @@ template <class E, int D, int HEADS, int CHUNKS> struct ShortForward {
         out = carve.take<E>(warps * 16 * out_stride(p)) + warp * 16 * out_stride(p);
     }
 
-    // 16 query rows from `first` on. True in a lane that finds an output that is not finite.
+    // 16 query rows from `first` on. True in a lane that finds a non-finite output.
     template <bool CAREFUL> __device__ __forceinline__ bool take_rows(const AttentionParams& p, int first) const {
         const Problem& problem = keys.problem;
         const int lane = lane_index(), left = keys.item.length * problem.slots - first, rows = left < 16 ? left : 16;
 
-        // Two lanes share a row of q and of o, `row`. Of an accumulator a lane has two others, lane / 4 and lane / 4 + 8.
+        // Two lanes share a row of q and of o, `row`. Of an accumulator a lane has two others, lane
+        // / 4 and lane / 4 + 8.
         const int row = lane & 15;
-        __syncwarp();  // of the rows before, everything was read
+        __syncwarp();  // the previous rows have been read
         const unsigned visible = stage_queries(p, keys, q_tile, first, rows, Scale<E>(p).flip);
         const unsigned most = shuffle_from(visible, rows - 1), least = rows == 16 ? shuffle_from(visible, 0) : 0;
         const unsigned own[2] = {shuffle_from(visible, lane >> 2), shuffle_from(visible, (lane >> 2) + 8)};
@@ -49,7 +54,8 @@ template <class E, int D, int HEADS, int CHUNKS> struct ShortForward {
         Rows<E, D, !CAREFUL> q;
         q.set(q_tile);
 
-        // Columns of a head that the last row sees, none of a head that is not there, and those that all rows see.
+        // Columns of a head that the last row sees (none for a missing head), and columns that all
+        // rows see.
         int columns[HEADS], seen_by_all[HEADS];
 #pragma unroll
         for (int head = 0; head < HEADS; ++head) {
@@ -57,7 +63,7 @@ template <class E, int D, int HEADS, int CHUNKS> struct ShortForward {
             columns[head] = unforeseen(head < int(problem.key_heads) ? keys.of_list(most, list) : 0);
             seen_by_all[head] = unforeseen(keys.of_list(least, list));
         }
-        // Whether element i of a chunk of a head's scores is of a pair that sees each other.
+        // Whether element i of a chunk of scores is visible: its row sees its key.
         const auto sees = [&](int head, int chunk, int i) {
             return chunk * 16 + i / 4 * 8 + (lane & 3) * 2 + i % 2 < keys.of_list(own[i / 2 % 2], keys.list_of(p, head));
         };
@@ -116,7 +122,7 @@ template <class E, int D, int HEADS, int CHUNKS> struct ShortForward {
             }
         }
 
-        float zero = 0.0f;  // unless an output is not finite
+        float zero = 0.0f;  // unless an output is non-finite
 #pragma unroll
         for (int head = 0; head < HEADS; ++head) {
             if (head >= int(problem.key_heads)) continue;
@@ -154,7 +160,8 @@ template <class E, int D, int HEADS, int CHUNKS> struct ShortForward {
         return zero != 0.0f;
     }
 
-    // All rows, or up to those that have to be done CAREFULLY, as something is not finite: then true.
+    // All rows. Stops and returns true at the first rows with a non-finite output, to be repeated
+    // in CAREFUL mode.
     template <bool CAREFUL> __device__ __forceinline__ bool take_all(const AttentionParams& p) const {
         const int all_rows = keys.item.length * keys.problem.slots;
         for (int first = 0; first < all_rows; first += 16) {
@@ -164,7 +171,7 @@ template <class E, int D, int HEADS, int CHUNKS> struct ShortForward {
     }
 };
 
-// A call of its own, which only those with something that is not finite pay for.
+// Not inlined: only sequences with non-finite values pay for it.
 template <class E, int D, int HEADS, int CHUNKS> __device__ __noinline__ void forward_short_carefully(const AttentionParams& p) {
     const ShortForward<E, D, HEADS, CHUNKS> forward(p, Carve{shared_memory()}, blockDim.x / 32, uniform(warp_index()));
     forward.template take_all<true>(p);

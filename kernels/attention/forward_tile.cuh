@@ -1,12 +1,13 @@
-// What both regimes of attention forward do with a tile of keys, and with the outputs of key heads.
+// A tile of keys in attention forward, whole or streamed, and the outputs of key heads.
 //
-// The unnormalised output of a finished key head waits in shared memory, in f32, for the denominator, which is known when the
-// last head is done.
+// The unnormalised output of a finished key head waits in shared memory, in f32, for the
+// denominator, which is known after the last head.
 #pragma once
 #include "attention/rows.cuh"
 
-// A tile of which every row of the warp sees every column, when every row has a reference already: no maximum, no test of a
-// column, no branch between the products. False, with nothing changed but `slack`, when a reference turns out too low.
+// A tile whose columns are all visible to every row of the warp, where every row has a reference
+// already: no maximum, no column test, no branch between the products. Returns false, with only
+// `slack` changed, if a reference was too low.
 template <class E, int D, bool KEPT>
 __device__ __forceinline__ bool take_seen_tile(float (&acc)[D / 8][4], OnlineSoftmax& softmax, const Rows<E, D, true>& q, float scale,
                                                const E* keys, const E* values, float (&slack)[2]) {
@@ -36,9 +37,9 @@ __device__ __forceinline__ bool take_seen_tile(float (&acc)[D / 8][4], OnlineSof
     return true;
 }
 
-// A tile of keys, and of values where they are `kept`, for the warp's rows. They see `limit` of its columns each, all of them
-// `seen_by_all`, the last `columns`. `started`: every row has seen a key. Without `values` of a tile being kept it adds to the
-// denominator only.
+// A tile of keys, and of values where they are `kept`, for the warp's rows. A row sees `limit` of
+// its columns, every row sees `seen_by_all`, the last row `columns`. `started`: every row has seen
+// a key. A tile that is not kept adds to the denominator only.
 template <class E, int D, bool CAREFUL>
 __device__ __forceinline__ void take_tile(float (&acc)[D / 8][4], OnlineSoftmax& softmax, bool& started, const Rows<E, D, !CAREFUL>& q,
                                           float scale, const E* keys, const E* values, bool kept, float* scratch, int columns,
@@ -50,7 +51,7 @@ __device__ __forceinline__ void take_tile(float (&acc)[D / 8][4], OnlineSoftmax&
     if constexpr (sizeof(E) == 2) {
         const bool seen = started && seen_by_all >= KEYS;
         if constexpr (CAREFUL) {
-            // What `take_seen_tile` finds of the references.
+            // Slack that `take_seen_tile` reports for the references.
             float sum[2] = {0.0f, 0.0f};
 #pragma unroll 1
             for (int j = 0; seen && j < KEYS / 16; ++j) {
@@ -146,7 +147,8 @@ template <class E, int D> struct HeadOutputs {
             peak[8 * p.key_slots] = softmax.peak[1];
         }
     }
-    // Writes o and lse of `rows` rows from `first` on. Two lanes share a row. True in a lane that finds an output that is not finite.
+    // Writes o and lse of `rows` rows from `first` on. Two lanes share a row. True in a lane that
+    // finds a non-finite output.
     __device__ __forceinline__ bool write(const AttentionParams& p, const Problem& problem, const Item& item, int first, int rows,
                                           const OnlineSoftmax& softmax) const {
         using T = Tile<E, D>;
@@ -168,7 +170,7 @@ template <class E, int D> struct HeadOutputs {
         if (lane < 16) p.lse[at] = total == 0.0f ? -INF : (reference + log2_fast(total)) * LN_2;
         E* const to = static_cast<E*>(p.o) + at * (heads * D);
         const float* const from = values + row * stride(p);
-        float zero = 0.0f;  // unless one is not finite
+        float zero = 0.0f;  // unless one is non-finite
         for (int chunk = lane >> 4; chunk < heads * T::CHUNKS; chunk += 2) {
             const float peak = peaks[row * heads + chunk / T::CHUNKS];
             const float factor = peak == -INF ? 0.0f : exp2_fast(peak - reference) * inverse;

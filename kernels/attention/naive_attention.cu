@@ -1,12 +1,17 @@
-// FHA the long way, for measurements: what stands between the matrix products of a form that keeps all scores in memory.
+// Unfused FHA, for measurements: the kernels between the matrix products of a form that keeps all
+// scores in memory.
 //
-// MATHEMATICS. As attention/attention.cu, in f32, for N tokens in sequences of one length T. Heads come first here, [heads, N, d], so
-// that one strided batch of products makes the scores of a (query slot a, key head b) pair: s[a, b] = q[a] k[b]^T, [T, T] a
-// sequence. softmax turns scores into probabilities, with zeros where V is not read; softmax_backward turns scores and
-// dp = do v^T into the kept probabilities and ds.
+// MATHEMATICS. As attention/attention.cu, in f32, for N tokens in sequences of one length T. Heads
+// come first here, [heads, N, d], so that one strided batch of products makes the scores of a
+// (query slot a, key head b) pair: s[a, b] = q[a] k[b]^T, [T, T] a sequence. softmax turns scores
+// into probabilities, with zeros where V is not read; softmax_backward turns scores and dp = do v^T
+// into the kept probabilities and ds.
 //
-// TRAFFIC. Scores are read and written once by softmax, and read and written twice by softmax_backward, in full: the
-// invisible half of a causal [T, T] is written as zeros, since the products read it.
+// TILING. A warp takes a row of scores; a thread takes one value of the copies.
+//
+// TRAFFIC. Scores are read and written once by softmax, and read and written twice by
+// softmax_backward, in full: the invisible half of a causal [T, T] is written as zeros, since the
+// products read it.
 #include "primitives.cuh"
 
 struct HeadsParams {
@@ -35,7 +40,7 @@ KERNEL(naive_split_heads, HeadsParams, 256) {
     p.y[i] = p.x[(token * p.heads + head) * p.width + i % p.width];
 }
 
-// x: [slots, N, d] to y: [N, heads, d], zeros in heads that are no slot of their token.
+// x: [slots, N, d] to y: [N, heads, d], zeros in heads without a slot of their token.
 KERNEL(naive_merge_heads, HeadsParams, 256) {
     const size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
     const size_t row = i / p.width, token = row / p.heads, head = row % p.heads;
@@ -61,7 +66,7 @@ struct SoftmaxParams {
 };
 static_assert(sizeof(SoftmaxParams) == 64, "mirrored by src/device/cuda/naive_attention.rs");
 
-// One warp's row of scores: those of a slot of a query token.
+// A warp's row of scores: one slot of a query token.
 struct ScoreRow {
     unsigned token, slot, start;  // start: of the sequence
     unsigned query;               // in the sequence
@@ -98,7 +103,7 @@ KERNEL(naive_softmax, SoftmaxParams, 256) {
         for (unsigned j = lane_index(); j < p.length; j += 32)
             if (row.visible(p, j) && (!p.masked || row.kept(p, b, j))) peak = largest(peak, scale * p.scores[row.at(p, b) + j]);
     for (int lanes = 16; lanes > 0; lanes /= 2) peak = largest(peak, shuffle_xor(peak, lanes));
-    // Nothing enters the denominator: all probabilities are 0, and lse is -inf.
+    // The denominator is empty: all probabilities are 0, and lse is -inf.
     const float shift = peak == -INF ? 0.0f : peak;
     for (unsigned b = 0; b < p.keys; ++b)
         for (unsigned j = lane_index(); j < p.length; j += 32)

@@ -1,4 +1,5 @@
-// What the passes of attention share: the rows, heads and tiles of a block, and their way between global and shared memory.
+// Shared by all passes of attention: rows, heads and tiles of a block, and copies between global
+// and shared memory.
 #pragma once
 #include "carve.cuh"
 #include "online_softmax.cuh"
@@ -10,7 +11,7 @@
 constexpr int MAX_WARPS = 4;
 constexpr int THREADS = MAX_WARPS * 32;
 
-// Machines whose registers go otherwise than Hopper's.
+// Architectures with a register allocation other than Hopper's.
 #if defined(__CUDA_ARCH__)
 constexpr bool AMPERE = __CUDA_ARCH__ < 900, BLACKWELL = __CUDA_ARCH__ >= 1000;
 #else
@@ -20,8 +21,8 @@ constexpr bool AMPERE = false, BLACKWELL = false;
 // Keys (dk_dv: query rows) of one tile. 64 keep more loads in flight; wide heads have room for 32.
 template <class E, int D> constexpr int TILE = sizeof(E) == 2 && D <= 32 ? 64 : 32;
 
-// Which rows and heads a block works on. With one key slot, heads are separate problems along blockIdx.y. Rows of tensors are
-// counted in 32 bits: the host has checked that they can be.
+// Which rows and heads a block works on. With one key slot, heads are separate problems along
+// blockIdx.y. Rows of tensors are counted in 32 bits: the host has checked the range.
 struct Problem {
     unsigned slots;       // query rows per token
     unsigned first_slot;
@@ -34,13 +35,15 @@ struct Problem {
         first_slot = first_key_head = separate ? blockIdx.y : 0;
         key_heads = p.key_slots;
     }
-    // Of the sequence's tokens, that of query row `r`: r / slots, exactly while r * slots < 2^31.
+    // Position in the sequence of the token of query row `r`: r / slots, exact while r * slots <
+    // 2^31.
     static __device__ __forceinline__ unsigned position(const AttentionParams& p, unsigned r) { return multiply_high(2 * r, p.slot_share); }
     // Row of lse and delta, and of o when counted in K * D elements.
     __device__ __forceinline__ size_t row(const AttentionParams& p, const Item& item, unsigned r) const {
         return item.start * p.query_slots + first_slot + r * (p.key_slots == 1 ? p.query_slots : 1);
     }
-    // Row of q and dq, counted in D elements; of the head that stands in the slot for the other label.
+    // Row of q and dq, counted in D elements; `other`: the head that takes the slot
+    // for the opposite label.
     __device__ __forceinline__ size_t query(const AttentionParams& p, const Item& item, unsigned r, bool other = false) const {
         const unsigned position = this->position(p, r), token = item.start + position;
         const unsigned label = load_feedback(p, token).label ^ unsigned(other);
@@ -51,8 +54,8 @@ struct Problem {
     }
 };
 
-// Scores are scaled into base 2 once. A negative scale would turn the maximum into a minimum: queries are negated instead, by
-// the bits of `flip`.
+// Scores are scaled into base 2 once. A negative scale would turn the maximum into a minimum:
+// queries are negated instead, by the bits of `flip`.
 template <class E> struct Scale {
     float factor;
     unsigned flip;
@@ -61,8 +64,8 @@ template <class E> struct Scale {
           flip(int(__float_as_uint(p.scale)) >> 31 & (sizeof(E) == 4 ? 0x80000000u : 0x80008000u)) {}
 };
 
-// Copies 16 rows to the warp's own tile: row i from `source` + D * `index`(i), zeros from `count` on. `flip` is
-// xor-ed into every word.
+// Copies 16 rows to the warp's own tile: row i from `source` + D * `index`(i), zeros from `count`
+// on. `flip` is xor-ed into every word.
 template <class E, int D, class Index>
 __device__ __forceinline__ void stage_rows(E* tile, const void* source, int count, unsigned flip, Index index) {
     using T = Tile<E, D>;
@@ -83,8 +86,8 @@ struct Team {
 };
 __device__ __forceinline__ Team whole_block() { return Team{int(threadIdx.x), int(blockDim.x)}; }
 
-// The team starts copying rows to a tile: row i from `source` + D * `index`(i), zeros from `count` up to the next multiple
-// of 16 and `more` rows beyond; what lies further is not touched, and not read.
+// The team starts copying rows to a tile: row i from `source` + D * `index`(i), zeros from `count`
+// up to the next multiple of 16 and `more` rows beyond; rows beyond are neither written nor read.
 template <class E, int D, class Index>
 __device__ __forceinline__ void copy_rows(const Team& team, E* tile, const void* source, int count, int more, Index index) {
     using T = Tile<E, D>;
@@ -108,12 +111,13 @@ __device__ __forceinline__ void write_rows(void* target, const float* from, int 
     }
 }
 
-// The key tiles that a block of query rows meets, in order: by head, by label, by position. All threads hold the same.
+// The key tiles that a block of query rows meets, in order: by head, by label, by position. All
+// threads hold the same values.
 template <int KEYS> struct KeyWalk {
     unsigned head;
     int label;
-    int first;  // key of the tile, of those of this label
-    int keys;   // of this label that the block sees
+    int first;  // first key of the tile, counted in this label
+    int keys;   // keys of this label that the block sees
     bool kept;
 
     // To the first tile that is not empty; false when there is none.
@@ -138,11 +142,12 @@ template <int KEYS> struct KeyWalk {
     __device__ __forceinline__ int count() const { return keys - first < KEYS ? keys - first : KEYS; }
 };
 
-// A thread's share in copying tiles of K and, where it is kept, V: one column of rows `step` apart, so that of each tile only
-// the tokens of its keys have to be found. `find` asks for them ahead of `start`, which needs them.
+// A thread's share in copying tiles of K and, where kept, V: one column of rows `step` apart, so
+// that only the tokens of the tile's keys have to be looked up. `find` loads them ahead of `start`,
+// which uses them.
 template <class E, int D, int KEYS> struct KeyCopy {
     using T = Tile<E, D>;
-    // Tokens that `find` asks for: all that a thread of a full block has. The others `start` finds.
+    // Tokens that `find` loads: all of a thread in a full block. `start` looks up the others.
     static constexpr int AHEAD = (KEYS * T::CHUNKS + THREADS - 1) / THREADS < 4 ? (KEYS * T::CHUNKS + THREADS - 1) / THREADS : 4;
 
     int row, step, to;   // the first row, rows between, and where the first goes in the tile
@@ -153,7 +158,7 @@ template <class E, int D, int KEYS> struct KeyCopy {
         : row(threadIdx.x / T::CHUNKS), step(blockDim.x / T::CHUNKS), column(threadIdx.x % T::CHUNKS * T::PER_CHUNK) {
         to = row * T::STRIDE + column;
     }
-    // The token of the tile's key `r`; of one that is not there, any.
+    // The token of the tile's key `r`; any token for a key past the end.
     static __device__ __forceinline__ unsigned token_of(const AttentionParams& p, const Item& item, const KeyWalk<KEYS>& walk, int r) {
         return r < walk.count() ? token_at(p, item, walk.first + (walk.label ? item.negatives : 0) + r) : item.start;
     }
@@ -162,7 +167,8 @@ template <class E, int D, int KEYS> struct KeyCopy {
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) token[i] = token_of(p, item, walk, row + i * step);
     }
-    // Starts copying the tile of which `find` was told: zeros from its last key up to the next multiple of 16.
+    // Starts copying the tile given to `find`, with zeros from its last key up to the next multiple
+    // of 16.
     __device__ __forceinline__ void start(E* k_tile, E* v_tile, const AttentionParams& p, const Problem& problem, const Item& item,
                                           const KeyWalk<KEYS>& walk) const {
         const int keys = walk.count(), rows = (keys + 15) & ~15;
@@ -184,7 +190,7 @@ template <class E, int D, int KEYS> struct KeyCopy {
     }
 };
 
-// The block copies a tile and waits for it; everyone has done with what was in its place.
+// The block copies a tile and waits for it. No thread may still read the previous content.
 template <class E, int D, int KEYS>
 __device__ __forceinline__ void copy_now(E* k_tile, E* v_tile, const AttentionParams& p, const Problem& problem, const Item& item,
                                          const KeyWalk<KEYS>& walk) {

@@ -1,4 +1,4 @@
-// Where a block works: one record per block, read once, and the arithmetic of packed sequences in one place.
+// The work item of a block, read once, and the arithmetic of packed sequences.
 #pragma once
 #include "attention/params.cuh"
 
@@ -6,7 +6,7 @@
 struct Item {
     unsigned start;      // first token of the sequence: cu_seqlens[b]
     unsigned length;     // tokens of the sequence
-    unsigned negatives;  // those with label 0; all of them where there are no labels
+    unsigned negatives;  // tokens of label 0; all tokens where there are no labels
     unsigned first;      // forward, dq: first query row; dk_dv: first key, counted in label order; whole: 0
 };
 static_assert(sizeof(Item) == 16, "Item is mirrored by src/device/cuda/params.rs");
@@ -29,8 +29,9 @@ __device__ __forceinline__ Feedback load_feedback(const AttentionParams& p, unsi
     return Feedback{raw & 1, raw >> 1};
 }
 
-// How many keys of each label a query sees. Keys are visited in label order and keep their original order inside
-// a label, so what a query sees of a label is a prefix: the causal test is a comparison with a count.
+// Number of keys of each label that a query sees. Keys are visited in label order and keep their
+// original order inside a label, so a query sees a prefix of each label: the causal test is a
+// comparison with a count.
 struct Visible {
     int negatives;
     int positives;
@@ -38,14 +39,14 @@ struct Visible {
     __device__ __forceinline__ int of(int label) const { return label ? positives : negatives; }
 };
 
-// What token `position` of the item's sequence sees.
+// Keys visible to token `position` of the item's sequence.
 __device__ __forceinline__ Visible visible_keys(const AttentionParams& p, const Item& item, unsigned position) {
     if (!p.causal) return Visible{int(item.negatives), int(item.length - item.negatives)};
     const unsigned positives = load_feedback(p, item.start + position).positives;
     return Visible{int(position + 1 - positives), int(positives)};
 }
 
-// The token that is `index`-th in label order.
+// The `index`-th token in label order.
 __device__ __forceinline__ unsigned token_at(const AttentionParams& p, const Item& item, unsigned index) {
     const unsigned at = item.start + index;
     return p.order == nullptr ? at : p.order[at];
@@ -56,7 +57,8 @@ __device__ __forceinline__ bool is_kept(const AttentionParams& p, unsigned head,
     return p.group == 0 || (head >= p.group) == (label != 0);
 }
 
-// Query rows are (token, slot) pairs in order; the head a row's query stands in, given its token's label.
+// The head of a query row's slot, given its token's label. Query rows are (token, slot) pairs in
+// order.
 __device__ __forceinline__ unsigned query_head(const AttentionParams& p, unsigned slot, unsigned label) {
     return slot + label * p.group;
 }

@@ -1,29 +1,31 @@
-// Products of a warp with 16 rows: the only ones that attention needs, forward and backward.
+// Matrix products of a warp with 16 rows; attention needs no others, forward or backward.
 //
 //     scores                 c[16 x 16]   = rows[16 x D] tile[16 x D]^T   A from shared memory (or held in registers)
 //     accumulate             acc[16 x D]  += c[16 x 16] tile[16 x D]      A is the result of the former, from registers
 //     accumulate_transposed  sums[16 x D] += c[16 x 16]^T tile[16 x D]    the same, transposed; sums in shared memory
 //
-// 16-bit elements go through the tensor cores with f32 accumulation: accumulator fragments of `scores` are, pair by
-// pair, the A fragments of `accumulate`, and transposed 8 x 8 those of `accumulate_transposed`. f32 is exact: fused multiply-adds in the same accumulator layout, with
-// operands read from shared memory and c handed from lane to lane through a scratch of the warp's own.
+// 16-bit elements use the tensor cores with f32 accumulation. Accumulator fragments of `scores`
+// are, pair by pair, the A fragments of `accumulate`, and transposed 8 x 8 those of
+// `accumulate_transposed`. f32 uses fused multiply-adds in the same accumulator layout, with
+// operands from shared memory; lanes exchange c through a scratch buffer per warp.
 #pragma once
 #include "primitives.cuh"
 
-// Elements between the rows of a tile in shared memory: padded so that eight rows, read 16 bytes each, meet all banks once.
+// Elements between the rows of a tile in shared memory: padded so that eight rows, read 16 bytes
+// each, meet all banks once.
 template <class E, int D> struct Tile {
     static constexpr int STRIDE = D * sizeof(E) == 16 ? D : D + 16 / int(sizeof(E));
     static constexpr int CHUNKS = D * sizeof(E) / 16;   // 16-byte pieces of a row
     static constexpr int PER_CHUNK = 16 / sizeof(E);    // elements of a piece
 };
 
-// In 32 bits of a tensor, which are two elements or one: the exponents, and the least bit of each. An exponent of all ones,
-// which is that of what is not finite, carries into the sign when that is added.
+// In 32 bits of a tensor, which are two elements or one: the exponents, and the least bit of each.
+// An exponent of all ones (a non-finite value) carries into the sign when the least bit is added.
 template <class E> struct Exponent { static constexpr unsigned BITS = 0x7f800000, STEP = 0x00800000, SIGN = 0x80000000; };
 template <> struct Exponent<bf16> { static constexpr unsigned BITS = 0x7f807f80, STEP = 0x00800080, SIGN = 0x80008000; };
 template <> struct Exponent<f16> { static constexpr unsigned BITS = 0x7c007c00, STEP = 0x04000400, SIGN = 0x80008000; };
 
-// Whether 16 bytes of elements hold one that is not finite.
+// Whether 16 bytes of elements hold a non-finite one.
 template <class E> __device__ __forceinline__ bool is_spoiled(const uint4& x) {
     using X = Exponent<E>;
     const unsigned all = ((x.x & X::BITS) + X::STEP) | ((x.y & X::BITS) + X::STEP) | ((x.z & X::BITS) + X::STEP) |
@@ -31,7 +33,7 @@ template <class E> __device__ __forceinline__ bool is_spoiled(const uint4& x) {
     return all & X::SIGN;
 }
 
-// Which of 16 rows of a tile hold anything that is not finite: a bit for each.
+// Bit mask of the rows, of 16, that hold a non-finite element.
 template <class E, int D> __device__ __forceinline__ unsigned spoiled_rows(const E* tile) {
     using T = Tile<E, D>;
     const E* const row = tile + (lane_index() & 15) * T::STRIDE;
@@ -130,12 +132,12 @@ __device__ __forceinline__ void scores(float (&c)[2][4], const Rows<E, D, HELD>&
     }
 }
 
-// Above this size (in base 2) an f32 score is rounded by more than 2^-18, and p would be less exact than an f32 path
-// should be: its low half is computed as well.
+// Above this magnitude (in base 2) an f32 score is rounded by more than 2^-18, too coarse for the
+// f32 path: its low half is computed as well.
 constexpr float LARGE_SCORE = 64.0f;
 
-// Scores of the f32 path that are large, again: c + low is the product with all its roundings made up for. Scores
-// of -inf, which is also what hidden pairs have, stay so.
+// Recomputes large scores of the f32 path: c + low is the compensated product. Scores of -inf,
+// hidden pairs included, stay -inf.
 template <class E, int D, bool HELD>
 __device__ __forceinline__ void refine(float (&c)[2][4], float (&low)[2][4], float scale, const Rows<E, D, HELD>& rows,
                                        const E* tile) {
@@ -164,7 +166,7 @@ __device__ __forceinline__ void refine(float (&c)[2][4], float (&low)[2][4], flo
                 sum = next;
             }
             const float size = magnitude(c[i / 4][i % 4] * scale);
-            if (!(size > LARGE_SCORE && size < INF)) continue;  // not because another row's is large
+            if (!(size > LARGE_SCORE && size < INF)) continue;  // only because another row's score is large
             c[i / 4][i % 4] = sum;
             low[i / 4][i % 4] = rest;
         }
@@ -177,10 +179,11 @@ template <class E> __device__ __forceinline__ float exponent(float score, float 
     return sizeof(E) == 4 ? multiply_add(low, scale, x) : x;
 }
 
-// Hands c, or its transpose, from lane to lane through `scratch`, SCRATCH<E> floats of the warp's own: row by row.
+// Exchanges c, or its transpose, between lanes through `scratch`, SCRATCH<E> floats per warp, row
+// by row.
 template <bool TRANSPOSED> __device__ __forceinline__ void exchange(float* scratch, const float (&c)[2][4]) {
     const int lane = lane_index(), row = lane >> 2, column = (lane & 3) * 2;
-    __syncwarp();  // what the scratch held has been read
+    __syncwarp();  // the previous content has been read
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const float2 x = make_float2(c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]);
@@ -195,7 +198,8 @@ template <bool TRANSPOSED> __device__ __forceinline__ void exchange(float* scrat
     __syncwarp();
 }
 
-// acc += what was exchanged times COUNT * 8 columns of the tile. CAREFUL: its `spoiled` rows count as zeros.
+// acc += the exchanged c times COUNT * 8 columns of the tile. CAREFUL: its `spoiled` rows count as
+// zeros.
 template <int COUNT, bool CAREFUL>
 __device__ __forceinline__ void accumulate_exchanged(float (&acc)[COUNT][4], const float* scratch, const float* tile, int stride,
                                                      unsigned spoiled) {
@@ -269,8 +273,9 @@ __device__ __forceinline__ void accumulate(float (&acc)[D / 8][4], const float (
     }
 }
 
-// `accumulate` over rows some of which may not be finite: those reach the rows of c that see them, and as a NaN whatever c is,
-// and no others. `sees`(i) says whether element i of c, counted through, is of a pair that sees each other.
+// `accumulate` over rows that may be non-finite: a non-finite row gives NaN to the rows of c that
+// see it, and leaves all others unchanged. `sees`(i): whether element i of c, in flat order, is
+// visible.
 template <class E, int D, class Sees>
 __device__ __forceinline__ void accumulate_carefully(float (&acc)[D / 8][4], float (&c)[2][4], const E* tile, float* scratch, Sees sees) {
     const unsigned spoiled = spoiled_rows<E, D>(tile);
@@ -282,8 +287,9 @@ __device__ __forceinline__ void accumulate_carefully(float (&acc)[D / 8][4], flo
     accumulate<E, D, true>(acc, c, tile, scratch, spoiled);
 }
 
-// sums[16 x D] += c[16 x 16]^T tile[16 x D], with sums in shared memory: every element is one lane's, whatever c and tile.
-// Rows are taken there and back a few columns at a time, so that wide heads cost no registers.
+// sums[16 x D] += c[16 x 16]^T tile[16 x D], with sums in shared memory: one lane owns each
+// element for any c and tile.
+// Rows are loaded and stored a few columns at a time, so that wide heads cost no registers.
 template <class E, int D, bool CAREFUL = false>
 __device__ __forceinline__ void accumulate_transposed(float* sums, int stride, const float (&c)[2][4], const E* tile,
                                                       float* scratch, unsigned spoiled = 0) {
@@ -328,7 +334,7 @@ __device__ __forceinline__ void accumulate_transposed(float* sums, int stride, c
     }
 }
 
-// `accumulate_transposed`, likewise.
+// `accumulate_transposed` over rows that may be non-finite, as above.
 template <class E, int D, class Sees>
 __device__ __forceinline__ void accumulate_transposed_carefully(float* sums, int stride, float (&c)[2][4], const E* tile, float* scratch,
                                                                 Sees sees) {
@@ -340,7 +346,8 @@ __device__ __forceinline__ void accumulate_transposed_carefully(float* sums, int
     accumulate_transposed<E, D, true>(sums, stride, c, tile, scratch, spoiled);
 }
 
-// Adds 0 times a thread's first row of an accumulator to `zero`, which then is not 0 if any of it is not finite.
+// Adds 0 times a thread's first row of an accumulator to `zero`, which becomes NaN if any of it is
+// non-finite.
 template <int D> __device__ __forceinline__ void add_zeros(float& zero, const float (&acc)[D / 8][4]) {
 #pragma unroll
     for (int n = 0; n < D / 8; ++n) {
@@ -377,7 +384,7 @@ __device__ __forceinline__ void store_elements(E* tile, const float (&acc)[D / 8
     }
 }
 
-// 16 bytes of elements from as many floats, times `factor`.
+// 16 bytes of elements from the same number of floats, times `factor`.
 template <class E> __device__ __forceinline__ uint4 narrow(const float* from, float factor) {
     const float4 a = *reinterpret_cast<const float4*>(from);
     if constexpr (sizeof(E) == 4) {

@@ -1,11 +1,12 @@
 // A sequence whose keys and values lie whole in shared memory, for forward and backward.
 //
-// `item_warps` of a block's warps share a sequence, so a block holds several; the last block of a launch may hold items of no
-// tokens.
+// `item_warps` of a block's warps share a sequence, so a block holds several. The last block of a
+// launch may hold empty items.
 //
-// Unlike in a stream, keys stay in their own order, so that what a row sees is a prefix of one list and not of two. That saves
-// more than it costs, which is the products with values that are not kept: those are zeros in shared memory, and never read.
-// Masked leaves such pairs out: then a head's list is the keys of its own label, in label order, of which a row sees a prefix too.
+// Unlike streamed keys, these stay in their own order: a row sees a prefix of one list instead of
+// two. The cost is the products with values that are not kept, which are zeros in shared memory and
+// never loaded. Masked omits such pairs: a head's list is then the keys of its own label, in label
+// order, and a row sees a prefix of it too.
 #pragma once
 #include "attention/rows.cuh"
 
@@ -13,10 +14,11 @@ template <class E, int D> struct WholeKeys {
     using T = Tile<E, D>;
     const Problem problem;
     Item item;
-    Team team;           // those who share the sequence
+    Team team;           // the threads that share the sequence
     E *k_tile, *v_tile;  // [heads, capacity, STRIDE]
 
-    // `sharing`: p.item_warps, or 1 where it is known to be that. A sequence has `rows` rows of keys, and of values.
+    // `sharing`: p.item_warps, or the constant 1. A sequence has room for `rows` rows of keys, and
+    // of values.
     __device__ __forceinline__ WholeKeys(const AttentionParams& p, Carve& carve, int warps, int warp, int sharing, int rows) : problem(p) {
         const int items = warps / sharing, place = warp / sharing;
         item = load_item(p, blockIdx.x * items + place);
@@ -27,14 +29,14 @@ template <class E, int D> struct WholeKeys {
 
     // Whether a head's list is the keys of its label.
     static __device__ __forceinline__ bool by_label(const AttentionParams& p) { return p.masked && p.group; }
-    // Which list a head has: 1 for that of the positives.
+    // The list of a head: 1 for the positives.
     static __device__ __forceinline__ int list_of(const AttentionParams& p, int head) { return by_label(p) && head >= int(p.group); }
 
     __device__ __forceinline__ int list_start(int list) const { return list ? item.negatives : 0; }
     __device__ __forceinline__ int list_length(const AttentionParams& p, int list) const {
         return by_label(p) && list == 0 ? item.negatives : item.length - list_start(list);
     }
-    // The token that is `index`-th in a list.
+    // The `index`-th token of a list.
     __device__ __forceinline__ unsigned token(const AttentionParams& p, int list, int index) const {
         return by_label(p) ? token_at(p, item, list_start(list) + index) : item.start + index;
     }
@@ -43,23 +45,24 @@ template <class E, int D> struct WholeKeys {
         return by_label(p) || p.group == 0 || (int(p.group) > head ? item.negatives : item.length - item.negatives) > 0;
     }
 
-    // Keys that the token at `position` sees, 16 bits for each list.
+    // Number of keys visible to the token at `position`, 16 bits for each list.
     __device__ __forceinline__ unsigned visible_to(const AttentionParams& p, unsigned position, const Feedback& feedback) const {
         const unsigned all = p.causal ? position + 1 : item.length;
         if (!by_label(p)) return all;
         const unsigned positives = p.causal ? feedback.positives : item.length - item.negatives;
         return (all - positives) | positives << 16;
     }
-    // That a query row sees.
+    // Number of keys visible to a query row.
     __device__ __forceinline__ unsigned visible(const AttentionParams& p, unsigned row) const {
         const unsigned position = problem.position(p, row);
         return visible_to(p, position, by_label(p) ? load_feedback(p, item.start + position) : Feedback{0, 0});
     }
     static __device__ __forceinline__ int of_list(unsigned visible, int list) { return list ? visible >> 16 : visible & 0xffff; }
 
-    // Starts copying keys and values; zeros up to the next multiple of 16. HEADS: there are no more than so many; 0: any number.
+    // Starts copying keys and values; zeros up to the next multiple of 16. HEADS: upper bound
+    // of the key heads; 0: no bound.
     template <int HEADS> __device__ __forceinline__ void load(const AttentionParams& p) const {
-        const bool labelled = p.group && !p.masked;  // and values are kept by label
+        const bool labelled = p.group && !p.masked;  // values are kept by label
         const int column = team.thread % T::CHUNKS * T::PER_CHUNK;
         for (int list = 0; list < 1 + by_label(p); ++list) {
             const int count = list_length(p, list), first = list ? p.group : 0;
@@ -83,15 +86,15 @@ template <class E, int D> struct WholeKeys {
         }
     }
 
-    // Waits for those who share the sequence.
+    // Barrier of the warps that share the sequence.
     __device__ __forceinline__ void meet(const AttentionParams& p) const {
         if (p.item_warps == 1) __syncwarp();
         else __syncthreads();
     }
 };
 
-// Copies `rows` query rows from `first` on to a warp's tile, and zeros behind them. Two lanes share a row, lane & 15; what it sees
-// of the keys is returned. `flip` is xor-ed into every word.
+// Copies `rows` query rows from `first` on to a warp's tile, and zeros behind them. Two lanes share
+// a row, lane & 15. Returns the number of keys that the row sees. `flip` is xor-ed into every word.
 template <class E, int D>
 __device__ __forceinline__ unsigned stage_queries(const AttentionParams& p, const WholeKeys<E, D>& keys, E* tile, int first, int rows,
                                                   unsigned flip) {
@@ -113,8 +116,9 @@ __device__ __forceinline__ unsigned stage_queries(const AttentionParams& p, cons
     return row < rows ? keys.visible_to(p, position, feedback) : 0;
 }
 
-// Of the pieces of 16 that the warps of a sequence share out, those of one warp: in every `item_warps` of them one, from the front and
-// from the back in turn, as what lies further back sees more, or is seen by fewer.
+// The pieces of 16 rows or keys that one warp takes of a shared sequence: one of every
+// `item_warps`, alternately from the front and the back, because later rows see more keys (and
+// later keys are seen by fewer rows).
 struct Pieces {
     int at, step, both;
     __device__ __forceinline__ Pieces(const AttentionParams& p, int member)

@@ -1,20 +1,25 @@
-// Embedding tables: rows gathered and added up, and the way back, sums of the rows that meet in one.
+// Embedding tables: gathers and sums of rows, and their gradient, segmented sums.
 //
-// SEGMENTED SUM. y[i] (+)= l2 table[row[i]] + sum of the members of segment i, where member m is a row of stacked sources. This
-// is the gradient of a gather (a segment is a table's row, its members the places it was gathered to), without atomics
-// and in an order that depends on the lists only. Segments are as skewed as popularity is, so the work is cut by members, not by
-// segments: a group of lanes takes CHUNK members in a row, and writes every segment that begins and ends among them. What
-// belongs to a segment across a border waits as a share: `head` of one that began before the chunk, `tail` of one that goes
-// on behind it. A second pass, a block per chunk with a tail, adds up the shares in order.
+// MATHEMATICS. Gather: y[n] = sum over tables of table[index[n]]. Segmented sum: y[i] (+)= l2
+// table[row[i]] + sum of the members of segment i, where member m is a row of stacked sources. This
+// is the gradient of a gather: a segment is a row of a table, its members are the places it was
+// gathered to. No atomics; the order depends on the lists only.
 //
-// TRAFFIC. Gather: reads 4 (and an index a row) a table, writes 4 bytes a value. Segmented sum: reads 4 bytes a value
-// of every member and of the table's rows, writes 4 a value of y; shares are at most 2 / CHUNK of that.
+// TILING. A group of lanes takes a row. Segments are as skewed as item popularity, so segmented
+// sums are cut by members, not by segments: a group takes CHUNK consecutive members, and writes
+// every segment that begins and ends among them. For a segment across a border it writes a partial
+// sum: `head` of one that began before the chunk, `tail` of one that continues after it. A second
+// launch, with a block per chunk with a tail, adds the partial sums in order.
+//
+// TRAFFIC. Gather: reads 4 bytes per value and table (and an index per row), writes 4. Segmented
+// sum: reads 4 bytes per value of every member and of the table's rows, writes 4 per value of y;
+// partial sums are at most 2 / CHUNK of that.
 #include "row_group.cuh"
 
 constexpr int THREADS = 256;
 constexpr unsigned CHUNK = 64;
 
-// -------------------------------------------------------------------------------------------------------------- gather
+// ------------------------------------------------------------------------------------------ gather
 
 struct GatherParams {
     const float* tables[4];    // [.., width]
@@ -67,11 +72,11 @@ template <int V> __device__ __forceinline__ void scatter_add(const ScatterParams
 }
 KERNEL(embedding_scatter_add, ScatterParams, THREADS) { WITH_VECTORS(p.width, scatter_add); }
 
-// ------------------------------------------------------------------------------------------------------- segmented sum
+// ----------------------------------------------------------------------------------- segmented sum
 
 struct SegmentParams {
     const float* sources[3];  // [.., stride] stacked: member m is row m - ends[s - 1] of the first source s with m < ends[s]
-    unsigned ends[3];         // where each source ends, counted in members
+    unsigned ends[3];         // end of each source, counted in members
     unsigned stride;          // values between two rows of a source
     unsigned column;          // first value of a member in its row
     float l2;
@@ -138,7 +143,7 @@ template <int V> __device__ __forceinline__ void segment_chunks(const SegmentPar
     const unsigned first = unsigned(chunk) * CHUNK, end = first + CHUNK;  // of the members; the last chunk is short, or empty
     const unsigned first_inside = first_segment(p, first);
     for (unsigned c = group.lane * V; c < p.width; c += V << p.bits) {
-        // The segment that began before, as far as it reaches.
+        // The segment that began before the chunk.
         unsigned i = first_inside;
         const unsigned head_end = i < p.segments ? p.offsets[i] : p.member_count;
         if (head_end > first) {
@@ -162,7 +167,8 @@ template <int V> __device__ __forceinline__ void segment_chunks(const SegmentPar
 }
 KERNEL(embedding_segment_chunks, SegmentParams, THREADS, 4) { WITH_VECTORS(p.width, segment_chunks); }
 
-// A block takes the chunk blockIdx.x: the segment that begins there and goes on, if there is one.
+// A block takes the segment that begins in chunk blockIdx.x and continues after it, if there is
+// one.
 template <int V> __device__ __forceinline__ void segment_borders(const SegmentParams& p) {
     const RowGroup group(p.bits);
     const unsigned chunk = blockIdx.x, end = (chunk + 1) * CHUNK;
@@ -203,7 +209,7 @@ template <int V> __device__ __forceinline__ void segment_borders(const SegmentPa
 }
 KERNEL(embedding_segment_borders, SegmentParams, THREADS) { WITH_VECTORS(p.width, segment_borders); }
 
-// ------------------------------------------------------------------------------------------------------------- squares
+// ----------------------------------------------------------------------------------------- squares
 
 struct SquareParams {
     const float* table;   // [.., width]
@@ -215,7 +221,7 @@ struct SquareParams {
 };
 static_assert(sizeof(SquareParams) == 40, "mirrored by src/device/cuda/embedding.rs");
 
-// Sums of squares of the named rows, by block; loss_reduce adds them up.
+// Sums of squares of the given rows, by block; loss_reduce adds them.
 template <int V> __device__ __forceinline__ void squares(const SquareParams& p) {
     const RowGroup group(p.bits);
     const size_t first = size_t(blockIdx.x) * p.block_rows;

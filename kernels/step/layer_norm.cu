@@ -1,4 +1,4 @@
-// Layer norm over rows, with the sum that leads to it.
+// Layer norm over rows, fused with the residual sum or gather before it.
 //
 // MATHEMATICS. Over a row of `width` values, with the population's variance:
 //
@@ -6,13 +6,14 @@
 //     g = dn gamma     h = (x - mean) inverse     dx = inverse (g - mean(g) - h mean(g h))
 //     dgamma = sum_rows dn h     dbeta = sum_rows dn
 //
-// TILING. A group of lanes owns a row. Rows of up to one access a lane (128 values, 32 where the width is no multiple of 4)
-// stay in registers between the passes over them; wider ones are read again, from L1. Backward: a block takes
-// `block_rows` rows, first row by row for dx, then column by column for its share of dgamma and dbeta; the
-// shares are added up by rows_reduce, in the order of the blocks.
+// TILING. A group of lanes owns a row. Rows of up to one access per lane (128 values, 32 where the
+// width is not a multiple of 4) stay in registers between the passes; wider rows are read again,
+// from L1. Backward: a block takes `block_rows` rows, first row by row for dx, then column by
+// column for partial sums of dgamma and dbeta; rows_reduce adds these in block order.
 //
-// TRAFFIC in bytes a value: norm reads 4, writes 4; after a sum reads 8, writes 8; after gathering from t tables reads 4 t,
-// writes 8. Backward reads 8 (and 4 more when dx is added to), writes 4.
+// TRAFFIC in bytes per value: norm reads 4, writes 4; after a sum reads 8, writes 8; after
+// gathering from t tables reads 4 t, writes 8. Backward reads 8 (and 4 more when dx is added to),
+// writes 4.
 #include "row_group.cuh"
 
 struct NormParams {
@@ -34,7 +35,7 @@ struct NormBackwardParams {
     const float* gamma;  // [width]
     const float* dn;     // [rows, width]
     float* dx;           // [rows, width]
-    float* partial;      // [gridDim.x, 2 * width] shares of dgamma, then of dbeta
+    float* partial;      // [gridDim.x, 2 * width] partial sums of dgamma, then of dbeta
     unsigned rows, width;
     unsigned block_rows;
     unsigned bits;
@@ -123,7 +124,7 @@ KERNEL(layer_norm_gather, NormParams, THREADS) {
     else norm_of<1, Source::tables>(p);
 }
 
-// ------------------------------------------------------------------------------------------------------------ backward
+// ---------------------------------------------------------------------------------------- backward
 
 // dx of one row; returns mean and reciprocal deviation in all lanes.
 template <int V, bool WHOLE>
@@ -192,7 +193,7 @@ __device__ __forceinline__ float2 backward_row(const NormBackwardParams& p, cons
 template <int V> __device__ __forceinline__ void backward(const NormBackwardParams& p) {
     const RowGroup group(p.bits);
     const size_t first_row = size_t(blockIdx.x) * p.block_rows;
-    // Mean and reciprocal deviation of the block's rows, then the slices' shares.
+    // Mean and reciprocal deviation of the block's rows, then the slices' partial sums.
     float2* statistics = reinterpret_cast<float2*>(shared_memory());
     float* shares = reinterpret_cast<float*>(statistics + p.block_rows);
 
@@ -206,7 +207,7 @@ template <int V> __device__ __forceinline__ void backward(const NormBackwardPara
     }
     __syncthreads();
 
-    // Columns: `across` threads side by side, and as many slices of rows as there is room for.
+    // Columns: `across` threads side by side, and as many slices of rows as fit.
     const unsigned rows = first_row + p.block_rows <= p.rows ? p.block_rows : unsigned(p.rows - first_row);
     const unsigned vectors = p.width / V;
     for (unsigned chunk = 0; chunk < vectors; chunk += THREADS) {

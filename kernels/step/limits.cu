@@ -1,7 +1,12 @@
-// What a GPU can do at most, for the other measurements to be held against. Operands stay in registers, but for the copy.
+// Peak rates of a GPU, as limits for the other measurements. Operands stay in registers, except in
+// the copy.
 //
-// A thread works on CHAINS independent values, enough to hide the latency of one; the results are written so that the
-// work cannot be left out.
+// MATHEMATICS. A copy; chains of 2^-x, of multiply-adds and of tensor-core products.
+//
+// TILING. A thread works on CHAINS independent values, enough to hide latency. Results are written
+// so that the compiler cannot remove the work.
+//
+// TRAFFIC. The copy reads and writes 4 bytes per value; the others write one value per thread.
 #include "primitives.cuh"
 
 constexpr int CHAINS = 8;

@@ -1,16 +1,18 @@
-// The losses and their gradients, in f64 row by row: there are few rows and many cancellations.
+// The losses and their gradients, in f64: rows are few and cancellation is frequent.
 //
-// MATHEMATICS. With softplus(x) = log(1 + e^x), sigma its derivative, z the target and s = 2 z - 1, over R rows:
+// MATHEMATICS. With softplus(x) = log(1 + e^x), sigma its derivative, z the target and s = 2 z - 1,
+// over R rows:
 //
 //     bce = mean(softplus(pos) - z pos)                 ibl = mean(softplus(m)),  m = -s (pos - neg)
 //     d_pos = (sigma(pos) - z - bpr s sigma(m)) / R     d_neg = bpr s sigma(m) / R
 //
 //     cosine = mean(<x, y> / |x||y|)    dx += w / R (y / |x||y| - cos x / |x|^2)    dy alike; 0 where a square is below 1e-12
 //
-// Sums are taken by block and then, in the order of the blocks, by loss_reduce, which leaves them where the host reads
-// them: no kernel here is waited for.
+// TILING. One thread per row (rank) or one group of lanes per row (cosine). Blocks write partial
+// sums; loss_reduce adds them in block order and writes them where the host reads them later.
 //
-// TRAFFIC. rank: 12 bytes a row read, 8 written. cosine: 8 bytes a value read, 8 read and written.
+// TRAFFIC. rank: 12 bytes per row read, 8 written. cosine: 8 bytes per value read, 8 read and
+// written.
 #include "row_group.cuh"
 
 constexpr int THREADS = 256;
@@ -62,7 +64,7 @@ struct CosineParams {
     double* partial;  // [blocks] sums of cosines
     unsigned rows, width;
     unsigned bits;
-    float weight;     // not yet divided by the rows
+    float weight;     // before division by the rows
 };
 static_assert(sizeof(CosineParams) == 56, "mirrored by src/device/cuda/loss.rs");
 

@@ -1,16 +1,20 @@
 // Gradient clipping and Adam over all tensors of a model, three launches in all.
 //
-// MATHEMATICS. With c the clip factor of the gradient (1, or limit / norm where the norm is larger), step t:
+// MATHEMATICS. With c the clip factor of the gradient (1, or limit / norm where the norm is
+// larger), step t:
 //
 //     g = c gradient    m = b1 m + (1 - b1) g    v = b2 v + (1 - b2) g^2    w -= lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 //
-// An embedding table has a gradient for the rows that the batch touched; the others are left alone, moments too.
+// An embedding table has a gradient for the rows that the batch touched; other rows and their
+// moments stay unchanged.
 //
-// TILING. The values of all gradients are cut into chunks, a block each, found in the table of tensors by bisection:
-// squares by chunk; norms, factors and whether anything is to be done at all, in one block, in a fixed order; the update. A
-// norm or a loss that is not finite stops the update on the device: the host hears of it with the losses.
+// TILING. All gradients are cut into chunks, one block each; a block finds its tensor in the table
+// by bisection. Launches: squares by chunk; norms, clip factors and the finite check, in one block
+// and a fixed order; the update. A non-finite norm or loss stops the update on the device: the host
+// learns of it with the losses.
 //
-// TRAFFIC in bytes a value of the gradient: 4 for the norm, 16 read and 12 written for the update.
+// TRAFFIC in bytes per value of the gradient: 4 for the norm, 16 read and 12 written for the
+// update.
 #include "row_group.cuh"
 
 constexpr int THREADS = 256;
@@ -32,16 +36,16 @@ struct OptimizerParams {
     const Tensor* tensors;  // [tensor_count]
     double* squares;        // [chunk_count] by chunk
     double* tensor_square;  // [tensor_count]
-    float* factor;          // [tensor_count] clip factors; the last + 1: 1 where there is something to do
+    float* factor;          // [tensor_count] clip factors; the one behind the last is 1 if the update runs
     const double* losses;   // [loss_count]
-    double* norm;           // the norm of everything
+    double* norm;           // the global norm
     unsigned tensor_count, chunk_count;
     unsigned chunk;         // values of a chunk, a multiple of 4
     unsigned loss_count;
     float lr, beta1, beta2, eps;
     float correction1, correction2;  // 1 - beta^t
     float limit;            // of norms; negative: none
-    unsigned global;        // the limit is for all of them together
+    unsigned global;        // the limit applies to the global norm
 };
 static_assert(sizeof(OptimizerParams) == 96, "mirrored by src/device/cuda/optimizer.rs");
 
@@ -123,7 +127,7 @@ KERNEL(optimizer_adam, OptimizerParams, THREADS) {
     const Update update{p, p.factor[t]};
     const size_t first = size_t(blockIdx.x - tensor.first_chunk) * p.chunk;
     const size_t end = first + p.chunk < tensor.len ? first + p.chunk : tensor.len;
-    // Where value i of the gradient belongs.
+    // The target of value i of the gradient.
     const auto place = [&](size_t i) { return tensor.rows ? size_t(tensor.rows[i / tensor.width]) * tensor.width + i % tensor.width : i; };
     const bool in_fours = tensor.rows == nullptr || tensor.width % 4 == 0;
     for (size_t i = first + threadIdx.x * 4; i < end; i += THREADS * 4) {

@@ -1,16 +1,18 @@
 // Means of prefixes of packed sequences, and their gradient.
 //
-// MATHEMATICS. A group g of sequence b asks for the first count[g] of its tokens; counts ascend inside a sequence:
+// MATHEMATICS. A group g of sequence b averages the first count[g] of its tokens; counts ascend
+// inside a sequence:
 //
 //     mean[g] = sum of x[start[b]..start[b] + count[g]] / divisor[g]          (0 where the divisor is 0)
 //     dx[start[b] + t] = sum over the groups with count[g] > t of dmean[g] / divisor[g]
 //
-// TILING. A block takes a sequence and a chunk of columns (blockIdx.y). Its groups of lanes cut the tokens into as many runs:
-// each adds up its run, the sums before a run (behind it, backward) are taken from shared memory, and a second
-// walk over the run writes what ends in it. Sums are f64: a prefix is as long as a history.
+// TILING. A block takes a sequence and a chunk of columns (blockIdx.y). Each group of lanes takes a
+// run of tokens and sums it. The sums before a run (behind it, backward) come from shared memory,
+// and a second loop over the run writes the prefixes that end in it. Sums are f64: a prefix is as
+// long as a history.
 //
-// TRAFFIC. x is read twice, the second time from L1 or L2, and mean is written once; backward reads dmean twice and
-// writes dx once.
+// TRAFFIC. x is read twice, the second time from L1 or L2, and mean is written once; backward reads
+// dmean twice and writes dx once.
 #include "row_group.cuh"
 
 constexpr int THREADS = 256;
@@ -29,7 +31,7 @@ static_assert(sizeof(PrefixMeanParams) == 56, "mirrored by src/device/cuda/prefi
 
 __device__ __forceinline__ double reciprocal(unsigned divisor) { return divisor ? 1.0 / double(divisor) : 0.0; }
 
-// A block's sequence, and the run of tokens that is this group of lanes'.
+// A block's sequence, and the run of tokens of this group of lanes.
 struct Run {
     unsigned first_token, tokens;  // of the sequence
     unsigned first_group, end_group;
@@ -44,7 +46,7 @@ struct Run {
         begin = group.index * length < tokens ? group.index * length : tokens;
         end = begin + length < tokens ? begin + length : tokens;
     }
-    // The first group that asks for more than `tokens` tokens.
+    // The first group with more than `tokens` tokens.
     __device__ __forceinline__ unsigned first_longer(const PrefixMeanParams& p, unsigned tokens) const {
         unsigned low = first_group, high = end_group;
         while (low < high) {
@@ -90,7 +92,8 @@ template <int V> __device__ __forceinline__ void forward(const PrefixMeanParams&
         for (int v = 0; v < V; ++v) mean[v] = float(sum[v] * factor);
         store<V>(p.mean + size_t(g) * p.width + c, mean);
     };
-    // Groups over nothing belong to the first run, which may be empty; others to the run their last token is in.
+    // Empty groups belong to the first run, which may be empty; others to the run of their last
+    // token.
     unsigned g = run.first_group;
     if (group.index == 0) {
         for (; g < run.end_group && p.count[g] == 0; ++g) write(g);
@@ -121,7 +124,8 @@ template <int V> __device__ __forceinline__ void backward(const PrefixMeanParams
 #pragma unroll
         for (int v = 0; v < V; ++v) sum[v] += value[v] * factor;
     };
-    // The groups whose last token is in the run: those that ask for more than `begin` and at most `end` tokens.
+    // The groups whose last token is in the run: those with more than `begin` and at most `end`
+    // tokens.
     const unsigned first = run.first_longer(p, run.begin), last = run.first_longer(p, run.end);
     if (valid && run.begin < run.end) {
         for (unsigned g = first; g < last; ++g) take(g);

@@ -1,12 +1,19 @@
-// Passes over rows of activations: sums, ReLU backward with column sums, concatenation, rows by label.
+// Passes over rows of activations: sums, ReLU backward with column sums, concatenation, rows by
+// label.
 //
-// TRAFFIC. Each is bound by memory: what is said to be read is read once, what is said to be written is written once,
+// MATHEMATICS. y += x; column sums with dy = 0 where y <= 0; [x_0 | x_1 | ..]; permutations of
+// rows.
+//
+// TILING. A group of lanes takes a row; the column sums take a block of rows, then the blocks'
+// partial sums.
+//
+// TRAFFIC. Bound by memory. Each kernel names its inputs and outputs; each is read or written once,
 // 16 bytes at a time where the width is a multiple of 4.
 #include "row_group.cuh"
 
 constexpr int THREADS = 256;
 
-// ----------------------------------------------------------------------------------------------------------------- add
+// --------------------------------------------------------------------------------------------- add
 
 struct AddParams {
     const float* x;  // [len]
@@ -28,7 +35,7 @@ KERNEL(rows_add, AddParams, THREADS) {
     }
 }
 
-// -------------------------------------------------------------------------------------------------------- column sums
+// ------------------------------------------------------------------------------------- column sums
 
 struct ColumnSumParams {
     const float* y;  // [rows, width] output of the ReLU; null: none
@@ -40,8 +47,9 @@ struct ColumnSumParams {
 };
 static_assert(sizeof(ColumnSumParams) == 40, "mirrored by src/device/cuda/rows.rs");
 
-// ReLU backward in place, and the sums of the columns over each block's rows: gradient of a bias. blockIdx.y is a chunk of
-// THREADS vectors of columns. 4 bytes a value read, with the ReLU 8 read and 4 written.
+// ReLU backward in place, and the sums of the columns over each block's rows: gradient of a bias.
+// blockIdx.y is a chunk of THREADS vectors of columns. 4 bytes a value read, with the ReLU 8 read
+// and 4 written.
 template <int V> __device__ __forceinline__ void column_sums(const ColumnSumParams& p) {
     const unsigned chunk = blockIdx.y * THREADS, vectors = p.width / V;
     const unsigned across = vectors - chunk < THREADS ? vectors - chunk : THREADS;
@@ -86,7 +94,8 @@ struct ReduceParams {
 };
 static_assert(sizeof(ReduceParams) == 40, "mirrored by src/device/cuda/rows.rs");
 
-// Adds up the blocks' shares of column sums, in f64, in a fixed order. A warp takes 32 columns of every eighth block.
+// Adds the blocks' partial column sums, in f64, in a fixed order. A warp takes 32 columns of every
+// eighth block.
 KERNEL(rows_reduce, ReduceParams, THREADS) {
     const unsigned width = p.first_width + p.second_width;
     const unsigned column = blockIdx.x * 32 + lane_index();
@@ -103,7 +112,7 @@ KERNEL(rows_reduce, ReduceParams, THREADS) {
     else p.second[column - p.first_width] = float(sum);
 }
 
-// ------------------------------------------------------------------------------------------------------ concatenation
+// ----------------------------------------------------------------------------------- concatenation
 
 struct ConcatParams {
     const float* parts[4];     // [.., width]
@@ -142,7 +151,8 @@ struct TakePartParams {
 };
 static_assert(sizeof(TakePartParams) == 40, "mirrored by src/device/cuda/rows.rs");
 
-// dx (+)= one part of dy. (Of parts with an index the gradient is a segmented sum: step/embedding.cu.)
+// dx (+)= one part of dy. (Of parts with an index the gradient is a segmented sum:
+// step/embedding.cu.)
 template <int V> __device__ __forceinline__ void take_part(const TakePartParams& p) {
     const RowGroup group(p.bits);
     const size_t row = group.row();
@@ -157,7 +167,7 @@ template <int V> __device__ __forceinline__ void take_part(const TakePartParams&
 }
 KERNEL(rows_take_part, TakePartParams, THREADS) { WITH_VECTORS(p.width, take_part); }
 
-// ------------------------------------------------------------------------------------------------------ rows by label
+// ----------------------------------------------------------------------------------- rows by label
 
 struct SplitParams {
     const unsigned* index[2];  // [count[f]] rows of label f
@@ -171,7 +181,7 @@ struct SplitParams {
 };
 static_assert(sizeof(SplitParams) == 56, "mirrored by src/device/cuda/rows.rs");
 
-// The row of the input that is `i`-th by label.
+// The `i`-th row of the input in label order.
 __device__ __forceinline__ size_t by_label(const SplitParams& p, size_t i) {
     return i < p.count[0] ? p.index[0][i] : p.index[1][i - p.count[0]];
 }
@@ -190,7 +200,7 @@ template <int V> __device__ __forceinline__ void split(const SplitParams& p) {
 }
 KERNEL(rows_split, SplitParams, THREADS) { WITH_VECTORS(p.width, split); }
 
-// The other way round: y's rows in their own order, from x by label.
+// The inverse: y's rows in their own order, from x in label order.
 template <int V> __device__ __forceinline__ void merge(const SplitParams& p) {
     const RowGroup group(p.bits);
     const size_t i = group.row();

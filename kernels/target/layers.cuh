@@ -1,12 +1,14 @@
-// The layers of the target perceptron, for 16 scores at a time: one pair and 16 neighbouring tokens.
+// The layers of the target perceptron, for 16 scores at a time: one pair and 16 neighbouring
+// tokens.
 //
-// A warp keeps activations in the accumulators of mma.sync (primitives.cuh), each layer's being the left operand of the next.
-// Columns are dealt out within sixteens: of columns 4q .. 4q + 3 the lanes of quad position q hold all four, as columns
-// 2q, 2q + 1 of the sixteen's first eight and 2q, 2q + 1 of its second. So a lane's global accesses are 16 bytes, and weights
-// and their gradients lie in shared memory by `position`. Eight columns left over at the end stay as they are.
+// A warp keeps activations in the accumulators of mma.sync (primitives.cuh); those of a layer are
+// the left operand of the next. Columns are assigned within groups of 16: of columns 4q .. 4q + 3
+// the lanes of quad position q hold all four, as columns 2q, 2q + 1 of the group's first eight and
+// 2q, 2q + 1 of its second. So a lane's global accesses are 16 bytes, and weights and their
+// gradients lie in shared memory by `position`. A remainder of eight columns keeps its order.
 //
-// In bf16 operands go from registers to the tensor cores. In f32 they are read back from the rows where they were staged, and
-// multiplied by fused multiply-adds in the same layout.
+// In bf16 operands go from registers to the tensor cores. In f32 they are read back from the rows
+// where they were staged, and multiplied by fused multiply-adds in the same layout.
 #pragma once
 #include "carve.cuh"
 #include "primitives.cuh"
@@ -22,19 +24,20 @@ constexpr bool EXACT = IS_EXACT<E>;
 constexpr int WARPS = 4;
 constexpr int THREADS = WARPS * 32;
 
-// Elements between rows in shared memory: an odd number of 16-byte pieces, so that eight rows meet all banks once.
+// Elements between rows in shared memory: an odd number of 16-byte pieces, so that eight rows meet
+// all banks once.
 __device__ constexpr int stride_of(int columns) {
     return columns * int(sizeof(E)) / 16 % 2 ? columns : columns + 16 / int(sizeof(E));
 }
 constexpr int X_STRIDE = stride_of(D), H0_STRIDE = stride_of(H0), H1_STRIDE = stride_of(H1);
 
-// Where a column of `COLUMNS` lies.
+// The position of a column of `COLUMNS`.
 template <int COLUMNS> __device__ __forceinline__ int position(int column) {
     const bool dealt = column < (COLUMNS & ~15);
     return dealt ? (column & ~15) | (column & 2) << 2 | (column >> 1 & 6) | (column & 1) : column;
 }
 
-// ---------------------------------------------------------------- four columns at a time
+// -------------------------------------------------------------------------- four columns at a time
 
 __device__ __forceinline__ float4 zero4() { return make_float4(0.0f, 0.0f, 0.0f, 0.0f); }
 __device__ __forceinline__ float4 add4(float4 x, float4 y) { return make_float4(x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w); }
@@ -44,7 +47,8 @@ __device__ __forceinline__ float4 multiply_add4(float4 x, float4 y, float4 z) {
                        multiply_add(x.w, y.w, z.w));
 }
 
-// Columns `column` .. + 3 of a row of `width`, zeros behind its end; 16 bytes at once where rows are aligned so.
+// Columns `column` .. + 3 of a row of `width`, zeros behind its end; 16 bytes at once where rows
+// are aligned so.
 __device__ __forceinline__ float4 load4(const float* row, int column, int width) {
     if (width % 4 == 0) return column < width ? *reinterpret_cast<const float4*>(row + column) : zero4();
     float x[4];
@@ -64,7 +68,8 @@ __device__ __forceinline__ void store4(float* row, int column, int width, float4
     }
 }
 
-// 16 rows of N columns of f32 in shared memory, of which each lane of a warp has the same float4s as of an accumulator.
+// 16 rows of N columns of f32 in shared memory, where each lane of a warp holds the float4s of its
+// accumulator.
 template <int N> struct LaneTile {
     static constexpr int FLOATS = 16 * N;
     float* at;
@@ -80,8 +85,8 @@ template <int N> struct LaneTile {
         c[0][0] = low.x, c[0][1] = low.y, c[1][0] = low.z, c[1][1] = low.w;
         c[0][2] = high.x, c[0][3] = high.y, c[1][2] = high.z, c[1][3] = high.w;
     }
-    // Rows of `width` from global memory, zeros from `rows` on, by `threads` threads. A warp that fills a tile by itself finds
-    // in each lane what this lane will `get`: it needs no barrier.
+    // Rows of `width` from global memory, zeros from `rows` on, by `threads` threads. If one warp
+    // fills a tile, each lane writes the values that it will `get`: no barrier is needed.
     __device__ __forceinline__ void fill(int thread, int threads, const float* source, int rows, int width) const {
         for (int i = thread; i < N / 16 * 64; i += threads) {
             const int row = (i >> 5 & 1) * 8 + (i >> 2 & 7), q = (i >> 6) * 4 + (i & 3);
@@ -90,7 +95,7 @@ template <int N> struct LaneTile {
     }
 };
 
-// What a lane has of sixteen columns of one row that all 16 scores share.
+// A lane's part of 16 columns of one row that all 16 scores share.
 __device__ __forceinline__ float4 shared_columns(const float* row, int sixteen, int width) {
     return load4(row, sixteen * 16 + (lane_index() & 3) * 4, width);
 }
@@ -103,7 +108,7 @@ __device__ __forceinline__ float quad_sum(float x) {
     return x + shuffle_xor(x, 2);
 }
 
-// ---------------------------------------------------------------- staged rows
+// ------------------------------------------------------------------------------------- staged rows
 
 template <class T> __device__ __forceinline__ void store_pair(T* at, float low, float high) {
     if constexpr (IS_EXACT<T>) *reinterpret_cast<float2*>(at) = make_float2(low, high);
@@ -130,7 +135,7 @@ __device__ __forceinline__ float4 staged4(const E* row, int q) {
     return make_float4(first.x, first.y, second.x, second.y);
 }
 
-// ---------------------------------------------------------------- products
+// ---------------------------------------------------------------------------------------- products
 
 // The left operand of a product: 16 rows by 16 (or 8) columns.
 template <class T> struct Operand { unsigned a[4]; };
@@ -139,8 +144,8 @@ template <> struct Operand<float> {
     int stride;
 };
 
-// COUNT * 8 columns of an accumulator, COUNT being 1 or 2, as an operand. In f32 they were staged in `rows`, and the warp has
-// synchronised since.
+// COUNT * 8 columns of an accumulator, COUNT being 1 or 2, as an operand. In f32 they were staged
+// in `rows`, and the warp has synchronised since.
 template <int COUNT, class T> __device__ __forceinline__ Operand<T> operand(const float (*c)[4], const T* rows, int stride) {
     Operand<T> r;
     if constexpr (IS_EXACT<T>) {
@@ -235,8 +240,9 @@ __device__ __forceinline__ void multiply_columns(float (&acc)[N / 8][4], const O
     }
 }
 
-// sums = the sum of sixteen columns over the 16 rows: of the lane's columns, in every lane that has them. `c` is staged in `rows`,
-// and the warp has synchronised since: in 16 bits ones times them are the sums.
+// sums = the sum of sixteen columns over the 16 rows: of the lane's columns, in every lane that
+// holds them. `c` is staged in `rows`, and the warp has synchronised since. In 16 bits a product
+// with ones gives the sums.
 template <class T>
 __device__ __forceinline__ float4 row_sums(const float (&c)[2][4], const T* rows, int stride) {
     if constexpr (IS_EXACT<T>) {
@@ -258,9 +264,9 @@ __device__ __forceinline__ float4 row_sums(const float (&c)[2][4], const T* rows
     }
 }
 
-// ---------------------------------------------------------------- weights
+// ----------------------------------------------------------------------------------------- weights
 
-// The perceptron's weights in shared memory, by position, zeros where it is narrower than what the module is compiled for.
+// The perceptron's weights in shared memory, by position, padded with zeros to the compiled sizes.
 struct Weights {
     E* product;  // [D, H0], rows H0_STRIDE apart: the block of the first layer that multiplies a * r
     E* second;   // [H0, H1], rows H1_STRIDE apart
@@ -268,7 +274,7 @@ struct Weights {
     float* w2;   // [H1]
     float b2;
 
-    // Takes room and fills it; a barrier has to follow.
+    // Allocates and fills shared memory; a barrier must follow.
     template <class Params> __device__ __forceinline__ Weights(Carve& carve, const Params& p) {
         product = carve.take<E>(D * H0_STRIDE);
         second = carve.take<E>(H0 * H1_STRIDE);

@@ -1,20 +1,22 @@
-// Where the perceptron works, its arguments, and its forward pass.
+// The perceptron: work items, arguments, forward pass.
 #pragma once
 #include "target/layers.cuh"
 
-// Sixteen neighbouring tokens of a sequence and some of the pairs whose history reaches them.
+// A work item: 16 neighbouring tokens of a sequence and up to 32 of the pairs whose history reaches
+// them.
 struct Item {
-    unsigned token;       // the first of the tokens
-    unsigned position;    // its place in the sequence, a multiple of 16
+    unsigned token;       // first token
+    unsigned position;    // its position in the sequence, a multiple of 16
     unsigned first_pair;  // the longest of the pairs
     unsigned pairs;       // at least 1
 };
 static_assert(sizeof(Item) == 16, "mirrored by src/device/cuda/target_attention.rs");
 
-// A sequence's pairs, the longest first: those that reach a token are a prefix.
+// A (sequence, candidate) pair. A sequence's pairs are sorted longest first: those that reach a
+// token are a prefix.
 struct Pair {
     unsigned index;   // of r, c, dr, dc
-    unsigned score;   // where its scores begin
+    unsigned score;   // first score
     unsigned length;  // how many there are: tokens of its history
     unsigned unit;    // its first row of pair_sums: a row for every sixteen tokens
 };
@@ -35,7 +37,7 @@ struct PerceptronParams {
     const float* b2;      // [1]
     float* e;             // forward: [S]
     const float* de;      // backward, from here on: [S]
-    float* token_sums;    // [item_count, 16, H0 + D] dz, and the part of da that the products send, over the item's pairs
+    float* token_sums;    // [item_count, 16, H0 + D] dz, and the part of da from y r, over the item's pairs
     float* pair_sums;     // [units, H0 + D] dz and the like part of dr, over sixteen tokens
     float* weight_sums;   // [blocks, D H0 + H0 H1 + 2 H1] of the product block, w1, b1, w2, by position
     unsigned item_count, width, hidden0, hidden1;
@@ -52,7 +54,7 @@ __device__ __forceinline__ Pair read_pair(const void* pairs, unsigned index) {
     const uint4 raw = static_cast<const uint4*>(pairs)[index];
     return Pair{raw.x, raw.y, raw.z, raw.w};
 }
-// How many of sixteen tokens from `position` on lie before `length`.
+// How many of 16 tokens from `position` on lie before `length`.
 __device__ __forceinline__ int rows_within(unsigned length, unsigned position) {
     return length <= position ? 0 : length - position < 16 ? int(length - position) : 16;
 }
@@ -83,10 +85,11 @@ __device__ __forceinline__ void start_second(float (&h1)[H1 / 8][4], const Weigh
     }
 }
 
-// Pairs that a warp takes at once: each piece of the weights is read from shared memory for all of them.
+// Pairs that a warp takes at once: each weight fragment is read from shared memory once for all of
+// them.
 constexpr int AT_ONCE = 2;
 
-// e = relu(relu(z + c + (a * r) P) W1 + b1) . w2 + b2, a warp an item.
+// e = relu(relu(z + c + (a * r) P) W1 + b1) . w2 + b2, one warp per item.
 __device__ __forceinline__ void scores(const PerceptronParams& p) {
     Carve carve{shared_memory()};
     const Weights weights(carve, p);
@@ -110,7 +113,7 @@ __device__ __forceinline__ void scores(const PerceptronParams& p) {
             __syncwarp();  // f32: the scratch has been read
 #pragma unroll
             for (int m = 0; m < AT_ONCE; ++m) {
-                // Where there is no other pair the last is scored again, and not written.
+                // Without another pair the last is scored again, and not written.
                 const unsigned last = item.pairs - 1, at = first + m < last ? first + m : last;
                 pair[m] = read_pair(p.pairs, item.first_pair + at);
                 E* const x_rows = scratch + m * SCRATCH;

@@ -1,28 +1,28 @@
-// The softmax of every row over its pair's scores, and the sums over history it weighs.
+// The softmax of every row over its pair's scores, and the weighted sum over its history.
 //
-// A row is an instance: a pair, and how much of the history it sees. Rows of one pair share its scores.
+// A row is an instance: a pair with a history length. Rows of one pair share its scores.
 #pragma once
 #include "online_softmax.cuh"
 #include "target/scores.cuh"
 
-// A row; those of a pair follow each other, the longest first, in the order of the pairs.
+// Rows of a pair are adjacent, longest first, in the order of the pairs.
 struct Row {
     unsigned index;   // of att, lse, datt
-    unsigned length;  // tokens of its history, at most its pair's
-    unsigned score;   // where its pair's scores begin
-    unsigned token;   // where its sequence begins
+    unsigned length;  // history tokens, at most its pair's
+    unsigned score;   // first score of its pair
+    unsigned token;   // first token of its sequence
 };
 static_assert(sizeof(Row) == 16, "mirrored by src/device/cuda/target_attention.rs");
 
-// Sixteen tokens of a sequence, the last of which may not be there.
+// Up to 16 tokens of a sequence.
 struct Tile {
     unsigned token;       // the first
     unsigned tokens;      // how many: 1 to 16
-    unsigned position;    // the first one's place in the sequence
+    unsigned position;    // position of the first in the sequence
     unsigned first_pair;  // the sequence's pairs that reach it
-    unsigned pairs;       // how many do
-    unsigned first_item;  // its items
-    unsigned items;       // how many they are
+    unsigned pairs;       // number of these pairs
+    unsigned first_item;  // its first item
+    unsigned items;       // number of items
     unsigned unused;
 };
 static_assert(sizeof(Tile) == 32, "mirrored by src/device/cuda/target_attention.rs");
@@ -55,8 +55,9 @@ static_assert(sizeof(SoftmaxParams) == 96, "mirrored by src/device/cuda/target_a
 
 constexpr int ROW_THREADS = 256;
 
-// att = sum of e^(e - lse) s, a warp a row: lanes side by side share a token, 4 columns each, and groups of them take tokens in
-// turn. Reads e twice and s once a row, from the caches: rows of a sequence are neighbours.
+// att = sum of e^(e - lse) s, one warp per row: adjacent lanes share a token, 4 columns each, and
+// groups of lanes take tokens in turn. Reads e twice and s once per row, from the caches: rows of a
+// sequence are neighbours.
 __device__ __forceinline__ void softmax(const SoftmaxParams& p) {
     const unsigned index = blockIdx.x * (ROW_THREADS / 32) + warp_index();
     if (index >= p.row_count) return;
@@ -66,7 +67,7 @@ __device__ __forceinline__ void softmax(const SoftmaxParams& p) {
     float peak = -INF;
     for (unsigned t = lane; t < row.length; t += 32) peak = largest(peak, e[t]);
     for (int lanes = 16; lanes; lanes >>= 1) peak = largest(peak, shuffle_xor(peak, lanes));
-    // A history without tokens has none to be relative to.
+    // An empty history has no maximum.
     const float reference = OnlineSoftmax::reference(peak) * LOG2_E;
     constexpr int LANES = D / 4 < 32 ? D / 4 : 32, GROUPS = 32 / LANES;
     const int column = lane % LANES * 4;
@@ -93,8 +94,9 @@ __device__ __forceinline__ void softmax(const SoftmaxParams& p) {
     if (lane == 0) p.lse[row.index] = row.length ? (reference + log2_fast(sum)) * LN_2 : -INF;
 }
 
-// de = sum of p (g . s - g . att) and ds += sum of p g over the rows that see a token, with g = datt. A block takes sixteen
-// tokens, its warps pairs in turn, in the layout of accumulators; the warps' ds are added up in order.
+// de = sum of p (g . s - g . att) and ds += sum of p g over the rows that see a token, with g =
+// datt. A block takes 16 tokens; its warps take pairs in turn, in accumulator layout. The warps' ds
+// are added in order.
 __device__ __forceinline__ void softmax_backward(const SoftmaxParams& p) {
     const Tile tile = read_tile(p.tiles, blockIdx.x);
     if (tile.pairs == 0) return;
@@ -145,7 +147,7 @@ __device__ __forceinline__ void softmax_backward(const SoftmaxParams& p) {
             if ((lane & 3) == 0 && t[half] < pair.length) p.de[pair.score + t[half]] = de[half];
         }
     }
-    // One warp's share after the other takes the place of s.
+    // The warps' partial sums take the place of s, one after the other.
     for (int turn = 0; turn < warps; ++turn) {
         __syncthreads();
         if (turn != warp) continue;

@@ -1,4 +1,5 @@
-// Around the perceptron: its first layer's blocks combined, and what its backward left by item, unit and block added up.
+// Around the perceptron: combines the blocks of the first layer's weight, and adds up the partial
+// sums of backward by item, unit and block.
 #pragma once
 #include "target/softmax.cuh"
 
@@ -14,7 +15,7 @@ struct CombineParams {
 };
 static_assert(sizeof(CombineParams) == 48, "mirrored by src/device/cuda/target_attention.rs");
 
-// A thread a column of a row; the row behind the last is the bias.
+// One thread per column of a row; the row behind the last is the bias.
 __device__ __forceinline__ void combine(const CombineParams& p) {
     const unsigned i = blockIdx.x * SUM_THREADS + threadIdx.x, row = i / H0, column = i % H0;
     if (row > p.width) return;
@@ -43,7 +44,7 @@ static_assert(sizeof(SumParams) == 40, "mirrored by src/device/cuda/target_atten
 
 constexpr int SUM_QUADS = (H0 + D) / 4;
 
-// Four columns of `count` rows that are `apart` rows apart, added up and written as row `to`.
+// Sums four columns of `count` rows, `apart` rows apart, and writes row `to`.
 __device__ __forceinline__ void sum_quad(const SumParams& p, size_t first, unsigned count, unsigned apart, size_t to, int q) {
     const float4* const from = reinterpret_cast<const float4*>(p.sums) + first * SUM_QUADS + q;
     float4 sum = zero4();
@@ -53,7 +54,7 @@ __device__ __forceinline__ void sum_quad(const SumParams& p, size_t first, unsig
     else store4(p.input + to * p.width, q * 4 - H0, p.width, sum);
 }
 
-// Sums over the items of sixteen tokens, zeros where there are none; a block a tile.
+// Sums over the items of 16 tokens, zeros without items; one block per tile.
 __device__ __forceinline__ void sum_tokens(const SumParams& p) {
     const Tile tile = read_tile(p.list, blockIdx.x);
     for (unsigned i = threadIdx.x; i < tile.tokens * SUM_QUADS; i += SUM_THREADS) {
@@ -85,7 +86,8 @@ struct GradientParams {
 };
 static_assert(sizeof(GradientParams) == 96, "mirrored by src/device/cuda/target_attention.rs");
 
-// The weights' gradients in their own order. blockIdx.y is the weight: 0 and 1 the two matrices, 2 the vectors.
+// The weights' gradients in their own order. blockIdx.y is the weight: 0 and 1 the two matrices, 2
+// the vectors.
 __device__ __forceinline__ void gradients(const GradientParams& p) {
     const unsigned i = blockIdx.x * SUM_THREADS + threadIdx.x;
     const float* const second = p.sums + D * H0;
@@ -106,6 +108,6 @@ __device__ __forceinline__ void gradients(const GradientParams& p) {
     } else {
         if (i < p.hidden0) p.b0[i] = p.bias[i];
         if (i < p.hidden1) p.b1[i] = vectors[position<H1>(i)], p.w2[i] = vectors[H1 + position<H1>(i)];
-        if (i == 0) *p.b2 = 0.0f;  // a softmax does not see a constant
+        if (i == 0) *p.b2 = 0.0f;  // a softmax is invariant to a constant
     }
 }

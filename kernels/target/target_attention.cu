@@ -1,34 +1,36 @@
-// Target attention: a perceptron 4D -> H0 -> H1 -> 1 scores (history token, candidate) pairs, a softmax over each row's history
-// weighs its tokens. docs/mathematics.md, section 3.
+// Target attention: a perceptron 4D -> H0 -> H1 -> 1 scores (history token, candidate) pairs; a
+// softmax over each row's history weighs its tokens. docs/mathematics.md, section 3.
 //
 // MATHEMATICS. With the blocks A, R, S, P of the first layer's weight,
 //
 //     [a, r, a - r, a * r] w0 + b0 = z + c + (a * r) P      z = a (A + S)      c = r (R - S) + b0
 //
-// so that z and c, one a token and one a candidate, come from two plain products, and a pair costs D H0 + H0 H1 multiply-adds.
+// so that z (one row per token) and c (one row per candidate) are plain matrix products, and a
+// score costs D H0 + H0 H1 multiply-adds.
 //
-// TILING. An item is 16 tokens by some pairs: tokens are the rows of mma.m16n8k16. What the tokens have (a, z) is loaded once
-// an item, what a pair has (r, c) once sixteen tokens, the weights once a block, which takes items until there are no more.
+// TILING. An item is 16 tokens by up to 32 pairs: tokens are the rows of mma.m16n8k16. a and z are
+// loaded once per item, r and c of a pair once per 16 tokens, the weights once per block, which
+// takes items until none is left.
 //
-// TRAFFIC. Of everything between a, z, r, c and e nothing is ever in global memory. Backward computes it again, and leaves, in
-// f32, H0 + D sums every 16 scores and 16 (H0 + D) an item.
+// TRAFFIC. No activation between a, z, r, c and e is ever in global memory. Backward recomputes
+// them, and writes, in f32, H0 + D sums per 16 scores and 16 (H0 + D) per item.
 //
-// Compiled for DFAR_ELEMENT (float, bf16), DFAR_WIDTH, DFAR_HIDDEN0, DFAR_HIDDEN1: padded sizes. All values in global memory
-// are f32; the element is what products are computed in.
+// Compiled for DFAR_ELEMENT (float, bf16), DFAR_WIDTH, DFAR_HIDDEN0, DFAR_HIDDEN1: padded sizes.
+// All values in global memory are f32; products are computed in the element type.
 #include "target/backward.cuh"
 #include "target/sums.cuh"
 
 // Writes token, candidate, bias.
 KERNEL(target_combine, CombineParams, SUM_THREADS) { combine(p); }
 
-// ------------------------------------------------------------------------------------------------------------- forward
+// ----------------------------------------------------------------------------------------- forward
 
 // Writes e.
 KERNEL(target_scores, PerceptronParams, THREADS, 2) { scores(p); }
 // Writes att and lse from s and e.
 KERNEL(target_softmax, SoftmaxParams, ROW_THREADS) { softmax(p); }
 
-// ------------------------------------------------------------------------------------------------------------ backward
+// ---------------------------------------------------------------------------------------- backward
 
 // Writes de, adds to ds.
 KERNEL(target_softmax_backward, SoftmaxParams, ROW_THREADS) { softmax_backward(p); }

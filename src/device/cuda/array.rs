@@ -1,4 +1,4 @@
-//! Arrays in a runtime's memory, and staging of several for one copy.
+//! Device arrays, and staging of several arrays for one copy.
 
 use super::error::CudaError;
 use super::kernel::Pointer;
@@ -9,17 +9,17 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
-/// Memory of a runtime, given back when dropped.
+/// An allocation of a runtime, freed on drop.
 struct Allocation<R: Runtime> {
     runtime: Arc<R>,
-    /// Whether [`Runtime::send`] copies to it.
+    /// Whether it is landing memory, the target of [`Runtime::send`].
     landing: bool,
-    /// Address and bytes; unset until it is known how many there are. Null where there are none.
+    /// Address and bytes, set once the size is known. Null for 0 bytes.
     taken: OnceLock<(Pointer, usize)>,
 }
 
 impl<R: Runtime> Allocation<R> {
-    /// For [`Runtime::send`], of no size yet.
+    /// Landing memory whose size is not known yet.
     fn landing(runtime: &Arc<R>) -> Self {
         Self { runtime: runtime.clone(), landing: true, taken: OnceLock::new() }
     }
@@ -50,7 +50,7 @@ impl<R: Runtime> Drop for Allocation<R> {
         if let Some(&(at, bytes)) = self.taken.get()
             && bytes > 0
         {
-            // SAFETY: allocated in `take`, of this kind and with this many bytes; nothing else frees it.
+            // SAFETY: allocated in `take`, with this kind and size; nothing else frees it.
             unsafe {
                 match self.landing {
                     true => self.runtime.free_landing(at, bytes),
@@ -61,11 +61,11 @@ impl<R: Runtime> Drop for Allocation<R> {
     }
 }
 
-/// An array in a runtime's memory: an allocation of its own, or one shared with the other arrays of a [`Staging`], which is
-/// given back when the last of them is dropped. One of length 0 has a null address.
+/// An array in device memory: an allocation of its own, or part of one shared with the other arrays of a [`Staging`] and
+/// freed with the last of them. An empty array has a null address.
 pub struct Array<R: Runtime, T> {
     memory: Arc<Allocation<R>>,
-    /// Bytes before it.
+    /// Offset in bytes.
     offset: usize,
     len: usize,
     element: PhantomData<T>,
@@ -77,7 +77,7 @@ unsafe impl<R: Runtime, T> Send for Array<R, T> {}
 unsafe impl<R: Runtime, T> Sync for Array<R, T> {}
 
 impl<R: Runtime, T: Pod> Array<R, T> {
-    /// Room for `len` values, content unspecified.
+    /// `len` values of unspecified content.
     ///
     /// # Errors
     /// As [`Runtime::allocate`].
@@ -106,13 +106,13 @@ impl<R: Runtime, T: Pod> Array<R, T> {
         Ok(array)
     }
 
-    /// Replaces all values.
+    /// Overwrites all values.
     ///
     /// # Errors
     /// As [`Runtime::write`].
     ///
     /// # Panics
-    /// If `host` is not as long.
+    /// If the lengths differ.
     pub fn copy_from(&mut self, host: &[T]) -> Result<(), CudaError> {
         assert_eq!(host.len(), self.len, "a copy from the host should be as long as the array");
         if self.len > 0 {
@@ -122,7 +122,7 @@ impl<R: Runtime, T: Pod> Array<R, T> {
         Ok(())
     }
 
-    /// Makes all values 0.
+    /// Sets all values to 0.
     ///
     /// # Errors
     /// As [`Runtime::zero`].
@@ -134,7 +134,7 @@ impl<R: Runtime, T: Pod> Array<R, T> {
         Ok(())
     }
 
-    /// The values, on the host.
+    /// Copies the values to a new host vector.
     ///
     /// # Errors
     /// As [`Runtime::read`].
@@ -150,7 +150,7 @@ impl<R: Runtime, T: Pod> Array<R, T> {
     /// As [`Runtime::read`].
     ///
     /// # Panics
-    /// If `host` is not as long.
+    /// If the lengths differ.
     pub fn copy_to(&self, host: &mut [T]) -> Result<(), CudaError> {
         assert_eq!(host.len(), self.len, "a copy to the host should be as long as the array");
         if self.len > 0 {
@@ -160,18 +160,18 @@ impl<R: Runtime, T: Pod> Array<R, T> {
         Ok(())
     }
 
-    /// Its address, for arguments of kernels.
+    /// Device address, for kernel arguments.
     ///
     /// # Panics
-    /// If it is of a [`Staging`] that was not sent.
+    /// If it belongs to a [`Staging`] that was not sent.
     pub fn pointer(&self) -> Pointer {
         if self.len == 0 { 0 } else { self.memory.at() + self.offset as Pointer }
     }
 
-    /// Address of the value `index`, which may be one past the last.
+    /// Address of value `index`, at most one past the last.
     ///
     /// # Panics
-    /// If there are not as many.
+    /// If `index > len`.
     pub fn pointer_at(&self, index: usize) -> Pointer {
         assert!(index <= self.len, "value {index} of {}", self.len);
         self.pointer() + (index * size_of::<T>()) as Pointer
@@ -182,12 +182,12 @@ impl<R: Runtime, T: Pod> Array<R, T> {
         self.len
     }
 
-    /// Whether there are none.
+    /// Whether it is empty.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Whether it lies in the memory of `runtime`.
+    /// Whether it was allocated by `runtime`.
     pub fn is_on(&self, runtime: &Arc<R>) -> bool {
         Arc::ptr_eq(&self.memory.runtime, runtime)
     }
@@ -199,8 +199,8 @@ impl<R: Runtime, T: Pod> Buffer<T> for Array<R, T> {
     }
 }
 
-/// Arrays on their way to the device, in one copy. Each is 256-byte aligned, as an allocation of its own would be; none may be
-/// used before [`Staging::send`].
+/// Arrays in one pinned staging buffer, copied to the device together. Each is 256-byte aligned, like an allocation of its
+/// own. None may be used before [`Staging::send`].
 pub struct Staging<R: Runtime> {
     memory: Arc<Allocation<R>>,
     host: R::Pinned,
@@ -208,10 +208,10 @@ pub struct Staging<R: Runtime> {
 }
 
 impl<R: Runtime> Staging<R> {
-    /// Bytes of host memory that a staging begins with.
+    /// Initial size of the staging buffer in bytes.
     const BYTES: usize = 1 << 20;
 
-    /// With no arrays.
+    /// An empty staging buffer.
     ///
     /// # Errors
     /// As [`Runtime::pinned`].
@@ -220,7 +220,7 @@ impl<R: Runtime> Staging<R> {
         Ok(Self { memory: Arc::new(Allocation::landing(runtime)), host, parts: Vec::new() })
     }
 
-    /// One more array: a copy of `host`.
+    /// Adds an array: a copy of `host`.
     ///
     /// # Errors
     /// As [`Runtime::pinned`].
@@ -240,7 +240,7 @@ impl<R: Runtime> Staging<R> {
         Ok(Array { memory: self.memory.clone(), offset, len: host.len(), element: PhantomData })
     }
 
-    /// Starts the copy. What is asked of the runtime from now on finds the arrays.
+    /// Starts the copy. All later work on the runtime sees the arrays.
     ///
     /// # Errors
     /// As [`Runtime::allocate_landing`] and [`Runtime::send`].
@@ -249,7 +249,7 @@ impl<R: Runtime> Staging<R> {
         let bytes = parts.last().map_or(0, |last| last.end);
         let at = memory.take(bytes)?;
         if bytes > 0 {
-            // SAFETY: the memory was just taken with as many bytes as the last part ends at; no array has had an address so far.
+            // SAFETY: the memory was just allocated with the end of the last part as its size; no array had an address before.
             unsafe { memory.runtime.send(at, host, &parts)? };
         }
         Ok(())

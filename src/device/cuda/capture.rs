@@ -1,6 +1,6 @@
-//! Work as a CUDA graph: a sequence of launches is recorded, and started in one piece.
+//! CUDA graph capture: records a sequence of launches and starts it as one graph.
 //!
-//! Recording changes nothing on the device. Work that cannot be recorded is simply done again, plainly.
+//! Recording changes nothing on the device. Work that cannot be recorded is repeated without a graph.
 
 use super::error::CudaError;
 use super::runtime::{Runtime, Start};
@@ -8,16 +8,16 @@ use crate::device::DeviceError;
 use std::fmt;
 use std::sync::{Mutex, PoisonError};
 
-/// What became of the work that was to be captured.
+/// How captured work was started, with counts.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Captures {
-    /// Times that an executable was there.
+    /// Started by a cached graph executable.
     pub updated: usize,
-    /// Times that one was made.
+    /// Started by a newly instantiated executable.
     pub instantiated: usize,
-    /// Times that the work ran plainly.
+    /// Run without a graph.
     pub refused: usize,
-    /// Why, the last time.
+    /// Reason of the last run without a graph.
     pub reason: Option<String>,
 }
 
@@ -35,7 +35,7 @@ impl fmt::Display for Captures {
     }
 }
 
-/// A capture that has begun. Dropped, it ends and is forgotten.
+/// A capture in progress. Drop ends and discards it.
 struct Capture<'a, R: Runtime>(Option<&'a R>);
 
 impl<'a, R: Runtime> Capture<'a, R> {
@@ -83,7 +83,7 @@ pub(super) fn captured<R: Runtime, T>(
     }
     match outcome {
         Ok((value, _)) => Ok(value),
-        // Nothing of it has run. If the capture was not at fault, the error comes again.
+        // None of it has run. If the capture did not cause the error, the error repeats.
         Err(_) => work(),
     }
 }

@@ -1,5 +1,5 @@
-//! The topics of [`Device`](crate::device::Device) for every runtime: each operation is a function in the file of
-//! its `.cu`.
+//! [`Device`](crate::device::Device), topic by topic, for every runtime: each method calls the operation in the file of
+//! its `.cu`. Also the list of all kernels.
 
 use super::array::{Array, Staging};
 use super::error::CudaError;
@@ -348,11 +348,11 @@ impl<R: Runtime> Optimizer for Gpu<R> {
     }
 }
 
-/// Shapes of target attention that are looked at without a device: the paper's, and twice as wide.
+/// Shapes of target attention in the kernel table: the paper's, and twice as wide.
 const TARGET_SHAPES: [Shape; 2] =
     [Shape { width: 32, hidden0: 80, hidden1: 40 }, Shape { width: 64, hidden0: 80, hidden1: 40 }];
 
-/// Every kernel but those of attention, with its largest block.
+/// Every kernel except those of attention, with its largest block.
 pub fn step_kernels() -> Vec<(Kernel, Block)> {
     let files = [
         rows::KERNELS,

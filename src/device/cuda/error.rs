@@ -1,4 +1,4 @@
-//! The one error of the GPU side.
+//! [`CudaError`], the error of every module here.
 
 use super::kernel::{Arch, Element};
 use crate::attention::AttentionError;
@@ -9,21 +9,21 @@ use thiserror::Error;
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum CudaError {
-    /// The operation refuses its arguments.
+    /// The operation rejects its arguments.
     #[error(transparent)]
     Attention(#[from] AttentionError),
-    /// There is no driver.
-    #[error("cuda: there is no NVIDIA driver here (its library, libcuda, cannot be loaded)")]
+    /// No NVIDIA driver is installed.
+    #[error("cuda: no NVIDIA driver found (libcuda cannot be loaded)")]
     NoDriver,
-    /// There is no such GPU.
-    #[error("cuda: there is no device {ordinal}; the driver shows {found}")]
+    /// The device number does not exist.
+    #[error("cuda: device {ordinal} does not exist; the driver reports {found}")]
     NoDevice {
-        /// Number asked for, from 0.
+        /// Requested device number, from 0.
         ordinal: usize,
-        /// How many there are.
+        /// Number of devices the driver reports.
         found: usize,
     },
-    /// A GPU without the instructions the kernels use.
+    /// A GPU older than the oldest supported architecture.
     #[error("cuda: {name} is {}, but the kernels need {} or later", arch.name(), Arch::OLDEST.name())]
     OldDevice {
         /// Its name.
@@ -34,10 +34,10 @@ pub enum CudaError {
     /// NVRTC, which compiles the kernels, cannot be loaded.
     #[error("cuda: NVRTC cannot be loaded (tried {}); install the CUDA toolkit or put its libraries on the loader's path", tried.join(", "))]
     NoNvrtc {
-        /// Names it was looked for under.
+        /// Library names tried.
         tried: &'static [&'static str],
     },
-    /// An NVRTC that does not know what the kernels need.
+    /// An NVRTC too old for the kernels.
     #[error("cuda: NVRTC is {}.{}, but the kernels need {}.{} or later", found.0, found.1, oldest.0, oldest.1)]
     OldNvrtc {
         /// Version found.
@@ -45,7 +45,7 @@ pub enum CudaError {
         /// Version needed.
         oldest: (i32, i32),
     },
-    /// A kernel that NVRTC refuses.
+    /// NVRTC cannot compile a kernel.
     #[error("cuda: {kernel} does not compile for {arch} with {}: {error}\n{log}", options.join(" "))]
     Compile {
         /// Source file.
@@ -62,73 +62,73 @@ pub enum CudaError {
     /// cuBLASLt, which multiplies matrices, cannot be loaded.
     #[error("cuda: cuBLASLt cannot be loaded (tried {}); install the CUDA toolkit or put its libraries on the loader's path", tried.join(", "))]
     NoBlas {
-        /// Names it was looked for under.
+        /// Library names tried.
         tried: &'static [&'static str],
     },
     /// cuBLASLt failed.
     #[error("cuda: {action} failed in cuBLASLt with status {status}")]
     Blas {
-        /// What was tried, e.g. a product's shape.
+        /// The failed action, e.g. a product's shape.
         action: String,
-        /// Its status.
+        /// The `cublasStatus_t`.
         status: i32,
     },
-    /// The device's memory does not suffice.
-    #[error("cuda: the device has no {bytes} bytes of memory left; use a smaller batch")]
+    /// An allocation failed for lack of device memory.
+    #[error("cuda: out of device memory: {bytes} bytes requested; use a smaller batch")]
     OutOfMemory {
-        /// Bytes asked for.
+        /// Bytes requested.
         bytes: usize,
     },
-    /// What a run keeps on the device does not fit.
+    /// Parameters and optimizer state do not fit the free device memory.
     #[error(
-        "cuda: {parameters} parameters with what training keeps of each need {:.2} GiB, but {:.2} of the device's {:.2} GiB are free; \
+        "cuda: {parameters} parameters with their optimizer state need {:.2} GiB, but {:.2} of the device's {:.2} GiB are free; \
          choose a smaller --width, leave out --dense-embeddings, or use --device cpu", gib(*needed), gib(*free), gib(*total)
     )]
     NoRoom {
-        /// Values of the model.
+        /// Parameters of the model.
         parameters: usize,
         /// Bytes needed.
         needed: usize,
         /// Bytes free.
         free: usize,
-        /// Bytes in all.
+        /// Bytes of device memory.
         total: usize,
     },
     /// The driver failed.
     #[error("cuda: {action} failed: {message}")]
     Driver {
-        /// What was tried.
+        /// The failed action.
         action: &'static str,
-        /// The driver's error, in its words.
+        /// The driver's error message.
         message: String,
     },
-    /// Something that a CUDA graph cannot hold, while one is recorded.
+    /// An action that a CUDA graph capture does not allow.
     #[error("cuda: {action} cannot be part of a CUDA graph")]
     NotCaptured {
-        /// What was asked for.
+        /// The action.
         action: &'static str,
     },
-    /// A buffer that lives on another device.
+    /// A buffer of another device.
     #[error("cuda: {name} is on another device than the call")]
     OtherDevice {
         /// Argument.
         name: &'static str,
     },
-    /// Tensors of another type than the batch was planned for.
+    /// The element type of the tensors differs from that of the plan.
     #[error("cuda: the batch was planned for {}, but the tensors are {}", planned.name(), given.name())]
     Element {
-        /// Of the plan.
+        /// Type of the plan.
         planned: Element,
-        /// Of the tensors.
+        /// Type of the tensors.
         given: Element,
     },
     /// No kernel is compiled for this head width.
     #[error("cuda: head_dim is {head_dim}, but the kernels have 8, 16, 32, 64 and 128")]
     HeadDim {
-        /// Width asked for.
+        /// Requested width.
         head_dim: usize,
     },
-    /// No kernel of target attention is compiled for this width.
+    /// No target attention kernel is compiled for this width.
     #[error(
         "cuda: tokens of width {width} are wider than target attention has a kernel for ({widest}); use --device cpu"
     )]
@@ -138,7 +138,7 @@ pub enum CudaError {
         /// Widest compiled.
         widest: usize,
     },
-    /// A block needs more shared memory than the device gives it.
+    /// A block needs more shared memory than the device allows.
     #[error(
         "cuda: pass {pass} needs {needed} bytes of shared memory per block, but the device has {available}"
     )]
@@ -147,11 +147,11 @@ pub enum CudaError {
         pass: &'static str,
         /// Bytes of the smallest block.
         needed: usize,
-        /// Bytes the device gives.
+        /// Bytes the device allows.
         available: usize,
     },
     /// A batch too large for one call.
-    #[error("cuda: the batch has {rows} query rows, but one call can count {}; split it", i32::MAX)]
+    #[error("cuda: the batch has {rows} query rows, more than the limit of {} per call; split it", i32::MAX)]
     TooLarge {
         /// Rows `N * Q`.
         rows: usize,
@@ -163,7 +163,7 @@ fn gib(bytes: usize) -> f64 {
 }
 
 impl CudaError {
-    /// What the driver reported while trying to `action`; `bytes` were asked for, if memory was.
+    /// A driver error during `action`; `bytes` is the requested size of an allocation, else 0.
     pub(crate) fn driver(action: &'static str, error: DriverError, bytes: usize) -> CudaError {
         match error.0 {
             CUresult::CUDA_ERROR_OUT_OF_MEMORY => CudaError::OutOfMemory { bytes },
@@ -171,12 +171,12 @@ impl CudaError {
         }
     }
 
-    /// Exit code of the binaries: 4, no usable GPU, unless the caller's arguments are at fault.
+    /// Exit code of the binaries: 1 for invalid arguments, else 4 (no usable GPU).
     pub fn exit_code(&self) -> u8 {
         if self.is_argument() { 1 } else { 4 }
     }
 
-    /// Whether the error is about what the caller gave, not about the machine.
+    /// Whether the caller's arguments caused the error.
     pub fn is_argument(&self) -> bool {
         matches!(self, CudaError::Attention(_) | CudaError::OtherDevice { .. } | CudaError::Element { .. })
     }

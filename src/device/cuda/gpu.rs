@@ -1,4 +1,4 @@
-//! [`Gpu`]: a runtime with the precision of its products. Its operations are in [`ops`](super::ops), a file for each `.cu`.
+//! [`Gpu`]: a runtime with a precision. [`ops`](super::ops) implements its operations, one file for each `.cu`.
 
 use super::array::Array;
 use super::capture::{self, Captures};
@@ -9,41 +9,41 @@ use crate::device::DeviceError;
 use bytemuck::Pod;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// A device that runs the kernels: a GPU, or the emulator of the tests.
+/// The device that runs the kernels: a GPU, or the emulator in tests.
 pub struct Gpu<R: Runtime> {
     runtime: Arc<R>,
     precision: Precision,
-    /// `None`: nothing is captured.
+    /// `None`: graphs are off.
     captures: Option<Mutex<Captures>>,
 }
 
 impl<R: Runtime> Gpu<R> {
-    /// On `runtime`, with products in `precision`. Values in memory are f32 either way.
+    /// A device on `runtime` with matrix products in `precision`. Values in memory are always f32.
     pub fn new(runtime: R, precision: Precision) -> Self {
         Self { runtime: Arc::new(runtime), precision, captures: None }
     }
 
-    /// With [`Device::captured`](crate::device::Device::captured) by CUDA graphs.
+    /// Enables CUDA graphs in [`Execution::captured`](crate::device::Execution::captured).
     pub fn with_graphs(self) -> Self {
         Self { captures: Some(Mutex::default()), ..self }
     }
 
-    /// What became of the captures so far; `None` without [`Gpu::with_graphs`].
+    /// Capture counts so far; `None` without [`Gpu::with_graphs`].
     pub fn captures(&self) -> Option<Captures> {
         self.captures.as_ref().map(|captures| captures.lock().unwrap_or_else(PoisonError::into_inner).clone())
     }
 
-    /// What it runs on.
+    /// The runtime.
     pub fn runtime(&self) -> &Arc<R> {
         &self.runtime
     }
 
-    /// What products are computed with.
+    /// Precision of matrix products.
     pub fn precision(&self) -> Precision {
         self.precision
     }
 
-    /// Room for `len` values, content unspecified.
+    /// `len` values of unspecified content.
     ///
     /// # Errors
     /// As [`Runtime::allocate`].
@@ -67,7 +67,7 @@ impl<R: Runtime> Gpu<R> {
         capture::captured(&*self.runtime, self.captures.as_ref(), work)
     }
 
-    /// Starts a kernel, unless its grid is empty.
+    /// Launches a kernel unless its grid is empty.
     ///
     /// # Safety
     /// As [`Runtime::launch`].
@@ -80,7 +80,7 @@ impl<R: Runtime> Gpu<R> {
         if launch.grid.contains(&0) {
             return Ok(());
         }
-        // SAFETY: the caller's promises.
+        // SAFETY: the caller's contract.
         unsafe { self.runtime.launch(kernel, launch, bytemuck::bytes_of(params)) }
     }
 }

@@ -1,11 +1,11 @@
-//! Names that every room shares: element types, a kernel and its module, a launch.
+//! Names shared by all modules here: element types, kernels and their modules, launches.
 
 use std::fmt;
 
 /// Address in device memory; 0 is null.
 pub type Pointer = u64;
 
-/// Type of `q`, `k`, `v`, `o` and their gradients. Accumulation is in f32 always.
+/// Element type of `q`, `k`, `v`, `o` and their gradients. Accumulation is always f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Element {
     /// Exact path, on the FMA pipes.
@@ -17,10 +17,10 @@ pub enum Element {
 }
 
 impl Element {
-    /// Every one.
+    /// All element types.
     pub const ALL: [Element; 3] = [Element::F32, Element::Bf16, Element::F16];
 
-    /// Bytes of one value.
+    /// Size in bytes.
     pub const fn size(self) -> usize {
         match self {
             Element::F32 => 4,
@@ -28,7 +28,7 @@ impl Element {
         }
     }
 
-    /// Its name, as in `--precision`.
+    /// The name used by `--precision`.
     pub const fn name(self) -> &'static str {
         match self {
             Element::F32 => "f32",
@@ -37,7 +37,7 @@ impl Element {
         }
     }
 
-    /// Its name in the kernels.
+    /// The type name in the kernels.
     pub const fn cuda_name(self) -> &'static str {
         match self {
             Element::F32 => "float",
@@ -47,9 +47,9 @@ impl Element {
     }
 }
 
-/// A type tensors can have.
+/// An element type of tensors.
 pub trait Value: bytemuck::Pod {
-    /// Which one.
+    /// Its [`Element`].
     const ELEMENT: Element;
 }
 impl Value for f32 {
@@ -62,22 +62,22 @@ impl Value for half::f16 {
     const ELEMENT: Element = Element::F16;
 }
 
-/// One `.cu` of `kernels/`, with all it includes.
+/// A `.cu` of `kernels/` with its included headers.
 #[derive(Debug)]
 pub struct Source {
-    /// File name.
+    /// Path below `kernels/`.
     pub name: &'static str,
     /// FNV-1a of names and texts.
     pub hash: u64,
-    /// Its text.
+    /// Source text.
     pub text: &'static str,
-    /// Names and texts of the headers, the closure of its includes.
+    /// Names and texts of all included headers, transitively.
     pub headers: &'static [(&'static str, &'static str)],
 }
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
-/// Machine a module is compiled for: a compute capability.
+/// Target architecture of a module: a compute capability.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Arch {
     /// Major version.
@@ -87,22 +87,22 @@ pub struct Arch {
 }
 
 impl Arch {
-    /// The first with everything the kernels use (`cp.async`, bf16 `mma`).
+    /// Oldest supported architecture: the first with `cp.async` and bf16 `mma`.
     pub const OLDEST: Arch = Arch { major: 8, minor: 0 };
 
-    /// As NVRTC wants it. Code for 9.0 may use what only Hopper has.
+    /// NVRTC name. 9.0 is `sm_90a`, which allows Hopper-only instructions.
     pub fn name(self) -> String {
         let suffix = if self == (Arch { major: 9, minor: 0 }) { "a" } else { "" };
         format!("sm_{}{}{suffix}", self.major, self.minor)
     }
 }
 
-/// Value of a macro that a module is compiled with.
+/// Value of a macro of a module.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Define {
-    /// E.g. the name of a type.
+    /// An identifier, e.g. a type name.
     Word(&'static str),
-    /// A size.
+    /// A number.
     Number(u32),
 }
 
@@ -115,7 +115,7 @@ impl fmt::Display for Define {
     }
 }
 
-/// What is compiled: a `.cu` of `kernels/`, with macros.
+/// A compilation unit: a `.cu` of `kernels/` with its macros.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Module {
     source: &'static str,
@@ -123,12 +123,12 @@ pub struct Module {
 }
 
 impl Module {
-    /// A file of `kernels/` without macros.
+    /// A `.cu` without macros.
     pub const fn new(source: &'static str) -> Module {
         Module { source, defines: [None; 4] }
     }
 
-    /// With a macro more; there is room for four.
+    /// Adds a macro; at most four.
     pub const fn with(mut self, name: &'static str, value: Define) -> Module {
         let mut i = 0;
         while self.defines[i].is_some() {
@@ -138,12 +138,12 @@ impl Module {
         self
     }
 
-    /// What a macro stands for, if it is given.
+    /// The value of a macro, if defined.
     pub fn define(&self, name: &str) -> Option<Define> {
         self.defines.iter().flatten().find(|(given, _)| *given == name).map(|(_, value)| *value)
     }
 
-    /// The source it is compiled from.
+    /// Its source.
     ///
     /// # Panics
     /// If `kernels/` has no such file.
@@ -157,7 +157,7 @@ impl Module {
         defines.fold(self.source.to_owned(), |name, define| name + &define)
     }
 
-    /// Options of the compiler.
+    /// NVRTC options.
     pub fn options(&self, arch: Arch) -> Vec<String> {
         let mut options = vec![format!("--gpu-architecture={}", arch.name()), "--std=c++17".to_owned()];
         options.extend(self.defines.iter().flatten().map(|(name, value)| format!("-D{name}={value}")));
@@ -165,31 +165,31 @@ impl Module {
     }
 }
 
-/// What a kernel is called: the module it is compiled in, and its name there.
+/// A kernel: its module and entry point.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Kernel {
-    /// Source and macros.
+    /// Module.
     pub module: Module,
-    /// Name.
+    /// Entry point.
     pub entry: &'static str,
 }
 
 /// Grid and block of one launch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Launch {
-    /// Blocks along x and y. Nothing is to be launched when one is 0.
+    /// Blocks along x and y. If one is 0, nothing is launched.
     pub grid: [u32; 2],
-    /// Threads of a block.
+    /// Threads per block.
     pub threads: u32,
-    /// Dynamic shared memory in bytes.
+    /// Dynamic shared memory per block, in bytes.
     pub shared_bytes: u32,
 }
 
-/// One kernel's block.
+/// Block size of a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Block {
     /// Warps; a warp owns [`WARP_ROWS`](super::plan::tile::WARP_ROWS) rows.
     pub warps: usize,
-    /// Dynamic shared memory in bytes.
+    /// Dynamic shared memory per block, in bytes.
     pub shared_bytes: usize,
 }

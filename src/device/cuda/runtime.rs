@@ -3,8 +3,8 @@
 //! [`Cuda`](super::Cuda) implements it for a GPU, `tests/emulator` for the CPU. The operations (argument checks, plans, the
 //! order of launches) are generic over it, so they are tested on machines without a GPU.
 //!
-//! Everything asked of a runtime happens in the order it was asked for, but for the copies of [`Runtime::send`], which may come
-//! earlier; only [`Runtime::read`] waits for all of it.
+//! Work runs in the order of the calls (stream-ordered), except the copies of [`Runtime::send`], which may run earlier. Only
+//! [`Runtime::read`] waits for all earlier work.
 
 use super::error::CudaError;
 use super::kernel::{Kernel, Launch, Pointer};
@@ -12,11 +12,11 @@ use crate::device::{Activation, Store};
 use serde::{Deserialize, Serialize};
 use std::ops::{DerefMut, Range};
 
-/// What products are computed with; sums are f32 either way.
+/// Precision of the factors of matrix products; sums are always f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
-    /// Factors as they are.
+    /// f32 factors.
     #[default]
     F32,
     /// Factors rounded to bf16, on the tensor cores.
@@ -24,7 +24,7 @@ pub enum Precision {
 }
 
 impl Precision {
-    /// Its name, as in `--precision`.
+    /// The name used by `--precision`.
     pub const fn name(self) -> &'static str {
         match self {
             Precision::F32 => "f32",
@@ -40,112 +40,112 @@ pub struct Gemm {
     pub shape: [usize; 3],
     /// Address of `a`.
     pub a: Pointer,
-    /// Whether `a` lies in memory as `[k, m]`.
+    /// Whether `a` is stored as `[k, m]`.
     pub a_transposed: bool,
     /// Address of `b`.
     pub b: Pointer,
-    /// Whether `b` lies in memory as `[n, k]`.
+    /// Whether `b` is stored as `[n, k]`.
     pub b_transposed: bool,
     /// Address of `c`.
     pub c: Pointer,
-    /// Whether the result replaces `c` or is added to it. Adding goes with neither bias nor activation.
+    /// Overwrites or adds to `c`. Adding excludes bias and activation.
     pub store: Store,
     /// `[n]`, or null.
     pub bias: Pointer,
     /// Applied last.
     pub activation: Activation,
-    /// Of the factors.
+    /// Precision of the factors.
     pub precision: Precision,
 }
 
-/// How what was recorded was started.
+/// How a recorded graph was started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Start {
-    /// By an executable that was there, with new addresses and sizes.
+    /// By a cached executable, updated with new addresses and sizes.
     Updated,
-    /// By one made for it.
+    /// By a newly instantiated executable.
     Instantiated,
 }
 
-/// What the machine offers a block, and how many blocks at once.
+/// Limits of the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Shared memory a block may have, in bytes.
+    /// Shared memory per block, in bytes.
     pub shared_per_block: usize,
     /// Multiprocessors.
     pub multiprocessors: usize,
-    /// Bytes of the cache that all of them share.
+    /// Bytes of the L2 cache.
     pub cache_bytes: usize,
 }
 
 /// Device memory, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Memory {
-    /// Not taken, by anybody.
+    /// Free.
     pub free: usize,
-    /// In all.
+    /// Total.
     pub total: usize,
 }
 
 /// A machine that runs the kernels.
 pub trait Runtime: Send + Sync + 'static {
-    /// A moment in the course of the work.
+    /// An event recorded in the stream of work.
     type Mark: Send;
 
-    /// Host memory that the machine copies from by itself, while the host goes on.
+    /// A pinned staging buffer: host memory that the device copies from asynchronously.
     type Pinned: DerefMut<Target = [u8]> + Send;
 
-    /// Bytes to leave between the arrays of a [`Staging`](super::array::Staging), besides those that align them: for a machine that finds accesses
-    /// outside an array by what lies around it.
+    /// Bytes to leave between the arrays of a [`Staging`](super::array::Staging), in addition to alignment: for a runtime
+    /// that detects accesses outside an array by its surroundings.
     const GAP: usize = 0;
 
-    /// Marks the moment when all that was asked for so far is done.
+    /// Records an event behind all work so far.
     ///
     /// # Errors
     /// What the driver reports.
     fn mark(&self) -> Result<Self::Mark, CudaError>;
 
-    /// Seconds between two moments; waits for the later one.
+    /// Seconds between two events; waits for the later one.
     ///
     /// # Errors
     /// What the driver reports, including failures of earlier launches.
     fn seconds_between(&self, from: &Self::Mark, to: &Self::Mark) -> Result<f64, CudaError>;
 
-    /// What it is, for logs.
+    /// Device name, for logs.
     fn name(&self) -> String;
 
-    /// Its limits.
+    /// The limits of the device.
     fn limits(&self) -> Limits;
 
-    /// Its memory.
+    /// Free and total memory.
     ///
     /// # Errors
     /// What the driver reports.
     fn memory(&self) -> Result<Memory, CudaError>;
 
-    /// `bytes` bytes (not 0) of unspecified content, at a multiple of 256.
+    /// Allocates `bytes` bytes (not 0), 256-byte aligned, of unspecified content.
     ///
     /// # Errors
     /// [`CudaError::OutOfMemory`], or what the driver reports.
     fn allocate(&self, bytes: usize) -> Result<Pointer, CudaError>;
 
-    /// Gives memory back, for what is asked for later.
+    /// Frees memory in stream order: later allocations may reuse it.
     ///
     /// # Safety
-    /// `at` is from [`Runtime::allocate`] of this runtime with as many `bytes`, and was not freed.
+    /// `at` is from [`Runtime::allocate`] of this runtime with the same `bytes`, and is not freed.
     unsafe fn free(&self, at: Pointer, bytes: usize);
 
-    /// Memory as [`Runtime::allocate`] gives it, for [`Runtime::send`]. Nothing that was asked for earlier uses it: a copy to it
-    /// may come before all that.
+    /// Allocates landing memory, the target of [`Runtime::send`]. No work in flight uses it, so a copy to it may run ahead of
+    /// that work.
     ///
     /// # Errors
     /// As [`Runtime::allocate`], and [`CudaError::NotCaptured`] if it has to wait for the device during a capture.
     fn allocate_landing(&self, bytes: usize) -> Result<Pointer, CudaError>;
 
-    /// Gives such memory back. What was asked for so far may use it.
+    /// Frees landing memory. Work in flight may still use it.
     ///
     /// # Safety
-    /// `at` is from [`Runtime::allocate_landing`] of this runtime with as many `bytes`, and was not freed.
+    /// `at` is from [`Runtime::allocate_landing`] of this runtime with the same `bytes`, and is not freed.
     unsafe fn free_landing(&self, at: Pointer, bytes: usize);
 
     /// Fills memory with zeros.
@@ -157,7 +157,7 @@ pub trait Runtime: Send + Sync + 'static {
     /// The bytes lie inside one allocation.
     unsafe fn zero(&self, at: Pointer, bytes: usize) -> Result<(), CudaError>;
 
-    /// Copies from the host; `host` may be changed as soon as this returns.
+    /// Copies from the host; `host` may change once this returns.
     ///
     /// # Errors
     /// What the driver reports.
@@ -166,16 +166,16 @@ pub trait Runtime: Send + Sync + 'static {
     /// `host.len()` bytes from `at` on lie inside one allocation.
     unsafe fn write(&self, at: Pointer, host: &[u8]) -> Result<(), CudaError>;
 
-    /// Host memory of at least `bytes` bytes, unspecified content, that no copy reads any more. Waits for an earlier
-    /// [`Runtime::send`] where too many are under way.
+    /// A pinned staging buffer of at least `bytes` bytes, of unspecified content, that no copy in flight reads. Waits for an
+    /// earlier [`Runtime::send`] if too many are in flight.
     ///
     /// # Errors
     /// What the driver reports.
     fn pinned(&self, bytes: usize) -> Result<Self::Pinned, CudaError>;
 
-    /// Copies `parts` of `from`, which ascend, to the same places from `at` on, in one piece: what lies between them may be
-    /// copied with them. Takes the host memory back, to give it to somebody else when the copy is done. What is asked for from
-    /// now on finds the copy; what was asked for before need not be done when it is made.
+    /// Starts one copy of the ascending `parts` of `from` to the same offsets from `at`; the gaps may be copied too. Takes the
+    /// staging buffer, and reuses it when the copy has finished. Later work sees the copy; the copy may overtake earlier
+    /// work.
     ///
     /// # Errors
     /// What the driver reports.
@@ -184,11 +184,11 @@ pub trait Runtime: Send + Sync + 'static {
     /// If a part ends outside `from`.
     ///
     /// # Safety
-    /// `at` is from [`Runtime::allocate_landing`] with at least as many bytes as the last part ends at, and nothing that was
-    /// asked for since uses it.
+    /// `at` is from [`Runtime::allocate_landing`] with at least the end of the last part as its size, and no work enqueued
+    /// since uses it.
     unsafe fn send(&self, at: Pointer, from: Self::Pinned, parts: &[Range<usize>]) -> Result<(), CudaError>;
 
-    /// Copies to the host, after all that was asked for before.
+    /// Copies to the host, after all earlier work.
     ///
     /// # Errors
     /// What the driver reports, including failures of earlier launches.
@@ -197,30 +197,30 @@ pub trait Runtime: Send + Sync + 'static {
     /// `host.len()` bytes from `at` on lie inside one allocation.
     unsafe fn read(&self, at: Pointer, host: &mut [u8]) -> Result<(), CudaError>;
 
-    /// Starts a kernel.
+    /// Launches a kernel.
     ///
     /// # Errors
     /// A kernel that cannot be compiled, and what the driver reports.
     ///
     /// # Safety
-    /// `params` are the bytes of the argument that the kernel declares; with this grid, each of its pointers is to memory
-    /// of the shape the kernel's contract names.
+    /// `params` are the bytes of the argument that the kernel declares. For this grid, each of its pointers refers to memory
+    /// of the shape in the kernel's contract.
     unsafe fn launch(&self, kernel: Kernel, launch: Launch, params: &[u8]) -> Result<(), CudaError>;
 
-    /// Starts a matrix product.
+    /// Enqueues a matrix product.
     ///
     /// # Errors
     /// What the library reports.
     ///
     /// # Safety
-    /// The addresses are of matrices of the shapes named, `c` overlapping no other.
+    /// The addresses refer to matrices of the given shapes; `c` overlaps no other.
     unsafe fn gemm(&self, gemm: &Gemm) -> Result<(), CudaError> {
-        // SAFETY: the caller's promises.
+        // SAFETY: the caller's contract.
         unsafe { self.gemm_batch(gemm, 1) }
     }
 
-    /// Starts `count` matrix products of one shape, whose matrices follow each other in memory. More than one goes with
-    /// neither bias nor activation.
+    /// Enqueues `count` matrix products of one shape, with matrices adjacent in memory. `count > 1` excludes bias and
+    /// activation.
     ///
     /// # Errors
     /// What the library reports.
@@ -229,21 +229,20 @@ pub trait Runtime: Send + Sync + 'static {
     /// As [`Runtime::gemm`], for all of them.
     unsafe fn gemm_batch(&self, gemm: &Gemm, count: usize) -> Result<(), CudaError>;
 
-    /// Records launches, products and fills from here on, with their arguments as they are now, in the place of doing them.
-    /// Memory may be asked for and given back meanwhile, by the rule that holds without a capture: what is recorded later may
-    /// use it again. Pinned memory may be asked for, by any thread; everything else is refused with
-    /// [`CudaError::NotCaptured`], and is for one thread alone.
+    /// Starts a capture: launches, products and fills are recorded with their current arguments instead of executed. Memory
+    /// may be allocated and freed under the stream-ordered rule: work recorded later may reuse it. Any thread may take pinned
+    /// staging buffers. Everything else is refused with [`CudaError::NotCaptured`] and restricted to one thread.
     ///
     /// # Errors
     /// [`CudaError::NotCaptured`] during a capture, and what the driver reports.
     fn begin_capture(&self) -> Result<(), CudaError>;
 
-    /// Ends the capture and starts what was recorded, in the order in which it was asked for.
+    /// Ends the capture and starts the recorded graph.
     ///
     /// # Errors
-    /// What the driver reports. None of it was started then, and the capture is over.
+    /// What the driver reports. Then nothing was started, and the capture has ended.
     fn start_capture(&self) -> Result<Start, CudaError>;
 
-    /// Ends the capture and forgets what was recorded.
+    /// Ends the capture and discards the recording.
     fn forget_capture(&self);
 }

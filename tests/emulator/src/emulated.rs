@@ -220,7 +220,7 @@ impl Runtime for Emulated {
     const GAP: usize = 4096;
 
     fn mark(&self) -> Result<Instant, CudaError> {
-        self.check_no_capture("marking a moment")?;
+        self.check_no_capture("recording an event")?;
         Ok(Instant::now())
     }
 

@@ -97,7 +97,7 @@ fn what_cannot_be_captured_is_refused_and_done_plainly() {
     type Attempt = fn(&Gpu<Emulated>) -> Result<(), CudaError>;
     let attempts: [(Attempt, &str); 3] = [
         (|gpu| gpu.copy_of(&[1.0f32]).map(|_| ()), "copying to the device"),
-        (|gpu| gpu.runtime().mark().map(|_| ()), "marking a moment"),
+        (|gpu| gpu.runtime().mark().map(|_| ()), "recording an event"),
         (
             |gpu| {
                 let mut staging = Staging::new(gpu.runtime())?;
@@ -198,7 +198,7 @@ fn steps_are_captured_unless_they_are_timed_by_part() {
     let seconds = parts.take().unwrap();
     assert!(StepPart::ALL.iter().all(|&part| seconds.of(part) > 0.0), "{seconds:?}");
     let reason = device.captures().unwrap().reason;
-    assert_eq!(reason.as_deref(), Some("cuda: marking a moment cannot be part of a CUDA graph"));
+    assert_eq!(reason.as_deref(), Some("cuda: recording an event cannot be part of a CUDA graph"));
 }
 
 #[test]

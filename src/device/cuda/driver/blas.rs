@@ -1,8 +1,8 @@
-//! cuBLASLt, loaded when first needed: one matrix product with its bias and activation.
+//! cuBLASLt, loaded on first use: matrix products with bias and activation.
 //!
-//! Not through cudarc, for the reason that [`nvrtc`](super::nvrtc) gives. cuBLASLt is column-major: what it is given is the
-//! transposed product, `c^T = b^T a^T`, which needs no copies. Algorithms are chosen by its heuristics once per rounded
-//! shape, so that batches of nearly equal size neither ask again nor (which would change the bits) get another answer.
+//! cudarc is not used, for the reason in [`nvrtc`](super::nvrtc). cuBLASLt is column-major: it computes the transposed product,
+//! `c^T = b^T a^T`, which needs no copies. Its heuristics choose an algorithm once per rounded shape, so that batches of nearly
+//! equal size use the same algorithm and give the same bits.
 
 use crate::device::cuda::error::CudaError;
 use crate::device::cuda::kernel::Pointer;
@@ -144,7 +144,7 @@ pub struct Blas {
 // SAFETY: a cuBLASLt handle may be used from any thread, by one at a time, which `&mut` sees to.
 unsafe impl Send for Blas {}
 
-/// What an algorithm is chosen by: rounded shape, number of products, transposes, compute type, epilogue, whether it adds,
+/// Key of an algorithm: rounded shape, number of products, transposes, compute type, epilogue, whether it adds,
 /// and the common alignment.
 type Key = ([u64; 3], usize, [bool; 2], c_int, u32, bool, u32);
 
@@ -158,7 +158,7 @@ impl Drop for Descriptor {
     }
 }
 
-/// What a call of cuBLASLt is given, in its own terms: `m` by `n`, column-major, leading dimensions those of packed matrices.
+/// Descriptors of a cuBLASLt call: column-major, packed leading dimensions.
 struct Call {
     desc: Descriptor,
     a: Descriptor,
@@ -170,7 +170,7 @@ impl Blas {
     /// Bytes of workspace, as NVIDIA recommends for Hopper.
     pub const WORKSPACE: usize = 32 << 20;
 
-    /// Opens the library; `workspace` is [`Blas::WORKSPACE`] bytes of device memory, the handle's alone.
+    /// Opens the library. `workspace` is [`Blas::WORKSPACE`] bytes of device memory, exclusive to the handle.
     ///
     /// # Errors
     /// [`CudaError::NoBlas`], or what the library reports.
@@ -183,12 +183,12 @@ impl Blas {
         Ok(Blas { functions, handle, workspace, algorithms: HashMap::new() })
     }
 
-    /// The memory it was given.
+    /// The workspace.
     pub fn workspace(&self) -> Pointer {
         self.workspace
     }
 
-    /// Puts `count` products of one shape on a stream.
+    /// Enqueues `count` products of one shape.
     ///
     /// # Errors
     /// What the library reports.
@@ -201,11 +201,11 @@ impl Blas {
             Precision::F32 => COMPUTE_32F,
             Precision::Bf16 => COMPUTE_32F_FAST_16BF,
         };
-        // SAFETY: the caller's promises.
+        // SAFETY: the caller's contract.
         unsafe {
             let status = self.run(gemm, count, exact.map(rounded), compute, stream.cast());
             if status == Err(NOT_SUPPORTED) {
-                // What the heuristics chose for the rounded shape may not serve this one.
+                // The algorithm of the rounded shape may not support the exact one.
                 let status = self.run(gemm, count, exact, compute, stream.cast());
                 return check(status.err().unwrap_or(0), || format!("{gemm:?}"));
             }
@@ -247,7 +247,7 @@ impl Blas {
         let call = self.describe(gemm, count, gemm.shape.map(|n| n as u64), compute, epilogue)?;
         let (alpha, beta) = (1.0f32, if adds { 1.0f32 } else { 0.0 });
         let c = gemm.c as *mut c_void;
-        // SAFETY: the caller's promises about the matrices; descriptors say the same shapes; alpha and beta are read
+        // SAFETY: the caller's contract for the matrices; descriptors say the same shapes; alpha and beta are read
         // before the call returns.
         status(unsafe {
             (self.functions.matmul)(
@@ -360,7 +360,7 @@ impl Drop for Blas {
     }
 }
 
-/// Rounds what may be a number of tokens up to an eighth of a power of two.
+/// Rounds a size, which may be a token count, up to an eighth of a power of two.
 fn rounded(n: u64) -> u64 {
     if n <= 256 { n } else { n.next_multiple_of(n.next_power_of_two() / 8) }
 }

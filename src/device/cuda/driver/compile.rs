@@ -1,8 +1,8 @@
-//! Kernels from source to machine code: NVRTC, and a cache on disk so that the second start is instant.
+//! Compiles kernels with NVRTC, and caches the machine code on disk.
 //!
-//! An entry is named by a hash of everything that determines it (source, options, architecture, NVRTC's version) and
-//! holds that key in full, the code's length and its checksum. It is written to a temporary file and renamed, so that
-//! two processes at once each find a whole entry or none; one that does not check out counts as none, and is replaced.
+//! An entry is named by the hash of its key: source, options, architecture and NVRTC version. It holds the full key, the
+//! length of the code and a checksum. It is written to a temporary file and renamed, so a concurrent process finds a complete
+//! entry or none. A corrupt entry counts as missing and is replaced.
 
 use super::nvrtc::Nvrtc;
 use crate::device::cuda::error::CudaError;
@@ -17,8 +17,8 @@ pub fn compile(module: Module, arch: Arch) -> Result<Vec<u8>, CudaError> {
     compile_with(module, arch, &[])
 }
 
-/// Whether NVRTC's front end accepts a module: syntax, types, constants, all templates that are used. Takes a fiftieth of the time
-/// of [`compile`], and says nothing about machine code.
+/// Checks a module with NVRTC's front end only: syntax, types, constants, used templates. Fifty times faster than [`compile`],
+/// without machine code.
 ///
 /// # Errors
 /// As [`compile`].
@@ -39,7 +39,7 @@ fn compile_with(module: Module, arch: Arch, more: &[&str]) -> Result<Vec<u8>, Cu
     })
 }
 
-/// Compiled modules on disk.
+/// The disk cache of compiled modules.
 #[derive(Clone, Debug)]
 pub struct Cache {
     folder: Option<PathBuf>,
@@ -49,7 +49,7 @@ const MAGIC: &[u8; 8] = b"DFARCUB1";
 
 impl Cache {
     /// In `$DFAR_CACHE_DIR`, else `$XDG_CACHE_HOME/dfar`, else `~/.cache/dfar`. With none of them set, or
-    /// `$DFAR_CACHE_DIR` empty, nothing is kept.
+    /// `$DFAR_CACHE_DIR` empty, caching is off.
     pub fn from_environment() -> Cache {
         let variable = |name| std::env::var_os(name);
         let folder = match variable("DFAR_CACHE_DIR") {
@@ -68,12 +68,12 @@ impl Cache {
         Cache { folder }
     }
 
-    /// In a folder of the caller's choice.
+    /// A cache in the given folder.
     pub fn in_folder(folder: impl Into<PathBuf>) -> Cache {
         Cache { folder: Some(folder.into()) }
     }
 
-    /// Everything that determines the machine code, in words.
+    /// The key: everything that determines the machine code, as text.
     fn key(module: Module, arch: Arch, nvrtc: (i32, i32)) -> String {
         let source = module.source();
         let options = module.options(arch).join(" ");
@@ -87,8 +87,8 @@ impl Cache {
         Some(self.folder.as_ref()?.join(format!("{hash:016x}.cubin")))
     }
 
-    /// Machine code for a module: from the cache, or compiled and then kept. A cache that cannot be written costs time
-    /// at the next start, nothing else, and is no error.
+    /// Machine code of a module, from the cache or compiled and cached. An unwritable cache is not an error: the next start
+    /// compiles again.
     ///
     /// # Errors
     /// As [`compile`].
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_tell_apart_what_determines_the_code() {
+    fn keys_differ_with_everything_that_determines_the_code() {
         let (hopper, ampere) = (Arch { major: 9, minor: 0 }, Arch::OLDEST);
         let keys = [
             key(),
@@ -190,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_is_what_was_written() {
+    fn an_entry_reads_back_as_written() {
         let folder = tempfile::tempdir().expect("a folder");
         let cache = Cache::in_folder(folder.path().join("new"));
         assert_eq!(cache.read(&key()), None);
@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn a_corrupt_entry_counts_as_none() {
+    fn a_corrupt_entry_counts_as_missing() {
         let folder = tempfile::tempdir().expect("a folder");
         let cache = Cache::in_folder(folder.path());
         cache.write(&key(), b"machine code").expect("it should be writable");
@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn writers_at_once_leave_a_whole_entry() {
+    fn concurrent_writers_leave_a_complete_entry() {
         let folder = tempfile::tempdir().expect("a folder");
         let cache = Cache::in_folder(folder.path());
         let code = |i: u8| vec![i; 50_000];
@@ -242,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cache_that_cannot_be_written_is_no_error_to_readers() {
+    fn an_unwritable_cache_reads_as_empty() {
         let file = tempfile::NamedTempFile::new().expect("a file");
         let cache = Cache::in_folder(file.path().join("below a file"));
         assert!(cache.write(&key(), b"code").is_err());

@@ -1,4 +1,4 @@
-//! A GPU in use: its context and streams, its limits, the modules compiled for it, its memory.
+//! [`Cuda`]: an open GPU with its context, streams, limits, loaded modules and memory.
 
 use super::blas::Blas;
 use super::compile::Cache;
@@ -16,47 +16,47 @@ use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// One GPU. All work but the copies of [`Runtime::send`] goes to one stream, so it happens in the order it was asked for.
+/// One GPU. All work except the copies of [`Runtime::send`] goes to one compute stream, in order.
 ///
-/// Those copies go to a stream of their own, which waits for nothing: a batch comes up while the step before is at work. Two
-/// things keep the order that is promised:
-/// - What is asked for after a copy finds it: the work's stream waits for an event behind the copy before it goes on.
-/// - What was asked for before is not disturbed: the copy goes to memory that the host knows to be idle. See [`Landing`].
+/// Those copies have a stream of their own that waits for nothing: a batch is copied while the previous step is in flight. Two
+/// rules keep them correct:
+/// - Later work sees the copy: the compute stream waits for a CUDA event recorded behind it.
+/// - Work in flight is not disturbed: the copy goes to memory that the host knows to be idle. See [`Landing`].
 ///
-/// The optimiser's table of addresses goes the same way, though it is sent in the middle of a step: the same two things keep its
-/// place, and as the host is mostly ahead of the device, it is there before its kernel's turn. One kind of copy is enough.
+/// The optimizer's address table is copied the same way in the middle of a step, under the same rules. The host is usually ahead of
+/// the device, so the table arrives before its kernel starts.
 pub struct Cuda {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
-    /// Where memory is asked for, so that this is never part of a capture.
+    /// Stream of allocations, so that they are never part of a capture.
     allocations: Arc<CudaStream>,
-    /// Where [`Runtime::send`] copies.
+    /// Stream of [`Runtime::send`].
     copies: Arc<CudaStream>,
     name: String,
     arch: Arch,
     limits: Limits,
     cache: Cache,
-    /// Modules that are loaded; compiling one takes seconds.
+    /// Loaded modules; compiling one takes seconds.
     modules: Once<Module, Arc<CudaModule>>,
     kernels: Once<Kernel, CudaFunction>,
-    /// Memory to be used again, by size: asking the driver takes microseconds, and a step asks a few hundred times.
+    /// Memory pool by size class: a driver allocation takes microseconds, and a step makes a few hundred.
     pool: Mutex<BTreeMap<usize, Vec<Pointer>>>,
-    /// Memory that [`Runtime::send`] copies to.
+    /// Landing memory of [`Runtime::send`].
     landing: Mutex<Landing>,
-    /// Host memory that copies were started from, the oldest first.
+    /// Pinned staging buffers of copies in flight, oldest first.
     sent: Mutex<VecDeque<launch::Pinned>>,
     blas: Mutex<Option<Blas>>,
-    /// What has been recorded, during a capture.
+    /// The nodes recorded so far, during a capture.
     capture: Mutex<Option<Vec<Node>>>,
-    /// Executables by what they were made of: requests, and the nodes that those became.
+    /// Graph executable cache, keyed by the recorded requests and the number of graph nodes.
     graphs: Mutex<Recent<(Vec<Node>, usize), launch::Executable>>,
 }
 
-/// Copies that may be under way before the next one waits for the first: the batch and the optimiser's table of two steps.
+/// Maximum copies in flight; the next one waits for the first. Enough for the batch and the optimizer's table of two steps.
 const COPIES: usize = 4;
 
-/// Memory of copies that may be given back before the host waits for the device. A step gives back two pieces and then waits for
-/// its losses; this is for whoever sends again and again and never reads.
+/// Maximum freed landing allocations before the host synchronises. A step frees two and then waits for its losses; the limit is
+/// for callers that send repeatedly and never read.
 const RESTING: usize = 16;
 
 impl std::fmt::Debug for Cuda {
@@ -65,7 +65,7 @@ impl std::fmt::Debug for Cuda {
     }
 }
 
-/// How many GPUs the driver shows.
+/// Number of GPUs that the driver reports.
 ///
 /// # Errors
 /// [`CudaError::NoDriver`] where there is none, and what the driver reports.
@@ -98,11 +98,11 @@ impl Cuda {
         }
         let failed = |action| move |error| CudaError::driver(action, error, 0);
         let context = CudaContext::new(ordinal).map_err(failed("opening the device"))?;
-        let name = context.name().map_err(failed("asking for the device's name"))?;
+        let name = context.name().map_err(failed("querying the device's name"))?;
         let attribute =
-            |attribute| context.attribute(attribute).map_err(failed("asking for the device's limits"));
+            |attribute| context.attribute(attribute).map_err(failed("querying the device's limits"));
         let (major, minor) =
-            context.compute_capability().map_err(failed("asking for the device's version"))?;
+            context.compute_capability().map_err(failed("querying the compute capability"))?;
         let arch = Arch { major: major as u32, minor: minor as u32 };
         if arch < Arch::OLDEST {
             return Err(CudaError::OldDevice { name, arch });
@@ -115,7 +115,7 @@ impl Cuda {
         };
         launch::keep_freed_memory(&context).map_err(failed("setting up the memory pool"))?;
         // Not the default stream: it cannot be captured.
-        let stream = || context.new_stream().map_err(failed("making a stream"));
+        let stream = || context.new_stream().map_err(failed("creating a stream"));
         let (stream, allocations, copies) = (stream()?, stream()?, stream()?);
         Ok(Cuda {
             context,
@@ -142,7 +142,7 @@ impl Cuda {
         self.arch
     }
 
-    /// Loads what training needs besides the driver, so that a library that is missing is found before anything begins.
+    /// Loads the libraries that training needs besides the driver, so that a missing one is reported before the run.
     ///
     /// # Errors
     /// [`CudaError::NoNvrtc`], [`CudaError::OldNvrtc`], [`CudaError::NoBlas`].
@@ -151,7 +151,7 @@ impl Cuda {
         self.blas(|_| Ok(()))
     }
 
-    /// With cuBLASLt, opened when first needed.
+    /// Runs with cuBLASLt, opened on first use.
     fn blas(&self, run: impl FnOnce(&mut Blas) -> Result<(), CudaError>) -> Result<(), CudaError> {
         self.bind()?;
         let mut blas = lock(&self.blas);
@@ -160,7 +160,7 @@ impl Cuda {
             let workspace = self.allocate(Blas::WORKSPACE)?;
             let opened = Blas::new(workspace);
             if opened.is_err() {
-                // SAFETY: it was just allocated, and nobody else has it.
+                // SAFETY: just allocated, and not shared yet.
                 unsafe { self.free(workspace, Blas::WORKSPACE) };
             }
             *blas = Some(opened?);
@@ -168,42 +168,42 @@ impl Cuda {
         run(blas.as_mut().expect("it was just made"))
     }
 
-    /// Waits until all that was asked for is done.
+    /// Waits for all work in flight.
     ///
     /// # Errors
-    /// What went wrong on the device since the last call.
+    /// Device errors since the last call.
     pub fn synchronize(&self) -> Result<(), CudaError> {
         self.check_no_capture("waiting for the device")?;
         let moment = lock(&self.landing).now();
-        self.stream.synchronize().map_err(failed("finishing the work given"))?;
+        self.stream.synchronize().map_err(failed("synchronising with the device"))?;
         lock(&self.landing).settle(moment);
         Ok(())
     }
 
-    /// The driver's context is the calling thread's.
+    /// Binds the context to the calling thread.
     fn bind(&self) -> Result<(), CudaError> {
-        self.context.bind_to_thread().map_err(|error| CudaError::driver("using the device", error, 0))
+        self.context.bind_to_thread().map_err(|error| CudaError::driver("binding the context", error, 0))
     }
 
-    /// Refuses what cannot be recorded.
+    /// Refuses an action that cannot be recorded.
     fn check_no_capture(&self, action: &'static str) -> Result<(), CudaError> {
         if lock(&self.capture).is_some() { Err(CudaError::NotCaptured { action }) } else { Ok(()) }
     }
 
-    /// Notes what was just put on the stream, during a capture.
+    /// Notes a request just enqueued, during a capture.
     fn note(&self, node: Node) {
         if let Some(nodes) = &mut *lock(&self.capture) {
             nodes.push(node);
         }
     }
 
-    /// As [`Cuda::new_memory`]; where there is no more, what nobody uses is given back to the driver first.
+    /// As [`Cuda::new_memory`]. If out of memory, first returns unused pool memory to the driver.
     fn new_memory_or_room(&self, bytes: usize) -> Result<Pointer, CudaError> {
         match self.new_memory(bytes) {
             Err(CudaError::OutOfMemory { .. }) => {
-                // (Some of the pool may be used by what is being recorded.)
-                self.check_no_capture("giving memory back to the driver")?;
-                self.synchronize()?; // what rests is idle then
+                // Some of the pool may be used by the recording.
+                self.check_no_capture("returning memory to the driver")?;
+                self.synchronize()?; // resting memory becomes idle
                 self.empty_pool();
                 self.synchronize()?;
                 self.new_memory(bytes)
@@ -212,7 +212,7 @@ impl Cuda {
         }
     }
 
-    /// Memory from the driver. The stream that uses it need not wait: it is there when this returns.
+    /// Allocates from the driver. The allocation has completed on return, so no stream needs to wait for it.
     fn new_memory(&self, bytes: usize) -> Result<Pointer, CudaError> {
         self.bind()?;
         let at = launch::allocate(&self.allocations, bytes)?;
@@ -220,10 +220,10 @@ impl Cuda {
         Ok(at)
     }
 
-    /// A kernel: loaded, from the disk's cache or compiled.
+    /// A loaded kernel, from the disk cache or compiled.
     fn kernel(&self, kernel: Kernel) -> Result<CudaFunction, CudaError> {
         self.kernels.get(kernel, || {
-            // The driver may wait for the device as it loads.
+            // Loading may synchronise with the device.
             self.check_no_capture("loading a kernel")?;
             let failed = |error| CudaError::driver("loading the kernels", error, 0);
             let module = self.modules.get(kernel.module, || {
@@ -234,29 +234,29 @@ impl Cuda {
         })
     }
 
-    /// Destroys an executable, which may be running.
+    /// Waits before an executable, which may be running, is destroyed.
     fn retire(&self, executable: Option<launch::Executable>) -> Result<(), CudaError> {
         if executable.is_some() { self.synchronize() } else { Ok(()) }
     }
 
-    /// Gives the pool's memory and what is idle of the copies' back to the driver.
+    /// Returns the pool and idle landing memory to the driver.
     fn empty_pool(&self) {
         let pool = std::mem::take(&mut *lock(&self.pool)).into_values().flatten();
         let idle = lock(&self.landing).take_idle().map(|(at, _)| at);
         for at in pool.chain(idle) {
-            // SAFETY: what is in the pool was allocated and belongs to nobody; whatever used it is before this on the
-            // stream. What is idle is so too, and nothing uses it on any stream. A failure leaks it.
+            // SAFETY: pool memory is allocated and unowned; its last use precedes this on the stream. Idle landing memory is
+            // unowned too, and unused on every stream. A failure leaks it.
             let _ = unsafe { launch::free(&self.stream, at) };
         }
     }
 }
 
-/// Nothing here is left half-changed by a panic.
+/// No critical section here leaves partial state on a panic.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Rounds up to an eighth of a power of two, so that batches of nearly equal size share memory.
+/// Rounds up to an eighth of a power of two, so that batches of nearly equal size reuse memory.
 fn size_class(bytes: usize) -> usize {
     let bytes = bytes.max(256);
     bytes.next_multiple_of((bytes.next_power_of_two() / 8).max(256))
@@ -267,14 +267,14 @@ impl Runtime for Cuda {
     type Pinned = launch::Pinned;
 
     fn mark(&self) -> Result<CudaEvent, CudaError> {
-        self.check_no_capture("marking a moment")?;
+        self.check_no_capture("recording an event")?;
         let event = self.stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
-        event.map_err(failed("marking a moment"))
+        event.map_err(failed("recording an event"))
     }
 
     fn seconds_between(&self, from: &CudaEvent, to: &CudaEvent) -> Result<f64, CudaError> {
         let milliseconds = to.synchronize().and_then(|()| from.elapsed_ms(to));
-        milliseconds.map(|ms| f64::from(ms) * 1e-3).map_err(failed("measuring time"))
+        milliseconds.map(|ms| f64::from(ms) * 1e-3).map_err(failed("reading the time between events"))
     }
 
     fn name(&self) -> String {
@@ -288,7 +288,7 @@ impl Runtime for Cuda {
     fn memory(&self) -> Result<Memory, CudaError> {
         self.bind()?;
         let (free, total) = result::mem_get_info()
-            .map_err(|error| CudaError::driver("asking for the device's memory", error, 0))?;
+            .map_err(|error| CudaError::driver("querying the device's memory", error, 0))?;
         Ok(Memory { free, total })
     }
 
@@ -297,7 +297,7 @@ impl Runtime for Cuda {
         if let Some(at) = lock(&self.pool).get_mut(&size).and_then(Vec::pop) {
             return Ok(at);
         }
-        // Other sizes may hold what is missing.
+        // Other size classes may hold free memory.
         self.new_memory_or_room(size)
     }
 
@@ -324,14 +324,14 @@ impl Runtime for Cuda {
     }
 
     unsafe fn free_landing(&self, at: Pointer, bytes: usize) {
-        // What uses it was asked for by now, and is on the work's stream behind the wait for the copy: once the host has waited
-        // for that stream, all of it is done, and so is the copy, even if nothing ever used what it brought.
+        // All uses are enqueued on the compute stream behind the wait for the copy. Once the host has waited for that stream, they
+        // have finished, and so has the copy, even if no kernel used it.
         lock(&self.landing).give_back(at, Landing::size(bytes));
     }
 
     unsafe fn zero(&self, at: Pointer, bytes: usize) -> Result<(), CudaError> {
         self.bind()?;
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller's contract.
         unsafe { launch::zero(&self.stream, at, bytes) }.map_err(failed("filling memory"))?;
         self.note(Node::Zero);
         Ok(())
@@ -340,13 +340,13 @@ impl Runtime for Cuda {
     unsafe fn write(&self, at: Pointer, host: &[u8]) -> Result<(), CudaError> {
         self.check_no_capture("copying to the device")?;
         self.bind()?;
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller's contract.
         unsafe { launch::write(&self.stream, at, host) }.map_err(failed("copying to the device"))
     }
 
     fn pinned(&self, bytes: usize) -> Result<launch::Pinned, CudaError> {
         let failed = |error| CudaError::driver("staging a copy", error, 0);
-        self.bind()?; // any thread may ask
+        self.bind()?; // called from any thread
         let oldest = {
             let mut sent = lock(&self.sent);
             let is_free = match sent.front() {
@@ -370,15 +370,15 @@ impl Runtime for Cuda {
         from: launch::Pinned,
         parts: &[Range<usize>],
     ) -> Result<(), CudaError> {
-        // The wait must not become part of a graph: it is for this copy only.
+        // The wait must not become part of a graph.
         self.check_no_capture("copying to the device")?;
         self.bind()?;
         let bytes = parts.last().map_or(0, |last| last.end);
-        // SAFETY: the caller's promise. The memory is from `allocate_landing`, so it was idle or new, and no other copy or
+        // SAFETY: the caller's contract. The memory is from `allocate_landing`, so it was idle or new, and no other copy or
         // kernel uses it.
         let sent = unsafe { from.send(&self.copies, at, bytes) }.and_then(|()| from.let_wait(&self.stream));
         if sent.is_err() {
-            // The memory will be given back without a wait on the work's stream: nothing may be on its way to it then.
+            // The memory will be freed without a wait on the compute stream, so the copy must have finished.
             let _ = self.copies.synchronize();
         }
         lock(&self.sent).push_back(from);
@@ -389,9 +389,9 @@ impl Runtime for Cuda {
         self.check_no_capture("copying from the device")?;
         self.bind()?;
         let moment = lock(&self.landing).now();
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller's contract.
         unsafe { launch::read(&self.stream, at, host) }.map_err(failed("copying from the device"))?;
-        // It has waited for all that was on the work's stream at that moment.
+        // The read has waited for all work on the compute stream at that point.
         lock(&self.landing).settle(moment);
         Ok(())
     }
@@ -399,14 +399,14 @@ impl Runtime for Cuda {
     unsafe fn launch(&self, kernel: Kernel, launch: Launch, params: &[u8]) -> Result<(), CudaError> {
         self.bind()?;
         let function = self.kernel(kernel)?;
-        // SAFETY: the caller's promises.
+        // SAFETY: the caller's contract.
         unsafe { launch::launch(&self.stream, &function, launch, params) }.map_err(failed(kernel.entry))?;
         self.note(Node::Kernel(kernel));
         Ok(())
     }
 
     unsafe fn gemm_batch(&self, gemm: &Gemm, count: usize) -> Result<(), CudaError> {
-        // SAFETY: the caller's promises; the workspace is used on this stream only.
+        // SAFETY: the caller's contract; the workspace is used on this stream only.
         self.blas(|blas| unsafe { blas.gemm(gemm, count, self.stream.cu_stream()) })?;
         self.note(Node::Product);
         Ok(())
@@ -422,7 +422,7 @@ impl Runtime for Cuda {
 
     fn start_capture(&self) -> Result<Start, CudaError> {
         let Some(requests) = lock(&self.capture).take() else {
-            return Err(CudaError::NotCaptured { action: "the end of no capture" });
+            return Err(CudaError::NotCaptured { action: "ending a capture that was not started" });
         };
         self.bind()?;
         let graph = launch::end_capture(&self.stream).map_err(failed("ending a capture"))?;
@@ -437,8 +437,8 @@ impl Runtime for Cuda {
                 (graph.instantiate().map_err(failed("instantiating a graph"))?, Start::Instantiated)
             }
         };
-        // SAFETY: the promises made when each launch was recorded; whatever was given back since is used again by later
-        // work on the same stream only.
+        // SAFETY: the contract of each recorded launch; memory freed since is reused only by later work on the same
+        // stream.
         unsafe { executable.start(&self.stream) }.map_err(failed("starting a graph"))?;
         graphs.put(key, executable);
         Ok(start)
@@ -446,7 +446,7 @@ impl Runtime for Cuda {
 
     fn forget_capture(&self) {
         if lock(&self.capture).take().is_some() && self.bind().is_ok() {
-            // A capture that something has invalidated ends with an error, and is over.
+            // An invalidated capture ends with an error here.
             let _ = launch::end_capture(&self.stream);
         }
     }
@@ -461,8 +461,8 @@ impl Drop for Cuda {
         if let Some(blas) = lock(&self.blas).take() {
             let workspace = blas.workspace();
             drop(blas);
-            // SAFETY: allocated when the library was opened, and no other product will use it: what is in the pool is given back
-            // to the driver behind the products on the stream.
+            // SAFETY: allocated when the library was opened, and no later product uses it: the pool is returned to the driver
+            // behind the products on the stream.
             unsafe { self.free(workspace, Blas::WORKSPACE) };
         }
         // Executables may be running.

@@ -1,46 +1,44 @@
-//! Work as a CUDA graph: a sequence of launches is recorded, and started in one piece.
+//! The graph executable cache.
 //!
-//! Batches are packed, so hardly two have the same sizes and addresses, but the same kernels follow each other. What is kept is
-//! therefore not a sequence with its arguments but the executable that was made of it: the next sequence of the same nodes is
-//! written over that.
+//! Batches are packed, so hardly two have the same sizes and addresses, but the same kernels follow each other. The cache keeps
+//! the executable of a node sequence; the next recording with the same nodes updates its arguments.
 //!
 //! Recording changes nothing on the device. Work that cannot be recorded is simply done again, plainly.
 
 use crate::device::cuda::kernel::Kernel;
 
-/// A request as a graph holds it.
+/// A node of a recorded graph.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Node {
-    /// A launch.
+    /// A kernel launch.
     Kernel(Kernel),
     /// Matrix products of one shape.
     Product,
-    /// Memory filled with zeros.
+    /// A fill with zeros.
     Zero,
 }
 
-/// What was used last, by key: a few, the latest first.
+/// A small cache, most recently used first.
 pub(crate) struct Recent<K, V> {
     entries: Vec<(K, V)>,
 }
 
 impl<K: PartialEq, V> Recent<K, V> {
-    /// How many are kept. A run meets few sequences of nodes: they differ where a batch has no token of a label, or a
-    /// segment is short.
+    /// Capacity. A run has few node sequences: they differ where a batch lacks tokens of a label, or a segment is short.
     const KEPT: usize = 16;
 
-    /// Takes one out.
+    /// Removes an entry.
     pub fn take(&mut self, key: &K) -> Option<V> {
         let at = self.entries.iter().position(|(k, _)| k == key)?;
         Some(self.entries.remove(at).1)
     }
 
-    /// Takes the oldest out, where there is no place for one more.
+    /// Removes the least recently used entry if the cache is full.
     pub fn make_room(&mut self) -> Option<V> {
         if self.entries.len() < Self::KEPT { None } else { self.entries.pop().map(|(_, value)| value) }
     }
 
-    /// Makes one the latest.
+    /// Inserts an entry as the most recently used.
     pub fn put(&mut self, key: K, value: V) {
         self.entries.insert(0, (key, value));
     }
@@ -57,7 +55,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_latest_are_kept() {
+    fn the_least_recently_used_is_evicted() {
         let mut recent = Recent::default();
         for key in 0..16 {
             assert_eq!(recent.make_room(), None);

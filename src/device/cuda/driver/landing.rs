@@ -1,49 +1,49 @@
-//! Device memory that copies from the host go to while the device is at work.
+//! Landing memory: the target of copies that run ahead of the compute stream.
 //!
-//! The pool gives memory to its next owner as soon as it is given back, since whatever the next one does comes later on the
-//! same stream. A copy on a stream of its own may come earlier: it waits for nothing. So memory that was given back rests here
-//! until the host has waited for the device, and only then is there no kernel left that may read it, and no copy on its way to
-//! it. That costs no event and no waiting: a step waits for its losses anyway.
+//! The pool reuses memory as soon as it is freed, because the next use comes later on the same stream. A copy on a stream of
+//! its own may run earlier. So freed landing memory rests here until the host has synchronised with the device: then no kernel
+//! still reads it and no copy to it is in flight. This needs no CUDA event and no extra wait, since a step waits for its losses
+//! anyway.
 
 use crate::device::cuda::kernel::Pointer;
 use std::collections::{BTreeMap, VecDeque};
 
-/// Memory to be used again, by size: given back lately, or idle.
+/// Freed landing memory by size: resting or idle.
 #[derive(Debug, Default)]
 pub struct Landing {
     idle: BTreeMap<usize, Vec<Pointer>>,
-    /// By the number of times that memory was given back before it.
+    /// With a sequence number: how many were freed before.
     resting: VecDeque<(u64, Pointer, usize)>,
     given: u64,
 }
 
-/// A moment between two times that memory was given back.
+/// A point in the sequence of frees.
 #[derive(Clone, Copy, Debug)]
 pub struct Given(u64);
 
 impl Landing {
-    /// Bytes to ask for where `bytes` are needed. Powers of two, as there are few pieces, and batches of a run differ in size.
+    /// Allocation size for `bytes` bytes: a power of two, since allocations are few and batch sizes vary.
     pub fn size(bytes: usize) -> usize {
         bytes.max(256).next_power_of_two()
     }
 
-    /// Idle memory of this [`Landing::size`], which nobody else gets until it is given back.
+    /// Takes idle memory of this [`Landing::size`].
     pub fn take(&mut self, size: usize) -> Option<Pointer> {
         self.idle.get_mut(&size)?.pop()
     }
 
-    /// Takes memory back that work under way may use, but none that is asked for later.
+    /// Frees memory that work in flight may still use.
     pub fn give_back(&mut self, at: Pointer, size: usize) {
         self.resting.push_back((self.given, at, size));
         self.given += 1;
     }
 
-    /// Now. To be called before the host waits for the device.
+    /// The current point. Call it before the host synchronises.
     pub fn now(&self) -> Given {
         Given(self.given)
     }
 
-    /// All that was asked for before `moment` is done: what was given back by then is idle.
+    /// Work before `moment` has finished: memory freed by then becomes idle.
     pub fn settle(&mut self, moment: Given) {
         let settled = self.resting.partition_point(|&(given, ..)| given < moment.0);
         for (_, at, size) in self.resting.drain(..settled) {
@@ -51,12 +51,12 @@ impl Landing {
         }
     }
 
-    /// Pieces that rest.
+    /// Number of resting allocations.
     pub fn resting(&self) -> usize {
         self.resting.len()
     }
 
-    /// Takes all that is idle, with its sizes.
+    /// Takes all idle memory, with sizes.
     pub fn take_idle(&mut self) -> impl Iterator<Item = (Pointer, usize)> + use<> {
         let idle = std::mem::take(&mut self.idle);
         idle.into_iter().flat_map(|(size, list)| list.into_iter().map(move |at| (at, size)))
@@ -68,11 +68,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn memory_rests_until_the_host_has_waited_for_what_used_it() {
+    fn freed_memory_is_not_reused_before_the_host_synchronises() {
         let mut landing = Landing::default();
         landing.give_back(1, 256);
         assert_eq!((landing.take(256), landing.resting()), (None, 1));
-        // Two threads wait at once; meanwhile a third gives memory back, which neither has waited for.
+        // Two threads wait at once; meanwhile a third frees memory that neither has waited for.
         let (first, second) = (landing.now(), landing.now());
         landing.give_back(2, 256);
         landing.settle(first);
@@ -84,9 +84,9 @@ mod tests {
         assert_eq!((landing.take(256), landing.resting()), (None, 1));
     }
 
-    /// As training goes: the next batch is sent when a step was asked for, whose batch was given back but may still be read.
+    /// As in training: the next batch is sent while the step in flight may still read its own, freed batch.
     #[test]
-    fn steps_use_two_pieces_in_turn() {
+    fn steps_alternate_between_two_allocations() {
         let mut landing = Landing::default();
         let mut made = 0;
         let mut send = |landing: &mut Landing| {

@@ -1,4 +1,4 @@
-//! Everything unsafe about the driver: memory, modules, launches.
+//! Unsafe driver calls: memory, modules, launches, graphs.
 
 use crate::device::cuda::error::CudaError;
 use crate::device::cuda::kernel::{Launch, Pointer};
@@ -11,13 +11,13 @@ use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-/// Whether the driver's library can be loaded. cudarc panics where it is used and cannot.
+/// Whether libcuda can be loaded. cudarc panics if it is used without.
 pub(crate) fn driver_is_present() -> bool {
     // SAFETY: loads libcuda, whose initialisers do nothing before cuInit.
     unsafe { sys::is_culib_present() }
 }
 
-/// Tells the pool of the context's device to keep what is freed, so that a step allocates nothing from the system.
+/// Sets the device's memory pool to keep freed memory, so that a step allocates nothing from the system.
 pub(crate) fn keep_freed_memory(context: &Arc<CudaContext>) -> Result<(), DriverError> {
     if !context.has_async_alloc() {
         return Ok(());
@@ -32,19 +32,19 @@ pub(crate) fn keep_freed_memory(context: &Arc<CudaContext>) -> Result<(), Driver
     }
 }
 
-/// Memory with unspecified content, there when the stream has come to this point.
+/// Stream-ordered allocation of unspecified content.
 pub(crate) fn allocate(stream: &CudaStream, bytes: usize) -> Result<Pointer, CudaError> {
     // SAFETY: the stream is the context's; the driver checks the size.
     unsafe { result::malloc_async(stream.cu_stream(), bytes) }
         .map_err(|error| CudaError::driver("allocating", error, bytes))
 }
 
-/// Gives memory back when the stream has come to this point.
+/// Stream-ordered free.
 ///
 /// # Safety
-/// `at` is from [`allocate`], has come to be there, and is not freed.
+/// `at` is from [`allocate`], the allocation has completed, and it is not freed.
 pub(crate) unsafe fn free(stream: &CudaStream, at: Pointer) -> Result<(), DriverError> {
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller's contract.
     unsafe { result::free_async(at, stream.cu_stream()) }
 }
 
@@ -53,16 +53,16 @@ pub(crate) unsafe fn free(stream: &CudaStream, at: Pointer) -> Result<(), Driver
 /// # Safety
 /// The bytes lie inside one allocation.
 pub(crate) unsafe fn zero(stream: &CudaStream, at: Pointer, bytes: usize) -> Result<(), DriverError> {
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller's contract.
     unsafe { result::memset_d8_async(at, 0, bytes, stream.cu_stream()) }
 }
 
-/// Copies from the host. The driver has read `host` when this returns: it is pageable memory.
+/// Copies from pageable host memory. The driver has read `host` on return.
 ///
 /// # Safety
 /// `host.len()` bytes from `at` on lie inside one allocation.
 pub(crate) unsafe fn write(stream: &CudaStream, at: Pointer, host: &[u8]) -> Result<(), DriverError> {
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller's contract.
     unsafe { result::memcpy_htod_async(at, host, stream.cu_stream()) }
 }
 
@@ -71,13 +71,13 @@ pub(crate) unsafe fn write(stream: &CudaStream, at: Pointer, host: &[u8]) -> Res
 /// # Safety
 /// `host.len()` bytes from `at` on lie inside one allocation.
 pub(crate) unsafe fn read(stream: &CudaStream, at: Pointer, host: &mut [u8]) -> Result<(), DriverError> {
-    // SAFETY: the caller's promise; the host's memory is borrowed until the stream is done.
+    // SAFETY: the caller's contract; the host's memory is borrowed until the stream is done.
     unsafe { result::memcpy_dtoh_async(host, at, stream.cu_stream())? };
     stream.synchronize()
 }
 
-/// Page-locked host memory, which the device reads by itself, and the moment when it has. That is an event, recorded anew by every
-/// copy; a stream that was made to wait for it waits for the copy before, whatever is recorded later.
+/// A pinned staging buffer, with a CUDA event that every copy from it records anew. A stream that waits for the event waits for
+/// the copy before, regardless of later recordings.
 pub struct Pinned {
     at: NonNull<u8>,
     bytes: usize,
@@ -90,7 +90,7 @@ unsafe impl Send for Pinned {}
 impl Pinned {
     /// Zeros.
     pub(crate) fn new(context: &Arc<CudaContext>, bytes: usize) -> Result<Self, DriverError> {
-        // Of an event that was never recorded all is done.
+        // An event that was never recorded counts as complete.
         let read = context.new_event(None)?;
         // SAFETY: `new_event` has made the context the thread's; no flags: cached, for this context.
         let at = unsafe { result::malloc_host(bytes, 0)? }.cast::<u8>();
@@ -100,32 +100,33 @@ impl Pinned {
         Ok(Self { at, bytes, read })
     }
 
-    /// Whether the last copy from it is done.
+    /// Whether the last copy from it has finished.
     pub(crate) fn is_read(&self) -> Result<bool, DriverError> {
         self.read.try_is_complete()
     }
 
-    /// Waits until it is.
+    /// Waits for the last copy.
     pub(crate) fn wait(&self) -> Result<(), DriverError> {
         self.read.synchronize()
     }
 
-    /// Lets what is put on the stream from now on wait for the last copy.
+    /// Makes later work on the stream wait for the last copy.
     pub(crate) fn let_wait(&self, stream: &CudaStream) -> Result<(), DriverError> {
         stream.wait(&self.read)
     }
 
-    /// Starts a copy of the first `bytes` bytes. They may be changed when [`Pinned::is_read`] says so.
+    /// Starts a copy of the first `bytes` bytes. They must not change before [`Pinned::is_read`].
     ///
     /// # Safety
-    /// `bytes` bytes from `at` on lie inside one allocation, which nothing on another stream uses before it waits for the copy.
+    /// `bytes` bytes from `at` on lie inside one allocation, which no other stream uses before it
+    /// waits for the copy.
     pub(crate) unsafe fn send(
         &self,
         stream: &CudaStream,
         at: Pointer,
         bytes: usize,
     ) -> Result<(), DriverError> {
-        // SAFETY: the caller's promise; this memory is neither lent nor freed before the event, which comes behind the copy.
+        // SAFETY: the caller's contract; this memory is neither reused nor freed before the event behind the copy.
         unsafe { result::memcpy_htod_async(at, &self[..bytes], stream.cu_stream())? };
         self.read.record(stream)
     }
@@ -148,7 +149,7 @@ impl DerefMut for Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        // A context that fails here has failed elsewhere too, and said so.
+        // A context that fails here has reported its error elsewhere.
         if self.wait().is_ok() && self.read.context().bind_to_thread().is_ok() {
             // SAFETY: from `malloc_host`, freed once, and no copy reads it any more.
             let _ = unsafe { result::free_host(self.at.as_ptr().cast()) };
@@ -156,24 +157,24 @@ impl Drop for Pinned {
     }
 }
 
-/// Records what is put on the stream from now on. Relaxed: what has nothing to do with the stream (memory from another one,
-/// pinned memory, on any thread) is as free as ever. The legacy stream cannot be recorded.
+/// Starts a capture of the stream. Relaxed mode: calls unrelated to the stream (allocations on another one, pinned memory, on
+/// any thread) stay allowed. The legacy stream cannot be captured.
 pub(crate) fn begin_capture(stream: &CudaStream) -> Result<(), DriverError> {
     stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED)
 }
 
-/// Ends the recording.
+/// Ends the capture.
 pub(crate) fn end_capture(stream: &CudaStream) -> Result<Graph, DriverError> {
     // SAFETY: the stream is alive; the graph is the caller's from now on.
     let graph = unsafe { result::stream::end_capture(stream.cu_stream())? };
     Ok(Graph(graph))
 }
 
-/// What was recorded.
+/// A recorded graph.
 pub(crate) struct Graph(sys::CUgraph);
 
 impl Graph {
-    /// How many nodes it has: a product may be more than one.
+    /// Number of nodes; a matrix product may have more than one.
     pub(crate) fn nodes(&self) -> Result<usize, DriverError> {
         let mut count = 0;
         // SAFETY: the graph is alive; without room for nodes, their number is written.
@@ -181,7 +182,7 @@ impl Graph {
         Ok(count)
     }
 
-    /// Makes an executable of it.
+    /// Instantiates a graph executable.
     pub(crate) fn instantiate(&self) -> Result<Executable, DriverError> {
         // SAFETY: the graph is alive, and not needed by what is made of it.
         let executable = unsafe { result::graph::instantiate(self.0, sys::CUgraphInstantiate_flags(0))? };
@@ -196,14 +197,14 @@ impl Drop for Graph {
     }
 }
 
-/// A graph that can be started.
+/// A graph executable.
 pub(crate) struct Executable(sys::CUgraphExec);
 
 // SAFETY: the driver may be used from any thread; an executable is used by one at a time, as starting and updating it need `&mut`.
 unsafe impl Send for Executable {}
 
 impl Executable {
-    /// Gives it the arguments of another graph, for later starts. False where the driver refuses: it is of no use then.
+    /// Updates it with the arguments of another graph. False if the driver refuses: then it must not be used again.
     pub(crate) fn update(&mut self, graph: &Graph) -> bool {
         let mut info = sys::CUgraphExecUpdateResultInfo {
             result: sys::CUgraphExecUpdateResult::CU_GRAPH_EXEC_UPDATE_SUCCESS,
@@ -214,10 +215,10 @@ impl Executable {
         unsafe { sys::cuGraphExecUpdate_v2(self.0, graph.0, &mut info) }.result().is_ok()
     }
 
-    /// Puts it on the stream.
+    /// Launches it on the stream.
     ///
     /// # Safety
-    /// The promises made for each launch that it holds are still kept.
+    /// The contract of each recorded launch still holds.
     pub(crate) unsafe fn start(&mut self, stream: &CudaStream) -> Result<(), DriverError> {
         // SAFETY: both are alive; the rest is the caller's promise.
         unsafe { result::graph::launch(self.0, stream.cu_stream()) }
@@ -236,7 +237,7 @@ pub(crate) fn load(context: &Arc<CudaContext>, code: Vec<u8>) -> Result<Arc<Cuda
     context.load_module(Ptx::from_binary(code))
 }
 
-/// Looks a kernel up and lets it use `bytes` of dynamic shared memory; without this it is 48 KiB at most.
+/// Looks up a kernel and allows it `bytes` of dynamic shared memory; the default limit is 48 KiB.
 pub(crate) fn function(
     module: &Arc<CudaModule>,
     entry: &str,
@@ -248,10 +249,10 @@ pub(crate) fn function(
     Ok(function)
 }
 
-/// Puts a kernel on the stream.
+/// Launches a kernel on the stream.
 ///
 /// # Safety
-/// As [`super::runtime::Runtime::launch`], for the kernel that `function` is.
+/// As [`super::runtime::Runtime::launch`], for the kernel of `function`.
 pub(crate) unsafe fn launch(
     stream: &CudaStream,
     function: &CudaFunction,
@@ -261,7 +262,7 @@ pub(crate) unsafe fn launch(
     let Launch { grid: [x, y], threads, shared_bytes } = launch;
     // The driver reads the argument through this pointer, with the size the kernel declares, before it returns.
     let mut argument = [params.as_ptr().cast_mut().cast::<c_void>()];
-    // SAFETY: the caller's promises; the kernel's one parameter is as large as `params`.
+    // SAFETY: the caller's contract; the kernel's one parameter is as large as `params`.
     unsafe {
         result::launch_kernel(
             function.cu_function(),

@@ -1,7 +1,7 @@
-//! NVRTC, loaded when first needed. One floor: typed errors over the six functions that are used.
+//! NVRTC, loaded on first use: typed errors over the functions that are used.
 //!
-//! Not through cudarc, which looks for the library under the names of the CUDA version it was built for: a system that
-//! has only the library of a later major version would be told that it has none.
+//! cudarc is not used here: it looks for the library names of the CUDA version it was built for, and would not find the
+//! library of a later major version.
 
 use crate::device::cuda::error::CudaError;
 use libloading::Library;
@@ -15,7 +15,7 @@ const NAMES: &[&str] = if cfg!(windows) {
     &["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"]
 };
 
-/// The first version that knows everything the kernels and their options need.
+/// Oldest version that supports the kernels and their options.
 const OLDEST: (i32, i32) = (12, 4);
 
 type Program = *mut c_void;
@@ -44,16 +44,16 @@ pub struct Nvrtc {
     _library: Library,
 }
 
-/// What NVRTC said.
+/// A compilation error.
 pub struct Refused {
-    /// Its error, in words.
+    /// NVRTC's error message.
     pub error: String,
     /// The compiler's log; may be empty.
     pub log: String,
 }
 
 impl Nvrtc {
-    /// The library, loaded once a process.
+    /// The library, loaded once per process.
     ///
     /// # Errors
     /// [`CudaError::NoNvrtc`] and [`CudaError::OldNvrtc`].
@@ -99,7 +99,7 @@ impl Nvrtc {
     /// Compiles `text` to machine code.
     ///
     /// # Errors
-    /// What the compiler said.
+    /// The error and log of the compiler.
     pub fn compile(
         &self,
         name: &str,

@@ -1,16 +1,16 @@
-//! What is made when it is first asked for, once a key.
+//! Values initialised on first use, once per key.
 
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Values by key. Who asks for one that is being made waits for it; who asks for another does not.
+/// Lazily initialised values by key. Callers wait only for the key they request.
 pub(crate) struct Once<K, V> {
     places: Mutex<HashMap<K, Arc<Mutex<Option<V>>>>>,
 }
 
 impl<K: Eq + Hash, V: Clone> Once<K, V> {
-    /// The value of `key`. What could not be made is tried again by whoever asks next.
+    /// The value of `key`. After an error, the next call tries again.
     ///
     /// # Errors
     /// Those of `make`.
@@ -45,7 +45,7 @@ mod tests {
     const SOON: Duration = Duration::from_secs(60);
 
     #[test]
-    fn another_key_does_not_wait() {
+    fn keys_do_not_wait_for_each_other() {
         let once = Once::<u32, u32>::default();
         let (begun, at_work) = mpsc::channel();
         let (other_is_there, let_go) = mpsc::channel();
@@ -64,7 +64,7 @@ mod tests {
     }
 
     #[test]
-    fn one_key_is_made_once() {
+    fn a_key_is_initialised_once() {
         let (once, made) = (Once::<u32, usize>::default(), AtomicUsize::new(0));
         let make = || {
             std::thread::sleep(Duration::from_millis(20)); // the others come meanwhile
@@ -78,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn what_failed_is_tried_again() {
+    fn a_failed_initialisation_is_retried() {
         let once = Once::<u32, u32>::default();
         assert_eq!(once.get(1, || Err("no compiler")), Err("no compiler"));
         assert_eq!(once.get(1, || Ok::<_, &str>(10)), Ok(10));

@@ -9,6 +9,7 @@ const HEADS: usize = 2; // the first reads skipped events, the second liked ones
 const DIM: usize = 4;
 const WIDTH: usize = HEADS * DIM;
 
+/// Computes, compares, prints.
 pub fn main() -> Result<(), AttentionError> {
     // Two users' events, packed end to end: tokens 0..3 and 3..5. No padding.
     let cu_seqlens = [0, 3, 5];

@@ -17,6 +17,7 @@ bob,tea,0,250
 bob,rum,1,350
 ";
 
+/// Imports, opens, prints.
 pub fn main() -> Result<(), Box<dyn Error>> {
     let folder = tempfile::tempdir()?;
     let (log, path) = (folder.path().join("log.csv"), folder.path().join("log.dfar"));

@@ -5,20 +5,21 @@
 use dfar::batch::{Batch, Cut, Feedback, Question, View};
 use dfar::device::{Clip, cpu::Cpu};
 use dfar::evaluate::rank;
-use dfar::model::{AdamOptions, LossOptions, Model, ModelConfig, Optimizer};
+use dfar::model::{AdamOptions, Initialization, LossOptions, Model, ModelConfig, Optimizer};
 use std::error::Error;
 use std::sync::Arc;
 
 const ITEMS: u32 = 40;
 const MAX_LENGTH: usize = 20;
 
+/// Packs, trains, ranks.
 pub fn main() -> Result<(), Box<dyn Error>> {
     // The log: each user's events, oldest first, as (item, liked). Users like either the even or
     // the odd items.
     let users: Vec<Vec<(u32, u8)>> = (0..60)
         .map(|user: u32| {
             let event = |n: u32| {
-                let item = (user * 7 + n * n * 5 + n * 3) % ITEMS;
+                let item = (user * 7 + n * n * 5 + n * 2) % ITEMS;
                 (item, u8::from(item % 2 == user % 2))
             };
             (0..12).map(event).collect()
@@ -51,10 +52,11 @@ pub fn main() -> Result<(), Box<dyn Error>> {
 
     // Training: the whole log is one batch here; `train::Fit` draws batches, validates and writes
     // checkpoints.
-    let mut model = Model::new(Arc::new(Cpu::new()), ModelConfig::new(ITEMS as usize, MAX_LENGTH), 1)?;
+    let config = ModelConfig::new(ITEMS as usize, MAX_LENGTH);
+    let mut model = Model::initialized(Arc::new(Cpu::new()), config, 1, Initialization::Scaled)?;
     let mut optimizer = Optimizer::new(&model)?;
-    let loss = LossOptions { bpr: 0.1, idl: 0.1, embed_l2: 1e-6 };
-    let adam = AdamOptions { lr: 5e-3, clip: Some(Clip::PerTensor(2.0)), dense_embeddings: false };
+    let loss = LossOptions { bpr: 0.1, idl: 0.001, embed_l2: 0.0 };
+    let adam = AdamOptions { lr: 3e-3, clip: Some(Clip::PerTensor(2.0)), dense_embeddings: false };
     let first = model.train_step(&batch, &loss, &adam, &mut optimizer)?.loss;
     let mut last = first;
     for _ in 0..60 {

@@ -17,24 +17,26 @@ use std::error::Error;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
+/// Trains five epochs and prints the validation AUC after each.
 pub fn main() -> Result<(), Box<dyn Error>> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("log.dfar");
-    synthetic::write(&SyntheticOptions { users: 200, items: 100, ..SyntheticOptions::default() }, &path)?;
+    synthetic::write(&SyntheticOptions { users: 150, items: 30, ..SyntheticOptions::default() }, &path)?;
     let data = Dataset::open(&path)?;
 
     // Config has the defaults of dfar-train: the model's size, the loss, how batches are drawn.
-    let config = Config { width: 16, max_length: 30, batch_rows: 1000, ..Config::default() };
-    let mut model = Model::new(Arc::new(Cpu::new()), config.model(data.items()), config.seed)?;
+    let config = Config { width: 16, max_length: 20, batch_tokens: 128, ..Config::default() };
+    let mut model =
+        Model::initialized(Arc::new(Cpu::new()), config.model(data.items()), config.seed, config.init)?;
     let mut optimizer = Optimizer::new(&model)?;
     let drawer = Drawer::new(&data, config.draw());
 
-    let epochs = 3;
+    let epochs = 5;
     let mut aucs = vec![auc(&model, &data)?];
     for epoch in 0..epochs {
         // The plan of an epoch, and each batch of it, follow from the seed and their numbers alone.
         let plan = drawer.training_plan(epoch)?;
-        let adam = AdamOptions { lr: 1e-2 * 0.5f32.powi(epoch as i32), ..config.adam() };
+        let adam = AdamOptions { lr: 1e-2 * 0.8f32.powi(epoch as i32), ..config.adam() };
         // Two threads draw and pack; this one trains on the batches in order.
         let make = |index| Batch::pack(&drawer.draw(&plan, epoch, index));
         let mean = ahead(0..plan.size.batches, 2, make, |batches| -> Result<f64, Box<dyn Error>> {

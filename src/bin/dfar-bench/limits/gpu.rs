@@ -1,6 +1,6 @@
 //! Limits of a GPU: measured (operands in registers, and a copy in memory) or from its datasheet.
 
-use dfar::device::cuda::limits::{CHAINS, PRODUCT_OPERATIONS, Rate, THREADS};
+use dfar::device::cuda::ops::limits::{CHAINS, PRODUCT_OPERATIONS, Rate, THREADS};
 use dfar::device::cuda::runtime::Runtime;
 use dfar::device::cuda::{CudaError, Gpu};
 use serde::Serialize;

@@ -169,7 +169,7 @@ pub(super) struct SegmentSum<'a, R: Runtime> {
     /// Values of a member.
     pub width: usize,
     /// The members of each segment.
-    pub segments: Segments<'a, Array<R, u32>>,
+    pub segments: Segments<&'a Array<R, u32>>,
     /// What is added besides: `l2` times these rows of a table.
     pub l2: Option<(f32, &'a Array<R, f32>, &'a Array<R, u32>)>,
 }

@@ -7,7 +7,7 @@ use super::loss::BLOCK_SUM_SHARED;
 use super::params::Pointer;
 use super::runtime::{Array, Kernel, Launch, Runtime, Staging};
 use super::tile::Block;
-use crate::device::{AdamStep, AdamTensor, Clip, Slot};
+use crate::device::{AdamRows, AdamStep, AdamTensor, Clip, Slot};
 use bytemuck::{Pod, Zeroable};
 
 const fn kernel(entry: &'static str) -> Kernel {
@@ -97,9 +97,9 @@ pub(super) fn adam<R: Runtime>(
                 assert_eq!(t.gradient.len(), t.value.len(), "a dense gradient is as long as its tensor");
                 (0, 1)
             }
-            Some((rows, width)) => {
-                assert_eq!(t.gradient.len(), rows.len() * width, "a gradient by rows is [rows, width]");
-                (rows.pointer(), width)
+            Some(AdamRows { index, width }) => {
+                assert_eq!(t.gradient.len(), index.len() * width, "a gradient by rows is [rows, width]");
+                (index.pointer(), width)
             }
         };
         table.push(Tensor {

@@ -247,7 +247,7 @@ impl<R: Runtime> TargetPlan<R> {
         staging: &mut Staging<R>,
         width: usize,
         hidden: [usize; 2],
-        index: TargetIndex<[u32]>,
+        index: TargetIndex<&[u32]>,
     ) -> Result<Self, CudaError> {
         let shape = Shape::of(width, hidden)?;
         let available = gpu.runtime().limits().shared_per_block;

@@ -102,7 +102,7 @@ impl TargetLists {
     ///
     /// # Panics
     /// Where the arrays of `index` do not fit each other.
-    pub fn new(index: &TargetIndex<[u32]>) -> Self {
+    pub fn new(index: &TargetIndex<&[u32]>) -> Self {
         let counts = index.counts();
         let mut lists = Self { counts, pair_rows: vec![0], ..Self::default() };
         lists.pairs.reserve(counts.pairs);
@@ -124,7 +124,7 @@ impl TargetLists {
     }
 
     /// The next pair of the sequence that begins at `token`, and its rows.
-    fn add_pair(&mut self, index: &TargetIndex<[u32]>, pair: usize, token: u32) {
+    fn add_pair(&mut self, index: &TargetIndex<&[u32]>, pair: usize, token: u32) {
         let (score, length) = (index.score_offsets[pair], index.pair_length(pair));
         self.pairs.push(Pair { index: pair as u32, score, length, unit: self.units as u32 });
         self.units += (length as usize).div_ceil(TOKENS);

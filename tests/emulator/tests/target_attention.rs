@@ -7,7 +7,7 @@ mod bodies;
 use bodies::{Case, InBf16, assert_close, kernel_cases};
 use dfar::device::cuda::tile::Element;
 use dfar::device::cuda::{CudaError, Precision, target_attention};
-use dfar::device::{Device, DeviceError};
+use dfar::device::{DeviceError, Memory, TargetAttention};
 use dfar_emulator::gpu;
 
 #[test]
@@ -43,7 +43,7 @@ fn widths_without_a_kernel_are_refused() {
     let refused = |width, hidden| {
         let case = Case::random(width, hidden, &[3], 2, 1, 1);
         let mut staging = device.staging().unwrap();
-        match device.target_plan(&mut staging, width, hidden, case.index()) {
+        match device.target_plan(&mut staging, case.shape(), case.index()) {
             Err(DeviceError::Cuda(error)) => error,
             _ => panic!("{width}, {hidden:?} was taken"),
         }

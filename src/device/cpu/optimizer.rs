@@ -1,22 +1,25 @@
 //! Gradient clipping and Adam, dense or by rows.
 
-use crate::device::{AdamStep, Clip};
+use super::slices::Slices;
+use super::{Cpu, Done, Doubles, Floats, Indices};
+use crate::device::{AdamRows, AdamStep, AdamTensor, Clip, Optimizer, Slot};
 use rayon::prelude::*;
 
-/// Values one task handles; part of the order of summation, so it must not depend on the number of threads.
+/// Values per task. It fixes the order of summation, so it must not depend on the number of threads.
 const CHUNK: usize = 1 << 14;
 
-/// One tensor, as slices; see [`crate::device::AdamTensor`].
-pub struct Tensor<'a> {
-    pub value: &'a mut [f32],
-    pub first: &'a mut [f32],
-    pub second: &'a mut [f32],
-    pub gradient: &'a [f32],
-    pub rows: Option<(&'a [u32], usize)>,
+type Tensor<'a> = AdamTensor<'a, Floats, Indices>;
+
+impl Optimizer for Cpu {
+    fn adam(&self, step: &AdamStep, tensors: &mut [Tensor], norm: Slot<Doubles>) -> Done {
+        let (losses, norm) = norm.values.split_at_mut(norm.index);
+        norm[0] = clip_and_update(step, tensors, losses.iter().all(|loss| loss.is_finite()));
+        Ok(())
+    }
 }
 
-/// See [`crate::device::Device::adam`]: returns the norm. `finite` is whether the losses are.
-pub fn step(step: &AdamStep, tensors: &mut [Tensor], finite: bool) -> f64 {
+/// Returns the norm of all gradients. `finite`: whether the losses of the step are.
+fn clip_and_update(step: &AdamStep, tensors: &mut [Tensor], finite: bool) -> f64 {
     let squares: Vec<f64> = tensors.iter().map(|t| square_sum(t.gradient)).collect();
     let global = squares.iter().sum::<f64>().sqrt();
     if !finite || !global.is_finite() {
@@ -34,7 +37,7 @@ pub fn step(step: &AdamStep, tensors: &mut [Tensor], finite: bool) -> f64 {
         let update = Update { step, clip, correction: (correction.0 as f32, correction.1 as f32) };
         match tensor.rows {
             None => update.dense(tensor),
-            Some((rows, width)) => update.rows(tensor, rows, width),
+            Some(rows) => update.rows(tensor, rows),
         }
     }
     global
@@ -61,10 +64,11 @@ impl Update<'_> {
             .for_each(|((value, (first, second)), gradient)| self.slice(value, first, second, gradient));
     }
 
-    fn rows(&self, t: &mut Tensor, rows: &[u32], width: usize) {
-        for (&row, gradient) in rows.iter().zip(t.gradient.chunks_exact(width)) {
+    fn rows(&self, t: &mut Tensor, AdamRows { index, width }: AdamRows<&Indices>) {
+        let (value, first, second) = (t.value.slices(), t.first.slices(), t.second.slices());
+        for (&row, gradient) in index.iter().zip(t.gradient.chunks_exact(width)) {
             let at = row as usize * width..(row as usize + 1) * width;
-            self.slice(&mut t.value[at.clone()], &mut t.first[at.clone()], &mut t.second[at], gradient);
+            self.slice(&mut value[at.clone()], &mut first[at.clone()], &mut second[at], gradient);
         }
     }
 

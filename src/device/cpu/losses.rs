@@ -1,36 +1,63 @@
 //! The losses and their gradients, in float64 row by row: there are few rows and many cancellations.
 
+use super::slices::Slices;
+use super::{Cpu, Done, Doubles, Floats};
+use crate::device::{Interests, Losses, Slot};
 use rayon::prelude::*;
 
-/// Squared norms below this have no direction: cosine and gradient are 0.
+/// Vectors with a smaller squared norm have no direction: cosine and gradient are 0.
 const NO_DIRECTION: f64 = 1e-12;
 
-/// See [`crate::device::Device::rank_loss`].
-pub fn rank(
-    bpr: f32,
-    logit_pos: &[f32],
-    logit_neg: &[f32],
-    target: &[f32],
-    d_pos: &mut [f32],
-    d_neg: &mut [f32],
-) -> [f64; 2] {
+impl Losses for Cpu {
+    fn rank_loss(
+        &self,
+        bpr: f32,
+        logits: Interests<&Floats>,
+        target: &Floats,
+        gradients: Interests<&mut Floats>,
+        losses: Slot<Doubles>,
+    ) -> Done {
+        let means = rank(bpr, logits.slices(), target, gradients.slices());
+        losses.values[losses.index..losses.index + 2].copy_from_slice(&means);
+        Ok(())
+    }
+    fn cosine_loss(
+        &self,
+        width: usize,
+        weight: f32,
+        vectors: Interests<&Floats>,
+        gradients: Interests<&mut Floats>,
+        loss: Slot<Doubles>,
+    ) -> Done {
+        loss.values[loss.index] = cosine(width, weight, vectors.slices(), gradients.slices());
+        Ok(())
+    }
+}
+
+/// Means of BCE and IBL.
+fn rank(bpr: f32, logits: Interests<&[f32]>, target: &[f32], gradients: Interests<&mut [f32]>) -> [f64; 2] {
     let rows = target.len() as f64;
     let (mut bce, mut ibl) = (0.0, 0.0);
-    for i in 0..target.len() {
-        let (pos, neg, z) = (logit_pos[i] as f64, logit_neg[i] as f64, target[i] as f64);
+    for (i, &z) in target.iter().enumerate() {
+        let (pos, neg, z) = (logits.positive[i] as f64, logits.negative[i] as f64, z as f64);
         bce += softplus(pos) - z * pos;
         let sign = 2.0 * z - 1.0;
         let margin = -sign * (pos - neg);
         ibl += softplus(margin);
         let d_margin = bpr as f64 * sigmoid(margin) * -sign;
-        d_pos[i] = ((sigmoid(pos) - z + d_margin) / rows) as f32;
-        d_neg[i] = (-d_margin / rows) as f32;
+        gradients.positive[i] = ((sigmoid(pos) - z + d_margin) / rows) as f32;
+        gradients.negative[i] = (-d_margin / rows) as f32;
     }
     if target.is_empty() { [0.0; 2] } else { [bce / rows, ibl / rows] }
 }
 
-/// See [`crate::device::Device::cosine_loss`].
-pub fn cosine(width: usize, weight: f32, x: &[f32], y: &[f32], dx: &mut [f32], dy: &mut [f32]) -> f64 {
+/// Mean cosine.
+fn cosine(
+    width: usize,
+    weight: f32,
+    Interests { positive: x, negative: y }: Interests<&[f32]>,
+    Interests { positive: dx, negative: dy }: Interests<&mut [f32]>,
+) -> f64 {
     let rows = x.len() / width;
     if rows == 0 {
         return 0.0;

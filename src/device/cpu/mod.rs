@@ -19,7 +19,7 @@ pub mod attention;
 mod dense;
 mod elementwise;
 mod layer_norm;
-pub mod linear;
+mod linear;
 mod losses;
 mod memory;
 mod optimizer;

@@ -59,7 +59,7 @@ impl<R: Runtime> Gpu<R> {
         Array::of(&self.runtime, host)
     }
 
-    /// See [`crate::device::Device::captured`].
+    /// See [`crate::device::Execution::captured`].
     pub(super) fn captured_work<T>(
         &self,
         work: impl FnMut() -> Result<T, DeviceError>,

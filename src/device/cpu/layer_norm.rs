@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 /// Added to the variance, inside the root.
 const EPS: f32 = 1e-8;
-/// Rows one task handles; part of the order of summation, so it must not depend on the number of threads.
+/// Rows per task. It fixes the order of summation, so it must not depend on the number of threads.
 const ROWS: usize = 128;
 
 /// [`Dense::layer_norm`](crate::device::Dense::layer_norm).
@@ -47,7 +47,7 @@ struct Forward<'a> {
     y: &'a mut [f32],
 }
 
-// Plain loops: compiled inside `dispatch`'s entry points, the compiler vectorises them for each instruction set.
+// Plain loops: inlined into the entry points of `dispatch`, they are vectorised for each instruction set.
 impl Kernel for Forward<'_> {
     type Output = ();
     #[inline(always)]
@@ -106,7 +106,7 @@ fn statistics(x: &[f32]) -> (f32, f32) {
     (mean, 1.0 / (variance + EPS).sqrt())
 }
 
-/// Sum in sixteen interleaved partial sums, which the compiler may keep in vector lanes.
+/// Sums in sixteen interleaved partial sums, which the compiler can keep in vector lanes.
 #[inline(always)]
 fn lane_sum(n: usize, x: impl Fn(usize) -> f32) -> f32 {
     let mut lanes = [0f32; 16];

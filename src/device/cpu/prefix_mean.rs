@@ -31,7 +31,7 @@ pub fn backward(width: usize, prefixes: Prefixes<&[u32]>, dmean: &[f32], dx: &mu
         || vec![0f64; width],
         |sum, (b, dx)| {
             sum.fill(0.0);
-            // From the last token back: the groups that still contain it are those already passed.
+            // From the last token backwards: the sum covers the groups that contain the token.
             let mut groups = (group_offsets[b] as usize..group_offsets[b + 1] as usize).rev().peekable();
             for (token, dx) in dx.chunks_exact_mut(width).enumerate().rev() {
                 while let Some(g) = groups.next_if(|&g| count[g] as usize > token) {

@@ -1,13 +1,20 @@
 //! The topics of [`Device`](crate::device::Device) for every runtime: each operation is a function in the file of
 //! its `.cu`.
 
-use super::attention::{self, DevicePlan};
+use super::array::{Array, Staging};
+use super::error::CudaError;
 use super::gpu::Gpu;
-use super::layer_norm::Input;
-use super::linear;
-use super::prefix_mean::Groups;
-use super::runtime::{self, Array, Runtime, Staging};
-use super::{CudaError, embedding, graph, layer_norm, loss, optimizer, prefix_mean, rows, target_attention};
+use super::kernel::{self, Block, Kernel};
+use super::ops::attention::{self, DevicePlan};
+use super::ops::layer_norm::Input;
+use super::ops::prefix_mean::Groups;
+use super::ops::{
+    convert, embedding, layer_norm, limits, linear, loss, naive_attention, optimizer, prefix_mean, rows,
+    target_attention,
+};
+use super::plan::rows::block_of;
+use super::plan::target_shape::Shape;
+use super::runtime::{self, Runtime};
 use crate::attention::FhaOptions;
 use crate::device::{
     AdamStep, AdamTensor, Attention, Columns, ConcatPart, Dense, DeviceError, Element, Execution, Interests,
@@ -28,7 +35,7 @@ impl<R: Runtime> Execution for Gpu<R> {
         format!("{} ({})", self.runtime().name(), self.precision().name())
     }
     fn captured<T>(&self, work: impl FnMut() -> Result<T, DeviceError>) -> Result<T, DeviceError> {
-        graph::captured(self, work)
+        self.captured_work(work)
     }
     fn record_event(&self) -> Result<R::Mark, DeviceError> {
         Ok(self.runtime().mark()?)
@@ -339,4 +346,29 @@ impl<R: Runtime> Optimizer for Gpu<R> {
     ) -> Done {
         Ok(optimizer::adam(self, step, tensors, norm)?)
     }
+}
+
+/// Shapes of target attention that are looked at without a device: the paper's, and twice as wide.
+const TARGET_SHAPES: [Shape; 2] =
+    [Shape { width: 32, hidden0: 80, hidden1: 40 }, Shape { width: 64, hidden0: 80, hidden1: 40 }];
+
+/// Every kernel but those of attention, with its largest block.
+pub fn step_kernels() -> Vec<(Kernel, Block)> {
+    let files = [
+        rows::KERNELS,
+        embedding::KERNELS,
+        layer_norm::KERNELS,
+        prefix_mean::KERNELS,
+        loss::KERNELS,
+        optimizer::KERNELS,
+        naive_attention::KERNELS,
+        limits::KERNELS,
+    ];
+    let mut kernels = files.concat();
+    for element in [kernel::Element::F32, kernel::Element::Bf16] {
+        let module = convert::module(element);
+        kernels.extend(convert::ENTRIES.map(|entry| (Kernel { module, entry }, block_of(0))));
+        kernels.extend(TARGET_SHAPES.into_iter().flat_map(|shape| target_attention::kernels(element, shape)));
+    }
+    kernels
 }

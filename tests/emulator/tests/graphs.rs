@@ -4,9 +4,9 @@
 #[allow(dead_code, reason = "only the batches and the curve are used")]
 mod bodies;
 
-use dfar::device::cuda::graph::Captures;
-use dfar::device::cuda::runtime::{Runtime, Staging};
-use dfar::device::cuda::{CudaError, Gpu, Precision};
+use dfar::device::cuda::array::Staging;
+use dfar::device::cuda::runtime::Runtime;
+use dfar::device::cuda::{Captures, CudaError, Gpu, Precision};
 use dfar::device::{
     Activation, Dense, DeviceError, Execution, LayerNorm, Linear, Lookup, Memory, Output, Rows, SegmentSum,
     Segments, Slot,

@@ -7,10 +7,10 @@
 use super::batch::{Batch, Pass as Direction};
 use crate::limits::gpu::Limits;
 use dfar::attention::{FhaOptions, Inputs, LabelMask, Normalization, Pairing};
-use dfar::device::cuda::CudaError;
-use dfar::device::cuda::params::Item;
-use dfar::device::cuda::plan::{Pass, Plan};
-use dfar::device::cuda::tile::{Element, Room, WARP_ROWS};
+use dfar::device::cuda::plan::attention::{Pass, Plan};
+use dfar::device::cuda::plan::params::Item;
+use dfar::device::cuda::plan::tile::{Room, WARP_ROWS};
+use dfar::device::cuda::{CudaError, Element};
 use serde::Serialize;
 use std::fmt;
 use std::ops::Add;
@@ -349,7 +349,7 @@ pub fn predict(
 mod tests {
     use super::*;
     use crate::limits::gpu::Card;
-    use dfar::device::cuda::tile::Sharing;
+    use dfar::device::cuda::plan::tile::Sharing;
 
     /// One sequence without labels, worked by hand: 40 tokens are rows of 3 warps, which see 1, 2 and 3 pieces a head.
     #[test]

@@ -1,6 +1,6 @@
 //! What a GPU can do at most: measured with operands in registers and in copying, or by its datasheet.
 
-use dfar::device::cuda::limits::{CHAINS, PRODUCT_OPERATIONS, Rate, THREADS};
+use dfar::device::cuda::ops::limits::{CHAINS, PRODUCT_OPERATIONS, Rate, THREADS};
 use dfar::device::cuda::runtime::Runtime;
 use dfar::device::cuda::{CudaError, Gpu};
 use serde::Serialize;

@@ -4,9 +4,9 @@ use super::Case;
 use super::{Fha, TensorError, VerifyError, compare, compare_gradients, half_precision, verify_dfar};
 use dfar::attention::{self, AttentionError, FhaOptions, Gradients, Inputs};
 use dfar::device::cpu::Cpu;
+use dfar::device::cuda::plan::tile::HEAD_DIMS;
 use dfar::device::cuda::runtime::Runtime;
-use dfar::device::cuda::tile::{Element, HEAD_DIMS};
-use dfar::device::cuda::{CudaError, Gpu, Precision};
+use dfar::device::cuda::{CudaError, Element, Gpu, Precision};
 use half::{bf16, f16};
 use std::sync::Arc;
 
@@ -141,7 +141,7 @@ impl<R: Runtime> Engine for GpuEngine<R> {
 }
 
 /// A type of attention tensors, and f32.
-trait Half: dfar::device::cuda::attention::Value {
+trait Half: dfar::device::cuda::kernel::Value {
     fn narrow(x: f32) -> Self;
     fn widen(self) -> f32;
 }

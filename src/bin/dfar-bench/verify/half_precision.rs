@@ -4,7 +4,7 @@
 use super::engine::Results;
 use super::{Fha, TensorError, largest, relative_error};
 use dfar::attention::{FhaOptions, Inputs, LabelMask, Normalization, Pairing, reference};
-use dfar::device::cuda::tile::Element;
+use dfar::device::cuda::Element;
 use half::{bf16, f16};
 
 /// A result passes with an error of at most this many times that of the unfused computation...

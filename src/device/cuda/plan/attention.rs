@@ -4,12 +4,11 @@
 //! fate (kept or not) and a query sees a prefix of each label. The work is listed longest first: on skewed lengths
 //! the long sequences start at once and the short ones fill the gaps.
 
-use super::CudaError;
-use super::compile::{Define, Module};
 use super::params::{AttentionParams, Item};
-use super::runtime::{Kernel, Launch};
-use super::tile::{Block, Element, Room, Sharing, Tile, Whole, tile};
+use super::tile::{Room, Sharing, Tile, Whole, slots_of, tile};
 use crate::attention::{FhaOptions, LabelMask, Normalization, Pairing};
+use crate::device::cuda::error::CudaError;
+use crate::device::cuda::kernel::{Block, Element, Launch};
 
 /// Order, feedback and work of one batch.
 #[derive(Clone, Debug, PartialEq)]
@@ -75,52 +74,6 @@ impl Pass {
     /// Its place in [`Pass::ALL`].
     pub fn index(self) -> usize {
         Pass::ALL.iter().position(|&pass| pass == self).expect("all are there")
-    }
-
-    /// Name of the kernel.
-    pub const fn entry(self) -> &'static str {
-        match self {
-            Pass::ForwardShort => "attention_forward_short",
-            Pass::ForwardWhole(_) => "attention_forward_whole",
-            Pass::Forward => "attention_forward",
-            Pass::BackwardWhole(_) => "attention_backward_whole",
-            Pass::DqWhole => "attention_dq_whole",
-            Pass::DkDvWhole => "attention_dk_dv_whole",
-            Pass::Dq => "attention_dq",
-            Pass::DkDv => "attention_dk_dv",
-        }
-    }
-
-    /// The kernel, for tensors of this type and heads of this width.
-    pub const fn kernel(self, element: Element, head_dim: usize) -> Kernel {
-        Kernel { module: module(element, head_dim), entry: self.entry() }
-    }
-}
-
-impl Kernel {
-    /// A kernel of attention in the variant that takes so many of 8 exponentials of long 16-bit sequences as polynomials; 0: as
-    /// it is. To be measured.
-    #[must_use]
-    pub const fn with_polynomial(self, of_8: u32) -> Kernel {
-        match of_8 {
-            0 => self,
-            _ => Kernel { module: self.module.with("DFAR_POLYNOMIAL", Define::Number(of_8)), ..self },
-        }
-    }
-}
-
-/// `attention.cu` for an element type and head width.
-pub const fn module(element: Element, head_dim: usize) -> Module {
-    Module::new("attention.cu")
-        .with("DFAR_ELEMENT", Define::Word(element.cuda_name()))
-        .with("DFAR_HEAD_DIM", Define::Number(head_dim as u32))
-}
-
-/// Query rows of a token in one problem: heads are separate ones with [`Pairing::PerHead`].
-pub(super) fn slots_of(options: &FhaOptions) -> usize {
-    match options.pairing {
-        Pairing::Factorized => options.query_slots(),
-        Pairing::PerHead => 1,
     }
 }
 

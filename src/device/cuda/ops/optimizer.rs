@@ -1,12 +1,12 @@
 //! Launches of `optimizer.cu`: clipping and Adam over all tensors at once.
 
-use super::CudaError;
-use super::compile::Module;
-use super::gpu::{Gpu, THREADS, block_of};
 use super::loss::BLOCK_SUM_SHARED;
-use super::params::Pointer;
-use super::runtime::{Array, Kernel, Launch, Runtime, Staging};
-use super::tile::Block;
+use crate::device::cuda::array::{Array, Staging};
+use crate::device::cuda::error::CudaError;
+use crate::device::cuda::gpu::Gpu;
+use crate::device::cuda::kernel::{Block, Kernel, Launch, Module, Pointer};
+use crate::device::cuda::plan::rows::{THREADS, block_of};
+use crate::device::cuda::runtime::Runtime;
 use crate::device::{AdamRows, AdamStep, AdamTensor, Clip, Slot};
 use bytemuck::{Pod, Zeroable};
 
@@ -76,7 +76,7 @@ fn chunk_of(values: usize) -> usize {
 }
 
 /// See [`crate::device::Device::adam`].
-pub(super) fn adam<R: Runtime>(
+pub(crate) fn adam<R: Runtime>(
     gpu: &Gpu<R>,
     step: &AdamStep,
     tensors: &mut [AdamTensor<Array<R, f32>, Array<R, u32>>],

@@ -4,9 +4,9 @@
 //! transposed product, `c^T = b^T a^T`, which needs no copies. Algorithms are chosen by its heuristics once per rounded
 //! shape, so that batches of nearly equal size neither ask again nor (which would change the bits) get another answer.
 
-use super::CudaError;
-use super::params::Pointer;
-use super::runtime::{Gemm, Precision};
+use crate::device::cuda::error::CudaError;
+use crate::device::cuda::kernel::Pointer;
+use crate::device::cuda::runtime::{Gemm, Precision};
 use crate::device::{Activation, Store};
 use libloading::Library;
 use std::collections::HashMap;
@@ -194,7 +194,7 @@ impl Blas {
     /// What the library reports.
     ///
     /// # Safety
-    /// As [`Runtime::gemm_batch`](super::runtime::Runtime::gemm_batch); the stream is the one stream that uses the workspace.
+    /// As [`Runtime::gemm_batch`](crate::device::cuda::runtime::Runtime::gemm_batch); the stream is the one stream that uses the workspace.
     pub unsafe fn gemm<T>(&mut self, gemm: &Gemm, count: usize, stream: *mut T) -> Result<(), CudaError> {
         let exact = gemm.shape.map(|n| n as u64);
         let compute = match gemm.precision {

@@ -1,11 +1,11 @@
 //! Launches of `prefix_mean.cu`.
 
-use super::CudaError;
-use super::compile::Module;
-use super::gpu::{Gpu, THREADS, block_of, lane_bits, vector};
-use super::params::Pointer;
-use super::runtime::{Array, Kernel, Launch, Runtime};
-use super::tile::Block;
+use crate::device::cuda::array::Array;
+use crate::device::cuda::error::CudaError;
+use crate::device::cuda::gpu::Gpu;
+use crate::device::cuda::kernel::{Block, Kernel, Launch, Module, Pointer};
+use crate::device::cuda::plan::rows::{THREADS, block_of, lane_bits, vector};
+use crate::device::cuda::runtime::Runtime;
 use bytemuck::{Pod, Zeroable};
 
 const fn kernel(entry: &'static str) -> Kernel {
@@ -38,7 +38,7 @@ struct PrefixMeanParams {
 const _: () = assert!(size_of::<PrefixMeanParams>() == 56);
 
 /// What both directions are told about sequences and groups; see [`crate::device::Device::prefix_mean`].
-pub(super) struct Groups<'a, R: Runtime> {
+pub(crate) struct Groups<'a, R: Runtime> {
     pub start: &'a Array<R, u32>,
     pub group_offsets: &'a Array<R, u32>,
     pub count: &'a Array<R, u32>,
@@ -73,7 +73,7 @@ fn params<R: Runtime>(
 }
 
 /// See [`crate::device::Device::prefix_mean`].
-pub(super) fn forward<R: Runtime>(
+pub(crate) fn forward<R: Runtime>(
     gpu: &Gpu<R>,
     width: usize,
     groups: Groups<R>,
@@ -86,7 +86,7 @@ pub(super) fn forward<R: Runtime>(
 }
 
 /// See [`crate::device::Device::prefix_mean_backward`].
-pub(super) fn backward<R: Runtime>(
+pub(crate) fn backward<R: Runtime>(
     gpu: &Gpu<R>,
     width: usize,
     groups: Groups<R>,

@@ -5,7 +5,7 @@
 //! until the host has waited for the device, and only then is there no kernel left that may read it, and no copy on its way to
 //! it. That costs no event and no waiting: a step waits for its losses anyway.
 
-use super::params::Pointer;
+use crate::device::cuda::kernel::Pointer;
 use std::collections::{BTreeMap, VecDeque};
 
 /// Memory to be used again, by size: given back lately, or idle.

@@ -4,112 +4,10 @@
 //! holds that key in full, the code's length and its checksum. It is written to a temporary file and renamed, so that
 //! two processes at once each find a whole entry or none; one that does not check out counts as none, and is replaced.
 
-use super::CudaError;
 use super::nvrtc::Nvrtc;
+use crate::device::cuda::error::CudaError;
+use crate::device::cuda::kernel::{Arch, Module};
 use std::path::{Path, PathBuf};
-
-/// One `.cu` of `kernels/`, with all it includes.
-#[derive(Debug)]
-pub struct Source {
-    /// File name.
-    pub name: &'static str,
-    /// FNV-1a of names and texts.
-    pub hash: u64,
-    /// Its text.
-    pub text: &'static str,
-    /// Names and texts of the headers, the closure of its includes.
-    pub headers: &'static [(&'static str, &'static str)],
-}
-
-include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
-
-/// Machine a module is compiled for: a compute capability.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Arch {
-    /// Major version.
-    pub major: u32,
-    /// Minor version.
-    pub minor: u32,
-}
-
-impl Arch {
-    /// The first with everything the kernels use (`cp.async`, bf16 `mma`).
-    pub const OLDEST: Arch = Arch { major: 8, minor: 0 };
-
-    /// As NVRTC wants it. Code for 9.0 may use what only Hopper has.
-    pub fn name(self) -> String {
-        let suffix = if self == (Arch { major: 9, minor: 0 }) { "a" } else { "" };
-        format!("sm_{}{}{suffix}", self.major, self.minor)
-    }
-}
-
-/// Value of a macro that a module is compiled with.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Define {
-    /// E.g. the name of a type.
-    Word(&'static str),
-    /// A size.
-    Number(u32),
-}
-
-impl std::fmt::Display for Define {
-    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-        match self {
-            Define::Word(word) => f.write_str(word),
-            Define::Number(number) => write!(f, "{number}"),
-        }
-    }
-}
-
-/// What is compiled: a `.cu` of `kernels/`, with macros.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Module {
-    source: &'static str,
-    defines: [Option<(&'static str, Define)>; 4],
-}
-
-impl Module {
-    /// A file of `kernels/` without macros.
-    pub const fn new(source: &'static str) -> Module {
-        Module { source, defines: [None; 4] }
-    }
-
-    /// With a macro more; there is room for four.
-    pub const fn with(mut self, name: &'static str, value: Define) -> Module {
-        let mut i = 0;
-        while self.defines[i].is_some() {
-            i += 1;
-        }
-        self.defines[i] = Some((name, value));
-        self
-    }
-
-    /// What a macro stands for, if it is given.
-    pub fn define(&self, name: &str) -> Option<Define> {
-        self.defines.iter().flatten().find(|(given, _)| *given == name).map(|(_, value)| *value)
-    }
-
-    /// The source it is compiled from.
-    ///
-    /// # Panics
-    /// If `kernels/` has no such file.
-    pub fn source(&self) -> &'static Source {
-        SOURCES.iter().find(|source| source.name == self.source).expect("build.rs embeds every kernel")
-    }
-
-    /// File and macros in one line, e.g. `attention.cu DFAR_ELEMENT=bf16 DFAR_HEAD_DIM=16`.
-    pub fn name(&self) -> String {
-        let defines = self.defines.iter().flatten().map(|(name, value)| format!(" {name}={value}"));
-        defines.fold(self.source.to_owned(), |name, define| name + &define)
-    }
-
-    /// Options of the compiler.
-    pub fn options(&self, arch: Arch) -> Vec<String> {
-        let mut options = vec![format!("--gpu-architecture={}", arch.name()), "--std=c++17".to_owned()];
-        options.extend(self.defines.iter().flatten().map(|(name, value)| format!("-D{name}={value}")));
-        options
-    }
-}
 
 /// Compiles a module, without the cache.
 ///
@@ -237,6 +135,7 @@ impl Cache {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::cuda::kernel::Define;
 
     const MODULE: Module = Module::new("attention.cu")
         .with("DFAR_ELEMENT", Define::Word("bf16"))

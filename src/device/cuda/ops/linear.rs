@@ -1,17 +1,18 @@
 //! Linear layers: products by [`Runtime::gemm`], and what is around them from `rows.cu`.
 
-use super::CudaError;
-use super::gpu::Gpu;
-use super::params::Pointer;
 use super::rows::{self, Dy};
-use super::runtime::{Array, Gemm, Runtime};
+use crate::device::cuda::array::Array;
+use crate::device::cuda::error::CudaError;
+use crate::device::cuda::gpu::Gpu;
+use crate::device::cuda::kernel::Pointer;
+use crate::device::cuda::runtime::{Gemm, Runtime};
 use crate::device::{Activation, Store};
 
 /// A matrix in memory, and whether it is used transposed.
 #[derive(Clone, Copy)]
-pub(super) struct Factor {
-    pub(super) at: Pointer,
-    pub(super) transposed: bool,
+pub(crate) struct Factor {
+    pub(crate) at: Pointer,
+    pub(crate) transposed: bool,
 }
 
 impl Factor {
@@ -28,7 +29,7 @@ impl<R: Runtime> Gpu<R> {
     ///
     /// # Safety
     /// As [`Runtime::gemm`], but any size may be 0.
-    pub(super) unsafe fn product(
+    pub(crate) unsafe fn product(
         &self,
         shape: [usize; 3],
         (a, b): (Factor, Factor),
@@ -74,7 +75,7 @@ fn rows_of(x: usize, y: usize, (inputs, outputs): (usize, usize)) -> usize {
 }
 
 /// See [`crate::device::Device::linear`].
-pub(super) fn forward<R: Runtime>(
+pub(crate) fn forward<R: Runtime>(
     gpu: &Gpu<R>,
     x: &Array<R, f32>,
     w: &Array<R, f32>,
@@ -106,7 +107,7 @@ pub(super) fn forward<R: Runtime>(
 }
 
 /// See [`crate::device::Device::linear_backward`].
-pub(super) fn backward<R: Runtime>(
+pub(crate) fn backward<R: Runtime>(
     gpu: &Gpu<R>,
     x: &Array<R, f32>,
     w: &Array<R, f32>,
@@ -143,7 +144,7 @@ pub(super) fn backward<R: Runtime>(
 
 /// See [`crate::device::Device::label_linear`]: rows are brought into the order of their labels, so that each half of the weight
 /// meets one piece of memory.
-pub(super) fn label_forward<R: Runtime>(
+pub(crate) fn label_forward<R: Runtime>(
     gpu: &Gpu<R>,
     x: &Array<R, f32>,
     w: &Array<R, f32>,
@@ -172,7 +173,7 @@ pub(super) fn label_forward<R: Runtime>(
 }
 
 /// See [`crate::device::Device::label_linear_backward`].
-pub(super) fn label_backward<R: Runtime>(
+pub(crate) fn label_backward<R: Runtime>(
     gpu: &Gpu<R>,
     x: &Array<R, f32>,
     w: &Array<R, f32>,

@@ -1,27 +1,55 @@
 //! FHA on the device: [`Gpu::attention_forward`] and [`Gpu::attention_backward`] on its arrays, and [`Gpu::forward`] and
 //! [`Gpu::backward`], the same operation as [`crate::attention`] has, on slices.
 
-use super::gpu::Gpu;
-use super::params::{AttentionParams, Item};
-use super::plan::{Pass, Plan};
-use super::runtime::{Array, Precision, Runtime, Staging};
-use super::tile::{Element, HEAD_DIMS, Room};
-use super::{CudaError, convert};
+use super::convert;
 use crate::attention::{FhaOptions, Inputs, length};
+use crate::device::cuda::array::{Array, Staging};
+use crate::device::cuda::error::CudaError;
+use crate::device::cuda::gpu::Gpu;
+use crate::device::cuda::kernel::{Define, Element, Kernel, Module, Value};
+use crate::device::cuda::plan::attention::{Pass, Plan};
+use crate::device::cuda::plan::params::{AttentionParams, Item};
+use crate::device::cuda::plan::tile::{HEAD_DIMS, Room};
+use crate::device::cuda::runtime::{Precision, Runtime};
 
-/// A type tensors can have.
-pub trait Value: bytemuck::Pod {
-    /// Which one.
-    const ELEMENT: Element;
+impl Pass {
+    /// Name of the kernel.
+    pub const fn entry(self) -> &'static str {
+        match self {
+            Pass::ForwardShort => "attention_forward_short",
+            Pass::ForwardWhole(_) => "attention_forward_whole",
+            Pass::Forward => "attention_forward",
+            Pass::BackwardWhole(_) => "attention_backward_whole",
+            Pass::DqWhole => "attention_dq_whole",
+            Pass::DkDvWhole => "attention_dk_dv_whole",
+            Pass::Dq => "attention_dq",
+            Pass::DkDv => "attention_dk_dv",
+        }
+    }
+
+    /// The kernel, for tensors of this type and heads of this width.
+    pub const fn kernel(self, element: Element, head_dim: usize) -> Kernel {
+        Kernel { module: module(element, head_dim), entry: self.entry() }
+    }
 }
-impl Value for f32 {
-    const ELEMENT: Element = Element::F32;
+
+impl Kernel {
+    /// A kernel of attention in the variant that takes so many of 8 exponentials of long 16-bit sequences as polynomials; 0: as
+    /// it is. To be measured.
+    #[must_use]
+    pub const fn with_polynomial(self, of_8: u32) -> Kernel {
+        match of_8 {
+            0 => self,
+            _ => Kernel { module: self.module.with("DFAR_POLYNOMIAL", Define::Number(of_8)), ..self },
+        }
+    }
 }
-impl Value for half::bf16 {
-    const ELEMENT: Element = Element::Bf16;
-}
-impl Value for half::f16 {
-    const ELEMENT: Element = Element::F16;
+
+/// `attention.cu` for an element type and head width.
+pub const fn module(element: Element, head_dim: usize) -> Module {
+    Module::new("attention.cu")
+        .with("DFAR_ELEMENT", Define::Word(element.cuda_name()))
+        .with("DFAR_HEAD_DIM", Define::Number(head_dim as u32))
 }
 
 /// What the kernels need to know about a batch, on the device. Made once per batch, used by every layer.
@@ -37,7 +65,7 @@ pub struct Batch<R: Runtime> {
 }
 
 impl<R: Runtime> Batch<R> {
-    /// For kernels in a variant, see [`Kernel::with_polynomial`](super::runtime::Kernel::with_polynomial).
+    /// For kernels in a variant, see [`Kernel::with_polynomial`].
     #[must_use]
     pub fn with_polynomial(self, of_8: u32) -> Self {
         Self { polynomial: of_8, ..self }
@@ -114,7 +142,7 @@ impl<R: Runtime> DevicePlan<R> {
 }
 
 /// See [`crate::device::Device::attention`].
-pub(super) fn forward<R: Runtime>(
+pub(crate) fn forward<R: Runtime>(
     gpu: &Gpu<R>,
     plan: &DevicePlan<R>,
     [q, k, v]: [&Array<R, f32>; 3],
@@ -146,7 +174,7 @@ fn forward_converted<R: Runtime, T: Value>(
 }
 
 /// See [`crate::device::Device::attention_backward`].
-pub(super) fn backward<R: Runtime>(
+pub(crate) fn backward<R: Runtime>(
     gpu: &Gpu<R>,
     plan: &DevicePlan<R>,
     [q, k, v]: [&Array<R, f32>; 3],

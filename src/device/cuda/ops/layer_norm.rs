@@ -1,14 +1,14 @@
 //! Launches of `layer_norm.cu`.
 
-use super::CudaError;
-use super::compile::Module;
 use super::embedding::tables_of;
-use super::gpu::{Gpu, THREADS, block_of, block_rows, by_rows, lane_bits, vector};
-use super::params::Pointer;
 use super::rows;
-use super::runtime::{Array, Kernel, Launch, Runtime};
-use super::tile::Block;
 use crate::device::Store;
+use crate::device::cuda::array::Array;
+use crate::device::cuda::error::CudaError;
+use crate::device::cuda::gpu::Gpu;
+use crate::device::cuda::kernel::{Block, Kernel, Launch, Module, Pointer};
+use crate::device::cuda::plan::rows::{THREADS, block_of, block_rows, by_rows, lane_bits, vector};
+use crate::device::cuda::runtime::Runtime;
 use bytemuck::{Pod, Zeroable};
 
 const fn kernel(entry: &'static str) -> Kernel {
@@ -70,7 +70,7 @@ const _: () = assert!(size_of::<NormParams>() == 120);
 const _: () = assert!(size_of::<NormBackwardParams>() == 64);
 
 /// What is normalised, and where it comes from.
-pub(super) enum Input<'a, R: Runtime> {
+pub(crate) enum Input<'a, R: Runtime> {
     /// As it is.
     Given(&'a Array<R, f32>),
     /// The second array, after the first was added to it.
@@ -80,7 +80,7 @@ pub(super) enum Input<'a, R: Runtime> {
 }
 
 /// See [`crate::device::Device::layer_norm`], `add_layer_norm` and `gather_layer_norm`.
-pub(super) fn forward<R: Runtime>(
+pub(crate) fn forward<R: Runtime>(
     gpu: &Gpu<R>,
     width: usize,
     input: Input<R>,
@@ -122,7 +122,7 @@ pub(super) fn forward<R: Runtime>(
 }
 
 /// See [`crate::device::Device::layer_norm_backward`].
-pub(super) fn backward<R: Runtime>(
+pub(crate) fn backward<R: Runtime>(
     gpu: &Gpu<R>,
     width: usize,
     x: &Array<R, f32>,

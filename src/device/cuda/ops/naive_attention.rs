@@ -1,12 +1,12 @@
 //! FHA the long way on the device: cuBLASLt products around `naive_attention.cu`, all scores in memory. For measurements.
 
-use super::CudaError;
-use super::compile::Module;
-use super::gpu::{Gpu, blocks};
-use super::params::Pointer;
-use super::runtime::{Array, Gemm, Kernel, Runtime};
-use super::tile::Block;
 use crate::attention::{FhaOptions, LabelMask, Normalization, Pairing};
+use crate::device::cuda::array::Array;
+use crate::device::cuda::error::CudaError;
+use crate::device::cuda::gpu::Gpu;
+use crate::device::cuda::kernel::{Block, Kernel, Module, Pointer};
+use crate::device::cuda::plan::rows::blocks;
+use crate::device::cuda::runtime::{Gemm, Runtime};
 use crate::device::{Activation, Store};
 use bytemuck::{Pod, Zeroable};
 

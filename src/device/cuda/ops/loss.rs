@@ -1,12 +1,12 @@
 //! Launches of `loss.cu`: losses and gradients, and sums left on the device.
 
-use super::CudaError;
-use super::compile::Module;
-use super::gpu::{Gpu, THREADS, block_of, blocks, by_rows, lane_bits};
-use super::params::Pointer;
-use super::runtime::{Array, Kernel, Launch, Runtime};
-use super::tile::Block;
 use crate::device::Slot;
+use crate::device::cuda::array::Array;
+use crate::device::cuda::error::CudaError;
+use crate::device::cuda::gpu::Gpu;
+use crate::device::cuda::kernel::{Block, Kernel, Launch, Module, Pointer};
+use crate::device::cuda::plan::rows::{THREADS, block_of, blocks, by_rows, lane_bits};
+use crate::device::cuda::runtime::Runtime;
 use bytemuck::{Pod, Zeroable};
 
 const fn kernel(entry: &'static str) -> Kernel {
@@ -25,7 +25,7 @@ pub const KERNELS: &[(Kernel, Block)] = &[
 ];
 
 /// A sum a warp.
-pub(super) const BLOCK_SUM_SHARED: usize = THREADS / 32 * size_of::<f64>();
+pub(crate) const BLOCK_SUM_SHARED: usize = THREADS / 32 * size_of::<f64>();
 
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -70,7 +70,7 @@ const _: () = assert!(size_of::<CosineParams>() == 56);
 const _: () = assert!(size_of::<ReduceParams>() == 32);
 
 /// `factor` times the column sums of `partial: [_, width]`, to as many values from the slot on; 0 without rows.
-pub(super) fn reduce<R: Runtime>(
+pub(crate) fn reduce<R: Runtime>(
     gpu: &Gpu<R>,
     partial: &Array<R, f64>,
     width: usize,
@@ -96,7 +96,7 @@ fn mean_over(rows: usize) -> f64 {
 }
 
 /// See [`crate::device::Device::rank_loss`].
-pub(super) fn rank<R: Runtime>(
+pub(crate) fn rank<R: Runtime>(
     gpu: &Gpu<R>,
     bpr: f32,
     [pos, neg, target]: [&Array<R, f32>; 3],
@@ -127,7 +127,7 @@ pub(super) fn rank<R: Runtime>(
 }
 
 /// See [`crate::device::Device::cosine_loss`].
-pub(super) fn cosine<R: Runtime>(
+pub(crate) fn cosine<R: Runtime>(
     gpu: &Gpu<R>,
     width: usize,
     weight: f32,

@@ -1,14 +1,15 @@
 //! A GPU in use: its context and streams, its limits, the modules compiled for it, its memory.
 
 use super::blas::Blas;
-use super::compile::{Arch, Cache, Module};
-use super::graph::{Node, Recent, Start};
+use super::compile::Cache;
+use super::graph::{Node, Recent};
 use super::landing::Landing;
+use super::launch;
 use super::nvrtc::Nvrtc;
 use super::once::Once;
-use super::params::Pointer;
-use super::runtime::{Gemm, Kernel, Launch, Limits, Memory, Runtime};
-use super::{CudaError, launch};
+use crate::device::cuda::error::CudaError;
+use crate::device::cuda::kernel::{Arch, Kernel, Launch, Module, Pointer};
+use crate::device::cuda::runtime::{Gemm, Limits, Memory, Runtime, Start};
 use cudarc::driver::sys::{CUdevice_attribute as Attribute, CUevent_flags};
 use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaModule, CudaStream, DriverError, result};
 use std::collections::{BTreeMap, VecDeque};

@@ -1,10 +1,8 @@
 //! Arguments of the kernels, as `kernels/params.cuh` and `kernels/seqlen.cuh` declare them.
 
+use crate::device::cuda::kernel::Pointer;
 use bytemuck::{Pod, Zeroable};
 use std::mem::{offset_of, size_of};
-
-/// Address in device memory; 0 is null.
-pub type Pointer = u64;
 
 /// Arguments of every kernel of `attention.cu`; what a kernel reads and writes is said there.
 #[repr(C)]
@@ -32,9 +30,9 @@ pub struct AttentionParams {
     pub dk: Pointer,
     /// `[N, H, d]`
     pub dv: Pointer,
-    /// [`Plan::order`](super::plan::Plan::order); null without labels.
+    /// [`Plan::order`](super::attention::Plan::order); null without labels.
     pub order: Pointer,
-    /// [`Plan::feedback`](super::plan::Plan::feedback); null without labels.
+    /// [`Plan::feedback`](super::attention::Plan::feedback); null without labels.
     pub feedback: Pointer,
     /// [`Item`]s, one a block.
     pub items: Pointer,

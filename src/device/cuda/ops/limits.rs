@@ -1,11 +1,10 @@
 //! Launches of `limits.cu`: what a GPU can do at most.
 
-use super::CudaError;
-use super::compile::Module;
-use super::gpu::Gpu;
-use super::params::Pointer;
-use super::runtime::{Array, Kernel, Launch, Runtime};
-use super::tile::Block;
+use crate::device::cuda::array::Array;
+use crate::device::cuda::error::CudaError;
+use crate::device::cuda::gpu::Gpu;
+use crate::device::cuda::kernel::{Block, Kernel, Launch, Module, Pointer};
+use crate::device::cuda::runtime::Runtime;
 use bytemuck::{Pod, Zeroable};
 
 /// Threads of a block of every kernel here.

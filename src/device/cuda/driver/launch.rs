@@ -1,8 +1,7 @@
 //! Everything unsafe about the driver: memory, modules, launches.
 
-use super::CudaError;
-use super::params::Pointer;
-use super::runtime::Launch;
+use crate::device::cuda::error::CudaError;
+use crate::device::cuda::kernel::{Launch, Pointer};
 use cudarc::driver::{
     CudaContext, CudaEvent, CudaFunction, CudaModule, CudaStream, DriverError, result, sys,
 };
@@ -13,13 +12,13 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 /// Whether the driver's library can be loaded. cudarc panics where it is used and cannot.
-pub(super) fn driver_is_present() -> bool {
+pub(crate) fn driver_is_present() -> bool {
     // SAFETY: loads libcuda, whose initialisers do nothing before cuInit.
     unsafe { sys::is_culib_present() }
 }
 
 /// Tells the pool of the context's device to keep what is freed, so that a step allocates nothing from the system.
-pub(super) fn keep_freed_memory(context: &Arc<CudaContext>) -> Result<(), DriverError> {
+pub(crate) fn keep_freed_memory(context: &Arc<CudaContext>) -> Result<(), DriverError> {
     if !context.has_async_alloc() {
         return Ok(());
     }
@@ -34,7 +33,7 @@ pub(super) fn keep_freed_memory(context: &Arc<CudaContext>) -> Result<(), Driver
 }
 
 /// Memory with unspecified content, there when the stream has come to this point.
-pub(super) fn allocate(stream: &CudaStream, bytes: usize) -> Result<Pointer, CudaError> {
+pub(crate) fn allocate(stream: &CudaStream, bytes: usize) -> Result<Pointer, CudaError> {
     // SAFETY: the stream is the context's; the driver checks the size.
     unsafe { result::malloc_async(stream.cu_stream(), bytes) }
         .map_err(|error| CudaError::driver("allocating", error, bytes))
@@ -44,7 +43,7 @@ pub(super) fn allocate(stream: &CudaStream, bytes: usize) -> Result<Pointer, Cud
 ///
 /// # Safety
 /// `at` is from [`allocate`], has come to be there, and is not freed.
-pub(super) unsafe fn free(stream: &CudaStream, at: Pointer) -> Result<(), DriverError> {
+pub(crate) unsafe fn free(stream: &CudaStream, at: Pointer) -> Result<(), DriverError> {
     // SAFETY: the caller's promise.
     unsafe { result::free_async(at, stream.cu_stream()) }
 }
@@ -53,7 +52,7 @@ pub(super) unsafe fn free(stream: &CudaStream, at: Pointer) -> Result<(), Driver
 ///
 /// # Safety
 /// The bytes lie inside one allocation.
-pub(super) unsafe fn zero(stream: &CudaStream, at: Pointer, bytes: usize) -> Result<(), DriverError> {
+pub(crate) unsafe fn zero(stream: &CudaStream, at: Pointer, bytes: usize) -> Result<(), DriverError> {
     // SAFETY: the caller's promise.
     unsafe { result::memset_d8_async(at, 0, bytes, stream.cu_stream()) }
 }
@@ -62,7 +61,7 @@ pub(super) unsafe fn zero(stream: &CudaStream, at: Pointer, bytes: usize) -> Res
 ///
 /// # Safety
 /// `host.len()` bytes from `at` on lie inside one allocation.
-pub(super) unsafe fn write(stream: &CudaStream, at: Pointer, host: &[u8]) -> Result<(), DriverError> {
+pub(crate) unsafe fn write(stream: &CudaStream, at: Pointer, host: &[u8]) -> Result<(), DriverError> {
     // SAFETY: the caller's promise.
     unsafe { result::memcpy_htod_async(at, host, stream.cu_stream()) }
 }
@@ -71,7 +70,7 @@ pub(super) unsafe fn write(stream: &CudaStream, at: Pointer, host: &[u8]) -> Res
 ///
 /// # Safety
 /// `host.len()` bytes from `at` on lie inside one allocation.
-pub(super) unsafe fn read(stream: &CudaStream, at: Pointer, host: &mut [u8]) -> Result<(), DriverError> {
+pub(crate) unsafe fn read(stream: &CudaStream, at: Pointer, host: &mut [u8]) -> Result<(), DriverError> {
     // SAFETY: the caller's promise; the host's memory is borrowed until the stream is done.
     unsafe { result::memcpy_dtoh_async(host, at, stream.cu_stream())? };
     stream.synchronize()
@@ -90,7 +89,7 @@ unsafe impl Send for Pinned {}
 
 impl Pinned {
     /// Zeros.
-    pub(super) fn new(context: &Arc<CudaContext>, bytes: usize) -> Result<Self, DriverError> {
+    pub(crate) fn new(context: &Arc<CudaContext>, bytes: usize) -> Result<Self, DriverError> {
         // Of an event that was never recorded all is done.
         let read = context.new_event(None)?;
         // SAFETY: `new_event` has made the context the thread's; no flags: cached, for this context.
@@ -102,17 +101,17 @@ impl Pinned {
     }
 
     /// Whether the last copy from it is done.
-    pub(super) fn is_read(&self) -> Result<bool, DriverError> {
+    pub(crate) fn is_read(&self) -> Result<bool, DriverError> {
         self.read.try_is_complete()
     }
 
     /// Waits until it is.
-    pub(super) fn wait(&self) -> Result<(), DriverError> {
+    pub(crate) fn wait(&self) -> Result<(), DriverError> {
         self.read.synchronize()
     }
 
     /// Lets what is put on the stream from now on wait for the last copy.
-    pub(super) fn let_wait(&self, stream: &CudaStream) -> Result<(), DriverError> {
+    pub(crate) fn let_wait(&self, stream: &CudaStream) -> Result<(), DriverError> {
         stream.wait(&self.read)
     }
 
@@ -120,7 +119,7 @@ impl Pinned {
     ///
     /// # Safety
     /// `bytes` bytes from `at` on lie inside one allocation, which nothing on another stream uses before it waits for the copy.
-    pub(super) unsafe fn send(
+    pub(crate) unsafe fn send(
         &self,
         stream: &CudaStream,
         at: Pointer,
@@ -159,23 +158,23 @@ impl Drop for Pinned {
 
 /// Records what is put on the stream from now on. Relaxed: what has nothing to do with the stream (memory from another one,
 /// pinned memory, on any thread) is as free as ever. The legacy stream cannot be recorded.
-pub(super) fn begin_capture(stream: &CudaStream) -> Result<(), DriverError> {
+pub(crate) fn begin_capture(stream: &CudaStream) -> Result<(), DriverError> {
     stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED)
 }
 
 /// Ends the recording.
-pub(super) fn end_capture(stream: &CudaStream) -> Result<Graph, DriverError> {
+pub(crate) fn end_capture(stream: &CudaStream) -> Result<Graph, DriverError> {
     // SAFETY: the stream is alive; the graph is the caller's from now on.
     let graph = unsafe { result::stream::end_capture(stream.cu_stream())? };
     Ok(Graph(graph))
 }
 
 /// What was recorded.
-pub(super) struct Graph(sys::CUgraph);
+pub(crate) struct Graph(sys::CUgraph);
 
 impl Graph {
     /// How many nodes it has: a product may be more than one.
-    pub(super) fn nodes(&self) -> Result<usize, DriverError> {
+    pub(crate) fn nodes(&self) -> Result<usize, DriverError> {
         let mut count = 0;
         // SAFETY: the graph is alive; without room for nodes, their number is written.
         unsafe { sys::cuGraphGetNodes(self.0, std::ptr::null_mut(), &mut count).result()? };
@@ -183,7 +182,7 @@ impl Graph {
     }
 
     /// Makes an executable of it.
-    pub(super) fn instantiate(&self) -> Result<Executable, DriverError> {
+    pub(crate) fn instantiate(&self) -> Result<Executable, DriverError> {
         // SAFETY: the graph is alive, and not needed by what is made of it.
         let executable = unsafe { result::graph::instantiate(self.0, sys::CUgraphInstantiate_flags(0))? };
         Ok(Executable(executable))
@@ -198,14 +197,14 @@ impl Drop for Graph {
 }
 
 /// A graph that can be started.
-pub(super) struct Executable(sys::CUgraphExec);
+pub(crate) struct Executable(sys::CUgraphExec);
 
 // SAFETY: the driver may be used from any thread; an executable is used by one at a time, as starting and updating it need `&mut`.
 unsafe impl Send for Executable {}
 
 impl Executable {
     /// Gives it the arguments of another graph, for later starts. False where the driver refuses: it is of no use then.
-    pub(super) fn update(&mut self, graph: &Graph) -> bool {
+    pub(crate) fn update(&mut self, graph: &Graph) -> bool {
         let mut info = sys::CUgraphExecUpdateResultInfo {
             result: sys::CUgraphExecUpdateResult::CU_GRAPH_EXEC_UPDATE_SUCCESS,
             errorNode: std::ptr::null_mut(),
@@ -219,7 +218,7 @@ impl Executable {
     ///
     /// # Safety
     /// The promises made for each launch that it holds are still kept.
-    pub(super) unsafe fn start(&mut self, stream: &CudaStream) -> Result<(), DriverError> {
+    pub(crate) unsafe fn start(&mut self, stream: &CudaStream) -> Result<(), DriverError> {
         // SAFETY: both are alive; the rest is the caller's promise.
         unsafe { result::graph::launch(self.0, stream.cu_stream()) }
     }
@@ -233,12 +232,12 @@ impl Drop for Executable {
 }
 
 /// Loads machine code.
-pub(super) fn load(context: &Arc<CudaContext>, code: Vec<u8>) -> Result<Arc<CudaModule>, DriverError> {
+pub(crate) fn load(context: &Arc<CudaContext>, code: Vec<u8>) -> Result<Arc<CudaModule>, DriverError> {
     context.load_module(Ptx::from_binary(code))
 }
 
 /// Looks a kernel up and lets it use `bytes` of dynamic shared memory; without this it is 48 KiB at most.
-pub(super) fn function(
+pub(crate) fn function(
     module: &Arc<CudaModule>,
     entry: &str,
     bytes: usize,
@@ -253,7 +252,7 @@ pub(super) fn function(
 ///
 /// # Safety
 /// As [`super::runtime::Runtime::launch`], for the kernel that `function` is.
-pub(super) unsafe fn launch(
+pub(crate) unsafe fn launch(
     stream: &CudaStream,
     function: &CudaFunction,
     launch: Launch,

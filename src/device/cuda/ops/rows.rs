@@ -1,12 +1,12 @@
 //! Launches of `rows.cu`: passes over rows of activations.
 
-use super::CudaError;
-use super::compile::Module;
-use super::gpu::{Gpu, THREADS, block_of, block_rows, blocks, by_rows, lane_bits, vector};
-use super::params::Pointer;
-use super::runtime::{Array, Kernel, Launch, Runtime};
-use super::tile::Block;
 use crate::device::Store;
+use crate::device::cuda::array::Array;
+use crate::device::cuda::error::CudaError;
+use crate::device::cuda::gpu::Gpu;
+use crate::device::cuda::kernel::{Block, Kernel, Launch, Module, Pointer};
+use crate::device::cuda::plan::rows::{THREADS, block_of, block_rows, blocks, by_rows, lane_bits, vector};
+use crate::device::cuda::runtime::Runtime;
 use bytemuck::{Pod, Zeroable};
 
 const fn kernel(entry: &'static str) -> Kernel {
@@ -116,7 +116,7 @@ const _: () = assert!(size_of::<TakePartParams>() == 40);
 const _: () = assert!(size_of::<SplitParams>() == 56);
 
 /// `y += x`
-pub(super) fn add<R: Runtime>(
+pub(crate) fn add<R: Runtime>(
     gpu: &Gpu<R>,
     x: &Array<R, f32>,
     y: &mut Array<R, f32>,
@@ -129,7 +129,7 @@ pub(super) fn add<R: Runtime>(
 
 /// Sums of the columns of `dy: [rows, width]` to `sums`, after `dy = 0` where `y` is not positive, if there is a `y`.
 /// Without `sums` only the latter.
-pub(super) fn column_sums<R: Runtime>(
+pub(crate) fn column_sums<R: Runtime>(
     gpu: &Gpu<R>,
     width: usize,
     y: Option<&Array<R, f32>>,
@@ -174,13 +174,13 @@ pub(super) fn column_sums<R: Runtime>(
 }
 
 /// A gradient that is read, or that the derivative of a ReLU is multiplied into.
-pub(super) enum Dy<'a, R: Runtime> {
+pub(crate) enum Dy<'a, R: Runtime> {
     Read(&'a Array<R, f32>),
     Updated(&'a mut Array<R, f32>),
 }
 
 /// Adds up `count` rows of partial sums; a row is the first output's, then the second's. Without rows, zeros.
-pub(super) fn reduce<R: Runtime>(
+pub(crate) fn reduce<R: Runtime>(
     gpu: &Gpu<R>,
     partial: &Array<R, f32>,
     count: usize,
@@ -205,7 +205,7 @@ pub(super) fn reduce<R: Runtime>(
 }
 
 /// See [`crate::device::Device::concat`].
-pub(super) fn concat<R: Runtime>(
+pub(crate) fn concat<R: Runtime>(
     gpu: &Gpu<R>,
     width: usize,
     parts: &[(&Array<R, f32>, Option<&Array<R, u32>>)],
@@ -237,7 +237,7 @@ pub(super) fn concat<R: Runtime>(
 }
 
 /// See [`crate::device::Device::concat_backward`], without segments.
-pub(super) fn take_part<R: Runtime>(
+pub(crate) fn take_part<R: Runtime>(
     gpu: &Gpu<R>,
     width: usize,
     (part, parts): (usize, usize),
@@ -262,7 +262,7 @@ pub(super) fn take_part<R: Runtime>(
 }
 
 /// The rows of `x`, those of label 0 first.
-pub(super) fn split<R: Runtime>(
+pub(crate) fn split<R: Runtime>(
     gpu: &Gpu<R>,
     width: usize,
     tokens_by_label: [&Array<R, u32>; 2],
@@ -277,7 +277,7 @@ pub(super) fn split<R: Runtime>(
 }
 
 /// The other way round: `y` in its own order, from `x` by label.
-pub(super) fn merge<R: Runtime>(
+pub(crate) fn merge<R: Runtime>(
     gpu: &Gpu<R>,
     width: usize,
     tokens_by_label: [&Array<R, u32>; 2],

@@ -5,7 +5,7 @@ use std::hash::Hash;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Values by key. Who asks for one that is being made waits for it; who asks for another does not.
-pub(super) struct Once<K, V> {
+pub(crate) struct Once<K, V> {
     places: Mutex<HashMap<K, Arc<Mutex<Option<V>>>>>,
 }
 

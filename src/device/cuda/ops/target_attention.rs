@@ -1,54 +1,20 @@
 //! Launches of `target_attention.cu`, and the products around them.
 
-use super::CudaError;
-use super::compile::{Define, Module};
-use super::gpu::{Gpu, blocks};
 use super::linear::Factor;
-use super::params::Pointer;
 use super::rows::{self, Dy};
-use super::runtime::{Array, Kernel, Launch, Limits, Precision, Runtime, Staging};
-use super::target_plan::{Item, Pair, Row, TargetLists, Tile};
-use super::tile::{Block, Carve, Element};
+use crate::device::cuda::array::{Array, Staging};
+use crate::device::cuda::error::CudaError;
+use crate::device::cuda::gpu::Gpu;
+use crate::device::cuda::kernel::{Block, Define, Element, Kernel, Launch, Module, Pointer};
+use crate::device::cuda::plan::rows::blocks;
+use crate::device::cuda::plan::target::{Item, Pair, Row, TargetLists, Tile};
+use crate::device::cuda::plan::target_params::*;
+use crate::device::cuda::plan::target_shape::{ROW_THREADS, Shape, WARPS};
+use crate::device::cuda::runtime::{Limits, Precision, Runtime};
 use crate::device::{Activation, Store, TargetCounts, TargetIndex, TargetWeights};
 use bytemuck::{Pod, Zeroable};
 
-/// Warps of a block of the perceptron: `WARPS` of `target_layers.cuh`.
-const WARPS: usize = 4;
-/// Pairs that a warp scores at once: `AT_ONCE` of `target_scores.cuh`.
-const AT_ONCE: usize = 2;
-/// Threads of a block of the softmax: `ROW_THREADS` of `target_softmax.cuh`.
-const ROW_THREADS: usize = 256;
-/// Widest tokens there is a kernel for: a lane of the softmax holds four columns of a token.
-pub const MAX_WIDTH: usize = 128;
-
-/// Padded sizes a module is compiled for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Shape {
-    /// `DFAR_WIDTH`: 16, 32, 64 or 128.
-    pub width: usize,
-    /// `DFAR_HIDDEN0`: a multiple of 16.
-    pub hidden0: usize,
-    /// `DFAR_HIDDEN1`: a multiple of 8.
-    pub hidden1: usize,
-}
-
 impl Shape {
-    /// The smallest that tokens of `width` and a perceptron of these hidden widths fit.
-    ///
-    /// # Errors
-    /// [`CudaError::TargetWidth`] where there is none.
-    pub fn of(width: usize, [hidden0, hidden1]: [usize; 2]) -> Result<Self, CudaError> {
-        assert!(width > 0 && hidden0 > 0 && hidden1 > 0, "a layer of width 0");
-        if width > MAX_WIDTH {
-            return Err(CudaError::TargetWidth { width });
-        }
-        Ok(Self {
-            width: width.next_power_of_two().max(16),
-            hidden0: hidden0.next_multiple_of(16),
-            hidden1: hidden1.next_multiple_of(8),
-        })
-    }
-
     /// `target_attention.cu` for it.
     pub const fn module(&self, element: Element) -> Module {
         Module::new("target_attention.cu")
@@ -57,56 +23,6 @@ impl Shape {
             .with("DFAR_HIDDEN0", Define::Number(self.hidden0 as u32))
             .with("DFAR_HIDDEN1", Define::Number(self.hidden1 as u32))
     }
-
-    /// Columns of what backward leaves of a token or a pair: dz, then the gradient of the input.
-    fn sums(&self) -> usize {
-        self.hidden0 + self.width
-    }
-
-    /// Values of the weights' gradients by position.
-    fn weight_sums(&self) -> usize {
-        self.width * self.hidden0 + self.hidden0 * self.hidden1 + 2 * self.hidden1
-    }
-
-    /// The weights in shared memory: `Weights` of `target_layers.cuh`.
-    fn weights(&self, size: usize) -> Carve {
-        let mut carve = Carve::default();
-        carve.take(self.width * stride(self.hidden0, size), size);
-        carve.take(self.hidden0 * stride(self.hidden1, size), size);
-        carve.take(self.hidden1, 4).take(self.hidden1, 4);
-        carve
-    }
-
-    /// The block of `target_scores`.
-    pub fn scores(&self, element: Element) -> Block {
-        let size = element.size();
-        let scratch = if size == 4 { 16 * (stride(self.width, size) + stride(16, size)) } else { 0 };
-        let mut carve = self.weights(size);
-        carve.take(WARPS * 16 * self.width, 4).take(WARPS * 16 * self.hidden0, 4);
-        carve.take(WARPS * AT_ONCE * scratch, size);
-        Block { warps: WARPS, shared_bytes: carve.bytes() }
-    }
-
-    /// The block of `target_backward`.
-    pub fn backward(&self, element: Element) -> Block {
-        let (size, rows) = (element.size(), WARPS * 16);
-        let [x, h0, h1] = [self.width, self.hidden0, self.hidden1].map(|columns| stride(columns, size));
-        let mut carve = self.weights(size);
-        carve.take(16 * self.width, 4).take(16 * self.hidden0, 4);
-        carve.take(rows * x, size).take(rows * x, size);
-        carve.take(rows * h0, size).take(rows * h0, size).take(rows * h1, size);
-        Block { warps: WARPS, shared_bytes: carve.bytes() }
-    }
-
-    /// The block of `target_softmax_backward`: s of sixteen tokens.
-    fn softmax_backward(&self) -> Block {
-        Block { warps: ROW_THREADS / 32, shared_bytes: 16 * self.width * size_of::<f32>() }
-    }
-}
-
-/// `stride_of` of `target_layers.cuh`: an odd number of 16-byte pieces, so that eight rows meet all banks once.
-fn stride(columns: usize, size: usize) -> usize {
-    if (columns * size / 16).is_multiple_of(2) { columns + 16 / size } else { columns }
 }
 
 const fn element(precision: Precision) -> Element {
@@ -133,100 +49,6 @@ pub fn kernels(of: Element, shape: Shape) -> Vec<(Kernel, Block)> {
     .to_vec()
 }
 
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct PerceptronParams {
-    items: Pointer,
-    pairs: Pointer,
-    a: Pointer,
-    r: Pointer,
-    z: Pointer,
-    c: Pointer,
-    w0: Pointer,
-    w1: Pointer,
-    b1: Pointer,
-    w2: Pointer,
-    b2: Pointer,
-    e: Pointer,
-    de: Pointer,
-    token_sums: Pointer,
-    pair_sums: Pointer,
-    weight_sums: Pointer,
-    item_count: u32,
-    width: u32,
-    hidden0: u32,
-    hidden1: u32,
-    blocks: u32,
-    unused: u32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct SoftmaxParams {
-    rows: Pointer,
-    pairs: Pointer,
-    pair_rows: Pointer,
-    tiles: Pointer,
-    s: Pointer,
-    e: Pointer,
-    lse: Pointer,
-    att: Pointer,
-    datt: Pointer,
-    de: Pointer,
-    ds: Pointer,
-    row_count: u32,
-    width: u32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct CombineParams {
-    w0: Pointer,
-    b0: Pointer,
-    token: Pointer,
-    candidate: Pointer,
-    bias: Pointer,
-    width: u32,
-    hidden0: u32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct SumParams {
-    list: Pointer,
-    sums: Pointer,
-    hidden: Pointer,
-    input: Pointer,
-    count: u32,
-    width: u32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct GradientParams {
-    token: Pointer,
-    candidate: Pointer,
-    bias: Pointer,
-    sums: Pointer,
-    w0: Pointer,
-    b0: Pointer,
-    w1: Pointer,
-    b1: Pointer,
-    w2: Pointer,
-    b2: Pointer,
-    width: u32,
-    hidden0: u32,
-    hidden1: u32,
-    unused: u32,
-}
-
-// As in the .cuh files of target_attention.cu.
-const _: () = assert!(size_of::<PerceptronParams>() == 152);
-const _: () = assert!(size_of::<SoftmaxParams>() == 96);
-const _: () = assert!(size_of::<CombineParams>() == 48);
-const _: () = assert!(size_of::<SumParams>() == 40);
-const _: () = assert!(size_of::<GradientParams>() == 96);
-
 /// What a batch's index says, on the device.
 pub struct TargetPlan<R: Runtime> {
     width: usize,
@@ -242,7 +64,7 @@ pub struct TargetPlan<R: Runtime> {
 }
 
 impl<R: Runtime> TargetPlan<R> {
-    pub(super) fn new(
+    pub(crate) fn new(
         gpu: &Gpu<R>,
         staging: &mut Staging<R>,
         width: usize,
@@ -451,7 +273,7 @@ fn lengths<R: Runtime>(weights: &TargetWeights<&Array<R, f32>>) -> TargetWeights
 }
 
 /// See [`crate::device::Device::target_attention`].
-pub(super) fn forward<R: Runtime>(
+pub(crate) fn forward<R: Runtime>(
     gpu: &Gpu<R>,
     plan: &TargetPlan<R>,
     [s, a, r]: [&Array<R, f32>; 3],
@@ -472,7 +294,7 @@ pub(super) fn forward<R: Runtime>(
 }
 
 /// See [`crate::device::Device::target_attention_backward`].
-pub(super) fn backward<R: Runtime>(
+pub(crate) fn backward<R: Runtime>(
     gpu: &Gpu<R>,
     plan: &TargetPlan<R>,
     [s, a, r]: [&Array<R, f32>; 3],

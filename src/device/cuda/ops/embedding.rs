@@ -1,12 +1,12 @@
 //! Launches of `embedding.cu`: rows gathered, scattered, and added up by segment.
 
-use super::CudaError;
-use super::compile::Module;
-use super::gpu::{Gpu, THREADS, block_of, block_rows, by_rows, lane_bits};
 use super::loss;
-use super::params::Pointer;
-use super::runtime::{Array, Kernel, Launch, Runtime};
-use super::tile::Block;
+use crate::device::cuda::array::Array;
+use crate::device::cuda::error::CudaError;
+use crate::device::cuda::gpu::Gpu;
+use crate::device::cuda::kernel::{Block, Kernel, Launch, Module, Pointer};
+use crate::device::cuda::plan::rows::{THREADS, block_of, block_rows, by_rows, lane_bits};
+use crate::device::cuda::runtime::Runtime;
 use crate::device::{Segments, Slot, Store};
 use bytemuck::{Pod, Zeroable};
 
@@ -100,7 +100,7 @@ const _: () = assert!(size_of::<SegmentParams>() == 128);
 const _: () = assert!(size_of::<SquareParams>() == 40);
 
 /// Tables with the rows to take of each, as arguments: addresses, and how many rows there are.
-pub(super) fn tables_of<R: Runtime>(
+pub(crate) fn tables_of<R: Runtime>(
     tables: &[(&Array<R, f32>, &Array<R, u32>)],
 ) -> ([Pointer; 4], [Pointer; 4], usize) {
     assert!((1..=4).contains(&tables.len()), "1 to 4 tables, not {}", tables.len());
@@ -114,7 +114,7 @@ pub(super) fn tables_of<R: Runtime>(
 }
 
 /// See [`crate::device::Device::gather_sum`].
-pub(super) fn gather_sum<R: Runtime>(
+pub(crate) fn gather_sum<R: Runtime>(
     gpu: &Gpu<R>,
     width: usize,
     tables: &[(&Array<R, f32>, &Array<R, u32>)],
@@ -136,7 +136,7 @@ pub(super) fn gather_sum<R: Runtime>(
 }
 
 /// See [`crate::device::Device::scatter_add`].
-pub(super) fn scatter_add<R: Runtime>(
+pub(crate) fn scatter_add<R: Runtime>(
     gpu: &Gpu<R>,
     width: usize,
     x: &Array<R, f32>,
@@ -159,7 +159,7 @@ pub(super) fn scatter_add<R: Runtime>(
 }
 
 /// Sums of rows by segment: see [`crate::device::Device::segment_sum`] and [`crate::device::Device::concat_backward`].
-pub(super) struct SegmentSum<'a, R: Runtime> {
+pub(crate) struct SegmentSum<'a, R: Runtime> {
     /// Stacked: a member counts rows of the first, then of the second, ...
     pub sources: &'a [&'a Array<R, f32>],
     /// Values from one row of a source to the next.
@@ -175,7 +175,7 @@ pub(super) struct SegmentSum<'a, R: Runtime> {
 }
 
 /// Writes, or adds to, `y: [segments, width]`.
-pub(super) fn segment_sum<R: Runtime>(
+pub(crate) fn segment_sum<R: Runtime>(
     gpu: &Gpu<R>,
     sum: SegmentSum<R>,
     (y, store): (&mut Array<R, f32>, Store),
@@ -232,7 +232,7 @@ pub(super) fn segment_sum<R: Runtime>(
 }
 
 /// See [`crate::device::Device::half_square_sum`].
-pub(super) fn half_square_sum<R: Runtime>(
+pub(crate) fn half_square_sum<R: Runtime>(
     gpu: &Gpu<R>,
     width: usize,
     table: &Array<R, f32>,

@@ -1,12 +1,11 @@
 //! Launches of `convert.cu`: heads from f32 and any width to what `attention.cu` is compiled for, and back.
 
-use super::CudaError;
-use super::attention::Value;
-use super::compile::{Define, Module};
-use super::gpu::{Gpu, THREADS, blocks};
-use super::params::Pointer;
-use super::runtime::{Array, Kernel, Runtime};
-use super::tile::Element;
+use crate::device::cuda::array::Array;
+use crate::device::cuda::error::CudaError;
+use crate::device::cuda::gpu::Gpu;
+use crate::device::cuda::kernel::{Define, Element, Kernel, Module, Pointer, Value};
+use crate::device::cuda::plan::rows::{THREADS, blocks};
+use crate::device::cuda::runtime::Runtime;
 use bytemuck::{Pod, Zeroable};
 
 /// `convert.cu` for an element type.
@@ -52,7 +51,7 @@ fn run<R: Runtime, T: Value>(
 }
 
 /// Rows of `width` values as rows of `padded`, zeros behind each.
-pub(super) fn to<R: Runtime, T: Value>(
+pub(crate) fn to<R: Runtime, T: Value>(
     gpu: &Gpu<R>,
     (x, width): (&Array<R, f32>, usize),
     padded: usize,
@@ -63,7 +62,7 @@ pub(super) fn to<R: Runtime, T: Value>(
 }
 
 /// The first `width` values of each row of `padded`.
-pub(super) fn from<R: Runtime, T: Value>(
+pub(crate) fn from<R: Runtime, T: Value>(
     gpu: &Gpu<R>,
     (y, padded): (&Array<R, T>, usize),
     (x, width): (&mut Array<R, f32>, usize),

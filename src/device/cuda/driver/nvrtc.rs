@@ -3,7 +3,7 @@
 //! Not through cudarc, which looks for the library under the names of the CUDA version it was built for: a system that
 //! has only the library of a later major version would be told that it has none.
 
-use super::CudaError;
+use crate::device::cuda::error::CudaError;
 use libloading::Library;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::sync::OnceLock;

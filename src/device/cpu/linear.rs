@@ -7,7 +7,11 @@ use super::elementwise::{add_assign, add_column_sums, pad_rows, relu_backward, t
 use super::product::{Finish, Left, product};
 use super::scratch::{carve, carved_len, padded, with_scratch};
 use super::simd::{Kernel, Simd, dispatch};
-use crate::device::{Activation, LabelLinear, LabelLinearGradients, Linear, LinearGradients, Output, Store};
+use super::slices::Slices;
+use super::{Cpu, Done, Floats, Indices};
+use crate::device::{
+    Activation, Dense, LabelLinear, LabelLinearGradients, Linear, LinearGradients, Output, Store,
+};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -19,7 +23,44 @@ fn chunk_rows(rows: usize) -> usize {
     rows.div_ceil(64).max(512)
 }
 
-/// [`Dense::linear`](crate::device::Dense::linear) on slices.
+impl Dense for Cpu {
+    fn linear(&self, layer: Linear<&Floats>, x: &Floats, y: Output<&mut Floats>) -> Done {
+        forward(layer.slices(), x, y.slices());
+        Ok(())
+    }
+    fn linear_backward(
+        &self,
+        layer: Linear<&Floats>,
+        x: &Floats,
+        y: &Floats,
+        dy: &mut Floats,
+        gradients: LinearGradients<&mut Floats>,
+    ) -> Done {
+        backward(layer.slices(), x, y, dy, gradients.slices());
+        Ok(())
+    }
+    fn label_linear(
+        &self,
+        layer: LabelLinear<&Floats, &Indices>,
+        x: &Floats,
+        y: Output<&mut Floats>,
+    ) -> Done {
+        label_forward(layer.slices(), x, y.slices());
+        Ok(())
+    }
+    fn label_linear_backward(
+        &self,
+        layer: LabelLinear<&Floats, &Indices>,
+        x: &Floats,
+        dy: &Floats,
+        gradients: LabelLinearGradients<&mut Floats>,
+    ) -> Done {
+        label_backward(layer.slices(), x, dy, gradients.slices());
+        Ok(())
+    }
+}
+
+/// [`Dense::linear`] on slices.
 ///
 /// # Panics
 /// If a length contradicts the widths of the layer.
@@ -58,7 +99,7 @@ pub fn forward(layer: Linear<&[f32]>, x: &[f32], y: Output<&mut [f32]>) {
     });
 }
 
-/// [`Dense::linear_backward`](crate::device::Dense::linear_backward) on slices.
+/// [`Dense::linear_backward`] on slices.
 ///
 /// # Panics
 /// If a length contradicts the widths of the layer.
@@ -113,7 +154,7 @@ pub fn backward(
     });
 }
 
-/// [`Dense::label_linear`](crate::device::Dense::label_linear) on slices.
+/// [`Dense::label_linear`] on slices.
 ///
 /// # Panics
 /// If a length contradicts the widths of the layer, or a token is out of range.
@@ -150,7 +191,7 @@ pub fn label_forward(layer: LabelLinear<&[f32], &[u32]>, x: &[f32], y: Output<&m
     });
 }
 
-/// [`Dense::label_linear_backward`](crate::device::Dense::label_linear_backward) on slices.
+/// [`Dense::label_linear_backward`] on slices.
 ///
 /// # Panics
 /// If a length contradicts the widths of the layer, or a token is out of range.

@@ -20,7 +20,7 @@ pub mod attention;
 mod elementwise;
 mod embedding;
 mod layer_norm;
-pub mod linear;
+mod linear;
 mod losses;
 mod memory;
 mod optimizer;

@@ -14,10 +14,10 @@ mod portable;
 mod x86;
 
 #[cfg(target_arch = "aarch64")]
-pub use neon::Neon;
-pub use portable::Portable;
+pub(crate) use neon::Neon;
+pub(crate) use portable::Portable;
 #[cfg(target_arch = "x86_64")]
-pub use x86::{Avx2, Avx512};
+pub(crate) use x86::{Avx2, Avx512};
 
 /// Vectors of [`Simd::LANES`] f32 values.
 pub trait Simd: Copy + Send + Sync + 'static {

@@ -102,8 +102,8 @@ impl FhaOptions {
         }
     }
 
-    /// `Q`, the query heads stored per token: `H/2` under the label mask, where slot `a` is head `a
-    /// + label * H/2`, else `H`.
+    /// `Q`, the query heads stored per token: `H/2` under the label mask, where slot `a` is head
+    /// `a + label * H/2`, else `H`.
     pub fn query_slots(&self) -> usize {
         match self.label_mask {
             LabelMask::Feedback => self.heads / 2,

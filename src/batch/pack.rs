@@ -181,8 +181,8 @@ pub struct Batch {
     pub touched_item: Touched,
     /// Rows of the position table.
     pub touched_position: Touched,
-    /// Both rows of the label table. Contributions are tokens, pairs of the negative interest (`N +
-    /// pair`), or pairs of the positive interest (`N + C + pair`).
+    /// Both rows of the label table. Contributions are tokens, pairs of the negative interest
+    /// (`N + pair`), or pairs of the positive interest (`N + C + pair`).
     pub touched_label: Touched,
 }
 

@@ -10,7 +10,7 @@
 //! | `memory` | pooled buffers |
 //! | `embedding` | gather, scatter, segmented sums |
 //! | `rows`, `prefix_mean` | addition and concatenation; prefix means |
-//! | [`linear`], `layer_norm` | linear layers; layer norm |
+//! | `linear`, `layer_norm` | linear layers; layer norm |
 //! | [`attention`] | factorization-heads attention |
 //! | [`target_attention`] | target attention |
 //! | `losses`, `optimizer` | losses, Adam |

@@ -324,8 +324,8 @@ impl Task<'_> {
     }
 }
 
-/// Adds `y` and `dz` of a tile to the gradients of the tokens of one pair, in padded rows: `da += y
-/// * r`, `dr += sum of y * a`, `dz_sum += dz`, `dc += sum of dz`.
+/// Adds `y` and `dz` of a tile to the gradients of the tokens of one pair, in padded rows:
+/// `da += y * r`, `dr += sum of y * a`, `dz_sum += dz`, `dc += sum of dz`.
 struct Scatter<'a> {
     y: &'a [f32],
     a: &'a [f32],

@@ -1,12 +1,14 @@
-//! Products of small f32 matrices, one thread, no packing: for matrices that fit the second-level cache.
+//! Products of small f32 matrices on one thread, without packing, for matrices that fit the
+//! second-level cache.
 //!
-//! The output is cut into tiles of `R` rows by `C` vectors whose sums stay in registers over the whole inner
-//! dimension. Every output value is one running sum in the order of the inner dimension, so it does not depend on
-//! where in a tile it lies.
+//! A tile of the output has `R` rows and `C` vectors of columns, with all sums in registers. Each
+//! output value is one running sum in the order of the inner dimension, so it does not depend on
+//! its position in a tile.
 
 use super::simd::{Kernel, Simd, dispatch};
 
-/// The left factor `[m, k]`: entry `(i, l)` is `values[i * row + l * step]`, so a transposed matrix costs nothing.
+/// The left factor `[m, k]`: entry `(i, l)` is `values[i * row + l * step]`. A transpose needs no
+/// copy.
 #[derive(Clone, Copy)]
 pub struct Left<'a> {
     /// The entries.
@@ -18,23 +20,23 @@ pub struct Left<'a> {
 }
 
 impl<'a> Left<'a> {
-    /// A row-major matrix whose rows are `stride` apart.
+    /// A row-major matrix with rows `stride` apart.
     pub fn rows(values: &'a [f32], stride: usize) -> Self {
         Self { values, row: stride, step: 1 }
     }
 
-    /// The transpose of a row-major matrix whose rows are `stride` apart.
+    /// The transpose of a row-major matrix with rows `stride` apart.
     pub fn transposed(values: &'a [f32], stride: usize) -> Self {
         Self { values, row: 1, step: stride }
     }
 }
 
-/// What becomes of a finished sum.
+/// The epilogue: how a finished sum is stored.
 #[derive(Clone, Copy)]
 pub enum Finish<'a> {
     /// Replaces the output.
     Store,
-    /// Is added to the output.
+    /// Adds to the output.
     Add,
     /// `sum + bias[column]` replaces the output.
     Bias(&'a [f32]),
@@ -42,13 +44,14 @@ pub enum Finish<'a> {
     BiasRelu(&'a [f32]),
     /// `max(output + sum, 0)` replaces the output.
     AddRelu,
-    /// Replaces the output where that was positive; elsewhere the output becomes 0. The backward of ReLU.
+    /// Replaces positive outputs; others become 0. The backward pass of ReLU.
     WherePositive,
 }
 
-/// `out = finish(left right)` for `left: [m, k]`, `right: [k, n]`, `out: [m, n]`; `right` and `out` come with the
-/// distance between their rows. Columns are handled in whole vectors: the rows of `right` and `out`, and a bias,
-/// must extend to the next multiple of 16 columns, and what lies there in `out` is overwritten.
+/// `out = finish(left right)` for `left: [m, k]`, `right: [k, n]`, `out: [m, n]`. `right` and `out`
+/// come with the distance between their rows. Columns are processed in whole vectors: the rows of
+/// `right` and `out`, and a bias, extend to the next multiple of 16 columns. The padding of `out`
+/// is overwritten.
 pub fn product(
     [m, n, k]: [usize; 3],
     left: Left,
@@ -76,7 +79,7 @@ pub fn product(
     dispatch(Product { m, n, k, left, row, step, right, right_row, out, out_row, bias, finish });
 }
 
-/// The arguments of [`product`], checked: all accesses of whole vectors inside `m`, `n`, `k` are in bounds.
+/// The checked arguments of [`product`]: whole vectors within `m`, `n`, `k` are in bounds.
 struct Product<'a> {
     m: usize,
     n: usize,
@@ -98,8 +101,8 @@ impl Kernel for Product<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let vectors = self.n.div_ceil(S::LANES);
-        // R * C sums, C vectors of the right factor and one broadcast must fit the registers; at least 8 sums hide
-        // the latency of two FMA pipes.
+        // R * C sums, C vectors of the right factor and one broadcast must fit the registers; at
+        // least 8 sums hide the latency of two FMA pipes.
         let widest = match S::REGISTERS {
             32.. => 5,
             16.. => 3,
@@ -157,9 +160,9 @@ impl Product<'_> {
     fn tile<S: Simd, const R: usize, const C: usize>(&self, simd: S, i: usize, j: usize) {
         let j = j * S::LANES;
         let mut sums = [[simd.zero(); C]; R];
-        // SAFETY: rows i..i + R are below m and columns j..j + C * LANES below n rounded up to a vector; `product`
-        // checked that everything there is in bounds of its slice. `out` is borrowed mutably, so nothing else
-        // overlaps it.
+        // SAFETY: rows i..i + R are below m and columns j..j + C * LANES below n rounded up to a
+        // vector; `product` checked that everything there is in bounds of its slice. `out` is
+        // borrowed mutably, so nothing else overlaps it.
         unsafe {
             let mut rows = [self.left; R];
             for r in 0..R {
@@ -222,7 +225,7 @@ mod tests {
         (0..len).map(|_| rng.random_range(-1.0..1.0)).collect()
     }
 
-    /// Every finish, both orientations, every remainder of rows and columns.
+    /// Every epilogue, both orientations, every remainder of rows and columns.
     #[test]
     fn agrees_with_the_definition_in_f64() {
         let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(1);

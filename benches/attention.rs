@@ -6,7 +6,7 @@ use criterion::{
     measurement::WallTime,
 };
 use dfar::attention::{AttentionError, FhaOptions};
-use dfar::device::cuda::attention::Value;
+use dfar::device::cuda::kernel::Value;
 use dfar::device::cuda::{Cuda, CudaError, Gpu, Precision};
 use dfar_tools::attention::batch::{Batch, Pass};
 use dfar_tools::attention::gpu::{Fused, NaiveForm};

@@ -11,9 +11,9 @@ mod bodies;
 
 use bodies::{Case, Output};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use dfar::device::TargetWeights;
+use dfar::device::TargetState;
 use dfar::device::cpu::simd::{Kernel, Simd, dispatch};
-use dfar::device::cpu::target_attention::{self, unfused};
+use dfar::device::cpu::target_attention::{self, unfused::Unfused};
 use rand::{RngExt, SeedableRng};
 use std::time::Duration;
 
@@ -21,7 +21,7 @@ use std::time::Duration;
 struct Workload {
     case: Case,
     out: Output<f32>,
-    kept: unfused::Activations,
+    unfused: Unfused,
 }
 
 impl Workload {
@@ -65,7 +65,8 @@ impl Workload {
             dr: zeros(rows * width),
             weights: case.weights.each_ref().map(|w| zeros(w.len())),
         };
-        Self { case, out, kept: unfused::Activations::default() }
+        let unfused = Unfused::new(case.shape());
+        Self { case, out, unfused }
     }
 
     fn scores(&self) -> u64 {
@@ -73,27 +74,25 @@ impl Workload {
     }
 
     fn forward(&mut self, fused: bool) {
-        let Self { case, out: Output { e, lse, att, .. }, kept } = self;
-        let (d, hidden, i, s, a, r, w) =
-            (case.width, case.hidden, case.index(), &case.s, &case.a, &case.r, case.weights());
+        let Self { case, out, unfused } = self;
+        let (index, inputs, weights) = (case.index(), case.inputs(), case.weights());
+        let (state, _) = out.buffers();
         if fused {
-            target_attention::forward(d, hidden, i, s, a, r, w, e, lse, att);
+            target_attention::forward(case.shape(), index, inputs, weights, state);
         } else {
-            unfused::forward(d, hidden, i, s, a, r, w, e, lse, att, kept);
+            unfused.forward(index, inputs, weights, state);
         }
     }
 
     fn backward(&mut self, fused: bool) {
-        let Self { case, out: Output { e, lse, att, ds, da, dr, weights }, kept } = self;
-        let [w0, b0, w1, b1, w2, b2] = weights.each_mut().map(|w| &mut w[..]);
-        let dw = TargetWeights { w0, b0, w1, b1, w2, b2 };
-        let (d, hidden, i, s, a, r, w) =
-            (case.width, case.hidden, case.index(), &case.s, &case.a, &case.r, case.weights());
-        let g = &case.datt;
+        let Self { case, out, unfused } = self;
+        let (index, inputs, weights) = (case.index(), case.inputs(), case.weights());
+        let (TargetState { e, lse, att }, gradients) = out.buffers();
+        let state = TargetState { e: &*e, lse: &*lse, att: &*att };
         if fused {
-            target_attention::backward(d, hidden, i, s, a, r, w, e, lse, att, g, ds, da, dr, dw);
+            target_attention::backward(case.shape(), index, inputs, weights, state, &case.datt, gradients);
         } else {
-            unfused::backward(d, hidden, i, s, a, r, w, e, lse, att, g, ds, da, dr, dw, kept);
+            unfused.backward(index, inputs, weights, state, &case.datt, gradients);
         }
     }
 }

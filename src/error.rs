@@ -1,4 +1,4 @@
-//! The one error type callers meet: a variant a boundary, each with an error of its own beside its code.
+//! The error of the crate: a variant for each module, which defines its own error type.
 
 use crate::attention::AttentionError;
 use crate::data::DataError;
@@ -8,36 +8,36 @@ use thiserror::Error;
 /// Result with [`enum@Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Anything that can go wrong.
+/// An error of any module of this crate.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// An argument of the attention operation.
+    /// An invalid argument of the attention operation.
     #[error(transparent)]
     Attention(#[from] AttentionError),
-    /// A log file or a data set file.
+    /// A log or data set file that cannot be read, used or written.
     #[error(transparent)]
     Data(#[from] DataError),
     /// Histories that cannot be packed.
     #[error(transparent)]
     Batch(#[from] crate::batch::BatchError),
-    /// The network.
+    /// A network that cannot be built, or failed.
     #[error(transparent)]
     Model(#[from] crate::model::ModelError),
-    /// A run: its configuration, its files, its course.
+    /// A training run: its configuration, its files, or a failure during training.
     #[error(transparent)]
     Train(#[from] crate::train::TrainError),
-    /// A GPU that is not there, or not usable.
+    /// A GPU that is missing, unusable or failing.
     #[error(transparent)]
     Cuda(#[from] crate::device::cuda::CudaError),
-    /// The operating system refused something.
+    /// Any other I/O error.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
-        /// What was tried, e.g. `write`.
+        /// The verb of the message, e.g. `write`.
         action: &'static str,
         /// The file.
         path: PathBuf,
-        /// Why it failed.
+        /// The error of the operating system.
         source: std::io::Error,
     },
 }
@@ -49,8 +49,8 @@ impl Error {
         move |source| Error::Io { action, path, source }
     }
 
-    /// Exit code of the binaries: 1 the run failed, 3 bad input data, 4 no usable GPU, 5 non-finite loss,
-    /// 130 interrupted. (2, wrong usage, is clap's.)
+    /// Exit code of the binaries: 1 the run failed, 3 bad input data, 4 no usable GPU, 5 non-finite
+    /// loss, 130 interrupted. (2, wrong usage, is clap's.)
     pub fn exit_code(&self) -> u8 {
         match self {
             Error::Data(error) => error.exit_code(),

@@ -1,26 +1,39 @@
-//! Train and serve recommenders on **mixed feedback**: what a user liked and what they skipped.
+//! Training and serving recommenders on **mixed feedback**: what a user liked and what they
+//! skipped.
 //!
-//! dfar implements DFAR (Lin et al., WWW 2023): factorization-heads attention over a user's events, two interests
-//! disentangled from it, and target attention over candidates. Forward and backward passes are written by hand;
-//! sequences of any length are packed end to end, so there is no padding anywhere.
+//! dfar implements DFAR (Lin et al., WWW 2023): factorization-heads attention (FHA) over a user's
+//! events, a positive and a negative interest read out of it, and target attention over candidates.
+//! Forward and backward passes are written by hand. Sequences of any length are packed end to end,
+//! without padding.
 //!
-//! One batch travels this line, a module a station:
+//! A batch passes through the modules in this order:
 //!
 //! ```text
-//! log file -> data (one mmap'd file) -> batch (packed histories) -> model -> train -> evaluate
-//!                                                                      |
-//!                                                        device (CPU) and attention (FHA)
+//! log file -> data (memory-mapped file) -> batch (packed histories) -> model -> train, evaluate
+//!                                                                        |
+//!                                                           device (CPU or CUDA) -> attention
 //! ```
 //!
-//! | module | what it holds |
+//! | module | contents |
 //! |---|---|
-//! | [`attention`] | FHA as an operation on packed slices, and its naive float64 form |
-//! | [`data`] | importing logs, the `.dfar` file, splits, synthetic logs |
-//! | [`batch`] | what a model sees of a user's events, packed end to end |
-//! | [`device`] | the operations a model needs, on buffers a device owns |
-//! | [`model`] | DFAR: parameters, forward, backward, Adam |
+//! | [`data`] | log import, the `.dfar` file, splits, evaluation candidates, synthetic logs |
+//! | [`batch`] | the events that a model sees, packed; batches made ahead by threads |
+//! | [`attention`] | FHA on packed slices, and its definition in float64 |
+//! | [`device`] | the operations of the model, on buffers that a device owns |
+//! | [`model`] | the network: parameters, forward, backward, Adam |
 //! | [`train`] | the training loop, its configuration, checkpoints |
-//! | [`evaluate`] | scoring candidate groups, ranking metrics |
+//! | [`evaluate`] | scores of candidate groups, ranking metrics |
+//!
+//! # Examples
+//!
+//! Four programs in the `examples/` folder of the source are short enough to read in full:
+//!
+//! - `attention`: FHA alone on slices, forward and backward, checked against a naive loop;
+//! - `train_and_score`: a log in memory, a trained model, a ranking for a new user;
+//! - `training_loop`: a training loop over [`model::Model`], with batches drawn on other threads;
+//! - `read_dfar`: a CSV log imported into a `.dfar` file and read back.
+//!
+//! Run one with `cargo run --release --example attention`.
 //!
 //! # A model in a few lines
 //!

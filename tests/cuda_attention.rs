@@ -5,9 +5,11 @@ mod common;
 
 use common::gpu;
 use dfar::attention::{FhaOptions, Inputs};
-use dfar::device::cuda::compile::{Arch, Cache};
-use dfar::device::cuda::tile::{Element, HEAD_DIMS};
-use dfar::device::cuda::{Cuda, CudaError, Precision, device_count, nvrtc::Nvrtc, plan};
+use dfar::device::cuda::driver::compile::Cache;
+use dfar::device::cuda::driver::nvrtc::Nvrtc;
+use dfar::device::cuda::kernel::Arch;
+use dfar::device::cuda::plan::tile::HEAD_DIMS;
+use dfar::device::cuda::{Cuda, CudaError, Element, Precision, device_count, ops};
 use dfar_tools::verify::{Case, Fha, cases, compare, compare_gradients};
 use std::io::Write;
 use std::path::Path;
@@ -34,7 +36,7 @@ fn a_missing_gpu_is_a_typed_error() {
 fn compiled_modules_are_kept() {
     let folder = tempfile::tempdir().expect("a folder");
     let cache = Cache::in_folder(folder.path());
-    let module = plan::module(Element::Bf16, 16);
+    let module = ops::attention::module(Element::Bf16, 16);
     match Nvrtc::get() {
         Err(error) => {
             let _ = writeln!(std::io::stderr(), "compiled_modules_are_kept: skipped: {error}");

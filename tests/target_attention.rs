@@ -5,35 +5,38 @@
 mod bodies;
 
 use bodies::{Case, NAMES, Output, assert_close, cases, ds_before, error, last, wide};
-use dfar::device::TargetWeights;
+use dfar::device::TargetState;
 use dfar::device::cpu::Cpu;
-use dfar::device::cpu::target_attention::{self, unfused};
+use dfar::device::cpu::target_attention::{backward, forward, unfused::Unfused};
 
 /// Runs one of the two implementations, forward and backward; outputs start as NaN, so nothing may be left out.
 fn run(case: &Case, fused: bool) -> Output<f32> {
     let nan = |n: usize| vec![f32::NAN; n];
-    let (d, hidden, rows) = (case.width, case.hidden, case.row_length.len());
-    let (mut e, mut lse, mut att) = (nan(last(&case.score_offsets)), nan(rows), nan(rows * d));
-    let mut ds: Vec<f32> = (0..case.s.len()).map(ds_before).collect();
-    let (mut da, mut dr) = (nan(case.a.len()), nan(case.r.len()));
-    let mut weights = case.weights.each_ref().map(|w| nan(w.len()));
-    let [w0, b0, w1, b1, w2, b2] = weights.each_mut().map(|w| &mut w[..]);
-    let dw = TargetWeights { w0, b0, w1, b1, w2, b2 };
-    let (s, a, r, g) = (&case.s, &case.a, &case.r, &case.datt);
-    let (i, w) = (|| case.index(), || case.weights());
-    let (e_out, lse_out, att_out) = (&mut e, &mut lse, &mut att);
-    let (ds_out, da_out, dr_out) = (&mut ds, &mut da, &mut dr);
+    let (d, rows) = (case.width, case.row_length.len());
+    let mut out = Output {
+        e: nan(last(&case.score_offsets)),
+        lse: nan(rows),
+        att: nan(rows * d),
+        ds: (0..case.s.len()).map(ds_before).collect(),
+        da: nan(case.a.len()),
+        dr: nan(case.r.len()),
+        weights: case.weights.each_ref().map(|w| nan(w.len())),
+    };
+    let (shape, index, inputs, weights) = (case.shape(), case.index(), case.inputs(), case.weights());
+    let mut unfused = Unfused::new(shape);
+    let (state, gradients) = out.buffers();
+    let TargetState { e, lse, att } = state;
+    let state = TargetState { e: &mut *e, lse: &mut *lse, att: &mut *att };
     if fused {
-        use target_attention::{backward, forward};
-        forward(d, hidden, i(), s, a, r, w(), e_out, lse_out, att_out);
-        backward(d, hidden, i(), s, a, r, w(), &e, &lse, &att, g, ds_out, da_out, dr_out, dw);
+        forward(shape, index, inputs, weights, state);
+        let state = TargetState { e: &*e, lse: &*lse, att: &*att };
+        backward(shape, index, inputs, weights, state, &case.datt, gradients);
     } else {
-        use unfused::{backward, forward};
-        let kept = &mut unfused::Activations::default();
-        forward(d, hidden, i(), s, a, r, w(), e_out, lse_out, att_out, kept);
-        backward(d, hidden, i(), s, a, r, w(), &e, &lse, &att, g, ds_out, da_out, dr_out, dw, kept);
+        unfused.forward(index, inputs, weights, state);
+        let state = TargetState { e: &*e, lse: &*lse, att: &*att };
+        unfused.backward(index, inputs, weights, state, &case.datt, gradients);
     }
-    Output { e, lse, att, ds, da, dr, weights }
+    out
 }
 
 #[test]

@@ -8,213 +8,227 @@
 use super::parameters::{Block, Linear, Norm};
 use super::tensors::Tensors;
 use crate::attention::{FhaOptions, LabelMask};
-use crate::device::{Activation, Buffer, Device, DeviceError, Store};
+use crate::device::{
+    Activation, Buffer, Device, DeviceError, Floats, Indices, LabelLinearGradients, Lookup, Output, Qkv,
+    QkvGradients, SoftmaxState,
+};
 
-/// The packed sequences a block runs over.
+/// The packed sequences of a block.
 pub struct Sequences<'a, D: Device> {
     pub tokens: usize,
-    /// Made for `options`.
+    /// Created for `options`.
     pub plan: &'a D::AttentionPlan,
-    /// Tokens of each label; read only under the label mask.
-    pub tokens_by_label: [&'a D::Buffer<u32>; 2],
+    /// Tokens of each label, read only with the label mask.
+    pub tokens_by_label: [&'a Indices<D>; 2],
     pub options: &'a FhaOptions,
 }
 
-/// What the backward pass needs of the forward one.
+/// A stack of at least one block over packed sequences.
+pub struct Encoder<'a, D: Device> {
+    pub device: &'a D,
+    pub blocks: &'a [Block],
+    pub p: &'a Tensors<D>,
+    pub sequences: Sequences<'a, D>,
+}
+
+/// Activations that the backward pass reads.
 pub struct BlockState<D: Device> {
-    x: D::Buffer<f32>,
-    u: D::Buffer<f32>,
-    q: D::Buffer<f32>,
-    k: D::Buffer<f32>,
-    v: D::Buffer<f32>,
-    o: D::Buffer<f32>,
-    lse: D::Buffer<f32>,
-    g: D::Buffer<f32>,
-    n: D::Buffer<f32>,
-    f: D::Buffer<f32>,
-    out: D::Buffer<f32>,
+    x: Floats<D>,
+    u: Floats<D>,
+    q: Floats<D>,
+    k: Floats<D>,
+    v: Floats<D>,
+    o: Floats<D>,
+    lse: Floats<D>,
+    g: Floats<D>,
+    n: Floats<D>,
+    f: Floats<D>,
+    out: Floats<D>,
 }
 
 impl<D: Device> BlockState<D> {
-    /// What the block was given: `[N, D]`.
-    pub fn input(&self) -> &D::Buffer<f32> {
+    /// The input of the block: `[N, D]`.
+    pub fn input(&self) -> &Floats<D> {
         &self.x
     }
 }
 
-/// A stack of at least one block over rows that are sums of rows of `tables`: to `[N, D]`.
-pub fn forward<D: Device>(
-    device: &D,
-    blocks: &[Block],
-    p: &Tensors<D>,
-    sequences: &Sequences<D>,
-    tables: &[(&D::Buffer<f32>, &D::Buffer<u32>)],
-) -> Result<(D::Buffer<f32>, Vec<BlockState<D>>), DeviceError> {
-    let width = sequences.options.heads * sequences.options.head_dim;
-    let fresh = || device.alloc::<f32>(sequences.tokens * width);
-    let (mut x, mut u) = (fresh()?, fresh()?);
-    let Norm { gamma, beta } = blocks[0].ln_in;
-    device.gather_layer_norm(width, tables, &p[gamma], &p[beta], &mut x, &mut u)?;
-    let mut states = Vec::with_capacity(blocks.len());
-    for (i, block) in blocks.iter().enumerate() {
-        let (y, state) = block_forward(device, block, p, sequences, x, u)?;
-        states.push(state);
-        x = y;
-        u = device.alloc(0)?;
-        if let Some(next) = blocks.get(i + 1) {
-            u = fresh()?;
-            device.layer_norm(width, &x, &p[next.ln_in.gamma], &p[next.ln_in.beta], &mut u)?;
+impl<D: Device> Encoder<'_, D> {
+    /// Encodes rows that are sums of rows of `tables`. Returns `[N, D]`.
+    pub fn forward(
+        &self,
+        tables: &[Lookup<&Floats<D>, &Indices<D>>],
+    ) -> Result<(Floats<D>, Vec<BlockState<D>>), DeviceError> {
+        let Self { device, blocks, p, .. } = self;
+        let (mut x, mut u) = (self.activation()?, self.activation()?);
+        device.gather_layer_norm(p.norm(&blocks[0].ln_in, self.width()), tables, &mut x, &mut u)?;
+        let mut states = Vec::with_capacity(blocks.len());
+        for (i, block) in blocks.iter().enumerate() {
+            let (y, state) = self.block_forward(block, x, u)?;
+            states.push(state);
+            x = y;
+            u = device.alloc(0)?;
+            if let Some(next) = blocks.get(i + 1) {
+                u = self.activation()?;
+                device.layer_norm(p.norm(&next.ln_in, self.width()), &x, &mut u)?;
+            }
         }
+        Ok((x, states))
     }
-    Ok((x, states))
-}
 
-/// Gradient of a stack: `dy: [N, D]` to `dx: [N, D]`; gradients of parameters go to `grads`.
-pub fn backward<D: Device>(
-    device: &D,
-    blocks: &[Block],
-    p: &Tensors<D>,
-    grads: &mut Tensors<D>,
-    sequences: &Sequences<D>,
-    states: Vec<BlockState<D>>,
-    mut dy: D::Buffer<f32>,
-) -> Result<D::Buffer<f32>, DeviceError> {
-    for (block, state) in blocks.iter().zip(states).rev() {
-        dy = block_backward(device, block, p, grads, sequences, state, dy)?;
+    /// Gradient `dy: [N, D]` of the output to `dx: [N, D]` of the input. Writes the gradients of the parameters to
+    /// `grads`.
+    pub fn backward(
+        &self,
+        grads: &mut Tensors<D>,
+        states: Vec<BlockState<D>>,
+        mut dy: Floats<D>,
+    ) -> Result<Floats<D>, DeviceError> {
+        for (block, state) in self.blocks.iter().zip(states).rev() {
+            dy = self.block_backward(block, grads, state, dy)?;
+        }
+        Ok(dy)
     }
-    Ok(dy)
-}
 
-fn block_forward<D: Device>(
-    device: &D,
-    block: &Block,
-    p: &Tensors<D>,
-    sequences: &Sequences<D>,
-    x: D::Buffer<f32>,
-    u: D::Buffer<f32>,
-) -> Result<(D::Buffer<f32>, BlockState<D>), DeviceError> {
-    let options = sequences.options;
-    let (tokens, width) = (sequences.tokens, options.heads * options.head_dim);
-    let fresh = || device.alloc::<f32>(tokens * width);
-    let linear = |x: &D::Buffer<f32>, layer: &Linear, activation| -> Result<D::Buffer<f32>, DeviceError> {
-        let mut y = fresh()?;
-        device.linear(
-            x,
-            &p[layer.w],
-            Some(&p[layer.b]),
-            activation,
-            (&mut y, Store::Overwrite),
-            layer.widths,
-        )?;
+    fn width(&self) -> usize {
+        self.sequences.options.heads * self.sequences.options.head_dim
+    }
+
+    /// `[N, D]` of unspecified content.
+    fn activation(&self) -> Result<Floats<D>, DeviceError> {
+        self.device.alloc(self.sequences.tokens * self.width())
+    }
+
+    fn linear(
+        &self,
+        layer: &Linear,
+        activation: Activation,
+        x: &Floats<D>,
+    ) -> Result<Floats<D>, DeviceError> {
+        let mut y = self.activation()?;
+        self.device.linear(self.p.linear(layer, activation), x, Output::overwrite(&mut y))?;
         Ok(y)
-    };
-    // `y += x`, then its layer norm.
-    let add_norm =
-        |x: &D::Buffer<f32>, y: &mut D::Buffer<f32>, norm: &Norm| -> Result<D::Buffer<f32>, DeviceError> {
-            let mut n = fresh()?;
-            device.add_layer_norm(width, x, &p[norm.gamma], &p[norm.beta], y, &mut n)?;
-            Ok(n)
-        };
-
-    let q = linear(&u, &block.q, Activation::None)?;
-    let k = linear(&x, &block.k, Activation::None)?;
-    let v = linear(&x, &block.v, Activation::None)?;
-    let mut o = device.alloc(tokens * options.query_slots() * options.key_slots() * options.head_dim)?;
-    let mut lse = device.alloc(tokens * options.query_slots())?;
-    device.attention(sequences.plan, &q, &k, &v, &mut o, &mut lse)?;
-    let mut g = match options.label_mask {
-        LabelMask::None => linear(&o, &block.o, Activation::None)?,
-        LabelMask::Feedback => {
-            let mut g = fresh()?;
-            let widths = (block.o.widths.0 / 2, block.o.widths.1);
-            device.label_linear(
-                &o,
-                &p[block.o.w],
-                &p[block.o.b],
-                sequences.tokens_by_label,
-                (&mut g, Store::Overwrite),
-                widths,
-            )?;
-            g
-        }
-    };
-    let n = add_norm(&u, &mut g, &block.ln_ffn)?;
-    let f = linear(&n, &block.ffn1, Activation::Relu)?;
-    let mut out = linear(&f, &block.ffn2, Activation::None)?;
-    let y = add_norm(&n, &mut out, &block.ln_out)?;
-    Ok((y, BlockState { x, u, q, k, v, o, lse, g, n, f, out }))
-}
-
-fn block_backward<D: Device>(
-    device: &D,
-    block: &Block,
-    p: &Tensors<D>,
-    grads: &mut Tensors<D>,
-    sequences: &Sequences<D>,
-    state: BlockState<D>,
-    dy: D::Buffer<f32>,
-) -> Result<D::Buffer<f32>, DeviceError> {
-    let options = sequences.options;
-    let (tokens, width) = (sequences.tokens, options.heads * options.head_dim);
-    let BlockState { x, u, q, k, v, o, lse, g, n, f, out } = state;
-    let fresh = || device.alloc::<f32>(tokens * width);
-    let norm = |grads: &mut Tensors<D>,
-                norm: &Norm,
-                x: &D::Buffer<f32>,
-                dy: &D::Buffer<f32>,
-                dx: (&mut D::Buffer<f32>, Store)| {
-        let [dgamma, dbeta] = grads.two([norm.gamma, norm.beta]);
-        device.layer_norm_backward(width, x, &p[norm.gamma], dy, dx, dgamma, dbeta)
-    };
-    let linear = |grads: &mut Tensors<D>,
-                  layer: &Linear,
-                  activation,
-                  x: &D::Buffer<f32>,
-                  y: &D::Buffer<f32>,
-                  dy: &mut D::Buffer<f32>,
-                  dx: (&mut D::Buffer<f32>, Store)| {
-        let [dw, db] = grads.two([layer.w, layer.b]);
-        device.linear_backward(x, &p[layer.w], activation, y, dy, Some(dx), dw, Some(db), layer.widths)
-    };
-
-    let mut d_out = dy;
-    let mut dn = fresh()?;
-    norm(grads, &block.ln_out, &out, &d_out, (&mut dn, Store::Overwrite))?;
-    // `dn` holds the gradient of `out`, which is also the residual's share of the gradient of `n`.
-    let mut df = fresh()?;
-    linear(grads, &block.ffn2, Activation::None, &f, &out, &mut dn, (&mut df, Store::Overwrite))?;
-    linear(grads, &block.ffn1, Activation::Relu, &n, &f, &mut df, (&mut dn, Store::Add))?;
-    let mut dg = df;
-    norm(grads, &block.ln_ffn, &g, &dn, (&mut dg, Store::Overwrite))?;
-
-    let mut d_o = device.alloc(o.len())?;
-    match options.label_mask {
-        LabelMask::None => {
-            linear(grads, &block.o, Activation::None, &o, &g, &mut dg, (&mut d_o, Store::Overwrite))?
-        }
-        LabelMask::Feedback => {
-            let widths = (block.o.widths.0 / 2, block.o.widths.1);
-            let [dw, db] = grads.two([block.o.w, block.o.b]);
-            device.label_linear_backward(
-                &o,
-                &p[block.o.w],
-                sequences.tokens_by_label,
-                &dg,
-                &mut d_o,
-                dw,
-                db,
-                widths,
-            )?;
-        }
     }
-    let (mut dq, mut dk, mut dv) = (dn, fresh()?, fresh()?);
-    device.attention_backward(sequences.plan, &q, &k, &v, &o, &lse, &d_o, &mut dq, &mut dk, &mut dv)?;
-    // `dg` is the residual's share of the gradient of `u`.
-    let mut du = dg;
-    linear(grads, &block.q, Activation::None, &u, &q, &mut dq, (&mut du, Store::Add))?;
-    let dx = &mut d_out;
-    linear(grads, &block.k, Activation::None, &x, &k, &mut dk, (dx, Store::Overwrite))?;
-    linear(grads, &block.v, Activation::None, &x, &v, &mut dv, (dx, Store::Add))?;
-    norm(grads, &block.ln_in, &x, &du, (dx, Store::Add))?;
-    Ok(d_out)
+
+    /// `y += x`. Returns the layer norm of `y`.
+    fn add_norm(&self, norm: &Norm, x: &Floats<D>, y: &mut Floats<D>) -> Result<Floats<D>, DeviceError> {
+        let mut n = self.activation()?;
+        self.device.add_layer_norm(self.p.norm(norm, self.width()), x, y, &mut n)?;
+        Ok(n)
+    }
+
+    fn linear_backward(
+        &self,
+        grads: &mut Tensors<D>,
+        layer: &Linear,
+        activation: Activation,
+        [x, y]: [&Floats<D>; 2],
+        dy: &mut Floats<D>,
+        dx: Output<&mut Floats<D>>,
+    ) -> Result<(), DeviceError> {
+        let gradients = grads.linear_gradients(layer, dx);
+        self.device.linear_backward(self.p.linear(layer, activation), x, y, dy, gradients)
+    }
+
+    fn norm_backward(
+        &self,
+        grads: &mut Tensors<D>,
+        norm: &Norm,
+        x: &Floats<D>,
+        dy: &Floats<D>,
+        dx: Output<&mut Floats<D>>,
+    ) -> Result<(), DeviceError> {
+        let gradients = grads.norm_gradients(norm, dx);
+        self.device.layer_norm_backward(self.p.norm(norm, self.width()), x, dy, gradients)
+    }
+
+    fn block_forward(
+        &self,
+        block: &Block,
+        x: Floats<D>,
+        u: Floats<D>,
+    ) -> Result<(Floats<D>, BlockState<D>), DeviceError> {
+        let Self { device, p, sequences, .. } = self;
+        let (tokens, options) = (sequences.tokens, sequences.options);
+        let q = self.linear(&block.q, Activation::None, &u)?;
+        let k = self.linear(&block.k, Activation::None, &x)?;
+        let v = self.linear(&block.v, Activation::None, &x)?;
+        let (mut o, mut lse) =
+            (device.alloc(options.output_len(tokens))?, device.alloc(options.lse_len(tokens))?);
+        let qkv = Qkv { q: &q, k: &k, v: &v };
+        device.attention(sequences.plan, qkv, SoftmaxState { o: &mut o, lse: &mut lse })?;
+        let mut g = match options.label_mask {
+            LabelMask::None => self.linear(&block.o, Activation::None, &o)?,
+            LabelMask::Feedback => {
+                let mut g = self.activation()?;
+                let layer = p.label_linear(&block.o, sequences.tokens_by_label);
+                device.label_linear(layer, &o, Output::overwrite(&mut g))?;
+                g
+            }
+        };
+        let n = self.add_norm(&block.ln_ffn, &u, &mut g)?;
+        let f = self.linear(&block.ffn1, Activation::Relu, &n)?;
+        let mut out = self.linear(&block.ffn2, Activation::None, &f)?;
+        let y = self.add_norm(&block.ln_out, &n, &mut out)?;
+        Ok((y, BlockState { x, u, q, k, v, o, lse, g, n, f, out }))
+    }
+
+    fn block_backward(
+        &self,
+        block: &Block,
+        grads: &mut Tensors<D>,
+        state: BlockState<D>,
+        dy: Floats<D>,
+    ) -> Result<Floats<D>, DeviceError> {
+        let Self { device, p, sequences, .. } = self;
+        let BlockState { x, u, q, k, v, o, lse, g, n, f, out } = state;
+        let mut d_out = dy;
+        let mut dn = self.activation()?;
+        self.norm_backward(grads, &block.ln_out, &out, &d_out, Output::overwrite(&mut dn))?;
+        // `dn` holds the gradient of `out`, which is also the residual's share of the gradient of `n`.
+        let mut df = self.activation()?;
+        self.linear_backward(
+            grads,
+            &block.ffn2,
+            Activation::None,
+            [&f, &out],
+            &mut dn,
+            Output::overwrite(&mut df),
+        )?;
+        self.linear_backward(grads, &block.ffn1, Activation::Relu, [&n, &f], &mut df, Output::add(&mut dn))?;
+        let mut dg = df;
+        self.norm_backward(grads, &block.ln_ffn, &g, &dn, Output::overwrite(&mut dg))?;
+
+        let mut d_o = device.alloc(o.len())?;
+        match sequences.options.label_mask {
+            LabelMask::None => {
+                self.linear_backward(
+                    grads,
+                    &block.o,
+                    Activation::None,
+                    [&o, &g],
+                    &mut dg,
+                    Output::overwrite(&mut d_o),
+                )?;
+            }
+            LabelMask::Feedback => {
+                let layer = p.label_linear(&block.o, sequences.tokens_by_label);
+                let [dw, dbias] = grads.several([block.o.w, block.o.b]);
+                let gradients = LabelLinearGradients { dx: &mut d_o, dw, dbias };
+                device.label_linear_backward(layer, &o, &dg, gradients)?;
+            }
+        }
+        let (mut dq, mut dk, mut dv) = (dn, self.activation()?, self.activation()?);
+        let (qkv, state) = (Qkv { q: &q, k: &k, v: &v }, SoftmaxState { o: &o, lse: &lse });
+        let gradients = QkvGradients { dq: &mut dq, dk: &mut dk, dv: &mut dv };
+        device.attention_backward(sequences.plan, qkv, state, &d_o, gradients)?;
+        // `dg` is the residual's share of the gradient of `u`.
+        let mut du = dg;
+        self.linear_backward(grads, &block.q, Activation::None, [&u, &q], &mut dq, Output::add(&mut du))?;
+        let dx = &mut d_out;
+        self.linear_backward(grads, &block.k, Activation::None, [&x, &k], &mut dk, Output::overwrite(dx))?;
+        self.linear_backward(grads, &block.v, Activation::None, [&x, &v], &mut dv, Output::add(dx))?;
+        self.norm_backward(grads, &block.ln_in, &x, &du, Output::add(dx))?;
+        Ok(d_out)
+    }
 }

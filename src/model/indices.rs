@@ -3,12 +3,12 @@
 use super::ModelConfig;
 use crate::attention::LabelMask;
 use crate::batch::{Batch, LabelSplit, Lists, Touched};
-use crate::device::{Device, DeviceError, Segments, TargetIndex};
+use crate::device::{self, Device, DeviceError, Prefixes, Segments, TargetIndex, TargetShape};
 
 /// [`Lists`] on the device.
 pub struct DeviceLists<D: Device> {
-    offsets: D::Buffer<u32>,
-    members: D::Buffer<u32>,
+    offsets: device::Indices<D>,
+    members: device::Indices<D>,
 }
 
 impl<D: Device> DeviceLists<D> {
@@ -19,14 +19,14 @@ impl<D: Device> DeviceLists<D> {
     }
 
     /// For an operation's argument.
-    pub fn segments(&self) -> Segments<'_, D::Buffer<u32>> {
+    pub fn segments(&self) -> Segments<&device::Indices<D>> {
         Segments { offsets: &self.offsets, members: &self.members }
     }
 }
 
 /// [`Touched`] on the device.
 pub struct DeviceTouched<D: Device> {
-    pub row: D::Buffer<u32>,
+    pub row: device::Indices<D>,
     pub source: DeviceLists<D>,
 }
 
@@ -40,9 +40,9 @@ impl<D: Device> DeviceTouched<D> {
 /// [`LabelSplit`] on the device.
 pub struct DeviceSplit<D: Device> {
     pub tokens: usize,
-    pub token: D::Buffer<u32>,
-    pub cu_seqlens: D::Buffer<u32>,
-    pub count: D::Buffer<u32>,
+    pub token: device::Indices<D>,
+    pub cu_seqlens: device::Indices<D>,
+    pub count: device::Indices<D>,
     /// Of the interest's encoder.
     pub attention: D::AttentionPlan,
 }
@@ -72,24 +72,24 @@ pub struct Indices<D: Device> {
     pub rows: usize,
     pub pairs: usize,
     pub scores: usize,
-    pub cu_seqlens: D::Buffer<u32>,
-    pub item: D::Buffer<u32>,
-    pub position: D::Buffer<u32>,
+    pub cu_seqlens: device::Indices<D>,
+    pub item: device::Indices<D>,
+    pub position: device::Indices<D>,
     /// Of the encoder.
     pub attention: D::AttentionPlan,
     /// The labels as rows of the label table.
-    pub label_row: D::Buffer<u32>,
+    pub label_row: device::Indices<D>,
     pub split: [DeviceSplit<D>; 2],
-    pub group_offsets: D::Buffer<u32>,
-    pub group_length: D::Buffer<u32>,
+    pub group_offsets: device::Indices<D>,
+    pub group_length: device::Indices<D>,
     /// Rows of each group.
     pub group_rows: DeviceLists<D>,
-    pub row_group: D::Buffer<u32>,
-    pub row_item: D::Buffer<u32>,
-    pub target: D::Buffer<f32>,
-    pub pair_item: D::Buffer<u32>,
+    pub row_group: device::Indices<D>,
+    pub row_item: device::Indices<D>,
+    pub target: device::Floats<D>,
+    pub pair_item: device::Indices<D>,
     /// `[C]` zeros and ones: the label each interest adds to its candidates.
-    pub interest_row: [D::Buffer<u32>; 2],
+    pub interest_row: [device::Indices<D>; 2],
     pub target_attention: D::TargetPlan,
     pub pair_rows: DeviceLists<D>,
     pub touched_item: DeviceTouched<D>,
@@ -119,6 +119,7 @@ impl<D: Device> Indices<D> {
             rows: Segments { offsets: &batch.pair_rows.offsets[..], members: &batch.pair_rows.members },
             row_length: &batch.row_length,
         };
+        let shape = TargetShape { width: config.width, hidden: config.attention };
         Ok(Self {
             tokens: batch.tokens(),
             groups: batch.groups(),
@@ -145,11 +146,27 @@ impl<D: Device> Indices<D> {
                 device.stage(staging, &vec![0; batch.pairs()])?,
                 device.stage(staging, &vec![1; batch.pairs()])?,
             ],
-            target_attention: device.target_plan(staging, config.width, config.attention, target)?,
+            target_attention: device.target_plan(staging, shape, target)?,
             pair_rows: DeviceLists::stage(device, staging, &batch.pair_rows)?,
             touched_item: DeviceTouched::stage(device, staging, &batch.touched_item)?,
             touched_position: DeviceTouched::stage(device, staging, &batch.touched_position)?,
             touched_label: DeviceTouched::stage(device, staging, &batch.touched_label)?,
         })
+    }
+
+    /// The prefixes of the encoded sequences, one per group.
+    pub fn prefixes(&self) -> Prefixes<&device::Indices<D>> {
+        Prefixes {
+            cu_seqlens: &self.cu_seqlens,
+            group_offsets: &self.group_offsets,
+            count: &self.group_length,
+            divisor: &self.group_length,
+        }
+    }
+
+    /// The tokens of interest `f` within each prefix. Their sum is divided by the length of the whole prefix.
+    pub fn interest_prefixes(&self, f: usize) -> Prefixes<&device::Indices<D>> {
+        let DeviceSplit { cu_seqlens, count, .. } = &self.split[f];
+        Prefixes { cu_seqlens, count, ..self.prefixes() }
     }
 }

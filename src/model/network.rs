@@ -9,13 +9,16 @@
 //!   logit_f = Tower_f([E_item[c], mean, mean_f, att_f])            [R]
 //! ```
 
-use super::block::{self, BlockState, Sequences};
+use super::block::{BlockState, Encoder, Sequences};
 use super::indices::Indices;
-use super::parameters::{Layout, Linear};
+use super::parameters::{Block, Layout, Linear};
 use super::tensors::Tensors;
 use super::{LossOptions, ModelConfig, ModelError, StepLoss, StepObserver, StepPart};
 use crate::attention::FhaOptions;
-use crate::device::{Activation, Buffer, Device, DeviceError, Slot, Store, TargetWeights};
+use crate::device::{
+    Activation, Buffer, Columns, ConcatPart, Device, DeviceError, Floats, Interests, Linear as Layer,
+    LinearGradients, Lookup, Output, SegmentSum, Slot, Store, TargetGradients, TargetInputs, TargetState,
+};
 
 /// Interests, by feedback.
 const NEGATIVE: usize = 0;
@@ -30,9 +33,9 @@ const ATTENDED: usize = 3;
 /// Gradients of one batch: small tensors whole, embedding tables by touched row.
 pub struct Gradients<D: Device> {
     pub dense: Tensors<D>,
-    pub item: D::Buffer<f32>,
-    pub position: D::Buffer<f32>,
-    pub label: D::Buffer<f32>,
+    pub item: Floats<D>,
+    pub position: Floats<D>,
+    pub label: Floats<D>,
 }
 
 impl<D: Device> Gradients<D> {
@@ -106,14 +109,14 @@ pub struct Network<'a, D: Device> {
 
 /// Everything before the interests part.
 struct Encoded<D: Device> {
-    seq: D::Buffer<f32>,
+    seq: Floats<D>,
     blocks: Vec<BlockState<D>>,
-    mean: D::Buffer<f32>,
+    mean: Floats<D>,
 }
 
 impl<D: Device> Encoded<D> {
     /// The raw tokens `s`, which the first block keeps for its backward pass.
-    fn s(&self) -> &D::Buffer<f32> {
+    fn s(&self) -> &Floats<D> {
         self.blocks[0].input()
     }
 }
@@ -121,28 +124,28 @@ impl<D: Device> Encoded<D> {
 /// One interest.
 struct Interest<D: Device> {
     blocks: Vec<BlockState<D>>,
-    mean: D::Buffer<f32>,
-    a: D::Buffer<f32>,
-    r: D::Buffer<f32>,
-    e: D::Buffer<f32>,
-    lse: D::Buffer<f32>,
-    att: D::Buffer<f32>,
+    mean: Floats<D>,
+    a: Floats<D>,
+    r: Floats<D>,
+    e: Floats<D>,
+    lse: Floats<D>,
+    att: Floats<D>,
     /// Input of the tower, then the output of each of its layers; the last is the logit.
-    tower: [D::Buffer<f32>; 4],
+    tower: [Floats<D>; 4],
 }
 
 type Done = Result<(), DeviceError>;
 
 impl<D: Device> Network<'_, D> {
     /// Positive logits `[R]`. The negative interest does not enter them and is not computed.
-    pub fn score(&self) -> Result<D::Buffer<f32>, DeviceError> {
+    pub fn score(&self) -> Result<Floats<D>, DeviceError> {
         let encoded = self.encode(&mut ())?;
         let Interest { tower: [_, _, _, logit], .. } = self.interest(&encoded, POSITIVE, &mut ())?;
         Ok(logit)
     }
 
     /// Both logits, negative first: `[R]` each.
-    pub fn logits(&self) -> Result<[D::Buffer<f32>; 2], DeviceError> {
+    pub fn logits(&self) -> Result<[Floats<D>; 2], DeviceError> {
         let encoded = self.encode(&mut ())?;
         let logit =
             |f| self.interest(&encoded, f, &mut ()).map(|Interest { tower: [_, _, _, logit], .. }| logit);
@@ -162,10 +165,10 @@ impl<D: Device> Network<'_, D> {
 
         let mut report = Report::new(device)?;
         let mut d_logit = [device.alloc(batch.rows)?, device.alloc(batch.rows)?];
-        let [d_neg, d_pos] = &mut d_logit;
         let [neg, pos] = &interests;
+        let logits = Interests { positive: &pos.tower[3], negative: &neg.tower[3] };
         let slot = report.slot(report::BCE);
-        device.rank_loss(options.bpr, &pos.tower[3], &neg.tower[3], &batch.target, d_pos, d_neg, slot)?;
+        device.rank_loss(options.bpr, logits, &batch.target, by_interest(&mut d_logit), slot)?;
 
         let mut grads = Tensors::gradients(device, self.layout)?;
         let mut d_mean = device.alloc(batch.groups * width)?;
@@ -173,54 +176,29 @@ impl<D: Device> Network<'_, D> {
         let mut d_means = [device.alloc(batch.groups * width)?, device.alloc(batch.groups * width)?];
         let mut d_atts = [device.alloc(batch.rows * width)?, device.alloc(batch.rows * width)?];
         for f in [NEGATIVE, POSITIVE] {
-            let dx = self.tower_backward(&interests[f], f, &mut d_logit[f], &mut grads)?;
+            let dx_tower = self.tower_backward(&interests[f], f, &mut d_logit[f], &mut grads)?;
             // The second interest adds to what the first wrote.
             let store = if f == NEGATIVE { Store::Overwrite } else { Store::Add };
-            device.concat_backward(
-                width,
-                CANDIDATE,
-                PARTS,
-                &dx,
-                Some(batch.pair_rows.segments()),
-                (&mut d_candidate, store),
-            )?;
-            device.concat_backward(
-                width,
-                MEAN,
-                PARTS,
-                &dx,
-                Some(batch.group_rows.segments()),
-                (&mut d_mean, store),
-            )?;
-            device.concat_backward(
-                width,
-                MEAN_OF_INTEREST,
-                PARTS,
-                &dx,
-                Some(batch.group_rows.segments()),
-                (&mut d_means[f], Store::Overwrite),
-            )?;
-            device.concat_backward(width, ATTENDED, PARTS, &dx, None, (&mut d_atts[f], Store::Overwrite))?;
+            let part = |part, segments, dx| {
+                device.concat_backward(Columns { width, part, parts: PARTS }, &dx_tower, segments, dx)
+            };
+            let (pairs, groups) = (batch.pair_rows.segments(), batch.group_rows.segments());
+            part(CANDIDATE, Some(pairs), Output { values: &mut d_candidate, store })?;
+            part(MEAN, Some(groups), Output { values: &mut d_mean, store })?;
+            part(MEAN_OF_INTEREST, Some(groups), Output::overwrite(&mut d_means[f]))?;
+            part(ATTENDED, None, Output::overwrite(&mut d_atts[f]))?;
         }
-        let [d_neg, d_pos] = &mut d_means;
+        let means = Interests { positive: &pos.mean, negative: &neg.mean };
         let slot = report.slot(report::IDL[0]);
-        device.cosine_loss(width, options.idl, &pos.mean, &neg.mean, d_pos, d_neg, slot)?;
-        let [d_neg, d_pos] = &mut d_atts;
+        device.cosine_loss(width, options.idl, means, by_interest(&mut d_means), slot)?;
+        let atts = Interests { positive: &pos.att, negative: &neg.att };
         let slot = report.slot(report::IDL[1]);
-        device.cosine_loss(width, options.idl, &pos.att, &neg.att, d_pos, d_neg, slot)?;
+        device.cosine_loss(width, options.idl, atts, by_interest(&mut d_atts), slot)?;
 
         observer.enter(StepPart::Encoder)?;
         let mut d_s = device.zeros(batch.tokens * width)?;
         let mut d_seq = device.alloc(batch.tokens * width)?;
-        device.prefix_mean_backward(
-            width,
-            &batch.cu_seqlens,
-            &batch.group_offsets,
-            &batch.group_length,
-            &batch.group_length,
-            &d_mean,
-            &mut d_seq,
-        )?;
+        device.prefix_mean_backward(width, batch.prefixes(), &d_mean, &mut d_seq)?;
         let mut d_r = Vec::with_capacity(2);
         for (f, interest) in interests.into_iter().enumerate() {
             observer.enter(StepPart::TargetAttention)?;
@@ -230,35 +208,22 @@ impl<D: Device> Network<'_, D> {
         }
         observer.enter(StepPart::Encoder)?;
         let options_of_encoder = self.config.encoder_attention();
-        let d_input = block::backward(
-            device,
-            &self.layout.encoder,
-            self.p,
-            &mut grads,
-            &self.sequences(&options_of_encoder),
-            encoded.blocks,
-            d_seq,
-        )?;
+        let encoder = self.encoder(&options_of_encoder);
+        let d_input = encoder.backward(&mut grads, encoded.blocks, d_seq)?;
         device.add(&d_input, &mut d_s)?;
         device.add(&d_r[NEGATIVE], &mut d_candidate)?;
         device.add(&d_r[POSITIVE], &mut d_candidate)?;
 
         let mut rows = |id,
                         touched: &super::indices::DeviceTouched<D>,
-                        sources: &[&D::Buffer<f32>],
+                        sources: &[&Floats<D>],
                         slot|
-         -> Result<D::Buffer<f32>, DeviceError> {
+         -> Result<Floats<D>, DeviceError> {
             let mut y = device.alloc(touched.row.len() * width)?;
-            device.segment_sum(
-                width,
-                sources,
-                touched.source.segments(),
-                options.embed_l2,
-                &self.p[id],
-                &touched.row,
-                &mut y,
-            )?;
-            device.half_square_sum(width, &self.p[id], &touched.row, report.slot(slot))?;
+            let rows = Lookup { table: &self.p[id], index: &touched.row };
+            let (segments, l2) = (touched.source.segments(), options.embed_l2);
+            device.segment_sum(width, SegmentSum { sources, segments, l2, rows }, &mut y)?;
+            device.half_square_sum(width, rows, report.slot(slot))?;
             Ok(y)
         };
         let [item_l2, position_l2, label_l2] = report::L2;
@@ -269,47 +234,44 @@ impl<D: Device> Network<'_, D> {
         Ok((report, Gradients { dense: grads, item, position, label }))
     }
 
-    fn sequences<'a>(&'a self, options: &'a FhaOptions) -> Sequences<'a, D> {
+    fn encoder<'a>(&'a self, options: &'a FhaOptions) -> Encoder<'a, D> {
         let batch = self.batch;
-        Sequences {
+        let sequences = Sequences {
             tokens: batch.tokens,
             plan: &batch.attention,
             tokens_by_label: [&batch.split[0].token, &batch.split[1].token],
             options,
-        }
+        };
+        self.stack(&self.layout.encoder, sequences)
     }
 
-    fn interest_sequences<'a>(&'a self, f: usize, options: &'a FhaOptions) -> Sequences<'a, D> {
+    fn interest_encoder<'a>(&'a self, f: usize, options: &'a FhaOptions) -> Encoder<'a, D> {
         let split = &self.batch.split[f];
-        Sequences {
+        let sequences = Sequences {
             tokens: split.tokens,
             plan: &split.attention,
             tokens_by_label: [&split.token, &split.token],
             options,
-        }
+        };
+        self.stack(&self.layout.interest[f], sequences)
+    }
+
+    fn stack<'a>(&'a self, blocks: &'a [Block], sequences: Sequences<'a, D>) -> Encoder<'a, D> {
+        Encoder { device: self.device, blocks, p: self.p, sequences }
     }
 
     fn encode(&self, observer: &mut dyn StepObserver) -> Result<Encoded<D>, DeviceError> {
         observer.enter(StepPart::Encoder)?;
         let (device, batch, width) = (self.device, self.batch, self.config.width);
         let tables = [
-            (&self.p[self.layout.item], &batch.item),
-            (&self.p[self.layout.position], &batch.position),
-            (&self.p[self.layout.label], &batch.label_row),
+            Lookup { table: &self.p[self.layout.item], index: &batch.item },
+            Lookup { table: &self.p[self.layout.position], index: &batch.position },
+            Lookup { table: &self.p[self.layout.label], index: &batch.label_row },
         ];
         let options = self.config.encoder_attention();
-        let (seq, blocks) =
-            block::forward(device, &self.layout.encoder, self.p, &self.sequences(&options), &tables)?;
+        let (seq, blocks) = self.encoder(&options).forward(&tables)?;
         let mut mean = device.alloc(batch.groups * width)?;
-        device.prefix_mean(
-            width,
-            &seq,
-            &batch.cu_seqlens,
-            &batch.group_offsets,
-            &batch.group_length,
-            &batch.group_length,
-            &mut mean,
-        )?;
+        device.prefix_mean(width, batch.prefixes(), &seq, &mut mean)?;
         Ok(Encoded { seq, blocks, mean })
     }
 
@@ -321,67 +283,36 @@ impl<D: Device> Network<'_, D> {
     ) -> Result<Interest<D>, DeviceError> {
         observer.enter(StepPart::Dual)?;
         let (device, batch, width) = (self.device, self.batch, self.config.width);
-        let split = &batch.split[f];
 
         let options = self.config.interest_attention();
-        let (y, blocks) = block::forward(
-            device,
-            &self.layout.interest[f],
-            self.p,
-            &self.interest_sequences(f, &options),
-            &[(&encoded.seq, &split.token)],
-        )?;
+        let tokens = Lookup { table: &encoded.seq, index: &batch.split[f].token };
+        let (y, blocks) = self.interest_encoder(f, &options).forward(&[tokens])?;
         let mut mean = device.alloc(batch.groups * width)?;
-        device.prefix_mean(
-            width,
-            &y,
-            &split.cu_seqlens,
-            &batch.group_offsets,
-            &split.count,
-            &batch.group_length,
-            &mut mean,
-        )?;
+        device.prefix_mean(width, batch.interest_prefixes(f), &y, &mut mean)?;
 
         observer.enter(StepPart::TargetAttention)?;
-        let target = &self.layout.target[f];
         let mut a = device.alloc(batch.tokens * width)?;
-        device.linear(
-            encoded.s(),
-            &self.p[target.w],
-            None,
-            Activation::None,
-            (&mut a, Store::Overwrite),
-            (width, width),
-        )?;
+        device.linear(self.target_projection(f), encoded.s(), Output::overwrite(&mut a))?;
         let mut r = device.alloc(batch.pairs * width)?;
-        device.gather_sum(
-            width,
-            &[
-                (&self.p[self.layout.item], &batch.pair_item),
-                (&self.p[self.layout.label], &batch.interest_row[f]),
-            ],
-            &mut r,
-        )?;
+        let tables = [
+            Lookup { table: &self.p[self.layout.item], index: &batch.pair_item },
+            Lookup { table: &self.p[self.layout.label], index: &batch.interest_row[f] },
+        ];
+        device.gather_sum(width, &tables, &mut r)?;
         let (mut e, mut lse, mut att) =
             (device.alloc(batch.scores)?, device.alloc(batch.rows)?, device.alloc(batch.rows * width)?);
-        device.target_attention(
-            &batch.target_attention,
-            encoded.s(),
-            &a,
-            &r,
-            self.target_weights(f),
-            &mut e,
-            &mut lse,
-            &mut att,
-        )?;
+        let inputs = TargetInputs { s: encoded.s(), a: &a, r: &r };
+        let weights = self.p.target_weights(&self.layout.target[f].mlp);
+        let state = TargetState { e: &mut e, lse: &mut lse, att: &mut att };
+        device.target_attention(&batch.target_attention, inputs, weights, state)?;
 
         observer.enter(StepPart::Towers)?;
         let mut input = device.alloc(batch.rows * PARTS * width)?;
         let parts = [
-            (&self.p[self.layout.item], Some(&batch.row_item)),
-            (&encoded.mean, Some(&batch.row_group)),
-            (&mean, Some(&batch.row_group)),
-            (&att, None),
+            ConcatPart { values: &self.p[self.layout.item], index: Some(&batch.row_item) },
+            ConcatPart { values: &encoded.mean, index: Some(&batch.row_group) },
+            ConcatPart { values: &mean, index: Some(&batch.row_group) },
+            ConcatPart { values: &att, index: None },
         ];
         device.concat(width, &parts, &mut input)?;
         let [first, second, last] = self.layout.tower[f];
@@ -393,19 +324,12 @@ impl<D: Device> Network<'_, D> {
 
     fn tower_layer(
         &self,
-        x: &D::Buffer<f32>,
+        x: &Floats<D>,
         layer: &Linear,
         activation: Activation,
-    ) -> Result<D::Buffer<f32>, DeviceError> {
-        let mut y = self.device.alloc(self.batch.rows * layer.widths.1)?;
-        self.device.linear(
-            x,
-            &self.p[layer.w],
-            Some(&self.p[layer.b]),
-            activation,
-            (&mut y, Store::Overwrite),
-            layer.widths,
-        )?;
+    ) -> Result<Floats<D>, DeviceError> {
+        let mut y = self.device.alloc(self.batch.rows * layer.outputs)?;
+        self.device.linear(self.p.linear(layer, activation), x, Output::overwrite(&mut y))?;
         Ok(y)
     }
 
@@ -413,30 +337,20 @@ impl<D: Device> Network<'_, D> {
         &self,
         interest: &Interest<D>,
         f: usize,
-        d_logit: &mut D::Buffer<f32>,
+        d_logit: &mut Floats<D>,
         grads: &mut Tensors<D>,
-    ) -> Result<D::Buffer<f32>, DeviceError> {
+    ) -> Result<Floats<D>, DeviceError> {
         let [first, second, last] = self.layout.tower[f];
         let [input, h1, h2, logit] = &interest.tower;
         let mut layer = |layer: Linear,
                          activation,
-                         x: &D::Buffer<f32>,
-                         y: &D::Buffer<f32>,
-                         dy: &mut D::Buffer<f32>|
-         -> Result<D::Buffer<f32>, DeviceError> {
-            let mut dx = self.device.alloc(self.batch.rows * layer.widths.0)?;
-            let [dw, db] = grads.two([layer.w, layer.b]);
-            self.device.linear_backward(
-                x,
-                &self.p[layer.w],
-                activation,
-                y,
-                dy,
-                Some((&mut dx, Store::Overwrite)),
-                dw,
-                Some(db),
-                layer.widths,
-            )?;
+                         x: &Floats<D>,
+                         y: &Floats<D>,
+                         dy: &mut Floats<D>|
+         -> Result<Floats<D>, DeviceError> {
+            let mut dx = self.device.alloc(self.batch.rows * layer.inputs)?;
+            let gradients = grads.linear_gradients(&layer, Output::overwrite(&mut dx));
+            self.device.linear_backward(self.p.linear(&layer, activation), x, y, dy, gradients)?;
             Ok(dx)
         };
         let mut d_h2 = layer(last, Activation::None, h2, logit, d_logit)?;
@@ -447,47 +361,35 @@ impl<D: Device> Network<'_, D> {
     /// Adds to `d_s` and returns the gradient of `r: [C, D]`.
     fn target_backward(
         &self,
-        s: &D::Buffer<f32>,
+        s: &Floats<D>,
         interest: &Interest<D>,
         f: usize,
-        d_att: &D::Buffer<f32>,
-        d_s: &mut D::Buffer<f32>,
+        d_att: &Floats<D>,
+        d_s: &mut Floats<D>,
         grads: &mut Tensors<D>,
-    ) -> Result<D::Buffer<f32>, DeviceError> {
+    ) -> Result<Floats<D>, DeviceError> {
         let (device, batch, width) = (self.device, self.batch, self.config.width);
         let target = &self.layout.target[f];
         let (mut da, mut dr) = (device.alloc(batch.tokens * width)?, device.alloc(batch.pairs * width)?);
-        let [m0, m1, m2] = target.mlp;
-        let [w0, b0, w1, b1, w2, b2] = grads.six([m0.w, m0.b, m1.w, m1.b, m2.w, m2.b]);
-        let gradients = TargetWeights { w0, b0, w1, b1, w2, b2 };
         let Interest { a, r, e, lse, att, .. } = interest;
+        let (inputs, state) = (TargetInputs { s, a, r }, TargetState { e, lse, att });
+        let weights = self.p.target_weights(&target.mlp);
+        let gradients = TargetGradients {
+            ds: &mut *d_s,
+            da: &mut da,
+            dr: &mut dr,
+            weights: grads.target_gradients(&target.mlp),
+        };
         device.target_attention_backward(
             &batch.target_attention,
-            s,
-            a,
-            r,
-            self.target_weights(f),
-            e,
-            lse,
-            att,
+            inputs,
+            weights,
+            state,
             d_att,
-            d_s,
-            &mut da,
-            &mut dr,
             gradients,
         )?;
-        let dw = &mut grads[target.w];
-        device.linear_backward(
-            s,
-            &self.p[target.w],
-            Activation::None,
-            a,
-            &mut da,
-            Some((d_s, Store::Add)),
-            dw,
-            None,
-            (width, width),
-        )?;
+        let gradients = LinearGradients { dx: Some(Output::add(d_s)), dw: &mut grads[target.w], dbias: None };
+        device.linear_backward(self.target_projection(f), s, a, &mut da, gradients)?;
         Ok(dr)
     }
 
@@ -496,38 +398,27 @@ impl<D: Device> Network<'_, D> {
         &self,
         interest: Interest<D>,
         f: usize,
-        d_mean: &D::Buffer<f32>,
-        d_seq: &mut D::Buffer<f32>,
+        d_mean: &Floats<D>,
+        d_seq: &mut Floats<D>,
         grads: &mut Tensors<D>,
     ) -> Done {
         let (device, batch, width) = (self.device, self.batch, self.config.width);
         let split = &batch.split[f];
         let mut dy = device.alloc(split.tokens * width)?;
-        device.prefix_mean_backward(
-            width,
-            &split.cu_seqlens,
-            &batch.group_offsets,
-            &split.count,
-            &batch.group_length,
-            d_mean,
-            &mut dy,
-        )?;
+        device.prefix_mean_backward(width, batch.interest_prefixes(f), d_mean, &mut dy)?;
         let options = self.config.interest_attention();
-        let dx = block::backward(
-            device,
-            &self.layout.interest[f],
-            self.p,
-            grads,
-            &self.interest_sequences(f, &options),
-            interest.blocks,
-            dy,
-        )?;
+        let dx = self.interest_encoder(f, &options).backward(grads, interest.blocks, dy)?;
         device.scatter_add(width, &dx, &split.token, d_seq)
     }
 
-    fn target_weights(&self, f: usize) -> TargetWeights<&D::Buffer<f32>> {
-        let [m0, m1, m2] = self.layout.target[f].mlp;
-        let p = self.p;
-        TargetWeights { w0: &p[m0.w], b0: &p[m0.b], w1: &p[m1.w], b1: &p[m1.b], w2: &p[m2.w], b2: &p[m2.b] }
+    /// `a = s W`, without bias.
+    fn target_projection(&self, f: usize) -> Layer<&Floats<D>> {
+        let (w, width) = (&self.p[self.layout.target[f].w], self.config.width);
+        Layer { w, bias: None, activation: Activation::None, inputs: width, outputs: width }
     }
+}
+
+/// Two values in the order of the labels, by name.
+fn by_interest<T>([negative, positive]: &mut [T; 2]) -> Interests<&mut T> {
+    Interests { positive, negative }
 }

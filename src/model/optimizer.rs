@@ -5,7 +5,7 @@ use super::network::Report;
 use super::parameters::Layout;
 use super::tensors::Tensors;
 use super::{AdamOptions, HostTensor, Model, ModelError};
-use crate::device::{AdamStep, AdamTensor, Device, DeviceError};
+use crate::device::{AdamRows, AdamStep, AdamTensor, Device, DeviceError};
 use std::sync::Arc;
 
 /// Names of the moments in a checkpoint.
@@ -62,10 +62,13 @@ impl<D: Device> Optimizer<D> {
         let layout = &self.layout;
         let mut rows = vec![None; layout.specs.len()];
         if let Some(batch) = touched {
-            let width = |id: usize| layout.specs[id].shape[1];
-            rows[layout.item] = Some((&batch.touched_item.row, width(layout.item)));
-            rows[layout.position] = Some((&batch.touched_position.row, width(layout.position)));
-            rows[layout.label] = Some((&batch.touched_label.row, width(layout.label)));
+            for (id, touched) in [
+                (layout.item, &batch.touched_item),
+                (layout.position, &batch.touched_position),
+                (layout.label, &batch.touched_label),
+            ] {
+                rows[id] = Some(AdamRows { index: &touched.row, width: layout.specs[id].shape[1] });
+            }
         }
         let step = AdamStep {
             lr: options.lr,

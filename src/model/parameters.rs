@@ -48,7 +48,8 @@ pub struct Norm {
 pub struct Linear {
     pub w: Id,
     pub b: Id,
-    pub widths: (usize, usize),
+    pub inputs: usize,
+    pub outputs: usize,
 }
 
 /// One encoder block.
@@ -168,9 +169,10 @@ impl Namer {
         }
     }
 
-    fn linear(&mut self, name: String, widths: (usize, usize), initial: Initial) -> Linear {
-        let w = self.tensor(format!("{name}.w"), vec![widths.0, widths.1], initial);
-        Linear { w, b: self.tensor(format!("{name}.b"), vec![widths.1], Initial::Zero), widths }
+    fn linear(&mut self, name: String, (inputs, outputs): (usize, usize), initial: Initial) -> Linear {
+        let w = self.tensor(format!("{name}.w"), vec![inputs, outputs], initial);
+        let b = self.tensor(format!("{name}.b"), vec![outputs], Initial::Zero);
+        Linear { w, b, inputs, outputs }
     }
 
     /// Blocks `NAME`, `NAME.1`, `NAME.2`, ...: the first without a number, as in a network of one block.

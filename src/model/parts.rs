@@ -71,8 +71,8 @@ impl StepObserver for () {
 /// there, to the end of the last operation.
 pub struct StepTimer<D: Device> {
     device: Arc<D>,
-    start: Option<D::Mark>,
-    end: Option<D::Mark>,
+    start: Option<D::Event>,
+    end: Option<D::Event>,
 }
 
 impl<D: Device> StepTimer<D> {
@@ -96,12 +96,12 @@ impl<D: Device> StepTimer<D> {
 impl<D: Device> StepObserver for StepTimer<D> {
     fn enter(&mut self, _: StepPart) -> Result<(), DeviceError> {
         if self.start.is_none() {
-            self.start = Some(self.device.mark()?);
+            self.start = Some(self.device.record_event()?);
         }
         Ok(())
     }
     fn end(&mut self) -> Result<(), DeviceError> {
-        self.end = Some(self.device.mark()?);
+        self.end = Some(self.device.record_event()?);
         Ok(())
     }
 }
@@ -132,8 +132,8 @@ impl AddAssign for PartSeconds {
 pub struct PartTimer<D: Device> {
     device: Arc<D>,
     /// Beginnings, in order.
-    marks: Vec<(StepPart, D::Mark)>,
-    end: Option<D::Mark>,
+    marks: Vec<(StepPart, D::Event)>,
+    end: Option<D::Event>,
 }
 
 impl<D: Device> PartTimer<D> {
@@ -159,11 +159,11 @@ impl<D: Device> PartTimer<D> {
 
 impl<D: Device> StepObserver for PartTimer<D> {
     fn enter(&mut self, part: StepPart) -> Result<(), DeviceError> {
-        self.marks.push((part, self.device.mark()?));
+        self.marks.push((part, self.device.record_event()?));
         Ok(())
     }
     fn end(&mut self) -> Result<(), DeviceError> {
-        self.end = Some(self.device.mark()?);
+        self.end = Some(self.device.record_event()?);
         Ok(())
     }
 }

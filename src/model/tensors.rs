@@ -1,12 +1,15 @@
 //! A list of device buffers, one a parameter.
 
-use super::parameters::{Id, Layout};
+use super::parameters::{self, Id, Layout, Norm};
 use super::{HostTensor, ModelError};
-use crate::device::{Buffer, Device, DeviceError};
+use crate::device::{
+    Activation, Buffer, Device, DeviceError, Floats, Indices, LabelLinear, LayerNorm, LayerNormGradients,
+    Linear, LinearGradients, Output, TargetWeights,
+};
 use std::ops::{Index, IndexMut};
 
 /// One buffer a parameter, in the order of the layout: values, gradients or moments.
-pub struct Tensors<D: Device>(Vec<D::Buffer<f32>>);
+pub struct Tensors<D: Device>(Vec<Floats<D>>);
 
 impl<D: Device> Tensors<D> {
     /// Uploads one slice a parameter.
@@ -26,29 +29,79 @@ impl<D: Device> Tensors<D> {
         Ok(Self((0..layout.specs.len()).map(|id| device.alloc(len(id))).collect::<Result<_, _>>()?))
     }
 
-    /// Two different tensors at once.
-    pub fn two(&mut self, ids: [Id; 2]) -> [&mut D::Buffer<f32>; 2] {
-        self.0.get_disjoint_mut(ids).expect("two different parameters")
+    /// Mutable access to several parameters.
+    pub fn several<const N: usize>(&mut self, ids: [Id; N]) -> [&mut Floats<D>; N] {
+        self.0.get_disjoint_mut(ids).expect("the parameters should differ")
     }
 
-    /// Six different tensors at once.
-    pub fn six(&mut self, ids: [Id; 6]) -> [&mut D::Buffer<f32>; 6] {
-        self.0.get_disjoint_mut(ids).expect("six different parameters")
+    /// The parameters of a linear layer.
+    pub fn linear(&self, ids: &parameters::Linear, activation: Activation) -> Linear<&Floats<D>> {
+        let &parameters::Linear { w, b, inputs, outputs } = ids;
+        Linear { w: &self[w], bias: Some(&self[b]), activation, inputs, outputs }
+    }
+
+    /// The parameters of a linear layer whose weight has one half for each label.
+    pub fn label_linear<'a>(
+        &'a self,
+        ids: &parameters::Linear,
+        tokens_by_label: [&'a Indices<D>; 2],
+    ) -> LabelLinear<&'a Floats<D>, &'a Indices<D>> {
+        let &parameters::Linear { w, b, inputs, outputs } = ids;
+        LabelLinear { w: &self[w], bias: &self[b], tokens_by_label, inputs: inputs / 2, outputs }
+    }
+
+    /// The parameters of a layer norm.
+    pub fn norm(&self, ids: &Norm, width: usize) -> LayerNorm<&Floats<D>> {
+        LayerNorm { width, gamma: &self[ids.gamma], beta: &self[ids.beta] }
+    }
+
+    /// The parameters of a target attention MLP.
+    pub fn target_weights(&self, [m0, m1, m2]: &[parameters::Linear; 3]) -> TargetWeights<&Floats<D>> {
+        TargetWeights { w0: m0.w, b0: m0.b, w1: m1.w, b1: m1.b, w2: m2.w, b2: m2.b }.map(|id| &self[id])
+    }
+
+    /// Gradients of a linear layer: `dx`, and the parameters in place.
+    pub fn linear_gradients<'a>(
+        &'a mut self,
+        ids: &parameters::Linear,
+        dx: Output<&'a mut Floats<D>>,
+    ) -> LinearGradients<&'a mut Floats<D>> {
+        let [dw, dbias] = self.several([ids.w, ids.b]);
+        LinearGradients { dx: Some(dx), dw, dbias: Some(dbias) }
+    }
+
+    /// Gradients of a layer norm: `dx`, and the parameters in place.
+    pub fn norm_gradients<'a>(
+        &'a mut self,
+        ids: &Norm,
+        dx: Output<&'a mut Floats<D>>,
+    ) -> LayerNormGradients<&'a mut Floats<D>> {
+        let [dgamma, dbeta] = self.several([ids.gamma, ids.beta]);
+        LayerNormGradients { dx, dgamma, dbeta }
+    }
+
+    /// Gradients of a target attention MLP.
+    pub fn target_gradients(
+        &mut self,
+        [m0, m1, m2]: &[parameters::Linear; 3],
+    ) -> TargetWeights<&mut Floats<D>> {
+        let [w0, b0, w1, b1, w2, b2] = self.several([m0.w, m0.b, m1.w, m1.b, m2.w, m2.b]);
+        TargetWeights { w0, b0, w1, b1, w2, b2 }
     }
 
     /// All of them, in order.
-    pub fn iter(&self) -> impl Iterator<Item = &D::Buffer<f32>> {
+    pub fn iter(&self) -> impl Iterator<Item = &Floats<D>> {
         self.0.iter()
     }
 
     /// All of them, in order.
-    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut D::Buffer<f32>> {
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Floats<D>> {
         self.0.iter_mut()
     }
 
     /// Copies to the host, names prefixed.
     pub fn download(&self, device: &D, layout: &Layout, prefix: &str) -> Result<Vec<HostTensor>, ModelError> {
-        let tensor = |(spec, buffer): (&super::parameters::Spec, &D::Buffer<f32>)| {
+        let tensor = |(spec, buffer): (&parameters::Spec, &Floats<D>)| {
             let values = device.download(buffer)?;
             debug_assert_eq!(values.len(), buffer.len());
             Ok(HostTensor { name: format!("{prefix}{}", spec.name), shape: spec.shape.clone(), values })
@@ -58,7 +111,7 @@ impl<D: Device> Tensors<D> {
 }
 
 impl<D: Device> Index<Id> for Tensors<D> {
-    type Output = D::Buffer<f32>;
+    type Output = Floats<D>;
     fn index(&self, id: Id) -> &Self::Output {
         &self.0[id]
     }

@@ -1,11 +1,11 @@
-//! Files that are whole or absent: written under another name, forced to disk, renamed; tensors with a checksum.
+//! Run files, complete or absent: written under a temporary name, forced to disk, renamed; tensors carry a checksum.
 
 use crate::model::HostTensor;
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
@@ -14,7 +14,7 @@ const VERSION: u32 = 1;
 /// Key of the safetensors metadata. One key: several would be written in no fixed order.
 const KEY: &str = "dfar";
 
-/// A run file that cannot be written, or is not what it should be.
+/// A run file that cannot be written or read.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum FileError {
@@ -52,7 +52,7 @@ pub enum FileError {
         /// Its version.
         found: u32,
     },
-    /// The tensors are not those that were written.
+    /// The tensors are not those that the checksum was computed from.
     #[error("{} is damaged: checksum {found:08x}, expected {expected:08x}", path.display())]
     Checksum {
         /// The file.
@@ -64,16 +64,25 @@ pub enum FileError {
     },
 }
 
-/// Replaces `path` by what `write` writes: readers see the old file or all of the new one, whenever power fails.
-pub fn replace(path: &Path, write: impl FnOnce(&Path) -> io::Result<()>) -> Result<(), FileError> {
+/// The name under which `path` is written until it is complete: one for each file, so that the next write replaces the
+/// leftovers of a killed process.
+pub(super) fn temporary(path: &Path) -> PathBuf {
     let name = path.file_name().expect("a run file has a name").to_string_lossy();
-    let temporary = path.with_file_name(format!(".{name}.partial"));
+    path.with_file_name(format!(".{name}.partial"))
+}
+
+/// Replaces `path` by the bytes that `write` writes. After a crash or a loss of power, `path` is the old file or the
+/// whole new one. Two processes must not replace the same file at a time.
+pub fn replace(
+    path: &Path,
+    write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
+) -> Result<(), FileError> {
+    let temporary = temporary(path);
     let replaced = (|| {
-        write(&temporary)?;
-        File::open(&temporary)?.sync_all()?;
-        std::fs::rename(&temporary, path)?;
-        // The rename itself lives in the folder.
-        File::open(path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))?.sync_all()
+        let mut file = BufWriter::with_capacity(1 << 20, File::create(&temporary)?);
+        write(&mut file)?;
+        file.into_inner().map_err(|error| error.into_error())?.sync_all()?;
+        rename(&temporary, path)
     })();
     replaced.map_err(|source| {
         let _ = std::fs::remove_file(&temporary);
@@ -83,10 +92,16 @@ pub fn replace(path: &Path, write: impl FnOnce(&Path) -> io::Result<()>) -> Resu
 
 /// [`replace`] with these bytes.
 pub fn replace_bytes(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
-    replace(path, |temporary| File::create(temporary)?.write_all(bytes))
+    replace(path, |file| file.write_all(bytes))
 }
 
-/// Tensors of a file, before and after.
+/// Renames a file, and forces the new name to disk.
+pub(super) fn rename(from: &Path, to: &Path) -> io::Result<()> {
+    std::fs::rename(from, to)?;
+    File::open(to.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))?.sync_all()
+}
+
+/// The tensors of a file.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Tensors {
     /// f32 tensors.
@@ -103,34 +118,44 @@ struct Envelope<T> {
     content: T,
 }
 
-/// Writes tensors and what is to be known about them; returns the checksum of the tensors.
+/// Writes tensors, with `content` as metadata, and returns the checksum of the tensors.
 pub fn write<T: Serialize>(
     path: &Path,
     kind: &'static str,
     content: &T,
     tensors: &Tensors,
 ) -> Result<u32, FileError> {
-    let view = |dtype, shape: Vec<usize>, data| {
-        TensorView::new(dtype, shape, data).expect("a tensor's shape and its values agree")
-    };
-    let mut views: Vec<(&str, TensorView<'_>)> = Vec::new();
+    let mut parts: Vec<(&str, Dtype, Vec<usize>, &[u8])> = Vec::new();
     for tensor in &tensors.values {
         let data = bytemuck::cast_slice(&tensor.values);
-        views.push((&tensor.name, view(Dtype::F32, tensor.shape.clone(), data)));
+        parts.push((&tensor.name, Dtype::F32, tensor.shape.clone(), data));
     }
     for (name, bytes) in &tensors.bytes {
-        views.push((name, view(Dtype::U8, vec![bytes.len()], bytes)));
+        parts.push((name, Dtype::U8, vec![bytes.len()], bytes));
     }
-    views.sort_by_key(|(name, _)| *name);
-    let crc32 = checksum(views.iter().map(|(name, view)| (*name, view.data())));
+    parts.sort_by_key(|&(name, ..)| name);
+    let crc32 = checksum(parts.iter().map(|&(name, _, _, data)| (name, data)));
     let envelope = Envelope { kind: kind.to_owned(), version: VERSION, crc32, content };
     let text = serde_json::to_string(&envelope).expect("run metadata has string keys and finite numbers");
-    let metadata = HashMap::from([(KEY.to_owned(), text)]);
-    replace(path, |temporary| {
-        // The library writes private files; ours have the permissions of any new file.
-        let permissions = File::create(temporary)?.metadata()?.permissions();
-        safetensors::serialize_to_file(views, Some(metadata), temporary).map_err(io::Error::other)?;
-        std::fs::set_permissions(temporary, permissions)
+
+    // The order of the safetensors library: the widest elements first, so that all are aligned; then by name.
+    parts.sort_by(|a, b| b.1.cmp(&a.1).then(a.0.cmp(b.0)));
+    let mut end = 0;
+    let infos = parts.iter().map(|(name, dtype, shape, data)| {
+        let start = end;
+        end += data.len();
+        let info = TensorInfo { dtype: *dtype, shape: shape.clone(), data_offsets: (start, end) };
+        ((*name).to_owned(), info)
+    });
+    let header = Metadata::new(Some(HashMap::from([(KEY.to_owned(), text)])), infos.collect())
+        .expect("a tensor's shape and its values agree");
+    let mut header = serde_json::to_vec(&header).expect("a header is plain data");
+    header.resize(header.len().next_multiple_of(8), b' ');
+    // The library's own writer makes a temporary file under a random name, which a kill would leave behind.
+    replace(path, |file| {
+        file.write_all(&(header.len() as u64).to_le_bytes())?;
+        file.write_all(&header)?;
+        parts.iter().try_for_each(|(_, _, _, data)| file.write_all(data))
     })?;
     Ok(crc32)
 }
@@ -142,7 +167,7 @@ pub fn read<T: DeserializeOwned>(path: &Path, kind: &'static str) -> Result<(T, 
     let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| refuse(e.to_string()))?;
     let text = header.metadata().as_ref().and_then(|m| m.get(KEY));
     let text = text.ok_or_else(|| refuse(format!("no `{KEY}` entry in its metadata")))?;
-    // The version first: a later one may have another content.
+    // The version first: the content of a later one may differ.
     let envelope: Envelope<serde_json::Value> =
         serde_json::from_str(text).map_err(|e| refuse(e.to_string()))?;
     if envelope.kind != kind {
@@ -208,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read() {
+    fn a_file_is_read_as_it_was_written() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x.safetensors");
         let crc = write(&path, "model", &(0.1f64 + 0.2, "text"), &sample()).unwrap();
@@ -216,6 +241,18 @@ mod tests {
         assert_eq!((content.0.to_bits(), content.1.as_str()), ((0.1f64 + 0.2).to_bits(), "text"));
         assert_eq!((tensors, found), (sample(), crc));
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file stays");
+    }
+
+    /// The library reads the file, so any of its users can, and would write the same bytes.
+    #[test]
+    fn the_bytes_are_those_of_the_safetensors_library() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.safetensors");
+        write(&path, "model", &7, &sample()).unwrap();
+        let bytes = std::fs::read(&path).unwrap();
+        let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        assert_eq!(safetensors::serialize(file.tensors(), header.metadata().clone()).unwrap(), bytes);
     }
 
     #[test]

@@ -101,11 +101,14 @@ impl TrainError {
     /// Exit code: 1 the run failed, 2 usage, 3 bad input data, 4 no usable GPU, 5 non-finite, 130 interrupted.
     pub fn exit_code(&self) -> u8 {
         use file::FileError;
+        use run::RunError;
         match self {
             TrainError::Config(_) | TrainError::Usage { .. } => 2,
             TrainError::Model(ModelError::Config { .. }) => 2,
-            TrainError::Run(run::RunError::Exists { .. }) => 2,
-            TrainError::Run(run::RunError::Missing { .. }) => 3,
+            TrainError::Run(RunError::Exists { .. } | RunError::OtherConfig { .. }) => 2,
+            TrainError::Run(
+                RunError::NoRun { .. } | RunError::NoCheckpoint { .. } | RunError::NoModel { .. },
+            ) => 3,
             TrainError::File(FileError::Write { .. }) => 1,
             TrainError::File(_) => 3,
             TrainError::NoTargets { .. } | TrainError::OtherData { .. } | TrainError::OtherModel { .. } => 3,

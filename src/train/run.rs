@@ -1,5 +1,7 @@
-//! The run directory: what lies where, and whose it is.
+//! The run directory: its files, its lock, and the leftovers of killed processes.
 
+use super::TrainError;
+use super::config::Config;
 use super::file::{self, FileError};
 use std::fs::{File, TryLockError};
 use std::io;
@@ -10,7 +12,7 @@ use thiserror::Error;
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum RunError {
-    /// There is a run in it already.
+    /// The directory holds a run already.
     #[error(
         "{} holds {} run; give another --out, or {}",
         dir.display(),
@@ -23,15 +25,31 @@ pub enum RunError {
         /// Whether it has metrics.
         finished: bool,
     },
-    /// No run is in it.
-    #[error("{} holds no run: {what} is missing", dir.display())]
-    Missing {
+    /// The directory holds a `config.toml` that no run wrote, which a new run would overwrite.
+    #[error("{} holds a config.toml that no run wrote; move it, or give another --out", dir.display())]
+    OtherConfig {
         /// The directory.
         dir: PathBuf,
-        /// The file looked for.
-        what: &'static str,
     },
-    /// Another process works in it.
+    /// The directory does not exist, or holds no run.
+    #[error("{} holds no run: config.toml is missing; start one with --out {}", dir.display(), dir.display())]
+    NoRun {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// The run has no checkpoint, but a model: the checkpoint was removed.
+    #[error("{} holds a model but no checkpoint, so its run cannot be continued", dir.display())]
+    NoCheckpoint {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// The run has not finished its first epoch.
+    #[error("{} holds no model yet; continue its run with --resume {}", dir.display(), dir.display())]
+    NoModel {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// Another process uses the directory.
     #[error("{} is in use by another process", dir.display())]
     Locked {
         /// The directory.
@@ -47,25 +65,40 @@ pub enum RunError {
     },
 }
 
-/// A run directory, held by this process alone until dropped (or killed).
+/// A run directory, locked for this process until dropped.
 #[derive(Debug)]
 pub struct Run {
     dir: PathBuf,
-    _lock: File,
+    _lock: Lock,
 }
 
 const CONFIG: &str = "config.toml";
 const CHECKPOINT: &str = "checkpoint.safetensors";
 const MODEL: &str = "model.safetensors";
+const LOG: &str = "log.jsonl";
 const METRICS: &str = "metrics.json";
+const CURVES: &str = "curves.svg";
+const SYNTHETIC: &str = "synthetic.dfar";
 
 impl Run {
-    /// A new run in `dir`, which must hold none.
+    /// A new run in `dir`, which must hold none. A run that was killed before its first checkpoint is none: its
+    /// files are replaced.
     pub fn create(dir: &Path) -> Result<Self, RunError> {
         std::fs::create_dir_all(dir).map_err(io_error(dir))?;
         let run = Self::lock(dir)?;
-        if run.config().exists() || run.checkpoint().exists() || run.model().exists() {
+        if run.checkpoint().exists() || run.model().exists() || run.metrics().exists() {
             return Err(RunError::Exists { dir: dir.to_owned(), finished: run.metrics().exists() });
+        }
+        let started = run.config().exists();
+        if started && !is_written_by_a_run(&run.config()) {
+            return Err(RunError::OtherConfig { dir: dir.to_owned() });
+        }
+        run.remove_leftovers()?;
+        if started {
+            // The configuration last: it tells that the others belong to a run.
+            for file in [run.log(), run.synthetic_data(), run.config()] {
+                remove_file(&file).map_err(io_error(&file))?;
+            }
         }
         Ok(run)
     }
@@ -75,7 +108,7 @@ impl Run {
         std::fs::create_dir_all(parent).map_err(io_error(parent))?;
         for number in 1.. {
             let dir = parent.join(if number == 1 { name.to_owned() } else { format!("{name}-{number}") });
-            // Making the directory is what decides between two processes.
+            // Creating the directory decides between two processes.
             match std::fs::create_dir(&dir) {
                 Ok(()) => return Self::lock(&dir),
                 Err(e) if e.kind() == io::ErrorKind::AlreadyExists => continue,
@@ -85,25 +118,57 @@ impl Run {
         unreachable!("the numbers do not end")
     }
 
-    /// A run that was started before.
+    /// A run that was started before. Without [`Run::checkpoint`] it was stopped before its first one: it starts from
+    /// the beginning, with the configuration in [`Run::config`].
     pub fn resume(dir: &Path) -> Result<Self, RunError> {
         if !dir.join(CHECKPOINT).exists() {
-            return Err(RunError::Missing { dir: dir.to_owned(), what: CHECKPOINT });
+            if dir.join(MODEL).exists() {
+                return Err(RunError::NoCheckpoint { dir: dir.to_owned() });
+            }
+            if !dir.join(CONFIG).exists() {
+                return Err(RunError::NoRun { dir: dir.to_owned() });
+            }
         }
-        Self::lock(dir)
+        let run = Self::lock(dir)?;
+        run.remove_leftovers()?;
+        Ok(run)
     }
 
     fn lock(dir: &Path) -> Result<Self, RunError> {
-        let lock = File::create(dir.join(".lock")).map_err(io_error(dir))?;
-        match lock.try_lock() {
-            Ok(()) => Ok(Self { dir: dir.to_owned(), _lock: lock }),
-            Err(TryLockError::WouldBlock) => Err(RunError::Locked { dir: dir.to_owned() }),
-            // Some network file systems have no locks: do without.
-            Err(TryLockError::Error(e)) if e.kind() == io::ErrorKind::Unsupported => {
-                Ok(Self { dir: dir.to_owned(), _lock: lock })
-            }
-            Err(TryLockError::Error(e)) => Err(io_error(dir)(e)),
+        Ok(Self { dir: dir.to_owned(), _lock: Lock::take(dir)? })
+    }
+
+    /// Removes the temporary files of a killed process. The lock excludes one that still writes them.
+    fn remove_leftovers(&self) -> Result<(), RunError> {
+        for name in [CONFIG, CHECKPOINT, MODEL, METRICS, CURVES] {
+            let path = file::temporary(&self.dir.join(name));
+            remove_file(&path).map_err(io_error(&path))?;
         }
+        let workshop = self.synthetic_workshop();
+        match std::fs::remove_dir_all(&workshop) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(io_error(&workshop)(e)),
+            _ => {}
+        }
+        if self.config().exists() || self.checkpoint().exists() {
+            self.remove_leftovers_of_0_1()?;
+        }
+        Ok(())
+    }
+
+    /// Version 0.1 left temporary files with random names. They are looked for only beside the files of a run.
+    fn remove_leftovers_of_0_1(&self) -> Result<(), RunError> {
+        for entry in std::fs::read_dir(&self.dir).map_err(io_error(&self.dir))? {
+            let entry = entry.map_err(io_error(&self.dir))?;
+            let name = entry.file_name();
+            let name = name.to_str().unwrap_or_default();
+            let middle =
+                name.strip_prefix(".tmp").or_else(|| name.strip_prefix('.')?.strip_suffix(".dfar-partial"));
+            let random = middle.is_some_and(|m| m.len() == 6 && m.bytes().all(|b| b.is_ascii_alphanumeric()));
+            if random && entry.file_type().is_ok_and(|kind| kind.is_file()) {
+                remove_file(&entry.path()).map_err(io_error(&self.dir))?;
+            }
+        }
+        Ok(())
     }
 
     /// The directory.
@@ -112,7 +177,7 @@ impl Run {
     }
     /// Everything needed to repeat the run.
     pub fn config(&self) -> PathBuf {
-        self.dir.join(CONFIG)
+        config_path(&self.dir)
     }
     /// Everything needed to continue it.
     pub fn checkpoint(&self) -> PathBuf {
@@ -128,19 +193,92 @@ impl Run {
     }
     /// One JSON object a line.
     pub fn log(&self) -> PathBuf {
-        self.dir.join("log.jsonl")
+        self.dir.join(LOG)
     }
     /// Loss and validation AUC by epoch.
     pub fn curves(&self) -> PathBuf {
-        self.dir.join("curves.svg")
+        self.dir.join(CURVES)
     }
     /// The synthetic data set, where none was given.
     pub fn synthetic_data(&self) -> PathBuf {
         synthetic_path(&self.dir)
     }
+
     /// Writes `config.toml`.
     pub fn write_config(&self, text: &str) -> Result<(), FileError> {
         file::replace_bytes(&self.config(), text.as_bytes())
+    }
+
+    /// Makes the synthetic data set by `write`, which may leave files beside the path it is given when it is killed.
+    pub fn make_synthetic_data<E: From<TrainError>>(
+        &self,
+        write: impl FnOnce(&Path) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let path = self.synthetic_data();
+        let workshop = self.synthetic_workshop();
+        let failed = |source| TrainError::from(FileError::Write { path: path.clone(), source });
+        std::fs::create_dir(&workshop).map_err(failed)?;
+        let made = workshop.join(SYNTHETIC);
+        let written = write(&made).and_then(|()| Ok(file::rename(&made, &path).map_err(failed)?));
+        std::fs::remove_dir_all(&workshop).map_err(failed)?;
+        written
+    }
+
+    fn synthetic_workshop(&self) -> PathBuf {
+        file::temporary(&self.synthetic_data())
+    }
+}
+
+/// An exclusive lock on `.lock`, which is removed when the lock is dropped (and stays after a kill).
+#[derive(Debug)]
+struct Lock {
+    _file: File,
+    path: PathBuf,
+}
+
+impl Lock {
+    fn take(dir: &Path) -> Result<Self, RunError> {
+        let path = dir.join(".lock");
+        loop {
+            let file = File::create(&path).map_err(io_error(dir))?;
+            match file.try_lock() {
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => return Err(RunError::Locked { dir: dir.to_owned() }),
+                // Some network file systems have no locks: do without.
+                Err(TryLockError::Error(e)) if e.kind() == io::ErrorKind::Unsupported => {}
+                Err(TryLockError::Error(e)) => return Err(io_error(dir)(e)),
+            }
+            // Otherwise its last holder removed the file between our open and our lock, and another process may
+            // lock a new one.
+            if is_file_at(&file, &path) {
+                return Ok(Self { _file: file, path });
+            }
+        }
+    }
+}
+
+/// Whether `file` is the one that others find at `path`.
+#[cfg(unix)]
+fn is_file_at(file: &File, path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let id = |m: std::fs::Metadata| (m.dev(), m.ino());
+    match (file.metadata(), std::fs::metadata(path)) {
+        (Ok(open), Ok(named)) => id(open) == id(named),
+        _ => false,
+    }
+}
+
+#[cfg(not(unix))]
+fn is_file_at(_: &File, _: &Path) -> bool {
+    true
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // Before the file is closed, so that it is still locked. Elsewhere the file stays.
+        if cfg!(unix) {
+            let _ = std::fs::remove_file(&self.path);
+        }
     }
 }
 
@@ -156,7 +294,22 @@ pub fn config_path(dir: &Path) -> PathBuf {
 
 /// The synthetic data set of the run in `dir`, where none was given.
 pub fn synthetic_path(dir: &Path) -> PathBuf {
-    dir.join("synthetic.dfar")
+    dir.join(SYNTHETIC)
+}
+
+/// Whether replacing this `config.toml` loses nothing: a run writes every key in a fixed order and no comments.
+fn is_written_by_a_run(path: &Path) -> bool {
+    let text = std::fs::read_to_string(path);
+    let config = Config::layered(Some(path), toml::Table::new());
+    matches!((text, config), (Ok(text), Ok(config)) if text == config.to_toml())
+}
+
+/// Removes a file that need not exist.
+fn remove_file(path: &Path) -> io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
+    }
 }
 
 fn io_error(dir: &Path) -> impl FnOnce(io::Error) -> RunError {

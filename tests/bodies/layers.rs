@@ -7,7 +7,10 @@
 
 use dfar::attention::{FhaOptions, LabelMask, Normalization, Pairing};
 use dfar::device::{
-    Activation, AdamStep, AdamTensor, Clip, Device, Segments, Slot, Store, TargetIndex, TargetWeights,
+    Activation, AdamRows, AdamStep, AdamTensor, Clip, Columns, ConcatPart, Device, Floats, Interests,
+    LabelLinear, LabelLinearGradients, LayerNorm, LayerNormGradients, Linear, LinearGradients, Lookup,
+    Output, Prefixes, Qkv, QkvGradients, SegmentSum, Segments, Slot, SoftmaxState, TargetGradients,
+    TargetIndex, TargetInputs, TargetShape, TargetState, TargetWeights,
 };
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -39,8 +42,6 @@ macro_rules! test_every_body {
         }
     )+};
 }
-
-type Floats<D> = <D as Device>::Buffer<f32>;
 
 fn random(rng: &mut ChaCha8Rng, n: usize) -> Vec<f32> {
     (0..n).map(|_| rng.random_range(-1.0..1.0)).collect()
@@ -84,10 +85,11 @@ pub fn layer_norm<D: Device>(device: &D) {
         let run = |i: &[Vec<f32>]| {
             let mut y = device.alloc(rows * width).unwrap();
             let [x, gamma, beta] = [0, 1, 2].map(|t| device.upload(&i[t]).unwrap());
-            device.layer_norm(width, &x, &gamma, &beta, &mut y).unwrap();
+            let norm = LayerNorm { width, gamma: &gamma, beta: &beta };
+            device.layer_norm(norm, &x, &mut y).unwrap();
             device.download(&y).unwrap()
         };
-        let [x, gamma] = [0, 1].map(|t| device.upload(&inputs[t]).unwrap());
+        let [x, gamma, beta] = [0, 1, 2].map(|t| device.upload(&inputs[t]).unwrap());
         let dy = device.upload(&weight).unwrap();
         let before = random(&mut rng, rows * width);
         let (mut dx, mut dgamma, mut dbeta) = (
@@ -95,9 +97,10 @@ pub fn layer_norm<D: Device>(device: &D) {
             device.upload(&vec![7.0; width]).unwrap(),
             device.upload(&vec![7.0; width]).unwrap(),
         );
-        device
-            .layer_norm_backward(width, &x, &gamma, &dy, (&mut dx, Store::Add), &mut dgamma, &mut dbeta)
-            .unwrap();
+        let norm = LayerNorm { width, gamma: &gamma, beta: &beta };
+        let gradients =
+            LayerNormGradients { dx: Output::add(&mut dx), dgamma: &mut dgamma, dbeta: &mut dbeta };
+        device.layer_norm_backward(norm, &x, &dy, gradients).unwrap();
         let dx: Vec<f32> = device.download(&dx).unwrap().iter().zip(&before).map(|(x, b)| x - b).collect();
         let gradients = [dx, device.download(&dgamma).unwrap(), device.download(&dbeta).unwrap()];
         check("layer norm", &inputs, |i| dot(&run(i), &weight), &gradients);
@@ -125,32 +128,22 @@ pub fn linear<D: Device>(device: &D) {
         let run = |i: &[Vec<f32>]| -> Floats<D> {
             let mut y = device.alloc(rows * outputs).unwrap();
             let [x, w, b] = [0, 1, 2].map(|t| device.upload(&i[t]).unwrap());
-            device
-                .linear(&x, &w, Some(&b), activation, (&mut y, Store::Overwrite), (inputs, outputs))
-                .unwrap();
+            let layer = Linear { w: &w, bias: Some(&b), activation, inputs, outputs };
+            device.linear(layer, &x, Output::overwrite(&mut y)).unwrap();
             y
         };
         let y = run(&values);
-        let [x, w] = [0, 1].map(|t| device.upload(&values[t]).unwrap());
+        let [x, w, b] = [0, 1, 2].map(|t| device.upload(&values[t]).unwrap());
         let mut dy = device.upload(&weight).unwrap();
         let (mut dx, mut dw, mut db) = (
             device.alloc(rows * inputs).unwrap(),
             device.alloc(inputs * outputs).unwrap(),
             device.alloc(outputs).unwrap(),
         );
-        device
-            .linear_backward(
-                &x,
-                &w,
-                activation,
-                &y,
-                &mut dy,
-                Some((&mut dx, Store::Overwrite)),
-                &mut dw,
-                Some(&mut db),
-                (inputs, outputs),
-            )
-            .unwrap();
+        let layer = Linear { w: &w, bias: Some(&b), activation, inputs, outputs };
+        let gradients =
+            LinearGradients { dx: Some(Output::overwrite(&mut dx)), dw: &mut dw, dbias: Some(&mut db) };
+        device.linear_backward(layer, &x, &y, &mut dy, gradients).unwrap();
         let gradients = [dx, dw, db].map(|g| device.download(&g).unwrap());
         let value = |i: &[Vec<f32>]| dot(&device.download(&run(i)).unwrap(), &weight);
         check("linear", &values, value, &gradients);
@@ -172,7 +165,8 @@ pub fn label_linear<D: Device>(device: &D) {
     let run = |i: &[Vec<f32>]| {
         let mut y = device.alloc(rows * outputs).unwrap();
         let [x, w, b] = [0, 1, 2].map(|t| device.upload(&i[t]).unwrap());
-        device.label_linear(&x, &w, &b, tokens, (&mut y, Store::Overwrite), (inputs, outputs)).unwrap();
+        let layer = LabelLinear { w: &w, bias: &b, tokens_by_label: tokens, inputs, outputs };
+        device.label_linear(layer, &x, Output::overwrite(&mut y)).unwrap();
         device.download(&y).unwrap()
     };
     // Row 1 has label 0: it sees the first half of the weight.
@@ -180,14 +174,16 @@ pub fn label_linear<D: Device>(device: &D) {
     let by_hand =
         (0..inputs).map(|i| values[0][inputs + i] * values[1][i * outputs]).sum::<f32>() + values[2][0];
     assert!((y[outputs] - by_hand).abs() < 1e-5);
-    let [x, w] = [0, 1].map(|t| device.upload(&values[t]).unwrap());
+    let [x, w, b] = [0, 1, 2].map(|t| device.upload(&values[t]).unwrap());
     let dy = device.upload(&weight).unwrap();
     let (mut dx, mut dw, mut db) = (
         device.alloc(rows * inputs).unwrap(),
         device.alloc(2 * inputs * outputs).unwrap(),
         device.alloc(outputs).unwrap(),
     );
-    device.label_linear_backward(&x, &w, tokens, &dy, &mut dx, &mut dw, &mut db, (inputs, outputs)).unwrap();
+    let layer = LabelLinear { w: &w, bias: &b, tokens_by_label: tokens, inputs, outputs };
+    let gradients = LabelLinearGradients { dx: &mut dx, dw: &mut dw, dbias: &mut db };
+    device.label_linear_backward(layer, &x, &dy, gradients).unwrap();
     let gradients = [dx, dw, db].map(|g| device.download(&g).unwrap());
     check("label linear", &values, |i| dot(&run(i), &weight), &gradients);
 }
@@ -205,7 +201,8 @@ pub fn gather_and_segment_sum<D: Device>(device: &D) {
         let mut y = device.alloc(rows * width).unwrap();
         let [a, b] = [0, 1].map(|t| device.upload(&i[t]).unwrap());
         let [ia, ib] = [0, 1].map(|t| device.upload(&index[t]).unwrap());
-        device.gather_sum(width, &[(&a, &ia), (&b, &ib)], &mut y).unwrap();
+        let tables = [Lookup { table: &a, index: &ia }, Lookup { table: &b, index: &ib }];
+        device.gather_sum(width, &tables, &mut y).unwrap();
         device.download(&y).unwrap()
     };
     // The gradient of a table is the segment sum of dy by row; dy is given in two sources, cut after row 20.
@@ -222,19 +219,12 @@ pub fn gather_and_segment_sum<D: Device>(device: &D) {
             [offsets, lists.concat(), (0..count as u32).collect()].map(|v| device.upload(&v).unwrap());
         let mut y = device.alloc(count * width).unwrap();
         let table = device.upload(&values[t]).unwrap();
-        device
-            .segment_sum(
-                width,
-                &[&sources[0], &sources[1]],
-                Segments { offsets: &offsets, members: &members },
-                0.5,
-                &table,
-                &row,
-                &mut y,
-            )
-            .unwrap();
+        let rows = Lookup { table: &table, index: &row };
+        let segments = Segments { offsets: &offsets, members: &members };
+        let sum = SegmentSum { sources: &[&sources[0], &sources[1]], segments, l2: 0.5, rows };
+        device.segment_sum(width, sum, &mut y).unwrap();
         let mut sum = device.zeros::<f64>(2).unwrap();
-        device.half_square_sum(width, &table, &row, Slot { values: &mut sum, index: 1 }).unwrap();
+        device.half_square_sum(width, rows, Slot { values: &mut sum, index: 1 }).unwrap();
         let half = device.download(&sum).unwrap()[1];
         assert!((half - 0.5 * dot(&values[t], &values[t])).abs() < 1e-6);
         device.download(&y).unwrap()
@@ -251,21 +241,14 @@ pub fn prefix_mean<D: Device>(device: &D) {
     let mut rng = ChaCha8Rng::seed_from_u64(6);
     let values = vec![random(&mut rng, 7 * width)];
     let weight = random(&mut rng, 6 * width);
-    let [start, offsets, counts, divisors] =
+    let [cu_seqlens, group_offsets, count, divisor] =
         [&start, &offsets, &count, &divisor].map(|v| device.upload(v).unwrap());
+    let prefixes =
+        Prefixes { cu_seqlens: &cu_seqlens, group_offsets: &group_offsets, count: &count, divisor: &divisor };
     let run = |i: &[Vec<f32>]| {
         let mut mean = device.alloc(6 * width).unwrap();
-        device
-            .prefix_mean(
-                width,
-                &device.upload(&i[0]).unwrap(),
-                &start,
-                &offsets,
-                &counts,
-                &divisors,
-                &mut mean,
-            )
-            .unwrap();
+        let x = device.upload(&i[0]).unwrap();
+        device.prefix_mean(width, prefixes, &x, &mut mean).unwrap();
         device.download(&mean).unwrap()
     };
     let mean = run(&values);
@@ -275,17 +258,8 @@ pub fn prefix_mean<D: Device>(device: &D) {
     );
     assert!((mean[width] - (values[0][0] + values[0][width]) / 3.0).abs() < 1e-6);
     let mut dx = device.alloc(7 * width).unwrap();
-    device
-        .prefix_mean_backward(
-            width,
-            &start,
-            &offsets,
-            &counts,
-            &divisors,
-            &device.upload(&weight).unwrap(),
-            &mut dx,
-        )
-        .unwrap();
+    let dmean = device.upload(&weight).unwrap();
+    device.prefix_mean_backward(width, prefixes, &dmean, &mut dx).unwrap();
     check("prefix mean", &values, |i| dot(&run(i), &weight), &[device.download(&dx).unwrap()]);
 }
 
@@ -299,23 +273,18 @@ pub fn concat<D: Device>(device: &D) {
     let run = |i: &[Vec<f32>]| {
         let mut y = device.alloc(rows * 2 * width).unwrap();
         let [a, b] = [0, 1].map(|t| device.upload(&i[t]).unwrap());
-        device.concat(width, &[(&a, Some(&index_buffer)), (&b, None)], &mut y).unwrap();
+        let parts =
+            [ConcatPart { values: &a, index: Some(&index_buffer) }, ConcatPart { values: &b, index: None }];
+        device.concat(width, &parts, &mut y).unwrap();
         device.download(&y).unwrap()
     };
     let dy = device.upload(&weight).unwrap();
     let [offsets, members] = [vec![0u32, 2, 5, 5, 6], (0..6).collect()].map(|v| device.upload(&v).unwrap());
     let (mut da, mut db) = (device.alloc(4 * width).unwrap(), device.zeros(rows * width).unwrap());
-    device
-        .concat_backward(
-            width,
-            0,
-            2,
-            &dy,
-            Some(Segments { offsets: &offsets, members: &members }),
-            (&mut da, Store::Overwrite),
-        )
-        .unwrap();
-    device.concat_backward(width, 1, 2, &dy, None, (&mut db, Store::Add)).unwrap();
+    let segments = Segments { offsets: &offsets, members: &members };
+    let columns = |part| Columns { width, part, parts: 2 };
+    device.concat_backward(columns(0), &dy, Some(segments), Output::overwrite(&mut da)).unwrap();
+    device.concat_backward(columns(1), &dy, None, Output::add(&mut db)).unwrap();
     check("concat", &values, |i| dot(&run(i), &weight), &[da, db].map(|g| device.download(&g).unwrap()));
 }
 
@@ -328,7 +297,9 @@ pub fn rank_loss<D: Device>(device: &D) {
         let (mut d_pos, mut d_neg) = (device.alloc(9).unwrap(), device.alloc(9).unwrap());
         let mut losses = device.zeros::<f64>(3).unwrap();
         let slot = Slot { values: &mut losses, index: 1 };
-        device.rank_loss(0.3, &pos, &neg, &target, &mut d_pos, &mut d_neg, slot).unwrap();
+        let logits = Interests { positive: &pos, negative: &neg };
+        let gradients = Interests { positive: &mut d_pos, negative: &mut d_neg };
+        device.rank_loss(0.3, logits, &target, gradients, slot).unwrap();
         let [_, bce, ibl] = device.download(&losses).unwrap()[..] else { panic!("three values") };
         (bce + 0.3f32 as f64 * ibl, [d_pos, d_neg].map(|d| device.download(&d).unwrap()))
     };
@@ -346,7 +317,9 @@ pub fn cosine_loss<D: Device>(device: &D) {
         let (mut dx, mut dy) = (device.zeros(i[0].len()).unwrap(), device.zeros(i[0].len()).unwrap());
         let mut loss = device.zeros::<f64>(1).unwrap();
         let slot = Slot { values: &mut loss, index: 0 };
-        device.cosine_loss(width, 0.7, &x, &y, &mut dx, &mut dy, slot).unwrap();
+        let vectors = Interests { positive: &x, negative: &y };
+        let gradients = Interests { positive: &mut dx, negative: &mut dy };
+        device.cosine_loss(width, 0.7, vectors, gradients, slot).unwrap();
         let mean = device.download(&loss).unwrap()[0];
         (0.7f32 as f64 * mean, [dx, dy].map(|d| device.download(&d).unwrap()))
     };
@@ -373,7 +346,7 @@ fn target_attention_of<D: Device>(device: &D, width: usize, hidden: [usize; 2]) 
         row_length: &row_length,
     };
     let mut staging = device.staging().unwrap();
-    let plan = device.target_plan(&mut staging, width, hidden, index).unwrap();
+    let plan = device.target_plan(&mut staging, TargetShape { width, hidden }, index).unwrap();
     device.send(staging).unwrap();
     let mut rng = ChaCha8Rng::seed_from_u64(10);
     let sizes = [
@@ -394,7 +367,9 @@ fn target_attention_of<D: Device>(device: &D, width: usize, hidden: [usize; 2]) 
         let weights = TargetWeights { w0: &b[3], b0: &b[4], w1: &b[5], b1: &b[6], w2: &b[7], b2: &b[8] };
         let (mut e, mut lse, mut att) =
             (device.alloc(7).unwrap(), device.alloc(5).unwrap(), device.alloc(5 * width).unwrap());
-        device.target_attention(&plan, &b[0], &b[1], &b[2], weights, &mut e, &mut lse, &mut att).unwrap();
+        let inputs = TargetInputs { s: &b[0], a: &b[1], r: &b[2] };
+        let state = TargetState { e: &mut e, lse: &mut lse, att: &mut att };
+        device.target_attention(&plan, inputs, weights, state).unwrap();
         (b, e, lse, att)
     };
     let (b, e, lse, att) = run(&values);
@@ -402,23 +377,11 @@ fn target_attention_of<D: Device>(device: &D, width: usize, hidden: [usize; 2]) 
     let datt = device.upload(&weight).unwrap();
     let mut g: Vec<Floats<D>> = sizes.iter().map(|&n| device.zeros(n).unwrap()).collect();
     let [ds, da, dr, w0, b0, w1, b1, w2, b2] = g.get_disjoint_mut([0, 1, 2, 3, 4, 5, 6, 7, 8]).unwrap();
-    device
-        .target_attention_backward(
-            &plan,
-            &b[0],
-            &b[1],
-            &b[2],
-            weights,
-            &e,
-            &lse,
-            &att,
-            &datt,
-            ds,
-            da,
-            dr,
-            TargetWeights { w0, b0, w1, b1, w2, b2 },
-        )
-        .unwrap();
+    let inputs = TargetInputs { s: &b[0], a: &b[1], r: &b[2] };
+    let state = TargetState { e: &e, lse: &lse, att: &att };
+    let weights_gradients = TargetWeights { w0, b0, w1, b1, w2, b2 };
+    let target_gradients = TargetGradients { ds, da, dr, weights: weights_gradients };
+    device.target_attention_backward(&plan, inputs, weights, state, &datt, target_gradients).unwrap();
     let gradients: Vec<Vec<f32>> = g.iter().map(|g| device.download(g).unwrap()).collect();
     assert_eq!(gradients[8], [0.0], "a softmax does not see a constant");
     let att = device.download(&att).unwrap();
@@ -458,9 +421,13 @@ pub fn segments_of_every_length<D: Device>(device: &D) {
         let [offsets, members, row] = [offsets, members, row].map(|v| device.upload(&v).unwrap());
         let table = device.upload(&table).unwrap();
         let mut y = device.alloc(want.len()).unwrap();
-        let segments = Segments { offsets: &offsets, members: &members };
-        let sources = sources.each_ref();
-        device.segment_sum(width, &sources, segments, 0.25, &table, &row, &mut y).unwrap();
+        let sum = SegmentSum {
+            sources: &sources.each_ref(),
+            segments: Segments { offsets: &offsets, members: &members },
+            l2: 0.25,
+            rows: Lookup { table: &table, index: &row },
+        };
+        device.segment_sum(width, sum, &mut y).unwrap();
         for (got, want) in device.download(&y).unwrap().iter().zip(&want) {
             assert!((*got as f64 - want).abs() < 1e-4, "width {width}: {got}, not {want}");
         }
@@ -477,7 +444,8 @@ pub fn fused_layer_norms<D: Device>(device: &D) {
         let more = random(&mut rng, rows * width);
         let tables = tables.map(|t| device.upload(&t).unwrap());
         let index = index.map(|i| device.upload(&i).unwrap());
-        let list: Vec<_> = tables.iter().zip(&index).collect();
+        let list: Vec<_> = tables.iter().zip(&index).map(|(table, index)| Lookup { table, index }).collect();
+        let norm = LayerNorm { width, gamma: &gamma, beta: &beta };
         let x = device.upload(&more).unwrap();
         let fresh = || device.alloc(rows * width).unwrap();
         let (mut y, mut n, mut fused_y, mut fused_n) = (fresh(), fresh(), fresh(), fresh());
@@ -486,13 +454,13 @@ pub fn fused_layer_norms<D: Device>(device: &D) {
             assert!(y.iter().zip(&fused).all(|(y, f)| (y - f).abs() < 1e-5), "{rows} rows of {width}");
         };
         device.gather_sum(width, &list, &mut y).unwrap();
-        device.layer_norm(width, &y, &gamma, &beta, &mut n).unwrap();
-        device.gather_layer_norm(width, &list, &gamma, &beta, &mut fused_y, &mut fused_n).unwrap();
+        device.layer_norm(norm, &y, &mut n).unwrap();
+        device.gather_layer_norm(norm, &list, &mut fused_y, &mut fused_n).unwrap();
         compare(&y, &fused_y);
         compare(&n, &fused_n);
         device.add(&x, &mut y).unwrap();
-        device.layer_norm(width, &y, &gamma, &beta, &mut n).unwrap();
-        device.add_layer_norm(width, &x, &gamma, &beta, &mut fused_y, &mut fused_n).unwrap();
+        device.layer_norm(norm, &y, &mut n).unwrap();
+        device.add_layer_norm(norm, &x, &mut fused_y, &mut fused_n).unwrap();
         compare(&y, &fused_y);
         compare(&n, &fused_n);
     }
@@ -518,13 +486,16 @@ pub fn attention<D: Device>(device: &D) {
             let [q, k, v] = [0, 1, 2].map(|t| device.upload(&i[t]).unwrap());
             let mut o = device.alloc(options.output_len(8)).unwrap();
             let mut lse = device.alloc(options.lse_len(8)).unwrap();
-            device.attention(&plan, &q, &k, &v, &mut o, &mut lse).unwrap();
+            let state = SoftmaxState { o: &mut o, lse: &mut lse };
+            device.attention(&plan, Qkv { q: &q, k: &k, v: &v }, state).unwrap();
             ([q, k, v], o, lse)
         };
         let ([q, k, v], o, lse) = run(&values);
         let d_o = device.upload(&weight).unwrap();
         let [mut dq, mut dk, mut dv] = [0, 1, 2].map(|t| device.alloc(values[t].len()).unwrap());
-        device.attention_backward(&plan, &q, &k, &v, &o, &lse, &d_o, &mut dq, &mut dk, &mut dv).unwrap();
+        let (qkv, state) = (Qkv { q: &q, k: &k, v: &v }, SoftmaxState { o: &o, lse: &lse });
+        let gradients = QkvGradients { dq: &mut dq, dk: &mut dk, dv: &mut dv };
+        device.attention_backward(&plan, qkv, state, &d_o, gradients).unwrap();
         let gradients = [dq, dk, dv].map(|g| device.download(&g).unwrap());
         let value = |i: &[Vec<f32>]| dot(&device.download(&run(i).1).unwrap(), &weight);
         check("attention", &values, value, &gradients);
@@ -561,7 +532,7 @@ pub fn adam<D: Device>(device: &D) {
                 first,
                 second,
                 gradient,
-                rows: (i == 1).then_some((&row, width)),
+                rows: (i == 1).then_some(AdamRows { index: &row, width }),
             })
             .collect();
         device.adam(&step, &mut tensors, Slot { values: &mut report, index: 1 }).unwrap();

@@ -1,6 +1,8 @@
 //! Target attention on any device: cases with every kind of list, the definition in f64, and what a device may be off.
 
-use dfar::device::{Device, Segments, TargetIndex, TargetWeights};
+use dfar::device::{
+    Device, Segments, TargetGradients, TargetIndex, TargetInputs, TargetShape, TargetState, TargetWeights,
+};
 use half::bf16;
 use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
@@ -49,6 +51,16 @@ pub fn last(offsets: &[u32]) -> usize {
 
 pub fn wide(x: &[f32]) -> Vec<f64> {
     x.iter().map(|x| f64::from(*x)).collect()
+}
+
+impl Output<f32> {
+    /// Buffers of the forward pass, then of the backward pass.
+    pub fn buffers(&mut self) -> (TargetState<&mut [f32]>, TargetGradients<&mut [f32]>) {
+        let Self { e, lse, att, ds, da, dr, weights } = self;
+        let [w0, b0, w1, b1, w2, b2] = weights.each_mut().map(|w| &mut w[..]);
+        let weights = TargetWeights { w0, b0, w1, b1, w2, b2 };
+        (TargetState { e, lse, att }, TargetGradients { ds, da, dr, weights })
+    }
 }
 
 impl Case {
@@ -114,7 +126,11 @@ impl Case {
         }
     }
 
-    pub fn index(&self) -> TargetIndex<'_, [u32]> {
+    pub fn shape(&self) -> TargetShape {
+        TargetShape { width: self.width, hidden: self.hidden }
+    }
+
+    pub fn index(&self) -> TargetIndex<&[u32]> {
         TargetIndex {
             cu_seqlens: &self.cu_seqlens,
             pair_offsets: &self.pair_offsets,
@@ -129,12 +145,16 @@ impl Case {
         TargetWeights { w0, b0, w1, b1, w2, b2 }
     }
 
+    pub fn inputs(&self) -> TargetInputs<&[f32]> {
+        TargetInputs { s: &self.s, a: &self.a, r: &self.r }
+    }
+
     /// Forward and backward on a device.
     pub fn run_on<D: Device>(&self, device: &D) -> Output<f32> {
         let up = |x: &[f32]| device.upload(x).expect("room");
         let room = |n: usize| device.alloc::<f32>(n).expect("room");
         let mut staging = device.staging().expect("room");
-        let plan = device.target_plan(&mut staging, self.width, self.hidden, self.index()).expect("a plan");
+        let plan = device.target_plan(&mut staging, self.shape(), self.index()).expect("a plan");
         device.send(staging).expect("sent");
         let (s, a, r, datt) = (up(&self.s), up(&self.a), up(&self.r), up(&self.datt));
         let w = self.weights.each_ref().map(|w| up(w));
@@ -145,28 +165,22 @@ impl Case {
         let rows = self.row_length.len();
         let (mut e, mut lse, mut att) =
             (room(last(&self.score_offsets)), room(rows), room(rows * self.width));
-        device.target_attention(&plan, &s, &a, &r, weights(), &mut e, &mut lse, &mut att).expect("forward");
+        let inputs = TargetInputs { s: &s, a: &a, r: &r };
+        let state = TargetState { e: &mut e, lse: &mut lse, att: &mut att };
+        device.target_attention(&plan, inputs, weights(), state).expect("forward");
         let mut ds = up(&(0..self.s.len()).map(ds_before).collect::<Vec<_>>());
         let (mut da, mut dr) = (room(self.a.len()), room(self.r.len()));
         let mut dw = self.weights.each_ref().map(|w| room(w.len()));
         let [w0, b0, w1, b1, w2, b2] = dw.each_mut();
-        let gradients = TargetWeights { w0, b0, w1, b1, w2, b2 };
+        let gradients = TargetGradients {
+            ds: &mut ds,
+            da: &mut da,
+            dr: &mut dr,
+            weights: TargetWeights { w0, b0, w1, b1, w2, b2 },
+        };
+        let state = TargetState { e: &e, lse: &lse, att: &att };
         device
-            .target_attention_backward(
-                &plan,
-                &s,
-                &a,
-                &r,
-                weights(),
-                &e,
-                &lse,
-                &att,
-                &datt,
-                &mut ds,
-                &mut da,
-                &mut dr,
-                gradients,
-            )
+            .target_attention_backward(&plan, inputs, weights(), state, &datt, gradients)
             .expect("backward");
         let down = |x: &D::Buffer<f32>| device.download(x).expect("written everywhere");
         Output {

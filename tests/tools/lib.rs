@@ -1,4 +1,5 @@
-//! The modules of `dfar-bench` as a library: tests and benches judge and measure with the command's own code.
+//! The modules of `dfar-bench` as a library: tests and benches judge and measure with the command's
+//! own code.
 
 #[path = "../../src/bin/dfar-bench/attention/mod.rs"]
 pub mod attention;

@@ -1,4 +1,4 @@
-//! `dfar-bench`: verify against reference cases, and measure.
+//! `dfar-bench`: comparison with reference cases, and measurements.
 
 #[allow(dead_code, reason = "benches run more of it: tests/tools")]
 mod attention;
@@ -16,8 +16,7 @@ use dfar::attention::{FhaOptions, Normalization};
 use dfar::data::Dataset;
 use dfar::data::synthetic::{self, SyntheticOptions};
 use dfar::device::cpu::Cpu;
-use dfar::device::cuda::tile::Element;
-use dfar::device::cuda::{self, Cuda, Gpu};
+use dfar::device::cuda::{self, Cuda, Element, Gpu};
 use dfar::train::{Config, TrainError, file};
 use dfar::{Error, Result};
 use limits::gpu::{Card, Effort};
@@ -32,7 +31,7 @@ macro_rules! say {
     ($($text:tt)*) => { cli::print(&format!("{}\n", format_args!($($text)*)))? };
 }
 
-/// Check this machine's results against reference cases, and measure its speed.
+/// Compare results with reference cases, and measure speed.
 #[derive(Parser)]
 #[command(name = "dfar-bench", version)]
 struct Arguments {
@@ -42,15 +41,17 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Compare with reference cases: prints the largest relative error per tensor, fails (1) beyond the tolerance
+    /// Compare with reference cases: print the relative error of each tensor, exit with 1 beyond
+    /// the tolerance
     Verify(Verify),
     /// Time the attention operation, naive and fused, by sequence length
     Attention(Attention),
-    /// Time training steps on a data set: with and without what histories and candidates share, and by part
+    /// Time training steps on a data set: with and without sharing of histories and candidates, and
+    /// by part
     Train(Train),
-    /// Measure the multiply-adds and exponentials per second this machine can do at most
+    /// Measure the peak rates of the CPU: multiply-adds and exponentials per second
     Limits {
-        /// Threads; 0 for one a core
+        /// Threads; 0: one per core
         #[arg(long, default_value_t = 0)]
         threads: usize,
         /// Print JSON
@@ -63,10 +64,10 @@ enum Command {
 struct Verify {
     /// Folder of case files (*.safetensors)
     folder: PathBuf,
-    /// Where to run
+    /// Device to run on
     #[arg(long, value_enum, default_value_t = Device::Cpu)]
     device: Device,
-    /// Type of the attention tensors
+    /// Element type of the attention tensors
     #[arg(long, value_enum, default_value_t = Precision::F32)]
     precision: Precision,
     /// Print JSON
@@ -76,7 +77,7 @@ struct Verify {
 
 #[derive(clap::Args)]
 struct Attention {
-    /// Lengths of the sequences, each a row of the table
+    /// Sequence lengths, one row of the table each
     #[arg(long, value_delimiter = ',', default_value = "20,50,100,200,300,1024")]
     seq_lens: Vec<usize>,
     /// Heads, an even number
@@ -85,31 +86,31 @@ struct Attention {
     /// Width of a head
     #[arg(long, default_value_t = 16)]
     head_dim: usize,
-    /// Tokens of a batch (whole sequences of them, at least one)
+    /// Tokens of a batch, rounded down to whole sequences but at least one
     #[arg(long, default_value_t = 16384)]
     batch_tokens: usize,
-    /// What to time
+    /// Passes to time
     #[arg(long, value_enum, default_value_t = Pass::Both)]
     pass: Pass,
     /// Softmax denominator
     #[arg(long, value_enum, default_value_t = Denominator::Joint)]
     normalization: Denominator,
-    /// Where to run
+    /// Device to run on
     #[arg(long, value_enum, default_value_t = Device::Cpu)]
     device: Device,
-    /// Type of the tensors
+    /// Element type of the tensors
     #[arg(long, value_enum, default_value_t = Precision::F32)]
     precision: Precision,
-    /// Measure nothing: print the least time that the kernels need on this GPU by the limits of its datasheet
+    /// Measure nothing: print lower bounds of the kernels' time on this GPU, by its datasheet
     #[arg(long, value_enum, value_name = "GPU")]
     predict: Option<Card>,
-    /// Of 8 exponentials of long 16-bit sequences, so many as polynomials (an experiment, on the GPU)
+    /// How many of 8 exponentials of long 16-bit sequences are polynomials (experiment, GPU only)
     #[arg(long, default_value_t = 0, value_name = "0..8", value_parser = clap::value_parser!(u32).range(0..=8))]
     polynomial: u32,
-    /// Leave the naive form out
+    /// Omit the naive form
     #[arg(long)]
     no_naive: bool,
-    /// Threads; 0 for one a core
+    /// Threads; 0: one per core
     #[arg(long, default_value_t = 0)]
     threads: usize,
     /// Also write the rows to this file
@@ -119,50 +120,53 @@ struct Attention {
 
 #[derive(clap::Args)]
 struct Train {
-    /// Data set made by dfar-data; without it, a synthetic one
+    /// Data set made by dfar-data [default: a synthetic one]
     #[arg(long, value_name = "X.dfar")]
     data: Option<PathBuf>,
-    /// Longest history
+    /// Events of the longest history
     #[arg(long, default_value_t = 100)]
     max_length: usize,
-    /// Where longer histories may begin; 1: always the last max-length events; 0: a quarter of max-length
+    /// Windows of longer histories begin at multiples of this; 1: keep exactly the last max-length
+    /// events; 0: a quarter of max-length
     #[arg(long, default_value_t = 0)]
     window_stride: usize,
     /// Sampled negatives of each target
     #[arg(long, default_value_t = 9)]
     negatives: usize,
-    /// Distinct negatives that the targets of one history draw theirs from; 0: no limit
+    /// Distinct negatives that all targets of one history draw from; 0: no limit
     #[arg(long, default_value_t = 0)]
     negative_pool: usize,
-    /// Batches of an epoch to time, spread evenly over it
+    /// Batches to time, spread evenly over an epoch
     #[arg(long, default_value_t = 12)]
     batches: usize,
-    /// Tokens of a batch, before anything is taken apart
+    /// Tokens of a batch, with full sharing
     #[arg(long, default_value_t = 512)]
     batch_tokens: usize,
-    /// Most instances of a batch
+    /// Largest number of instances in a batch
     #[arg(long, default_value_t = 16384)]
     batch_rows: usize,
-    /// Time steps on made-up batches only: batch-rows instances in histories of exactly max-length events with one group
-    /// of candidates each
+    /// Time steps on random batches only: batch-rows instances, histories of exactly max-length
+    /// events, one group of candidates each
     #[arg(long, conflicts_with = "data")]
     uniform: bool,
-    /// Measure nothing: print the least time of each part of a step on this GPU by the limits of its datasheet
+    /// Measure nothing: print the lower bound of each part of a step on this GPU, by its datasheet
     #[arg(long, value_enum, value_name = "GPU")]
     predict: Option<Card>,
-    /// Where to run
+    /// Device to run on
     #[arg(long, value_enum, default_value_t = Device::Cpu)]
     device: Device,
-    /// What products are computed with on the GPU: f32 or bf16
+    /// Precision of matrix products on the GPU: f32 or bf16
     #[arg(long, value_enum, default_value_t = Precision::F32)]
     precision: Precision,
-    /// Start the launches of a step in one piece, on a GPU; steps that are timed by part are taken without
+    /// Replay the launches of a step as a CUDA graph, except in steps that are timed by part (GPU
+    /// only)
     #[arg(long)]
     cuda_graphs: bool,
-    /// Threads; 0 for one a core
+    /// Threads; 0: one per core
     #[arg(long, default_value_t = 0)]
     threads: usize,
-    /// Threads that draw and pack batches ahead of the steps timed by part; 0: one for the CPU, a few for a GPU
+    /// Threads that draw and pack batches ahead of the steps that are timed by part; 0: one for the
+    /// CPU, a few for a GPU
     #[arg(long, default_value_t = 0)]
     workers: usize,
     /// Print JSON
@@ -200,7 +204,7 @@ enum Precision {
 }
 
 impl Precision {
-    /// What matrix products are computed with: bf16 for both 16-bit types.
+    /// Precision of matrix products: bf16 for both 16-bit types.
     fn products(self) -> cuda::Precision {
         match self {
             Self::F32 => cuda::Precision::F32,
@@ -222,7 +226,7 @@ fn usage(message: &str) -> ! {
     Arguments::command().error(ErrorKind::ValueValidation, message).exit()
 }
 
-/// Ends with a usage error where the CPU is asked for what only the GPU has.
+/// Ends with a usage error for a precision that only the GPU has.
 fn check_precision(device: Device, precision: Precision) {
     if device == Device::Cpu && precision != Precision::F32 {
         let message = "--precision bf16 and f16 need --device cuda: the CPU computes in f32";
@@ -249,7 +253,7 @@ fn main() -> ExitCode {
     })
 }
 
-/// Why `verify` compared nothing, or not everything.
+/// An error of `verify`.
 enum VerifyFailure {
     /// A case that cannot be read or computed.
     Case(VerifyError),
@@ -357,7 +361,7 @@ fn run_attention(arguments: &Attention) -> Result<()> {
     write_json(arguments, &rows)
 }
 
-/// What was printed as a table, to the file of `--json` where one is named.
+/// Writes the rows of the printed table to the file of `--json`, if given.
 fn write_json(arguments: &Attention, table: &impl serde::Serialize) -> Result<()> {
     let Some(path) = &arguments.json else { return Ok(()) };
     let text = serde_json::to_string_pretty(table).expect("numbers and strings are valid JSON");
@@ -372,13 +376,13 @@ fn run_prediction(arguments: &Attention, options: &FhaOptions, card: Card) -> Re
     let limits = card.datasheet();
     let (element, tokens) = (arguments.precision.element(), arguments.batch_tokens);
     let (heads, d, normalization) = (options.heads, options.head_dim, options.normalization);
-    say!("PREDICTIONS, not measurements: the largest of three bounds, by what the kernels execute.");
+    say!("PREDICTIONS, not measurements: the largest of three lower bounds for the work of the kernels.");
     say!("{limits}");
     say!("attention in {}, H = {heads}, d = {d}, {normalization:?}, causal, random labels", element.name());
     say!("{}", predict::Prediction::HEADER);
     let mut rows = Vec::new();
     for &length in &arguments.seq_lens {
-        // Nothing but the arguments can be at fault: no GPU is asked for.
+        // No GPU is involved, so only the arguments can be wrong.
         let [forward, backward] = predict::predict(element, options, &limits, length, tokens)
             .unwrap_or_else(|error| usage(&error.to_string()));
         if !matches!(arguments.pass, Pass::Backward) {
@@ -464,23 +468,23 @@ fn run_train(arguments: &Train) -> Result<()> {
     }
 }
 
-/// Batches of the data set, or made up where there is none.
+/// Batches of the data set, or random ones without a data set.
 fn batches<'a>(data: Option<&'a Dataset>, config: &Config) -> Result<Batches<'a>, TrainError> {
     data.map_or_else(|| Ok(Batches::uniform(config)), |data| Batches::drawn(data, config))
 }
 
-/// What batches are of, in words.
+/// The source of the batches, for the heading.
 fn described(arguments: &Train) -> String {
     let source = match &arguments.data {
         Some(path) => path.display().to_string(),
-        None if arguments.uniform => "made-up histories of one length".to_owned(),
+        None if arguments.uniform => "random histories of one length".to_owned(),
         None => "a synthetic set".to_owned(),
     };
     let (events, candidates) = (arguments.max_length, arguments.negatives + 1);
     format!("training steps on {source}, at most {events} events a history, {candidates} candidates")
 }
 
-/// Floors of the steps; nothing is run.
+/// Prints the lower bounds of steps without running any.
 fn predict_steps(arguments: &Train, config: &Config, data: Option<&Dataset>, card: Card) -> Result<()> {
     let peak = Peak { limits: card.datasheet(), precision: arguments.precision.products() };
     let profile = steps::predict(&batches(data, config)?, config, arguments.batches, &peak)?;
@@ -489,15 +493,13 @@ fn predict_steps(arguments: &Train, config: &Config, data: Option<&Dataset>, car
         say!("{json:#}");
         return Ok(());
     }
-    say!(
-        "PREDICTIONS, not measurements: the least time of each part, by its bytes, products and exponentials."
-    );
+    say!("PREDICTIONS, not measurements: the lower bound of each part, by bytes, products and exponentials.");
     say!("{}", peak.limits);
     say!("{}, width {}, in {}", described(arguments), config.width, peak.precision.name());
     cli::print(&profile.to_string())
 }
 
-/// What sharing gives, where there is something to share, and a step by part.
+/// Times the degrees of sharing, given a data set, and the parts of a step.
 fn time_steps<D: dfar::device::Device>(
     arguments: &Train,
     config: &Config,

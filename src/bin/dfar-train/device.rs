@@ -1,8 +1,7 @@
 //! `--device`, `--precision` and `--cuda-graphs`: which device a command runs on.
 
 use dfar::device::cpu::Cpu;
-use dfar::device::cuda::graph::Captures;
-use dfar::device::cuda::{Cuda, CudaError, Gpu, Precision};
+use dfar::device::cuda::{Captures, Cuda, CudaError, Gpu, Precision};
 use dfar::train::TrainError;
 use dfar::train::config::{Config, DeviceChoice};
 use std::sync::Arc;

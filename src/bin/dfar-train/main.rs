@@ -11,7 +11,7 @@ mod score;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use device::on_device;
 use dfar::data::synthetic::{self, SyntheticOptions};
-use dfar::data::{DataError, Dataset, Split};
+use dfar::data::{Dataset, Split};
 use dfar::device::Device;
 use dfar::model::Model;
 use dfar::train::checkpoint::{Checkpoint, DataInfo, ModelFile};
@@ -136,6 +136,7 @@ fn train(args: Train) -> dfar::Result<()> {
     let (run, config, chosen, checkpoint) = match &args.resume {
         None => {
             let config = Config::layered(args.config.as_deref(), flags).map_err(TrainError::from)?;
+            set_threads(config.threads);
             // Checked before the directory is made: a mistake leaves nothing behind.
             let items = match &config.data {
                 Some(path) => Dataset::open(path)?.items(),
@@ -151,14 +152,28 @@ fn train(args: Train) -> dfar::Result<()> {
         }
         Some(dir) => {
             let run = Run::resume(dir).map_err(TrainError::from)?;
-            let checkpoint = Checkpoint::load(&run.checkpoint()).map_err(TrainError::from)?;
-            let config = checkpoint.info.config.resumed(flags).map_err(TrainError::from)?;
+            let (saved, checkpoint) = match run.checkpoint().exists() {
+                true => {
+                    let checkpoint = Checkpoint::load(&run.checkpoint()).map_err(TrainError::from)?;
+                    (checkpoint.info.config.clone(), Some(checkpoint))
+                }
+                false => {
+                    progress.line("stopped before the first checkpoint: starting from the beginning");
+                    let saved = Config::layered(Some(&run.config()), toml::Table::new());
+                    (saved.map_err(TrainError::from)?, None)
+                }
+            };
+            let config = saved.resumed(flags).map_err(TrainError::from)?;
+            set_threads(config.threads);
             let chosen = open(&config)?;
-            (run, config, chosen, Some(checkpoint))
+            (run, config, chosen, checkpoint)
         }
     };
-    set_threads(config.threads);
     stop_on_interrupt(&progress);
+    if checkpoint.is_none() {
+        // Before everything else in the directory: with it the run can be resumed.
+        run.write_config(&config.to_toml()).map_err(TrainError::from)?;
+    }
     let data = match &config.data {
         Some(path) => Dataset::open(path)?,
         None => synthetic_data(&run, &progress)?,
@@ -254,12 +269,11 @@ fn evaluate(args: Evaluate) -> dfar::Result<()> {
 
 /// The configuration and the best model of a run.
 fn open_run(dir: &Path) -> dfar::Result<(Config, ModelFile)> {
-    let missing = |what| TrainError::Run(RunError::Missing { dir: dir.to_owned(), what });
     if !run::config_path(dir).exists() {
-        return Err(missing("config.toml").into());
+        return Err(TrainError::Run(RunError::NoRun { dir: dir.to_owned() }).into());
     }
     if !run::model_path(dir).exists() {
-        return Err(missing("model.safetensors").into());
+        return Err(TrainError::Run(RunError::NoModel { dir: dir.to_owned() }).into());
     }
     let config =
         Config::layered(Some(&run::config_path(dir)), toml::Table::new()).map_err(TrainError::from)?;
@@ -273,13 +287,16 @@ fn data_path(given: Option<&Path>, config: &Config, run: &Path) -> PathBuf {
 }
 
 /// The embedded set, made once a run.
-fn synthetic_data(run: &Run, progress: &Progress) -> Result<Dataset, DataError> {
+fn synthetic_data(run: &Run, progress: &Progress) -> dfar::Result<Dataset> {
     let path = run.synthetic_data();
     if !path.exists() {
         progress.line("no --data: making the embedded synthetic set");
-        synthetic::write(&SYNTHETIC, &path)?;
+        run.make_synthetic_data(|path| -> dfar::Result<()> {
+            synthetic::write(&SYNTHETIC, path)?;
+            Ok(())
+        })?;
     }
-    Dataset::open(path)
+    Ok(Dataset::open(path)?)
 }
 
 fn default_name(config: &Config) -> String {

@@ -6,8 +6,8 @@ use std::process::ExitCode;
 
 /// Ends a binary: the error goes to stderr, its code (see [`Error::exit_code`]) to the shell.
 ///
-/// A closed pipe on stdout (`dfar-data info x.dfar | head -1`) is how readers say that they have enough: no
-/// message, exit code 0.
+/// A closed pipe on stdout (`dfar-data info x.dfar | head -1`) is how readers say that they have
+/// enough: no message, exit code 0.
 pub fn exit(result: Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,

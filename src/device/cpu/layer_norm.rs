@@ -1,7 +1,7 @@
 //! Layer norm over rows.
 
 use super::simd::{Kernel, Simd, dispatch};
-use crate::device::Store;
+use crate::device::{LayerNorm, LayerNormGradients, Output, Store};
 use rayon::prelude::*;
 
 /// Added to the variance, inside the root.
@@ -9,25 +9,19 @@ const EPS: f32 = 1e-8;
 /// Rows one task handles; part of the order of summation, so it must not depend on the number of threads.
 const ROWS: usize = 128;
 
-/// See [`crate::device::Device::layer_norm`].
-pub fn forward(width: usize, x: &[f32], gamma: &[f32], beta: &[f32], y: &mut [f32]) {
+/// [`Dense::layer_norm`](crate::device::Dense::layer_norm).
+pub fn forward(norm: LayerNorm<&[f32]>, x: &[f32], y: &mut [f32]) {
+    let LayerNorm { width, gamma, beta } = norm;
     let chunk = ROWS * width;
     y.par_chunks_mut(chunk)
         .zip(x.par_chunks(chunk))
         .for_each(|(y, x)| dispatch(Forward { width, x, gamma, beta, y }));
 }
 
-/// See [`crate::device::Device::layer_norm_backward`].
-pub fn backward(
-    width: usize,
-    x: &[f32],
-    gamma: &[f32],
-    dy: &[f32],
-    dx: &mut [f32],
-    store: Store,
-    dgamma: &mut [f32],
-    dbeta: &mut [f32],
-) {
+/// [`Dense::layer_norm_backward`](crate::device::Dense::layer_norm_backward).
+pub fn backward(norm: LayerNorm<&[f32]>, x: &[f32], dy: &[f32], gradients: LayerNormGradients<&mut [f32]>) {
+    let LayerNorm { width, gamma, .. } = norm;
+    let LayerNormGradients { dx: Output { values: dx, store }, dgamma, dbeta } = gradients;
     let chunk = ROWS * width;
     let parts: Vec<(Vec<f32>, Vec<f32>)> = dx
         .par_chunks_mut(chunk)

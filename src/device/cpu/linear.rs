@@ -7,7 +7,7 @@ use super::elementwise::{add_assign, add_column_sums, pad_rows, relu_backward, t
 use super::product::{Finish, Left, product};
 use super::scratch::{carve, carved_len, padded, with_scratch};
 use super::simd::{Kernel, Simd, dispatch};
-use crate::device::{Activation, Store};
+use crate::device::{Activation, LabelLinear, LabelLinearGradients, Linear, LinearGradients, Output, Store};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -19,18 +19,13 @@ fn chunk_rows(rows: usize) -> usize {
     rows.div_ceil(64).max(512)
 }
 
-/// [`crate::device::Device::linear`] on slices.
+/// [`Dense::linear`](crate::device::Dense::linear) on slices.
 ///
 /// # Panics
-/// Where a length does not fit `widths`.
-pub fn forward(
-    x: &[f32],
-    w: &[f32],
-    bias: Option<&[f32]>,
-    activation: Activation,
-    (y, store): (&mut [f32], Store),
-    (inputs, outputs): (usize, usize),
-) {
+/// If a length contradicts the widths of the layer.
+pub fn forward(layer: Linear<&[f32]>, x: &[f32], y: Output<&mut [f32]>) {
+    let Linear { w, bias, activation, inputs, outputs } = layer;
+    let Output { values: y, store } = y;
     check_rows(x.len(), y.len(), inputs, outputs);
     assert_eq!(w.len(), inputs * outputs, "w is not [inputs, outputs]");
     let rows = chunk_rows(y.len() / outputs);
@@ -63,21 +58,19 @@ pub fn forward(
     });
 }
 
-/// [`crate::device::Device::linear_backward`] on slices.
+/// [`Dense::linear_backward`](crate::device::Dense::linear_backward) on slices.
 ///
 /// # Panics
-/// Where a length does not fit `widths`.
+/// If a length contradicts the widths of the layer.
 pub fn backward(
+    layer: Linear<&[f32]>,
     x: &[f32],
-    w: &[f32],
-    activation: Activation,
     y: &[f32],
     dy: &mut [f32],
-    dx: Option<(&mut [f32], Store)>,
-    dw: &mut [f32],
-    dbias: Option<&mut [f32]>,
-    (inputs, outputs): (usize, usize),
+    gradients: LinearGradients<&mut [f32]>,
 ) {
+    let Linear { w, activation, inputs, outputs, .. } = layer;
+    let LinearGradients { dx, dw, dbias } = gradients;
     check_rows(x.len(), dy.len(), inputs, outputs);
     assert_eq!(w.len(), inputs * outputs, "w is not [inputs, outputs]");
     assert_eq!(y.len(), dy.len(), "y and dy differ in length");
@@ -85,7 +78,7 @@ pub fn backward(
     let chunks = dy.len().div_ceil(rows * outputs);
     let partials = Partials { chunks, inputs, outputs, swapped: outputs == 1 };
     let wide_inputs = padded(inputs);
-    let (mut dx, dx_store) = dx.map_or((None, Store::Overwrite), |(dx, store)| (Some(dx), store));
+    let (mut dx, dx_store) = dx.map_or((None, Store::Overwrite), |dx| (Some(dx.values), dx.store));
     if let Some(dx) = &dx {
         assert_eq!(dx.len(), x.len(), "dx and x differ in length");
     }
@@ -120,18 +113,13 @@ pub fn backward(
     });
 }
 
-/// [`crate::device::Device::label_linear`] on slices.
+/// [`Dense::label_linear`](crate::device::Dense::label_linear) on slices.
 ///
 /// # Panics
-/// Where a length does not fit `widths`, or a token is not a row.
-pub fn label_forward(
-    x: &[f32],
-    w: &[f32],
-    bias: &[f32],
-    tokens_by_label: [&[u32]; 2],
-    (y, store): (&mut [f32], Store),
-    (inputs, outputs): (usize, usize),
-) {
+/// If a length contradicts the widths of the layer, or a token is out of range.
+pub fn label_forward(layer: LabelLinear<&[f32], &[u32]>, x: &[f32], y: Output<&mut [f32]>) {
+    let LabelLinear { w, bias, tokens_by_label, inputs, outputs } = layer;
+    let Output { values: y, store } = y;
     check_rows(x.len(), y.len(), inputs, outputs);
     assert_eq!(w.len(), 2 * inputs * outputs, "w is not [2 * inputs, outputs]");
     let (rows, wide) = (chunk_rows(y.len() / outputs), padded(outputs));
@@ -162,20 +150,18 @@ pub fn label_forward(
     });
 }
 
-/// [`crate::device::Device::label_linear_backward`] on slices.
+/// [`Dense::label_linear_backward`](crate::device::Dense::label_linear_backward) on slices.
 ///
 /// # Panics
-/// Where a length does not fit `widths`, or a token is not a row.
+/// If a length contradicts the widths of the layer, or a token is out of range.
 pub fn label_backward(
+    layer: LabelLinear<&[f32], &[u32]>,
     x: &[f32],
-    w: &[f32],
-    tokens_by_label: [&[u32]; 2],
     dy: &[f32],
-    dx: &mut [f32],
-    dw: &mut [f32],
-    dbias: &mut [f32],
-    (inputs, outputs): (usize, usize),
+    gradients: LabelLinearGradients<&mut [f32]>,
 ) {
+    let LabelLinear { w, tokens_by_label, inputs, outputs, .. } = layer;
+    let LabelLinearGradients { dx, dw, dbias } = gradients;
     check_rows(x.len(), dy.len(), inputs, outputs);
     assert_eq!(w.len(), 2 * inputs * outputs, "w is not [2 * inputs, outputs]");
     assert_eq!(dx.len(), x.len(), "dx and x differ in length");
@@ -414,7 +400,6 @@ mod tests {
     fn layer_and_gradients_agree_with_f64() {
         let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(7);
         for (n, inputs, outputs) in SHAPES {
-            let widths = (inputs, outputs);
             let (x, w) = (random(n * inputs, &mut rng), random(inputs * outputs, &mut rng));
             let (bias, start) = (random(outputs, &mut rng), random(n * outputs, &mut rng));
             let dx_start = random(n * inputs, &mut rng);
@@ -427,7 +412,8 @@ mod tests {
             ] {
                 let mut y = start.clone();
                 let given = with_bias.then_some(&bias[..]);
-                forward(&x, &w, given, activation, (&mut y, store), widths);
+                let layer = Linear { w: &w[..], bias: given, activation, inputs, outputs };
+                forward(layer, &x, Output { values: &mut y, store });
                 let mut want =
                     naive([n, outputs, inputs], |i, l| x[i * inputs + l], |l, j| w[l * outputs + j]);
                 for (i, want) in want.iter_mut().enumerate() {
@@ -442,8 +428,12 @@ mod tests {
                     |i: usize| if activation == Activation::Relu && y[i] <= 0.0 { 0.0 } else { dy[i] };
                 let (mut dy_given, mut dx) = (dy.clone(), dx_start.clone());
                 let (mut dw, mut dbias) = (vec![f32::NAN; w.len()], vec![f32::NAN; outputs]);
-                let dx_out = Some((&mut dx[..], store));
-                backward(&x, &w, activation, &y, &mut dy_given, dx_out, &mut dw, Some(&mut dbias), widths);
+                let gradients = LinearGradients {
+                    dx: Some(Output { values: &mut dx[..], store }),
+                    dw: &mut dw[..],
+                    dbias: Some(&mut dbias[..]),
+                };
+                backward(layer, &x, &y, &mut dy_given, gradients);
                 assert!(dy_given.iter().enumerate().all(|(i, dy)| *dy == masked(i)));
                 let shape = [n, inputs, outputs];
                 let mut want = naive(shape, |i, l| masked(i * outputs + l), |l, j| w[j * outputs + l]);
@@ -467,7 +457,6 @@ mod tests {
     fn label_layer_and_gradients_agree_with_f64() {
         let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(8);
         for (n, inputs, outputs) in SHAPES {
-            let widths = (inputs, outputs);
             let (x, w) = (random(n * inputs, &mut rng), random(2 * inputs * outputs, &mut rng));
             let (bias, start) = (random(outputs, &mut rng), random(n * outputs, &mut rng));
             let label: Vec<usize> = (0..n).map(|_| rng.random_range(0..2)).collect();
@@ -475,9 +464,10 @@ mod tests {
                 [0, 1].map(|f| (0..n as u32).filter(|t| label[*t as usize] == f).collect::<Vec<_>>());
             let tokens = [&tokens[0][..], &tokens[1][..]];
             let weight = |i: usize, l: usize, j: usize| w[(label[i] * inputs + l) * outputs + j];
+            let layer = LabelLinear { w: &w[..], bias: &bias[..], tokens_by_label: tokens, inputs, outputs };
             for store in [Store::Overwrite, Store::Add] {
                 let mut y = start.clone();
-                label_forward(&x, &w, &bias, tokens, (&mut y, store), widths);
+                label_forward(layer, &x, Output { values: &mut y, store });
                 let mut want = Vec::new();
                 for (i, j) in (0..n).flat_map(|i| (0..outputs).map(move |j| (i, j))) {
                     let sum = naive([1, 1, inputs], |_, l| x[i * inputs + l], |l, _| weight(i, l, j))[0];
@@ -489,7 +479,8 @@ mod tests {
             let dy = random(n * outputs, &mut rng);
             let mut dx = vec![f32::NAN; x.len()];
             let (mut dw, mut dbias) = (vec![f32::NAN; w.len()], vec![f32::NAN; outputs]);
-            label_backward(&x, &w, tokens, &dy, &mut dx, &mut dw, &mut dbias, widths);
+            let gradients = LabelLinearGradients { dx: &mut dx[..], dw: &mut dw[..], dbias: &mut dbias[..] };
+            label_backward(layer, &x, &dy, gradients);
             let mut want = Vec::new();
             for (i, l) in (0..n).flat_map(|i| (0..inputs).map(move |l| (i, l))) {
                 want.push(naive([1, 1, outputs], |_, j| dy[i * outputs + j], |j, _| weight(i, l, j))[0]);
@@ -515,12 +506,15 @@ mod tests {
             pool.install(|| {
                 let mut out =
                     [inputs * outputs, outputs, 2 * inputs * outputs, outputs].map(|n| vec![0.0; n]);
-                let [dw, dbias, dw2, dbias2] = &mut out;
-                let (none, widths) = (Activation::None, (inputs, outputs));
+                let [dw, dbias, dw2, dbias2] = out.each_mut().map(|out| &mut out[..]);
                 let w1 = &w[..inputs * outputs];
-                backward(&x, w1, none, &dy, &mut dy.clone(), None, dw, Some(dbias), widths);
-                let tokens = [&even_odd[0][..], &even_odd[1][..]];
-                label_backward(&x, &w, tokens, &dy, &mut x.clone(), dw2, dbias2, widths);
+                let layer = Linear { w: w1, bias: None, activation: Activation::None, inputs, outputs };
+                let gradients = LinearGradients { dx: None, dw, dbias: Some(dbias) };
+                backward(layer, &x, &dy, &mut dy.clone(), gradients);
+                let tokens_by_label = [&even_odd[0][..], &even_odd[1][..]];
+                let layer = LabelLinear { w: &w[..], bias: &[], tokens_by_label, inputs, outputs };
+                let gradients = LabelLinearGradients { dx: &mut x.clone()[..], dw: dw2, dbias: dbias2 };
+                label_backward(layer, &x, &dy, gradients);
                 out
             })
         };

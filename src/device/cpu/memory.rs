@@ -1,6 +1,7 @@
 //! Pooled host memory: a training step allocates nothing once every size has been seen.
 
-use crate::device::{Buffer, Element};
+use super::{Cpu, Done};
+use crate::device::{Buffer, DeviceError, Element, Memory};
 use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex};
@@ -70,6 +71,38 @@ impl<T: Element> DerefMut for CpuBuffer<T> {
 impl<T: Element> Buffer<T> for CpuBuffer<T> {
     fn len(&self) -> usize {
         self.len
+    }
+}
+
+impl Memory for Cpu {
+    type Buffer<T: Element> = CpuBuffer<T>;
+    /// Nothing: [`Memory::stage`] copies at once.
+    type Staging = ();
+
+    fn alloc<T: Element>(&self, len: usize) -> Result<CpuBuffer<T>, DeviceError> {
+        Ok(self.pool.take(len))
+    }
+    fn zeros<T: Element>(&self, len: usize) -> Result<CpuBuffer<T>, DeviceError> {
+        let mut buffer = self.pool.take(len);
+        buffer.fill(bytemuck::Zeroable::zeroed());
+        Ok(buffer)
+    }
+    fn upload<T: Element>(&self, host: &[T]) -> Result<CpuBuffer<T>, DeviceError> {
+        let mut buffer = self.pool.take(host.len());
+        buffer.copy_from_slice(host);
+        Ok(buffer)
+    }
+    fn staging(&self) -> Done {
+        Ok(())
+    }
+    fn stage<T: Element>(&self, (): &mut (), host: &[T]) -> Result<CpuBuffer<T>, DeviceError> {
+        self.upload(host)
+    }
+    fn send(&self, (): ()) -> Done {
+        Ok(())
+    }
+    fn download<T: Element>(&self, buffer: &CpuBuffer<T>) -> Result<Vec<T>, DeviceError> {
+        Ok(buffer.to_vec())
     }
 }
 

@@ -1,22 +1,16 @@
 //! Means of the prefixes of each sequence, in one pass over it.
 
+use crate::device::Prefixes;
 use rayon::prelude::*;
 
-/// See [`crate::device::Device::prefix_mean`].
-pub fn forward(
-    width: usize,
-    x: &[f32],
-    start: &[u32],
-    group_offsets: &[u32],
-    count: &[u32],
-    divisor: &[u32],
-    mean: &mut [f32],
-) {
+/// [`Rows::prefix_mean`](crate::device::Rows::prefix_mean).
+pub fn forward(width: usize, prefixes: Prefixes<&[u32]>, x: &[f32], mean: &mut [f32]) {
+    let Prefixes { cu_seqlens, group_offsets, count, divisor } = prefixes;
     split_rows(width, group_offsets, mean).into_par_iter().enumerate().for_each_init(
         || vec![0f64; width],
         |sum, (b, mean)| {
             sum.fill(0.0);
-            let x = &x[start[b] as usize * width..start[b + 1] as usize * width];
+            let x = &x[cu_seqlens[b] as usize * width..cu_seqlens[b + 1] as usize * width];
             let mut token = 0;
             for (g, mean) in (group_offsets[b] as usize..).zip(mean.chunks_exact_mut(width)) {
                 while token < count[g] as usize {
@@ -30,17 +24,10 @@ pub fn forward(
     );
 }
 
-/// See [`crate::device::Device::prefix_mean_backward`].
-pub fn backward(
-    width: usize,
-    start: &[u32],
-    group_offsets: &[u32],
-    count: &[u32],
-    divisor: &[u32],
-    dmean: &[f32],
-    dx: &mut [f32],
-) {
-    split_rows(width, start, dx).into_par_iter().enumerate().for_each_init(
+/// [`Rows::prefix_mean_backward`](crate::device::Rows::prefix_mean_backward).
+pub fn backward(width: usize, prefixes: Prefixes<&[u32]>, dmean: &[f32], dx: &mut [f32]) {
+    let Prefixes { cu_seqlens, group_offsets, count, divisor } = prefixes;
+    split_rows(width, cu_seqlens, dx).into_par_iter().enumerate().for_each_init(
         || vec![0f64; width],
         |sum, (b, dx)| {
             sum.fill(0.0);

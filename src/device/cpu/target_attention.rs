@@ -26,7 +26,12 @@ use super::elementwise::{add_assign, exp_sum, for_columns, load_columns, pad_row
 use super::product::{Finish, Left, product};
 use super::scratch::{carve, carved_len, padded, with_scratch};
 use super::simd::{Kernel, Simd, dispatch};
-use crate::device::{TargetCounts, TargetIndex, TargetWeights};
+use crate::device::cpu::slices::Slices;
+use crate::device::cpu::{Cpu, Done, Floats, Indices};
+use crate::device::{
+    DeviceError, Memory, Segments, TargetAttention, TargetCounts, TargetGradients, TargetIndex, TargetInputs,
+    TargetShape, TargetState, TargetWeights,
+};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -45,7 +50,7 @@ struct Shape {
 }
 
 impl Shape {
-    fn new(width: usize, hidden: [usize; 2]) -> Self {
+    fn new(TargetShape { width, hidden }: TargetShape) -> Self {
         assert!(width > 0 && hidden[0] > 0 && hidden[1] > 0, "a layer of width 0");
         Self { width, hidden, width_wide: padded(width), hidden_wide: hidden.map(padded) }
     }
@@ -69,7 +74,7 @@ struct Chunk {
 }
 
 /// Cuts the sequences into chunks of at least 2048 scored (token, pair) combinations, at most about 64 in all.
-fn chunks(index: &TargetIndex<[u32]>) -> Vec<Chunk> {
+fn chunks(index: &TargetIndex<&[u32]>) -> Vec<Chunk> {
     let at = |offsets: &[u32], i: usize| offsets[i] as usize;
     let sequences = index.cu_seqlens.len() - 1;
     let enough = (at(index.score_offsets, index.score_offsets.len() - 1) / 64).max(2048);
@@ -96,8 +101,9 @@ fn chunks(index: &TargetIndex<[u32]>) -> Vec<Chunk> {
     chunks
 }
 
-/// Panics where the index does not fit the buffers.
-fn check_index(index: &TargetIndex<[u32]>, shape: Shape, s: &[f32], a: &[f32], r: &[f32], e: &[f32]) {
+/// Panics if the lengths of the buffers contradict the index.
+fn check_index(index: &TargetIndex<&[u32]>, shape: Shape, inputs: &TargetInputs<&[f32]>, e: &[f32]) {
+    let TargetInputs { s, a, r } = inputs;
     let TargetCounts { tokens, pairs, scores, .. } = index.counts();
     assert_eq!([s.len(), a.len()], [tokens * shape.width; 2], "s and a are not [N, D]");
     assert_eq!(r.len(), pairs * shape.width, "r is not [C, D]");
@@ -186,7 +192,7 @@ struct Pair {
 }
 
 /// The pairs of a chunk.
-fn pairs(index: &TargetIndex<[u32]>, chunk: &Chunk) -> Vec<Pair> {
+fn pairs(index: &TargetIndex<&[u32]>, chunk: &Chunk) -> Vec<Pair> {
     let mut pairs = Vec::with_capacity(chunk.pairs.len());
     for sequence in chunk.sequences.clone() {
         for pair in index.pair_offsets[sequence] as usize..index.pair_offsets[sequence + 1] as usize {
@@ -287,7 +293,7 @@ fn scores(h1: &[f32], w2: &[f32], b2: f32, e: &mut [f32]) {
 }
 
 /// The members `range` of the rows' segments in order of length; ties in the order given.
-fn by_length(index: &TargetIndex<[u32]>, range: Range<usize>, order: &mut Vec<(usize, usize)>) {
+fn by_length(index: &TargetIndex<&[u32]>, range: Range<usize>, order: &mut Vec<(usize, usize)>) {
     order.clear();
     order
         .extend(range.map(|member| (index.row_length[index.rows.members[member] as usize] as usize, member)));
@@ -316,25 +322,88 @@ fn padded_rows_len(rows: usize, width: usize) -> usize {
     if width == padded(width) { 0 } else { rows * padded(width) }
 }
 
-/// [`Device::target_attention`](crate::device::Device::target_attention) on slices.
+/// The packed batch as [`forward`] and [`backward`] read it.
+pub struct TargetPlan {
+    shape: TargetShape,
+    cu_seqlens: Indices,
+    pair_offsets: Indices,
+    score_offsets: Indices,
+    row_offsets: Indices,
+    row_members: Indices,
+    row_length: Indices,
+}
+
+impl TargetPlan {
+    fn index(&self) -> TargetIndex<&[u32]> {
+        TargetIndex {
+            cu_seqlens: &self.cu_seqlens,
+            pair_offsets: &self.pair_offsets,
+            score_offsets: &self.score_offsets,
+            rows: Segments { offsets: &self.row_offsets, members: &self.row_members },
+            row_length: &self.row_length,
+        }
+    }
+}
+
+impl TargetAttention for Cpu {
+    type TargetPlan = TargetPlan;
+
+    fn target_plan(
+        &self,
+        (): &mut (),
+        shape: TargetShape,
+        index: TargetIndex<&[u32]>,
+    ) -> Result<TargetPlan, DeviceError> {
+        Ok(TargetPlan {
+            shape,
+            cu_seqlens: self.upload(index.cu_seqlens)?,
+            pair_offsets: self.upload(index.pair_offsets)?,
+            score_offsets: self.upload(index.score_offsets)?,
+            row_offsets: self.upload(index.rows.offsets)?,
+            row_members: self.upload(index.rows.members)?,
+            row_length: self.upload(index.row_length)?,
+        })
+    }
+    fn target_attention(
+        &self,
+        plan: &TargetPlan,
+        inputs: TargetInputs<&Floats>,
+        weights: TargetWeights<&Floats>,
+        state: TargetState<&mut Floats>,
+    ) -> Done {
+        forward(plan.shape, plan.index(), inputs.slices(), weights.slices(), state.slices());
+        Ok(())
+    }
+    fn target_attention_backward(
+        &self,
+        plan: &TargetPlan,
+        inputs: TargetInputs<&Floats>,
+        weights: TargetWeights<&Floats>,
+        state: TargetState<&Floats>,
+        datt: &Floats,
+        gradients: TargetGradients<&mut Floats>,
+    ) -> Done {
+        let (inputs, weights, state) = (inputs.slices(), weights.slices(), state.slices());
+        backward(plan.shape, plan.index(), inputs, weights, state, datt, gradients.slices());
+        Ok(())
+    }
+}
+
+/// [`TargetAttention::target_attention`] on slices.
 ///
 /// # Panics
-/// Where the lengths of the buffers do not fit each other.
+/// If the lengths of the buffers contradict each other.
 pub fn forward(
-    width: usize,
-    hidden: [usize; 2],
-    index: TargetIndex<[u32]>,
-    s: &[f32],
-    a: &[f32],
-    r: &[f32],
+    shape: TargetShape,
+    index: TargetIndex<&[u32]>,
+    inputs: TargetInputs<&[f32]>,
     weights: TargetWeights<&[f32]>,
-    e: &mut [f32],
-    lse: &mut [f32],
-    att: &mut [f32],
+    state: TargetState<&mut [f32]>,
 ) {
-    let shape = Shape::new(width, hidden);
+    let (shape, width) = (Shape::new(shape), shape.width);
+    let TargetState { e, lse, att } = state;
     shape.check(&weights);
-    check_index(&index, shape, s, a, r, e);
+    check_index(&index, shape, &inputs, e);
     let rows = index.row_length.len();
     assert_eq!([lse.len(), att.len()], [rows, rows * width], "lse and att are not [R], [R, D]");
     let lens = Packed::lens(shape);
@@ -353,7 +422,7 @@ pub fn forward(
             })
             .collect();
         tasks.into_par_iter().for_each(|(chunk, e, lse, att)| {
-            forward_chunk(shape, &index, [s, a, r], &packed, &chunk, e, lse, att);
+            forward_chunk(shape, &index, inputs, &packed, &chunk, TargetState { e, lse, att });
         });
         for (member, row) in index.rows.members.iter().enumerate() {
             let row = *row as usize;
@@ -368,15 +437,15 @@ pub fn forward(
 fn split<'a>(rest: &mut &'a mut [f32], len: usize) -> &'a mut [f32] {
     rest.split_off_mut(..len).expect("chunks add up to the whole")
 }
+
+/// `lse` and `att` are in the order of the segments' members.
 fn forward_chunk(
     shape: Shape,
-    index: &TargetIndex<[u32]>,
-    [s, a, r]: [&[f32]; 3],
+    index: &TargetIndex<&[u32]>,
+    TargetInputs { s, a, r }: TargetInputs<&[f32]>,
     packed: &Packed,
     chunk: &Chunk,
-    e: &mut [f32],
-    lse: &mut [f32],
-    att: &mut [f32],
+    TargetState { e, lse, att }: TargetState<&mut [f32]>,
 ) {
     let (width, width_wide, [h0_wide, h1_wide]) = (shape.width, shape.width_wide, shape.hidden_wide);
     let [s, a] = [s, a].map(|x| &x[rows(&chunk.tokens, width)]);

@@ -1,43 +1,56 @@
-//! [`Device`] for every runtime: each operation is a function in the file of its `.cu`.
+//! The topics of [`Device`](crate::device::Device) for every runtime: each operation is a function in the file of
+//! its `.cu`.
 
-use super::attention::{self, DevicePlan};
+use super::array::{Array, Staging};
+use super::error::CudaError;
 use super::gpu::Gpu;
-use super::layer_norm::Input;
-use super::linear;
-use super::prefix_mean::Groups;
-use super::runtime::{Array, Memory, Runtime, Staging};
-use super::{CudaError, embedding, graph, layer_norm, loss, optimizer, prefix_mean, rows, target_attention};
+use super::kernel::{self, Block, Kernel};
+use super::ops::attention::{self, DevicePlan};
+use super::ops::layer_norm::Input;
+use super::ops::prefix_mean::Groups;
+use super::ops::{
+    convert, embedding, layer_norm, limits, linear, loss, naive_attention, optimizer, prefix_mean, rows,
+    target_attention,
+};
+use super::plan::rows::block_of;
+use super::plan::target_shape::Shape;
+use super::runtime::{self, Runtime};
 use crate::attention::FhaOptions;
 use crate::device::{
-    Activation, AdamStep, AdamTensor, Device, DeviceError, Element, Segments, Slot, Store, TargetIndex,
-    TargetWeights,
+    AdamStep, AdamTensor, Attention, Columns, ConcatPart, Dense, DeviceError, Element, Execution, Interests,
+    LabelLinear, LabelLinearGradients, LayerNorm, LayerNormGradients, Linear, LinearGradients, Lookup,
+    Losses, Memory, Optimizer, Output, Prefixes, Qkv, QkvGradients, Rows, SegmentSum, Segments, Slot,
+    SoftmaxState, Store, TargetAttention, TargetGradients, TargetIndex, TargetInputs, TargetShape,
+    TargetState, TargetWeights,
 };
 
 type Done = Result<(), DeviceError>;
+type Floats<R> = Array<R, f32>;
+type Indices<R> = Array<R, u32>;
 
-impl<R: Runtime> Device for Gpu<R> {
-    type Buffer<T: Element> = Array<R, T>;
-    type Staging = Staging<R>;
-    type AttentionPlan = DevicePlan<R>;
-    type TargetPlan = target_attention::TargetPlan<R>;
-    type Mark = R::Mark;
+impl<R: Runtime> Execution for Gpu<R> {
+    type Event = R::Mark;
 
     fn name(&self) -> String {
         format!("{} ({})", self.runtime().name(), self.precision().name())
     }
-
     fn captured<T>(&self, work: impl FnMut() -> Result<T, DeviceError>) -> Result<T, DeviceError> {
-        graph::captured(self, work)
+        self.captured_work(work)
     }
-    fn mark(&self) -> Result<R::Mark, DeviceError> {
+    fn record_event(&self) -> Result<R::Mark, DeviceError> {
         Ok(self.runtime().mark()?)
     }
     fn seconds_between(&self, from: &R::Mark, to: &R::Mark) -> Result<f64, DeviceError> {
         Ok(self.runtime().seconds_between(from, to)?)
     }
+}
+
+impl<R: Runtime> Memory for Gpu<R> {
+    type Buffer<T: Element> = Array<R, T>;
+    type Staging = Staging<R>;
 
     fn check_room(&self, parameters: usize, copies: usize) -> Done {
-        let Memory { free, total } = self.runtime().memory()?;
+        let runtime::Memory { free, total } = self.runtime().memory()?;
         let needed = parameters.saturating_mul(copies * size_of::<f32>());
         if needed > free { Err(CudaError::NoRoom { parameters, needed, free, total }.into()) } else { Ok(()) }
     }
@@ -62,266 +75,79 @@ impl<R: Runtime> Device for Gpu<R> {
     fn download<T: Element>(&self, buffer: &Array<R, T>) -> Result<Vec<T>, DeviceError> {
         Ok(buffer.to_vec()?)
     }
+}
 
+fn tables<'a, R: Runtime>(
+    tables: &[Lookup<&'a Floats<R>, &'a Indices<R>>],
+) -> Vec<(&'a Floats<R>, &'a Indices<R>)> {
+    tables.iter().map(|t| (t.table, t.index)).collect()
+}
+
+fn groups<R: Runtime>(prefixes: Prefixes<&Indices<R>>) -> Groups<'_, R> {
+    let Prefixes { cu_seqlens: start, group_offsets, count, divisor } = prefixes;
+    Groups { start, group_offsets, count, divisor }
+}
+
+impl<R: Runtime> Rows for Gpu<R> {
     fn gather_sum(
         &self,
         width: usize,
-        tables: &[(&Array<R, f32>, &Array<R, u32>)],
-        y: &mut Array<R, f32>,
+        tables: &[Lookup<&Floats<R>, &Indices<R>>],
+        y: &mut Floats<R>,
     ) -> Done {
-        Ok(embedding::gather_sum(self, width, tables, y)?)
+        Ok(embedding::gather_sum(self, width, &self::tables(tables), y)?)
     }
-    fn scatter_add(
-        &self,
-        width: usize,
-        x: &Array<R, f32>,
-        index: &Array<R, u32>,
-        y: &mut Array<R, f32>,
-    ) -> Done {
+    fn scatter_add(&self, width: usize, x: &Floats<R>, index: &Indices<R>, y: &mut Floats<R>) -> Done {
         Ok(embedding::scatter_add(self, width, x, index, y)?)
     }
-    fn segment_sum(
-        &self,
-        width: usize,
-        sources: &[&Array<R, f32>],
-        segments: Segments<Array<R, u32>>,
-        l2: f32,
-        table: &Array<R, f32>,
-        row: &Array<R, u32>,
-        y: &mut Array<R, f32>,
-    ) -> Done {
-        let l2 = Some((l2, table, row));
+    fn segment_sum(&self, width: usize, sum: SegmentSum<&Floats<R>, &Indices<R>>, y: &mut Floats<R>) -> Done {
+        let SegmentSum { sources, segments, l2, rows: Lookup { table, index } } = sum;
+        let l2 = Some((l2, table, index));
         let sum = embedding::SegmentSum { sources, stride: width, column: 0, width, segments, l2 };
         Ok(embedding::segment_sum(self, sum, (y, Store::Overwrite))?)
     }
     fn half_square_sum(
         &self,
         width: usize,
-        table: &Array<R, f32>,
-        row: &Array<R, u32>,
+        rows: Lookup<&Floats<R>, &Indices<R>>,
         sum: Slot<Array<R, f64>>,
     ) -> Done {
-        Ok(embedding::half_square_sum(self, width, table, row, sum)?)
+        Ok(embedding::half_square_sum(self, width, rows.table, rows.index, sum)?)
     }
-    fn add(&self, x: &Array<R, f32>, y: &mut Array<R, f32>) -> Done {
+    fn add(&self, x: &Floats<R>, y: &mut Floats<R>) -> Done {
         Ok(rows::add(self, x, y)?)
     }
-
-    fn layer_norm(
-        &self,
-        width: usize,
-        x: &Array<R, f32>,
-        gamma: &Array<R, f32>,
-        beta: &Array<R, f32>,
-        y: &mut Array<R, f32>,
-    ) -> Done {
-        Ok(layer_norm::forward(self, width, Input::Given(x), gamma, beta, y)?)
-    }
-    fn gather_layer_norm(
-        &self,
-        width: usize,
-        tables: &[(&Array<R, f32>, &Array<R, u32>)],
-        gamma: &Array<R, f32>,
-        beta: &Array<R, f32>,
-        y: &mut Array<R, f32>,
-        n: &mut Array<R, f32>,
-    ) -> Done {
-        Ok(layer_norm::forward(self, width, Input::Tables(tables, y), gamma, beta, n)?)
-    }
-    fn add_layer_norm(
-        &self,
-        width: usize,
-        x: &Array<R, f32>,
-        gamma: &Array<R, f32>,
-        beta: &Array<R, f32>,
-        y: &mut Array<R, f32>,
-        n: &mut Array<R, f32>,
-    ) -> Done {
-        Ok(layer_norm::forward(self, width, Input::Sum(x, y), gamma, beta, n)?)
-    }
-    fn layer_norm_backward(
-        &self,
-        width: usize,
-        x: &Array<R, f32>,
-        gamma: &Array<R, f32>,
-        dy: &Array<R, f32>,
-        dx: (&mut Array<R, f32>, Store),
-        dgamma: &mut Array<R, f32>,
-        dbeta: &mut Array<R, f32>,
-    ) -> Done {
-        Ok(layer_norm::backward(self, width, x, gamma, dy, dx, dgamma, dbeta)?)
-    }
-
-    fn linear(
-        &self,
-        x: &Array<R, f32>,
-        w: &Array<R, f32>,
-        bias: Option<&Array<R, f32>>,
-        activation: Activation,
-        y: (&mut Array<R, f32>, Store),
-        widths: (usize, usize),
-    ) -> Done {
-        Ok(linear::forward(self, x, w, bias, activation, y, widths)?)
-    }
-    fn linear_backward(
-        &self,
-        x: &Array<R, f32>,
-        w: &Array<R, f32>,
-        activation: Activation,
-        y: &Array<R, f32>,
-        dy: &mut Array<R, f32>,
-        dx: Option<(&mut Array<R, f32>, Store)>,
-        dw: &mut Array<R, f32>,
-        dbias: Option<&mut Array<R, f32>>,
-        widths: (usize, usize),
-    ) -> Done {
-        Ok(linear::backward(self, x, w, activation, y, dy, dx, dw, dbias, widths)?)
-    }
-    fn label_linear(
-        &self,
-        x: &Array<R, f32>,
-        w: &Array<R, f32>,
-        bias: &Array<R, f32>,
-        tokens_by_label: [&Array<R, u32>; 2],
-        y: (&mut Array<R, f32>, Store),
-        widths: (usize, usize),
-    ) -> Done {
-        Ok(linear::label_forward(self, x, w, bias, tokens_by_label, y, widths)?)
-    }
-    fn label_linear_backward(
-        &self,
-        x: &Array<R, f32>,
-        w: &Array<R, f32>,
-        tokens_by_label: [&Array<R, u32>; 2],
-        dy: &Array<R, f32>,
-        dx: &mut Array<R, f32>,
-        dw: &mut Array<R, f32>,
-        dbias: &mut Array<R, f32>,
-        widths: (usize, usize),
-    ) -> Done {
-        Ok(linear::label_backward(self, x, w, tokens_by_label, dy, dx, dw, dbias, widths)?)
-    }
-
-    fn attention_plan(
-        &self,
-        staging: &mut Staging<R>,
-        options: &FhaOptions,
-        cu_seqlens: &[u32],
-        label: &[u8],
-    ) -> Result<DevicePlan<R>, DeviceError> {
-        Ok(DevicePlan::new(self, staging, options, cu_seqlens, label)?)
-    }
-    fn attention(
-        &self,
-        plan: &DevicePlan<R>,
-        q: &Array<R, f32>,
-        k: &Array<R, f32>,
-        v: &Array<R, f32>,
-        o: &mut Array<R, f32>,
-        lse: &mut Array<R, f32>,
-    ) -> Done {
-        Ok(attention::forward(self, plan, [q, k, v], o, lse)?)
-    }
-    fn attention_backward(
-        &self,
-        plan: &DevicePlan<R>,
-        q: &Array<R, f32>,
-        k: &Array<R, f32>,
-        v: &Array<R, f32>,
-        o: &Array<R, f32>,
-        lse: &Array<R, f32>,
-        d_o: &Array<R, f32>,
-        dq: &mut Array<R, f32>,
-        dk: &mut Array<R, f32>,
-        dv: &mut Array<R, f32>,
-    ) -> Done {
-        Ok(attention::backward(self, plan, [q, k, v], [o, lse, d_o], [dq, dk, dv])?)
-    }
-
     fn prefix_mean(
         &self,
         width: usize,
-        x: &Array<R, f32>,
-        start: &Array<R, u32>,
-        group_offsets: &Array<R, u32>,
-        count: &Array<R, u32>,
-        divisor: &Array<R, u32>,
-        mean: &mut Array<R, f32>,
+        prefixes: Prefixes<&Indices<R>>,
+        x: &Floats<R>,
+        mean: &mut Floats<R>,
     ) -> Done {
-        Ok(prefix_mean::forward(self, width, Groups { start, group_offsets, count, divisor }, x, mean)?)
+        Ok(prefix_mean::forward(self, width, groups(prefixes), x, mean)?)
     }
     fn prefix_mean_backward(
         &self,
         width: usize,
-        start: &Array<R, u32>,
-        group_offsets: &Array<R, u32>,
-        count: &Array<R, u32>,
-        divisor: &Array<R, u32>,
-        dmean: &Array<R, f32>,
-        dx: &mut Array<R, f32>,
+        prefixes: Prefixes<&Indices<R>>,
+        dmean: &Floats<R>,
+        dx: &mut Floats<R>,
     ) -> Done {
-        Ok(prefix_mean::backward(self, width, Groups { start, group_offsets, count, divisor }, dmean, dx)?)
+        Ok(prefix_mean::backward(self, width, groups(prefixes), dmean, dx)?)
     }
-
-    fn target_plan(
-        &self,
-        staging: &mut Staging<R>,
-        width: usize,
-        hidden: [usize; 2],
-        index: TargetIndex<[u32]>,
-    ) -> Result<target_attention::TargetPlan<R>, DeviceError> {
-        Ok(target_attention::TargetPlan::new(self, staging, width, hidden, index)?)
-    }
-    fn target_attention(
-        &self,
-        plan: &target_attention::TargetPlan<R>,
-        s: &Array<R, f32>,
-        a: &Array<R, f32>,
-        r: &Array<R, f32>,
-        weights: TargetWeights<&Array<R, f32>>,
-        e: &mut Array<R, f32>,
-        lse: &mut Array<R, f32>,
-        att: &mut Array<R, f32>,
-    ) -> Done {
-        Ok(target_attention::forward(self, plan, [s, a, r], weights, [e, lse, att])?)
-    }
-    fn target_attention_backward(
-        &self,
-        plan: &target_attention::TargetPlan<R>,
-        s: &Array<R, f32>,
-        a: &Array<R, f32>,
-        r: &Array<R, f32>,
-        weights: TargetWeights<&Array<R, f32>>,
-        e: &Array<R, f32>,
-        lse: &Array<R, f32>,
-        att: &Array<R, f32>,
-        datt: &Array<R, f32>,
-        ds: &mut Array<R, f32>,
-        da: &mut Array<R, f32>,
-        dr: &mut Array<R, f32>,
-        gradients: TargetWeights<&mut Array<R, f32>>,
-    ) -> Done {
-        let read = [e, lse, att, datt];
-        Ok(target_attention::backward(self, plan, [s, a, r], weights, read, [ds, da, dr], gradients)?)
-    }
-
-    fn concat(
-        &self,
-        width: usize,
-        parts: &[(&Array<R, f32>, Option<&Array<R, u32>>)],
-        y: &mut Array<R, f32>,
-    ) -> Done {
-        Ok(rows::concat(self, width, parts, y)?)
+    fn concat(&self, width: usize, parts: &[ConcatPart<&Floats<R>, &Indices<R>>], y: &mut Floats<R>) -> Done {
+        let parts: Vec<_> = parts.iter().map(|part| (part.values, part.index)).collect();
+        Ok(rows::concat(self, width, &parts, y)?)
     }
     fn concat_backward(
         &self,
-        width: usize,
-        part: usize,
-        parts: usize,
-        dy: &Array<R, f32>,
-        segments: Option<Segments<Array<R, u32>>>,
-        dx: (&mut Array<R, f32>, Store),
+        columns: Columns,
+        dy: &Floats<R>,
+        segments: Option<Segments<&Indices<R>>>,
+        dx: Output<&mut Floats<R>>,
     ) -> Done {
+        let Columns { width, part, parts } = columns;
+        let dx = (dx.values, dx.store);
         match segments {
             None => rows::take_part(self, width, (part, parts), dy, dx)?,
             Some(segments) => {
@@ -338,37 +164,211 @@ impl<R: Runtime> Device for Gpu<R> {
         }
         Ok(())
     }
+}
+
+impl<R: Runtime> Dense for Gpu<R> {
+    fn linear(&self, layer: Linear<&Floats<R>>, x: &Floats<R>, y: Output<&mut Floats<R>>) -> Done {
+        let Linear { w, bias, activation, inputs, outputs } = layer;
+        Ok(linear::forward(self, x, w, bias, activation, (y.values, y.store), (inputs, outputs))?)
+    }
+    fn linear_backward(
+        &self,
+        layer: Linear<&Floats<R>>,
+        x: &Floats<R>,
+        y: &Floats<R>,
+        dy: &mut Floats<R>,
+        gradients: LinearGradients<&mut Floats<R>>,
+    ) -> Done {
+        let Linear { w, activation, inputs, outputs, .. } = layer;
+        let LinearGradients { dx, dw, dbias } = gradients;
+        let dx = dx.map(|dx| (dx.values, dx.store));
+        Ok(linear::backward(self, x, w, activation, y, dy, dx, dw, dbias, (inputs, outputs))?)
+    }
+    fn label_linear(
+        &self,
+        layer: LabelLinear<&Floats<R>, &Indices<R>>,
+        x: &Floats<R>,
+        y: Output<&mut Floats<R>>,
+    ) -> Done {
+        let LabelLinear { w, bias, tokens_by_label, inputs, outputs } = layer;
+        let y = (y.values, y.store);
+        Ok(linear::label_forward(self, x, w, bias, tokens_by_label, y, (inputs, outputs))?)
+    }
+    fn label_linear_backward(
+        &self,
+        layer: LabelLinear<&Floats<R>, &Indices<R>>,
+        x: &Floats<R>,
+        dy: &Floats<R>,
+        gradients: LabelLinearGradients<&mut Floats<R>>,
+    ) -> Done {
+        let LabelLinear { w, tokens_by_label, inputs, outputs, .. } = layer;
+        let LabelLinearGradients { dx, dw, dbias } = gradients;
+        Ok(linear::label_backward(self, x, w, tokens_by_label, dy, dx, dw, dbias, (inputs, outputs))?)
+    }
+
+    fn layer_norm(&self, norm: LayerNorm<&Floats<R>>, x: &Floats<R>, y: &mut Floats<R>) -> Done {
+        let LayerNorm { width, gamma, beta } = norm;
+        Ok(layer_norm::forward(self, width, Input::Given(x), gamma, beta, y)?)
+    }
+    fn gather_layer_norm(
+        &self,
+        norm: LayerNorm<&Floats<R>>,
+        tables: &[Lookup<&Floats<R>, &Indices<R>>],
+        y: &mut Floats<R>,
+        n: &mut Floats<R>,
+    ) -> Done {
+        let LayerNorm { width, gamma, beta } = norm;
+        Ok(layer_norm::forward(self, width, Input::Tables(&self::tables(tables), y), gamma, beta, n)?)
+    }
+    fn add_layer_norm(
+        &self,
+        norm: LayerNorm<&Floats<R>>,
+        x: &Floats<R>,
+        y: &mut Floats<R>,
+        n: &mut Floats<R>,
+    ) -> Done {
+        let LayerNorm { width, gamma, beta } = norm;
+        Ok(layer_norm::forward(self, width, Input::Sum(x, y), gamma, beta, n)?)
+    }
+    fn layer_norm_backward(
+        &self,
+        norm: LayerNorm<&Floats<R>>,
+        x: &Floats<R>,
+        dy: &Floats<R>,
+        gradients: LayerNormGradients<&mut Floats<R>>,
+    ) -> Done {
+        let LayerNormGradients { dx, dgamma, dbeta } = gradients;
+        let dx = (dx.values, dx.store);
+        Ok(layer_norm::backward(self, norm.width, x, norm.gamma, dy, dx, dgamma, dbeta)?)
+    }
+}
+
+impl<R: Runtime> Attention for Gpu<R> {
+    type AttentionPlan = DevicePlan<R>;
+
+    fn attention_plan(
+        &self,
+        staging: &mut Staging<R>,
+        options: &FhaOptions,
+        cu_seqlens: &[u32],
+        label: &[u8],
+    ) -> Result<DevicePlan<R>, DeviceError> {
+        Ok(DevicePlan::new(self, staging, options, cu_seqlens, label)?)
+    }
+    fn attention(
+        &self,
+        plan: &DevicePlan<R>,
+        Qkv { q, k, v }: Qkv<&Floats<R>>,
+        state: SoftmaxState<&mut Floats<R>>,
+    ) -> Done {
+        Ok(attention::forward(self, plan, [q, k, v], state.o, state.lse)?)
+    }
+    fn attention_backward(
+        &self,
+        plan: &DevicePlan<R>,
+        Qkv { q, k, v }: Qkv<&Floats<R>>,
+        state: SoftmaxState<&Floats<R>>,
+        d_o: &Floats<R>,
+        QkvGradients { dq, dk, dv }: QkvGradients<&mut Floats<R>>,
+    ) -> Done {
+        Ok(attention::backward(self, plan, [q, k, v], [state.o, state.lse, d_o], [dq, dk, dv])?)
+    }
+}
+
+impl<R: Runtime> TargetAttention for Gpu<R> {
+    type TargetPlan = target_attention::TargetPlan<R>;
+
+    fn target_plan(
+        &self,
+        staging: &mut Staging<R>,
+        shape: TargetShape,
+        index: TargetIndex<&[u32]>,
+    ) -> Result<target_attention::TargetPlan<R>, DeviceError> {
+        let TargetShape { width, hidden } = shape;
+        Ok(target_attention::TargetPlan::new(self, staging, width, hidden, index)?)
+    }
+    fn target_attention(
+        &self,
+        plan: &target_attention::TargetPlan<R>,
+        TargetInputs { s, a, r }: TargetInputs<&Floats<R>>,
+        weights: TargetWeights<&Floats<R>>,
+        TargetState { e, lse, att }: TargetState<&mut Floats<R>>,
+    ) -> Done {
+        Ok(target_attention::forward(self, plan, [s, a, r], weights, [e, lse, att])?)
+    }
+    fn target_attention_backward(
+        &self,
+        plan: &target_attention::TargetPlan<R>,
+        TargetInputs { s, a, r }: TargetInputs<&Floats<R>>,
+        weights: TargetWeights<&Floats<R>>,
+        TargetState { e, lse, att }: TargetState<&Floats<R>>,
+        datt: &Floats<R>,
+        gradients: TargetGradients<&mut Floats<R>>,
+    ) -> Done {
+        let TargetGradients { ds, da, dr, weights: dw } = gradients;
+        let read = [e, lse, att, datt];
+        Ok(target_attention::backward(self, plan, [s, a, r], weights, read, [ds, da, dr], dw)?)
+    }
+}
+
+impl<R: Runtime> Losses for Gpu<R> {
     fn rank_loss(
         &self,
         bpr: f32,
-        logit_pos: &Array<R, f32>,
-        logit_neg: &Array<R, f32>,
-        target: &Array<R, f32>,
-        d_pos: &mut Array<R, f32>,
-        d_neg: &mut Array<R, f32>,
+        logits: Interests<&Floats<R>>,
+        target: &Floats<R>,
+        gradients: Interests<&mut Floats<R>>,
         losses: Slot<Array<R, f64>>,
     ) -> Done {
-        Ok(loss::rank(self, bpr, [logit_pos, logit_neg, target], [d_pos, d_neg], losses)?)
+        let gradients = [gradients.positive, gradients.negative];
+        Ok(loss::rank(self, bpr, [logits.positive, logits.negative, target], gradients, losses)?)
     }
     fn cosine_loss(
         &self,
         width: usize,
         weight: f32,
-        x: &Array<R, f32>,
-        y: &Array<R, f32>,
-        dx: &mut Array<R, f32>,
-        dy: &mut Array<R, f32>,
+        vectors: Interests<&Floats<R>>,
+        gradients: Interests<&mut Floats<R>>,
         loss: Slot<Array<R, f64>>,
     ) -> Done {
-        Ok(loss::cosine(self, width, weight, [x, y], [dx, dy], loss)?)
+        let vectors = [vectors.positive, vectors.negative];
+        let gradients = [gradients.positive, gradients.negative];
+        Ok(loss::cosine(self, width, weight, vectors, gradients, loss)?)
     }
+}
 
+impl<R: Runtime> Optimizer for Gpu<R> {
     fn adam(
         &self,
         step: &AdamStep,
-        tensors: &mut [AdamTensor<Array<R, f32>, Array<R, u32>>],
+        tensors: &mut [AdamTensor<Floats<R>, Indices<R>>],
         norm: Slot<Array<R, f64>>,
     ) -> Done {
         Ok(optimizer::adam(self, step, tensors, norm)?)
     }
+}
+
+/// Shapes of target attention that are looked at without a device: the paper's, and twice as wide.
+const TARGET_SHAPES: [Shape; 2] =
+    [Shape { width: 32, hidden0: 80, hidden1: 40 }, Shape { width: 64, hidden0: 80, hidden1: 40 }];
+
+/// Every kernel but those of attention, with its largest block.
+pub fn step_kernels() -> Vec<(Kernel, Block)> {
+    let files = [
+        rows::KERNELS,
+        embedding::KERNELS,
+        layer_norm::KERNELS,
+        prefix_mean::KERNELS,
+        loss::KERNELS,
+        optimizer::KERNELS,
+        naive_attention::KERNELS,
+        limits::KERNELS,
+    ];
+    let mut kernels = files.concat();
+    for element in [kernel::Element::F32, kernel::Element::Bf16] {
+        let module = convert::module(element);
+        kernels.extend(convert::ENTRIES.map(|entry| (Kernel { module, entry }, block_of(0))));
+        kernels.extend(TARGET_SHAPES.into_iter().flat_map(|shape| target_attention::kernels(element, shape)));
+    }
+    kernels
 }

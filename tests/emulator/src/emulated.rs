@@ -1,11 +1,11 @@
 //! The emulator as a [`Runtime`]: the library's own checks, plans and launches run on it unchanged.
 
 use super::Device;
-use dfar::device::cuda::graph::{Node, Start};
-use dfar::device::cuda::landing::Landing;
-use dfar::device::cuda::params::Pointer;
-use dfar::device::cuda::runtime::{Gemm, Kernel, Launch, Limits, Memory, Precision, Runtime};
-use dfar::device::cuda::{CudaError, Gpu};
+use dfar::device::cuda::driver::graph::Node;
+use dfar::device::cuda::driver::landing::Landing;
+use dfar::device::cuda::kernel::{Kernel, Launch, Pointer};
+use dfar::device::cuda::runtime::{Gemm, Limits, Memory, Runtime, Start};
+use dfar::device::cuda::{CudaError, Gpu, Precision};
 use dfar::device::{Activation, Store};
 use half::bf16;
 use std::collections::{HashMap, HashSet};

@@ -9,9 +9,7 @@ mod emulated;
 pub use emulated::{Copies, Emulated, gpu};
 
 use bytemuck::Pod;
-use dfar::device::cuda::compile::Module;
-use dfar::device::cuda::params::Pointer;
-use dfar::device::cuda::runtime::{Kernel, Launch};
+use dfar::device::cuda::kernel::{Kernel, Launch, Module, Pointer};
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::marker::PhantomData;
 use std::ptr::NonNull;

@@ -5,10 +5,11 @@
 mod not_finite;
 
 use dfar::attention::{FhaOptions, Inputs, LabelMask, Normalization, Pairing, reference};
-use dfar::device::cuda::params::{AttentionParams, Item};
-use dfar::device::cuda::plan::{Pass, Plan};
-use dfar::device::cuda::runtime::{Kernel, Launch};
-use dfar::device::cuda::tile::{Element, HEAD_DIMS, Room};
+use dfar::device::cuda::Element;
+use dfar::device::cuda::kernel::{Kernel, Launch};
+use dfar::device::cuda::plan::attention::{Pass, Plan};
+use dfar::device::cuda::plan::params::{AttentionParams, Item};
+use dfar::device::cuda::plan::tile::{HEAD_DIMS, Room};
 use dfar_emulator::{Counts, Device, FUNCTIONS};
 use dfar_tools::attention::predict;
 use dfar_tools::verify::{

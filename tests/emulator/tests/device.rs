@@ -5,7 +5,8 @@ mod bodies;
 
 use dfar::batch::Batch;
 use dfar::device::DeviceError;
-use dfar::device::cuda::runtime::{Runtime, Staging};
+use dfar::device::cuda::array::Staging;
+use dfar::device::cuda::runtime::Runtime;
 use dfar::device::cuda::{CudaError, Gpu, Precision};
 use dfar::model::{AdamOptions, Model, ModelConfig, ModelError, Optimizer};
 use dfar_emulator::{Emulated, gpu};

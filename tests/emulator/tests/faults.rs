@@ -1,6 +1,6 @@
 //! The emulator catches what it claims to catch: one kernel a fault, and one without.
 
-use dfar::device::cuda::runtime::{Kernel, Launch};
+use dfar::device::cuda::kernel::{Kernel, Launch};
 use dfar_emulator::{Device, FAULTS};
 
 fn kernel(entry: &'static str) -> Kernel {

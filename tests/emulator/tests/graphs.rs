@@ -4,10 +4,13 @@
 #[allow(dead_code, reason = "only the batches and the curve are used")]
 mod bodies;
 
-use dfar::device::cuda::graph::Captures;
-use dfar::device::cuda::runtime::{Runtime, Staging};
-use dfar::device::cuda::{CudaError, Gpu, Precision};
-use dfar::device::{Activation, Device, DeviceError, Segments, Slot, Store};
+use dfar::device::cuda::array::Staging;
+use dfar::device::cuda::runtime::Runtime;
+use dfar::device::cuda::{Captures, CudaError, Gpu, Precision};
+use dfar::device::{
+    Activation, Dense, DeviceError, Execution, LayerNorm, Linear, Lookup, Memory, Output, Rows, SegmentSum,
+    Segments, Slot,
+};
 use dfar::model::{AdamOptions, LossOptions, Model, ModelConfig, Optimizer};
 use dfar::model::{PartTimer, StepObserver, StepPart, StepTimer};
 use dfar_emulator::{Emulated, gpu};
@@ -31,21 +34,34 @@ fn work(gpu: &Gpu<Emulated>, rows: usize) -> Vec<u32> {
     let results = gpu
         .captured(|| {
             let (mut y, mut norm) = (gpu.alloc(rows * WIDTH)?, gpu.alloc(rows * WIDTH)?);
-            gpu.gather_layer_norm(WIDTH, &[(&x, &index)], &gamma, &beta, &mut y, &mut norm)?;
+            let (ln, lookup) =
+                (LayerNorm { width: WIDTH, gamma: &gamma, beta: &beta }, Lookup { table: &x, index: &index });
+            gpu.gather_layer_norm(ln, &[lookup], &mut y, &mut norm)?;
             let mut hidden = gpu.alloc(rows * WIDTH)?;
-            let widths = (WIDTH, WIDTH);
-            gpu.linear(&norm, &w, Some(&beta), Activation::Relu, (&mut hidden, Store::Overwrite), widths)?;
+            let layer = Linear {
+                w: &w,
+                bias: Some(&beta),
+                activation: Activation::Relu,
+                inputs: WIDTH,
+                outputs: WIDTH,
+            };
+            gpu.linear(layer, &norm, Output::overwrite(&mut hidden))?;
             drop(norm);
             // In the memory of the norm, which the product above still has to read.
             let mut sum = gpu.zeros(rows * WIDTH)?;
             gpu.add(&hidden, &mut sum)?;
             gpu.add(&y, &mut sum)?;
             let mut segments = gpu.alloc(2 * WIDTH)?;
-            let lists = Segments { offsets: &offsets, members: &index };
-            gpu.segment_sum(WIDTH, &[&sum], lists, 0.5, &x, &row, &mut segments)?;
+            let segment_sum = SegmentSum {
+                sources: &[&sum],
+                segments: Segments { offsets: &offsets, members: &index },
+                l2: 0.5,
+                rows: Lookup { table: &x, index: &row },
+            };
+            gpu.segment_sum(WIDTH, segment_sum, &mut segments)?;
             let mut squares = gpu.zeros(1)?;
             let slot = Slot { values: &mut squares, index: 0 };
-            gpu.half_square_sum(WIDTH, &sum, &index, slot)?;
+            gpu.half_square_sum(WIDTH, Lookup { table: &sum, index: &index }, slot)?;
             Ok((sum, segments, squares))
         })
         .unwrap();

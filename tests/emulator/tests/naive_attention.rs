@@ -32,7 +32,7 @@ fn the_naive_form_is_the_operation() {
         let inputs = host.inputs();
         let exact = reference::forward(&options, inputs).expect("valid inputs");
         let gradients = reference::backward(&options, inputs, host.d_o()).expect("valid inputs");
-        let host_of = |x: &_| dfar::device::cuda::runtime::Array::to_vec(x).expect("written");
+        let host_of = |x: &_| dfar::device::cuda::array::Array::to_vec(x).expect("written");
         let mut errors =
             vec![compare("o", &host_of(&o), &exact.o), compare("lse", &host_of(&lse), &exact.lse)];
         errors.extend(compare_gradients(&[

@@ -25,7 +25,7 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// As many sequences of `length` as fit in `tokens`, at least one.
+    /// As many sequences of `length` as fit in `tokens`, but at least one.
     pub fn new(options: FhaOptions, length: usize, tokens: usize) -> Self {
         let mut rng = ChaCha8Rng::seed_from_u64(1);
         let sequences = (tokens / length.max(1)).max(1);
@@ -53,7 +53,7 @@ impl Batch {
         Self { options, ..Self::new(narrow, length, tokens) }
     }
 
-    /// The operation.
+    /// Options of the operation.
     pub fn options(&self) -> &FhaOptions {
         &self.options
     }
@@ -126,7 +126,7 @@ impl Batch {
         self.run(true, Pass::Forward)
     }
 
-    /// The naive backward pass, which computes the probabilities again and so includes a forward pass.
+    /// The naive backward pass. It recomputes the probabilities and so includes a forward pass.
     ///
     /// # Errors
     /// As `forward`.
@@ -140,8 +140,8 @@ impl Batch {
     }
 }
 
-/// (multiply-adds, exponentials) that the mathematics of a pass needs, counted from the lengths: visible
-/// pairs only, products with values only where they are kept.
+/// (multiply-adds, exponentials) of the mathematics of a pass: visible pairs only, products with
+/// values only where the label mask keeps them.
 pub fn needed(options: &FhaOptions, cu_seqlens: &[u32], pass: Pass) -> (f64, f64) {
     let FhaOptions { head_dim, label_mask, normalization, causal, .. } = *options;
     let masked = label_mask == LabelMask::Feedback;
@@ -149,7 +149,8 @@ pub fn needed(options: &FhaOptions, cu_seqlens: &[u32], pass: Pass) -> (f64, f64
     let (mut inside, mut kept) = (0.0, 0.0);
     for w in cu_seqlens.windows(2) {
         let length = (w[1] - w[0]) as f64;
-        // With or without the label mask, each visible key token meets all key heads, or half of them.
+        // With or without the label mask, each visible key token meets all key heads, or half of
+        // them.
         let pairs = if causal { length * (length + 1.0) / 2.0 } else { length * length };
         let kept_heads = if masked { heads / 2.0 } else { heads };
         let read_heads = if normalization == Normalization::Joint { heads } else { kept_heads };
@@ -202,7 +203,7 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// What the table was measured with, in a line.
+    /// The conditions of the measurement, in a line.
     pub fn conditions(&self, threads: usize) -> String {
         let FhaOptions { heads, head_dim, normalization, .. } = self.options;
         let (simd, tokens) = (simd::name(), self.batch_tokens);
@@ -218,7 +219,7 @@ impl Plan {
     /// Options the operation does not accept.
     pub fn measure(&self, length: usize) -> Result<Vec<Row>, AttentionError> {
         let mut batch = Batch::new(self.options, length, self.batch_tokens);
-        batch.forward()?; // checks the options, and the backward pass reads its results
+        batch.forward()?; // checks the options; backward reads its results
         let passes = [(self.forward, Pass::Forward), (self.backward, Pass::Backward)];
         let passes = passes.into_iter().filter(|(wanted, _)| *wanted);
         passes.map(|(_, pass)| self.measure_pass(&mut batch, length, pass)).collect()
@@ -271,9 +272,9 @@ impl Row {
     pub const HEADER: &str =
         "pass      length  naive ms  fused ms  speed-up  Mtokens/s  GFLOP/s  Gexp/s  scratch KiB";
     /// What the columns mean.
-    pub const FOOTNOTE: &str = "GFLOP/s and Gexp/s count what the mathematics needs, not what tiles add. Scratch is \
-         what all threads hold beside inputs and outputs,\nthe largest so far in this run. The naive backward pass \
-         computes the probabilities again and so includes a forward pass.";
+    pub const FOOTNOTE: &str = "GFLOP/s and Gexp/s count the work of the mathematics, without the padding of tiles. Scratch is \
+         the memory of all threads beside inputs and outputs,\nthe largest so far in this run. The naive backward pass \
+         recomputes the probabilities and so includes a forward pass.";
 }
 
 impl fmt::Display for Row {

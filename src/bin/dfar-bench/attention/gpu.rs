@@ -1,15 +1,18 @@
-//! Timing of the attention operation on a GPU by sequence length, against the card's measured limits.
+//! Timing of the attention operation on a GPU by sequence length, compared with measured limits.
 //!
-//! Times are of whole operations between two events. Each run takes the next of several sets of tensors, together larger
-//! than the cache that the multiprocessors share, so that tensors come from memory as they would in a network.
+//! A time is that of a whole operation between two CUDA events. Each run uses the next of several
+//! sets of tensors, together larger than the L2 cache, so that tensors come from memory as in a
+//! network.
 
 use super::batch::{Batch, Pass};
 use super::predict::{Prediction, bytes_per_token};
 use crate::limits::gpu::{Limits, median};
 use dfar::attention::{FhaOptions, Inputs};
-use dfar::device::cuda::attention::{self, ProjectionGradients, Projections, Value};
-use dfar::device::cuda::naive_attention::Naive;
-use dfar::device::cuda::runtime::{Array, Runtime};
+use dfar::device::cuda::array::Array;
+use dfar::device::cuda::kernel::Value;
+use dfar::device::cuda::ops::attention::{self, ProjectionGradients, Projections};
+use dfar::device::cuda::ops::naive_attention::Naive;
+use dfar::device::cuda::runtime::Runtime;
 use dfar::device::cuda::{CudaError, Gpu};
 use serde::Serialize;
 use std::fmt;
@@ -23,7 +26,7 @@ struct Tensors<R: Runtime, T> {
     gradients: [Array<R, T>; 3],
 }
 
-/// The kernels on a batch, with several sets of its tensors.
+/// The fused kernels on a batch, with several sets of its tensors.
 pub struct Fused<'a, R: Runtime, T> {
     gpu: &'a Gpu<R>,
     batch: attention::Batch<R>,
@@ -32,11 +35,11 @@ pub struct Fused<'a, R: Runtime, T> {
 }
 
 impl<'a, R: Runtime, T: Value> Fused<'a, R, T> {
-    /// Copies a batch to the device, its values made from f32 by `narrow`, and runs forward over every set, so that each has the
-    /// results that its backward pass reads. `polynomial`: see [`attention::Batch::with_polynomial`].
+    /// Copies a batch to the device, converted from f32 by `narrow`, and runs forward on every set,
+    /// because backward reads its results. `polynomial`: see [`attention::Batch::with_polynomial`].
     ///
     /// # Errors
-    /// Options the kernels do not accept, and what the runtime reports.
+    /// Options that the kernels do not accept, and errors of the runtime.
     pub fn new(
         gpu: &'a Gpu<R>,
         host: &Batch,
@@ -71,7 +74,7 @@ impl<'a, R: Runtime, T: Value> Fused<'a, R, T> {
         Ok(fused)
     }
 
-    /// Asks for a pass over the next set.
+    /// Launches a pass on the next set.
     ///
     /// # Errors
     /// As [`Gpu::attention_forward`].
@@ -101,7 +104,7 @@ impl<'a, R: Runtime> NaiveForm<'a, R> {
     /// Copies a batch to the device and runs forward.
     ///
     /// # Errors
-    /// What the runtime reports; the scores have to fit in memory.
+    /// Errors of the runtime, including scores that do not fit in memory.
     pub fn new(gpu: &'a Gpu<R>, host: &Batch, length: usize) -> Result<Self, CudaError> {
         let options = host.options();
         let naive = gpu.naive(options, host.cu_seqlens().len() - 1, length, host.label())?;
@@ -119,10 +122,10 @@ impl<'a, R: Runtime> NaiveForm<'a, R> {
         Ok(form)
     }
 
-    /// Asks for a pass.
+    /// Launches a pass.
     ///
     /// # Errors
-    /// What the runtime reports.
+    /// Errors of the runtime.
     pub fn run(&mut self, pass: Pass) -> Result<(), CudaError> {
         let Tensors { qkv: [q, k, v], d_o, o, lse, gradients: [dq, dk, dv] } = &mut self.tensors;
         match pass {
@@ -145,9 +148,9 @@ pub struct Plan {
     pub backward: bool,
     /// Time the naive form as well (f32 in memory, products in the GPU's precision).
     pub naive: bool,
-    /// Exponentials of 8 that are polynomials; see [`attention::Batch::with_polynomial`].
+    /// How many of 8 exponentials are polynomials; see [`attention::Batch::with_polynomial`].
     pub polynomial: u32,
-    /// Measurements; the median counts.
+    /// Measurements, of which the median is taken.
     pub repeats: usize,
 }
 
@@ -155,7 +158,7 @@ impl Plan {
     /// Rows of the table for one length, with tensors of type `T` made from f32 by `narrow`.
     ///
     /// # Errors
-    /// Options the kernels do not accept, and what the runtime reports.
+    /// Options that the kernels do not accept, and errors of the runtime.
     pub fn measure<R: Runtime, T: Value>(
         &self,
         gpu: &Gpu<R>,
@@ -244,10 +247,10 @@ pub struct Row {
 impl Row {
     /// Names of the columns.
     pub const HEADER: &str = "pass      length  naive ms  fused ms  speed-up  Mtokens/s  TFLOP/s    Gexp/s    GB/s  predicted ms  by            reached  of the limit of";
-    /// What the columns mean.
-    pub const FOOTNOTE: &str = "Rates count what the mathematics needs, not what tiles add; bytes count each tensor once. The prediction is the \
-         least time for what tiles execute,\nby the limits above; reached is its share of the measured time. \
-The naive form keeps f32 in memory, and its backward pass computes the probabilities again.";
+    /// Explanation of the columns.
+    pub const FOOTNOTE: &str = "Rates count the work of the mathematics, without the padding of tiles; bytes count each tensor once. The \
+         prediction is a lower bound for the work of the tiles,\nby the limits above; reached is its share of the \
+         measured time. The naive form keeps f32 in memory, and its backward pass recomputes the probabilities.";
 }
 
 impl fmt::Display for Row {

@@ -1,4 +1,4 @@
-//! Timing the attention operation by sequence length, and predicting it.
+//! The attention operation by sequence length: measured on the CPU and on a GPU, and predicted.
 
 pub mod batch;
 pub mod gpu;

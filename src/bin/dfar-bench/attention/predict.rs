@@ -1,31 +1,36 @@
-//! What the kernels of `attention.cu` execute for a batch, counted on the host, and the time that a GPU needs for it at least.
+//! The work that the attention kernels execute for a batch, counted on the host, and a lower bound
+//! of its time on a GPU.
 //!
-//! Counts are of what runs, not of what the mathematics needs: scores come in pieces of 16 rows by 16 keys, cut at the
-//! diagonal and at the ends of the two labels. A time is the largest of its bounds; latency, launches and the
-//! instructions between are not in it. The emulator's counters are held against these counts in its tests.
+//! Counts include the padding of tiles: scores come in pieces of 16 rows by 16 keys, cut at the
+//! diagonal and at the ends of the two labels. The lower bound is the largest of the bounds by
+//! memory, exponentials and products. It leaves out latency, launches and all other instructions.
+//! The emulator's tests compare its counters with these counts.
 
 use super::batch::{Batch, Pass as Direction};
 use crate::limits::gpu::Limits;
 use dfar::attention::{FhaOptions, Inputs, LabelMask, Normalization, Pairing};
-use dfar::device::cuda::CudaError;
-use dfar::device::cuda::params::Item;
-use dfar::device::cuda::plan::{Pass, Plan};
-use dfar::device::cuda::tile::{Element, Room, WARP_ROWS};
+use dfar::device::cuda::plan::attention::{Pass, Plan};
+use dfar::device::cuda::plan::params::Item;
+use dfar::device::cuda::plan::tile::{Room, WARP_ROWS};
+use dfar::device::cuda::{CudaError, Element};
 use serde::Serialize;
 use std::fmt;
 use std::ops::Add;
 
-/// What a pass executes.
+/// The work of a pass.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Counts {
-    /// Exponentials of scores, of single threads.
+    /// Exponentials of scores, one per thread and score.
     pub exponentials: u64,
-    /// Exponentials that bring the output of each key head to the last reference of its row. Those of the running maximum,
-    /// 64 for each time that a warp's reference moves, depend on the data and are not counted.
+    /// Exponentials that bring the output of each key head to the last reference of its row. Those
+    /// of the running maximum, 64 for each time that a warp's reference moves, depend on the data
+    /// and are not counted.
     pub rescaling: u64,
-    /// Multiply-adds of products; those of f32 scores that are large and computed again are not counted.
+    /// Multiply-adds of products; those of f32 scores that are large and computed again are not
+    /// counted.
     pub multiply_adds: u64,
-    /// Bytes that blocks copy to shared memory ahead of time, of which streamed passes find most in the L2 cache.
+    /// Bytes that blocks prefetch to shared memory. In streamed passes most of them hit the L2
+    /// cache.
     pub copied: u64,
 }
 
@@ -106,8 +111,9 @@ impl Counter<'_> {
         Counts { exponentials, multiply_adds, ..Counts::default() }
     }
 
-    /// The lists of keys that a head meets, one after the other, and whether their values are kept: streamed passes have one for each
-    /// label, whole ones have all keys in one, or with Masked those of the head's own label.
+    /// The lists of keys that a head meets, one after the other, and whether their values are kept:
+    /// streamed passes have one for each label, whole ones have all keys in one, or with Masked
+    /// those of the head's own label.
     fn lists(&self, item: &Item, head: usize, whole: bool) -> Vec<(List, bool)> {
         let labelled = self.options.label_mask == LabelMask::Feedback;
         if !whole || (labelled && self.options.normalization == Normalization::Masked) {
@@ -158,7 +164,8 @@ impl Counter<'_> {
         self.visited().map(|(_, label, kept)| self.bytes(count[label]) * (1 + u64::from(kept))).sum()
     }
 
-    /// All keys of a whole sequence, 16 at a time: what `pieces` says of the tiles of query rows that see them.
+    /// All keys of a whole sequence, 16 at a time: what `pieces` says of the tiles of query rows
+    /// that see them.
     fn whole_keys(&self, item: &Item, pieces: impl Fn(usize, bool) -> Counts) -> Counts {
         let (length, negatives) = (item.length as usize, item.negatives as usize);
         let mut counts = Counts::default();
@@ -231,7 +238,7 @@ impl Counter<'_> {
     }
 }
 
-/// What a pass executes for a planned batch.
+/// The work of a pass over a planned batch.
 pub fn counts(element: Element, options: &FhaOptions, plan: &Plan, pass: Pass) -> Counts {
     let (problems, slots, key_heads) = match options.pairing {
         Pairing::Factorized => (1, options.query_slots(), options.heads),
@@ -248,7 +255,7 @@ pub fn counts(element: Element, options: &FhaOptions, plan: &Plan, pass: Pass) -
     }
 }
 
-/// The least time of a direction.
+/// A lower bound of the time of forward or backward.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Prediction {
     /// The direction.
@@ -257,11 +264,11 @@ pub struct Prediction {
     pub length: usize,
     /// Tokens of the batch.
     pub tokens: usize,
-    /// What all its passes execute.
+    /// Work of all passes of this direction.
     pub counts: Counts,
-    /// Bytes between memory and the chip, each tensor once.
+    /// Bytes between memory and the chip, each tensor counted once.
     pub bytes: usize,
-    /// Seconds by bytes, by exponentials, by products.
+    /// Lower bounds in seconds: by memory, by exponentials, by products.
     pub floors: [f64; 3],
 }
 
@@ -294,7 +301,7 @@ impl Prediction {
         Prediction { pass, length, tokens: plan.tokens, counts, bytes, floors }
     }
 
-    /// The largest floor in seconds, and what sets it.
+    /// The largest lower bound in seconds, and the resource that sets it.
     pub fn bound(&self) -> (f64, &'static str) {
         let names = ["memory", "exponentials", "products"];
         let floors = self.floors.into_iter().zip(names);
@@ -312,8 +319,8 @@ impl fmt::Display for Prediction {
     }
 }
 
-/// Bytes that memory and chip exchange per token at least: active queries, keys, values and results once each; backward
-/// also `o` and `d_o`, and all three gradients.
+/// Bytes that memory and chip exchange per token at least: active queries, keys, values and results
+/// once each; backward also `o` and `d_o`, and all three gradients.
 pub(super) fn bytes_per_token(element: Element, options: &FhaOptions, pass: Direction) -> usize {
     let all = options.heads * options.head_dim;
     let (row, out) = (options.query_slots() * options.head_dim, options.output_len(1));
@@ -324,8 +331,8 @@ pub(super) fn bytes_per_token(element: Element, options: &FhaOptions, pass: Dire
     values * element.size() + options.lse_len(1) * size_of::<f32>()
 }
 
-/// Forward and backward over sequences of one length with random labels, at the limits of a device that gives a block
-/// 227 KiB of shared memory.
+/// Forward and backward over sequences of one length with random labels, at the limits of a device
+/// that gives a block 227 KiB of shared memory.
 ///
 /// # Errors
 /// Options the kernels do not accept.
@@ -349,9 +356,10 @@ pub fn predict(
 mod tests {
     use super::*;
     use crate::limits::gpu::Card;
-    use dfar::device::cuda::tile::Sharing;
+    use dfar::device::cuda::plan::tile::Sharing;
 
-    /// One sequence without labels, worked by hand: 40 tokens are rows of 3 warps, which see 1, 2 and 3 pieces a head.
+    /// One sequence without labels, worked by hand: 40 tokens are rows of 3 warps, which see 1, 2
+    /// and 3 pieces a head.
     #[test]
     fn a_short_sequence_by_hand() {
         let options = FhaOptions { label_mask: LabelMask::None, ..FhaOptions::new(1, 16) };
@@ -379,7 +387,8 @@ mod tests {
         assert_eq!(of(Pass::Forward), Counts::default());
     }
 
-    /// Executed counts come close to what the mathematics needs as sequences grow, and never fall below it.
+    /// Executed counts come close to what the mathematics needs as sequences grow, and never fall
+    /// below it.
     #[test]
     fn long_sequences_waste_little() {
         let options = FhaOptions::new(2, 16);

@@ -1,4 +1,5 @@
-//! What this machine can do at most: fused multiply-adds and exponentials, from registers, on all threads.
+//! Limits of the CPU: fused multiply-adds and exponentials per second, operands in registers, on
+//! all threads.
 
 use crate::timing::shortest;
 use dfar::device::cpu::simd::{self, Kernel, Simd, dispatch};
@@ -8,16 +9,16 @@ use std::fmt;
 use std::hint::black_box;
 use std::time::Duration;
 
-/// Rates with all threads at work.
+/// Peak rates of all threads together.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Limits {
     /// Instruction set.
     pub simd: &'static str,
     /// Threads.
     pub threads: usize,
-    /// f32 multiply-adds a second.
+    /// f32 multiply-adds per second.
     pub multiply_adds: f64,
-    /// f32 exponentials a second, by the polynomial of the attention engine.
+    /// f32 exponentials per second, by the polynomial of the attention engine.
     pub exponentials: f64,
 }
 
@@ -34,7 +35,7 @@ impl fmt::Display for Limits {
 pub fn measure() -> Limits {
     let threads = rayon::current_num_threads();
     let rate = |count: fn(usize) -> usize| {
-        // Long enough that starting the threads does not show.
+        // Long enough to hide the start of the threads.
         let rounds = 200_000;
         let mut done = 0;
         let time = shortest(Duration::from_millis(500), || {
@@ -80,7 +81,8 @@ impl Kernel for Exponentials {
         let mut chains = [s.splat(black_box(-0.5)); CHAINS / 2];
         for _ in 0..self.0 {
             for x in &mut chains {
-                // 2^x in (0, 1], so that this settles at a fixed point: never subnormal, never constant-folded.
+                // 2^x in (0, 1], so that this settles at a fixed point: never subnormal, never
+                // constant-folded.
                 *x = s.exp2(s.sub(s.zero(), *x));
             }
         }

@@ -1,23 +1,23 @@
-//! What a GPU can do at most: measured with operands in registers and in copying, or by its datasheet.
+//! Limits of a GPU: measured (operands in registers, and a copy in memory) or from its datasheet.
 
-use dfar::device::cuda::limits::{CHAINS, PRODUCT_OPERATIONS, Rate, THREADS};
+use dfar::device::cuda::ops::limits::{CHAINS, PRODUCT_OPERATIONS, Rate, THREADS};
 use dfar::device::cuda::runtime::Runtime;
 use dfar::device::cuda::{CudaError, Gpu};
 use serde::Serialize;
 use std::fmt;
 
-/// What a GPU reached with operands in registers, and in copying.
+/// Peak rates of a GPU.
 #[derive(Clone, Debug, Serialize)]
 pub struct Limits {
     /// Name of the GPU.
     pub name: String,
-    /// Bytes a second, those read and those written.
+    /// Bytes per second of a copy, reads and writes both counted.
     pub copy: f64,
-    /// Special-function exponentials a second.
+    /// Exponentials per second of the special function units.
     pub exponentials: f64,
-    /// f32 multiply-adds a second.
+    /// f32 multiply-adds per second.
     pub multiply_adds: f64,
-    /// Operations a second of bf16 tensor-core products (`mma.sync`).
+    /// Floating-point operations per second of bf16 tensor-core products (`mma.sync`).
     pub products: f64,
 }
 
@@ -31,26 +31,26 @@ impl fmt::Display for Limits {
     }
 }
 
-/// How long measurements take.
+/// Size and number of the measurements.
 #[derive(Clone, Copy, Debug)]
 pub struct Effort {
-    /// Values of the arrays that are copied; a multiple of 4.
+    /// Values of the copied array; a multiple of 4.
     pub copied: usize,
-    /// Rounds of work in registers.
+    /// Iterations of the kernels that work in registers.
     pub rounds: u32,
-    /// Measurements; the median counts.
+    /// Measurements, of which the median is taken.
     pub repeats: usize,
 }
 
 impl Effort {
-    /// For a GPU: 1 GiB copies, about a millisecond each of work.
+    /// For a real GPU: copies of 1 GiB, kernels of about a millisecond.
     pub const FULL: Self = Self { copied: 1 << 28, rounds: 4096, repeats: 25 };
 }
 
-/// Seconds on the device from the first of `count` runs to the last.
+/// Seconds of `count` calls of `run`, between two CUDA events.
 ///
 /// # Errors
-/// What `run` and the runtime report.
+/// Errors of `run` and of the runtime.
 pub fn time<R: Runtime>(
     gpu: &Gpu<R>,
     count: u64,
@@ -64,7 +64,7 @@ pub fn time<R: Runtime>(
     gpu.runtime().seconds_between(&start, &end)
 }
 
-/// Median seconds of `run` over the repeats, after one run that is not counted.
+/// Median seconds of `run` over `repeats` measurements, after a warm-up run.
 pub fn median<R: Runtime>(
     gpu: &Gpu<R>,
     repeats: usize,
@@ -77,10 +77,10 @@ pub fn median<R: Runtime>(
     Ok(times[times.len() / 2])
 }
 
-/// Measures the limits.
+/// Measures the limits of a GPU.
 ///
 /// # Errors
-/// What the runtime reports.
+/// Errors of the runtime.
 pub fn measure<R: Runtime>(gpu: &Gpu<R>, effort: Effort) -> Result<Limits, CudaError> {
     let copy = {
         let x = gpu.copy_of(&vec![1.5f32; effort.copied])?;
@@ -88,7 +88,7 @@ pub fn measure<R: Runtime>(gpu: &Gpu<R>, effort: Effort) -> Result<Limits, CudaE
         let bytes = 2 * effort.copied * size_of::<f32>();
         bytes as f64 / median(gpu, effort.repeats, || gpu.copy(&x, &mut y))?
     };
-    // Eight blocks of 256 threads are all that a multiprocessor holds.
+    // Full occupancy: a multiprocessor holds eight blocks of 256 threads.
     let mut out = gpu.array(gpu.runtime().limits().multiprocessors * 8 * THREADS)?;
     let done = (out.len() * CHAINS) as f64 * f64::from(effort.rounds);
     let mut rate = |rate, operations: f64| -> Result<f64, CudaError> {
@@ -113,8 +113,9 @@ pub enum Card {
 }
 
 impl Card {
-    /// What its datasheet promises, as limits: nothing here was measured. 132 multiprocessors at 1.83 GHz with 16 special-function
-    /// results and 128 multiply-adds a clock; of 989 dense bf16 TFLOP/s about 60 % is within reach of `mma.sync`.
+    /// Limits by the datasheet, not measured: 132 multiprocessors at 1.83 GHz with 16 special
+    /// function results and 128 multiply-adds per clock; of 989 dense bf16 TFLOP/s, `mma.sync` can
+    /// reach about 60 %.
     pub fn datasheet(self) -> Limits {
         let clocks = 132.0 * 1.83e9;
         let (name, copy) = match self {

@@ -1,4 +1,4 @@
-//! What a machine can do at most: the CPU's threads, a GPU, and a GPU by its datasheet.
+//! Peak rates of a machine: of the CPU, of a GPU, and of a GPU by its datasheet.
 
 pub mod cpu;
 pub mod gpu;

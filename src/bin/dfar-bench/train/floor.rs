@@ -1,10 +1,11 @@
-//! The least time that the parts of a training step need on a GPU, from the shape of a batch alone.
+//! Lower bounds of the time of each part of a training step on a GPU, from the shape of a batch.
 //!
-//! A part is taken as its best implementation would be: one pass forward and one backward over both interests. A pass reads
-//! what other parts hand over, and writes what they ask for, once; values are f32 in memory. What backward needs of forward is
-//! either **kept** (written and read again) or **computed again**, whichever is faster. Counted are bytes,
-//! multiply-adds of products and exponentials of attention; a part's floor is the largest of the three times. Element by
-//! element arithmetic, latency and launches are not in it, so that a real step is slower.
+//! A part is taken as its best implementation would be: one pass forward and one backward over both
+//! interests. A pass reads what other parts hand over, and writes what they ask for, once; values
+//! are f32 in memory. What backward needs of forward is either **kept** (written and read again) or
+//! **computed again**, whichever is faster. Counted are bytes, multiply-adds of products and
+//! exponentials of attention; a part's floor is the largest of the three times. Element by element
+//! arithmetic, latency and launches are not in it, so that a real step is slower.
 
 use crate::attention::batch::{Pass, needed};
 use crate::limits::gpu::Limits;
@@ -15,12 +16,13 @@ use dfar::model::{ModelConfig, StepPart};
 use serde::Serialize;
 use std::ops::{Add, AddAssign, Mul};
 
-/// Bytes a second from the host to the card: PCI Express 5.0 with 16 lanes, one way, by its specification.
+/// Bytes a second from the host to the card: PCI Express 5.0 with 16 lanes, one way, by its
+/// specification.
 const HOST_LINK: f64 = 64e9;
 /// Bytes of a value, and of an index.
 const VALUE: f64 = 4.0;
 
-/// What is to be moved and computed.
+/// Data to move and arithmetic to do.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Work {
     /// Bytes between host and card.
@@ -93,7 +95,7 @@ impl Mul<f64> for Work {
     }
 }
 
-/// What a part does in any case, and to have in backward what forward computed.
+/// The work of a part: the fixed share, and the two ways to give backward the results of forward.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 struct PartWork {
     always: Work,
@@ -107,14 +109,14 @@ impl PartWork {
     }
 }
 
-/// What the parts of a step on one batch need.
+/// The work of the parts of a step on one batch.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepWork([PartWork; StepPart::ALL.len()]);
 
-/// The least time of a part.
+/// The lower bound of a part.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Floor {
-    /// In the faster of the two ways.
+    /// Work of the faster of the two ways.
     pub work: Work,
     /// Seconds by bytes, by multiply-adds, by exponentials.
     pub bounds: [f64; 3],
@@ -205,9 +207,11 @@ impl Shape {
         let mut part = self.blocks(config, &config.encoder_attention(), &batch.cu_seqlens);
         // Indices and tables to `s`, then the sequence and its means.
         part.always += Work::values(3.0 * tokens + table_rows * width + (2.0 * tokens + groups) * width);
-        // `s` and the gradients of `s`, of the sequence and of its means, to the gradient of the tokens.
+        // `s` and the gradients of `s`, of the sequence and of its means, to the gradient of the
+        // tokens.
         part.always += Work::values((4.0 * tokens + groups) * width);
-        // That and the candidates' gradients, by segments, to the gradients of table rows, which are read for their squares.
+        // That and the candidates' gradients, by segments, to the gradients of table rows, which
+        // are read for their squares.
         part.always += Work::values(tokens + pairs + (tokens + 3.0 * pairs + 2.0 * table_rows) * width);
         part
     }
@@ -221,7 +225,8 @@ impl Shape {
             sum.kept += part.kept;
             sum.again += part.again;
         }
-        // Forward: the sequence by label to the means of both interests. Backward: it and their gradients to its gradient.
+        // Forward: the sequence by label to the means of both interests. Backward: it and their
+        // gradients to its gradient.
         sum.always += Work::values(2.0 * tokens + (tokens + 2.0 * groups) * width);
         sum.always += Work::values((2.0 * tokens + 2.0 * groups) * width);
         sum
@@ -241,7 +246,8 @@ impl Shape {
         let parameters = ((5.0 + pairs) * width + 12.0) * width;
         PartWork {
             always: (products * 3.0 + forward + backward + Work::values(3.0 * parameters)) * blocks,
-            // Queries, keys, values, output of attention with its sums, and the results of three layers.
+            // Queries, keys, values, output of attention with its sums, and the results of three
+            // layers.
             kept: Work::values(2.0 * tokens * (6.0 * width + o + lse)) * blocks,
             again: (products + forward) * blocks,
         }
@@ -250,7 +256,8 @@ impl Shape {
     fn target_attention(&self, config: &ModelConfig) -> PartWork {
         let Self { tokens, rows, pairs, scores, candidate_rows, width, .. } = *self;
         let [h0, h1] = config.attention.map(|n| n as f64);
-        // The first layer is split: a share of the token, a share of the candidate, and their product's.
+        // The first layer is split: a share of the token, a share of the candidate, and their
+        // product's.
         let hidden =
             tokens * (width + h0) * width + pairs * width * h0 + scores * (width * h0 + h0 * h1 + h1);
         let forward = hidden + scores * width;
@@ -262,7 +269,8 @@ impl Shape {
         // Forward: `s`, candidates; attended vectors and sums of both interests.
         always += Work::values(index + (tokens + candidate_rows) * width);
         always += both(Work::values(rows * (width + 1.0)));
-        // Backward: these again and the gradients of the attended vectors; gradients of `s`, and of both interests' candidates.
+        // Backward: these again and the gradients of the attended vectors; gradients of `s`, and of
+        // both interests' candidates.
         always += Work::values(index + (2.0 * tokens + candidate_rows) * width);
         always += both(Work::values(rows * (2.0 * width + 1.0) + pairs * width + 3.0 * parameters));
         let kept = 2.0 * (tokens * (width + h0) + pairs * h0 + scores * (h0 + h1 + 1.0));
@@ -274,7 +282,8 @@ impl Shape {
         let [t0, t1] = config.tower.map(|n| n as f64);
         let forward = rows * (4.0 * width * t0 + t0 * t1 + t1);
         let parameters = 4.0 * width * t0 + t0 * (1.0 + t1) + 2.0 * t1 + 1.0;
-        // Indices and targets of the rows; candidates, the history's means, both interests' means and attended vectors.
+        // Indices and targets of the rows; candidates, the history's means, both interests' means
+        // and attended vectors.
         let read = Work::values(3.0 * rows + (candidate_rows + 3.0 * groups + 2.0 * rows) * width);
         let written = Work::values((pairs + 3.0 * groups + 2.0 * rows) * width);
         PartWork {
@@ -338,7 +347,8 @@ mod tests {
     fn target_attention_by_hand() {
         let PartWork { always, kept, again } = part(StepPart::TargetAttention);
         let scores = 2.0 * 3.0;
-        // A token's own product and its share of the first layer, a candidate's share, and the rest of the perceptron.
+        // A token's own product and its share of the first layer, a candidate's share, and the rest
+        // of the perceptron.
         let hidden = 3.0 * (8.0 * 8.0 + 8.0 * 5.0) + 2.0 * 8.0 * 5.0 + scores * (8.0 * 5.0 + 5.0 * 3.0 + 3.0);
         let interests = 2.0;
         assert_eq!(always.multiply_adds, interests * 3.0 * (hidden + scores * 8.0));
@@ -354,7 +364,8 @@ mod tests {
 
     #[test]
     fn encoders_by_hand() {
-        // Six visible pairs of events; the label mask leaves one query slot of two heads of width 4, and half of the values.
+        // Six visible pairs of events; the label mask leaves one query slot of two heads of width
+        // 4, and half of the values.
         let PartWork { always, kept, again } = part(StepPart::Encoder);
         let (inside, head) = (6.0 * 2.0, 4.0);
         let products = 3.0 * (5.0 * 8.0 * 8.0 + 8.0 * 8.0);
@@ -365,7 +376,8 @@ mod tests {
         assert_eq!((again.multiply_adds, again.exponentials), (products + forward, inside));
         assert_eq!(kept.bytes, 4.0 * 2.0 * 3.0 * (6.0 * 8.0 + 8.0 + 1.0));
 
-        // Two liked events see three pairs, one skipped event one; no mask, so two slots and sixteen values a token.
+        // Two liked events see three pairs, one skipped event one; no mask, so two slots and
+        // sixteen values a token.
         let PartWork { always, kept, again } = part(StepPart::Dual);
         let inside = (3.0 + 1.0) * 4.0;
         let products = 3.0 * (5.0 * 8.0 * 8.0 + 16.0 * 8.0);
@@ -405,7 +417,8 @@ mod tests {
                 again: Work { multiply_adds: 8.0, ..Work::default() },
             }; 6],
         );
-        // In f32 keeping takes 7 bytes and computing again 12 multiply-adds; in bf16 these take the time of 3.
+        // In f32 keeping takes 7 bytes and computing again 12 multiply-adds; in bf16 these take the
+        // time of 3.
         let [f32, bf16] =
             [Precision::F32, Precision::Bf16].map(|precision| work.floors(&limits, precision)[1]);
         assert_eq!((f32.work.bytes, f32.bound()), (7.0, "memory"));

@@ -1,4 +1,4 @@
-//! Timing training steps: with and without what histories and candidates share, and by part.
+//! Training steps: with and without sharing of histories and candidates, and by part.
 
 pub mod floor;
 pub mod sharing;

@@ -1,4 +1,5 @@
-//! Training steps with and without what `batch` and `history` share: instances a second on real histories.
+//! Training steps with and without the sharing that `batch` does: instances per second on real
+//! histories.
 
 use dfar::Result;
 use dfar::batch::without_sharing;
@@ -12,15 +13,17 @@ use serde::Serialize;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// What a way of training shares.
+/// How much a batch shares.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Sharing {
-    /// Prefixes share an encoder pass, groups share their history, equal candidates of a history their scores.
+    /// Prefixes share an encoder pass, groups share their history, equal candidates of a history
+    /// their scores.
     Everything,
     /// The candidates of a group share its history; every prefix is encoded anew.
     Candidates,
-    /// Every (prefix, candidate) is an instance with a history of its own, as in the published code.
+    /// Every (prefix, candidate) is an instance with a history of its own, as in the published
+    /// code.
     Nothing,
 }
 
@@ -55,22 +58,22 @@ fn one_group_each(history: &History) -> impl Iterator<Item = History> {
     })
 }
 
-/// How fast one way trains.
+/// The speed of one degree of sharing.
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
     /// What is shared.
     pub sharing: Sharing,
-    /// Batches of the epoch timed, spread evenly over it; the same for every way.
+    /// Timed batches, spread evenly over the epoch; the same for every degree of sharing.
     pub batches: usize,
     /// Instances in them.
     pub instances: usize,
     /// Tokens encoded.
     pub tokens: usize,
-    /// Drawing, packing, and the training steps.
+    /// Seconds of drawing, packing and training.
     pub seconds: f64,
     /// Instances a second.
     pub instances_per_second: f64,
-    /// Mean loss: the same for every way, up to rounding.
+    /// Mean loss: equal for every degree of sharing, up to rounding.
     pub loss: f64,
 }
 
@@ -81,7 +84,7 @@ impl Row {
     }
 }
 
-/// A model in training, one way, on the batches of an epoch.
+/// A model in training on the batches of an epoch, with one degree of sharing.
 pub struct Steps<'a, D: Device> {
     drawer: Drawer<'a>,
     plan: Plan,
@@ -91,7 +94,7 @@ pub struct Steps<'a, D: Device> {
     optimizer: Optimizer<D>,
 }
 
-/// What a step did.
+/// Sizes and loss of a step.
 #[derive(Clone, Copy, Debug)]
 pub struct Step {
     /// Instances in its batch.
@@ -106,7 +109,7 @@ impl<'a, D: Device> Steps<'a, D> {
     /// A fresh model on `device`.
     ///
     /// # Errors
-    /// A data set without training targets, and a model that cannot be made.
+    /// A data set without training targets, or a model that cannot be built.
     pub fn new(device: Arc<D>, data: &'a Dataset, config: &'a Config, sharing: Sharing) -> Result<Self> {
         let drawer = Drawer::new(data, config.draw());
         let plan = drawer.training_plan(0)?;
@@ -127,7 +130,7 @@ impl<'a, D: Device> Steps<'a, D> {
     /// A failing step.
     ///
     /// # Panics
-    /// When there is no such batch.
+    /// If the epoch has no such batch.
     pub fn run(&mut self, batch: usize) -> Result<Step> {
         let histories = self.sharing.apply(self.drawer.draw(&self.plan, 0, batch));
         let batch = match self.sharing {
@@ -140,7 +143,7 @@ impl<'a, D: Device> Steps<'a, D> {
     }
 }
 
-/// Trains on `batches` batches of an epoch on `device`, each way, from the same initial values.
+/// Trains on `batches` batches of an epoch with each degree of sharing, from the same parameters.
 ///
 /// # Errors
 /// As [`Steps::new`] and [`Steps::run`].
@@ -158,7 +161,7 @@ pub fn measure<D: Device>(
         for i in 0..picked {
             let start = Instant::now();
             let step = steps.run(i * total / picked)?;
-            // The first step also fills the memory pool; it is taken, not timed.
+            // The first step warms up (it fills the memory pool) and is not timed.
             if i > 0 || picked == 1 {
                 time += start.elapsed();
                 row.batches += 1;

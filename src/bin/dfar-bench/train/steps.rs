@@ -1,4 +1,4 @@
-//! Training steps by part: what each takes, and the least that it could.
+//! Training steps by part: the time of each part, and its lower bound.
 
 use super::floor::{Floor, StepWork};
 use crate::limits::gpu::Limits;
@@ -19,10 +19,10 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Items of the table that made-up batches draw from.
+/// Items of the embedding table of uniform batches.
 const ITEMS: usize = 10_000;
 
-/// Where the batches of the steps come from.
+/// The source of the batches.
 pub enum Batches<'a> {
     /// A data set's first epoch.
     Drawn {
@@ -33,7 +33,7 @@ pub enum Batches<'a> {
         /// Items of the data set.
         items: usize,
     },
-    /// Made up: histories of one length, each asked about once.
+    /// Random histories of one length, each with one group of candidates.
     Uniform {
         /// Events of each history.
         events: usize,
@@ -55,7 +55,8 @@ impl<'a> Batches<'a> {
         Ok(Self::Drawn { drawer, plan, items: data.items() })
     }
 
-    /// Batches of `batch_rows` instances, in histories of exactly `max_length` events with one group of candidates each.
+    /// Batches of `batch_rows` instances, in histories of exactly `max_length` events with one
+    /// group of candidates each.
     pub fn uniform(config: &Config) -> Self {
         let candidates = 1 + config.negatives;
         Self::Uniform {
@@ -85,7 +86,7 @@ impl<'a> Batches<'a> {
         }
     }
 
-    /// As many as were asked for, or as there are.
+    /// The smaller of `asked` and the number of batches.
     fn count(&self, asked: usize) -> usize {
         match self {
             Self::Drawn { plan, .. } => asked.min(plan.size.batches),
@@ -94,11 +95,11 @@ impl<'a> Batches<'a> {
     }
 }
 
-/// A batch of `groups` histories of `events` events each, with random items and labels, every one asked about once, after its
-/// last event, with `candidates` candidates: nothing but the candidates of a group share a history.
+/// A batch of `groups` histories of `events` events each, with random items and labels, and one
+/// group of `candidates` candidates after the last event of each.
 ///
 /// # Errors
-/// More than can be indexed.
+/// Sizes that exceed the index type.
 pub fn uniform(
     items: usize,
     events: usize,
@@ -120,27 +121,27 @@ pub fn uniform(
     Batch::pack(&histories)
 }
 
-/// A card to hold steps against: what it can do at most, and what products are computed with.
+/// The limits that lower bounds are computed from, and the precision of products.
 #[derive(Clone, Debug, Serialize)]
 pub struct Peak {
-    /// What it can do.
+    /// Peak rates.
     pub limits: Limits,
-    /// Of products.
+    /// Precision of products.
     pub precision: Precision,
 }
 
-/// A part of the steps that were taken.
+/// A part of the steps.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct PartRow {
     /// The part.
     pub part: StepPart,
-    /// Seconds of all steps, on the device; none in a prediction.
+    /// Seconds of all steps on the device; `None` in a prediction.
     pub seconds: Option<f64>,
-    /// The least that all steps need on a card.
+    /// Lower bound of all steps; `None` without limits.
     pub floor: Option<Floor>,
 }
 
-/// Where the time of steps went.
+/// The time of steps, by part.
 #[derive(Clone, Debug, Serialize)]
 pub struct Profile {
     /// Steps taken.
@@ -151,15 +152,15 @@ pub struct Profile {
     pub tokens: usize,
     /// (candidate, event) scores of target attention.
     pub scores: usize,
-    /// Seconds of all that; none in a prediction.
+    /// Wall-clock seconds; `None` in a prediction.
     pub seconds: Option<f64>,
-    /// Of these, seconds in which the next batch was waited for.
+    /// Of these, seconds of waiting for the next batch.
     pub input_wait: f64,
     /// Parts, in the order of a step.
     pub parts: Vec<PartRow>,
 }
 
-/// What a batch adds to a profile besides times.
+/// The counts that a batch adds to a profile.
 struct Counts {
     instances: usize,
     tokens: usize,
@@ -194,10 +195,11 @@ impl Profile {
     }
 }
 
-/// Trains a fresh model on `batches` batches on `device`, timing the parts of each step. With `peak`, floors stand beside them.
+/// Trains a fresh model on `batches` batches on `device` and times the parts of each step. With
+/// `peak`, adds lower bounds.
 ///
 /// # Errors
-/// A model that cannot be made, or a failing step.
+/// A model that cannot be built, or a failing step.
 pub fn measure<D: Device>(
     device: &Arc<D>,
     source: &Batches,
@@ -223,7 +225,7 @@ pub fn measure<D: Device>(
             let (counts, batch) = batch?;
             model.train_staged(batch, &loss, &adam, &mut optimizer, &mut timer)?;
             let seconds = timer.take()?;
-            // The first step also fills the memory pools; it is taken, not timed.
+            // The first step warms up (it fills the memory pools) and is not timed.
             if index == 0 && count > 1 {
                 (start, waited) = (Instant::now(), made.waited());
                 continue;
@@ -241,10 +243,10 @@ pub fn measure<D: Device>(
     Ok(profile)
 }
 
-/// The floors of steps on `batches` batches, without taking any.
+/// The lower bounds of steps on `batches` batches, without running any.
 ///
 /// # Errors
-/// A network that cannot be made, or a batch that cannot be packed.
+/// A network that cannot be built, or a batch that cannot be packed.
 pub fn predict(source: &Batches, config: &Config, batches: usize, peak: &Peak) -> Result<Profile> {
     let network = config.model(source.items());
     network.check()?;
@@ -256,7 +258,7 @@ pub fn predict(source: &Batches, config: &Config, batches: usize, peak: &Peak) -
     Ok(profile)
 }
 
-/// A table: per step, so that batches of different numbers compare.
+/// A table of averages per step.
 impl fmt::Display for Profile {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let steps = self.steps.max(1) as f64;

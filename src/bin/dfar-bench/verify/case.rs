@@ -1,4 +1,4 @@
-//! Reading a case: a file nobody has checked.
+//! Reading a case from an untrusted file.
 
 use dfar::attention::AttentionError;
 use safetensors::{Dtype, SafeTensors};
@@ -10,12 +10,12 @@ use thiserror::Error;
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum VerifyError {
-    /// The operating system refused.
+    /// I/O failed.
     #[error("cannot read {}: {source}", path.display())]
     Io {
         /// The file or folder.
         path: PathBuf,
-        /// Why.
+        /// The error of the operating system.
         source: std::io::Error,
     },
     /// A folder without a case file.
@@ -54,7 +54,7 @@ pub enum VerifyError {
         /// Its kind.
         kind: String,
     },
-    /// A tensor that should be there.
+    /// A missing tensor.
     #[error("{} has no tensor `{tensor}`", path.display())]
     Missing {
         /// The file.
@@ -86,7 +86,7 @@ pub enum VerifyError {
         /// Shape it has.
         found: Vec<usize>,
     },
-    /// A tensor whose values cannot be meant.
+    /// A tensor with invalid values.
     #[error("{}: tensor `{tensor}`: {reason}", path.display())]
     Invalid {
         /// The file.

@@ -1,16 +1,16 @@
-//! What computes a case: the CPU, or whatever runs the kernels, in any of their element types.
+//! Engines that compute a case: the CPU, or a CUDA runtime in any element type of its kernels.
 
 use super::Case;
 use super::{Fha, TensorError, VerifyError, compare, compare_gradients, half_precision, verify_dfar};
 use dfar::attention::{self, AttentionError, FhaOptions, Gradients, Inputs};
 use dfar::device::cpu::Cpu;
+use dfar::device::cuda::plan::tile::HEAD_DIMS;
 use dfar::device::cuda::runtime::Runtime;
-use dfar::device::cuda::tile::{Element, HEAD_DIMS};
-use dfar::device::cuda::{CudaError, Gpu, Precision};
+use dfar::device::cuda::{CudaError, Element, Gpu, Precision};
 use half::{bf16, f16};
 use std::sync::Arc;
 
-/// What the attention operation gave, widened to f32 where it was computed in 16 bits.
+/// Results of the attention operation; 16-bit results are widened to f32.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Results {
     /// `[N, Q, K, d]`
@@ -22,7 +22,7 @@ pub struct Results {
 }
 
 impl Results {
-    /// Zeros of the shapes that `options` and `tokens` name.
+    /// Zeros of the shapes that follow from `options` and `tokens`.
     fn zeros(options: &FhaOptions, tokens: usize) -> Self {
         let width = tokens * options.heads * options.head_dim;
         Self {
@@ -33,28 +33,28 @@ impl Results {
     }
 }
 
-/// Why an engine gave nothing.
+/// Why an engine computed nothing.
 pub enum Refusal {
-    /// It does not have the case's shape; not a failure.
+    /// The engine does not support the shape of the case; not a failure.
     Unsupported(String),
-    /// The operation refuses the case's arguments.
+    /// Invalid arguments.
     Attention(AttentionError),
     /// The device failed.
     Cuda(CudaError),
 }
 
-/// A machine that computes cases.
+/// Computes cases.
 pub trait Engine {
     /// Element type of its attention tensors.
     fn element(&self) -> Element;
 
-    /// Forward and backward pass on values that are exact in [`Engine::element`].
+    /// Forward and backward pass on values that [`Engine::element`] represents exactly.
     ///
     /// # Errors
     /// [`Refusal`].
     fn attention(&self, options: &FhaOptions, inputs: Inputs, d_o: &[f32]) -> Result<Results, Refusal>;
 
-    /// Compares a `dfar` case; `Err` inside is why nothing was compared.
+    /// Compares a `dfar` case. The inner `Err` says why nothing was compared.
     ///
     /// # Errors
     /// As [`super::verify`].
@@ -83,9 +83,9 @@ impl Engine for CpuEngine {
     }
 }
 
-/// The kernels, on a GPU or under the emulator.
+/// The CUDA kernels, on a GPU or in the emulator.
 pub struct GpuEngine<R: Runtime> {
-    /// What runs them.
+    /// The device.
     pub gpu: Arc<Gpu<R>>,
     /// Type of the attention tensors.
     pub element: Element,
@@ -141,7 +141,7 @@ impl<R: Runtime> Engine for GpuEngine<R> {
 }
 
 /// A type of attention tensors, and f32.
-trait Half: dfar::device::cuda::attention::Value {
+trait Half: dfar::device::cuda::kernel::Value {
     fn narrow(x: f32) -> Self;
     fn widen(self) -> f32;
 }
@@ -170,7 +170,7 @@ impl Half for f16 {
     }
 }
 
-/// Runs an engine on an `fha` case; `Err` inside is why nothing was compared.
+/// Runs an engine on an `fha` case. The inner `Err` says why nothing was compared.
 ///
 /// # Errors
 /// A case that is not complete, or not acceptable to the operation, and a device that fails.

@@ -1,15 +1,16 @@
-//! Judging 16-bit results: against the exact results on the same rounded inputs, and by the error that a computation
-//! without fusion makes on them (the rule of FlashAttention; Dao et al., 2022).
+//! Tolerances of 16-bit results: the reference is computed from the same rounded inputs, and the
+//! tolerance is twice the error of an unfused computation in that type (the rule of FlashAttention;
+//! Dao et al., 2022).
 
 use super::engine::Results;
 use super::{Fha, TensorError, largest, relative_error};
 use dfar::attention::{FhaOptions, Inputs, LabelMask, Normalization, Pairing, reference};
-use dfar::device::cuda::tile::Element;
+use dfar::device::cuda::Element;
 use half::{bf16, f16};
 
 /// A result passes with an error of at most this many times that of the unfused computation...
 const FACTOR: f64 = 2.0;
-/// ...and this much more, for results that the unfused computation happens to have exactly.
+/// ...plus this, for results that the unfused computation happens to get exactly right.
 const SLACK: f64 = 1e-6;
 
 /// `x` to the nearest number of a type.
@@ -25,7 +26,7 @@ fn round(element: Element, x: f32) -> f32 {
 pub(super) fn rounded(fha: &Fha, element: Element) -> Fha {
     let rounded = |x: &Vec<f32>| x.iter().map(|&x| round(element, x)).collect::<Vec<f32>>();
     let mut fha = Fha { qkv: fha.qkv.each_ref().map(rounded), d_o: rounded(&fha.d_o), ..fha.clone() };
-    // Refused arguments show when the engine is asked.
+    // Invalid arguments are reported by the engine.
     if let (Ok(exact), Ok(gradients)) = (
         reference::forward(&fha.options, fha.inputs()),
         reference::backward(&fha.options, fha.inputs(), &fha.d_o),
@@ -39,7 +40,8 @@ pub(super) fn rounded(fha: &Fha, element: Element) -> Fha {
 /// Compares with the exact results of a [`rounded`] case.
 pub(super) fn compare(fha: &Fha, element: Element, results: &Results) -> Vec<TensorError> {
     let unfused = unfused(&fha.options, fha.inputs(), &fha.d_o, element);
-    // Gradients that are 0 but for the rounding of terms that cancel are judged by the largest gradient.
+    // Gradients that are 0 but for the rounding of terms that cancel are judged by the largest
+    // gradient.
     let floor = fha.gradients.iter().map(|x| largest(x)).fold(0.0, f64::max) / 400.0;
     let judge = |tensor: &str, fused: &[f32], unfused: &[f32], exact: &[f64], floor: f64| {
         let scale = largest(exact).max(floor);
@@ -63,7 +65,8 @@ pub(super) fn compare(fha: &Fha, element: Element, results: &Results) -> Vec<Ten
     errors
 }
 
-/// The operation without fusion, each tensor that it would put in memory rounded to `element`.
+/// The operation without fusion: every tensor that it would write to memory is rounded to
+/// `element`.
 pub fn unfused(options: &FhaOptions, inputs: Inputs, d_o: &[f32], element: Element) -> Results {
     let (h, d, slots, key_slots) =
         (options.heads, options.head_dim, options.query_slots(), options.key_slots());

@@ -1,22 +1,24 @@
-//! Engines against reference cases: files of inputs and float64 results that an independent program computed.
+//! Comparison of engines with reference cases: files of inputs and of float64 results by an
+//! independent program.
 //!
 //! A case is a safetensors file whose metadata entry `case` is JSON with a `kind`:
 //!
-//! - `fha`: the attention operation. Options `heads`, `head_dim`, `label_mask`, `normalization`, `causal`, `scale`;
-//!   tensors `q`, `k`, `v`, `do` (f32), `cu_seqlens` (u32), `label` (u8) and the results `o`, `lse`, `dq`, `dk`,
-//!   `dv` (f64).
-//! - `dfar`: the network and its training step. The network's shape and the weights of the loss; tensors `param.*`
-//!   (f32), the batch (`cu_seqlens`, `history_item`, `history_label`, `candidate`, `target`) and the results
-//!   `logits`, `loss`, `loss.*`, `grad.*`, `step_losses`, `after.*` (f64), the last after `steps` Adam steps.
+//! - `fha`: the attention operation. Options `heads`, `head_dim`, `label_mask`, `normalization`,
+//!   `causal`, `scale`; tensors `q`, `k`, `v`, `do` (f32), `cu_seqlens` (u32), `label` (u8) and the
+//!   results `o`, `lse`, `dq`, `dk`, `dv` (f64).
+//! - `dfar`: the network and its training step. The network's shape and the weights of the loss;
+//!   tensors `param.*` (f32), the batch (`cu_seqlens`, `history_item`, `history_label`,
+//!   `candidate`, `target`) and the results `logits`, `loss`, `loss.*`, `grad.*`, `step_losses`,
+//!   `after.*` (f64), the last after `steps` Adam steps.
 //!
-//! The error of a tensor is `max |x - reference| / scale`, where `scale` is the largest `|reference|`, with one
-//! exception. A gradient can be mathematically 0, or nearly (the softmax of a single score has none), and then
-//! what is computed is the rounding of terms that cancel. So for gradients an absolute error of one f32 rounding
-//! (2^-23) of the largest reference gradient in the case is within tolerance whatever the tensor's own scale:
-//! `scale = max(max |reference|, 2^-23 * largest / tolerance)`. Any gradient above 1/400 of the largest is judged
-//! by its own scale alone.
+//! The error of a tensor is `max |x - reference| / scale`, where `scale` is the largest
+//! `|reference|`, with one exception. A gradient can be 0 or nearly so (the softmax of a single
+//! score has none), and the computed value is then the rounding error of terms that cancel. For
+//! gradients, an absolute error of one f32 rounding (2^-23) of the largest reference gradient in
+//! the case is therefore always within tolerance: `scale = max(max |reference|, 2^-23 * largest /
+//! tolerance)`. Any gradient above 1/400 of the largest is judged by its own scale alone.
 //!
-//! Results in bf16 and f16 are judged as `half_precision` says: by the error of the unfused computation in that type.
+//! `half_precision` has the tolerances of bf16 and f16.
 
 mod case;
 pub mod engine;
@@ -35,12 +37,13 @@ pub const FORWARD_TOLERANCE: f64 = 1e-5;
 /// Largest error of a gradient in f32.
 pub const GRADIENT_TOLERANCE: f64 = 5e-5;
 
-/// How far one tensor is from its reference.
+/// The error of one tensor.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct TensorError {
     /// Its name in the case.
     pub tensor: String,
-    /// `max |x - reference| / scale`; infinite where one of the two is not finite and the other differs.
+    /// `max |x - reference| / scale`; infinite where one of the two is not finite and the other
+    /// differs.
     pub error: f64,
     /// Largest error that passes.
     pub tolerance: f64,
@@ -53,7 +56,7 @@ impl TensorError {
     }
 }
 
-/// What became of one case.
+/// The result of a case.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
@@ -63,17 +66,17 @@ pub enum Outcome {
     Skipped(String),
 }
 
-/// One case and what became of it.
+/// A case and its result.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
     /// Name of the case: that of its file, without extension.
     pub case: String,
-    /// What became of it.
+    /// Its result.
     pub outcome: Outcome,
 }
 
 impl Report {
-    /// Whether nothing was out of tolerance. True of a skipped case, which did not fail, either.
+    /// Whether every tensor is within its tolerance. A skipped case passes too.
     pub fn passes(&self) -> bool {
         match &self.outcome {
             Outcome::Checked(errors) => errors.iter().all(TensorError::passes),
@@ -105,7 +108,7 @@ pub fn cases(folder: &Path) -> Result<Vec<PathBuf>, VerifyError> {
 /// Reads a case and compares what `engine` computes with it.
 ///
 /// # Errors
-/// [`VerifyError`]: a file that cannot be read, or is not a case, and a device that fails.
+/// A file that cannot be read or is not a case, and a device that fails.
 pub fn verify<E: Engine>(path: &Path, engine: &E) -> Result<Report, VerifyError> {
     let case = Case::read(path)?;
     let compared = match case.kind.as_str() {
@@ -214,8 +217,8 @@ fn largest(reference: &[f64]) -> f64 {
     reference.iter().filter(|x| x.is_finite()).fold(0.0, |max, x| max.max(x.abs()))
 }
 
-/// `max |x - reference| / scale`. Equal values have no difference, whatever they are; a difference that is not
-/// finite, or any difference where `scale` is 0, is an infinite error.
+/// `max |x - reference| / scale`. Equal values have no difference, whatever they are; a difference
+/// that is not finite, or any difference where `scale` is 0, is an infinite error.
 ///
 /// # Panics
 /// For slices of different lengths.

@@ -1,4 +1,5 @@
-//! Cases of kind `dfar`: the network's loss, logits and gradients on one batch, and Adam steps on it.
+//! Cases of kind `dfar`: the network's loss, logits and gradients on one batch, and Adam steps on
+//! it.
 
 use super::{
     Case, FORWARD_TOLERANCE, GRADIENT_TOLERANCE, TensorError, VerifyError, compare, compare_gradients,
@@ -98,15 +99,17 @@ pub fn verify_dfar<D: Device>(case: &Case, device: Arc<D>) -> Result<Vec<TensorE
     Ok(errors)
 }
 
-/// What gradients that differ by `delta` can do to one step of Adam at most, in learning rates: Adam divides a gradient by the
-/// size of this and earlier ones, so where they are small beside `delta` the two steps may point apart.
+/// What gradients that differ by `delta` can do to one step of Adam at most, in learning rates:
+/// Adam divides a gradient by the size of this and earlier ones, so where they are small beside
+/// `delta` the two steps may point apart.
 pub fn adam_amplifies(delta: f64, size: f64) -> f64 {
     (delta / (size.abs() + 1e-8)).min(2.0)
 }
 
-/// Compares parameters after Adam. An error that is tolerable in a gradient moves a parameter by up to the learning rate, so
-/// element `i` may be off by `of_adam(i)` and, besides, by [`FORWARD_TOLERANCE`] of the largest parameter. The error returned is
-/// the largest excess of an element over the first part, relative to the largest parameter.
+/// Compares parameters after Adam. An error that is tolerable in a gradient moves a parameter by up
+/// to the learning rate, so element `i` may be off by `of_adam(i)` and, besides, by
+/// [`FORWARD_TOLERANCE`] of the largest parameter. The error returned is the largest excess of an
+/// element over the first part, relative to the largest parameter.
 ///
 /// # Panics
 /// For a tensor and a reference of different lengths.

@@ -108,32 +108,26 @@ impl Sums<'_> {
     }
 }
 
-/// [`Device::target_attention_backward`](crate::device::Device::target_attention_backward) on slices.
+/// [`TargetAttention::target_attention_backward`] on slices.
 ///
 /// # Panics
-/// Where the lengths of the buffers do not fit each other.
+/// If the lengths of the buffers contradict each other.
 pub fn backward(
-    width: usize,
-    hidden: [usize; 2],
-    index: TargetIndex<[u32]>,
-    s: &[f32],
-    a: &[f32],
-    r: &[f32],
+    shape: TargetShape,
+    index: TargetIndex<&[u32]>,
+    inputs: TargetInputs<&[f32]>,
     weights: TargetWeights<&[f32]>,
-    e: &[f32],
-    lse: &[f32],
-    att: &[f32],
+    state: TargetState<&[f32]>,
     datt: &[f32],
-    ds: &mut [f32],
-    da: &mut [f32],
-    dr: &mut [f32],
-    gradients: TargetWeights<&mut [f32]>,
+    gradients: TargetGradients<&mut [f32]>,
 ) {
-    let shape = Shape::new(width, hidden);
+    let (shape, width) = (Shape::new(shape), shape.width);
+    let TargetGradients { ds, da, dr, weights: gradients } = gradients;
     shape.check(&weights);
     shape.check(&gradients);
-    check_index(&index, shape, s, a, r, e);
-    let rows = index.row_length.len();
+    check_index(&index, shape, &inputs, state.e);
+    let (rows, TargetInputs { s, a, r }) = (index.row_length.len(), inputs);
+    let TargetState { lse, att, .. } = state;
     let found = [lse.len(), att.len(), datt.len(), ds.len(), da.len(), dr.len()];
     let expected = [rows, rows * width, rows * width, s.len(), a.len(), r.len()];
     assert_eq!(found, expected, "lengths of lse, att, datt, ds, da, dr");
@@ -167,7 +161,7 @@ pub fn backward(
                 transposed: &transposed,
                 sums: Sums::new(shape, sums),
             };
-            task.run([s, a, r], [e, lse, att, datt], ds, da, dr);
+            task.run(inputs, state, datt, [ds, da, dr]);
         });
         let (total, others) = sums.split_at_mut(each);
         if count == 0 {
@@ -186,7 +180,7 @@ pub fn backward(
 /// One chunk's part of the backward.
 struct Task<'a> {
     shape: Shape,
-    index: &'a TargetIndex<'a, [u32]>,
+    index: &'a TargetIndex<&'a [u32]>,
     chunk: &'a Chunk,
     packed: &'a Packed<'a>,
     transposed: &'a Transposed<'a>,
@@ -196,11 +190,10 @@ struct Task<'a> {
 impl Task<'_> {
     fn run(
         &mut self,
-        [s, a, r]: [&[f32]; 3],
-        scored: [&[f32]; 4],
-        ds: &mut [f32],
-        da: &mut [f32],
-        dr: &mut [f32],
+        TargetInputs { s, a, r }: TargetInputs<&[f32]>,
+        state: TargetState<&[f32]>,
+        datt: &[f32],
+        [ds, da, dr]: [&mut [f32]; 3],
     ) {
         let (shape, chunk) = (self.shape, self.chunk);
         let (width, width_wide, [h0_wide, h1_wide]) = (shape.width, shape.width_wide, shape.hidden_wide);
@@ -233,7 +226,7 @@ impl Task<'_> {
             let [a, r] = [(a, a_wide), (r, r_wide)].map(|(x, wide)| padded_rows(x, width, wide));
 
             d_wide.fill(0.0);
-            self.softmax(&pairs, scored, (s, d_wide), de);
+            self.softmax(&pairs, state, datt, (s, d_wide), de);
             unpad(d_wide, width_wide, ds, width, add_assign);
 
             for sums in [&mut *d_wide, dr_wide, dz_sum, dc] {
@@ -283,7 +276,8 @@ impl Task<'_> {
     fn softmax(
         &self,
         pairs: &[Pair],
-        [e, lse, att, datt]: [&[f32]; 4],
+        TargetState { e, lse, att }: TargetState<&[f32]>,
+        datt: &[f32],
         (s, ds): (&[f32], &mut [f32]),
         de: &mut [f32],
     ) {

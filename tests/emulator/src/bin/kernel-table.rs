@@ -8,13 +8,14 @@
 //! Fails on spills, local memory, a 16-bit kernel without tensor-core instructions, or a difference from FILE.
 
 use dfar::attention::{FhaOptions, LabelMask};
-use dfar::device::cuda::CudaError;
-use dfar::device::cuda::compile::{Arch, Define, Module, check_syntax, compile};
-use dfar::device::cuda::gpu::step_kernels;
-use dfar::device::cuda::nvrtc::Nvrtc;
-use dfar::device::cuda::plan::{Pass, module};
-use dfar::device::cuda::runtime::Kernel;
-use dfar::device::cuda::tile::{Block, Element, HEAD_DIMS, Room, Sharing, Tile, tile};
+use dfar::device::cuda::device::step_kernels;
+use dfar::device::cuda::driver::compile::{check_syntax, compile};
+use dfar::device::cuda::driver::nvrtc::Nvrtc;
+use dfar::device::cuda::kernel::{Arch, Block, Define, Kernel, Module};
+use dfar::device::cuda::ops::attention::module;
+use dfar::device::cuda::plan::attention::Pass;
+use dfar::device::cuda::plan::tile::{HEAD_DIMS, Room, Sharing, Tile, tile};
+use dfar::device::cuda::{CudaError, Element};
 use std::collections::HashSet;
 use std::fmt::Write as _;
 use std::num::NonZero;

@@ -1,0 +1,71 @@
+//! What each fuzz target does with its bytes. `cargo fuzz` and `tests/fuzz.rs` call the same
+//! functions.
+
+use dfar::data::format::{ENTRY_LENGTH, HEADER_LENGTH, Section};
+use dfar::data::import::{ImportOptions, LogFormat, import as import_log};
+use dfar::data::statistics::statistics;
+use dfar::data::{DataError, Dataset, Part};
+
+#[path = "../tests/data_support/checksums.rs"]
+#[allow(dead_code)]
+mod checksums;
+
+/// A data set file of any bytes opens, and then everything in it can be read, or is refused.
+/// Checksums are made right first, so that mutations reach the checks behind them.
+pub fn dataset(bytes: &[u8]) {
+    let mut bytes = bytes.to_vec();
+    if bytes.len() >= HEADER_LENGTH + ENTRY_LENGTH * Section::ALL.len() {
+        checksums::sign(&mut bytes);
+    }
+    let Ok(data) = Dataset::from_bytes(&bytes, "fuzz") else { return };
+    statistics(&data);
+    for user in 0..data.users() as u32 {
+        assert_eq!(data.find_user(data.user_name(user)), Some(user));
+    }
+    for item in 0..data.items() as u32 {
+        assert_eq!(data.find_item(data.item_name(item)), Some(item));
+    }
+    for part in [Part::Valid, Part::Test] {
+        assert!(
+            data.groups(part)
+                .iter()
+                .all(|group| group.negatives.len() == data.groups(part).negatives_per_group)
+        );
+    }
+}
+
+/// A log of any bytes imports into a file that opens, or is refused. The first byte chooses the
+/// format.
+pub fn import(bytes: &[u8]) {
+    use LogFormat::*;
+    let Some((&choice, log)) = bytes.split_first() else { return };
+    let format = [MovieLens, Amazon, KuaiRand, KuaiRec, Inter, Csv][usize::from(choice) % 6];
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("log");
+    std::fs::write(&path, log).unwrap();
+    let mut options = ImportOptions::new(format, vec![path], folder.path().join("out.dfar"));
+    options.k_core = None;
+    options.candidates.negatives = 1;
+    options.skip_bad_rows = 10;
+    if format == Csv {
+        for (column, number) in [
+            (&mut options.columns.user, "0"),
+            (&mut options.columns.item, "1"),
+            (&mut options.columns.time, "2"),
+            (&mut options.columns.label, "3"),
+        ] {
+            *column = Some(number.to_owned());
+        }
+    }
+    match import_log(&options, &()) {
+        Ok(made) => {
+            let data = Dataset::open(&options.output).expect("what import writes opens");
+            assert_eq!(
+                (data.users(), data.items(), data.events() as u64),
+                (made.users, made.items, made.events)
+            );
+        }
+        Err(error @ DataError::Write { .. }) => panic!("{error}"),
+        Err(_) => {}
+    }
+}

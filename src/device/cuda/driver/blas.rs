@@ -1,0 +1,379 @@
+//! cuBLASLt, loaded when first needed: one matrix product with its bias and activation.
+//!
+//! Not through cudarc, for the reason that [`nvrtc`](super::nvrtc) gives. cuBLASLt is column-major: what it is given is the
+//! transposed product, `c^T = b^T a^T`, which needs no copies. Algorithms are chosen by its heuristics once per rounded
+//! shape, so that batches of nearly equal size neither ask again nor (which would change the bits) get another answer.
+
+use crate::device::cuda::error::CudaError;
+use crate::device::cuda::kernel::Pointer;
+use crate::device::cuda::runtime::{Gemm, Precision};
+use crate::device::{Activation, Store};
+use libloading::Library;
+use std::collections::HashMap;
+use std::ffi::{c_int, c_void};
+
+/// Names of the library, latest first.
+const NAMES: &[&str] = if cfg!(windows) {
+    &["cublasLt64_13.dll", "cublasLt64_12.dll"]
+} else {
+    &["libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"]
+};
+
+/// `cublasStatus_t`
+type Status = c_int;
+/// A handle, or a descriptor.
+type Opaque = *mut c_void;
+/// `cudaStream_t`
+type Stream = *mut c_void;
+
+/// `cublasLtMatmulAlgo_t`
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Algorithm([u64; 8]);
+
+/// `cublasLtMatmulHeuristicResult_t`
+#[repr(C)]
+struct Heuristic {
+    algorithm: Algorithm,
+    workspace: usize,
+    state: Status,
+    waves: f32,
+    reserved: [c_int; 4],
+}
+
+// Values of cublasLt.h and library_types.h, unchanged since CUDA 11.
+const R_32F: c_int = 0;
+const COMPUTE_32F: c_int = 68;
+const COMPUTE_32F_FAST_16BF: c_int = 75;
+const DESC_TRANSA: c_int = 3;
+const DESC_TRANSB: c_int = 4;
+const DESC_EPILOGUE: c_int = 7;
+const DESC_BIAS_POINTER: c_int = 8;
+const EPILOGUE_DEFAULT: u32 = 1;
+const EPILOGUE_RELU: u32 = 2;
+const EPILOGUE_BIAS: u32 = 4;
+const LAYOUT_BATCH_COUNT: c_int = 5;
+const LAYOUT_BATCH_STRIDE: c_int = 6;
+const PREF_MAX_WORKSPACE: c_int = 1;
+const PREF_MIN_ALIGNMENT: [c_int; 4] = [5, 6, 7, 8];
+const NOT_SUPPORTED: Status = 15;
+
+type Set = unsafe extern "C" fn(Opaque, c_int, *const c_void, usize) -> Status;
+type Destroy = unsafe extern "C" fn(Opaque) -> Status;
+
+struct Functions {
+    create: unsafe extern "C" fn(*mut Opaque) -> Status,
+    destroy: Destroy,
+    desc_create: unsafe extern "C" fn(*mut Opaque, c_int, c_int) -> Status,
+    desc_set: Set,
+    desc_destroy: Destroy,
+    layout_create: unsafe extern "C" fn(*mut Opaque, c_int, u64, u64, i64) -> Status,
+    layout_set: Set,
+    layout_destroy: Destroy,
+    pref_create: unsafe extern "C" fn(*mut Opaque) -> Status,
+    pref_set: Set,
+    pref_destroy: Destroy,
+    heuristic: unsafe extern "C" fn(
+        Opaque,
+        Opaque,
+        Opaque,
+        Opaque,
+        Opaque,
+        Opaque,
+        Opaque,
+        c_int,
+        *mut Heuristic,
+        *mut c_int,
+    ) -> Status,
+    matmul: unsafe extern "C" fn(
+        Opaque,
+        Opaque,
+        *const c_void,
+        *const c_void,
+        Opaque,
+        *const c_void,
+        Opaque,
+        *const c_void,
+        *const c_void,
+        Opaque,
+        *mut c_void,
+        Opaque,
+        *const Algorithm,
+        *mut c_void,
+        usize,
+        Stream,
+    ) -> Status,
+    // Last: the functions above are part of it.
+    _library: Library,
+}
+
+impl Functions {
+    fn load(name: &str) -> Result<Functions, libloading::Error> {
+        // SAFETY: the library's initialisers set up the library itself; the types given to the symbols are those of cublasLt.h,
+        // unchanged since CUDA 11; the library lives in the same struct.
+        unsafe {
+            let library = Library::new(name)?;
+            Ok(Functions {
+                create: *library.get(b"cublasLtCreate\0")?,
+                destroy: *library.get(b"cublasLtDestroy\0")?,
+                desc_create: *library.get(b"cublasLtMatmulDescCreate\0")?,
+                desc_set: *library.get(b"cublasLtMatmulDescSetAttribute\0")?,
+                desc_destroy: *library.get(b"cublasLtMatmulDescDestroy\0")?,
+                layout_create: *library.get(b"cublasLtMatrixLayoutCreate\0")?,
+                layout_set: *library.get(b"cublasLtMatrixLayoutSetAttribute\0")?,
+                layout_destroy: *library.get(b"cublasLtMatrixLayoutDestroy\0")?,
+                pref_create: *library.get(b"cublasLtMatmulPreferenceCreate\0")?,
+                pref_set: *library.get(b"cublasLtMatmulPreferenceSetAttribute\0")?,
+                pref_destroy: *library.get(b"cublasLtMatmulPreferenceDestroy\0")?,
+                heuristic: *library.get(b"cublasLtMatmulAlgoGetHeuristic\0")?,
+                matmul: *library.get(b"cublasLtMatmul\0")?,
+                _library: library,
+            })
+        }
+    }
+}
+
+/// A handle with its workspace.
+pub struct Blas {
+    functions: Functions,
+    handle: Opaque,
+    workspace: Pointer,
+    algorithms: HashMap<Key, Algorithm>,
+}
+
+// SAFETY: a cuBLASLt handle may be used from any thread, by one at a time, which `&mut` sees to.
+unsafe impl Send for Blas {}
+
+/// What an algorithm is chosen by: rounded shape, number of products, transposes, compute type, epilogue, whether it adds,
+/// and the common alignment.
+type Key = ([u64; 3], usize, [bool; 2], c_int, u32, bool, u32);
+
+/// A descriptor, destroyed when dropped.
+struct Descriptor(Opaque, Destroy);
+
+impl Drop for Descriptor {
+    fn drop(&mut self) {
+        // SAFETY: created by the function that belongs to this one, and destroyed once.
+        unsafe { (self.1)(self.0) };
+    }
+}
+
+/// What a call of cuBLASLt is given, in its own terms: `m` by `n`, column-major, leading dimensions those of packed matrices.
+struct Call {
+    desc: Descriptor,
+    a: Descriptor,
+    b: Descriptor,
+    c: Descriptor,
+}
+
+impl Blas {
+    /// Bytes of workspace, as NVIDIA recommends for Hopper.
+    pub const WORKSPACE: usize = 32 << 20;
+
+    /// Opens the library; `workspace` is [`Blas::WORKSPACE`] bytes of device memory, the handle's alone.
+    ///
+    /// # Errors
+    /// [`CudaError::NoBlas`], or what the library reports.
+    pub fn new(workspace: Pointer) -> Result<Blas, CudaError> {
+        let functions = NAMES.iter().find_map(|name| Functions::load(name).ok());
+        let functions = functions.ok_or(CudaError::NoBlas { tried: NAMES })?;
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: writes a handle.
+        check(unsafe { (functions.create)(&mut handle) }, || "opening the library".to_owned())?;
+        Ok(Blas { functions, handle, workspace, algorithms: HashMap::new() })
+    }
+
+    /// The memory it was given.
+    pub fn workspace(&self) -> Pointer {
+        self.workspace
+    }
+
+    /// Puts `count` products of one shape on a stream.
+    ///
+    /// # Errors
+    /// What the library reports.
+    ///
+    /// # Safety
+    /// As [`Runtime::gemm_batch`](crate::device::cuda::runtime::Runtime::gemm_batch); the stream is the one stream that uses the workspace.
+    pub unsafe fn gemm<T>(&mut self, gemm: &Gemm, count: usize, stream: *mut T) -> Result<(), CudaError> {
+        let exact = gemm.shape.map(|n| n as u64);
+        let compute = match gemm.precision {
+            Precision::F32 => COMPUTE_32F,
+            Precision::Bf16 => COMPUTE_32F_FAST_16BF,
+        };
+        // SAFETY: the caller's promises.
+        unsafe {
+            let status = self.run(gemm, count, exact.map(rounded), compute, stream.cast());
+            if status == Err(NOT_SUPPORTED) {
+                // What the heuristics chose for the rounded shape may not serve this one.
+                let status = self.run(gemm, count, exact, compute, stream.cast());
+                return check(status.err().unwrap_or(0), || format!("{gemm:?}"));
+            }
+            check(status.err().unwrap_or(0), || format!("{gemm:?}"))
+        }
+    }
+
+    /// Runs it with the algorithm chosen for `shape`.
+    ///
+    /// # Safety
+    /// As [`Blas::gemm`].
+    unsafe fn run(
+        &mut self,
+        gemm: &Gemm,
+        count: usize,
+        shape: [u64; 3],
+        compute: c_int,
+        stream: Stream,
+    ) -> Result<(), Status> {
+        let epilogue = match (gemm.bias != 0, gemm.activation) {
+            (false, Activation::None) => EPILOGUE_DEFAULT,
+            (false, Activation::Relu) => EPILOGUE_RELU,
+            (true, Activation::None) => EPILOGUE_BIAS,
+            (true, Activation::Relu) => EPILOGUE_BIAS | EPILOGUE_RELU,
+        };
+        let bits = gemm.a | gemm.b | gemm.c;
+        let alignment = 1u32 << bits.trailing_zeros().min(8);
+        let adds = gemm.store == Store::Add;
+        let key = (shape, count, [gemm.a_transposed, gemm.b_transposed], compute, epilogue, adds, alignment);
+        let algorithm = match self.algorithms.get(&key) {
+            Some(&algorithm) => algorithm,
+            None => {
+                let call = self.describe(gemm, count, shape, compute, epilogue)?;
+                let algorithm = self.choose(&call, alignment)?;
+                self.algorithms.insert(key, algorithm);
+                algorithm
+            }
+        };
+        let call = self.describe(gemm, count, gemm.shape.map(|n| n as u64), compute, epilogue)?;
+        let (alpha, beta) = (1.0f32, if adds { 1.0f32 } else { 0.0 });
+        let c = gemm.c as *mut c_void;
+        // SAFETY: the caller's promises about the matrices; descriptors say the same shapes; alpha and beta are read
+        // before the call returns.
+        status(unsafe {
+            (self.functions.matmul)(
+                self.handle,
+                call.desc.0,
+                (&raw const alpha).cast(),
+                gemm.b as *const c_void,
+                call.a.0,
+                gemm.a as *const c_void,
+                call.b.0,
+                (&raw const beta).cast(),
+                c,
+                call.c.0,
+                c,
+                call.c.0,
+                &algorithm,
+                self.workspace as *mut c_void,
+                Self::WORKSPACE,
+                stream,
+            )
+        })
+    }
+
+    /// The descriptors of a product of this shape. cuBLASLt's A is our `b`, and its B our `a`.
+    fn describe(
+        &self,
+        gemm: &Gemm,
+        count: usize,
+        [m, n, k]: [u64; 3],
+        compute: c_int,
+        epilogue: u32,
+    ) -> Result<Call, Status> {
+        let functions = &self.functions;
+        let layout = |transposed: bool, rows: u64, columns: u64| -> Result<Descriptor, Status> {
+            let (rows, columns) = if transposed { (columns, rows) } else { (rows, columns) };
+            let mut layout = std::ptr::null_mut();
+            // SAFETY: writes a descriptor.
+            status(unsafe { (functions.layout_create)(&mut layout, R_32F, rows, columns, rows as i64) })?;
+            let layout = Descriptor(layout, functions.layout_destroy);
+            if count != 1 {
+                set(functions.layout_set, &layout, LAYOUT_BATCH_COUNT, &(count as i32))?;
+                set(functions.layout_set, &layout, LAYOUT_BATCH_STRIDE, &((rows * columns) as i64))?;
+            }
+            Ok(layout)
+        };
+        let mut desc = std::ptr::null_mut();
+        // SAFETY: writes a descriptor.
+        status(unsafe { (functions.desc_create)(&mut desc, compute, R_32F) })?;
+        let desc = Descriptor(desc, functions.desc_destroy);
+        let (a, b) = (i32::from(gemm.b_transposed), i32::from(gemm.a_transposed));
+        set(functions.desc_set, &desc, DESC_TRANSA, &a)?;
+        set(functions.desc_set, &desc, DESC_TRANSB, &b)?;
+        set(functions.desc_set, &desc, DESC_EPILOGUE, &epilogue)?;
+        if gemm.bias != 0 {
+            set(functions.desc_set, &desc, DESC_BIAS_POINTER, &gemm.bias)?;
+        }
+        Ok(Call {
+            desc,
+            a: layout(gemm.b_transposed, n, k)?,
+            b: layout(gemm.a_transposed, k, m)?,
+            c: layout(false, n, m)?,
+        })
+    }
+
+    fn choose(&self, call: &Call, alignment: u32) -> Result<Algorithm, Status> {
+        let functions = &self.functions;
+        let mut preference = std::ptr::null_mut();
+        // SAFETY: writes a descriptor.
+        status(unsafe { (functions.pref_create)(&mut preference) })?;
+        let preference = Descriptor(preference, functions.pref_destroy);
+        set(functions.pref_set, &preference, PREF_MAX_WORKSPACE, &Self::WORKSPACE)?;
+        for attribute in PREF_MIN_ALIGNMENT {
+            set(functions.pref_set, &preference, attribute, &alignment)?;
+        }
+        let mut found = Heuristic {
+            algorithm: Algorithm([0; 8]),
+            workspace: 0,
+            state: NOT_SUPPORTED,
+            waves: 0.0,
+            reserved: [0; 4],
+        };
+        let mut count = 0;
+        // SAFETY: all descriptors are alive; there is room for the one result asked for.
+        status(unsafe {
+            (functions.heuristic)(
+                self.handle,
+                call.desc.0,
+                call.a.0,
+                call.b.0,
+                call.c.0,
+                call.c.0,
+                preference.0,
+                1,
+                &mut found,
+                &mut count,
+            )
+        })?;
+        if count == 0 {
+            return Err(NOT_SUPPORTED);
+        }
+        status(found.state)?;
+        Ok(found.algorithm)
+    }
+}
+
+impl Drop for Blas {
+    fn drop(&mut self) {
+        // SAFETY: created once, and destroyed once.
+        unsafe { (self.functions.destroy)(self.handle) };
+    }
+}
+
+/// Rounds what may be a number of tokens up to an eighth of a power of two.
+fn rounded(n: u64) -> u64 {
+    if n <= 256 { n } else { n.next_multiple_of(n.next_power_of_two() / 8) }
+}
+
+fn set<T>(set: Set, descriptor: &Descriptor, attribute: c_int, value: &T) -> Result<(), Status> {
+    // SAFETY: the descriptor is alive; the value is read before the call returns, with the size given.
+    status(unsafe { set(descriptor.0, attribute, std::ptr::from_ref(value).cast(), size_of::<T>()) })
+}
+
+fn status(status: Status) -> Result<(), Status> {
+    if status == 0 { Ok(()) } else { Err(status) }
+}
+
+fn check(status: Status, action: impl FnOnce() -> String) -> Result<(), CudaError> {
+    if status == 0 { Ok(()) } else { Err(CudaError::Blas { action: action(), status }) }
+}

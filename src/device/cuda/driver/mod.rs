@@ -1,0 +1,11 @@
+//! A GPU as a [`Runtime`](super::runtime::Runtime): every foreign function of the driver, NVRTC and cuBLASLt is called
+//! in this room and in no other.
+
+pub mod blas;
+pub mod compile;
+pub mod context;
+pub mod graph;
+pub mod landing;
+mod launch;
+pub mod nvrtc;
+mod once;

@@ -1,0 +1,87 @@
+//! What is made when it is first asked for, once a key.
+
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Values by key. Who asks for one that is being made waits for it; who asks for another does not.
+pub(crate) struct Once<K, V> {
+    places: Mutex<HashMap<K, Arc<Mutex<Option<V>>>>>,
+}
+
+impl<K: Eq + Hash, V: Clone> Once<K, V> {
+    /// The value of `key`. What could not be made is tried again by whoever asks next.
+    ///
+    /// # Errors
+    /// Those of `make`.
+    pub fn get<E>(&self, key: K, make: impl FnOnce() -> Result<V, E>) -> Result<V, E> {
+        let place = lock(&self.places).entry(key).or_default().clone();
+        let mut value = lock(&place);
+        match &*value {
+            Some(value) => Ok(value.clone()),
+            None => Ok(value.insert(make()?).clone()),
+        }
+    }
+}
+
+impl<K, V> Default for Once<K, V> {
+    fn default() -> Self {
+        Self { places: Mutex::default() }
+    }
+}
+
+/// A panic in `make` leaves its place empty.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    const SOON: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn another_key_does_not_wait() {
+        let once = Once::<u32, u32>::default();
+        let (begun, at_work) = mpsc::channel();
+        let (other_is_there, let_go) = mpsc::channel();
+        std::thread::scope(|scope| {
+            let first = scope.spawn(|| {
+                once.get(1, move || {
+                    begun.send(()).expect("it is waited for");
+                    let_go.recv_timeout(SOON).map(|()| 10)
+                })
+            });
+            at_work.recv_timeout(SOON).expect("the first begins");
+            assert_eq!(once.get(2, || Ok::<_, ()>(20)), Ok(20));
+            other_is_there.send(()).expect("the first waits");
+            assert_eq!(first.join().expect("no panic"), Ok(10));
+        });
+    }
+
+    #[test]
+    fn one_key_is_made_once() {
+        let (once, made) = (Once::<u32, usize>::default(), AtomicUsize::new(0));
+        let make = || {
+            std::thread::sleep(Duration::from_millis(20)); // the others come meanwhile
+            Ok::<_, ()>(made.fetch_add(1, Ordering::Relaxed))
+        };
+        std::thread::scope(|scope| {
+            let all: Vec<_> = (0..8).map(|_| scope.spawn(|| once.get(7, make))).collect();
+            all.into_iter().for_each(|thread| assert_eq!(thread.join().expect("no panic"), Ok(0)));
+        });
+        assert_eq!(made.into_inner(), 1);
+    }
+
+    #[test]
+    fn what_failed_is_tried_again() {
+        let once = Once::<u32, u32>::default();
+        assert_eq!(once.get(1, || Err("no compiler")), Err("no compiler"));
+        assert_eq!(once.get(1, || Ok::<_, &str>(10)), Ok(10));
+        assert_eq!(once.get(1, || Err("nobody asks")), Ok(10));
+    }
+}

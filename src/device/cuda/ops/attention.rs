@@ -1,0 +1,433 @@
+//! FHA on the device: [`Gpu::attention_forward`] and [`Gpu::attention_backward`] on its arrays, and [`Gpu::forward`] and
+//! [`Gpu::backward`], the same operation as [`crate::attention`] has, on slices.
+
+use super::convert;
+use crate::attention::{FhaOptions, Inputs, length};
+use crate::device::cuda::array::{Array, Staging};
+use crate::device::cuda::error::CudaError;
+use crate::device::cuda::gpu::Gpu;
+use crate::device::cuda::kernel::{Define, Element, Kernel, Module, Value};
+use crate::device::cuda::plan::attention::{Pass, Plan};
+use crate::device::cuda::plan::params::{AttentionParams, Item};
+use crate::device::cuda::plan::tile::{HEAD_DIMS, Room};
+use crate::device::cuda::runtime::{Precision, Runtime};
+
+impl Pass {
+    /// Name of the kernel.
+    pub const fn entry(self) -> &'static str {
+        match self {
+            Pass::ForwardShort => "attention_forward_short",
+            Pass::ForwardWhole(_) => "attention_forward_whole",
+            Pass::Forward => "attention_forward",
+            Pass::BackwardWhole(_) => "attention_backward_whole",
+            Pass::DqWhole => "attention_dq_whole",
+            Pass::DkDvWhole => "attention_dk_dv_whole",
+            Pass::Dq => "attention_dq",
+            Pass::DkDv => "attention_dk_dv",
+        }
+    }
+
+    /// The kernel, for tensors of this type and heads of this width.
+    pub const fn kernel(self, element: Element, head_dim: usize) -> Kernel {
+        Kernel { module: module(element, head_dim), entry: self.entry() }
+    }
+}
+
+impl Kernel {
+    /// A kernel of attention in the variant that takes so many of 8 exponentials of long 16-bit sequences as polynomials; 0: as
+    /// it is. To be measured.
+    #[must_use]
+    pub const fn with_polynomial(self, of_8: u32) -> Kernel {
+        match of_8 {
+            0 => self,
+            _ => Kernel { module: self.module.with("DFAR_POLYNOMIAL", Define::Number(of_8)), ..self },
+        }
+    }
+}
+
+/// `attention.cu` for an element type and head width.
+pub const fn module(element: Element, head_dim: usize) -> Module {
+    Module::new("attention.cu")
+        .with("DFAR_ELEMENT", Define::Word(element.cuda_name()))
+        .with("DFAR_HEAD_DIM", Define::Number(head_dim as u32))
+}
+
+/// What the kernels need to know about a batch, on the device. Made once per batch, used by every layer.
+pub struct Batch<R: Runtime> {
+    options: FhaOptions,
+    element: Element,
+    plan: Plan,
+    order: Array<R, u32>,
+    feedback: Array<R, u32>,
+    /// Of each pass, in the order of [`Pass::ALL`].
+    items: Vec<Array<R, Item>>,
+    polynomial: u32,
+}
+
+impl<R: Runtime> Batch<R> {
+    /// For kernels in a variant, see [`Kernel::with_polynomial`].
+    #[must_use]
+    pub fn with_polynomial(self, of_8: u32) -> Self {
+        Self { polynomial: of_8, ..self }
+    }
+
+    /// How its work is cut.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+}
+
+/// `q`, `k` and `v` on the device, `[N, H, d]` each.
+pub struct Projections<'a, R: Runtime, T> {
+    /// Queries.
+    pub q: &'a Array<R, T>,
+    /// Keys.
+    pub k: &'a Array<R, T>,
+    /// Values.
+    pub v: &'a Array<R, T>,
+}
+
+impl<R: Runtime, T> Clone for Projections<'_, R, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<R: Runtime, T> Copy for Projections<'_, R, T> {}
+
+/// Their gradients, `[N, H, d]` each, overwritten.
+pub struct ProjectionGradients<'a, R: Runtime, T> {
+    /// Of the queries.
+    pub dq: &'a mut Array<R, T>,
+    /// Of the keys.
+    pub dk: &'a mut Array<R, T>,
+    /// Of the values.
+    pub dv: &'a mut Array<R, T>,
+}
+
+/// A batch, planned for the device's precision and for heads of any width up to the widest that is compiled for.
+pub struct DevicePlan<R: Runtime> {
+    /// Of a head, in memory.
+    head_dim: usize,
+    /// With heads as wide as the kernels take them.
+    batch: Batch<R>,
+}
+
+impl<R: Runtime> DevicePlan<R> {
+    /// Plans a batch. To be used once the staging was sent.
+    ///
+    /// # Errors
+    /// Options, offsets or labels that do not fit; [`CudaError::HeadDim`] for heads wider than the widest compiled.
+    pub fn new(
+        gpu: &Gpu<R>,
+        staging: &mut Staging<R>,
+        options: &FhaOptions,
+        cu_seqlens: &[u32],
+        label: &[u8],
+    ) -> Result<Self, CudaError> {
+        let head_dim = options.head_dim;
+        let padded = HEAD_DIMS.into_iter().find(|&compiled| compiled >= head_dim);
+        // The scale is the caller's: wider heads do not change it.
+        let wide = FhaOptions { head_dim: padded.ok_or(CudaError::HeadDim { head_dim })?, ..*options };
+        // Of q, k and v only the length is looked at.
+        let tokens = cu_seqlens.last().map_or(0, |&n| n as usize);
+        let rows = vec![(); tokens * wide.heads * wide.head_dim];
+        let inputs = Inputs { q: &rows, k: &rows, v: &rows, cu_seqlens, label };
+        wide.check(&inputs)?;
+        let element = match gpu.precision() {
+            Precision::F32 => Element::F32,
+            Precision::Bf16 => Element::Bf16,
+        };
+        Ok(Self { head_dim, batch: gpu.plan(staging, element, &wide, cu_seqlens, label)? })
+    }
+}
+
+/// See [`crate::device::Device::attention`].
+pub(crate) fn forward<R: Runtime>(
+    gpu: &Gpu<R>,
+    plan: &DevicePlan<R>,
+    [q, k, v]: [&Array<R, f32>; 3],
+    o: &mut Array<R, f32>,
+    lse: &mut Array<R, f32>,
+) -> Result<(), CudaError> {
+    match gpu.precision() {
+        Precision::F32 if plan.head_dim == plan.batch.options.head_dim => {
+            gpu.attention_forward(&plan.batch, Projections { q, k, v }, o, lse)
+        }
+        Precision::F32 => forward_converted::<R, f32>(gpu, plan, [q, k, v], o, lse),
+        Precision::Bf16 => forward_converted::<R, half::bf16>(gpu, plan, [q, k, v], o, lse),
+    }
+}
+
+fn forward_converted<R: Runtime, T: Value>(
+    gpu: &Gpu<R>,
+    plan: &DevicePlan<R>,
+    qkv: [&Array<R, f32>; 3],
+    o: &mut Array<R, f32>,
+    lse: &mut Array<R, f32>,
+) -> Result<(), CudaError> {
+    let (width, padded) = (plan.head_dim, plan.batch.options.head_dim);
+    let narrow = |x| convert::to::<R, T>(gpu, (x, width), padded);
+    let [q, k, v] = [narrow(qkv[0])?, narrow(qkv[1])?, narrow(qkv[2])?];
+    let mut narrow_o = gpu.array::<T>(o.len() / width * padded)?;
+    gpu.attention_forward(&plan.batch, Projections { q: &q, k: &k, v: &v }, &mut narrow_o, lse)?;
+    convert::from(gpu, (&narrow_o, padded), (o, width))
+}
+
+/// See [`crate::device::Device::attention_backward`].
+pub(crate) fn backward<R: Runtime>(
+    gpu: &Gpu<R>,
+    plan: &DevicePlan<R>,
+    [q, k, v]: [&Array<R, f32>; 3],
+    [o, lse, d_o]: [&Array<R, f32>; 3],
+    [dq, dk, dv]: [&mut Array<R, f32>; 3],
+) -> Result<(), CudaError> {
+    match gpu.precision() {
+        Precision::F32 if plan.head_dim == plan.batch.options.head_dim => {
+            let gradients = ProjectionGradients { dq, dk, dv };
+            gpu.attention_backward(&plan.batch, Projections { q, k, v }, o, lse, d_o, gradients)
+        }
+        Precision::F32 => backward_converted::<R, f32>(gpu, plan, [q, k, v], [o, lse, d_o], [dq, dk, dv]),
+        Precision::Bf16 => {
+            backward_converted::<R, half::bf16>(gpu, plan, [q, k, v], [o, lse, d_o], [dq, dk, dv])
+        }
+    }
+}
+
+fn backward_converted<R: Runtime, T: Value>(
+    gpu: &Gpu<R>,
+    plan: &DevicePlan<R>,
+    [q, k, v]: [&Array<R, f32>; 3],
+    [o, lse, d_o]: [&Array<R, f32>; 3],
+    gradients: [&mut Array<R, f32>; 3],
+) -> Result<(), CudaError> {
+    let (width, padded) = (plan.head_dim, plan.batch.options.head_dim);
+    let narrow = |x| convert::to::<R, T>(gpu, (x, width), padded);
+    let [q, k, v, o, d_o] = [narrow(q)?, narrow(k)?, narrow(v)?, narrow(o)?, narrow(d_o)?];
+    let [mut dq, mut dk, mut dv] = [gpu.array::<T>(q.len())?, gpu.array(q.len())?, gpu.array(q.len())?];
+    let narrow_gradients = ProjectionGradients { dq: &mut dq, dk: &mut dk, dv: &mut dv };
+    let qkv = Projections { q: &q, k: &k, v: &v };
+    gpu.attention_backward(&plan.batch, qkv, &o, lse, &d_o, narrow_gradients)?;
+    for (narrow, gradient) in [&dq, &dk, &dv].into_iter().zip(gradients) {
+        convert::from(gpu, (narrow, padded), (gradient, width))?;
+    }
+    Ok(())
+}
+
+impl<R: Runtime> Gpu<R> {
+    /// Plans a batch and copies the plan to the device.
+    ///
+    /// # Errors
+    /// Those of [`Plan::new`], and of the driver.
+    pub fn batch<T: Value>(&self, options: &FhaOptions, inputs: &Inputs<T>) -> Result<Batch<R>, CudaError> {
+        options.check(inputs)?;
+        let mut staging = Staging::new(self.runtime())?;
+        let batch = self.plan(&mut staging, T::ELEMENT, options, inputs.cu_seqlens, inputs.label)?;
+        staging.send()?;
+        Ok(batch)
+    }
+
+    /// Arguments have passed [`FhaOptions::check`].
+    fn plan(
+        &self,
+        staging: &mut Staging<R>,
+        element: Element,
+        options: &FhaOptions,
+        cu_seqlens: &[u32],
+        label: &[u8],
+    ) -> Result<Batch<R>, CudaError> {
+        let room = Room::of(self.runtime().limits().shared_per_block);
+        let plan = Plan::new(element, options, cu_seqlens, label, room)?;
+        let mut items = Vec::with_capacity(Pass::ALL.len());
+        for pass in Pass::ALL {
+            items.push(staging.add(plan.items(pass))?);
+        }
+        Ok(Batch {
+            options: *options,
+            element,
+            order: staging.add(&plan.order)?,
+            feedback: staging.add(&plan.feedback)?,
+            items,
+            polynomial: 0,
+            plan,
+        })
+    }
+
+    /// Checks that a buffer is this device's and holds `expected` values .
+    fn check<T: Value>(
+        &self,
+        name: &'static str,
+        shape: &'static str,
+        buffer: &Array<R, T>,
+        expected: usize,
+    ) -> Result<(), CudaError> {
+        if !buffer.is_on(self.runtime()) {
+            return Err(CudaError::OtherDevice { name });
+        }
+        Ok(length(name, shape, buffer.len(), expected)?)
+    }
+
+    fn check_all<T: Value>(
+        &self,
+        batch: &Batch<R>,
+        qkv: Projections<R, T>,
+        o: &Array<R, T>,
+        lse: &Array<R, f32>,
+    ) -> Result<usize, CudaError> {
+        if batch.element != T::ELEMENT {
+            return Err(CudaError::Element { planned: batch.element, given: T::ELEMENT });
+        }
+        let (options, tokens) = (&batch.options, batch.plan.tokens);
+        for (name, buffer) in [("q", qkv.q), ("k", qkv.k), ("v", qkv.v)] {
+            self.check(name, "[N, H, d]", buffer, tokens * options.heads * options.head_dim)?;
+        }
+        self.check("o", "[N, Q, K, d]", o, options.output_len(tokens))?;
+        self.check("lse", "[N, Q]", lse, options.lse_len(tokens))?;
+        Ok(tokens)
+    }
+
+    /// [`crate::attention::forward`] on device buffers; returns when the work is on the stream.
+    ///
+    /// # Errors
+    /// Buffers that do not fit the batch, a kernel that cannot be compiled, and what the driver reports.
+    pub fn attention_forward<T: Value>(
+        &self,
+        batch: &Batch<R>,
+        qkv: Projections<R, T>,
+        o: &mut Array<R, T>,
+        lse: &mut Array<R, f32>,
+    ) -> Result<(), CudaError> {
+        self.check_all(batch, qkv, o, lse)?;
+        let pointers = self.pointers(batch, qkv, o, lse);
+        for &pass in Pass::FORWARD {
+            // SAFETY: `check_all` has found all that forward reads and writes to be of the batch's shape, and o and lse are
+            // borrowed mutably.
+            unsafe { self.run(batch, pass, pointers)? };
+        }
+        Ok(())
+    }
+
+    /// [`crate::attention::backward`] on device buffers; returns when the work is on the stream.
+    ///
+    /// # Errors
+    /// As [`Gpu::attention_forward`].
+    pub fn attention_backward<T: Value>(
+        &self,
+        batch: &Batch<R>,
+        qkv: Projections<R, T>,
+        o: &Array<R, T>,
+        lse: &Array<R, f32>,
+        d_o: &Array<R, T>,
+        gradients: ProjectionGradients<R, T>,
+    ) -> Result<(), CudaError> {
+        let tokens = self.check_all(batch, qkv, o, lse)?;
+        let (options, ProjectionGradients { dq, dk, dv }) = (&batch.options, gradients);
+        self.check("d_o", "[N, Q, K, d]", d_o, options.output_len(tokens))?;
+        for (name, buffer) in [("dq", &*dq), ("dk", &*dk), ("dv", &*dv)] {
+            self.check(name, "[N, H, d]", buffer, tokens * options.heads * options.head_dim)?;
+        }
+        // Between two passes over a sequence. Freed in stream order, when the launches that use them are done.
+        let two_passes = [Pass::DqWhole, Pass::Dq].into_iter().any(|pass| !batch.plan.items(pass).is_empty());
+        let between = if two_passes { options.lse_len(tokens) } else { 0 };
+        let delta = self.array::<f32>(between)?;
+        let correction = self.array::<f32>(between)?;
+        let pointers = AttentionParams {
+            d_o: d_o.pointer(),
+            delta: delta.pointer(),
+            correction: correction.pointer(),
+            dq: dq.pointer(),
+            dk: dk.pointer(),
+            dv: dv.pointer(),
+            ..self.pointers(batch, qkv, o, lse)
+        };
+        for &pass in Pass::BACKWARD {
+            // SAFETY: `check_all` and the checks above have found all that these passes read and write to be of the batch's
+            // shape; the gradients are borrowed mutably; delta and correction were made for it, are written before they
+            // are read, in the order of the passes, and are freed behind them on the same stream.
+            unsafe { self.run(batch, pass, pointers)? };
+        }
+        Ok(())
+    }
+
+    /// Pointers that both directions share.
+    fn pointers<T: Value>(
+        &self,
+        batch: &Batch<R>,
+        qkv: Projections<R, T>,
+        o: &Array<R, T>,
+        lse: &Array<R, f32>,
+    ) -> AttentionParams {
+        AttentionParams {
+            q: qkv.q.pointer(),
+            k: qkv.k.pointer(),
+            v: qkv.v.pointer(),
+            o: o.pointer(),
+            lse: lse.pointer(),
+            // Null without labels: they are empty then.
+            order: batch.order.pointer(),
+            feedback: batch.feedback.pointer(),
+            ..AttentionParams::default()
+        }
+    }
+
+    /// # Safety
+    /// `pointers`, but for `items`, are to arrays of the shapes in params.cuh for this batch and pass.
+    unsafe fn run(&self, batch: &Batch<R>, pass: Pass, pointers: AttentionParams) -> Result<(), CudaError> {
+        let kernel = pass.kernel(batch.element, batch.options.head_dim).with_polynomial(batch.polynomial);
+        let items = batch.items[pass.index()].pointer();
+        let launch = batch.plan.launch(&batch.options, pass);
+        let params = batch.plan.params(&batch.options, pass, AttentionParams { items, ..pointers });
+        // SAFETY: the kernel is of the batch's variant; grid, items and scalars are of its one plan; the rest is the caller's.
+        unsafe { self.launch(kernel, launch, &params) }
+    }
+
+    /// [`crate::attention::forward`] on this device: copies there, computes, copies back.
+    ///
+    /// # Errors
+    /// Arguments the operation refuses (nothing is written then), and as [`Gpu::attention_forward`].
+    pub fn forward<T: Value>(
+        &self,
+        options: &FhaOptions,
+        inputs: Inputs<T>,
+        o: &mut [T],
+        lse: &mut [f32],
+    ) -> Result<(), CudaError> {
+        options.check_outputs(&inputs, o.len(), lse.len())?;
+        let batch = self.batch(options, &inputs)?;
+        let [q, k, v] = [self.copy_of(inputs.q)?, self.copy_of(inputs.k)?, self.copy_of(inputs.v)?];
+        let (mut d_out, mut d_lse) = (self.array(o.len())?, self.array(lse.len())?);
+        self.attention_forward(&batch, Projections { q: &q, k: &k, v: &v }, &mut d_out, &mut d_lse)?;
+        d_out.copy_to(o)?;
+        d_lse.copy_to(lse)
+    }
+
+    /// [`crate::attention::backward`] on this device: copies there, computes, copies back. `gradients` are `dq`, `dk`, `dv`.
+    ///
+    /// # Errors
+    /// As [`Gpu::forward`].
+    pub fn backward<T: Value>(
+        &self,
+        options: &FhaOptions,
+        inputs: Inputs<T>,
+        o: &[T],
+        lse: &[f32],
+        d_o: &[T],
+        gradients: [&mut [T]; 3],
+    ) -> Result<(), CudaError> {
+        options.check_outputs(&inputs, o.len(), lse.len())?;
+        length("d_o", "[N, Q, K, d]", d_o.len(), o.len())?;
+        for (name, gradient) in ["dq", "dk", "dv"].into_iter().zip(&gradients) {
+            length(name, "[N, H, d]", gradient.len(), inputs.q.len())?;
+        }
+        let batch = self.batch(options, &inputs)?;
+        let [q, k, v] = [self.copy_of(inputs.q)?, self.copy_of(inputs.k)?, self.copy_of(inputs.v)?];
+        let (o, lse, d_o) = (self.copy_of(o)?, self.copy_of(lse)?, self.copy_of(d_o)?);
+        let width = inputs.q.len();
+        let (mut dq, mut dk, mut dv) = (self.array(width)?, self.array(width)?, self.array(width)?);
+        let on_device = ProjectionGradients { dq: &mut dq, dk: &mut dk, dv: &mut dv };
+        self.attention_backward(&batch, Projections { q: &q, k: &k, v: &v }, &o, &lse, &d_o, on_device)?;
+        for (buffer, host) in [&dq, &dk, &dv].into_iter().zip(gradients) {
+            buffer.copy_to(host)?;
+        }
+        Ok(())
+    }
+}

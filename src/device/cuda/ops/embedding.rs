@@ -1,0 +1,263 @@
+//! Launches of `embedding.cu`: rows gathered, scattered, and added up by segment.
+
+use super::loss;
+use crate::device::cuda::array::Array;
+use crate::device::cuda::error::CudaError;
+use crate::device::cuda::gpu::Gpu;
+use crate::device::cuda::kernel::{Block, Kernel, Launch, Module, Pointer};
+use crate::device::cuda::plan::rows::{THREADS, block_of, block_rows, by_rows, lane_bits};
+use crate::device::cuda::runtime::Runtime;
+use crate::device::{Segments, Slot, Store};
+use bytemuck::{Pod, Zeroable};
+
+const fn kernel(entry: &'static str) -> Kernel {
+    Kernel { module: Module::new("embedding.cu"), entry }
+}
+
+const GATHER_SUM: Kernel = kernel("embedding_gather_sum");
+const SCATTER_ADD: Kernel = kernel("embedding_scatter_add");
+const SEGMENT_CHUNKS: Kernel = kernel("embedding_segment_chunks");
+const SEGMENT_BORDERS: Kernel = kernel("embedding_segment_borders");
+const SQUARES: Kernel = kernel("embedding_squares");
+
+/// Every kernel of the file, with its largest block.
+pub const KERNELS: &[(Kernel, Block)] = &[
+    (GATHER_SUM, block_of(0)),
+    (SCATTER_ADD, block_of(0)),
+    (SEGMENT_CHUNKS, block_of(0)),
+    (SEGMENT_BORDERS, block_of(BORDERS_SHARED)),
+    (SQUARES, block_of(loss::BLOCK_SUM_SHARED)),
+];
+
+/// Members of a chunk: `CHUNK` of `embedding.cu`.
+const CHUNK: usize = 64;
+/// Sums of four columns a thread.
+const BORDERS_SHARED: usize = THREADS * 4 * size_of::<f64>();
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct GatherParams {
+    tables: [Pointer; 4],
+    index: [Pointer; 4],
+    y: Pointer,
+    rows: u32,
+    width: u32,
+    table_count: u32,
+    bits: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct ScatterParams {
+    x: Pointer,
+    index: Pointer,
+    y: Pointer,
+    rows: u32,
+    width: u32,
+    bits: u32,
+    unused: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct SegmentParams {
+    sources: [Pointer; 3],
+    ends: [u32; 3],
+    stride: u32,
+    column: u32,
+    l2: f32,
+    offsets: Pointer,
+    members: Pointer,
+    table: Pointer,
+    row: Pointer,
+    y: Pointer,
+    head: Pointer,
+    tail: Pointer,
+    segments: u32,
+    member_count: u32,
+    chunks: u32,
+    width: u32,
+    bits: u32,
+    adds: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct SquareParams {
+    table: Pointer,
+    row: Pointer,
+    partial: Pointer,
+    rows: u32,
+    width: u32,
+    block_rows: u32,
+    bits: u32,
+}
+
+// As in embedding.cu.
+const _: () = assert!(size_of::<GatherParams>() == 88);
+const _: () = assert!(size_of::<ScatterParams>() == 40);
+const _: () = assert!(size_of::<SegmentParams>() == 128);
+const _: () = assert!(size_of::<SquareParams>() == 40);
+
+/// Tables with the rows to take of each, as arguments: addresses, and how many rows there are.
+pub(crate) fn tables_of<R: Runtime>(
+    tables: &[(&Array<R, f32>, &Array<R, u32>)],
+) -> ([Pointer; 4], [Pointer; 4], usize) {
+    assert!((1..=4).contains(&tables.len()), "1 to 4 tables, not {}", tables.len());
+    let rows = tables[0].1.len();
+    let (mut values, mut indices) = ([0; 4], [0; 4]);
+    for (i, (table, index)) in tables.iter().enumerate() {
+        assert_eq!(index.len(), rows, "the indices differ in length");
+        (values[i], indices[i]) = (table.pointer(), index.pointer());
+    }
+    (values, indices, rows)
+}
+
+/// See [`crate::device::Device::gather_sum`].
+pub(crate) fn gather_sum<R: Runtime>(
+    gpu: &Gpu<R>,
+    width: usize,
+    tables: &[(&Array<R, f32>, &Array<R, u32>)],
+    y: &mut Array<R, f32>,
+) -> Result<(), CudaError> {
+    let (values, index, rows) = tables_of(tables);
+    assert_eq!(y.len(), rows * width, "y is not [rows, width]");
+    let params = GatherParams {
+        tables: values,
+        index,
+        y: y.pointer(),
+        rows: rows as u32,
+        width: width as u32,
+        table_count: tables.len() as u32,
+        bits: lane_bits(width),
+    };
+    // SAFETY: lengths are checked above; values of indices are their maker's; y is borrowed mutably.
+    unsafe { gpu.launch(GATHER_SUM, by_rows(rows, width), &params) }
+}
+
+/// See [`crate::device::Device::scatter_add`].
+pub(crate) fn scatter_add<R: Runtime>(
+    gpu: &Gpu<R>,
+    width: usize,
+    x: &Array<R, f32>,
+    index: &Array<R, u32>,
+    y: &mut Array<R, f32>,
+) -> Result<(), CudaError> {
+    let rows = index.len();
+    assert_eq!(x.len(), rows * width, "x is not [rows, width]");
+    let params = ScatterParams {
+        x: x.pointer(),
+        index: index.pointer(),
+        y: y.pointer(),
+        rows: rows as u32,
+        width: width as u32,
+        bits: lane_bits(width),
+        unused: 0,
+    };
+    // SAFETY: lengths are checked above; values of the index are its maker's; y is borrowed mutably.
+    unsafe { gpu.launch(SCATTER_ADD, by_rows(rows, width), &params) }
+}
+
+/// Sums of rows by segment: see [`crate::device::Device::segment_sum`] and [`crate::device::Device::concat_backward`].
+pub(crate) struct SegmentSum<'a, R: Runtime> {
+    /// Stacked: a member counts rows of the first, then of the second, ...
+    pub sources: &'a [&'a Array<R, f32>],
+    /// Values from one row of a source to the next.
+    pub stride: usize,
+    /// Where in its row a member begins.
+    pub column: usize,
+    /// Values of a member.
+    pub width: usize,
+    /// The members of each segment.
+    pub segments: Segments<&'a Array<R, u32>>,
+    /// What is added besides: `l2` times these rows of a table.
+    pub l2: Option<(f32, &'a Array<R, f32>, &'a Array<R, u32>)>,
+}
+
+/// Writes, or adds to, `y: [segments, width]`.
+pub(crate) fn segment_sum<R: Runtime>(
+    gpu: &Gpu<R>,
+    sum: SegmentSum<R>,
+    (y, store): (&mut Array<R, f32>, Store),
+) -> Result<(), CudaError> {
+    let SegmentSum { sources, stride, column, width, segments, l2 } = sum;
+    assert!((1..=3).contains(&sources.len()), "1 to 3 sources, not {}", sources.len());
+    assert!(column + width <= stride, "a member lies inside its row");
+    let count = segments.offsets.len() - 1;
+    assert_eq!(y.len(), count * width, "y is not [segments, width]");
+    let (mut pointers, mut ends, mut end) = ([0; 3], [u32::MAX; 3], 0);
+    for (i, source) in sources.iter().enumerate() {
+        assert!(source.len().is_multiple_of(stride), "a source is not [rows, stride]");
+        pointers[i] = source.pointer();
+        end += source.len() / stride;
+        if i + 1 < sources.len() {
+            ends[i] = end as u32;
+        }
+    }
+    let (l2, table, row) = l2.map_or((0.0, 0, 0), |(l2, table, row)| {
+        assert_eq!(row.len(), count, "there is a row a segment");
+        (l2, table.pointer(), row.pointer())
+    });
+    let members = segments.members.len();
+    let chunks = members / CHUNK + 1;
+    let (head, tail) = (gpu.array::<f32>(chunks * width)?, gpu.array::<f32>(chunks * width)?);
+    let params = SegmentParams {
+        sources: pointers,
+        ends,
+        stride: stride as u32,
+        column: column as u32,
+        l2,
+        offsets: segments.offsets.pointer(),
+        members: segments.members.pointer(),
+        table,
+        row,
+        y: y.pointer(),
+        head: head.pointer(),
+        tail: tail.pointer(),
+        segments: count as u32,
+        member_count: members as u32,
+        chunks: chunks as u32,
+        width: width as u32,
+        bits: lane_bits(width),
+        adds: (store == Store::Add).into(),
+    };
+    // SAFETY: lengths are checked above, offsets and members are their maker's; y is borrowed mutably; head and tail are as
+    // long as there are chunks.
+    unsafe { gpu.launch(SEGMENT_CHUNKS, by_rows(chunks, width), &params)? };
+    // The last chunk has nothing behind it to go on in.
+    let launch =
+        Launch { grid: [chunks as u32 - 1, 1], threads: THREADS as u32, shared_bytes: BORDERS_SHARED as u32 };
+    // SAFETY: as above.
+    unsafe { gpu.launch(SEGMENT_BORDERS, launch, &params) }
+}
+
+/// See [`crate::device::Device::half_square_sum`].
+pub(crate) fn half_square_sum<R: Runtime>(
+    gpu: &Gpu<R>,
+    width: usize,
+    table: &Array<R, f32>,
+    row: &Array<R, u32>,
+    sum: Slot<Array<R, f64>>,
+) -> Result<(), CudaError> {
+    let rows = row.len();
+    let block_rows = block_rows(rows);
+    let count = rows.div_ceil(block_rows);
+    let partial = gpu.array::<f64>(count)?;
+    let params = SquareParams {
+        table: table.pointer(),
+        row: row.pointer(),
+        partial: partial.pointer(),
+        rows: rows as u32,
+        width: width as u32,
+        block_rows: block_rows as u32,
+        bits: lane_bits(width),
+    };
+    let launch = Launch {
+        grid: [count as u32, 1],
+        threads: THREADS as u32,
+        shared_bytes: loss::BLOCK_SUM_SHARED as u32,
+    };
+    // SAFETY: the rows are their maker's; partial has a value a block.
+    unsafe { gpu.launch(SQUARES, launch, &params)? };
+    loss::reduce(gpu, &partial, 1, 0.5, sum)
+}

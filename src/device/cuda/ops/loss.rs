@@ -1,0 +1,157 @@
+//! Launches of `loss.cu`: losses and gradients, and sums left on the device.
+
+use crate::device::Slot;
+use crate::device::cuda::array::Array;
+use crate::device::cuda::error::CudaError;
+use crate::device::cuda::gpu::Gpu;
+use crate::device::cuda::kernel::{Block, Kernel, Launch, Module, Pointer};
+use crate::device::cuda::plan::rows::{THREADS, block_of, blocks, by_rows, lane_bits};
+use crate::device::cuda::runtime::Runtime;
+use bytemuck::{Pod, Zeroable};
+
+const fn kernel(entry: &'static str) -> Kernel {
+    Kernel { module: Module::new("loss.cu"), entry }
+}
+
+const RANK: Kernel = kernel("loss_rank");
+const COSINE: Kernel = kernel("loss_cosine");
+const REDUCE: Kernel = kernel("loss_reduce");
+
+/// Every kernel of the file, with its largest block.
+pub const KERNELS: &[(Kernel, Block)] = &[
+    (RANK, block_of(BLOCK_SUM_SHARED)),
+    (COSINE, block_of(BLOCK_SUM_SHARED)),
+    (REDUCE, block_of(BLOCK_SUM_SHARED)),
+];
+
+/// A sum a warp.
+pub(crate) const BLOCK_SUM_SHARED: usize = THREADS / 32 * size_of::<f64>();
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct RankParams {
+    pos: Pointer,
+    neg: Pointer,
+    target: Pointer,
+    d_pos: Pointer,
+    d_neg: Pointer,
+    partial: Pointer,
+    rows: u32,
+    bpr: f32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct CosineParams {
+    x: Pointer,
+    y: Pointer,
+    dx: Pointer,
+    dy: Pointer,
+    partial: Pointer,
+    rows: u32,
+    width: u32,
+    bits: u32,
+    weight: f32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct ReduceParams {
+    partial: Pointer,
+    sums: Pointer,
+    count: u32,
+    width: u32,
+    factor: f64,
+}
+
+// As in loss.cu.
+const _: () = assert!(size_of::<RankParams>() == 56);
+const _: () = assert!(size_of::<CosineParams>() == 56);
+const _: () = assert!(size_of::<ReduceParams>() == 32);
+
+/// `factor` times the column sums of `partial: [_, width]`, to as many values from the slot on; 0 without rows.
+pub(crate) fn reduce<R: Runtime>(
+    gpu: &Gpu<R>,
+    partial: &Array<R, f64>,
+    width: usize,
+    factor: f64,
+    sums: Slot<Array<R, f64>>,
+) -> Result<(), CudaError> {
+    assert!(sums.index + width <= sums.values.len(), "the slot lies outside its buffer");
+    let params = ReduceParams {
+        partial: partial.pointer(),
+        sums: sums.values.pointer_at(sums.index),
+        count: (partial.len() / width) as u32,
+        width: width as u32,
+        factor,
+    };
+    let launch = Launch { shared_bytes: BLOCK_SUM_SHARED as u32, ..blocks(1, 1) };
+    // SAFETY: the lengths are as said, and the slot's buffer is borrowed mutably.
+    unsafe { gpu.launch(REDUCE, launch, &params) }
+}
+
+/// 1 / `rows`; 0 without rows.
+fn mean_over(rows: usize) -> f64 {
+    if rows == 0 { 0.0 } else { 1.0 / rows as f64 }
+}
+
+/// See [`crate::device::Device::rank_loss`].
+pub(crate) fn rank<R: Runtime>(
+    gpu: &Gpu<R>,
+    bpr: f32,
+    [pos, neg, target]: [&Array<R, f32>; 3],
+    [d_pos, d_neg]: [&mut Array<R, f32>; 2],
+    losses: Slot<Array<R, f64>>,
+) -> Result<(), CudaError> {
+    let rows = target.len();
+    assert_eq!(
+        [pos, neg, d_pos, d_neg].map(|x| x.len()),
+        [rows; 4],
+        "logits, targets and gradients differ in length"
+    );
+    let launch = blocks(rows, THREADS);
+    let partial = gpu.array::<f64>(launch.grid[0] as usize * 2)?;
+    let params = RankParams {
+        pos: pos.pointer(),
+        neg: neg.pointer(),
+        target: target.pointer(),
+        d_pos: d_pos.pointer(),
+        d_neg: d_neg.pointer(),
+        partial: partial.pointer(),
+        rows: rows as u32,
+        bpr,
+    };
+    // SAFETY: lengths are checked above; gradients are borrowed mutably; partial has two values a block.
+    unsafe { gpu.launch(RANK, Launch { shared_bytes: BLOCK_SUM_SHARED as u32, ..launch }, &params)? };
+    reduce(gpu, &partial, 2, mean_over(rows), losses)
+}
+
+/// See [`crate::device::Device::cosine_loss`].
+pub(crate) fn cosine<R: Runtime>(
+    gpu: &Gpu<R>,
+    width: usize,
+    weight: f32,
+    [x, y]: [&Array<R, f32>; 2],
+    [dx, dy]: [&mut Array<R, f32>; 2],
+    loss: Slot<Array<R, f64>>,
+) -> Result<(), CudaError> {
+    assert!(x.len().is_multiple_of(width), "x is not [rows, width]");
+    assert_eq!([y, dx, dy].map(|a| a.len()), [x.len(); 3], "x, y and their gradients differ in length");
+    let rows = x.len() / width;
+    let launch = by_rows(rows, width);
+    let partial = gpu.array::<f64>(launch.grid[0] as usize)?;
+    let params = CosineParams {
+        x: x.pointer(),
+        y: y.pointer(),
+        dx: dx.pointer(),
+        dy: dy.pointer(),
+        partial: partial.pointer(),
+        rows: rows as u32,
+        width: width as u32,
+        bits: lane_bits(width),
+        weight,
+    };
+    // SAFETY: lengths are checked above; gradients are borrowed mutably; partial has a value a block.
+    unsafe { gpu.launch(COSINE, Launch { shared_bytes: BLOCK_SUM_SHARED as u32, ..launch }, &params)? };
+    reduce(gpu, &partial, 1, mean_over(rows), loss)
+}

@@ -1,0 +1,176 @@
+//! Launches of `optimizer.cu`: clipping and Adam over all tensors at once.
+
+use super::loss::BLOCK_SUM_SHARED;
+use crate::device::cuda::array::{Array, Staging};
+use crate::device::cuda::error::CudaError;
+use crate::device::cuda::gpu::Gpu;
+use crate::device::cuda::kernel::{Block, Kernel, Launch, Module, Pointer};
+use crate::device::cuda::plan::rows::{THREADS, block_of};
+use crate::device::cuda::runtime::Runtime;
+use crate::device::{AdamRows, AdamStep, AdamTensor, Clip, Slot};
+use bytemuck::{Pod, Zeroable};
+
+const fn kernel(entry: &'static str) -> Kernel {
+    Kernel { module: Module::new("optimizer.cu"), entry }
+}
+
+const SQUARES: Kernel = kernel("optimizer_squares");
+const NORMS: Kernel = kernel("optimizer_norms");
+const ADAM: Kernel = kernel("optimizer_adam");
+
+/// Every kernel of the file, with its largest block.
+pub const KERNELS: &[(Kernel, Block)] = &[
+    (SQUARES, block_of(BLOCK_SUM_SHARED)),
+    (NORMS, Block { warps: NORM_THREADS / 32, shared_bytes: 0 }),
+    (ADAM, block_of(0)),
+];
+
+/// Threads of the one block that takes the norms: `NORM_THREADS` of `optimizer.cu`.
+pub const NORM_THREADS: usize = 1024;
+
+/// As `Tensor` of `optimizer.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct Tensor {
+    value: Pointer,
+    first: Pointer,
+    second: Pointer,
+    gradient: Pointer,
+    rows: Pointer,
+    len: u64,
+    width: u32,
+    first_chunk: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct OptimizerParams {
+    tensors: Pointer,
+    squares: Pointer,
+    tensor_square: Pointer,
+    factor: Pointer,
+    losses: Pointer,
+    norm: Pointer,
+    tensor_count: u32,
+    chunk_count: u32,
+    chunk: u32,
+    loss_count: u32,
+    lr: f32,
+    beta1: f32,
+    beta2: f32,
+    eps: f32,
+    correction1: f32,
+    correction2: f32,
+    limit: f32,
+    global: u32,
+}
+
+// As in optimizer.cu.
+const _: () = assert!(size_of::<Tensor>() == 56);
+const _: () = assert!(size_of::<OptimizerParams>() == 96);
+
+/// Values of a chunk: enough for four accesses a thread, and so many that there are about 4096 chunks at most. Part of the
+/// order of summation, so it depends on the number of values only.
+fn chunk_of(values: usize) -> usize {
+    4096 * values.div_ceil(4096 * 4096).max(1)
+}
+
+/// See [`crate::device::Device::adam`].
+pub(crate) fn adam<R: Runtime>(
+    gpu: &Gpu<R>,
+    step: &AdamStep,
+    tensors: &mut [AdamTensor<Array<R, f32>, Array<R, u32>>],
+    norm: Slot<Array<R, f64>>,
+) -> Result<(), CudaError> {
+    assert!(norm.index < norm.values.len(), "the slot lies outside its buffer");
+    let chunk = chunk_of(tensors.iter().map(|t| t.gradient.len()).sum());
+    let mut chunks = 0;
+    let mut table = Vec::with_capacity(tensors.len());
+    for t in tensors.iter() {
+        assert_eq!(
+            [t.first.len(), t.second.len()],
+            [t.value.len(); 2],
+            "moments are as long as their tensor"
+        );
+        let (rows, width) = match t.rows {
+            None => {
+                assert_eq!(t.gradient.len(), t.value.len(), "a dense gradient is as long as its tensor");
+                (0, 1)
+            }
+            Some(AdamRows { index, width }) => {
+                assert_eq!(t.gradient.len(), index.len() * width, "a gradient by rows is [rows, width]");
+                (index.pointer(), width)
+            }
+        };
+        table.push(Tensor {
+            value: t.value.pointer(),
+            first: t.first.pointer(),
+            second: t.second.pointer(),
+            gradient: t.gradient.pointer(),
+            rows,
+            len: t.gradient.len() as u64,
+            width: width as u32,
+            first_chunk: chunks as u32,
+        });
+        chunks += t.gradient.len().div_ceil(chunk);
+    }
+    // By pinned memory as well: a copy from any other may wait for the device.
+    let mut staging = Staging::new(gpu.runtime())?;
+    let table = staging.add(&table)?;
+    staging.send()?;
+    let squares = gpu.array::<f64>(chunks)?;
+    let tensor_square = gpu.array::<f64>(tensors.len())?;
+    let factor = gpu.array::<f32>(tensors.len() + 1)?;
+    let correction = |beta: f32| (1.0 - f64::from(beta).powf(step.step as f64)) as f32;
+    let (limit, global) = match step.clip {
+        None => (-1.0, 0),
+        Some(Clip::PerTensor(limit)) => (limit, 0),
+        Some(Clip::Global(limit)) => (limit, 1),
+    };
+    let params = OptimizerParams {
+        tensors: table.pointer(),
+        squares: squares.pointer(),
+        tensor_square: tensor_square.pointer(),
+        factor: factor.pointer(),
+        losses: norm.values.pointer(),
+        norm: norm.values.pointer_at(norm.index),
+        tensor_count: tensors.len() as u32,
+        chunk_count: chunks as u32,
+        chunk: chunk as u32,
+        loss_count: norm.index as u32,
+        lr: step.lr,
+        beta1: step.beta1,
+        beta2: step.beta2,
+        eps: step.eps,
+        correction1: correction(step.beta1),
+        correction2: correction(step.beta2),
+        limit,
+        global,
+    };
+    let by_chunk = |shared_bytes: usize| Launch {
+        grid: [chunks as u32, 1],
+        threads: THREADS as u32,
+        shared_bytes: shared_bytes as u32,
+    };
+    let norms = Launch { grid: [1, 1], threads: NORM_THREADS as u32, shared_bytes: 0 };
+    // SAFETY: the table has the addresses and checked lengths of tensors that are borrowed mutably; rows are their maker's;
+    // squares, tensor_square and factor are made for these counts; all are freed behind the launches on the same stream.
+    unsafe {
+        gpu.launch(SQUARES, by_chunk(BLOCK_SUM_SHARED), &params)?;
+        gpu.launch(NORMS, norms, &params)?;
+        gpu.launch(ADAM, by_chunk(0), &params)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::chunk_of;
+
+    #[test]
+    fn there_are_never_many_more_than_4096_chunks() {
+        for values in [0, 1, 4096, 1 << 20, 1 << 24, (1 << 24) + 1, 3_000_000_000] {
+            let chunk = chunk_of(values);
+            assert!(chunk.is_multiple_of(4096) && values.div_ceil(chunk) <= 4096, "{values}: {chunk}");
+        }
+    }
+}

@@ -1,0 +1,313 @@
+//! Launches of `rows.cu`: passes over rows of activations.
+
+use crate::device::Store;
+use crate::device::cuda::array::Array;
+use crate::device::cuda::error::CudaError;
+use crate::device::cuda::gpu::Gpu;
+use crate::device::cuda::kernel::{Block, Kernel, Launch, Module, Pointer};
+use crate::device::cuda::plan::rows::{THREADS, block_of, block_rows, blocks, by_rows, lane_bits, vector};
+use crate::device::cuda::runtime::Runtime;
+use bytemuck::{Pod, Zeroable};
+
+const fn kernel(entry: &'static str) -> Kernel {
+    Kernel { module: Module::new("rows.cu"), entry }
+}
+
+const ADD: Kernel = kernel("rows_add");
+const COLUMN_SUMS: Kernel = kernel("rows_column_sums");
+const REDUCE: Kernel = kernel("rows_reduce");
+const CONCAT: Kernel = kernel("rows_concat");
+const TAKE_PART: Kernel = kernel("rows_take_part");
+const SPLIT: Kernel = kernel("rows_split");
+const MERGE: Kernel = kernel("rows_merge");
+
+/// Every kernel of the file, with its largest block.
+pub const KERNELS: &[(Kernel, Block)] = &[
+    (ADD, block_of(0)),
+    (COLUMN_SUMS, block_of(COLUMN_SUMS_SHARED)),
+    (REDUCE, block_of(REDUCE_SHARED)),
+    (CONCAT, block_of(0)),
+    (TAKE_PART, block_of(0)),
+    (SPLIT, block_of(0)),
+    (MERGE, block_of(0)),
+];
+
+/// A share of four columns a thread.
+const COLUMN_SUMS_SHARED: usize = THREADS * 4 * size_of::<f32>();
+/// A sum a thread.
+const REDUCE_SHARED: usize = THREADS * size_of::<f64>();
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct AddParams {
+    x: Pointer,
+    y: Pointer,
+    len: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct ColumnSumParams {
+    y: Pointer,
+    dy: Pointer,
+    partial: Pointer,
+    rows: u32,
+    width: u32,
+    block_rows: u32,
+    unused: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct ReduceParams {
+    partial: Pointer,
+    first: Pointer,
+    second: Pointer,
+    count: u32,
+    first_width: u32,
+    second_width: u32,
+    unused: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct ConcatParams {
+    parts: [Pointer; 4],
+    index: [Pointer; 4],
+    y: Pointer,
+    rows: u32,
+    width: u32,
+    bits: u32,
+    part_count: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct TakePartParams {
+    dy: Pointer,
+    dx: Pointer,
+    rows: u32,
+    width: u32,
+    part: u32,
+    parts: u32,
+    bits: u32,
+    adds: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct SplitParams {
+    index: [Pointer; 2],
+    x: Pointer,
+    y: Pointer,
+    count: [u32; 2],
+    width: u32,
+    bits: u32,
+    adds: u32,
+    unused: u32,
+}
+
+// As in rows.cu.
+const _: () = assert!(size_of::<AddParams>() == 24);
+const _: () = assert!(size_of::<ColumnSumParams>() == 40);
+const _: () = assert!(size_of::<ReduceParams>() == 40);
+const _: () = assert!(size_of::<ConcatParams>() == 88);
+const _: () = assert!(size_of::<TakePartParams>() == 40);
+const _: () = assert!(size_of::<SplitParams>() == 56);
+
+/// `y += x`
+pub(crate) fn add<R: Runtime>(
+    gpu: &Gpu<R>,
+    x: &Array<R, f32>,
+    y: &mut Array<R, f32>,
+) -> Result<(), CudaError> {
+    assert_eq!(x.len(), y.len(), "x and y differ in length");
+    let params = AddParams { x: x.pointer(), y: y.pointer(), len: x.len() as u64 };
+    // SAFETY: both arrays have `len` values, and y is borrowed mutably.
+    unsafe { gpu.launch(ADD, blocks(x.len(), THREADS * 4), &params) }
+}
+
+/// Sums of the columns of `dy: [rows, width]` to `sums`, after `dy = 0` where `y` is not positive, if there is a `y`.
+/// Without `sums` only the latter.
+pub(crate) fn column_sums<R: Runtime>(
+    gpu: &Gpu<R>,
+    width: usize,
+    y: Option<&Array<R, f32>>,
+    dy: Dy<R>,
+    sums: Option<&mut Array<R, f32>>,
+) -> Result<(), CudaError> {
+    let dy = match (dy, y) {
+        (Dy::Updated(dy), _) => &*dy,
+        (Dy::Read(dy), None) => dy,
+        (Dy::Read(_), Some(_)) => unreachable!("a gradient that is masked is one that is updated"),
+    };
+    assert!(dy.len().is_multiple_of(width), "dy is not [rows, width]");
+    assert!(y.is_none_or(|y| y.len() == dy.len()), "y and dy differ in length");
+    let rows = dy.len() / width;
+    let block_rows = block_rows(rows);
+    let count = rows.div_ceil(block_rows);
+    let partial = gpu.array::<f32>(count * width)?;
+    let params = ColumnSumParams {
+        y: y.map_or(0, Array::pointer),
+        dy: dy.pointer(),
+        partial: partial.pointer(),
+        rows: rows as u32,
+        width: width as u32,
+        block_rows: block_rows as u32,
+        unused: 0,
+    };
+    let chunks = (width / vector(width)).div_ceil(THREADS);
+    let launch = Launch {
+        grid: [count as u32, chunks as u32],
+        threads: THREADS as u32,
+        shared_bytes: COLUMN_SUMS_SHARED as u32,
+    };
+    // SAFETY: lengths are checked above, partial is made for this grid, and dy is borrowed mutably where it is written.
+    unsafe { gpu.launch(COLUMN_SUMS, launch, &params)? };
+    match sums {
+        Some(sums) => {
+            assert_eq!(sums.len(), width, "the sums are not [width]");
+            reduce(gpu, &partial, count, [Some(sums), None])
+        }
+        None => Ok(()),
+    }
+}
+
+/// A gradient that is read, or that the derivative of a ReLU is multiplied into.
+pub(crate) enum Dy<'a, R: Runtime> {
+    Read(&'a Array<R, f32>),
+    Updated(&'a mut Array<R, f32>),
+}
+
+/// Adds up `count` rows of partial sums; a row is the first output's, then the second's. Without rows, zeros.
+pub(crate) fn reduce<R: Runtime>(
+    gpu: &Gpu<R>,
+    partial: &Array<R, f32>,
+    count: usize,
+    outputs: [Option<&mut Array<R, f32>>; 2],
+) -> Result<(), CudaError> {
+    let [(first, first_width), (second, second_width)] =
+        outputs.map(|output| output.map_or((0, 0), |output| (output.pointer(), output.len())));
+    let width = first_width + second_width;
+    assert_eq!(partial.len(), count * width, "partial sums are not [count, width]");
+    let params = ReduceParams {
+        partial: partial.pointer(),
+        first,
+        second,
+        count: count as u32,
+        first_width: first_width as u32,
+        second_width: second_width as u32,
+        unused: 0,
+    };
+    let launch = Launch { shared_bytes: REDUCE_SHARED as u32, ..blocks(width, 32) };
+    // SAFETY: the partial sums have the length just checked; outputs are borrowed mutably.
+    unsafe { gpu.launch(REDUCE, launch, &params) }
+}
+
+/// See [`crate::device::Device::concat`].
+pub(crate) fn concat<R: Runtime>(
+    gpu: &Gpu<R>,
+    width: usize,
+    parts: &[(&Array<R, f32>, Option<&Array<R, u32>>)],
+    y: &mut Array<R, f32>,
+) -> Result<(), CudaError> {
+    assert!((1..=4).contains(&parts.len()), "1 to 4 parts, not {}", parts.len());
+    assert!(y.len().is_multiple_of(parts.len() * width), "y is not [rows, parts * width]");
+    let rows = y.len() / (parts.len() * width);
+    let mut params = ConcatParams {
+        y: y.pointer(),
+        rows: rows as u32,
+        width: width as u32,
+        bits: lane_bits(width),
+        part_count: parts.len() as u32,
+        ..ConcatParams::zeroed()
+    };
+    for (i, (x, index)) in parts.iter().enumerate() {
+        match index {
+            Some(index) => assert_eq!(index.len(), rows, "an index is not [rows]"),
+            None => assert_eq!(x.len(), rows * width, "a part without an index is not [rows, width]"),
+        }
+        params.parts[i] = x.pointer();
+        params.index[i] = index.map_or(0, Array::pointer);
+    }
+    let Launch { grid: [x, _], .. } = by_rows(rows, width);
+    let launch = Launch { grid: [x, parts.len() as u32], ..by_rows(rows, width) };
+    // SAFETY: lengths are checked above; values of indices are their maker's; y is borrowed mutably.
+    unsafe { gpu.launch(CONCAT, launch, &params) }
+}
+
+/// See [`crate::device::Device::concat_backward`], without segments.
+pub(crate) fn take_part<R: Runtime>(
+    gpu: &Gpu<R>,
+    width: usize,
+    (part, parts): (usize, usize),
+    dy: &Array<R, f32>,
+    (dx, store): (&mut Array<R, f32>, Store),
+) -> Result<(), CudaError> {
+    assert!(dx.len().is_multiple_of(width) && part < parts, "dx is not [rows, width]");
+    assert_eq!(dy.len(), dx.len() * parts, "dy is not [rows, parts * width]");
+    let rows = dx.len() / width;
+    let params = TakePartParams {
+        dy: dy.pointer(),
+        dx: dx.pointer(),
+        rows: rows as u32,
+        width: width as u32,
+        part: part as u32,
+        parts: parts as u32,
+        bits: lane_bits(width),
+        adds: (store == Store::Add).into(),
+    };
+    // SAFETY: lengths are checked above, and dx is borrowed mutably.
+    unsafe { gpu.launch(TAKE_PART, by_rows(rows, width), &params) }
+}
+
+/// The rows of `x`, those of label 0 first.
+pub(crate) fn split<R: Runtime>(
+    gpu: &Gpu<R>,
+    width: usize,
+    tokens_by_label: [&Array<R, u32>; 2],
+    x: &Array<R, f32>,
+) -> Result<Array<R, f32>, CudaError> {
+    let y = gpu.array(x.len())?;
+    let params = split_params(width, tokens_by_label, x, &y, Store::Overwrite);
+    let rows = tokens_by_label[0].len() + tokens_by_label[1].len();
+    // SAFETY: `split_params` has checked the lengths; y was just made.
+    unsafe { gpu.launch(SPLIT, by_rows(rows, width), &params)? };
+    Ok(y)
+}
+
+/// The other way round: `y` in its own order, from `x` by label.
+pub(crate) fn merge<R: Runtime>(
+    gpu: &Gpu<R>,
+    width: usize,
+    tokens_by_label: [&Array<R, u32>; 2],
+    x: &Array<R, f32>,
+    (y, store): (&mut Array<R, f32>, Store),
+) -> Result<(), CudaError> {
+    let params = split_params(width, tokens_by_label, x, y, store);
+    let rows = tokens_by_label[0].len() + tokens_by_label[1].len();
+    // SAFETY: `split_params` has checked the lengths; y is borrowed mutably.
+    unsafe { gpu.launch(MERGE, by_rows(rows, width), &params) }
+}
+
+fn split_params<R: Runtime>(
+    width: usize,
+    tokens_by_label: [&Array<R, u32>; 2],
+    x: &Array<R, f32>,
+    y: &Array<R, f32>,
+    store: Store,
+) -> SplitParams {
+    let count = tokens_by_label.map(Array::len);
+    let rows = count[0] + count[1];
+    assert_eq!([x.len(), y.len()], [rows * width; 2], "every row has a label");
+    SplitParams {
+        index: tokens_by_label.map(Array::pointer),
+        x: x.pointer(),
+        y: y.pointer(),
+        count: count.map(|n| n as u32),
+        width: width as u32,
+        bits: lane_bits(width),
+        adds: (store == Store::Add).into(),
+        unused: 0,
+    }
+}

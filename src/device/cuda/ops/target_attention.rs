@@ -1,0 +1,381 @@
+//! Launches of `target_attention.cu`, and the products around them.
+
+use super::linear::Factor;
+use super::rows::{self, Dy};
+use crate::device::cuda::array::{Array, Staging};
+use crate::device::cuda::error::CudaError;
+use crate::device::cuda::gpu::Gpu;
+use crate::device::cuda::kernel::{Block, Define, Element, Kernel, Launch, Module, Pointer};
+use crate::device::cuda::plan::rows::blocks;
+use crate::device::cuda::plan::target::{Item, Pair, Row, TargetLists, Tile};
+use crate::device::cuda::plan::target_params::*;
+use crate::device::cuda::plan::target_shape::{ROW_THREADS, Shape, WARPS};
+use crate::device::cuda::runtime::{Limits, Precision, Runtime};
+use crate::device::{Activation, Store, TargetCounts, TargetIndex, TargetWeights};
+use bytemuck::{Pod, Zeroable};
+
+impl Shape {
+    /// `target_attention.cu` for it.
+    pub const fn module(&self, element: Element) -> Module {
+        Module::new("target_attention.cu")
+            .with("DFAR_ELEMENT", Define::Word(element.cuda_name()))
+            .with("DFAR_WIDTH", Define::Number(self.width as u32))
+            .with("DFAR_HIDDEN0", Define::Number(self.hidden0 as u32))
+            .with("DFAR_HIDDEN1", Define::Number(self.hidden1 as u32))
+    }
+}
+
+const fn element(precision: Precision) -> Element {
+    match precision {
+        Precision::F32 => Element::F32,
+        Precision::Bf16 => Element::Bf16,
+    }
+}
+
+/// Every kernel of the file for one element type and shape, with its block.
+pub fn kernels(of: Element, shape: Shape) -> Vec<(Kernel, Block)> {
+    let plain = Block { warps: ROW_THREADS / 32, shared_bytes: 0 };
+    [
+        ("target_combine", plain),
+        ("target_scores", shape.scores(of)),
+        ("target_softmax", plain),
+        ("target_softmax_backward", shape.softmax_backward()),
+        ("target_backward", shape.backward(of)),
+        ("target_sum_tokens", plain),
+        ("target_sum_pairs", plain),
+        ("target_gradients", plain),
+    ]
+    .map(|(entry, block)| (Kernel { module: shape.module(of), entry }, block))
+    .to_vec()
+}
+
+/// What a batch's index says, on the device.
+pub struct TargetPlan<R: Runtime> {
+    width: usize,
+    hidden: [usize; 2],
+    shape: Shape,
+    counts: TargetCounts,
+    units: usize,
+    items: Array<R, Item>,
+    pairs: Array<R, Pair>,
+    pair_rows: Array<R, u32>,
+    rows: Array<R, Row>,
+    tiles: Array<R, Tile>,
+}
+
+impl<R: Runtime> TargetPlan<R> {
+    pub(crate) fn new(
+        gpu: &Gpu<R>,
+        staging: &mut Staging<R>,
+        width: usize,
+        hidden: [usize; 2],
+        index: TargetIndex<&[u32]>,
+    ) -> Result<Self, CudaError> {
+        let shape = Shape::of(width, hidden)?;
+        let available = gpu.runtime().limits().shared_per_block;
+        for (kernel, block) in kernels(element(gpu.precision()), shape) {
+            if block.shared_bytes > available {
+                return Err(CudaError::SharedMemory {
+                    pass: kernel.entry,
+                    needed: block.shared_bytes,
+                    available,
+                });
+            }
+        }
+        let lists = TargetLists::new(&index);
+        Ok(Self {
+            width,
+            hidden,
+            shape,
+            counts: lists.counts,
+            units: lists.units,
+            items: staging.add(&lists.items)?,
+            pairs: staging.add(&lists.pairs)?,
+            pair_rows: staging.add(&lists.pair_rows)?,
+            rows: staging.add(&lists.rows)?,
+            tiles: staging.add(&lists.tiles)?,
+        })
+    }
+
+    /// Panics where a buffer's length does not fit.
+    fn check(
+        &self,
+        [s, a, r]: [&Array<R, f32>; 3],
+        weights: &TargetWeights<usize>,
+        [e, lse, att]: [&Array<R, f32>; 3],
+    ) {
+        let (TargetCounts { tokens, pairs, scores, rows }, d, [h0, h1]) =
+            (self.counts, self.width, self.hidden);
+        assert_eq!([s.len(), a.len()], [tokens * d; 2], "s and a are not [N, D]");
+        assert_eq!(r.len(), pairs * d, "r is not [C, D]");
+        assert_eq!([e.len(), lse.len(), att.len()], [scores, rows, rows * d], "e, lse, att");
+        let TargetWeights { w0, b0, w1, b1, w2, b2 } = *weights;
+        assert_eq!([w0, b0, w1, b1, w2, b2], [4 * d * h0, h0, h0 * h1, h1, h1, 1], "the target weights");
+    }
+}
+
+/// One call: what its launches share.
+struct Call<'a, R: Runtime> {
+    gpu: &'a Gpu<R>,
+    plan: &'a TargetPlan<R>,
+}
+
+/// `z`, `c`, and what they are products with.
+struct FirstLayer<R: Runtime> {
+    token: Array<R, f32>,
+    candidate: Array<R, f32>,
+    z: Array<R, f32>,
+    c: Array<R, f32>,
+}
+
+impl<R: Runtime> Call<'_, R> {
+    /// # Safety
+    /// As [`Runtime::launch`].
+    unsafe fn launch<P: Pod>(
+        &self,
+        entry: &'static str,
+        launch: Launch,
+        params: &P,
+    ) -> Result<(), CudaError> {
+        let module = self.plan.shape.module(element(self.gpu.precision()));
+        // SAFETY: the caller's promises.
+        unsafe { self.gpu.launch(Kernel { module, entry }, launch, params) }
+    }
+
+    /// `a b`, or `a b + bias`, for packed matrices of these shapes.
+    fn product(
+        &self,
+        shape: [usize; 3],
+        (a, a_transposed): (&Array<R, f32>, bool),
+        (b, b_transposed): (&Array<R, f32>, bool),
+        (c, store): (&mut Array<R, f32>, Store),
+        bias: Pointer,
+    ) -> Result<(), CudaError> {
+        let [m, n, k] = shape;
+        assert_eq!([a.len(), b.len(), c.len()], [m * k, k * n, m * n], "lengths of a product");
+        let factor = |x: &Array<R, f32>, transposed| Factor { at: x.pointer(), transposed };
+        let factors = (factor(a, a_transposed), factor(b, b_transposed));
+        // SAFETY: lengths are checked above; c is borrowed mutably; a bias is given by `first_layer` only, [n].
+        unsafe { self.gpu.product(shape, factors, (c.pointer(), store), bias, Activation::None) }
+    }
+
+    /// What of the first layer is not a matter of pairs.
+    fn first_layer(
+        &self,
+        a: &Array<R, f32>,
+        r: &Array<R, f32>,
+        weights: &TargetWeights<&Array<R, f32>>,
+    ) -> Result<FirstLayer<R>, CudaError> {
+        let (gpu, plan, h0) = (self.gpu, self.plan, self.plan.shape.hidden0);
+        let array = |rows: usize| gpu.array::<f32>(rows * h0);
+        let (token, candidate, bias) = (array(plan.width)?, array(plan.width)?, array(1)?);
+        let params = CombineParams {
+            w0: weights.w0.pointer(),
+            b0: weights.b0.pointer(),
+            token: token.pointer(),
+            candidate: candidate.pointer(),
+            bias: bias.pointer(),
+            width: plan.width as u32,
+            hidden0: plan.hidden[0] as u32,
+        };
+        // SAFETY: the plan has checked the weights; the outputs were made for this shape.
+        unsafe { self.launch("target_combine", blocks((plan.width + 1) * h0, ROW_THREADS), &params)? };
+        let (mut z, mut c) = (array(plan.counts.tokens)?, array(plan.counts.pairs)?);
+        let plain = |x| (x, false);
+        let shape = [plan.counts.tokens, h0, plan.width];
+        self.product(shape, plain(a), plain(&token), (&mut z, Store::Overwrite), 0)?;
+        let shape = [plan.counts.pairs, h0, plan.width];
+        self.product(shape, plain(r), plain(&candidate), (&mut c, Store::Overwrite), bias.pointer())?;
+        Ok(FirstLayer { token, candidate, z, c })
+    }
+
+    /// The perceptron's arguments, without what it writes.
+    fn perceptron(
+        &self,
+        [a, r]: [&Array<R, f32>; 2],
+        first: &FirstLayer<R>,
+        weights: &TargetWeights<&Array<R, f32>>,
+        blocks: usize,
+    ) -> PerceptronParams {
+        let plan = self.plan;
+        PerceptronParams {
+            items: plan.items.pointer(),
+            pairs: plan.pairs.pointer(),
+            a: a.pointer(),
+            r: r.pointer(),
+            z: first.z.pointer(),
+            c: first.c.pointer(),
+            w0: weights.w0.pointer(),
+            w1: weights.w1.pointer(),
+            b1: weights.b1.pointer(),
+            w2: weights.w2.pointer(),
+            b2: weights.b2.pointer(),
+            item_count: plan.items.len() as u32,
+            width: plan.width as u32,
+            hidden0: plan.hidden[0] as u32,
+            hidden1: plan.hidden[1] as u32,
+            blocks: blocks as u32,
+            ..PerceptronParams::zeroed()
+        }
+    }
+
+    fn softmax(
+        &self,
+        s: &Array<R, f32>,
+        [e, lse, att]: [&Array<R, f32>; 3],
+        [datt, de, ds]: [Pointer; 3],
+    ) -> SoftmaxParams {
+        let plan = self.plan;
+        SoftmaxParams {
+            rows: plan.rows.pointer(),
+            pairs: plan.pairs.pointer(),
+            pair_rows: plan.pair_rows.pointer(),
+            tiles: plan.tiles.pointer(),
+            s: s.pointer(),
+            e: e.pointer(),
+            lse: lse.pointer(),
+            att: att.pointer(),
+            datt,
+            de,
+            ds,
+            row_count: plan.rows.len() as u32,
+            width: plan.width as u32,
+        }
+    }
+
+    /// Adds up what backward left: `hidden` and `input` of each row of `list`.
+    fn sum(&self, list: Pointer, sums: &Array<R, f32>, [hidden, input]: [&Array<R, f32>; 2]) -> SumParams {
+        let count = self.plan.counts.pairs as u32;
+        let (sums, hidden, input) = (sums.pointer(), hidden.pointer(), input.pointer());
+        SumParams { list, sums, hidden, input, count, width: self.plan.width as u32 }
+    }
+}
+
+/// Blocks of a perceptron pass over `items`: as many as the machine holds at once, which take items in turn. Part of the order
+/// of summation of the weights' gradients, so it follows from the batch and the device alone.
+fn resident(limits: &Limits, block: Block, items: usize) -> usize {
+    // The system takes 1 KiB of every block's shared memory; registers leave room for four blocks at least.
+    let at_once = (limits.shared_per_block + 1024) / (block.shared_bytes + 1024);
+    items.min(limits.multiprocessors * at_once.clamp(1, 4))
+}
+
+fn launch_of(block: Block, count: usize) -> Launch {
+    Launch {
+        grid: [count as u32, 1],
+        threads: (block.warps * 32) as u32,
+        shared_bytes: block.shared_bytes as u32,
+    }
+}
+
+fn lengths<R: Runtime>(weights: &TargetWeights<&Array<R, f32>>) -> TargetWeights<usize> {
+    let TargetWeights { w0, b0, w1, b1, w2, b2 } = weights;
+    TargetWeights { w0: w0.len(), b0: b0.len(), w1: w1.len(), b1: b1.len(), w2: w2.len(), b2: b2.len() }
+}
+
+/// See [`crate::device::Device::target_attention`].
+pub(crate) fn forward<R: Runtime>(
+    gpu: &Gpu<R>,
+    plan: &TargetPlan<R>,
+    [s, a, r]: [&Array<R, f32>; 3],
+    weights: TargetWeights<&Array<R, f32>>,
+    [e, lse, att]: [&mut Array<R, f32>; 3],
+) -> Result<(), CudaError> {
+    plan.check([s, a, r], &lengths(&weights), [e, lse, att]);
+    let call = Call { gpu, plan };
+    let first = call.first_layer(a, r, &weights)?;
+    let block = plan.shape.scores(element(gpu.precision()));
+    let count = resident(&gpu.runtime().limits(), block, plan.items.len().div_ceil(WARPS));
+    let params = PerceptronParams { e: e.pointer(), ..call.perceptron([a, r], &first, &weights, count) };
+    // SAFETY: `check` and `first_layer` see to the shapes, and the plan's lists are inside of them; e is borrowed mutably.
+    unsafe { call.launch("target_scores", launch_of(block, count), &params)? };
+    let params = call.softmax(s, [e, lse, att], [0; 3]);
+    // SAFETY: as above; lse and att are borrowed mutably.
+    unsafe { call.launch("target_softmax", blocks(plan.rows.len(), ROW_THREADS / 32), &params) }
+}
+
+/// See [`crate::device::Device::target_attention_backward`].
+pub(crate) fn backward<R: Runtime>(
+    gpu: &Gpu<R>,
+    plan: &TargetPlan<R>,
+    [s, a, r]: [&Array<R, f32>; 3],
+    weights: TargetWeights<&Array<R, f32>>,
+    [e, lse, att, datt]: [&Array<R, f32>; 4],
+    [ds, da, dr]: [&mut Array<R, f32>; 3],
+    gradients: TargetWeights<&mut Array<R, f32>>,
+) -> Result<(), CudaError> {
+    plan.check([s, a, r], &lengths(&weights), [e, lse, att]);
+    let TargetWeights { w0, b0, w1, b1, w2, b2 } = gradients;
+    let read = TargetWeights { w0: &*w0, b0: &*b0, w1: &*w1, b1: &*b1, w2: &*w2, b2: &*b2 };
+    plan.check([ds, da, dr], &lengths(&read), [e, lse, datt]);
+    let (call, counts, shape) = (Call { gpu, plan }, plan.counts, plan.shape);
+    let (d, h0) = (plan.width, shape.hidden0);
+
+    let de = gpu.array::<f32>(counts.scores)?;
+    let params = call.softmax(s, [e, lse, att], [datt.pointer(), de.pointer(), ds.pointer()]);
+    // SAFETY: `check` sees to the shapes, and the plan's lists are inside of them; ds is borrowed mutably.
+    unsafe {
+        let launch = launch_of(shape.softmax_backward(), plan.tiles.len());
+        call.launch("target_softmax_backward", launch, &params)?;
+    }
+
+    let first = call.first_layer(a, r, &weights)?;
+    let block = shape.backward(element(gpu.precision()));
+    let count = resident(&gpu.runtime().limits(), block, plan.items.len());
+    let token_sums = gpu.array::<f32>(plan.items.len() * 16 * shape.sums())?;
+    let pair_sums = gpu.array::<f32>(plan.units * shape.sums())?;
+    let weight_sums = gpu.array::<f32>(count * shape.weight_sums())?;
+    let params = PerceptronParams {
+        de: de.pointer(),
+        token_sums: token_sums.pointer(),
+        pair_sums: pair_sums.pointer(),
+        weight_sums: weight_sums.pointer(),
+        ..call.perceptron([a, r], &first, &weights, count)
+    };
+    // SAFETY: as above; the sums were made for the items, units and blocks there are.
+    unsafe { call.launch("target_backward", launch_of(block, count), &params)? };
+
+    let (mut dz, mut dc) = (gpu.array::<f32>(counts.tokens * h0)?, gpu.array::<f32>(counts.pairs * h0)?);
+    // SAFETY: as above; da and dr are borrowed mutably, dz and dc were just made.
+    unsafe {
+        let params = call.sum(plan.tiles.pointer(), &token_sums, [&dz, da]);
+        call.launch("target_sum_tokens", blocks(plan.tiles.len(), 1), &params)?;
+        let params = call.sum(plan.pairs.pointer(), &pair_sums, [&dc, dr]);
+        let quads = counts.pairs * shape.sums() / 4;
+        call.launch("target_sum_pairs", blocks(quads, ROW_THREADS), &params)?;
+    }
+
+    let mut sums = gpu.array::<f32>(shape.weight_sums())?;
+    rows::reduce(gpu, &weight_sums, count, [Some(&mut sums), None])?;
+    let mut of_bias = gpu.array::<f32>(h0)?;
+    rows::column_sums(gpu, h0, None, Dy::Read(&dc), Some(&mut of_bias))?;
+    let (mut of_token, mut of_candidate) = (gpu.array::<f32>(d * h0)?, gpu.array::<f32>(d * h0)?);
+    for (x, dx, hidden, weight, gradient, rows) in [
+        (a, da, &mut dz, &first.token, &mut of_token, counts.tokens),
+        (r, dr, &mut dc, &first.candidate, &mut of_candidate, counts.pairs),
+    ] {
+        let into = (gradient, Store::Overwrite);
+        call.product([d, h0, rows], (x, true), (hidden, false), into, 0)?;
+        call.product([rows, d, h0], (hidden, false), (weight, true), (dx, Store::Add), 0)?;
+    }
+    let params = GradientParams {
+        token: of_token.pointer(),
+        candidate: of_candidate.pointer(),
+        bias: of_bias.pointer(),
+        sums: sums.pointer(),
+        w0: w0.pointer(),
+        b0: b0.pointer(),
+        w1: w1.pointer(),
+        b1: b1.pointer(),
+        w2: w2.pointer(),
+        b2: b2.pointer(),
+        width: d as u32,
+        hidden0: plan.hidden[0] as u32,
+        hidden1: plan.hidden[1] as u32,
+        unused: 0,
+    };
+    let longest = w0.len().max(w1.len());
+    let Launch { grid: [x, _], .. } = blocks(longest, ROW_THREADS);
+    let launch = Launch { grid: [x, 3], ..blocks(longest, ROW_THREADS) };
+    // SAFETY: `check` has the gradients' lengths, and they are borrowed mutably.
+    unsafe { call.launch("target_gradients", launch, &params) }
+}

@@ -1,0 +1,61 @@
+//! How work over rows is cut into blocks.
+
+use crate::device::cuda::kernel::{Block, Launch};
+
+/// Threads of a block of every kernel that goes over rows.
+pub(crate) const THREADS: usize = 256;
+
+/// A block of [`THREADS`].
+pub(crate) const fn block_of(shared_bytes: usize) -> Block {
+    Block { warps: THREADS / 32, shared_bytes }
+}
+
+/// Values of one access to rows of `width`.
+pub(crate) fn vector(width: usize) -> usize {
+    if width.is_multiple_of(4) { 4 } else { 1 }
+}
+
+/// log2 of the lanes that share a row of `width`: as many as have an access of their own, at most a warp.
+pub(crate) fn lane_bits(width: usize) -> u32 {
+    width.div_ceil(vector(width)).next_power_of_two().min(32).trailing_zeros()
+}
+
+/// Blocks of [`THREADS`] for `items` items, `per_block` to a block.
+pub(crate) fn blocks(items: usize, per_block: usize) -> Launch {
+    Launch { grid: [items.div_ceil(per_block) as u32, 1], threads: THREADS as u32, shared_bytes: 0 }
+}
+
+/// Blocks whose groups of lanes take a row of `width` each.
+pub(crate) fn by_rows(rows: usize, width: usize) -> Launch {
+    blocks(rows, THREADS >> lane_bits(width))
+}
+
+/// Rows of a block that leaves a partial sum: at most 512 of those are left. Part of the order of summation, so it depends
+/// on the number of rows only.
+pub(crate) fn block_rows(rows: usize) -> usize {
+    rows.div_ceil(512).max(1).next_multiple_of(128)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_shared_by_as_many_lanes_as_they_have_accesses() {
+        for (width, vectors, bits) in [
+            (32, 4, 3),
+            (64, 4, 4),
+            (4, 4, 0),
+            (8, 4, 1),
+            (100, 4, 5),
+            (512, 4, 5),
+            (1, 1, 0),
+            (5, 1, 3),
+            (33, 1, 5),
+        ] {
+            assert_eq!((vector(width), lane_bits(width)), (vectors, bits), "{width}");
+        }
+        assert_eq!(by_rows(33, 32).grid, [2, 1]);
+        assert_eq!([0, 1, 128, 65_536, 65_537, 1 << 20].map(block_rows), [128, 128, 128, 128, 256, 2048]);
+    }
+}

@@ -1,0 +1,254 @@
+//! `dfar-train` killed (SIGKILL) at random moments: it can always go on, ends with the same bytes, and leaves the
+//! documented files only.
+//!
+//! `DFAR_KILL_CHAINS=500 cargo test --test train_kill` kills for longer.
+#![cfg(unix)]
+
+use dfar::data::synthetic::{self, SyntheticOptions};
+use rand::{Rng, RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+/// Kills of one run before it is left to end.
+const KILLS: usize = 4;
+
+const RUN_FILES: [&str; 6] =
+    ["checkpoint.safetensors", "config.toml", "curves.svg", "log.jsonl", "metrics.json", "model.safetensors"];
+
+fn command(dir: &Path, args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dfar-train"));
+    command.current_dir(dir).args(args).env("RAYON_NUM_THREADS", "1");
+    command
+}
+
+fn run(dir: &Path, args: &[&str]) -> Output {
+    command(dir, args).output().unwrap()
+}
+
+#[track_caller]
+fn succeeds(dir: &Path, args: &[&str]) -> Output {
+    let output = run(dir, args);
+    let log = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(0), "{args:?}: {log}\nin {:?}", listing(&dir.join("run")));
+    output
+}
+
+/// Starts the command, and kills it after `delay` unless it has ended by itself.
+fn killed(dir: &Path, args: &[&str], delay: Duration) {
+    let mut child = command(dir, args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    std::thread::sleep(delay);
+    child.kill().unwrap();
+    let status = child.wait().unwrap();
+    assert!(status.code().is_none_or(|code| code == 0), "{args:?} ended with {status}");
+}
+
+/// Names in a directory, sorted; none where it does not exist.
+fn listing(dir: &Path) -> Vec<String> {
+    let Ok(entries) = std::fs::read_dir(dir) else { return Vec::new() };
+    let mut names: Vec<String> =
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+fn model(dir: &Path) -> Vec<u8> {
+    std::fs::read(dir.join("model.safetensors")).unwrap()
+}
+
+fn chains(default: usize) -> usize {
+    std::env::var("DFAR_KILL_CHAINS").map_or(default, |chains| chains.parse().expect("a number of chains"))
+}
+
+/// A moment within the run, more often one of its first.
+fn moment(rng: &mut impl Rng, whole: Duration) -> Duration {
+    let share: f64 = rng.random();
+    whole.mul_f64(1.1 * share * share)
+}
+
+/// How to go on in `run`: as the program itself says.
+fn next_args<'a>(dir: &Path, start: &[&'a str]) -> Vec<&'a str> {
+    let files = listing(&dir.join("run"));
+    if files.iter().any(|name| name == "config.toml") {
+        return vec!["--resume", "run"];
+    }
+    let refused = run(dir, &["--resume", "run"]);
+    let message = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(3), "{message}");
+    assert!(message.contains("start one with --out run"), "{message}");
+    start.to_vec()
+}
+
+/// Chains of kills; `expected` are the files of the finished run.
+fn kill_in_chains(dir: &Path, start: &[&str], chains: usize, expected: &[&str]) {
+    let began = Instant::now();
+    succeeds(dir, start);
+    let whole = began.elapsed();
+    let run = dir.join("run");
+    assert_eq!(listing(&run), expected);
+    let model_of_whole = model(&run);
+    std::fs::remove_dir_all(&run).unwrap();
+
+    let mut rng = ChaCha8Rng::seed_from_u64(11);
+    for chain in 0..chains {
+        let mut moments = Vec::new();
+        for _ in 0..KILLS {
+            let args = next_args(dir, start);
+            moments.push(moment(&mut rng, whole));
+            killed(dir, &args, moments[moments.len() - 1]);
+        }
+        succeeds(dir, &next_args(dir, start));
+        assert!(model(&run) == model_of_whole, "chain {chain}, killed after {moments:?}");
+        assert_eq!(listing(&run), expected, "chain {chain}, killed after {moments:?}");
+        std::fs::remove_dir_all(&run).unwrap();
+    }
+}
+
+fn data(dir: &Path) {
+    let options =
+        SyntheticOptions { users: 40, items: 40, events_per_user: 15.0, ..SyntheticOptions::default() };
+    synthetic::write(&options, dir.join("x.dfar")).unwrap();
+}
+
+#[test]
+fn a_run_killed_at_any_moment_goes_on_and_leaves_no_other_files() {
+    let dir = tempfile::tempdir().unwrap();
+    data(dir.path());
+    let start = [
+        "--data",
+        "x.dfar",
+        "--out",
+        "run",
+        "--width",
+        "8",
+        "--max-length",
+        "10",
+        "--batch-tokens",
+        "150",
+        "--epochs",
+        "3",
+        "--patience",
+        "0",
+        "--checkpoint-seconds",
+        "0",
+    ];
+    kill_in_chains(dir.path(), &start, chains(8), &RUN_FILES);
+}
+
+/// The first second of a run without `--data`, in which the synthetic set is made.
+#[test]
+fn a_run_killed_while_its_synthetic_set_is_made_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let start =
+        ["--out", "run", "--width", "8", "--epochs", "1", "--sample-rate", "0.02", "--batch-tokens", "4096"];
+    let expected = [&RUN_FILES[..], &["synthetic.dfar"]].concat();
+    kill_in_chains(dir.path(), &start, chains(3), &expected);
+}
+
+/// A directory as a kill leaves it, made by hand: the moments between two files are short.
+struct Killed {
+    dir: tempfile::TempDir,
+    run: PathBuf,
+}
+
+const SMALL: [&str; 12] = [
+    "--data",
+    "x.dfar",
+    "--out",
+    "run",
+    "--width",
+    "8",
+    "--max-length",
+    "10",
+    "--epochs",
+    "1",
+    "--negatives",
+    "3",
+];
+
+impl Killed {
+    fn new(files: &[&str]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        data(dir.path());
+        succeeds(dir.path(), &SMALL);
+        let run = dir.path().join("run");
+        let config = std::fs::read(run.join("config.toml")).unwrap();
+        std::fs::remove_dir_all(&run).unwrap();
+        std::fs::create_dir(&run).unwrap();
+        for &name in files {
+            let content = if name == "config.toml" { &config } else { &b"half a fi"[..] };
+            let path = run.join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, content).unwrap();
+        }
+        Self { dir, run }
+    }
+}
+
+#[test]
+fn a_start_that_was_killed_can_be_started_again() {
+    for files in [
+        &[][..],
+        &[".lock"],
+        &[".lock", ".config.toml.partial"],
+        &[".lock", "config.toml"],
+        &[".lock", "config.toml", ".synthetic.dfar.partial/.a1B2c3.dfar-partial", "log.jsonl"],
+        &[".lock", "config.toml", "log.jsonl", ".checkpoint.safetensors.partial", "synthetic.dfar"],
+        // Of version 0.1.
+        &[".lock", "config.toml", "log.jsonl", ".tmpa1B2c3", ".a1B2c3.dfar-partial"],
+    ] {
+        let killed = Killed::new(files);
+        let output = succeeds(killed.dir.path(), &SMALL);
+        assert!(!String::from_utf8_lossy(&output.stderr).contains("resum"));
+        assert_eq!(listing(&killed.run), RUN_FILES, "after {files:?}");
+    }
+}
+
+#[test]
+fn a_run_killed_before_its_first_checkpoint_starts_from_the_beginning() {
+    let files = [".lock", "config.toml", "log.jsonl", ".checkpoint.safetensors.partial", ".tmpa1B2c3"];
+    let killed = Killed::new(&files);
+    let refused = run(killed.dir.path(), &["--resume", "run", "--lr", "0.1"]);
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("--lr cannot change"));
+    let output = succeeds(killed.dir.path(), &["--resume", "run", "--workers", "2"]);
+    let log = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(log.contains("starting from the beginning"), "{log}");
+    assert_eq!(listing(&killed.run), RUN_FILES);
+    let config = std::fs::read_to_string(killed.run.join("config.toml")).unwrap();
+    assert!(config.contains("negatives = 3\n") && config.contains("workers = 2\n"), "{config}");
+}
+
+#[test]
+fn leftovers_of_version_0_1_go_when_a_run_is_resumed() {
+    let dir = tempfile::tempdir().unwrap();
+    data(dir.path());
+    succeeds(dir.path(), &SMALL);
+    let run = dir.path().join("run");
+    for name in [".tmpa1B2c3", ".checkpoint.safetensors.partial", ".lock"] {
+        std::fs::write(run.join(name), "half a fi").unwrap();
+    }
+    for name in [".tmp-mine", "notes.txt"] {
+        std::fs::write(run.join(name), "mine").unwrap();
+    }
+    succeeds(dir.path(), &["--resume", "run"]);
+    let mut expected = [&RUN_FILES[..], &[".tmp-mine", "notes.txt"]].concat();
+    expected.sort();
+    assert_eq!(listing(&run), expected);
+}
+
+#[test]
+fn a_configuration_that_no_run_wrote_is_not_overwritten() {
+    let dir = tempfile::tempdir().unwrap();
+    data(dir.path());
+    let mine = "# my notes\nwidth = 8\nepochs = 1\n";
+    std::fs::create_dir(dir.path().join("run")).unwrap();
+    std::fs::write(dir.path().join("run/config.toml"), mine).unwrap();
+    let output = run(dir.path(), &["--data", "x.dfar", "--out", "run", "--config", "run/config.toml"]);
+    assert_eq!(output.status.code(), Some(2));
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(message.contains("holds a config.toml that no run wrote"), "{message}");
+    assert_eq!(std::fs::read_to_string(dir.path().join("run/config.toml")).unwrap(), mine);
+    assert_eq!(listing(&dir.path().join("run")), ["config.toml"]);
+}

@@ -185,12 +185,15 @@ impl Splitter {
         let mut wanted: Vec<(usize, usize)> =
             columns.iter().enumerate().filter_map(|(slot, column)| Some(((*column)?, slot))).collect();
         wanted.sort_unstable();
-        let mut edges: Vec<usize> =
-            wanted.iter().flat_map(|&(column, _)| column.checked_sub(1).into_iter().chain([column])).collect();
+        let mut edges: Vec<usize> = wanted
+            .iter()
+            .flat_map(|&(column, _)| column.checked_sub(1).into_iter().chain([column]))
+            .collect();
         edges.sort_unstable();
         edges.dedup();
         let place = |edge: usize| edges.iter().position(|&other| other == edge).expect("it is one of them");
-        let places = wanted.iter().map(|&(column, _)| (column.checked_sub(1).map(place), place(column))).collect();
+        let places =
+            wanted.iter().map(|&(column, _)| (column.checked_sub(1).map(place), place(column))).collect();
         Splitter { delimiter, expected, wanted, edges, places }
     }
 

@@ -1,5 +1,5 @@
-//! After a first call the attention engine asks the allocator for nothing. Alone in its file: the counter sees
-//! every thread of the process.
+//! After the first call, the attention engine does not allocate. The only test of its file, because
+//! the counter counts all threads of the process.
 
 mod common;
 
@@ -11,15 +11,15 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 struct Counting;
 static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
 
-// SAFETY: everything is passed on to the system's allocator as it came.
+// SAFETY: all calls are forwarded unchanged to the system allocator.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: the caller's promise, passed on.
+        // SAFETY: guaranteed by the caller.
         unsafe { System.alloc(layout) }
     }
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise, passed on.
+        // SAFETY: guaranteed by the caller.
         unsafe { System.dealloc(pointer, layout) }
     }
 }
@@ -30,7 +30,7 @@ static ALLOCATOR: Counting = Counting;
 #[test]
 fn a_second_call_allocates_nothing() {
     let options = FhaOptions::new(2, 16);
-    // 1100 goes the way of long sequences, in two passes.
+    // 1100 tokens take the two-pass backward of long sequences.
     let batch = Batch::random(&options, &[20, 300, 0, 1, 1100, 64], 1);
     let n = batch.tokens();
     let (mut o, mut lse) = (vec![0.0; options.output_len(n)], vec![0.0; options.lse_len(n)]);
@@ -41,7 +41,7 @@ fn a_second_call_allocates_nothing() {
         backward(&options, batch.inputs(), &o, &lse, &batch.d_o, gradients)
             .expect("inputs should be accepted");
     };
-    // One thread: with more, which of them meets the longest sequence first is a matter of chance.
+    // One thread: with several, it is random which one grows its scratch for the longest sequence.
     let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread should start");
     pool.install(|| {
         call();

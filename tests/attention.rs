@@ -1,6 +1,6 @@
-//! The fused attention engine: right, and the same whatever runs beside it.
+//! The fused attention engine against the float64 reference, and its determinism.
 
-#[path = "bodies/not_finite.rs"]
+#[path = "bodies/non_finite.rs"]
 mod bodies;
 mod common;
 
@@ -14,7 +14,7 @@ use dfar_tools::verify::{
 };
 use proptest::prelude::*;
 
-/// Runs forward and backward. Outputs start as garbage: they must be overwritten.
+/// Runs forward and backward. The initial content of the outputs must be overwritten.
 fn run(options: &FhaOptions, batch: &Batch) -> Results {
     let n = batch.tokens();
     let garbage = |len| vec![7e7f32; len];
@@ -32,7 +32,7 @@ fn run(options: &FhaOptions, batch: &Batch) -> Results {
     r
 }
 
-/// Fused results against the float64 reference.
+/// Errors of the fused results against the float64 reference.
 fn errors(options: &FhaOptions, batch: &Batch) -> Vec<TensorError> {
     let fused = run(options, batch);
     let output = reference::forward(options, batch.inputs()).expect("inputs should be accepted");
@@ -48,7 +48,7 @@ fn errors(options: &FhaOptions, batch: &Batch) -> Vec<TensorError> {
 }
 
 #[test]
-fn golden_cases_are_met() {
+fn fused_results_match_the_golden_cases() {
     for case in golden("fha") {
         let errors = verify_fha(&case, &CpuEngine)
             .unwrap_or_else(|error| panic!("{error}"))
@@ -58,13 +58,14 @@ fn golden_cases_are_met() {
 }
 
 #[test]
-fn the_reference_meets_the_golden_cases_to_double_precision() {
+fn reference_matches_the_golden_cases_in_double_precision() {
     for case in golden("fha") {
         let fha = Fha::new(&case).unwrap_or_else(|error| panic!("{error}"));
         let output = reference::forward(&fha.options, fha.inputs()).expect("a case is valid");
         let gradients = reference::backward(&fha.options, fha.inputs(), &fha.d_o).expect("a case is valid");
         let [dq, dk, dv] = &fha.gradients;
-        // The scale of a case is an f64, ours an f32: 1e-7 apart where it is no power of two.
+        // The scale of a case is an f64, ours an f32: they differ by 1e-7 unless it is a power of
+        // two.
         for (name, x, expected) in [
             ("o", &output.o, &fha.o),
             ("lse", &output.lse, &fha.lse),
@@ -81,7 +82,7 @@ fn the_reference_meets_the_golden_cases_to_double_precision() {
     }
 }
 
-/// Every width the issue of padding can hide in, and the lengths around vectors and tiles.
+/// Widths with and without padding, and lengths around the sizes of vectors and tiles.
 const HEAD_DIMS: [usize; 9] = [1, 3, 4, 8, 16, 20, 32, 64, 128];
 
 #[derive(Clone, Debug)]
@@ -90,7 +91,7 @@ struct Problem {
     lengths: Vec<usize>,
     /// Overrides the random labels.
     label: Option<u8>,
-    /// Of the queries: scores of a few units, or of thousands.
+    /// Scale of the queries: scores of a few units, or of thousands.
     magnitude: f32,
     seed: u64,
 }
@@ -133,10 +134,10 @@ fn problem() -> impl Strategy<Value = Problem> {
     )
 }
 
-/// What f32 arithmetic may add to the tolerances of (`o`, `lse`, `dq`, `dk`, `dv`) where a random problem leaves
-/// only remainders of large terms that cancel: eight roundings of those terms. A row of one or two keys can have
-/// an `lse` of almost 0, or be all but a maximum, with gradients of almost 0; and a kept key can have a
-/// probability below the range of f32. Problems of any size do not notice.
+/// Additional tolerance of (`o`, `lse`, `dq`, `dk`, `dv`) for cancellation in f32: eight roundings
+/// of the cancelling terms. In small random problems, a row of one or two keys can have an `lse`
+/// near 0, or gradients near 0 because one key dominates, and a kept key can have a probability
+/// below the range of f32. Larger problems do not need it.
 fn rounding(options: &FhaOptions, batch: &Batch) -> [f64; 5] {
     let norm = |x: &[f32]| {
         let norms = x.chunks(options.head_dim).map(|x| x.iter().map(|x| x * x).sum::<f32>().sqrt());
@@ -171,9 +172,9 @@ proptest! {
     }
 }
 
-/// Lengths on which sequences are cut: stretches of keys, chunks of queries, and two passes backward.
+/// Lengths around the sizes of stretches, chunks and the two-pass backward.
 #[test]
-fn long_sequences_are_the_reference() {
+fn long_sequences_match_the_reference() {
     for (heads, d, lengths, causal, normalization) in [
         (2, 4, &[1300, 30][..], true, Normalization::Joint),
         (2, 4, &[1030], false, Normalization::Masked),
@@ -190,7 +191,7 @@ fn long_sequences_are_the_reference() {
 }
 
 #[test]
-fn a_head_of_eight_is_one_of_sixteen_with_zeros() {
+fn zero_padding_of_heads_does_not_change_results() {
     let narrow = FhaOptions::new(2, 8);
     let wide = FhaOptions { scale: narrow.scale, ..FhaOptions::new(2, 16) };
     let batch = Batch::random(&narrow, &[50, 3, 17], 5);
@@ -205,7 +206,7 @@ fn a_head_of_eight_is_one_of_sixteen_with_zeros() {
 }
 
 #[test]
-fn a_packed_batch_is_its_sequences() {
+fn a_packed_batch_equals_its_sequences_one_by_one() {
     for options in [
         FhaOptions::new(2, 16),
         FhaOptions { causal: false, normalization: Normalization::Masked, ..FhaOptions::new(4, 5) },
@@ -227,7 +228,7 @@ fn a_packed_batch_is_its_sequences() {
 }
 
 #[test]
-fn the_number_of_threads_does_not_show() {
+fn results_are_bitwise_equal_for_any_number_of_threads() {
     let options = FhaOptions::new(2, 16);
     let lengths: Vec<usize> = (0..60).map(|i| i * 13 % 90).chain([1500, 700, 1029]).collect();
     let batch = Batch::random(&options, &lengths, 7);
@@ -242,10 +243,10 @@ fn the_number_of_threads_does_not_show() {
     }
 }
 
-/// In tiles of rows that share keys, in the last rows of a tile that is not full, across stretches of keys, and across the pieces of
-/// a long sequence.
+/// In tiles that share keys, in the last rows of a partial tile, across stretches, and across the
+/// pieces of a long sequence.
 #[test]
-fn what_is_not_finite_reaches_only_what_depends_on_it() {
+fn non_finite_input_reaches_only_dependent_results() {
     let engine = |options: &FhaOptions, inputs: Inputs, d_o: &[f32]| {
         let n = inputs.q.len() / (options.heads * options.head_dim);
         let (mut o, mut lse) = (vec![0.0; options.output_len(n)], vec![0.0; options.lse_len(n)]);
@@ -266,15 +267,15 @@ fn what_is_not_finite_reaches_only_what_depends_on_it() {
         FhaOptions::new(4, 5),
     ] {
         for at in [0, 1, 7, 25, 38, 39] {
-            bodies::judge_spoiled(options, &[20, 40, 7], 1, at, &engine);
+            bodies::check_propagation(options, &[20, 40, 7], 1, at, &engine);
         }
-        bodies::judge_spoiled(options, &[1], 0, 0, &engine);
+        bodies::check_propagation(options, &[1], 0, 0, &engine);
     }
-    bodies::judge_spoiled(base, &[600], 0, 590, &engine);
-    bodies::judge_spoiled(FhaOptions::new(2, 4), &[9, 1030, 5], 1, 511, &engine);
-    // Scores that are computed with care, whether or not the token is finite.
-    bodies::judge_spoiled(FhaOptions { scale: 60.0, ..base }, &[20, 40, 7], 1, 25, &engine);
-    bodies::judge_spoiled(FhaOptions { scale: 60.0, ..FhaOptions::new(2, 4) }, &[1030], 0, 700, &engine);
+    bodies::check_propagation(base, &[600], 0, 590, &engine);
+    bodies::check_propagation(FhaOptions::new(2, 4), &[9, 1030, 5], 1, 511, &engine);
+    // Scores above the bound for exact computation, with a finite or non-finite token.
+    bodies::check_propagation(FhaOptions { scale: 60.0, ..base }, &[20, 40, 7], 1, 25, &engine);
+    bodies::check_propagation(FhaOptions { scale: 60.0, ..FhaOptions::new(2, 4) }, &[1030], 0, 700, &engine);
 }
 
 #[test]
@@ -289,16 +290,16 @@ fn large_scores_do_not_overflow() {
         let lse = r.lse.iter().fold(0.0f32, |m, x| m.max(x.abs()));
         assert!(lse > 1e4, "the test should reach large scores, not {lse}");
         assert!(r.o.iter().chain(&r.lse).chain(&r.dq).chain(&r.dk).chain(&r.dv).all(|x| x.is_finite()));
-        // Probabilities of what is kept cannot add up to more than 1.
+        // The probabilities of kept keys add up to at most 1.
         let largest = batch.v.iter().fold(0.0f32, |m, x| m.max(x.abs()));
         assert!(r.o.iter().all(|x| x.abs() <= largest * 1.0001));
     }
 }
 
-/// Where one key takes nearly all of the probability, `ds` is what is left of a cancellation: it once kept only three
-/// digits. Every gradient is judged by its own scale here, however small.
+/// Regression: if one key has nearly all of the probability, `ds` is the result of a cancellation
+/// and once had only three correct digits. Each gradient is compared on its own scale.
 #[test]
-fn a_saturated_softmax_keeps_its_gradients() {
+fn a_saturated_softmax_has_accurate_gradients() {
     for (lengths, seed) in [(&[50usize, 21][..], 31), (&[50, 21], 32), (&[9, 30], 33), (&[1100], 34)] {
         for normalization in [Normalization::Joint, Normalization::Masked] {
             let options = FhaOptions { normalization, ..FhaOptions::new(2, 16) };
@@ -317,16 +318,16 @@ fn a_saturated_softmax_keeps_its_gradients() {
     }
 }
 
-/// Where no score is lost to rounding, large scores are as exact as small ones: whole numbers.
+/// Integer scores are exact in f32, so large ones are as accurate as small ones.
 #[test]
-fn large_whole_scores_are_the_reference() {
+fn large_integer_scores_match_the_reference() {
     for lengths in [&[40usize, 9][..], &[1100]] {
         let options = FhaOptions { scale: 1.0, ..FhaOptions::new(2, 4) };
         let mut batch = Batch::random(&options, lengths, 10);
         for x in batch.q.iter_mut().chain(&mut batch.k) {
             *x = (*x * 2.0).round() * 2.0;
         }
-        // One feature lifts all scores of a row by the same amount: only differences count, but lse shows it.
+        // One feature raises all scores of a row equally: only `lse` changes.
         for x in batch.q.chunks_mut(4).chain(batch.k.chunks_mut(4)) {
             x[3] = 32.0;
         }
@@ -335,10 +336,10 @@ fn large_whole_scores_are_the_reference() {
 }
 
 #[test]
-fn a_row_without_keys_is_zero() {
+fn a_row_without_keys_has_output_zero() {
     let options = FhaOptions { causal: false, normalization: Normalization::Masked, ..FhaOptions::new(2, 4) };
-    // A positive query meets only key head 1 of positive tokens, so some are always there; rows without keys
-    // need infinitely small scores.
+    // A positive query always has a key in key head 1: itself. Only scores of -inf give a row
+    // without keys.
     let mut batch = Batch::random(&options, &[6], 11);
     batch.label.copy_from_slice(&[0, 0, 1, 1, 1, 0]);
     batch.q.fill(1.0);
@@ -350,9 +351,9 @@ fn a_row_without_keys_is_zero() {
     assert!(o.iter().all(|&x| x == 0.0) && lse.iter().all(|&x| x == f32::NEG_INFINITY), "{o:?} {lse:?}");
 }
 
-/// The reference's own gradients, by central differences in f64.
+/// The gradients of the reference against central differences in f64.
 #[test]
-fn the_reference_has_the_gradients_of_its_forward_pass() {
+fn reference_gradients_match_finite_differences() {
     for options in [
         FhaOptions::new(2, 3),
         FhaOptions { normalization: Normalization::Masked, ..FhaOptions::new(4, 2) },
@@ -385,9 +386,9 @@ fn the_reference_has_the_gradients_of_its_forward_pass() {
     }
 }
 
-/// Error judged against error: the fused engine is no worse than twice the unfused computation in f32.
+/// The error of the fused engine is at most twice the error of the naive computation in f32.
 #[test]
-fn fused_is_as_exact_as_the_naive_form() {
+fn fused_is_as_accurate_as_naive_f32() {
     let options = FhaOptions::new(2, 16);
     let batch = Batch::random(&options, &[300, 57], 13);
     let exact = reference::forward(&options, batch.inputs()).expect("valid inputs");
@@ -412,18 +413,18 @@ fn fused_is_as_exact_as_the_naive_form() {
 
 fn refused(options: &FhaOptions, inputs: Inputs) -> AttentionError {
     let (mut o, mut lse) = (vec![5.0; 8], vec![5.0; 2]);
-    let error = forward(options, inputs, &mut o, &mut lse).expect_err("it should be refused");
-    assert!(o.iter().chain(&lse).all(|&x| x == 5.0), "a refused call should write nothing");
+    let error = forward(options, inputs, &mut o, &mut lse).expect_err("the arguments should be rejected");
+    assert!(o.iter().chain(&lse).all(|&x| x == 5.0), "a rejected call should not write");
     error
 }
 
 #[test]
-fn wrong_arguments_are_named() {
+fn errors_name_the_invalid_argument() {
     let x = [0.0; 2 * 2];
     let good = Inputs { q: &x, k: &x, v: &x, cu_seqlens: &[0, 2], label: &[0, 1] };
     let options = FhaOptions::new(2, 1);
     let mut o = [0.0; 4];
-    forward(&options, good, &mut o, &mut [0.0; 2]).expect("the base of these tests should be accepted");
+    forward(&options, good, &mut o, &mut [0.0; 2]).expect("valid arguments should be accepted");
 
     use AttentionError as E;
     let unmasked = FhaOptions { label_mask: LabelMask::None, ..options };
@@ -469,7 +470,7 @@ fn wrong_arguments_are_named() {
 }
 
 #[test]
-fn labels_are_not_read_without_a_mask() {
+fn labels_are_ignored_without_a_mask() {
     let options = FhaOptions { label_mask: LabelMask::None, ..FhaOptions::new(2, 4) };
     let mut batch = Batch::random(&options, &[9, 4], 14);
     let without = run(&options, &batch);
@@ -482,8 +483,8 @@ fn an_empty_batch_is_accepted() {
     let options = FhaOptions::new(2, 16);
     for cu_seqlens in [&[0u32][..], &[0, 0, 0]] {
         let inputs = Inputs { q: &[], k: &[], v: &[], cu_seqlens, label: &[] };
-        forward(&options, inputs, &mut [], &mut []).expect("no tokens are fine");
+        forward(&options, inputs, &mut [], &mut []).expect("an empty batch should be accepted");
         let gradients = Gradients { dq: &mut [], dk: &mut [], dv: &mut [] };
-        backward(&options, inputs, &[], &[], &[], gradients).expect("no tokens are fine");
+        backward(&options, inputs, &[], &[], &[], gradients).expect("an empty batch should be accepted");
     }
 }

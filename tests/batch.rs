@@ -1,4 +1,4 @@
-//! Packing: every index against its definition, and every refusal.
+//! Packing: each index against its definition, and each error.
 
 use dfar::batch::{Batch, BatchError, Group, History};
 use proptest::prelude::*;
@@ -22,7 +22,7 @@ fn history() -> impl Strategy<Value = History> {
 
 proptest! {
     #[test]
-    fn every_index_means_what_it_says(histories in prop::collection::vec(history(), 0..6)) {
+    fn packed_indices_match_their_definitions(histories in prop::collection::vec(history(), 0..6)) {
         let b = Batch::pack(&histories).unwrap();
         prop_assert_eq!(b.histories(), histories.len());
         let mut row = 0;
@@ -63,7 +63,7 @@ proptest! {
             prop_assert_eq!(b.score_offsets[pair + 1] - b.score_offsets[pair], longest);
         }
         prop_assert_eq!(b.pair_rows.members.len(), b.rows());
-        // A distinct item is touched once, by all the tokens and pairs that hold it.
+        // Each distinct item occurs once, with all its tokens and pairs.
         let holders: Vec<u32> = b.item.iter().chain(&b.pair_item).copied().collect();
         prop_assert!(b.touched_item.row.is_sorted_by(|a, b| a < b));
         for (i, &item) in b.touched_item.row.iter().enumerate() {
@@ -78,7 +78,7 @@ proptest! {
 }
 
 #[test]
-fn what_cannot_be_packed_is_refused_with_its_place() {
+fn errors_name_the_invalid_history() {
     let group = |length| Group { length, candidates: vec![1], targets: vec![1.0] };
     let good = History { items: vec![4, 5], labels: vec![0, 1], groups: vec![group(1), group(2)] };
     let pack = |change: &dyn Fn(&mut History)| {

@@ -1,5 +1,5 @@
-//! Every operation of a training step, and the network as a whole, on a GPU where there is one; the bodies are those that the CPU
-//! and the emulated GPU pass.
+//! Every operation of a training step, and the network as a whole, on a GPU where there is one; the
+//! bodies are those that the CPU and the emulated GPU pass.
 
 #[path = "common/gpu.rs"]
 mod common;
@@ -52,12 +52,12 @@ macro_rules! step {
 }
 
 on_the_gpu! {
-    operation: layer_norm fused_layer_norms linear label_linear gather_and_segment_sum segments_of_every_length attention
+    operation: layer_norm fused_layer_norms linear label_linear gather_and_segment_sum segments_of_any_length attention
         prefix_mean concat rank_loss cosine_loss adam;
-    network: shared_prefixes_and_candidates_change_nothing lazy_and_dense_adam_agree_while_every_row_is_touched
-        steps_repeat_bit_for_bit a_non_finite_value_stops_the_step_and_is_named what_does_not_fit_is_refused_by_name
+    network: shared_prefixes_and_candidates_do_not_change_results lazy_and_dense_adam_agree_while_every_row_is_touched
+        steps_are_deterministic a_non_finite_value_stops_the_step_and_is_named errors_name_the_index_beyond_the_model
         histories_without_events_or_of_one_label_score_finitely;
-    step: watching_a_step_changes_nothing parts_make_up_the_step batches_are_staged_on_any_thread;
+    step: an_observer_does_not_change_a_step parts_add_up_to_the_step batches_are_staged_on_any_thread;
 }
 
 #[test]
@@ -83,10 +83,10 @@ fn target_attention_in_bf16_is_as_exact_as_unfused() {
 }
 
 #[test]
-fn gradients_are_derivatives_of_the_loss() {
-    let Some(device) = gpu("gradients_are_derivatives_of_the_loss", Precision::F32) else { return };
+fn gradients_match_finite_differences() {
+    let Some(device) = gpu("gradients_match_finite_differences", Precision::F32) else { return };
     let device = Arc::new(device);
-    model::gradients_are_derivatives_of_the_loss(&|| device.clone(), 1);
+    model::gradients_match_finite_differences(&|| device.clone(), 1);
 }
 
 #[test]

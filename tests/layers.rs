@@ -1,4 +1,4 @@
-//! Every operation of `trait Device` on the CPU; the bodies are in `bodies/layers.rs`.
+//! All operations of `Device` on the CPU; the bodies are in `bodies/layers.rs`.
 
 #[macro_use]
 #[path = "bodies/layers.rs"]

@@ -1,4 +1,4 @@
-//! The network as a whole on the CPU; the bodies are in `bodies/model.rs`.
+//! The whole network on the CPU; the bodies are in `bodies/model.rs`.
 
 #[path = "bodies/model.rs"]
 mod bodies;
@@ -16,17 +16,17 @@ macro_rules! on_the_cpu {
 }
 
 on_the_cpu! {
-    shared_prefixes_and_candidates_change_nothing()
-    gradients_are_derivatives_of_the_loss(1)
+    shared_prefixes_and_candidates_do_not_change_results()
+    gradients_match_finite_differences(1)
     lazy_and_dense_adam_agree_while_every_row_is_touched()
-    steps_repeat_bit_for_bit()
+    steps_are_deterministic()
     a_non_finite_value_stops_the_step_and_is_named()
-    what_does_not_fit_is_refused_by_name()
+    errors_name_the_index_beyond_the_model()
     histories_without_events_or_of_one_label_score_finitely()
 }
 
 #[test]
-fn same_bits_on_any_number_of_threads() {
+fn steps_are_bitwise_equal_for_any_number_of_threads() {
     let run = |threads| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| bodies::three_steps(&|| Arc::new(Cpu::new())))

@@ -1,4 +1,4 @@
-//! A step by its parts on the CPU; the bodies are in `bodies/parts.rs`.
+//! The parts of a training step on the CPU; the bodies are in `bodies/parts.rs`.
 
 #[macro_use]
 #[path = "bodies/parts.rs"]

@@ -1,7 +1,7 @@
-//! Target attention on the CPU: against the definition in f64, against the unfused form, and itself across threads.
+//! Target attention on the CPU: fused and unfused against the definition in f64, and determinism.
 
 #[path = "bodies/target_attention.rs"]
-#[allow(dead_code)] // what is for devices that round
+#[allow(dead_code)] // helpers for devices that round to bf16
 mod bodies;
 
 use bodies::{Case, NAMES, Output, assert_close, cases, ds_before, error, last, wide};
@@ -9,7 +9,8 @@ use dfar::device::TargetState;
 use dfar::device::cpu::Cpu;
 use dfar::device::cpu::target_attention::{backward, forward, unfused::Unfused};
 
-/// Runs one of the two implementations, forward and backward; outputs start as NaN, so nothing may be left out.
+/// Runs one of the two implementations, forward and backward. Outputs start as NaN, so an unwritten
+/// value shows.
 fn run(case: &Case, fused: bool) -> Output<f32> {
     let nan = |n: usize| vec![f32::NAN; n];
     let (d, rows) = (case.width, case.row_length.len());
@@ -49,9 +50,9 @@ fn agrees_with_the_definition_in_f64() {
     }
 }
 
-/// Rows without history and candidates without rows do occur above, and give what the contract says.
+/// The cases include rows without history and candidates without rows.
 #[test]
-fn empty_histories_attend_to_nothing() {
+fn empty_histories_have_output_zero() {
     let (_, case) = &cases()[0];
     assert!(case.row_length.contains(&0) && case.row_length.iter().any(|length| *length > 1));
     assert!(case.row_offsets.windows(2).any(|pair| pair[0] == pair[1]));
@@ -62,7 +63,8 @@ fn empty_histories_attend_to_nothing() {
     }
 }
 
-/// Scores far apart and far from 0: the running softmaxes must neither overflow nor lose a short prefix.
+/// Scores far apart and far from 0: the online softmax must not overflow, nor underflow for a short
+/// prefix.
 #[test]
 fn large_scores_neither_overflow_nor_vanish() {
     let mut case = Case::random(16, [24, 16], &[60, 45, 80], 6, 6, 99);
@@ -71,7 +73,7 @@ fn large_scores_neither_overflow_nor_vanish() {
     let spread = want.e.iter().fold(0.0f64, |m, e| m.max(e.abs()));
     assert!(spread > 150.0, "scores only reach {spread}");
     let got = run(&case, true);
-    // The exponential of a score is known relatively to what the score is known to absolutely.
+    // The relative error of an exponential is the absolute error of the score.
     for (name, got, want) in
         [("att", &got.att, &want.att), ("ds", &got.ds, &want.ds), ("da", &got.da, &want.da)]
     {
@@ -81,7 +83,7 @@ fn large_scores_neither_overflow_nor_vanish() {
     assert!(error(&got.lse, &want.lse) < 1e-5);
 }
 
-/// The reference's gradients are those of its own forward.
+/// The gradients of the reference against finite differences of its forward pass.
 #[test]
 fn reference_agrees_with_finite_differences() {
     let case = Case::random(8, [7, 4], &[6, 0, 9, 4], 3, 2, 5);
@@ -118,7 +120,7 @@ fn reference_agrees_with_finite_differences() {
 }
 
 #[test]
-fn bits_do_not_depend_on_the_number_of_threads() {
+fn results_are_bitwise_equal_for_any_number_of_threads() {
     let lengths: Vec<u32> = (0..120).map(|i| (i * 37) % 90).collect();
     let case = Case::random(32, [80, 40], &lengths, 12, 3, 3);
     let run = |threads| {

@@ -1,22 +1,22 @@
-//! What the operation accepts, checked before anything is computed or written.
+//! Validation of the arguments, before any computation.
 
 use super::{FhaOptions, Inputs, LabelMask, Pairing};
 use thiserror::Error;
 
-/// An argument that cannot be computed with, named. Nothing was written to the outputs.
+/// An invalid argument. The outputs are unchanged.
 #[derive(Clone, Debug, PartialEq, Error)]
 #[non_exhaustive]
 pub enum AttentionError {
-    /// A buffer whose length does not follow from the options and `cu_seqlens`.
+    /// The length of a buffer contradicts the options or `cu_seqlens`.
     #[error("attention: {name} has {found} values, but its shape {shape} needs {expected}")]
     Length {
         /// Argument.
         name: &'static str,
-        /// Shape in words, e.g. `[N, H, d]`.
+        /// Its shape, e.g. `[N, H, d]`.
         shape: &'static str,
-        /// Values needed.
+        /// Expected number of values.
         expected: usize,
-        /// Values given.
+        /// Actual number of values.
         found: usize,
     },
     /// No heads, or heads of width 0.
@@ -25,23 +25,23 @@ pub enum AttentionError {
         /// `heads` or `head_dim`.
         name: &'static str,
     },
-    /// Factorization heads come in two groups of equal size.
+    /// An odd number of heads: factorization heads form two groups of equal size.
     #[error("attention: heads is {heads}, but must be even (or 1, without a label mask)")]
     OddHeads {
-        /// Heads given.
+        /// Number of heads.
         heads: usize,
     },
-    /// A scale that is infinite or not a number.
+    /// A non-finite scale.
     #[error("attention: scale is {scale}, but must be finite")]
     Scale {
-        /// Scale given.
+        /// The scale.
         scale: f32,
     },
-    /// Plain multi-head attention has no head groups a label could choose from.
-    #[error("attention: pairing is per head, which has no label mask; set label_mask to none")]
+    /// A label mask with [`Pairing::PerHead`]: plain multi-head attention has no head groups.
+    #[error("attention: per-head pairing excludes the label mask; set label_mask to none")]
     PerHeadLabelMask,
-    /// `cu_seqlens` holds no value; it has one more than there are sequences.
-    #[error("attention: cu_seqlens is empty, but has B + 1 values, the first 0")]
+    /// An empty `cu_seqlens`.
+    #[error("attention: cu_seqlens is empty, but needs B + 1 values, the first 0")]
     NoSequences,
     /// `cu_seqlens[0]` is not 0.
     #[error("attention: cu_seqlens starts at {found}, but must start at 0")]
@@ -59,7 +59,7 @@ pub enum AttentionError {
         /// `cu_seqlens[sequence + 1]`.
         end: u32,
     },
-    /// `q`, `k` and `v` agree on a number of tokens that is not the last value of `cu_seqlens`.
+    /// `q`, `k` and `v` agree on the number of tokens, but `cu_seqlens` ends at another.
     #[error("attention: cu_seqlens ends at {end}, but q, k and v hold {tokens} tokens")]
     LastSequence {
         /// The last value of `cu_seqlens`.
@@ -87,13 +87,10 @@ pub(crate) fn length(
 }
 
 impl FhaOptions {
-    /// Checks the options and the inputs against each other.
+    /// Validates the options and the inputs. Returns the number of tokens `N`.
     ///
     /// # Errors
-    /// [`AttentionError`] names the first argument that does not fit.
-    ///
-    /// # Returns
-    /// The number of tokens `N`.
+    /// [`AttentionError`] names the first invalid argument.
     pub fn check<T>(&self, inputs: &Inputs<T>) -> Result<usize, AttentionError> {
         let Self { heads, head_dim, .. } = *self;
         if heads == 0 {
@@ -144,7 +141,7 @@ impl FhaOptions {
         Ok(tokens)
     }
 
-    /// [`check`](Self::check), and the lengths of `o` and `lse`.
+    /// As [`check`](Self::check), with the lengths of `o` and `lse`.
     pub(crate) fn check_outputs<T>(
         &self,
         inputs: &Inputs<T>,

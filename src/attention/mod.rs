@@ -7,11 +7,10 @@
 //! | `label` | `[N]` u8 | feedback of each token: 0 negative (skip), 1 positive |
 //! | `o` | `[N, Q, K, d]` f32 | output; `Q` = [`FhaOptions::query_slots`], `K` = [`FhaOptions::key_slots`] |
 //! | `lse` | `[N, Q]` f32 | natural logarithm of each softmax denominator |
-
 //!
-//! [`forward`] and [`backward`] run on the CPU engine: fused, vectorised, parallel over sequences and the tiles of
-//! long ones, with memory proportional to the number of tokens and the same bits whatever the number of threads.
-//! [`reference`](mod@reference) is the same mathematics in its plainest form.
+//! [`forward`] and [`backward`] run on the CPU engine: fused, vectorised, and parallel over sequences and over tiles of
+//! long sequences. Memory is proportional to the number of tokens, and results are bitwise equal for any number of
+//! threads. [`reference`](mod@reference) is a naive implementation in f64.
 //!
 //! ```
 //! use dfar::attention::{FhaOptions, Inputs, forward};
@@ -22,7 +21,7 @@
 //! let mut o = vec![0.0; options.output_len(3)];
 //! let mut lse = vec![0.0; options.lse_len(3)];
 //! forward(&options, inputs, &mut o, &mut lse)?;
-//! // The first token is positive: it reads itself with key head 1, and nothing with key head 0.
+//! // The first token is positive: it attends to itself in key head 1 and to nothing in key head 0.
 //! assert_eq!(o[..4], [0.0; 4]);
 //! assert!((o[4] - 0.15).abs() < 1e-6);
 //! # Ok::<(), dfar::attention::AttentionError>(())
@@ -35,40 +34,40 @@ pub use crate::device::cpu::attention::{backward, forward};
 pub use check::AttentionError;
 pub(crate) use check::length;
 
-/// Which softmax denominator a row has when the label mask is on.
+/// The softmax denominator of a row under the label mask.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Normalization {
-    /// All key heads of all visible tokens enter the denominator; the label mask is applied after the softmax.
+    /// All key heads of all visible tokens enter the denominator. The label mask is applied after the softmax.
     #[default]
     Joint,
     /// Only the kept (token, key head) pairs enter the denominator.
     Masked,
 }
 
-/// How heads meet labels.
+/// The label mask.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LabelMask {
-    /// The first half of the heads serves negative tokens, the second half positive ones.
+    /// The first half of the heads serves negative tokens, the second half positive tokens.
     #[default]
     Feedback,
     /// Every head serves every token.
     None,
 }
 
-/// Which key heads a query head attends to.
+/// The key heads that a query head attends to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Pairing {
-    /// Every query head meets every key head, in one joint softmax: factorization heads.
+    /// Factorization heads: each query head attends to all key heads, in one joint softmax.
     #[default]
     Factorized,
-    /// Head `h` meets only key head `h`: plain multi-head attention. No label mask.
+    /// Plain multi-head attention: query head `h` attends to key head `h`. Excludes the label mask.
     PerHead,
 }
 
-/// What the operation computes; everything but the data.
+/// The options of the operation.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct FhaOptions {
     /// Number of heads `H`: even, or 1 without a label mask.
@@ -77,11 +76,11 @@ pub struct FhaOptions {
     pub head_dim: usize,
     /// Label mask.
     pub label_mask: LabelMask,
-    /// Denominator.
+    /// Softmax denominator.
     pub normalization: Normalization,
-    /// Heads that meet.
+    /// Pairing of query heads and key heads.
     pub pairing: Pairing,
-    /// Whether token `i` sees only tokens `j <= i` of its sequence.
+    /// Whether token `i` attends only to tokens `j <= i` of its sequence.
     pub causal: bool,
     /// Factor on the scores.
     pub scale: f32,
@@ -101,8 +100,8 @@ impl FhaOptions {
         }
     }
 
-    /// Query heads computed and stored per token: `H/2` under the label mask (slot `a` stands for head
-    /// `a + label * H/2`), else `H`.
+    /// `Q`, the query heads stored per token: `H/2` under the label mask, where slot `a` is head `a + label * H/2`, else
+    /// `H`.
     pub fn query_slots(&self) -> usize {
         match self.label_mask {
             LabelMask::Feedback => self.heads / 2,
@@ -120,7 +119,7 @@ impl FhaOptions {
         tokens * self.query_slots()
     }
 
-    /// Output slots per query head: `H`, one a key head; 1 for [`Pairing::PerHead`].
+    /// `K`, the output slots per query head: one per key head, `H`; 1 for [`Pairing::PerHead`].
     pub fn key_slots(&self) -> usize {
         match self.pairing {
             Pairing::Factorized => self.heads,
@@ -129,7 +128,7 @@ impl FhaOptions {
     }
 }
 
-/// What the operation reads. Plain slices of packed tokens; shapes in the [module's table](self).
+/// The inputs: slices of packed tokens with the shapes of the [module table](self).
 #[derive(Clone, Copy, Debug)]
 pub struct Inputs<'a, T = f32> {
     /// Queries, `[N, H, d]`.
@@ -140,11 +139,11 @@ pub struct Inputs<'a, T = f32> {
     pub v: &'a [T],
     /// Prefix sums of the sequence lengths, `[B + 1]`.
     pub cu_seqlens: &'a [u32],
-    /// Feedback of each token, `[N]`: 0 or 1. May be empty, and is not read, with [`LabelMask::None`].
+    /// Feedback of each token, `[N]`: 0 or 1. Ignored with [`LabelMask::None`], and may then be empty.
     pub label: &'a [u8],
 }
 
-/// Where [`backward`] writes the gradients; each `[N, H, d]`, overwritten.
+/// The outputs of [`backward`], `[N, H, d]` each, overwritten.
 #[derive(Debug)]
 pub struct Gradients<'a> {
     /// Of the queries.

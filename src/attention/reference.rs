@@ -1,8 +1,8 @@
-//! The operation in its plainest form: every score of a sequence in memory, one loop per index of the formulas.
+//! The naive operation: all scores of a sequence in memory, one loop per index of the formulas.
 //!
-//! [`forward`] and [`backward`] compute in f64 and are what the fused engine is tested against; [`naive_forward`]
-//! and [`naive_backward`] are the very same code in f32, the unfused side of the benchmarks. Sequences run in
-//! parallel, and the code is compiled for the same instruction set as the fused engine.
+//! [`forward`] and [`backward`] compute in f64; the tests compare the fused engine with them. [`naive_forward`] and
+//! [`naive_backward`] are the same code in f32, the unfused baseline of the benchmarks. Sequences run in parallel, and
+//! the code is compiled for the instruction set of the fused engine.
 
 use super::{
     AttentionError, FhaOptions, Gradients, Inputs, LabelMask, Normalization, Pairing, check::length,
@@ -10,7 +10,7 @@ use super::{
 use crate::device::cpu::simd::{Kernel, Simd, dispatch};
 use rayon::prelude::*;
 
-/// A floating-point type the reference runs in.
+/// A floating-point type of the reference.
 pub trait Real:
     Copy
     + Send
@@ -57,7 +57,7 @@ pub struct Tokens<'a, F> {
     pub v: &'a [F],
 }
 
-/// Output and logarithms of the denominators.
+/// The output and the logarithms of the denominators.
 #[derive(Clone, Debug)]
 pub struct Output<F> {
     /// `[N, Q, K, d]`
@@ -87,10 +87,10 @@ pub fn forward(options: &FhaOptions, inputs: Inputs) -> Result<Output<f64>, Atte
     Ok(forward_in(options, Tokens { q: &q, k: &k, v: &v }, inputs.cu_seqlens, inputs.label))
 }
 
-/// The backward pass in f64, from nothing but the inputs and `d_o` (`[N, Q, K, d]`).
+/// The backward pass in f64, from the inputs and `d_o` (`[N, Q, K, d]`) alone.
 ///
 /// # Errors
-/// As [`FhaOptions::check`], and a `d_o` of the wrong length.
+/// As [`FhaOptions::check`], and for a `d_o` of the wrong length.
 pub fn backward(
     options: &FhaOptions,
     inputs: Inputs,
@@ -120,7 +120,7 @@ pub fn naive_forward(
     Ok(())
 }
 
-/// The backward pass in f32. It stores nothing between the passes, so it computes the probabilities again.
+/// The backward pass in f32. It recomputes the probabilities.
 ///
 /// # Errors
 /// As [`super::backward`].
@@ -148,7 +148,7 @@ fn widen(x: &[f32]) -> Vec<f64> {
     x.iter().map(|&x| f64::from(x)).collect()
 }
 
-/// The forward pass in any precision, on arguments that [`FhaOptions::check`] would accept.
+/// The forward pass in any precision. The caller has validated the arguments with [`FhaOptions::check`].
 pub fn forward_in<F: Real>(
     options: &FhaOptions,
     tokens: Tokens<F>,
@@ -160,8 +160,8 @@ pub fn forward_in<F: Real>(
     Output { o: concat(&parts, |x| &x.o), lse: concat(&parts, |x| &x.lse) }
 }
 
-/// The backward pass in any precision, on arguments that [`FhaOptions::check`] would accept and a `d_o` of
-/// shape `[N, Q, K, d]`.
+/// The backward pass in any precision. The caller has validated the arguments with [`FhaOptions::check`] and the length of
+/// `d_o`, `[N, Q, K, d]`.
 pub fn backward_in<F: Real>(
     options: &FhaOptions,
     tokens: Tokens<F>,
@@ -216,7 +216,7 @@ fn sequences<'a, F: Real>(
 }
 
 impl<'a, F: Real> Sequence<'a, F> {
-    /// The row of head `h` of token `t` in one of `q`, `k`, `v`.
+    /// Row of head `h` and token `t` in one of `q`, `k`, `v`.
     #[inline(always)]
     fn row(&self, x: &'a [F], t: usize, h: usize) -> &'a [F] {
         &x[(t * self.options.heads + h) * self.options.head_dim..][..self.options.head_dim]
@@ -227,7 +227,7 @@ impl<'a, F: Real> Sequence<'a, F> {
         u8::from(head >= self.options.heads / 2)
     }
 
-    /// The head that slot `a` of query token `i` stands for.
+    /// Head of slot `a` of query token `i`.
     #[inline(always)]
     fn query_head(&self, i: usize, a: usize) -> usize {
         match self.options.label_mask {
@@ -236,7 +236,7 @@ impl<'a, F: Real> Sequence<'a, F> {
         }
     }
 
-    /// The key head that slot `b` of query head `a` stands for.
+    /// Key head of slot `b` of query head `a`.
     #[inline(always)]
     fn key_head(&self, a: usize, b: usize) -> usize {
         match self.options.pairing {
@@ -245,13 +245,13 @@ impl<'a, F: Real> Sequence<'a, F> {
         }
     }
 
-    /// Whether the pair reaches the output.
+    /// Whether the label mask keeps the pair.
     #[inline(always)]
     fn keep(&self, j: usize, key_head: usize) -> bool {
         self.options.label_mask == LabelMask::None || self.group(key_head) == self.label[j]
     }
 
-    /// Whether the pair is in the denominator.
+    /// Whether the pair enters the denominator.
     #[inline(always)]
     fn inside(&self, i: usize, j: usize, key_head: usize) -> bool {
         (j <= i || !self.options.causal)
@@ -261,7 +261,7 @@ impl<'a, F: Real> Sequence<'a, F> {
 
 #[inline(always)]
 fn dot<F: Real>(a: &[F], b: &[F]) -> F {
-    // Eight partial sums: a single one would forbid the compiler to use vectors.
+    // Eight partial sums, so that the compiler can vectorise the loop.
     let zero = F::from(0.0);
     let mut sums = [zero; 8];
     let (a8, b8) = (a.chunks_exact(8), b.chunks_exact(8));
@@ -288,7 +288,7 @@ fn add_scaled<F: Real>(out: &mut [F], factor: F, x: &[F]) {
     }
 }
 
-/// Probabilities `[T, Q, T, K]` of a sequence, all of them, and its output.
+/// All probabilities `[T, Q, T, K]` of a sequence, and its output.
 struct Forward<'a, F>(Sequence<'a, F>);
 
 impl<F: Real> Kernel for Forward<'_, F> {
@@ -332,7 +332,7 @@ impl<F: Real> Kernel for Forward<'_, F> {
                     }
                 }
                 if max == zero - infinity && sum == zero {
-                    continue; // nothing inside: output 0, lse -inf
+                    continue; // no keys: output 0, lse -inf
                 }
                 lse[row] = max + sum.ln();
                 for x in p.iter_mut() {
@@ -353,7 +353,7 @@ impl<F: Real> Kernel for Forward<'_, F> {
     }
 }
 
-/// Gradients of a sequence, given that of its output.
+/// Gradients of a sequence from the gradient of its output.
 struct Backward<'a, F>(Sequence<'a, F>, &'a [F]);
 
 impl<F: Real> Kernel for Backward<'_, F> {

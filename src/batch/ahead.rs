@@ -1,7 +1,7 @@
-//! Work done ahead of its use: items made by several threads, handed over in order.
+//! Prefetching: worker threads prepare items, the consumer receives them in order.
 //!
-//! What an item is depends on its index alone, so the number of threads changes when items are ready and nothing else.
-//! Items that are begun and not yet handed over are bounded, and with them the memory they take.
+//! An item depends only on its index, so the number of workers does not change results. The number of items in
+//! preparation is bounded, and so is their memory.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -9,14 +9,14 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Items that may be begun and not yet handed over, for each worker: the one it works on, and one that waits.
+/// Items per worker that are started and not yet consumed: one in progress and one ready.
 const AHEAD: usize = 2;
 
-/// Calls `consume` with the items `make(i)` of `range`, in order, made by `workers` threads (0 counts as 1) ahead of their use.
-/// When `consume` returns, what is not begun is never made.
+/// Calls `consume` with the items `make(i)` for `i` of `range`, in order. `workers` threads (at least 1) prepare them ahead.
+/// When `consume` returns, items that are not started are dropped.
 ///
 /// # Panics
-/// As `make` and `consume` do.
+/// Passes on panics of `make` and `consume`.
 pub fn ahead<T: Send, R>(
     range: Range<usize>,
     workers: usize,
@@ -44,21 +44,21 @@ pub fn ahead<T: Send, R>(
     })
 }
 
-/// The items, in order. Dropping it ends the work.
+/// The items, in order. Dropping it stops the workers.
 pub struct Made<'a, T> {
     line: &'a Line<T>,
     waited: Duration,
 }
 
 impl<T> Made<'_, T> {
-    /// Time spent in waiting for items that were not ready, so far.
+    /// Time that the consumer has waited for items.
     pub fn waited(&self) -> Duration {
         self.waited
     }
 }
 
 impl<T> Made<'_, T> {
-    /// The next item if it is ready: `None` says nothing about there being one. Does not wait.
+    /// The next item if it is ready. Does not wait; `None` does not mean the end of the range.
     pub fn next_if_ready(&mut self) -> Option<T> {
         self.line.take(&mut self.line.lock())
     }
@@ -90,30 +90,30 @@ impl<T> Drop for Made<'_, T> {
     }
 }
 
-/// What the threads share.
+/// State shared by the threads.
 struct Line<T> {
     end: usize,
     limit: usize,
     state: Mutex<State<T>>,
-    /// An item was taken, or the line closed.
+    /// Signals that an item was consumed or the queue closed.
     room: Condvar,
-    /// An item was made, or the line closed.
+    /// Signals that an item is ready or the queue closed.
     ready: Condvar,
 }
 
 struct State<T> {
-    /// The next item to begin.
+    /// Index of the next item to start.
     begun: usize,
-    /// The next item to hand over.
+    /// Index of the next item to consume.
     taken: usize,
     made: BTreeMap<usize, T>,
     closed: bool,
 }
 
 impl<T> Line<T> {
-    /// A worker: begins items while there is room, until there are no more or nobody wants them.
+    /// The loop of a worker: starts items while the bound permits, until the range ends or the queue closes.
     fn work(&self, make: impl Fn(usize) -> T) {
-        // A worker that panics ends everything: nobody waits for its item.
+        // A panic of a worker closes the queue, so the consumer does not wait for its item.
         let _alarm = Alarm(self);
         loop {
             let mut state = self.lock();
@@ -132,7 +132,7 @@ impl<T> Line<T> {
         }
     }
 
-    /// The next item, if it is made.
+    /// The next item, if it is ready.
     fn take(&self, state: &mut State<T>) -> Option<T> {
         let item = state.made.remove(&state.taken)?;
         state.taken += 1;
@@ -146,7 +146,7 @@ impl<T> Line<T> {
         self.ready.notify_all();
     }
 
-    /// Nothing is left half-changed by a panic.
+    /// Every change of the state is complete, so a panic leaves it valid.
     fn lock(&self) -> MutexGuard<'_, State<T>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -172,7 +172,7 @@ mod tests {
     use std::panic::{AssertUnwindSafe, catch_unwind};
     use std::sync::atomic::{AtomicUsize, Ordering};
 
-    /// Makes an item late where its index is even, so that threads overtake each other.
+    /// Delays items of even index, so that workers overtake each other.
     fn unevenly(index: usize) -> usize {
         if index.is_multiple_of(2) {
             thread::sleep(Duration::from_micros(300));
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn items_come_once_and_in_order() {
+    fn each_item_arrives_once_and_in_order() {
         for workers in [0, 1, 2, 3, 8] {
             for range in [0..0, 0..1, 3..40] {
                 let found = ahead(range.clone(), workers, unevenly, |made| made.collect::<Vec<_>>());
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn no_more_are_begun_than_there_is_room_for() {
+    fn the_number_of_items_in_preparation_is_bounded() {
         for workers in [1, 3] {
             let begun = AtomicUsize::new(0);
             let make = |index: usize| {
@@ -206,26 +206,26 @@ mod tests {
                     assert!(ahead <= AHEAD * workers, "{ahead} ahead with {workers} workers");
                 }
             });
-            // With nobody left to take them, the rest is never made.
+            // Without a consumer the rest is not started.
             assert!(begun.load(Ordering::SeqCst) <= 20 + AHEAD * workers);
         }
     }
 
     #[test]
-    fn an_idle_consumer_finds_the_line_full() {
+    fn workers_fill_the_queue_of_an_idle_consumer() {
         let begun = AtomicUsize::new(0);
         let make = |_| begun.fetch_add(1, Ordering::SeqCst);
         ahead(0..100, 3, make, |_| {
             let start = Instant::now();
             while begun.load(Ordering::SeqCst) < 3 * AHEAD {
-                assert!(start.elapsed() < Duration::from_secs(60), "workers should not wait to be asked");
+                assert!(start.elapsed() < Duration::from_secs(60), "workers should start without a request");
                 thread::yield_now();
             }
         });
     }
 
     #[test]
-    fn an_item_is_taken_early_only_if_it_is_ready_and_in_its_turn() {
+    fn a_ready_item_arrives_without_waiting_but_not_out_of_order() {
         let (first, rest) = (AtomicUsize::new(0), AtomicUsize::new(0));
         let make = |index: usize| {
             while index == 0 && first.load(Ordering::SeqCst) == 0 {
@@ -235,7 +235,7 @@ mod tests {
             index
         };
         ahead(0..3, 2, make, |items| {
-            // Others are made, but it is not their turn.
+            // Later items are ready, but out of order.
             while rest.load(Ordering::SeqCst) < 2 {
                 thread::yield_now();
             }
@@ -250,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn waiting_is_counted_and_only_that() {
+    fn only_waiting_time_is_counted() {
         let made = AtomicUsize::new(0);
         let slow = |index| {
             thread::sleep(Duration::from_millis(50));
@@ -277,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_of_a_worker_is_passed_on_instead_of_waited_for() {
+    fn a_panic_of_a_worker_reaches_the_consumer() {
         for workers in [1, 3] {
             let make = |index: usize| if index == 4 { panic!("item {index}") } else { index };
             let mut taken = 0;
@@ -289,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_of_the_consumer_ends_the_workers() {
+    fn a_panic_of_the_consumer_stops_the_workers() {
         let result = catch_unwind(|| {
             ahead(
                 0..usize::MAX,

@@ -1,61 +1,62 @@
-//! What a model sees of a user's events: which of them, with which labels, and cut how.
+//! Histories: the events that the model reads, their labels, and the cut of long histories.
 //!
-//! A question about event `t` ("would the user like this next?") is answered from the events before `t`. All
-//! questions whose history fits the model share one pass over the user's first events; later ones need windows,
-//! because positions count from the oldest kept event. [`Cut`] says where windows may begin.
+//! A question about event `t` ("would the user like this item next?") is answered from the events before `t`. All
+//! questions with a history of at most `max_length` events share one encoder pass. Later questions need windows, because
+//! positions count from the oldest kept event. [`Cut`] sets the starts of windows.
 
 use super::{Group, History};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 
-/// Where a history longer than the model's is cut.
+/// The cut of histories longer than the model allows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cut {
-    /// Events the model can see.
+    /// Longest history of the model.
     pub max_length: usize,
-    /// Windows begin at multiples of this, so that questions in between share one: a cut history keeps more than
-    /// `max_length - stride` of the latest events. 1 keeps exactly `max_length`, in a window for each question.
+    /// Windows start at multiples of `stride`, and the questions between two starts share a window. A cut history keeps
+    /// more than `max_length - stride` of the latest events. A stride of 1 keeps exactly `max_length`, with one window per
+    /// question.
     pub stride: usize,
 }
 
 impl Cut {
-    /// Keeps the last `max_length` events, no fewer.
+    /// Keeps exactly the last `max_length` events.
     pub fn exact(max_length: usize) -> Self {
         Self { max_length, stride: 1 }
     }
 
-    /// Index of the first event kept of a history of `length` events.
+    /// Index of the first kept event of a history of `length` events.
     pub fn start(self, length: usize) -> usize {
         length.saturating_sub(self.max_length).next_multiple_of(self.stride)
     }
 }
 
-/// How much of the feedback the model is shown: the feedback-blind switches of one and the same model.
+/// The feedback in the histories. The variants without it are feedback-blind baselines of the same model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Feedback {
-    /// Every event with its label.
+    /// All events with their labels.
     #[default]
     Mixed,
     /// Only the liked events.
     PositiveOnly,
-    /// Every event, all labelled as liked.
+    /// All events, labelled as liked.
     Ignored,
 }
 
-/// One user's events as the model sees them.
+/// The events of one user as model input.
 #[derive(Clone, Debug)]
 pub struct View<'a> {
     items: Cow<'a, [u32]>,
     labels: Cow<'a, [u8]>,
-    /// `[events + 1]` seen events before each event, where that is not the event's own index.
+    /// `[events + 1]` number of kept events before each event; `None` if all events are kept.
     before: Option<Vec<u32>>,
 }
 
-/// A question: candidates for the place of the user's event `event`.
+/// Candidates for event `event` of a user.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Question {
-    /// Index among the user's events; only earlier events are history.
+    /// Index of the event. Only earlier events form the history.
     pub event: usize,
     /// Candidate items.
     pub candidates: Vec<u32>,
@@ -64,7 +65,7 @@ pub struct Question {
 }
 
 impl<'a> View<'a> {
-    /// Events oldest first; `feedback` is 1 where the user liked the item.
+    /// From events, oldest first. `feedback` is 1 for a liked item, else 0.
     pub fn new(items: &'a [u32], feedback: &'a [u8], mode: Feedback) -> Self {
         match mode {
             Feedback::Mixed => Self { items: items.into(), labels: feedback.into(), before: None },
@@ -86,7 +87,7 @@ impl<'a> View<'a> {
         }
     }
 
-    /// Seen events before event `event`: the length of its history before it is cut to the model's.
+    /// Length of the history of event `event` before the cut.
     pub fn length(&self, event: usize) -> usize {
         match &self.before {
             None => event,
@@ -94,14 +95,14 @@ impl<'a> View<'a> {
         }
     }
 
-    /// The last `max_length` seen events.
+    /// The last `max_length` kept events.
     pub fn recent(&self, max_length: usize) -> (&[u32], &[u8]) {
         let start = self.items.len().saturating_sub(max_length);
         (&self.items[start..], &self.labels[start..])
     }
 
-    /// Histories that answer `questions` (ascending by event): one for all questions that `cut` lets begin at the
-    /// same event. Groups keep the order of the questions.
+    /// The histories of `questions`, which ascend by event. Questions whose windows start at the same event share a
+    /// history. Groups keep the order of the questions.
     pub fn histories(&self, questions: Vec<Question>, cut: Cut) -> Vec<History> {
         let mut histories: Vec<History> = Vec::new();
         let mut last_start = None;
@@ -121,7 +122,7 @@ impl<'a> View<'a> {
     }
 }
 
-/// The long way: one history for each (prefix, candidate), nothing shared. For tests and measurements.
+/// One history per (prefix, candidate): the unshared baseline of tests and measurements.
 pub fn without_sharing(histories: &[History]) -> Vec<History> {
     let mut out = Vec::new();
     for history in histories {
@@ -159,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn prefixes_share_a_pass_and_later_questions_get_windows() {
+    fn short_prefixes_share_a_history_and_long_ones_get_windows() {
         let view = View::new(&ITEMS, &FEEDBACK, Feedback::Mixed);
         let histories = view.histories(vec![ask(1), ask(3), ask(4), ask(5)], Cut::exact(3));
         assert_eq!(
@@ -173,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn windows_that_begin_at_the_same_event_are_one() {
+    fn questions_share_the_window_of_a_stride() {
         let view = View::new(&ITEMS, &FEEDBACK, Feedback::Mixed);
         let histories = view.histories((1..6).map(ask).collect(), Cut { max_length: 3, stride: 2 });
         assert_eq!(
@@ -183,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cut_keeps_no_less_than_it_promises() {
+    fn a_cut_keeps_more_than_max_length_minus_stride_events() {
         for (max_length, stride) in [(1, 1), (5, 1), (5, 2), (5, 5), (20, 7)] {
             let cut = Cut { max_length, stride };
             for length in 0..=max_length {
@@ -216,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn the_long_way_has_one_row_a_history() {
+    fn unshared_histories_have_one_row_each() {
         let view = View::new(&ITEMS, &FEEDBACK, Feedback::Mixed);
         let mut question = ask(4);
         question.candidates = vec![7, 8];

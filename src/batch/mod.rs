@@ -1,8 +1,8 @@
-//! From a user's events to a packed batch: which events the model sees, and how they are laid end to end.
+//! From the events of a user to a packed batch.
 //!
-//! [`View`] cuts a user's events into histories ([`Cut`], [`Feedback`]); [`Batch::pack`] lays histories and their
-//! candidates end to end with every index the model needs; [`ahead`] makes batches on other threads before they
-//! are used.
+//! [`View`] cuts the events of a user into histories, according to [`Cut`] and [`Feedback`]. [`Batch::pack`] packs
+//! histories and their candidates end to end, with all indices of the model. [`ahead`] prepares batches on worker
+//! threads.
 
 pub mod ahead;
 mod history;

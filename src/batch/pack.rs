@@ -1,14 +1,14 @@
-//! Packing: histories and their candidates laid end to end, with every index the model needs.
+//! Packing: histories and their candidates end to end, with all indices of the model.
 //!
-//! Two things are shared here that published code repeats. A **history** is encoded once for all the prefixes of
-//! it that are asked about (the encoder is causal), and a (history, candidate) **pair** is scored once, over the
-//! longest prefix that needs it, however many groups ask for that candidate. See `docs/mathematics.md`.
+//! Packing removes two repetitions of the published code. A **history** is encoded once for all its prefixes, because
+//! the encoder is causal. A (history, candidate) **pair** is scored once for all groups with that candidate, over the
+//! longest of their prefixes. See `docs/mathematics.md`.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 use thiserror::Error;
 
-/// A run of one user's events, oldest first, encoded in one pass, and what is asked of its prefixes.
+/// Consecutive events of one user, oldest first, encoded in one pass, and the candidates of their prefixes.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct History {
     /// Item of each event.
@@ -22,29 +22,29 @@ pub struct History {
 /// Candidates scored against the first `length` events of a history.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Group {
-    /// Events of the history that count; may be 0.
+    /// Length of the prefix. May be 0.
     pub length: u32,
     /// Candidate items.
     pub candidates: Vec<u32>,
-    /// 1 for a candidate that was liked next, 0 for one that was not; as many as `candidates`.
+    /// Target of each candidate: 1 for the liked item, else 0.
     pub targets: Vec<f32>,
 }
 
-/// A history that cannot be packed.
+/// An invalid history.
 #[derive(Clone, Debug, PartialEq, Error)]
 #[non_exhaustive]
 pub enum BatchError {
-    /// `labels` is not as long as `items`.
+    /// `labels` and `items` differ in length.
     #[error("history {history}: {items} items but {labels} labels")]
     Labels {
         /// Index of the history.
         history: usize,
-        /// Items given.
+        /// Number of items.
         items: usize,
-        /// Labels given.
+        /// Number of labels.
         labels: usize,
     },
-    /// A label other than 0 and 1.
+    /// A label other than 0 or 1.
     #[error("history {history}, event {event}: label {label}; feedback is 0 (skipped) or 1 (liked)")]
     Label {
         /// Index of the history.
@@ -54,53 +54,53 @@ pub enum BatchError {
         /// The label.
         label: u8,
     },
-    /// A group's length exceeds the history's, or is shorter than the group before.
+    /// The prefix of a group is longer than the history, or shorter than the prefix of the previous group.
     #[error(
-        "history {history}, group {group}: length {length} must be at least that of the group before and at most {events}, the history's"
+        "history {history}, group {group}: length {length} must be at least the length of the previous group and at most {events}, the length of the history"
     )]
     GroupLength {
         /// Index of the history.
         history: usize,
         /// Index of the group.
         group: usize,
-        /// The group's length.
+        /// Length of the prefix.
         length: u32,
-        /// Events in the history.
+        /// Length of the history.
         events: usize,
     },
-    /// `targets` is not as long as `candidates`.
+    /// `targets` and `candidates` differ in length.
     #[error("history {history}, group {group}: {candidates} candidates but {targets} targets")]
     Targets {
         /// Index of the history.
         history: usize,
         /// Index of the group.
         group: usize,
-        /// Candidates given.
+        /// Number of candidates.
         candidates: usize,
-        /// Targets given.
+        /// Number of targets.
         targets: usize,
     },
     /// More than `u32::MAX` tokens, rows or scores.
     #[error("the batch has {count} {what}; at most {} can be indexed", u32::MAX)]
     TooLarge {
-        /// What there is too much of.
+        /// Kind of the index.
         what: &'static str,
-        /// How many.
+        /// Their number.
         count: usize,
     },
 }
 
-/// Rows that refer to rows: members of `i` are `members[offsets[i]..offsets[i + 1]]`.
+/// Lists in CSR form: the members of row `i` are `members[offsets[i]..offsets[i + 1]]`.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Lists {
     /// `[rows + 1]`
     pub offsets: Vec<u32>,
-    /// `[offsets[rows]]`, ascending inside a row.
+    /// `[offsets[rows]]`, ascending within a row.
     pub members: Vec<u32>,
 }
 
 impl Lists {
-    /// Groups `0..key.len()` by key, keys in `0..rows`.
+    /// The indices `0..key.len()`, grouped by key. Keys are in `0..rows`.
     fn by_key(key: &[u32], rows: usize) -> Self {
         let mut offsets = vec![0u32; rows + 1];
         for &k in key {
@@ -119,23 +119,23 @@ impl Lists {
     }
 }
 
-/// The rows of a table that a batch touches, and from where their gradient comes.
+/// The embedding rows of a batch, and the contributions to their gradients.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Touched {
     /// `[U]` distinct rows, ascending.
     pub row: Vec<u32>,
-    /// `[U]` contributions to each: indices into tokens, then pairs (`N + pair`).
+    /// `[U]` contributions to each row: tokens, or pairs (`N + pair`).
     pub source: Lists,
 }
 
-/// The tokens of one label, as packed sequences of their own.
+/// The tokens of one label, packed as sequences.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LabelSplit {
-    /// `[N_f]` token of each, ascending.
+    /// `[N_f]` token indices, ascending.
     pub token: Vec<u32>,
     /// `[B + 1]`
     pub cu_seqlens: Vec<u32>,
-    /// `[G]` how many of them lie in the group's prefix.
+    /// `[G]` number of these tokens in the prefix of each group.
     pub count: Vec<u32>,
 }
 
@@ -146,7 +146,7 @@ pub struct Batch {
     pub cu_seqlens: Vec<u32>,
     /// `[N]` item of each token.
     pub item: Vec<u32>,
-    /// `[N]` position of each token in its history, 0 = the oldest.
+    /// `[N]` position of each token in its history, 0 for the oldest.
     pub position: Vec<u32>,
     /// `[N]` feedback of each token.
     pub label: Vec<u8>,
@@ -162,7 +162,7 @@ pub struct Batch {
     pub row_group: Vec<u32>,
     /// `[R]` pair of each row.
     pub row_pair: Vec<u32>,
-    /// `[R]` prefix length of each row's group.
+    /// `[R]` prefix length of each row.
     pub row_length: Vec<u32>,
     /// `[R]` target of each row.
     pub target: Vec<f32>,
@@ -170,26 +170,26 @@ pub struct Batch {
     pub pair_offsets: Vec<u32>,
     /// `[C]` candidate of each pair.
     pub pair_item: Vec<u32>,
-    /// `[C + 1]` prefix sums of the longest prefix each pair is scored over.
+    /// `[C + 1]` prefix sums of the lengths of the pairs: the longest prefix of each.
     pub score_offsets: Vec<u32>,
     /// Rows of each pair.
     pub pair_rows: Lists,
-    /// Touched rows of the item table.
+    /// Rows of the item table.
     pub touched_item: Touched,
-    /// Touched rows of the position table.
+    /// Rows of the position table.
     pub touched_position: Touched,
-    /// Touched rows of the label table: always both. Members count tokens, then pairs scored for the negative
-    /// interest (`N + pair`), then pairs scored for the positive one (`N + C + pair`).
+    /// Both rows of the label table. Contributions are tokens, pairs of the negative interest (`N + pair`), or pairs of the
+    /// positive interest (`N + C + pair`).
     pub touched_label: Touched,
 }
 
 impl Batch {
-    /// Packs `histories` in order; rows follow histories, groups, candidates.
+    /// Packs `histories` in order. Rows are ordered by history, group, candidate.
     pub fn pack(histories: &[History]) -> Result<Self, BatchError> {
         Self::pack_with(histories, true)
     }
 
-    /// As [`Batch::pack`], but every row gets a pair of its own: the long way, for tests and measurements.
+    /// As [`Batch::pack`], with one pair per row: the unshared baseline of tests and measurements.
     pub fn pack_without_pair_sharing(histories: &[History]) -> Result<Self, BatchError> {
         Self::pack_with(histories, false)
     }
@@ -218,7 +218,7 @@ impl Batch {
             for group in &history.groups {
                 let g = batch.group_length.len() as u32;
                 batch.group_length.push(group.length);
-                // Lengths ascend, so that every event is counted once.
+                // Lengths ascend, so each event is counted once.
                 liked +=
                     history.labels[counted..group.length as usize].iter().map(|&l| u32::from(l)).sum::<u32>();
                 counted = group.length as usize;
@@ -251,7 +251,7 @@ impl Batch {
         }
         batch.pair_rows = Lists::by_key(&batch.row_pair, batch.pair_item.len());
         batch.touched_item = touched(batch.item.iter().chain(&batch.pair_item).copied());
-        // Positions count from 0 in every history, so none is left out below the highest.
+        // Positions count from 0 in each history, so all positions below the maximum occur.
         let positions = batch.position.iter().max().map_or(0, |&last| last + 1);
         let source = Lists::by_key(&batch.position, positions as usize);
         batch.touched_position = Touched { row: (0..positions).collect(), source };
@@ -341,9 +341,9 @@ fn check(histories: &[History]) -> Result<(), BatchError> {
     Ok(())
 }
 
-/// Distinct values of `keys` and where they occur.
+/// Distinct values of `keys`, and the indices of their occurrences.
 fn touched(keys: impl Iterator<Item = u32>) -> Touched {
-    // Sorted by key and then by place, which is the order of the lists.
+    // Sorted by key, then by index: the order of the lists.
     let mut places: Vec<u64> =
         (0..).zip(keys).map(|(place, key): (u64, u32)| u64::from(key) << 32 | place).collect();
     places.sort_unstable();
@@ -358,7 +358,7 @@ fn touched(keys: impl Iterator<Item = u32>) -> Touched {
     touched
 }
 
-/// A hash of item ids that costs a multiplication: ids come from a data set, not from somebody who looks for collisions.
+/// A multiplicative hash of item ids. Ids come from a data set, so resistance to chosen collisions is not needed.
 #[derive(Default)]
 struct ItemHasher(u64);
 
@@ -367,7 +367,7 @@ impl Hasher for ItemHasher {
         bytes.iter().for_each(|&byte| self.write_u32(byte.into()));
     }
     fn write_u32(&mut self, item: u32) {
-        // The table takes its place from the low bits and its tag from the high ones.
+        // The table takes the bucket from the low bits and the tag from the high bits.
         let product = (self.0 ^ u64::from(item)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         self.0 = product ^ (product >> 32);
     }

@@ -5,7 +5,7 @@
 //! 1. [`import`](mod@import) reads rows of one of the known formats and numbers users and items;
 //! 2. `external_sort` orders the events by user and time with bounded memory;
 //! 3. `k_core` drops repeated pairs, rare items and rare users;
-//! 4. [`split`] cuts every history into training, validation and test events;
+//! 4. `split` cuts every history into training, validation and test events;
 //! 5. [`candidates`] draws the negatives that every model is scored against;
 //! 6. `writer` and [`mod@format`] put it all into one file, which [`Dataset`] maps and validates.
 //!
@@ -23,7 +23,7 @@ mod log;
 mod map;
 mod names;
 mod protocol;
-pub mod split;
+mod split;
 pub mod statistics;
 pub mod synthetic;
 mod validate;

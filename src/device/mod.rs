@@ -7,8 +7,11 @@
 //! |---|---|
 //! | [`Execution`] | events, elapsed time, graph capture |
 //! | [`Memory`] | buffers, staged uploads, downloads |
-//! | [`Rows`] | gather, scatter, segmented sums, prefix means, concatenation |
-//! | [`Dense`] | linear layers, layer norm |
+//! | [`Embedding`] | gather, scatter, segmented sums over rows of tables |
+//! | [`Rows`] | addition, concatenation |
+//! | [`PrefixMean`] | means of prefixes of packed sequences |
+//! | [`Dense`] | linear layers |
+//! | [`Norm`] | layer norm |
 //! | [`Attention`] | factorization-heads attention |
 //! | [`TargetAttention`] | attention of candidates over histories |
 //! | [`Losses`] | ranking and cosine losses with their gradients |
@@ -29,23 +32,26 @@ mod attention;
 pub mod cpu;
 pub mod cuda;
 mod dense;
+mod embedding;
 mod execution;
+mod layer_norm;
 mod losses;
 mod memory;
 mod optimizer;
+mod prefix_mean;
 mod rows;
 mod target_attention;
 
 pub use attention::{Attention, Qkv, QkvGradients, SoftmaxState};
-pub use dense::{
-    Activation, Dense, LabelLinear, LabelLinearGradients, LayerNorm, LayerNormGradients, Linear,
-    LinearGradients,
-};
+pub use dense::{Activation, Dense, LabelLinear, LabelLinearGradients, Linear, LinearGradients};
+pub use embedding::{Embedding, Lookup, SegmentSum, Segments};
 pub use execution::Execution;
+pub use layer_norm::{LayerNorm, LayerNormGradients, Norm};
 pub use losses::{Interests, Losses};
 pub use memory::{Buffer, Element, Floats, Indices, Memory, Output, Slot, Store};
 pub use optimizer::{AdamRows, AdamStep, AdamTensor, Clip, Optimizer};
-pub use rows::{Columns, ConcatPart, Lookup, Prefixes, Rows, SegmentSum, Segments};
+pub use prefix_mean::{PrefixMean, Prefixes};
+pub use rows::{Columns, ConcatPart, Rows};
 pub use target_attention::{
     TargetAttention, TargetCounts, TargetGradients, TargetIndex, TargetInputs, TargetShape, TargetState,
     TargetWeights,
@@ -54,9 +60,24 @@ pub use target_attention::{
 use thiserror::Error;
 
 /// All operations of a model.
-pub trait Device: Execution + Rows + Dense + Attention + TargetAttention + Losses + Optimizer {}
+pub trait Device:
+    Execution + Embedding + Rows + PrefixMean + Dense + Norm + Attention + TargetAttention + Losses + Optimizer
+{
+}
 
-impl<D: Execution + Rows + Dense + Attention + TargetAttention + Losses + Optimizer> Device for D {}
+impl<D> Device for D where
+    D: Execution
+        + Embedding
+        + Rows
+        + PrefixMean
+        + Dense
+        + Norm
+        + Attention
+        + TargetAttention
+        + Losses
+        + Optimizer
+{
+}
 
 /// An operation that failed, or whose arguments the device rejects.
 #[derive(Debug, Error)]

@@ -185,7 +185,7 @@ impl<D: Device> Encoder<'_, D> {
         let mut d_out = dy;
         let mut dn = self.activation()?;
         self.norm_backward(grads, &block.ln_out, &out, &d_out, Output::overwrite(&mut dn))?;
-        // `dn` holds the gradient of `out`, which is also the residual's share of the gradient of `n`.
+        // `dn` now holds the gradient of `out`, which is also the residual part of the gradient of `n`.
         let mut df = self.activation()?;
         self.linear_backward(
             grads,
@@ -222,7 +222,7 @@ impl<D: Device> Encoder<'_, D> {
         let (qkv, state) = (Qkv { q: &q, k: &k, v: &v }, SoftmaxState { o: &o, lse: &lse });
         let gradients = QkvGradients { dq: &mut dq, dk: &mut dk, dv: &mut dv };
         device.attention_backward(sequences.plan, qkv, state, &d_o, gradients)?;
-        // `dg` is the residual's share of the gradient of `u`.
+        // `dg` is the residual part of the gradient of `u`.
         let mut du = dg;
         self.linear_backward(grads, &block.q, Activation::None, [&u, &q], &mut dq, Output::add(&mut du))?;
         let dx = &mut d_out;

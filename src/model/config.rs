@@ -1,4 +1,4 @@
-//! What a model is, and how it is trained: plain numbers, checked.
+//! Hyperparameters of the model and its training, with validation.
 
 use super::parameters::Layout;
 use crate::attention::{FhaOptions, LabelMask, Normalization, Pairing};
@@ -12,11 +12,11 @@ use thiserror::Error;
 pub struct ModelConfig {
     /// Rows of the item table.
     pub items: usize,
-    /// Longest history, rows of the position table.
+    /// Length of the longest history; rows of the position table.
     pub max_length: usize,
     /// Model width `D`.
     pub width: usize,
-    /// Attention heads `H`; `D` is a multiple of it.
+    /// Attention heads `H`, a divisor of `D`.
     pub heads: usize,
     /// Blocks in the encoder and in each of the two interest encoders.
     pub blocks: usize,
@@ -26,14 +26,14 @@ pub struct ModelConfig {
     pub tower: [usize; 2],
     /// Softmax denominator of the masked attention.
     pub normalization: Normalization,
-    /// Factorization heads; `false` is the ablation with plain multi-head attention (and no label mask).
+    /// Factorization heads; `false` is the ablation with plain multi-head attention and no label mask.
     pub fha: bool,
     /// The label mask of the encoder; `false` is the "w/o MO" ablation.
     pub label_mask: bool,
 }
 
 impl ModelConfig {
-    /// The paper's network for this many items and this history length.
+    /// The network of the paper for a number of items and a history length.
     pub fn new(items: usize, max_length: usize) -> Self {
         Self {
             items,
@@ -61,7 +61,7 @@ impl ModelConfig {
         }
     }
 
-    /// Attention of the interests' encoders: one label, so no mask.
+    /// Attention of the interest encoders. Their tokens have one label, so there is no mask.
     pub fn interest_attention(&self) -> FhaOptions {
         FhaOptions {
             label_mask: LabelMask::None,
@@ -70,12 +70,15 @@ impl ModelConfig {
         }
     }
 
-    /// Number of trained values.
+    /// Number of trainable values.
     pub fn parameters(&self) -> usize {
         Layout::new(self).parameters()
     }
 
-    /// Whether these numbers make a network.
+    /// Validates the configuration.
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] names the invalid field.
     pub fn check(&self) -> Result<(), ModelError> {
         let error = |field, value, reason| Err(ModelError::Config { field, value, reason });
         let [attention0, attention1] = self.attention;
@@ -101,25 +104,25 @@ impl ModelConfig {
             return error(
                 "heads",
                 self.heads,
-                "factorization heads come in two groups: use an even number, or 1",
+                "factorization heads form two groups: use an even number, or 1",
             );
         }
         if u32::try_from(self.items).is_err() {
-            return error("items", self.items, "item ids are 32 bits wide");
+            return error("items", self.items, "item ids have 32 bits");
         }
         Ok(())
     }
 }
 
-/// Spread of the initial embeddings and MLP weights. (Projections of the blocks are Glorot uniform either way.)
+/// Standard deviation of the initial embeddings and MLP weights. The projections of the blocks are Glorot uniform in
+/// both cases.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Initialization {
-    /// Standard deviation 0.01 throughout, as the published code, whose MLPs have batch norm to make up for it.
-    /// Without batch norm the signal through three such layers starts vanishingly small and training stays for long
-    /// where every candidate scores alike.
+    /// 0.01, as in the published code, whose MLPs have batch norm. Without batch norm, the signal nearly vanishes over
+    /// three such layers: at first all candidates score alike, and training takes long to leave that plateau.
     Small,
-    /// Embeddings 0.3; an MLP weight `sqrt(2 / (inputs + outputs))`, so that signals keep their size.
+    /// 0.3 for embeddings and `sqrt(2 / (inputs + outputs))` for an MLP weight, which preserves the scale of the signal.
     #[default]
     Scaled,
 }
@@ -130,9 +133,9 @@ pub enum Initialization {
 pub struct LossOptions {
     /// Interest-wise BPR (IBL).
     pub bpr: f32,
-    /// Disentangling (IDL); positive pushes the interests apart.
+    /// Disentangling (IDL). A positive weight pushes the interests apart.
     pub idl: f32,
-    /// Squares of the touched embedding rows.
+    /// L2 penalty on the embedding rows of the batch.
     pub embed_l2: f32,
 }
 
@@ -143,54 +146,54 @@ pub struct AdamOptions {
     pub lr: f32,
     /// Gradient clipping.
     pub clip: Option<Clip>,
-    /// Update every embedding row every step (`true`), or only the rows the batch touches (lazy Adam).
+    /// Updates all embedding rows in each step (`true`), or only the rows of the batch (`false`, lazy Adam).
     pub dense_embeddings: bool,
 }
 
-/// A model that cannot be built or run.
+/// A failure to build or run a model.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum ModelError {
     /// The device failed.
     #[error(transparent)]
     Device(#[from] DeviceError),
-    /// A configuration value that makes no network.
+    /// An invalid configuration value.
     #[error("model: {field} = {value}: {reason}")]
     Config {
         /// Field of [`ModelConfig`].
         field: &'static str,
         /// Its value.
         value: usize,
-        /// Why not.
+        /// Requirement.
         reason: &'static str,
     },
-    /// A tensor is missing, unknown or of another shape.
+    /// A tensor that is missing, unknown or of the wrong shape.
     #[error("model: tensor {name}: expected shape {expected:?}, found {found:?}")]
     Tensor {
         /// Name.
         name: String,
-        /// Shape the configuration asks for; empty when the tensor is unknown.
+        /// Shape that the configuration requires; empty for an unknown tensor.
         expected: Vec<usize>,
-        /// Shape found; empty when it is missing.
+        /// Actual shape; empty for a missing tensor.
         found: Vec<usize>,
     },
-    /// The batch does not fit the model.
+    /// An index of the batch exceeds the limit of the model.
     #[error("model: {what} {found} in the batch, but the model has {limit}")]
     Batch {
-        /// E.g. `item` or `history length`.
+        /// The index, e.g. `item` or `history position`.
         what: &'static str,
         /// Value in the batch.
         found: usize,
-        /// The model's limit.
+        /// Limit of the model.
         limit: usize,
     },
-    /// A staged batch of another model.
+    /// A batch staged for another model.
     #[error("the batch was staged for another device or another model; stage it with this model's stager")]
     OtherModel,
-    /// A loss or gradient that is not finite.
+    /// A non-finite loss or gradient.
     #[error("non-finite value in {tensor}")]
     NonFinite {
-        /// The first tensor found to hold it, e.g. `loss.bce` or `gradient encoder.q.w`.
+        /// The first non-finite tensor, e.g. `loss.bce` or `gradient of encoder.q.w`.
         tensor: String,
     },
 }

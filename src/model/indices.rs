@@ -1,4 +1,4 @@
-//! A batch's indices on the device: staged together, so that they go up in one copy.
+//! The indices of a batch on the device, uploaded in one copy.
 
 use super::ModelConfig;
 use crate::attention::LabelMask;
@@ -18,7 +18,7 @@ impl<D: Device> DeviceLists<D> {
         Ok(Self { offsets, members })
     }
 
-    /// For an operation's argument.
+    /// As an argument of an operation.
     pub fn segments(&self) -> Segments<&device::Indices<D>> {
         Segments { offsets: &self.offsets, members: &self.members }
     }
@@ -43,7 +43,7 @@ pub struct DeviceSplit<D: Device> {
     pub token: device::Indices<D>,
     pub cu_seqlens: device::Indices<D>,
     pub count: device::Indices<D>,
-    /// Of the interest's encoder.
+    /// Plan of the interest encoder.
     pub attention: D::AttentionPlan,
 }
 
@@ -65,7 +65,7 @@ impl<D: Device> DeviceSplit<D> {
     }
 }
 
-/// [`Batch`] on the device; fields as there.
+/// [`Batch`] on the device, with the same field names.
 pub struct Indices<D: Device> {
     pub tokens: usize,
     pub groups: usize,
@@ -75,7 +75,7 @@ pub struct Indices<D: Device> {
     pub cu_seqlens: device::Indices<D>,
     pub item: device::Indices<D>,
     pub position: device::Indices<D>,
-    /// Of the encoder.
+    /// Plan of the encoder.
     pub attention: D::AttentionPlan,
     /// The labels as rows of the label table.
     pub label_row: device::Indices<D>,
@@ -88,7 +88,7 @@ pub struct Indices<D: Device> {
     pub row_item: device::Indices<D>,
     pub target: device::Floats<D>,
     pub pair_item: device::Indices<D>,
-    /// `[C]` zeros and ones: the label each interest adds to its candidates.
+    /// `[C]` zeros and ones: the label row that each interest adds to its candidates.
     pub interest_row: [device::Indices<D>; 2],
     pub target_attention: D::TargetPlan,
     pub pair_rows: DeviceLists<D>,
@@ -98,7 +98,7 @@ pub struct Indices<D: Device> {
 }
 
 impl<D: Device> Indices<D> {
-    /// Stages a batch, with the plans of what `config` computes on it.
+    /// Stages a batch with the attention plans of `config`.
     pub fn stage(
         device: &D,
         staging: &mut D::Staging,
@@ -125,7 +125,8 @@ impl<D: Device> Indices<D> {
             groups: batch.groups(),
             rows: batch.rows(),
             pairs: batch.pairs(),
-            scores: *batch.score_offsets.last().expect("offsets have one more entry than pairs") as usize,
+            scores: *batch.score_offsets.last().expect("score_offsets should have an entry more than pairs")
+                as usize,
             cu_seqlens: device.stage(staging, &batch.cu_seqlens)?,
             item: device.stage(staging, &batch.item)?,
             position: device.stage(staging, &batch.position)?,

@@ -1,4 +1,4 @@
-//! DFAR: parameters, layers with their backward passes, the network and its loss. Written once, for every device.
+//! DFAR: parameters, forward and backward pass, loss and optimiser, for every device.
 
 mod block;
 mod config;
@@ -36,7 +36,7 @@ pub struct HostTensor {
     pub values: Vec<f32>,
 }
 
-/// What one training step saw. The parts are unweighted means; `loss` is their weighted sum.
+/// The losses of a training step. The parts are unweighted means; `loss` is their weighted sum.
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
 pub struct StepLoss {
     /// Total.
@@ -47,9 +47,9 @@ pub struct StepLoss {
     pub ibl: f64,
     /// Disentangling: mean cosine over histories plus mean cosine over instances.
     pub idl: f64,
-    /// Half the squares of the touched embedding rows.
+    /// Half the sum of squares of the embedding rows of the batch.
     pub l2: f64,
-    /// Norm of all gradients before clipping; 0 where no gradients were asked for.
+    /// Norm of all gradients before clipping; 0 if the optimiser did not run.
     pub gradient_norm: f64,
 }
 
@@ -62,13 +62,13 @@ pub struct Model<D: Device> {
 }
 
 impl<D: Device> Model<D> {
-    /// Initial values from `seed`: embeddings and MLPs truncated normal with standard deviation 0.01, the blocks'
-    /// projections Glorot uniform, layer norms 1 and 0.
+    /// Initialises from `seed`, as [`Model::initialized`] with [`Initialization::Small`].
     pub fn new(device: Arc<D>, config: ModelConfig, seed: u64) -> Result<Self, ModelError> {
         Self::initialized(device, config, seed, Initialization::Small)
     }
 
-    /// As [`Model::new`], with a choice of how wide the initial values spread.
+    /// Initialises from `seed`: truncated normal embeddings and MLPs with the standard deviation of `initialization`, Glorot
+    /// uniform projections in the blocks, layer norms with scale 1 and offset 0.
     pub fn initialized(
         device: Arc<D>,
         config: ModelConfig,
@@ -83,7 +83,10 @@ impl<D: Device> Model<D> {
         Ok(Self { device, config, layout, parameters })
     }
 
-    /// From parameters by name: all of them, with the right shapes.
+    /// From parameters by name.
+    ///
+    /// # Errors
+    /// [`ModelError::Tensor`] for a missing or unknown name or a wrong shape.
     pub fn from_tensors(
         device: Arc<D>,
         config: ModelConfig,
@@ -96,28 +99,28 @@ impl<D: Device> Model<D> {
         Ok(Self { device, config, layout, parameters })
     }
 
-    /// Whether a device has the memory to train this network: values, Adam's moments, and with `dense_embeddings` whole
-    /// gradients. (Activations come on top; they depend on the batch.)
+    /// Checks that the device has the memory to train this network: values, the moments of Adam, and with
+    /// `dense_embeddings` whole gradients. Activations, which depend on the batch, come on top.
     ///
     /// # Errors
-    /// A configuration that makes no network; the device's error, with the numbers.
+    /// An invalid configuration, or too little memory.
     pub fn check_room(device: &D, config: &ModelConfig, dense_embeddings: bool) -> Result<(), ModelError> {
         config.check()?;
         let copies = if dense_embeddings { 4 } else { 3 };
         Ok(device.check_room(Layout::new(config).parameters(), copies)?)
     }
 
-    /// What the model is.
+    /// The configuration.
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }
 
-    /// The device it lives on.
+    /// The device of the parameters.
     pub fn device(&self) -> &Arc<D> {
         &self.device
     }
 
-    /// Number of trained values.
+    /// Number of trainable values.
     pub fn parameters(&self) -> usize {
         self.layout.parameters()
     }
@@ -127,22 +130,22 @@ impl<D: Device> Model<D> {
         self.parameters.download(&*self.device, &self.layout, "")
     }
 
-    /// Stages batches for this model, on any thread: for [`Model::train_staged`] and [`Model::score_staged`].
+    /// Stages batches for [`Model::train_staged`] and [`Model::score_staged`], on any thread.
     pub fn stager(&self) -> Stager<D> {
         Stager::new(self.device.clone(), self.config.clone())
     }
 
-    /// Positive logit of every row, `[R]`: the score of a candidate is its sigmoid.
+    /// Positive logit of each row, `[R]`. The score of a candidate is its sigmoid.
     pub fn score(&self, batch: &Batch) -> Result<Vec<f32>, ModelError> {
         self.score_staged(self.stager().stage(batch)?)
     }
 
-    /// [`Model::score`] of a batch that was staged for this model.
+    /// [`Model::score`] of a staged batch.
     pub fn score_staged(&self, batch: StagedBatch<D>) -> Result<Vec<f32>, ModelError> {
         self.with_network(batch, |network| Ok(self.device.download(&network.score()?)?))
     }
 
-    /// Both logits of every row, `[R]` each: negative interest first.
+    /// Both logits of each row, `[R]` each, negative interest first.
     pub fn logits(&self, batch: &Batch) -> Result<[Vec<f32>; 2], ModelError> {
         self.with_network(self.stager().stage(batch)?, |network| {
             let [negative, positive] = network.logits()?;
@@ -150,7 +153,7 @@ impl<D: Device> Model<D> {
         })
     }
 
-    /// Loss and the gradient of every parameter, embedding tables filled with zeros where the batch does not touch them.
+    /// Loss, and the gradient of each parameter. Embedding rows outside the batch have gradient 0.
     pub fn gradients(
         &self,
         batch: &Batch,
@@ -164,8 +167,10 @@ impl<D: Device> Model<D> {
         })
     }
 
-    /// One step: loss, gradients, clip, Adam. On a non-finite loss or gradient nothing is updated and
-    /// [`ModelError::NonFinite`] says where it was found.
+    /// One training step: loss, gradients, clipping, Adam.
+    ///
+    /// # Errors
+    /// [`ModelError::NonFinite`] names a non-finite loss or gradient. The parameters are unchanged then.
     pub fn train_step(
         &mut self,
         batch: &Batch,
@@ -177,7 +182,7 @@ impl<D: Device> Model<D> {
         self.train_staged(batch, loss, adam, optimizer, &mut ())
     }
 
-    /// [`Model::train_step`] on a batch that was staged for this model. `observer` is told of the step's parts.
+    /// [`Model::train_step`] on a staged batch. `observer` follows the parts of the step.
     pub fn train_staged(
         &mut self,
         batch: StagedBatch<D>,
@@ -188,23 +193,23 @@ impl<D: Device> Model<D> {
     ) -> Result<StepLoss, ModelError> {
         observer.enter(StepPart::Input)?;
         let batch = self.send(batch)?;
-        self.ask(batch.indices, loss, adam, optimizer, observer)?.finish()
+        self.launch(batch.indices, loss, adam, optimizer, observer)?.finish()
     }
 
-    /// Sends a batch that was staged for this model, for [`Model::begin_step`]. While a step is under way the batch after it
-    /// is best sent before [`PendingStep::finish`]: the copy and the step then overlap where the device can do both.
+    /// Uploads a staged batch for [`Model::begin_step`]. To overlap the copy with a step in flight, send the next batch
+    /// before [`PendingStep::finish`].
     ///
     /// # Errors
-    /// [`ModelError::OtherModel`], and what the device reports.
+    /// [`ModelError::OtherModel`], and failures of the device.
     pub fn send(&self, batch: StagedBatch<D>) -> Result<SentBatch<D>, ModelError> {
         batch.send(self)
     }
 
-    /// Asks the device for a step on a batch that was sent, and does not wait for it: [`Model::train_staged`] in two pieces.
-    /// What `observer` is told of as the input does not have the copy in it.
+    /// Launches a step on a batch from [`Model::send`] without waiting for it: the first half of [`Model::train_staged`].
+    /// The input part that `observer` measures excludes the copy.
     ///
     /// # Errors
-    /// [`ModelError::OtherModel`], and what the device reports.
+    /// [`ModelError::OtherModel`], and failures of the device.
     pub fn begin_step<'a>(
         &mut self,
         batch: SentBatch<D>,
@@ -215,12 +220,11 @@ impl<D: Device> Model<D> {
     ) -> Result<PendingStep<'a, D>, ModelError> {
         let indices = batch.indices_for(self)?;
         observer.enter(StepPart::Input)?;
-        self.ask(indices, loss, adam, optimizer, observer)
+        self.launch(indices, loss, adam, optimizer, observer)
     }
 
-    /// Asks for a step. Gives the batch back when all is asked for, before anything waits: so its memory is free for another
-    /// as soon as the losses are here.
-    fn ask<'a>(
+    /// Launches a step. Drops the batch after the launch, so that its memory is free as soon as the step is complete.
+    fn launch<'a>(
         &mut self,
         indices: Indices<D>,
         loss: &LossOptions,
@@ -236,7 +240,7 @@ impl<D: Device> Model<D> {
         } else {
             (gradients.by_row(&self.layout), Some(&indices))
         };
-        optimizer.ask(adam, &mut self.parameters, &gradients, touched, &mut report)?;
+        optimizer.launch(adam, &mut self.parameters, &gradients, touched, &mut report)?;
         observer.end()?;
         Ok(PendingStep { optimizer, loss: *loss, report, gradients })
     }
@@ -260,7 +264,7 @@ impl<D: Device> Model<D> {
         }
     }
 
-    /// Puts the rows of the embedding gradients into whole tables.
+    /// Scatters the rows of the embedding gradients to whole tables.
     fn fill_tables(&self, gradients: Gradients<D>, batch: &Indices<D>) -> Result<Tensors<D>, ModelError> {
         let Gradients { mut dense, item, position, label } = gradients;
         let tables = [

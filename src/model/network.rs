@@ -1,4 +1,4 @@
-//! The network of one batch, forward and backward: `docs/mathematics.md` line by line.
+//! The network of one batch, forward and backward. It follows `docs/mathematics.md` line by line.
 //!
 //! ```text
 //! s        = E_item[x] + E_pos[t] + E_lab[y]                       [N, D]
@@ -20,7 +20,7 @@ use crate::device::{
     LinearGradients, Lookup, Output, SegmentSum, Slot, Store, TargetGradients, TargetInputs, TargetState,
 };
 
-/// Interests, by feedback.
+/// Indices of the interests.
 const NEGATIVE: usize = 0;
 const POSITIVE: usize = 1;
 /// Parts of a tower's input: candidate, mean, mean of the interest, attended vector.
@@ -30,7 +30,7 @@ const MEAN: usize = 1;
 const MEAN_OF_INTEREST: usize = 2;
 const ATTENDED: usize = 3;
 
-/// Gradients of one batch: small tensors whole, embedding tables by touched row.
+/// Gradients of one batch: embedding tables by row of the batch, other tensors whole.
 pub struct Gradients<D: Device> {
     pub dense: Tensors<D>,
     pub item: Floats<D>,
@@ -39,7 +39,7 @@ pub struct Gradients<D: Device> {
 }
 
 impl<D: Device> Gradients<D> {
-    /// One buffer a parameter, those of the tables by touched row.
+    /// One buffer per parameter, embedding tables by row of the batch.
     pub fn by_row(self, layout: &Layout) -> Tensors<D> {
         let Self { mut dense, item, position, label } = self;
         for (id, rows) in [(layout.item, item), (layout.position, position), (layout.label, label)] {
@@ -49,13 +49,12 @@ impl<D: Device> Gradients<D> {
     }
 }
 
-/// What a step leaves on the device for the host: its losses in parts, and the gradients' norm, in one buffer.
+/// The scalar results of a step in one device buffer: the parts of the loss, and the norm of the gradients.
 pub struct Report<D: Device> {
     values: D::Buffer<f64>,
 }
 
-/// Values of a report, in order. BCE and IBL are neighbours, as `rank_loss` writes them; the norm comes last, as `adam` reads
-/// all that lies before it.
+/// Positions in a report. `rank_loss` writes BCE and IBL next to each other. `adam` reads all values in front of the norm.
 mod report {
     pub const BCE: usize = 0;
     pub const IBL: usize = 1;
@@ -74,7 +73,7 @@ impl<D: Device> Report<D> {
         Slot { values: &mut self.values, index }
     }
 
-    /// Where the gradients' norm goes.
+    /// The slot of the norm.
     pub fn norm(&mut self) -> Slot<'_, D::Buffer<f64>> {
         self.slot(report::NORM)
     }
@@ -82,7 +81,7 @@ impl<D: Device> Report<D> {
     /// Waits for the step.
     ///
     /// # Errors
-    /// [`ModelError::NonFinite`] names the part of the loss that is not finite. (The norm may not be.)
+    /// [`ModelError::NonFinite`] names a non-finite part of the loss. The norm is not checked.
     pub fn read(&self, device: &D, options: &LossOptions) -> Result<StepLoss, ModelError> {
         let values = device.download(&self.values)?;
         let [bce, ibl, gradient_norm] = [report::BCE, report::IBL, report::NORM].map(|i| values[i]);
@@ -98,7 +97,7 @@ impl<D: Device> Report<D> {
     }
 }
 
-/// A network bound to its parameters and one batch.
+/// A network with its parameters and one batch.
 pub struct Network<'a, D: Device> {
     pub device: &'a D,
     pub config: &'a ModelConfig,
@@ -107,7 +106,7 @@ pub struct Network<'a, D: Device> {
     pub batch: &'a Indices<D>,
 }
 
-/// Everything before the interests part.
+/// Activations shared by both interests.
 struct Encoded<D: Device> {
     seq: Floats<D>,
     blocks: Vec<BlockState<D>>,
@@ -115,13 +114,13 @@ struct Encoded<D: Device> {
 }
 
 impl<D: Device> Encoded<D> {
-    /// The raw tokens `s`, which the first block keeps for its backward pass.
+    /// The embedded tokens `s`, kept by the first block for its backward pass.
     fn s(&self) -> &Floats<D> {
         self.blocks[0].input()
     }
 }
 
-/// One interest.
+/// Activations of one interest.
 struct Interest<D: Device> {
     blocks: Vec<BlockState<D>>,
     mean: Floats<D>,
@@ -130,14 +129,14 @@ struct Interest<D: Device> {
     e: Floats<D>,
     lse: Floats<D>,
     att: Floats<D>,
-    /// Input of the tower, then the output of each of its layers; the last is the logit.
+    /// Input of the tower and the outputs of its layers; the last is the logit.
     tower: [Floats<D>; 4],
 }
 
 type Done = Result<(), DeviceError>;
 
 impl<D: Device> Network<'_, D> {
-    /// Positive logits `[R]`. The negative interest does not enter them and is not computed.
+    /// Positive logits `[R]`. Skips the negative interest, on which they do not depend.
     pub fn score(&self) -> Result<Floats<D>, DeviceError> {
         let encoded = self.encode(&mut ())?;
         let Interest { tower: [_, _, _, logit], .. } = self.interest(&encoded, POSITIVE, &mut ())?;
@@ -152,7 +151,7 @@ impl<D: Device> Network<'_, D> {
         Ok([logit(NEGATIVE)?, logit(POSITIVE)?])
     }
 
-    /// Loss and gradients. `observer` is told of the parts.
+    /// Loss and gradients. `observer` follows the parts.
     pub fn gradients(
         &self,
         options: &LossOptions,
@@ -177,7 +176,7 @@ impl<D: Device> Network<'_, D> {
         let mut d_atts = [device.alloc(batch.rows * width)?, device.alloc(batch.rows * width)?];
         for f in [NEGATIVE, POSITIVE] {
             let dx_tower = self.tower_backward(&interests[f], f, &mut d_logit[f], &mut grads)?;
-            // The second interest adds to what the first wrote.
+            // The second interest adds to the gradients of the first.
             let store = if f == NEGATIVE { Store::Overwrite } else { Store::Add };
             let part = |part, segments, dx| {
                 device.concat_backward(Columns { width, part, parts: PARTS }, &dx_tower, segments, dx)

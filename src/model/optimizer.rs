@@ -1,4 +1,4 @@
-//! Adam's state and its step over all parameters: embedding tables by touched row, everything else whole.
+//! The state of Adam, and its step over all parameters: embedding tables by row of the batch, other tensors whole.
 
 use super::indices::Indices;
 use super::network::Report;
@@ -8,11 +8,11 @@ use super::{AdamOptions, HostTensor, Model, ModelError};
 use crate::device::{AdamRows, AdamStep, AdamTensor, Device, DeviceError};
 use std::sync::Arc;
 
-/// Names of the moments in a checkpoint.
+/// Name prefixes of the moments in a checkpoint.
 const FIRST: &str = "adam.first.";
 const SECOND: &str = "adam.second.";
 
-/// Adam's moments and step count.
+/// Moments and step count of Adam.
 pub struct Optimizer<D: Device> {
     pub(super) device: Arc<D>,
     pub(super) layout: Layout,
@@ -29,7 +29,7 @@ impl<D: Device> Optimizer<D> {
         Ok(Self { device, layout, first, second, steps: 0 })
     }
 
-    /// From a checkpoint's moments and step count.
+    /// From the moments and step count of a checkpoint.
     pub fn from_tensors(model: &Model<D>, tensors: &[HostTensor], steps: u64) -> Result<Self, ModelError> {
         let (device, layout) = (model.device.clone(), model.layout.clone());
         let first = Tensors::upload(&*device, layout.arrange(FIRST, tensors)?)?;
@@ -37,7 +37,7 @@ impl<D: Device> Optimizer<D> {
         Ok(Self { device, layout, first, second, steps })
     }
 
-    /// Steps taken.
+    /// Completed steps.
     pub fn steps(&self) -> u64 {
         self.steps
     }
@@ -49,9 +49,9 @@ impl<D: Device> Optimizer<D> {
         Ok(tensors)
     }
 
-    /// Asks for a step, the next after [`Optimizer::steps`]: on whole tensors, or with `touched` on those rows of the embedding
-    /// tables alone. The device takes it only if the gradients' norm is finite; [`super::PendingStep::finish`] counts it then.
-    pub(super) fn ask(
+    /// Launches the step after [`Optimizer::steps`]: on whole tensors, or for the embedding tables on the rows of `touched`
+    /// only. The device skips the update if a loss or the norm is non-finite. [`super::PendingStep::finish`] counts the step.
+    pub(super) fn launch(
         &mut self,
         options: &AdamOptions,
         parameters: &mut Tensors<D>,

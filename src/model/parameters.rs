@@ -1,4 +1,4 @@
-//! The one place where parameters are named: their order, shapes and initial values.
+//! Names, order, shapes and initial values of the parameters.
 
 use super::{HostTensor, Initialization, ModelConfig, ModelError};
 use rand::{Rng, RngExt, SeedableRng};
@@ -7,12 +7,12 @@ use rand_chacha::ChaCha8Rng;
 /// Index of a parameter in every list of tensors.
 pub type Id = usize;
 
-/// How a parameter starts.
+/// Initial distribution of a parameter.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Initial {
-    /// Normal, values beyond two standard deviations drawn again; how wide, [`Initialization`] says.
+    /// Normal, truncated at two standard deviations. [`Initialization`] sets the standard deviation.
     Embedding,
-    /// As embeddings: weights of the target attention and the towers.
+    /// The same for weights of the target attention and the towers.
     Mlp,
     /// Uniform within `sqrt(6 / (inputs + outputs))`: projections of the blocks.
     Glorot,
@@ -22,7 +22,7 @@ pub enum Initial {
     Zero,
 }
 
-/// Name, shape and start of a parameter.
+/// Name, shape and initial distribution of a parameter.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Spec {
     pub name: String,
@@ -91,7 +91,7 @@ pub struct Layout {
 pub const INTERESTS: [&str; 2] = ["negative", "positive"];
 
 impl Layout {
-    /// The parameters of `config`, which has been checked.
+    /// The parameters of a valid `config`.
     pub fn new(config: &ModelConfig) -> Self {
         let mut names = Namer { specs: Vec::new() };
         let width = config.width;
@@ -108,7 +108,7 @@ impl Layout {
         Self { specs: names.specs, item, position, label, encoder, interest, target, tower }
     }
 
-    /// Initial values, each tensor from a stream of its own.
+    /// Initial values. Each tensor has its own random stream.
     pub fn initial(&self, seed: u64, initialization: Initialization) -> Vec<Vec<f32>> {
         let tensor = |(id, spec): (usize, &Spec)| {
             let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -123,7 +123,10 @@ impl Layout {
         self.specs.iter().map(Spec::len).sum()
     }
 
-    /// The values of `tensors` in order, after checking that they are these parameters and no others.
+    /// The values of the `tensors` whose names start with `prefix`, in order.
+    ///
+    /// # Errors
+    /// A missing or unknown name, or a wrong shape.
     pub fn arrange<'a>(&self, prefix: &str, tensors: &'a [HostTensor]) -> Result<Vec<&'a [f32]>, ModelError> {
         let mismatch = |name: &str, expected: &[usize], found: &[usize]| ModelError::Tensor {
             name: name.to_owned(),
@@ -175,7 +178,7 @@ impl Namer {
         Linear { w, b, inputs, outputs }
     }
 
-    /// Blocks `NAME`, `NAME.1`, `NAME.2`, ...: the first without a number, as in a network of one block.
+    /// Blocks `NAME`, `NAME.1`, `NAME.2`, ... The first has no number, so that networks of one block have plain names.
     fn blocks(&mut self, name: &str, config: &ModelConfig) -> Vec<Block> {
         let name_of = |i: usize| if i == 0 { name.to_owned() } else { format!("{name}.{i}") };
         (0..config.blocks).map(|i| self.block(&name_of(i), config)).collect()
@@ -224,7 +227,7 @@ fn draw(spec: &Spec, initialization: Initialization, rng: &mut impl Rng) -> Vec<
     }
 }
 
-/// A standard normal value within two standard deviations (Box and Muller, drawn again beyond).
+/// A normal value truncated at two standard deviations (Box-Muller with rejection).
 fn truncated_normal(rng: &mut impl Rng) -> f32 {
     loop {
         let radius = (-2.0 * (1.0 - rng.random::<f64>()).ln()).sqrt();
@@ -240,7 +243,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn initial_values_follow_their_specs() {
+    fn initial_values_have_the_specified_distribution() {
         let layout = Layout::new(&ModelConfig::new(500, 20));
         let values = layout.initial(7, Initialization::Small);
         assert_eq!(values, layout.initial(7, Initialization::Small));

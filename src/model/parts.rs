@@ -1,4 +1,4 @@
-//! A training step by its parts, and what they take.
+//! The parts of a training step, and their timers.
 
 use super::ModelError;
 use crate::device::{Device, DeviceError};
@@ -10,11 +10,11 @@ use std::sync::Arc;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum StepPart {
-    /// The batch on its way to the device.
+    /// Upload of the batch.
     Input,
-    /// Embeddings, the encoder and the means of its prefixes.
+    /// Embeddings, encoder and prefix means.
     Encoder,
-    /// The dual interests: their encoders and means.
+    /// Encoders and prefix means of the two interests.
     Dual,
     /// Target attention of both interests.
     TargetAttention,
@@ -29,7 +29,7 @@ impl StepPart {
     pub const ALL: [Self; 6] =
         [Self::Input, Self::Encoder, Self::Dual, Self::TargetAttention, Self::Towers, Self::Optimizer];
 
-    /// In words, for tables.
+    /// Name for tables.
     pub fn name(self) -> &'static str {
         match self {
             Self::Input => "input",
@@ -42,22 +42,22 @@ impl StepPart {
     }
 }
 
-/// Told of the parts of a training step as their operations are asked for. Parts alternate: backward comes back to them.
+/// Follows the launches of a training step by part. The backward pass enters parts again.
 pub trait StepObserver {
-    /// What follows belongs to `part`.
+    /// The following launches belong to `part`.
     ///
     /// # Errors
-    /// What the device reports. The step ends with it.
+    /// Failures of the device, which end the step.
     fn enter(&mut self, part: StepPart) -> Result<(), DeviceError>;
 
-    /// All of the step has been asked for; the host is about to wait for it.
+    /// The launches of the step are complete; the host waits for the device next.
     ///
     /// # Errors
     /// As [`StepObserver::enter`].
     fn end(&mut self) -> Result<(), DeviceError>;
 }
 
-/// Nobody.
+/// Observes nothing.
 impl StepObserver for () {
     fn enter(&mut self, _: StepPart) -> Result<(), DeviceError> {
         Ok(())
@@ -67,8 +67,8 @@ impl StepObserver for () {
     }
 }
 
-/// Times steps on the device: from the moment when a batch is sent, or with [`Model::begin_step`](super::Model::begin_step) from
-/// there, to the end of the last operation.
+/// Times steps with events on the device. A step begins before the upload of the batch, or in
+/// [`Model::begin_step`](super::Model::begin_step) after it, and ends with the last operation.
 pub struct StepTimer<D: Device> {
     device: Arc<D>,
     start: Option<D::Event>,
@@ -76,15 +76,15 @@ pub struct StepTimer<D: Device> {
 }
 
 impl<D: Device> StepTimer<D> {
-    /// For steps on `device`.
+    /// A timer for steps on `device`.
     pub fn new(device: Arc<D>) -> Self {
         Self { device, start: None, end: None }
     }
 
-    /// Seconds of the step just taken; 0 where there was none. Waits for it.
+    /// Seconds of the last step, or 0 without one. Waits for the step.
     ///
     /// # Errors
-    /// What the device reports.
+    /// Failures of the device.
     pub fn take(&mut self) -> Result<f64, ModelError> {
         match (self.start.take(), self.end.take()) {
             (Some(start), Some(end)) => Ok(self.device.seconds_between(&start, &end)?),
@@ -116,7 +116,7 @@ impl PartSeconds {
         self.0[part as usize]
     }
 
-    /// Seconds of all.
+    /// Seconds of all parts.
     pub fn total(&self) -> f64 {
         self.0.iter().sum()
     }
@@ -128,29 +128,29 @@ impl AddAssign for PartSeconds {
     }
 }
 
-/// Times the parts of steps on the device.
+/// Times the parts of steps with events on the device.
 pub struct PartTimer<D: Device> {
     device: Arc<D>,
-    /// Beginnings, in order.
-    marks: Vec<(StepPart, D::Event)>,
+    /// Start of each part, in order.
+    starts: Vec<(StepPart, D::Event)>,
     end: Option<D::Event>,
 }
 
 impl<D: Device> PartTimer<D> {
-    /// For steps on `device`.
+    /// A timer for steps on `device`.
     pub fn new(device: Arc<D>) -> Self {
-        Self { device, marks: Vec::new(), end: None }
+        Self { device, starts: Vec::new(), end: None }
     }
 
-    /// Seconds of each part of the step just taken. Waits for it.
+    /// Seconds of each part of the last step. Waits for the step.
     ///
     /// # Errors
-    /// What the device reports.
+    /// Failures of the device.
     pub fn take(&mut self) -> Result<PartSeconds, ModelError> {
         let mut seconds = PartSeconds::default();
-        let (marks, end) = (std::mem::take(&mut self.marks), self.end.take());
-        let ends = marks.iter().skip(1).map(|(_, mark)| mark).chain(&end);
-        for ((part, start), end) in marks.iter().zip(ends) {
+        let (starts, end) = (std::mem::take(&mut self.starts), self.end.take());
+        let ends = starts.iter().skip(1).map(|(_, event)| event).chain(&end);
+        for ((part, start), end) in starts.iter().zip(ends) {
             seconds.0[*part as usize] += self.device.seconds_between(start, end)?;
         }
         Ok(seconds)
@@ -159,7 +159,7 @@ impl<D: Device> PartTimer<D> {
 
 impl<D: Device> StepObserver for PartTimer<D> {
     fn enter(&mut self, part: StepPart) -> Result<(), DeviceError> {
-        self.marks.push((part, self.device.record_event()?));
+        self.starts.push((part, self.device.record_event()?));
         Ok(())
     }
     fn end(&mut self) -> Result<(), DeviceError> {

@@ -1,4 +1,4 @@
-//! A batch on its way to the device: made on any thread, sent by one, used up by one step.
+//! Upload of a batch: staged on any thread, sent by the training thread, consumed by one step.
 
 use super::indices::Indices;
 use super::{Model, ModelConfig, ModelError};
@@ -6,12 +6,12 @@ use crate::batch::Batch;
 use crate::device::Device;
 use std::sync::Arc;
 
-/// Stages batches for a model, on any thread, while the model works.
+/// Stages batches for a model on any thread, while the device computes.
 pub struct Stager<D: Device> {
     made_for: MadeFor<D>,
 }
 
-/// The models that a batch is made for: those like this on `device`.
+/// The device and configuration that a batch was staged for.
 struct MadeFor<D: Device> {
     device: Arc<D>,
     config: ModelConfig,
@@ -24,7 +24,7 @@ impl<D: Device> MadeFor<D> {
     }
 }
 
-/// A batch checked, with all that the device needs of it laid out to be sent in one copy.
+/// A valid batch in a staging buffer, ready for upload in one copy.
 pub struct StagedBatch<D: Device> {
     indices: Indices<D>,
     staging: D::Staging,
@@ -39,7 +39,7 @@ impl<D: Device> Stager<D> {
     /// Stages a batch.
     ///
     /// # Errors
-    /// [`ModelError::Batch`] for one that does not fit the model; what the device reports.
+    /// [`ModelError::Batch`] for an index beyond the limits of the model, and failures of the device.
     pub fn stage(&self, batch: &Batch) -> Result<StagedBatch<D>, ModelError> {
         let MadeFor { device, config } = &self.made_for;
         check(config, batch)?;
@@ -56,12 +56,12 @@ impl<D: Device> StagedBatch<D> {
         self.indices.rows
     }
 
-    /// Tokens encoded.
+    /// Tokens.
     pub fn tokens(&self) -> usize {
         self.indices.tokens
     }
 
-    /// Sends it, if it was staged for a model like this.
+    /// Uploads the batch if it was staged for the device and configuration of `model`.
     pub(super) fn send(self, model: &Model<D>) -> Result<SentBatch<D>, ModelError> {
         let Self { indices, staging, made_for } = self;
         made_for.check(model)?;
@@ -70,7 +70,7 @@ impl<D: Device> StagedBatch<D> {
     }
 }
 
-/// A batch on the device, or on its way there: what is asked for from now on finds it. Dropped, it is gone, and nothing else.
+/// A batch on the device, or a copy in flight. Later launches wait for the copy. Dropping the batch has no other effect.
 pub struct SentBatch<D: Device> {
     pub(super) indices: Indices<D>,
     made_for: MadeFor<D>,
@@ -82,14 +82,14 @@ impl<D: Device> SentBatch<D> {
         self.indices.rows
     }
 
-    /// What it holds, if it was staged for a model like this.
+    /// The indices, if the batch was staged for the device and configuration of `model`.
     pub(super) fn indices_for(self, model: &Model<D>) -> Result<Indices<D>, ModelError> {
         self.made_for.check(model)?;
         Ok(self.indices)
     }
 }
 
-/// Everything an index could get wrong, before a device sees it.
+/// Checks the largest indices, so that no operation reads out of bounds.
 fn check(config: &ModelConfig, batch: &Batch) -> Result<(), ModelError> {
     let check = |what, found: Option<&u32>, limit: usize| match found {
         Some(&found) if found as usize >= limit => {

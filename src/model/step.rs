@@ -1,28 +1,28 @@
-//! A training step that was asked for, until its losses are read.
+//! A training step in flight.
 
 use super::network::Report;
 use super::tensors::Tensors;
 use super::{LossOptions, ModelError, Optimizer, StepLoss};
 use crate::device::Device;
 
-/// A step that the device is at work on. Whoever began it may prepare and send the next batch before waiting for it. To be
-/// finished in any case: until then it is not counted, though the device takes it. It holds the optimiser, as the next step
-/// can only begin when this one is counted.
-#[must_use = "a step counts when it is finished"]
+/// A training step in flight. The caller may stage and send the next batch before [`PendingStep::finish`]. The device
+/// updates the parameters in any case, but only `finish` counts the step. The optimiser is borrowed until then, so steps
+/// cannot overlap.
+#[must_use = "call `finish` to count the step"]
 pub struct PendingStep<'a, D: Device> {
     pub(super) optimizer: &'a mut Optimizer<D>,
     pub(super) loss: LossOptions,
     pub(super) report: Report<D>,
-    /// In the order of the layout, those of embedding tables by touched row or whole: to be looked at if the norm is not finite.
+    /// In the order of the layout, embedding tables by row or whole. Searched if the norm is non-finite.
     pub(super) gradients: Tensors<D>,
 }
 
 impl<D: Device> PendingStep<'_, D> {
-    /// Waits for the step: the one place where training waits for the device.
+    /// Waits for the step. This is the only synchronisation of training with the device.
     ///
     /// # Errors
-    /// [`ModelError::NonFinite`] for a loss or gradient that is not finite: the parameters are as before the step then. What
-    /// the device reports.
+    /// [`ModelError::NonFinite`] names a non-finite loss or gradient; the parameters are unchanged then. Failures of the
+    /// device.
     pub fn finish(self) -> Result<StepLoss, ModelError> {
         let loss = self.report.read(&*self.optimizer.device, &self.loss)?;
         if !loss.gradient_norm.is_finite() {
@@ -39,6 +39,6 @@ impl<D: Device> PendingStep<'_, D> {
                 return Ok(ModelError::NonFinite { tensor: format!("gradient of {}", spec.name) });
             }
         }
-        Ok(ModelError::NonFinite { tensor: "the gradients' norm".into() })
+        Ok(ModelError::NonFinite { tensor: "norm of the gradients".into() })
     }
 }

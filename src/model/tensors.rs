@@ -1,4 +1,4 @@
-//! A list of device buffers, one a parameter.
+//! One device buffer per parameter, and their use as arguments of operations.
 
 use super::parameters::{self, Id, Layout, Norm};
 use super::{HostTensor, ModelError};
@@ -8,21 +8,21 @@ use crate::device::{
 };
 use std::ops::{Index, IndexMut};
 
-/// One buffer a parameter, in the order of the layout: values, gradients or moments.
+/// One buffer per parameter, in the order of the layout: values, gradients or moments.
 pub struct Tensors<D: Device>(Vec<Floats<D>>);
 
 impl<D: Device> Tensors<D> {
-    /// Uploads one slice a parameter.
+    /// Uploads one slice per parameter.
     pub fn upload<'a>(device: &D, values: impl IntoIterator<Item = &'a [f32]>) -> Result<Self, DeviceError> {
         Ok(Self(values.into_iter().map(|v| device.upload(v)).collect::<Result<_, _>>()?))
     }
 
-    /// Zeros for every parameter.
+    /// Zeros for each parameter.
     pub fn zeros(device: &D, layout: &Layout) -> Result<Self, DeviceError> {
         Ok(Self(layout.specs.iter().map(|s| device.zeros(s.len())).collect::<Result<_, _>>()?))
     }
 
-    /// Room for every parameter but the embedding tables, whose gradients come by rows and are put in later.
+    /// Allocates all gradients except those of the embedding tables, which are computed by row and added later.
     pub fn gradients(device: &D, layout: &Layout) -> Result<Self, DeviceError> {
         let tables = [layout.item, layout.position, layout.label];
         let len = |id: Id| if tables.contains(&id) { 0 } else { layout.specs[id].len() };
@@ -99,7 +99,7 @@ impl<D: Device> Tensors<D> {
         self.0.iter_mut()
     }
 
-    /// Copies to the host, names prefixed.
+    /// Copies to the host. `prefix` is added to the names.
     pub fn download(&self, device: &D, layout: &Layout, prefix: &str) -> Result<Vec<HostTensor>, ModelError> {
         let tensor = |(spec, buffer): (&parameters::Spec, &Floats<D>)| {
             let values = device.download(buffer)?;

@@ -1,4 +1,4 @@
-//! Two devices train the same model on the same batches: drawn as `dfar-train` draws them, from a synthetic log.
+//! Loss curves of two devices on the same batches, drawn as in `dfar-train` from a synthetic log.
 
 use dfar::batch::Batch;
 use dfar::data::Dataset;
@@ -12,7 +12,7 @@ use std::sync::Arc;
 /// Steps of a curve.
 pub const STEPS: usize = 200;
 
-/// How far apart two curves may be at any step, relative to the loss.
+/// Largest difference of two curves at any step, relative to the loss.
 pub const TOLERANCE: f64 = 1e-3;
 
 const ITEMS: usize = 40;
@@ -31,7 +31,8 @@ fn config() -> Config {
     }
 }
 
-/// The batches of a run: histories of one event and more, both labels, candidates that groups share.
+/// The batches of a run, with short and long histories, both labels, and candidates shared by
+/// groups.
 pub fn batches() -> Vec<Batch> {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("x.dfar");
@@ -57,7 +58,7 @@ pub fn batches() -> Vec<Batch> {
     batches
 }
 
-/// The loss of every step.
+/// The loss of each step.
 pub fn curve<D: Device>(device: Arc<D>, batches: &[Batch]) -> Vec<f64> {
     let config = config();
     let network = ModelConfig { attention: [12, 7], tower: [20, 12], ..config.model(ITEMS) };
@@ -69,7 +70,7 @@ pub fn curve<D: Device>(device: Arc<D>, batches: &[Batch]) -> Vec<f64> {
     batches.iter().map(step).collect()
 }
 
-/// That a curve is within [`TOLERANCE`] of another at every step, and that there was something to learn.
+/// Asserts that the loss decreases and that the curves agree within [`TOLERANCE`] at each step.
 #[track_caller]
 pub fn assert_curves_agree(found: &[f64], reference: &[f64]) {
     assert_eq!((found.len(), reference.len()), (STEPS, STEPS));

@@ -1,8 +1,8 @@
-//! Every operation of `trait Device` against finite differences of itself: one body, run on every device.
+//! The operations of `Device` against finite differences, on every device.
 //!
-//! An operation is checked as a function from its inputs to numbers: outputs are multiplied by fixed random
-//! weights and added up, and the derivative of that sum along a random direction, by central differences, must
-//! equal the analytic gradient times the direction.
+//! The outputs of an operation are multiplied by fixed random weights and added up. The derivative
+//! of this sum along a random direction, by central differences, must equal the analytic gradient
+//! times the direction.
 #![allow(dead_code, reason = "each test file uses its own part")]
 
 use dfar::attention::{FhaOptions, LabelMask, Normalization, Pairing};
@@ -15,8 +15,8 @@ use dfar::device::{
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// Every body as a test of `$device`.
-#[allow(unused_macros, reason = "a GPU, which may not be there, has tests of its own")]
+/// All bodies as tests of `$device`.
+#[allow(unused_macros, reason = "tests on a GPU, which may be absent, are written out")]
 macro_rules! test_every_body {
     ($device:expr) => {
         test_every_body! { $device;
@@ -25,7 +25,7 @@ macro_rules! test_every_body {
             linear
             label_linear
             gather_and_segment_sum
-            segments_of_every_length
+            segments_of_any_length
             attention
             prefix_mean
             concat
@@ -52,7 +52,7 @@ fn dot(a: &[f32], b: &[f32]) -> f64 {
     a.iter().zip(b).map(|(&a, &b)| a as f64 * b as f64).sum()
 }
 
-/// Checks `gradients` (one a tensor of `inputs`) of `value` at `inputs`, tensor by tensor.
+/// Checks the gradients of `value` at `inputs`, one per tensor.
 fn check(what: &str, inputs: &[Vec<f32>], value: impl Fn(&[Vec<f32>]) -> f64, gradients: &[Vec<f32>]) {
     let mut rng = ChaCha8Rng::seed_from_u64(99);
     assert_eq!(inputs.len(), gradients.len());
@@ -67,7 +67,8 @@ fn check(what: &str, inputs: &[Vec<f32>], value: impl Fn(&[Vec<f32>]) -> f64, gr
             };
             let numeric = (moved(1.0) - moved(-1.0)) / (2.0 * h as f64);
             let analytic = dot(gradient, &direction);
-            // f32 outputs near 1 carry 1e-7, over 2h; the scale is what the gradient could give along any direction.
+            // f32 outputs near 1 have errors of 1e-7, divided by 2h. The scale bounds the
+            // derivative along a direction.
             let scale = dot(gradient, gradient).sqrt() + 1.0;
             assert!(
                 (numeric - analytic).abs() < 2e-3 * scale,
@@ -115,8 +116,8 @@ pub fn linear<D: Device>(device: &D) {
         (0, 4, 4, Activation::Relu),
     ] {
         let mut rng = ChaCha8Rng::seed_from_u64(outputs as u64);
-        // Small inputs and biases beyond ±4 keep every unit off the kink of ReLU, where a central difference
-        // measures neither side; about half of the units are on.
+        // Small inputs and biases beyond ±4 keep all units away from the kink of ReLU, where
+        // central differences fail. About half of the units are active.
         let mut values = vec![
             random(&mut rng, rows * inputs),
             random(&mut rng, inputs * outputs),
@@ -169,7 +170,7 @@ pub fn label_linear<D: Device>(device: &D) {
         device.label_linear(layer, &x, Output::overwrite(&mut y)).unwrap();
         device.download(&y).unwrap()
     };
-    // Row 1 has label 0: it sees the first half of the weight.
+    // Row 1 has label 0: it uses the first half of the weight.
     let y = run(&values);
     let by_hand =
         (0..inputs).map(|i| values[0][inputs + i] * values[1][i * outputs]).sum::<f32>() + values[2][0];
@@ -205,7 +206,8 @@ pub fn gather_and_segment_sum<D: Device>(device: &D) {
         device.gather_sum(width, &tables, &mut y).unwrap();
         device.download(&y).unwrap()
     };
-    // The gradient of a table is the segment sum of dy by row; dy is given in two sources, cut after row 20.
+    // The gradient of a table is the segment sum of dy by row. dy is split into two sources after
+    // row 20.
     let sources =
         [device.upload(&weight[..20 * width]).unwrap(), device.upload(&weight[20 * width..]).unwrap()];
     let gradients = [0, 1].map(|t| {
@@ -235,7 +237,7 @@ pub fn gather_and_segment_sum<D: Device>(device: &D) {
 
 pub fn prefix_mean<D: Device>(device: &D) {
     let width = 5;
-    // Three sequences of 4, 0 and 3 tokens; the second has a group over nothing.
+    // Three sequences of 4, 0 and 3 tokens. The second has a group with an empty prefix.
     let (start, offsets) = (vec![0u32, 4, 4, 7], vec![0u32, 3, 4, 6]);
     let (count, divisor) = (vec![0u32, 2, 4, 0, 1, 3], vec![0u32, 3, 4, 2, 1, 5]);
     let mut rng = ChaCha8Rng::seed_from_u64(6);
@@ -254,7 +256,7 @@ pub fn prefix_mean<D: Device>(device: &D) {
     let mean = run(&values);
     assert!(
         mean[..width].iter().chain(&mean[3 * width..4 * width]).all(|&x| x == 0.0),
-        "nothing to add up gives 0"
+        "the mean of an empty prefix is 0"
     );
     assert!((mean[width] - (values[0][0] + values[0][width]) / 3.0).abs() < 1e-6);
     let mut dx = device.alloc(7 * width).unwrap();
@@ -383,14 +385,14 @@ fn target_attention_of<D: Device>(device: &D, width: usize, hidden: [usize; 2]) 
     let target_gradients = TargetGradients { ds, da, dr, weights: weights_gradients };
     device.target_attention_backward(&plan, inputs, weights, state, &datt, target_gradients).unwrap();
     let gradients: Vec<Vec<f32>> = g.iter().map(|g| device.download(g).unwrap()).collect();
-    assert_eq!(gradients[8], [0.0], "a softmax does not see a constant");
+    assert_eq!(gradients[8], [0.0], "a softmax is invariant to a constant");
     let att = device.download(&att).unwrap();
-    assert!(att[3 * width..4 * width].iter().all(|&x| x == 0.0), "an empty history attends to nothing");
+    assert!(att[3 * width..4 * width].iter().all(|&x| x == 0.0), "an empty history has output 0");
     check("target attention", &values, |i| dot(&device.download(&run(i).3).unwrap(), &weight), &gradients);
 }
 
-/// Widths that no vector divides, long lists, and lists without members, against sums by hand.
-pub fn segments_of_every_length<D: Device>(device: &D) {
+/// Widths that are no multiple of a vector, long segments and empty segments, against sums in f64.
+pub fn segments_of_any_length<D: Device>(device: &D) {
     for (width, sizes) in [
         (8, vec![1usize, 0, 63, 1, 64, 65, 0, 0, 200, 3, 1000, 0]),
         (5, vec![0, 130, 2]),
@@ -434,7 +436,7 @@ pub fn segments_of_every_length<D: Device>(device: &D) {
     }
 }
 
-/// What is fused is what its parts give.
+/// The fused layer norms equal their parts.
 pub fn fused_layer_norms<D: Device>(device: &D) {
     for (rows, width) in [(7, 32), (130, 5), (3, 200), (0, 8), (9, 33)] {
         let mut rng = ChaCha8Rng::seed_from_u64(20);
@@ -502,7 +504,7 @@ pub fn attention<D: Device>(device: &D) {
     }
 }
 
-/// One step on a dense tensor, one by rows and an empty one, against Adam written down in f64.
+/// One step on a dense tensor, a tensor with rows and an empty tensor, against Adam in f64.
 pub fn adam<D: Device>(device: &D) {
     let mut rng = ChaCha8Rng::seed_from_u64(22);
     let (dense, width, rows) = (5003, 6, vec![1u32, 4]);
@@ -558,7 +560,7 @@ pub fn adam<D: Device>(device: &D) {
             }
             let got = device.download(&v[t]).unwrap();
             if loss.is_nan() {
-                assert_eq!(got, values[t], "nothing is updated after a loss that is not finite");
+                assert_eq!(got, values[t], "a non-finite loss skips the update");
                 continue;
             }
             for (i, (got, want)) in got.iter().zip(&want).enumerate() {

@@ -1,5 +1,5 @@
-//! The network as a whole: what is shared is exact, gradients are derivatives, ablations run, steps are repeatable. One body,
-//! run on every device: `new` makes a fresh one.
+//! The whole network on every device: shared work is exact, gradients match finite differences,
+//! ablations run, steps are deterministic. `new` creates a device.
 #![allow(dead_code, reason = "each test file uses its own part")]
 
 use dfar::attention::Normalization;
@@ -23,8 +23,8 @@ pub fn config() -> ModelConfig {
     ModelConfig { width: 8, attention: [7, 4], tower: [6, 5], ..ModelConfig::new(ITEMS, 12) }
 }
 
-/// A model whose values are all of order 1, so that no gradient is negligible.
-pub fn lively<D: Device>(device: Arc<D>, config: ModelConfig) -> Model<D> {
+/// A model with values of order 1, so that no gradient is negligible.
+pub fn model_of_order_one<D: Device>(device: Arc<D>, config: ModelConfig) -> Model<D> {
     let mut tensors = Model::new(device.clone(), config.clone(), 3).unwrap().tensors().unwrap();
     let mut rng = ChaCha8Rng::seed_from_u64(17);
     for tensor in &mut tensors {
@@ -35,7 +35,7 @@ pub fn lively<D: Device>(device: Arc<D>, config: ModelConfig) -> Model<D> {
     Model::from_tensors(device, config, &tensors).unwrap()
 }
 
-/// Histories of these lengths, each asked about several prefixes, with candidates that repeat between them.
+/// Histories of these lengths, each with several groups that share candidates.
 pub fn histories(lengths: &[usize], seed: u64) -> Vec<History> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let draw = |n: usize, rng: &mut ChaCha8Rng| -> Vec<u32> {
@@ -61,8 +61,8 @@ pub fn histories(lengths: &[usize], seed: u64) -> Vec<History> {
     lengths.iter().map(history).collect()
 }
 
-/// `tolerance` is relative to the largest reference value; a tensor that is zero but for cancellation may differ
-/// by one rounding of `scale`, the largest value of its kind.
+/// `tolerance` is relative to the largest reference value. A tensor that cancels to zero may differ
+/// by one rounding of `scale`, the largest value among similar tensors.
 fn assert_close(name: &str, x: &[f32], reference: &[f32], tolerance: f32, scale: f32) {
     assert_eq!(x.len(), reference.len(), "{name}");
     let error = x.iter().zip(reference).fold(0f32, |m, (x, r)| m.max((x - r).abs()));
@@ -84,15 +84,15 @@ fn variants() -> Vec<ModelConfig> {
     ]
 }
 
-pub fn shared_prefixes_and_candidates_change_nothing<D: Device>(new: &dyn Fn() -> Arc<D>) {
+pub fn shared_prefixes_and_candidates_do_not_change_results<D: Device>(new: &dyn Fn() -> Arc<D>) {
     let histories = histories(&[12, 1, 7, 3], 5);
     for config in variants() {
-        let model = lively(new(), config.clone());
+        let model = model_of_order_one(new(), config.clone());
         let short = Batch::pack(&histories).unwrap();
         let long = Batch::pack(&without_sharing(&histories)).unwrap();
         assert!(
             short.pairs() < short.rows() && short.tokens() * 4 < long.tokens(),
-            "the short way shares something"
+            "the shared batch should have fewer tokens"
         );
         assert_eq!(short.target, long.target);
         let logits = |batch| model.logits(batch).unwrap();
@@ -119,20 +119,21 @@ pub fn shared_prefixes_and_candidates_change_nothing<D: Device>(new: &dyn Fn() -
     }
 }
 
-/// Every `stride`-th tensor of each variant, beginning with another one in each.
-pub fn gradients_are_derivatives_of_the_loss<D: Device>(new: &dyn Fn() -> Arc<D>, stride: usize) {
+/// Every `stride`-th tensor of each variant, with a different first tensor per variant.
+pub fn gradients_match_finite_differences<D: Device>(new: &dyn Fn() -> Arc<D>, stride: usize) {
     let batch = Batch::pack(&histories(&[9, 4], 6)).unwrap();
     for (variant, config) in variants().into_iter().enumerate() {
-        let model = lively(new(), config.clone());
+        let model = model_of_order_one(new(), config.clone());
         let tensors = model.tensors().unwrap();
         let (_, gradients) = model.gradients(&batch, &LOSS).unwrap();
         let mut rng = ChaCha8Rng::seed_from_u64(1);
         for (t, gradient) in gradients.iter().enumerate().skip(variant % stride).step_by(stride) {
-            // Along the gradient and a random direction mixed, so that the derivative is never small by chance.
+            // A mix of the gradient and a random direction, so that the derivative is not small by
+            // chance.
             let norm = gradient.values.iter().map(|g| g * g).sum::<f32>().sqrt();
             let direction: Vec<f32> =
                 gradient.values.iter().map(|g| g / norm.max(1e-9) + rng.random_range(-0.1..0.1)).collect();
-            // Small, because a step across a kink of ReLU measures neither side; the oracle's cases are the fine test.
+            // Small, to avoid crossing a kink of ReLU. The golden cases test more precisely.
             let h = 2e-4f32;
             let loss = |sign: f32| {
                 let mut tensors = tensors.clone();
@@ -156,7 +157,7 @@ pub fn gradients_are_derivatives_of_the_loss<D: Device>(new: &dyn Fn() -> Arc<D>
 pub fn lazy_and_dense_adam_agree_while_every_row_is_touched<D: Device>(new: &dyn Fn() -> Arc<D>) {
     let batch = Batch::pack(&histories(&[12, 10, 11], 7)).unwrap();
     let step = |dense_embeddings, batches: &[&Batch]| {
-        let mut model = lively(new(), config());
+        let mut model = model_of_order_one(new(), config());
         let mut optimizer = Optimizer::new(&model).unwrap();
         for batch in batches {
             model
@@ -171,7 +172,7 @@ pub fn lazy_and_dense_adam_agree_while_every_row_is_touched<D: Device>(new: &dyn
     assert_ne!(
         step(false, &[&batch, &other])[0],
         step(true, &[&batch, &other])[0],
-        "dense Adam keeps moving untouched rows"
+        "dense Adam also moves rows outside the batch"
     );
 }
 
@@ -179,7 +180,7 @@ pub fn lazy_and_dense_adam_agree_while_every_row_is_touched<D: Device>(new: &dyn
 pub fn three_steps<D: Device>(new: &dyn Fn() -> Arc<D>) -> (Vec<f64>, Vec<HostTensor>) {
     let batch = Batch::pack(&histories(&[12, 3, 9, 12, 5, 8, 12, 1], 9)).unwrap();
     let config = ModelConfig { width: 32, attention: [80, 40], tower: [100, 64], ..config() };
-    let mut model = lively(new(), config);
+    let mut model = model_of_order_one(new(), config);
     let mut optimizer = Optimizer::new(&model).unwrap();
     let losses: Vec<f64> =
         (0..3).map(|_| model.train_step(&batch, &LOSS, &ADAM, &mut optimizer).unwrap().loss).collect();
@@ -193,7 +194,7 @@ struct Training<D: Device> {
     optimizer: Optimizer<D>,
 }
 
-/// All that a checkpoint holds of it.
+/// The tensors of a checkpoint.
 #[derive(PartialEq)]
 struct State {
     parameters: Vec<HostTensor>,
@@ -203,7 +204,7 @@ struct State {
 
 impl<D: Device> Training<D> {
     fn new(device: Arc<D>, config: ModelConfig) -> Self {
-        let model = lively(device, config);
+        let model = model_of_order_one(device, config);
         Self { optimizer: Optimizer::new(&model).unwrap(), model }
     }
 
@@ -222,16 +223,16 @@ impl<D: Device> Training<D> {
     }
 }
 
-/// Takes a step on two devices from one state. The loss and the gradients (those that are asked for, and those that the first
-/// moments took in) are within the tolerances of the oracle's cases; a parameter differs by no more than the difference of
-/// its gradient explains.
+/// Takes a step on two devices from the same state. The loss and the gradients (computed, and
+/// accumulated in the first moments) agree within the tolerances of the golden cases. A parameter
+/// differs by at most the effect of the difference of its gradient.
 #[track_caller]
 fn assert_step_agrees<A: Device, B: Device>(
     reference: &mut Training<A>,
     other: &mut Training<B>,
     batch: &Batch,
 ) {
-    assert!(reference.state() == other.state(), "the two steps should begin in one state");
+    assert!(reference.state() == other.state(), "both steps should start from the same state");
     let (_, expected) = reference.model.gradients(batch, &LOSS).unwrap();
     let (_, gradients) = other.model.gradients(batch, &LOSS).unwrap();
     let expected = widened(&expected);
@@ -249,7 +250,8 @@ fn assert_step_agrees<A: Device, B: Device>(
     for (t, (found, expected_value)) in state.parameters.iter().zip(&parameters).enumerate() {
         let of_adam = |i: usize| {
             let difference = (f64::from(gradients[t].values[i]) - expected[t][i]).abs();
-            // Adam's step is a mean of gradients divided by their root mean square: the difference is in both.
+            // An Adam update divides a mean of gradients by their root mean square: both carry the
+            // difference.
             f64::from(ADAM.lr) * adam_amplifies(2.0 * difference, (moments[count + t][i] / correction).sqrt())
         };
         errors.push(compare_after_adam(&found.name, &found.values, expected_value, of_adam));
@@ -266,7 +268,7 @@ fn pairs<'a>(found: &'a [HostTensor], reference: &'a [Vec<f64>]) -> Vec<(&'a str
     found.iter().zip(reference).map(|(t, r)| (&t.name[..], &t.values[..], &r[..])).collect()
 }
 
-/// Three steps, each on both devices from the state that the first of them is in.
+/// Three steps, each on both devices from the state of the first.
 pub fn steps_agree<A: Device, B: Device>(new: &dyn Fn() -> Arc<A>, other: &dyn Fn() -> Arc<B>) {
     let wide = ModelConfig { width: 32, attention: [80, 40], tower: [100, 64], ..config() };
     for (config, lengths) in [(config(), &[12, 3, 9][..]), (wide, &[12, 3, 9, 12, 5, 8, 12, 1])] {
@@ -279,7 +281,8 @@ pub fn steps_agree<A: Device, B: Device>(new: &dyn Fn() -> Arc<A>, other: &dyn F
     }
 }
 
-/// Two steps on one device, the third on another, which begins in the state that the first left, bit for bit; the loss then.
+/// Takes two steps on one device and a third on another, from the same bits. Returns the loss of
+/// the third.
 pub fn a_run_moves<A: Device, B: Device>(first: Arc<A>, second: Arc<B>) -> f64 {
     let batch = Batch::pack(&histories(&[12, 3, 9], 9)).unwrap();
     let mut training = Training::new(first, config());
@@ -292,13 +295,13 @@ pub fn a_run_moves<A: Device, B: Device>(first: Arc<A>, second: Arc<B>) -> f64 {
     moved.model.gradients(&batch, &LOSS).unwrap().0.loss
 }
 
-pub fn steps_repeat_bit_for_bit<D: Device>(new: &dyn Fn() -> Arc<D>) {
+pub fn steps_are_deterministic<D: Device>(new: &dyn Fn() -> Arc<D>) {
     assert!(three_steps(new) == three_steps(new));
 }
 
 pub fn a_non_finite_value_stops_the_step_and_is_named<D: Device>(new: &dyn Fn() -> Arc<D>) {
     let batch = Batch::pack(&histories(&[6], 10)).unwrap();
-    let mut tensors = lively(new(), config()).tensors().unwrap();
+    let mut tensors = model_of_order_one(new(), config()).tensors().unwrap();
     tensors.iter_mut().find(|t| t.name == "tower_negative.1.w").unwrap().values[0] = f32::NAN;
     let mut model = Model::from_tensors(new(), config(), &tensors).unwrap();
     let mut optimizer = Optimizer::new(&model).unwrap();
@@ -307,9 +310,9 @@ pub fn a_non_finite_value_stops_the_step_and_is_named<D: Device>(new: &dyn Fn() 
     assert_eq!(optimizer.steps(), 0);
 }
 
-pub fn what_does_not_fit_is_refused_by_name<D: Device>(new: &dyn Fn() -> Arc<D>) {
+pub fn errors_name_the_index_beyond_the_model<D: Device>(new: &dyn Fn() -> Arc<D>) {
     let device = new;
-    let model = lively(new(), config());
+    let model = model_of_order_one(new(), config());
     let mut wrong = histories(&[5], 11);
     wrong[0].items[2] = ITEMS as u32;
     let error = model.score(&Batch::pack(&wrong).unwrap()).unwrap_err();
@@ -349,7 +352,7 @@ pub fn histories_without_events_or_of_one_label_score_finitely<D: Device>(new: &
         groups: groups.iter().map(|&g| group(g)).collect(),
     };
     let all = [history(&[], &[0]), history(&[1, 1], &[0, 1, 2]), history(&[0], &[1]), history(&[0, 1], &[])];
-    let model = lively(new(), config());
+    let model = model_of_order_one(new(), config());
     let batch = Batch::pack(&all).unwrap();
     assert!(model.score(&batch).unwrap().iter().all(|x| x.is_finite()));
     let (loss, gradients) = model.gradients(&batch, &LOSS).unwrap();

@@ -1,4 +1,4 @@
-//! A step by its parts: all are there, they make up the step, and watching changes nothing. One body, run on every device.
+//! The parts of a training step, its observers, and batches sent ahead, on every device.
 
 use dfar::batch::{Batch, Group, History};
 use dfar::device::{Clip, Device, DeviceError};
@@ -9,16 +9,16 @@ use dfar::model::{
 use std::sync::Arc;
 use std::time::Instant;
 
-/// Every body as a test; `$device` is a closure that makes one.
-#[allow(unused_macros, reason = "a GPU, which may not be there, has tests of its own")]
+/// All bodies as tests; `$device` is a closure that creates a device.
+#[allow(unused_macros, reason = "tests on a GPU, which may be absent, are written out")]
 macro_rules! test_every_body {
     ($device:expr) => {
         test_every_body! { $device;
-            watching_a_step_changes_nothing
-            parts_make_up_the_step
-            a_batch_staged_for_another_model_is_refused
-            a_batch_sent_ahead_changes_nothing
-            a_batch_sent_behind_a_failing_step_is_not_lost
+            an_observer_does_not_change_a_step
+            parts_add_up_to_the_step
+            a_batch_of_another_model_is_rejected
+            sending_a_batch_ahead_does_not_change_results
+            a_failed_step_does_not_lose_the_next_batch
             batches_are_staged_on_any_thread
         }
     };
@@ -50,7 +50,7 @@ fn batch(seed: u32) -> Batch {
     Batch::pack(&[history(12), history(5), history(9)]).expect("the histories are sound")
 }
 
-/// Everything an observer hears.
+/// An observer that records its calls.
 #[derive(Default)]
 struct Heard {
     parts: Vec<StepPart>,
@@ -59,7 +59,7 @@ struct Heard {
 
 impl StepObserver for Heard {
     fn enter(&mut self, part: StepPart) -> Result<(), DeviceError> {
-        assert_eq!(self.ends, 0, "nothing begins after the end");
+        assert_eq!(self.ends, 0, "no part is entered after the end");
         self.parts.push(part);
         Ok(())
     }
@@ -95,7 +95,7 @@ impl<D: Device> Training<D> {
     }
 }
 
-pub fn watching_a_step_changes_nothing<D: Device>(new: &dyn Fn() -> Arc<D>) {
+pub fn an_observer_does_not_change_a_step<D: Device>(new: &dyn Fn() -> Arc<D>) {
     for dense_embeddings in [false, true] {
         let mut unseen = Training::new(new(), dense_embeddings);
         let device = new();
@@ -113,7 +113,8 @@ pub fn watching_a_step_changes_nothing<D: Device>(new: &dyn Fn() -> Arc<D>) {
             let (first, last) = (ear.parts.first(), ear.parts.last());
             assert_eq!((first, last), (Some(&StepPart::Input), Some(&StepPart::Optimizer)));
             for part in StepPart::ALL {
-                // Forward and backward, of one interest or both; what comes before and after happens once.
+                // Parts with a forward and a backward pass are entered at least twice, the others
+                // once.
                 let once = matches!(part, StepPart::Input | StepPart::Optimizer);
                 let times = ear.parts.iter().filter(|&&p| p == part).count();
                 assert!(if once { times == 1 } else { times >= 2 }, "{part:?}: {times} times");
@@ -124,7 +125,7 @@ pub fn watching_a_step_changes_nothing<D: Device>(new: &dyn Fn() -> Arc<D>) {
     }
 }
 
-pub fn parts_make_up_the_step<D: Device>(new: &dyn Fn() -> Arc<D>) {
+pub fn parts_add_up_to_the_step<D: Device>(new: &dyn Fn() -> Arc<D>) {
     let device = new();
     let (mut parts, mut whole) = (PartTimer::new(device.clone()), StepTimer::new(device.clone()));
     assert_eq!((parts.take().unwrap().total(), whole.take().unwrap()), (0.0, 0.0), "no step, no time");
@@ -138,18 +139,18 @@ pub fn parts_make_up_the_step<D: Device>(new: &dyn Fn() -> Arc<D>) {
         for part in StepPart::ALL {
             assert!(parts.of(part) > 0.0, "{part:?}");
         }
-        // Marks of both lie next to each other, and inside the call.
+        // The events of both timers are adjacent, and inside the call.
         assert!(
             parts.total() <= whole + 1e-9 && whole <= outside + 1e-9,
             "{parts:?} of {whole} of {outside}"
         );
         share = share.max(parts.total() / whole);
     }
-    // Of the best step: between any two marks the thread may lose its core.
+    // Of the best step: the thread may be preempted between two events.
     assert!(share >= 0.9, "parts are {share} of the step");
 }
 
-/// Two observers: what the first measures lies inside of what the second does.
+/// Two observers. The first is entered after the second and ended before it.
 struct Both<'a, A, B>(&'a mut A, &'a mut B);
 
 impl<A: StepObserver, B: StepObserver> StepObserver for Both<'_, A, B> {
@@ -163,7 +164,7 @@ impl<A: StepObserver, B: StepObserver> StepObserver for Both<'_, A, B> {
     }
 }
 
-pub fn a_batch_staged_for_another_model_is_refused<D: Device>(new: &dyn Fn() -> Arc<D>) {
+pub fn a_batch_of_another_model_is_rejected<D: Device>(new: &dyn Fn() -> Arc<D>) {
     let device = new();
     let mut model = Model::new(device.clone(), config(), 1).unwrap();
     let wider = Model::new(device, ModelConfig { width: 16, ..config() }, 1).unwrap();
@@ -172,7 +173,7 @@ pub fn a_batch_staged_for_another_model_is_refused<D: Device>(new: &dyn Fn() -> 
         let staged = other.stager().stage(&batch(0)).unwrap();
         let error = model.score_staged(staged).unwrap_err();
         assert!(matches!(error, ModelError::OtherModel), "{error}");
-        // Nor is one taken that the other has sent.
+        // A batch sent by the other model is rejected as well.
         assert!(matches!(model.send(other.stager().stage(&batch(0)).unwrap()), Err(ModelError::OtherModel)));
         let sent = other.send(other.stager().stage(&batch(0)).unwrap()).unwrap();
         let mut optimizer = Optimizer::new(&model).unwrap();
@@ -184,8 +185,9 @@ pub fn a_batch_staged_for_another_model_is_refused<D: Device>(new: &dyn Fn() -> 
     assert_eq!(model.score_staged(staged).unwrap(), model.score(&batch(0)).unwrap());
 }
 
-/// Steps in two pieces, the next batch sent between them, are the same steps; what watches them hears of no copy in between.
-pub fn a_batch_sent_ahead_changes_nothing<D: Device>(new: &dyn Fn() -> Arc<D>) {
+/// `begin_step` and `finish`, with the next batch sent in between, equal `train_staged`. The
+/// observer sees no copy in between.
+pub fn sending_a_batch_ahead_does_not_change_results<D: Device>(new: &dyn Fn() -> Arc<D>) {
     for dense_embeddings in [false, true] {
         let mut plain = Training::new(new(), dense_embeddings);
         (0..4).for_each(|seed| plain.step(seed, &mut ()));
@@ -202,14 +204,14 @@ pub fn a_batch_sent_ahead_changes_nothing<D: Device>(new: &dyn Fn() -> Arc<D>) {
             losses.push(pending.finish().unwrap().loss);
             assert_eq!(optimizer.steps(), u64::from(seed) + 1);
         }
-        // Dropped unused, the last is without effect.
+        // Dropping an unused batch has no effect.
         drop(sent);
         assert!(Training { model, optimizer, adam, losses }.result() == plain.result());
     }
 }
 
-/// A step that fails updates nothing and is not counted, whatever was sent behind it; that can be trained on afterwards.
-pub fn a_batch_sent_behind_a_failing_step_is_not_lost<D: Device>(new: &dyn Fn() -> Arc<D>) {
+/// A failed step updates nothing and is not counted. The batch sent behind it remains usable.
+pub fn a_failed_step_does_not_lose_the_next_batch<D: Device>(new: &dyn Fn() -> Arc<D>) {
     let Training { mut model, mut optimizer, adam, .. } = Training::new(new(), false);
     let send = |model: &Model<D>, seed| model.send(model.stager().stage(&batch(seed)).unwrap()).unwrap();
     let before = model.tensors().unwrap();
@@ -227,7 +229,7 @@ pub fn a_batch_sent_behind_a_failing_step_is_not_lost<D: Device>(new: &dyn Fn() 
     assert!((vec![step.loss], model.tensors().unwrap()) == plain.result());
 }
 
-/// Batches are staged on other threads while the model works, and dropped unused without harm.
+/// Other threads stage batches while the model computes. Dropping an unused one has no effect.
 pub fn batches_are_staged_on_any_thread<D: Device>(new: &dyn Fn() -> Arc<D>) {
     let model = Model::initialized(new(), config(), 3, Initialization::Scaled).unwrap();
     let expected: Vec<_> = (0..6).map(|seed| model.score(&batch(seed)).unwrap()).collect();

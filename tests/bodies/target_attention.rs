@@ -1,4 +1,4 @@
-//! Target attention on any device: cases with every kind of list, the definition in f64, and what a device may be off.
+//! Target attention on every device: cases, the definition in f64, and tolerances.
 
 use dfar::device::{
     Device, Segments, TargetGradients, TargetIndex, TargetInputs, TargetShape, TargetState, TargetWeights,
@@ -8,7 +8,7 @@ use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// Arguments of one call, owned.
+/// The owned arguments of one call.
 pub struct Case {
     pub width: usize,
     pub hidden: [usize; 2],
@@ -26,7 +26,7 @@ pub struct Case {
     pub datt: Vec<f32>,
 }
 
-/// Everything both directions write.
+/// Results of both passes.
 #[derive(Clone, Default, PartialEq)]
 pub struct Output<T> {
     pub e: Vec<T>,
@@ -40,7 +40,7 @@ pub struct Output<T> {
 
 pub const NAMES: [&str; 6] = ["w0", "b0", "w1", "b1", "w2", "b2"];
 
-/// Values of `ds` before the call, which must be added to.
+/// Initial values of `ds`, to which the backward pass adds.
 pub fn ds_before(i: usize) -> f32 {
     (i % 7) as f32 * 0.125
 }
@@ -64,8 +64,8 @@ impl Output<f32> {
 }
 
 impl Case {
-    /// Sequences of the given lengths; per sequence up to `pairs` pairs with prefixes of any length, per pair up to
-    /// `rows` rows with prefixes of any length, row numbers shuffled.
+    /// Sequences of the given lengths, each with up to `pairs` pairs, each with up to `rows` rows.
+    /// The lengths of pairs and rows are random, the row numbers shuffled.
     pub fn random(
         width: usize,
         hidden: [usize; 2],
@@ -149,7 +149,7 @@ impl Case {
         TargetInputs { s: &self.s, a: &self.a, r: &self.r }
     }
 
-    /// Forward and backward on a device.
+    /// Runs both passes on a device.
     pub fn run_on<D: Device>(&self, device: &D) -> Output<f32> {
         let up = |x: &[f32]| device.upload(x).expect("room");
         let room = |n: usize| device.alloc::<f32>(n).expect("room");
@@ -194,13 +194,13 @@ impl Case {
         }
     }
 
-    /// The definition in f64, entry by entry.
+    /// The definition in f64.
     pub fn reference(&self) -> Output<f64> {
         let inputs = [&self.s, &self.a, &self.r].map(|x| wide(x));
         self.reference_of(inputs, self.weights.each_ref().map(|w| wide(w)), |x| x)
     }
 
-    /// What the unfused computation comes to when it rounds all factors of its products to bf16.
+    /// The unfused computation with all factors of its products rounded to bf16.
     pub fn in_bf16(&self) -> Output<f64> {
         let inputs = [&self.s, &self.a, &self.r].map(|x| wide(x));
         self.reference_of(inputs, self.weights.each_ref().map(|w| wide(w)), |x| bf16::from_f64(x).to_f64())
@@ -310,7 +310,8 @@ impl Case {
     }
 }
 
-/// Largest error relative to the largest value of `want`; infinite where one of two is not finite or NaN.
+/// Largest error, relative to the largest value of `want`. Infinite if only one of two values is
+/// finite.
 pub fn error(got: &[f32], want: &[f64]) -> f64 {
     assert_eq!(got.len(), want.len());
     let largest = want.iter().filter(|x| x.is_finite()).fold(1e-3f64, |m, x| m.max(x.abs()));
@@ -340,10 +341,10 @@ pub fn assert_close(what: &str, got: &Output<f32>, want: &Output<f64>) {
     assert!(got.weights[5] == [0.0], "{what}: the gradient of b2 is exactly 0");
 }
 
-/// Width, hidden widths, lengths, most pairs of a sequence, most rows of a pair.
+/// Width, hidden widths, lengths, maximum number of pairs per sequence and of rows per pair.
 type Shape<'a> = (usize, [usize; 2], &'a [u32], u32, u32);
 
-/// A case of each shape, named, with seeds from `first` on.
+/// One named case per shape, with seeds from `first` on.
 fn made(first: u64, shapes: &[Shape]) -> Vec<(String, Case)> {
     let case = |(seed, &(width, hidden, lengths, pairs, rows)): (u64, &Shape)| {
         let name = format!("D = {width}, hidden {hidden:?}, lengths {lengths:?}");
@@ -352,8 +353,8 @@ fn made(first: u64, shapes: &[Shape]) -> Vec<(String, Case)> {
     (first..).zip(shapes).map(case).collect()
 }
 
-/// Widths and hidden layers at, below and across vector widths; empty and one-token sequences; lengths across
-/// tiles; many rows a pair; nothing at all.
+/// Widths and hidden layers around vector widths, empty and one-token sequences, lengths around
+/// tiles, many rows per pair, and empty batches.
 pub fn cases() -> Vec<(String, Case)> {
     let short = [5, 0, 1, 12, 3, 9, 2, 30];
     let long = [70, 0, 200, 1, 64, 129, 33, 65, 150, 90];
@@ -373,8 +374,8 @@ pub fn cases() -> Vec<(String, Case)> {
     made(0, &shapes)
 }
 
-/// Shapes that pad to those the kernels' tests are compiled for: widths that 4 divides or not, more pairs than an item has, no
-/// pairs, rows that share a pair, nothing at all.
+/// Shapes for which the tests of the kernels compile: widths that are a multiple of 4 or not, more
+/// pairs than one item of work has, no pairs, rows that share a pair, and empty batches.
 pub fn kernel_cases() -> Vec<(String, Case)> {
     let short = [5, 0, 1, 12, 3, 9, 2, 30];
     let long = [70, 0, 33, 1, 64, 16, 17];
@@ -396,15 +397,16 @@ pub fn kernel_cases() -> Vec<(String, Case)> {
 
 /// Errors of a computation in bf16 and of the unfused one, over several cases.
 ///
-/// A ReLU whose input is within rounding of 0 opens in one and not in the other, which changes a gradient by much more than
-/// rounding does. Where that happens is chance: gradients are judged over all cases together, forward in each.
+/// A ReLU with an input within rounding of 0 may be active in only one of them, which changes a
+/// gradient by more than rounding. This happens at random, so gradients are compared over all cases
+/// together, forward results per case.
 #[derive(Default)]
 pub struct InBf16 {
     squares: [[f64; 8]; 2],
 }
 
 impl InBf16 {
-    /// Takes in a case.
+    /// Adds a case.
     #[track_caller]
     pub fn add(&mut self, what: &str, got: &Output<f32>, want: &Output<f64>, unfused: &Output<f64>) {
         let errors = |got: &[f32], unfused: &[f64], want: &[f64]| {
@@ -432,7 +434,7 @@ impl InBf16 {
         }
     }
 
-    /// Asserts that the gradients are off by at most twice what the unfused ones are.
+    /// Asserts that the errors of the gradients are at most twice those of the unfused computation.
     pub fn assert(&self) {
         let names = ["da", "dr"].into_iter().chain(NAMES);
         for (i, name) in names.enumerate() {

@@ -1,35 +1,32 @@
 //! Factorization-heads attention on the CPU, forward and backward, fused.
 //!
-//! A sequence's keys are packed once in *label order* (all negative tokens, then all positive ones) and
-//! transposed, so that a vector register holds one feature of neighbouring keys. The score matrix then falls in
-//! dense blocks, one a (key head, label), that are kept or not kept as a whole: nothing tests a label per
-//! element. Because the order inside a label is that of time, what a causal query sees of a block is a prefix of
-//! it, and causality is one count per (query, label).
+//! **Label order.** The keys of a sequence are packed once, all negative tokens before all positive ones, and
+//! transposed: a vector register holds one feature of neighbouring keys. The score matrix falls into dense blocks,
+//! one per (key head, label). The label mask keeps or drops a whole block, so no element needs a label test. Keys
+//! of one label keep their order in time, so a causal query reads a prefix of each block. One count per (query,
+//! label) expresses causality.
 //!
-//! Queries are taken a few rows (token, head) at a time. A tile of rows scores a stretch of keys into scratch
-//! that stays in the nearest cache, turns it into probabilities, multiplies with the values, and moves on with a
-//! running maximum and sum. Scores are in base 2 from the start: `log2(e) * scale` is multiplied into the queries.
+//! **Tiles.** A tile of a few query rows (token, head) scores a stretch of keys into scratch in the first-level
+//! cache, turns the scores into probabilities, multiplies them with the values, and continues with a running maximum
+//! and sum. Scores are in base 2: the queries carry the factor `log2(e) * scale`.
 //!
 //! | file | contents |
 //! |---|---|
 //! | `pack` | label order, visible counts, packed keys and values |
 //! | `product` | the three matrix products in registers |
-//! | `forward`, `backward` | a row tile through all its keys |
-//! | `not_finite` | faults of the input, kept to what depends on them |
+//! | `forward`, `backward` | a tile of rows over all its keys |
+//! | `non_finite` | non-finite propagation in the backward pass |
 //!
-//! Work is split in two by tokens until a piece is small: at sequence boundaries, and inside sequences longer
-//! than `CHUNK`. Every piece writes its own rows of the outputs, and where the splits fall depends only on
-//! `cu_seqlens`, so the number of threads never shows in a result. The packed keys of one sequence, `O(T)`, are
-//! the largest thing in memory; each thread keeps its scratch for the next call.
+//! **Threads.** Work is halved by tokens, at sequence boundaries and inside sequences longer than `CHUNK`, until a
+//! piece is small. Each piece writes its own rows of the outputs. The split depends only on `cu_seqlens`, so results
+//! are bitwise equal for any number of threads. The packed keys of one sequence, `O(T)`, dominate the memory. Each
+//! thread keeps its scratch for the next call.
 
-#![allow(
-    clippy::needless_range_loop,
-    reason = "registers are indexed by row and vector, several arrays at once"
-)]
+#![allow(clippy::needless_range_loop, reason = "one index addresses the registers of several arrays")]
 
 mod backward;
 mod forward;
-mod not_finite;
+mod non_finite;
 mod pack;
 mod product;
 
@@ -44,34 +41,34 @@ use pack::{Row, Scratch};
 use std::cell::RefCell;
 use std::ops::Range;
 
-/// Tokens of a long sequence whose queries (or, for `dk` and `dv`, keys) are one piece of work.
+/// Queries (for `dk` and `dv`: keys) of a long sequence per piece of work.
 const CHUNK: usize = 512;
 
-/// Longest sequence whose backward pass is one piece. Beyond it, `dq` and (`dk`, `dv`) are computed in two
-/// passes over chunks, which costs 7 instead of 5 products a score but lets all threads work on one sequence.
+/// Longest sequence with a backward pass in one piece. Longer ones take two passes over chunks, one for `dq` and one
+/// for `dk` and `dv`. This costs 7 instead of 5 products per score, but all threads can share one sequence.
 const SINGLE_PASS: usize = 1024;
 
-/// Work below this many tokens is not worth another thread.
+/// Pieces of at most this many tokens are not split further.
 const PIECE: usize = 256;
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch::default());
-    /// Of the long sequence this thread has the backward pass of, if any.
+    /// Of the long sequence in the backward pass of this thread.
     static NORMALIZERS: RefCell<Vec<Normalizer>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Bytes of scratch the calling thread holds.
+/// Bytes of scratch of the calling thread.
 pub fn scratch_bytes() -> usize {
     SCRATCH.with_borrow(Scratch::bytes)
 }
 
 /// Computes `o` (`[N, Q, K, d]`) and `lse` (`[N, Q]`); both are overwritten.
 ///
-/// A row with nothing to attend to (possible only with [`Normalization::Masked`] and `causal = false`) has
-/// output 0 and `lse` -inf. Input that is not finite spoils the rows that read it, and no others.
+/// A row without keys (possible only with [`Normalization::Masked`] and `causal = false`) has output 0 and `lse` -inf.
+/// A non-finite input reaches the rows that read it and no others.
 ///
 /// # Errors
-/// [`FhaOptions::check`], and outputs of the wrong length; nothing is written then.
+/// As [`FhaOptions::check`], and for outputs of the wrong length. The outputs are unchanged then.
 pub fn forward(
     options: &FhaOptions,
     inputs: Inputs,
@@ -84,14 +81,14 @@ pub fn forward(
     Ok(())
 }
 
-/// Computes the gradients of a loss with respect to `q`, `k` and `v`, given `o` and `lse` as [`forward`] left
-/// them and the gradient `d_o` (`[N, Q, K, d]`) with respect to `o`.
+/// Computes the gradients of a loss with respect to `q`, `k` and `v` from the results `o` and `lse` of [`forward`] and
+/// the gradient `d_o` (`[N, Q, K, d]`) with respect to `o`.
 ///
-/// Input that is not finite spoils the gradients that depend on it, and no others: docs/kernels.md, "What is not finite", says
-/// which. Such a sequence is computed twice.
+/// A non-finite input reaches the gradients that depend on it and no others; docs/kernels.md lists them. The engine
+/// computes such a sequence twice.
 ///
 /// # Errors
-/// [`FhaOptions::check`], and buffers of the wrong length; nothing is written then.
+/// As [`FhaOptions::check`], and for buffers of the wrong length. The gradients are unchanged then.
 pub fn backward(
     options: &FhaOptions,
     inputs: Inputs,
@@ -157,14 +154,14 @@ impl Attention for Cpu {
     }
 }
 
-/// The options, and what follows from them.
+/// The options, and sizes derived from them.
 #[derive(Clone, Copy)]
 struct Shape {
     heads: usize,
     d: usize,
     query_slots: usize,
     key_slots: usize,
-    /// Lists a sequence's tokens are sorted into: 2 by label, or 1.
+    /// Lists of tokens per sequence: one per label, or 1 without label mask.
     lists: usize,
     masked: bool,
     per_head: bool,
@@ -172,16 +169,16 @@ struct Shape {
     scale: f32,
 }
 
-/// Query heads that serve the same tokens and meet the same key heads.
+/// Query heads that serve the same tokens and attend to the same key heads.
 #[derive(Clone)]
 struct Group {
-    /// The list of query tokens they serve.
+    /// The list of their query tokens.
     list: usize,
-    /// The head that `slots.start` stands for.
+    /// The head of slot `slots.start`.
     head: usize,
     /// Their slots in `o` and `lse`.
     slots: Range<usize>,
-    /// The key heads they meet; slot 0 of `o` belongs to the first.
+    /// The key heads they attend to; slot 0 of `o` belongs to the first.
     key_heads: Range<usize>,
 }
 
@@ -214,35 +211,35 @@ impl Shape {
         })
     }
 
-    /// Whether keys of list `list` reach the output through key head `head`.
+    /// Whether the label mask keeps keys of list `list` in key head `head`.
     fn keeps(&self, head: usize, list: usize) -> bool {
         self.lists == 1 || head / (self.heads / 2) == list
     }
 
-    /// Whether keys of list `list` are in the denominator through key head `head`.
+    /// Whether keys of list `list` in key head `head` enter the denominator.
     fn reads(&self, head: usize, list: usize) -> bool {
         !self.masked || self.keeps(head, list)
     }
 
-    /// Values a token has in `q`, `k` or `v`.
+    /// Values per token of `q`, `k` or `v`.
     fn width(&self) -> usize {
         self.heads * self.d
     }
 
-    /// Values a token has in `o`.
+    /// Values per token of `o`.
     fn output_width(&self) -> usize {
         self.query_slots * self.key_slots * self.d
     }
 }
 
-/// What the forward pass left, and the gradient that comes back.
+/// Results of the forward pass, and the gradient of the output.
 struct Saved<'a> {
     o: &'a [f32],
     lse: &'a [f32],
     d_o: &'a [f32],
 }
 
-/// One sequence of the batch: its slices of everything that is read.
+/// The inputs of one sequence.
 #[derive(Clone, Copy)]
 struct Sequence<'a> {
     shape: &'a Shape,
@@ -250,7 +247,7 @@ struct Sequence<'a> {
     q: &'a [f32],
     k: &'a [f32],
     v: &'a [f32],
-    /// Empty where no label is read.
+    /// Empty without label mask.
     label: &'a [u8],
 }
 
@@ -294,8 +291,8 @@ fn span(inputs: &Inputs, sequences: Range<usize>) -> Range<usize> {
     inputs.cu_seqlens[sequences.start] as usize..inputs.cu_seqlens[sequences.end] as usize
 }
 
-/// Where to split a range of sequences so that both sides have about the same number of tokens; `None` when
-/// the range is small enough, or a single sequence.
+/// Splits a range of sequences into two of about the same number of tokens. `None` for a small range or a single
+/// sequence.
 fn split(inputs: &Inputs, sequences: &Range<usize>) -> Option<usize> {
     let tokens = span(inputs, sequences.clone());
     if sequences.len() < 2 || tokens.len() <= PIECE {
@@ -306,7 +303,7 @@ fn split(inputs: &Inputs, sequences: &Range<usize>) -> Option<usize> {
     Some(sequences.start + starts.partition_point(|&s| s < half).clamp(1, sequences.len() - 1))
 }
 
-/// Where to split a range of tokens of one sequence; `None` when it is one chunk.
+/// Splits a range of tokens of one sequence. `None` for a single chunk.
 fn split_chunks(tokens: &Range<usize>) -> Option<usize> {
     (tokens.len() > CHUNK).then(|| tokens.start + tokens.len().div_ceil(CHUNK) / 2 * CHUNK)
 }
@@ -376,9 +373,9 @@ fn backward_sequences(
             .each_mut()
             .map(|x| x.split_off_mut(..sequence.tokens * shape.width()).expect("gradients have N rows"));
         backward_sequence(sequence, &saved, [&mut *dq, &mut *dk, &mut *dv]);
-        // Without causality there is no key that a row does not see.
-        if shape.causal && !not_finite::is_finite(dq) {
-            not_finite::confine(sequence, &saved, [dq, dk, dv], backward_sequence);
+        // Without causality every row reads every key.
+        if shape.causal && !non_finite::is_finite(dq) {
+            non_finite::confine(sequence, &saved, [dq, dk, dv], backward_sequence);
         }
     }
 }
@@ -388,7 +385,7 @@ fn backward_sequence(sequence: Sequence, saved: &Saved, [dq, dk, dv]: [&mut [f32
     if sequence.tokens <= SINGLE_PASS {
         run_backward(sequence, saved, all.clone(), all, Normalizers::Find, Some(dq), Some([dk, dv]));
     } else {
-        // Taken out while it is used: a thread that waits in `join` may start on another long sequence.
+        // Taken, not borrowed: a thread that waits in `join` may start another long sequence.
         let mut normalizers = NORMALIZERS.take();
         normalizers.resize(all.len() * sequence.shape.query_slots, Normalizer::default());
         backward_queries(sequence, saved, all.clone(), &mut normalizers, dq);

@@ -1,11 +1,11 @@
-//! Passes over rows of f32 that are bound by memory, vectorised.
+//! Vectorised, memory-bound passes over rows of f32.
 
 use super::simd::{Kernel, Simd, dispatch};
 
-/// Runs a block for every few vectors of columns of rows of `$width` values, a multiple of 16: `$columns` becomes the
-/// constant number of vectors and `$first` the first column. What belongs to a column (a factor, a running sum) can
-/// then stay in registers over all rows, in independent chains that hide the latency of addition. A macro, so that
-/// the block is inlined and compiled with the instructions of `$simd`.
+/// Runs a block for each group of column vectors of rows of `$width` values, a multiple of 16. `$columns` is the number
+/// of vectors, a constant, and `$first` the first column. Factors and running sums of a column stay in registers over
+/// all rows, in independent chains that hide the latency of addition. A macro inlines the block, which is then compiled
+/// with the instructions of `$simd`.
 macro_rules! for_columns {
     ($simd:ident, $width:expr, |$columns:ident, $first:ident| $block:block) => {{
         let vectors = $width / $simd::LANES;
@@ -68,7 +68,7 @@ pub fn add_column_sums(values: &[f32], sums: &mut [f32]) {
     }
 }
 
-/// `dy = 0` where `y` is not positive: the derivative of ReLU read off its output.
+/// `dy = 0` for every non-positive `y`: the derivative of ReLU follows from its output.
 pub fn relu_backward(y: &[f32], dy: &mut [f32]) {
     struct ReluBackward<'a>(&'a [f32], &'a mut [f32]);
     impl Kernel for ReluBackward<'_> {
@@ -98,7 +98,7 @@ pub fn exp_sum(x: &[f32], shift: f32, p: &mut [f32]) -> f32 {
         #[inline(always)]
         fn run<S: Simd>(self, s: S) -> f32 {
             let Self(x, shift, p) = self;
-            // (x - shift) first: both are large and near each other where it matters.
+            // x - shift first: it cancels exactly when both are large and close.
             let (log2e, shift) = (s.splat(std::f32::consts::LOG2_E), s.splat(shift));
             let mut total = s.zero();
             let mut x = x.chunks_exact(S::LANES);
@@ -131,7 +131,7 @@ pub fn add_assign(x: &[f32], y: &mut [f32]) {
     }
 }
 
-/// Copies a row-major `[rows, width]` matrix to rows `padded` apart, zeros behind each.
+/// Copies a row-major `[rows, width]` matrix to rows `padded` apart, padded with zeros.
 pub fn pad_rows(x: &[f32], width: usize, padded: usize, out: &mut [f32]) {
     for (x, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(padded)) {
         out[..width].copy_from_slice(x);
@@ -139,7 +139,7 @@ pub fn pad_rows(x: &[f32], width: usize, padded: usize, out: &mut [f32]) {
     }
 }
 
-/// Writes the transpose of a row-major `[rows, width]` matrix to rows `padded` apart, zeros behind each.
+/// Transposes a row-major `[rows, width]` matrix to rows `padded` apart, padded with zeros.
 pub fn transpose(x: &[f32], width: usize, padded: usize, out: &mut [f32]) {
     for (j, out) in out.chunks_exact_mut(padded).take(width).enumerate() {
         out.fill(0.0);
@@ -154,7 +154,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn agree_with_their_scalar_meaning() {
+    fn vectorised_passes_agree_with_scalar_loops() {
         let x: Vec<f32> = (0..160 * 3).map(|i| (i as f32 * 0.37).sin()).collect();
         let mut sums = vec![1.0; 160];
         add_column_sums(&x, &mut sums);

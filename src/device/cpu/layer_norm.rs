@@ -1,41 +1,51 @@
 //! Layer norm over rows.
 
 use super::simd::{Kernel, Simd, dispatch};
-use crate::device::{LayerNorm, LayerNormGradients, Output, Store};
+use super::slices::Slices;
+use super::{Cpu, Done, Floats};
+use crate::device::{LayerNorm, LayerNormGradients, Norm, Output, Store};
 use rayon::prelude::*;
 
 /// Added to the variance, inside the root.
 const EPS: f32 = 1e-8;
-/// Rows one task handles; part of the order of summation, so it must not depend on the number of threads.
+/// Rows per task. It fixes the order of summation, so it must not depend on the number of threads.
 const ROWS: usize = 128;
 
-/// [`Dense::layer_norm`](crate::device::Dense::layer_norm).
-pub fn forward(norm: LayerNorm<&[f32]>, x: &[f32], y: &mut [f32]) {
-    let LayerNorm { width, gamma, beta } = norm;
-    let chunk = ROWS * width;
-    y.par_chunks_mut(chunk)
-        .zip(x.par_chunks(chunk))
-        .for_each(|(y, x)| dispatch(Forward { width, x, gamma, beta, y }));
-}
-
-/// [`Dense::layer_norm_backward`](crate::device::Dense::layer_norm_backward).
-pub fn backward(norm: LayerNorm<&[f32]>, x: &[f32], dy: &[f32], gradients: LayerNormGradients<&mut [f32]>) {
-    let LayerNorm { width, gamma, .. } = norm;
-    let LayerNormGradients { dx: Output { values: dx, store }, dgamma, dbeta } = gradients;
-    let chunk = ROWS * width;
-    let parts: Vec<(Vec<f32>, Vec<f32>)> = dx
-        .par_chunks_mut(chunk)
-        .zip(x.par_chunks(chunk).zip(dy.par_chunks(chunk)))
-        .map(|(dx, (x, dy))| dispatch(Backward { width, x, gamma, dy, dx, store }))
-        .collect();
-    let mut sum = vec![0f64; 2 * width];
-    for (part_gamma, part_beta) in &parts {
-        for (sum, &part) in sum.iter_mut().zip(part_gamma.iter().chain(part_beta)) {
-            *sum += part as f64;
-        }
+impl Norm for Cpu {
+    fn layer_norm(&self, norm: LayerNorm<&Floats>, x: &Floats, y: &mut Floats) -> Done {
+        let LayerNorm { width, gamma, beta } = norm.slices();
+        let chunk = ROWS * width;
+        y.par_chunks_mut(chunk)
+            .zip(x.par_chunks(chunk))
+            .for_each(|(y, x)| dispatch(Forward { width, x, gamma, beta, y }));
+        Ok(())
     }
-    for (out, sum) in dgamma.iter_mut().chain(dbeta).zip(sum) {
-        *out = sum as f32;
+
+    fn layer_norm_backward(
+        &self,
+        norm: LayerNorm<&Floats>,
+        x: &Floats,
+        dy: &Floats,
+        gradients: LayerNormGradients<&mut Floats>,
+    ) -> Done {
+        let LayerNorm { width, gamma, .. } = norm.slices();
+        let LayerNormGradients { dx: Output { values: dx, store }, dgamma, dbeta } = gradients.slices();
+        let chunk = ROWS * width;
+        let parts: Vec<(Vec<f32>, Vec<f32>)> = dx
+            .par_chunks_mut(chunk)
+            .zip(x.par_chunks(chunk).zip(dy.par_chunks(chunk)))
+            .map(|(dx, (x, dy))| dispatch(Backward { width, x, gamma, dy, dx, store }))
+            .collect();
+        let mut sum = vec![0f64; 2 * width];
+        for (part_gamma, part_beta) in &parts {
+            for (sum, &part) in sum.iter_mut().zip(part_gamma.iter().chain(part_beta)) {
+                *sum += part as f64;
+            }
+        }
+        for (out, sum) in dgamma.iter_mut().chain(dbeta).zip(sum) {
+            *out = sum as f32;
+        }
+        Ok(())
     }
 }
 
@@ -47,7 +57,7 @@ struct Forward<'a> {
     y: &'a mut [f32],
 }
 
-// Plain loops: compiled inside `dispatch`'s entry points, the compiler vectorises them for each instruction set.
+// Plain loops: inlined into the entry points of `dispatch`, they are vectorised for each instruction set.
 impl Kernel for Forward<'_> {
     type Output = ();
     #[inline(always)]
@@ -106,7 +116,7 @@ fn statistics(x: &[f32]) -> (f32, f32) {
     (mean, 1.0 / (variance + EPS).sqrt())
 }
 
-/// Sum in sixteen interleaved partial sums, which the compiler may keep in vector lanes.
+/// Sums in sixteen interleaved partial sums, which the compiler can keep in vector lanes.
 #[inline(always)]
 fn lane_sum(n: usize, x: impl Fn(usize) -> f32) -> f32 {
     let mut lanes = [0f32; 16];

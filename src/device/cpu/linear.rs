@@ -1,25 +1,66 @@
-//! Linear layers: `y = activation(x w + bias)` and the variant whose weight depends on a row's label.
+//! Linear layers, with one weight for all rows or one weight per label.
 //!
-//! Rows are cut into chunks whose size follows from their number alone. A chunk's partial weight gradient is
-//! summed in the order of its rows, the partials in the order of the chunks: the bits do not depend on threads.
+//! The chunks of rows depend only on the number of rows. A chunk sums its partial weight gradient in the order of its
+//! rows, and the partials are added in the order of the chunks. Results are bitwise equal for any number of threads.
 
 use super::elementwise::{add_assign, add_column_sums, pad_rows, relu_backward, transpose};
 use super::product::{Finish, Left, product};
 use super::scratch::{carve, carved_len, padded, with_scratch};
 use super::simd::{Kernel, Simd, dispatch};
-use crate::device::{Activation, LabelLinear, LabelLinearGradients, Linear, LinearGradients, Output, Store};
+use super::slices::Slices;
+use super::{Cpu, Done, Floats, Indices};
+use crate::device::{
+    Activation, Dense, LabelLinear, LabelLinearGradients, Linear, LinearGradients, Output, Store,
+};
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Rows multiplied at a time: activations of this many rows stay in the first two cache levels.
+/// Rows per product: their activations fit the first two cache levels.
 const BLOCK: usize = 64;
 
-/// Rows of a chunk: enough to pay for a partial gradient, and never more than 64 chunks.
+/// Rows per chunk: enough to pay for a partial gradient, and at most 64 chunks.
 fn chunk_rows(rows: usize) -> usize {
     rows.div_ceil(64).max(512)
 }
 
-/// [`Dense::linear`](crate::device::Dense::linear) on slices.
+impl Dense for Cpu {
+    fn linear(&self, layer: Linear<&Floats>, x: &Floats, y: Output<&mut Floats>) -> Done {
+        forward(layer.slices(), x, y.slices());
+        Ok(())
+    }
+    fn linear_backward(
+        &self,
+        layer: Linear<&Floats>,
+        x: &Floats,
+        y: &Floats,
+        dy: &mut Floats,
+        gradients: LinearGradients<&mut Floats>,
+    ) -> Done {
+        backward(layer.slices(), x, y, dy, gradients.slices());
+        Ok(())
+    }
+    fn label_linear(
+        &self,
+        layer: LabelLinear<&Floats, &Indices>,
+        x: &Floats,
+        y: Output<&mut Floats>,
+    ) -> Done {
+        label_forward(layer.slices(), x, y.slices());
+        Ok(())
+    }
+    fn label_linear_backward(
+        &self,
+        layer: LabelLinear<&Floats, &Indices>,
+        x: &Floats,
+        dy: &Floats,
+        gradients: LabelLinearGradients<&mut Floats>,
+    ) -> Done {
+        label_backward(layer.slices(), x, dy, gradients.slices());
+        Ok(())
+    }
+}
+
+/// [`Dense::linear`] on slices.
 ///
 /// # Panics
 /// If a length contradicts the widths of the layer.
@@ -44,7 +85,7 @@ pub fn forward(layer: Linear<&[f32]>, x: &[f32], y: Output<&mut [f32]>) {
             if outputs == 1 && store == Store::Overwrite {
                 dot_rows(x, w, bias.map_or(0.0, |bias| bias[0]), y);
                 if activation == Activation::Relu {
-                    // Unlike f32::max, keeps a NaN.
+                    // Keeps a NaN, unlike f32::max.
                     y.iter_mut().filter(|y| **y < 0.0).for_each(|y| *y = 0.0);
                 }
                 return;
@@ -58,7 +99,7 @@ pub fn forward(layer: Linear<&[f32]>, x: &[f32], y: Output<&mut [f32]>) {
     });
 }
 
-/// [`Dense::linear_backward`](crate::device::Dense::linear_backward) on slices.
+/// [`Dense::linear_backward`] on slices.
 ///
 /// # Panics
 /// If a length contradicts the widths of the layer.
@@ -113,7 +154,7 @@ pub fn backward(
     });
 }
 
-/// [`Dense::label_linear`](crate::device::Dense::label_linear) on slices.
+/// [`Dense::label_linear`] on slices.
 ///
 /// # Panics
 /// If a length contradicts the widths of the layer, or a token is out of range.
@@ -150,7 +191,7 @@ pub fn label_forward(layer: LabelLinear<&[f32], &[u32]>, x: &[f32], y: Output<&m
     });
 }
 
-/// [`Dense::label_linear_backward`](crate::device::Dense::label_linear_backward) on slices.
+/// [`Dense::label_linear_backward`] on slices.
 ///
 /// # Panics
 /// If a length contradicts the widths of the layer, or a token is out of range.
@@ -210,10 +251,10 @@ pub fn label_backward(
     });
 }
 
-/// Partial gradients of a `[inputs, outputs]` weight and its bias, one a chunk: padded rows, the bias last.
+/// Partial gradients of a `[inputs, outputs]` weight and its bias, one per chunk: padded rows, the bias last.
 ///
-/// A single output would leave most of every vector empty; `swapped` then takes the weight as `[outputs, inputs]`,
-/// which is the same in memory.
+/// For a single output most lanes of a vector would be empty. `swapped` then treats the weight as `[outputs, inputs]`,
+/// with the same layout in memory.
 struct Partials {
     chunks: usize,
     inputs: usize,
@@ -222,12 +263,12 @@ struct Partials {
 }
 
 impl Partials {
-    /// Rows and columns of the weight's gradient.
+    /// Rows and columns of the weight gradient.
     fn shape(&self) -> (usize, usize) {
         if self.swapped { (1, self.inputs) } else { (self.inputs, self.outputs) }
     }
 
-    /// Values of one chunk.
+    /// Values per chunk.
     fn each(&self) -> usize {
         let (rows, columns) = self.shape();
         (rows + 1) * padded(columns)
@@ -262,7 +303,7 @@ impl Partials {
         }
     }
 
-    /// Writes the sums over the chunks, in their order.
+    /// Adds the partials in the order of the chunks.
     fn reduce(&self, partial: &[f32], dw: &mut [f32], dbias: Option<&mut [f32]>) {
         let (rows, columns) = self.shape();
         let wide = padded(columns);
@@ -305,7 +346,7 @@ fn dot_rows(x: &[f32], w: &[f32], bias: f32, y: &mut [f32]) {
     dispatch(DotRows(x, w, bias, y));
 }
 
-/// `y = finish(left right)` where the rows of `right` are padded and those of `y` are not.
+/// `y = finish(left right)` with padded rows of `right` and packed rows of `y`.
 fn product_to(
     [m, n, k]: [usize; 3],
     left: Left,
@@ -340,7 +381,7 @@ fn tokens_in<'a>(tokens: &'a [u32], here: &Range<usize>) -> &'a [u32] {
     &tokens[below(here.start)..below(here.end)]
 }
 
-/// Copies the rows `tokens - first` of `x` to rows `padded` apart, zeros behind each.
+/// Copies the rows `tokens - first` of `x` to rows `padded` apart, padded with zeros.
 fn gather(x: &[f32], width: usize, padded: usize, tokens: &[u32], first: usize, out: &mut [f32]) {
     for (token, out) in tokens.iter().zip(out.chunks_exact_mut(padded)) {
         let row = (*token as usize - first) * width;
@@ -350,7 +391,7 @@ fn gather(x: &[f32], width: usize, padded: usize, tokens: &[u32], first: usize, 
 }
 
 fn check_rows(x: usize, y: usize, inputs: usize, outputs: usize) {
-    assert!(inputs > 0 && outputs > 0, "a layer without inputs or outputs");
+    assert!(inputs > 0 && outputs > 0, "a linear layer of width 0");
     assert_eq!(x % inputs, 0, "x is not [n, inputs]");
     assert_eq!(y, x / inputs * outputs, "y is not [n, outputs]");
 }
@@ -495,7 +536,7 @@ mod tests {
     }
 
     #[test]
-    fn bits_do_not_depend_on_the_number_of_threads() {
+    fn gradients_are_bitwise_equal_for_any_number_of_threads() {
         let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(9);
         let (n, inputs, outputs) = (3000, 40, 24);
         let (x, w) = (random(n * inputs, &mut rng), random(2 * inputs * outputs, &mut rng));

@@ -11,13 +11,13 @@ use std::sync::{Arc, Mutex};
 #[repr(C, align(64))]
 struct Line([u8; 64]);
 
-/// Memory to be used again, by capacity in lines.
+/// Free memory, by capacity in lines.
 #[derive(Default)]
 pub struct Pool {
     free: Mutex<BTreeMap<usize, Vec<Vec<Line>>>>,
 }
 
-/// Values in memory of a device's pool, to which it returns when dropped.
+/// Values in pooled memory. Dropping the buffer returns the memory to the pool.
 pub struct CpuBuffer<T: Element> {
     lines: Vec<Line>,
     len: usize,
@@ -26,7 +26,7 @@ pub struct CpuBuffer<T: Element> {
 }
 
 impl Pool {
-    /// `len` values; what they are is unspecified (zeros, or what the memory last held).
+    /// `len` values of unspecified content.
     pub fn take<T: Element>(self: &Arc<Self>, len: usize) -> CpuBuffer<T> {
         let lines = size_class((len * size_of::<T>()).div_ceil(size_of::<Line>()));
         let recycled = self.lock().get_mut(&lines).and_then(Vec::pop);
@@ -35,12 +35,12 @@ impl Pool {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<usize, Vec<Vec<Line>>>> {
-        // The map is never left half-changed, so a panic elsewhere while it was locked does no harm.
+        // Every change of the map is complete, so a panic of another thread leaves it valid.
         self.free.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
 
-/// Rounds up to an eighth of a power of two, so that batches of nearly equal size share buffers.
+/// Rounds up to a multiple of an eighth of a power of two, so that batches of similar size share buffers.
 fn size_class(lines: usize) -> usize {
     let step = (lines.next_power_of_two() / 8).max(1);
     lines.next_multiple_of(step)
@@ -118,7 +118,7 @@ mod tests {
         assert_eq!(address % 64, 0);
         drop(first);
         let second = pool.take::<u32>(990);
-        assert_eq!(second.as_ptr() as usize, address, "nearly the same size uses the same memory");
+        assert_eq!(second.as_ptr() as usize, address, "a similar size reuses the memory");
         assert_eq!((second.len(), pool.take::<u8>(0).len()), (990, 0));
     }
 }

@@ -7,8 +7,9 @@
 //! | file | contents |
 //! |---|---|
 //! | `memory` | pooled buffers |
-//! | `rows`, `prefix_mean` | gather, scatter, segmented sums, prefix means, concatenation |
-//! | `dense`, `linear`, `layer_norm` | linear layers and layer norm |
+//! | `embedding` | gather, scatter, segmented sums |
+//! | `rows`, `prefix_mean` | addition and concatenation; prefix means |
+//! | [`linear`], `layer_norm` | linear layers; layer norm |
 //! | [`attention`] | factorization-heads attention |
 //! | [`target_attention`] | target attention |
 //! | `losses`, `optimizer` | losses, Adam |
@@ -16,10 +17,10 @@
 //! | `scratch`, `slices` | working memory per thread, buffers as slices |
 
 pub mod attention;
-mod dense;
 mod elementwise;
+mod embedding;
 mod layer_norm;
-pub mod linear;
+mod linear;
 mod losses;
 mod memory;
 mod optimizer;

@@ -1,12 +1,11 @@
-//! Products of small f32 matrices, one thread, no packing: for matrices that fit the second-level cache.
+//! Products of small f32 matrices on one thread, without packing, for matrices that fit the second-level cache.
 //!
-//! The output is cut into tiles of `R` rows by `C` vectors whose sums stay in registers over the whole inner
-//! dimension. Every output value is one running sum in the order of the inner dimension, so it does not depend on
-//! where in a tile it lies.
+//! A tile of the output has `R` rows and `C` vectors of columns, with all sums in registers. Each output value is one
+//! running sum in the order of the inner dimension, so it does not depend on its position in a tile.
 
 use super::simd::{Kernel, Simd, dispatch};
 
-/// The left factor `[m, k]`: entry `(i, l)` is `values[i * row + l * step]`, so a transposed matrix costs nothing.
+/// The left factor `[m, k]`: entry `(i, l)` is `values[i * row + l * step]`. A transpose needs no copy.
 #[derive(Clone, Copy)]
 pub struct Left<'a> {
     /// The entries.
@@ -18,23 +17,23 @@ pub struct Left<'a> {
 }
 
 impl<'a> Left<'a> {
-    /// A row-major matrix whose rows are `stride` apart.
+    /// A row-major matrix with rows `stride` apart.
     pub fn rows(values: &'a [f32], stride: usize) -> Self {
         Self { values, row: stride, step: 1 }
     }
 
-    /// The transpose of a row-major matrix whose rows are `stride` apart.
+    /// The transpose of a row-major matrix with rows `stride` apart.
     pub fn transposed(values: &'a [f32], stride: usize) -> Self {
         Self { values, row: 1, step: stride }
     }
 }
 
-/// What becomes of a finished sum.
+/// The epilogue: how a finished sum is stored.
 #[derive(Clone, Copy)]
 pub enum Finish<'a> {
     /// Replaces the output.
     Store,
-    /// Is added to the output.
+    /// Adds to the output.
     Add,
     /// `sum + bias[column]` replaces the output.
     Bias(&'a [f32]),
@@ -42,13 +41,13 @@ pub enum Finish<'a> {
     BiasRelu(&'a [f32]),
     /// `max(output + sum, 0)` replaces the output.
     AddRelu,
-    /// Replaces the output where that was positive; elsewhere the output becomes 0. The backward of ReLU.
+    /// Replaces positive outputs; others become 0. The backward pass of ReLU.
     WherePositive,
 }
 
-/// `out = finish(left right)` for `left: [m, k]`, `right: [k, n]`, `out: [m, n]`; `right` and `out` come with the
-/// distance between their rows. Columns are handled in whole vectors: the rows of `right` and `out`, and a bias,
-/// must extend to the next multiple of 16 columns, and what lies there in `out` is overwritten.
+/// `out = finish(left right)` for `left: [m, k]`, `right: [k, n]`, `out: [m, n]`. `right` and `out` come with the
+/// distance between their rows. Columns are processed in whole vectors: the rows of `right` and `out`, and a bias,
+/// extend to the next multiple of 16 columns. The padding of `out` is overwritten.
 pub fn product(
     [m, n, k]: [usize; 3],
     left: Left,
@@ -76,7 +75,7 @@ pub fn product(
     dispatch(Product { m, n, k, left, row, step, right, right_row, out, out_row, bias, finish });
 }
 
-/// The arguments of [`product`], checked: all accesses of whole vectors inside `m`, `n`, `k` are in bounds.
+/// The checked arguments of [`product`]: whole vectors within `m`, `n`, `k` are in bounds.
 struct Product<'a> {
     m: usize,
     n: usize,
@@ -222,7 +221,7 @@ mod tests {
         (0..len).map(|_| rng.random_range(-1.0..1.0)).collect()
     }
 
-    /// Every finish, both orientations, every remainder of rows and columns.
+    /// Every epilogue, both orientations, every remainder of rows and columns.
     #[test]
     fn agrees_with_the_definition_in_f64() {
         let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(1);

@@ -1,9 +1,9 @@
-//! Working memory that outlives a call: each thread keeps what it used and hands it out again.
+//! Scratch memory: each thread keeps its buffers and reuses them in later calls.
 
 use bytemuck::{Pod, Zeroable};
 use std::cell::RefCell;
 
-/// Values in a cache line, and in the widest vector: rows that vectors are loaded from start at a multiple.
+/// Values per cache line and per widest vector. Padded rows start at a multiple.
 pub const LINE: usize = 16;
 
 /// One cache line.
@@ -20,7 +20,7 @@ pub const fn padded(len: usize) -> usize {
     len.next_multiple_of(LINE)
 }
 
-/// Runs `f` on `len` values of unspecified content that start at a cache line. Calls may nest.
+/// Runs `f` on `len` values of unspecified content, aligned to a cache line. Calls may nest.
 pub fn with_scratch<T>(len: usize, f: impl FnOnce(&mut [f32]) -> T) -> T {
     let lines = len.div_ceil(LINE);
     let mut buffer = FREE.with_borrow_mut(Vec::pop).unwrap_or_default();
@@ -41,7 +41,7 @@ pub fn carve<'a, const N: usize>(memory: &mut &'a mut [f32], lens: [usize; N]) -
     })
 }
 
-/// Values [`carve`] needs for parts of these lengths.
+/// Values needed to [`carve`] parts of these lengths.
 pub fn carved_len(lens: &[usize]) -> usize {
     lens.iter().copied().map(padded).sum()
 }

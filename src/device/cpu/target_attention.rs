@@ -1,21 +1,22 @@
-//! Target attention: a small perceptron scores every (history token, candidate) pair, a softmax over each row's
-//! history weighs its tokens. Contracts: [`Device::target_attention`](crate::device::Device::target_attention).
+//! Target attention: an MLP scores every (history token, candidate) pair, and a softmax over the history of each row
+//! weighs its tokens. Contract: [`TargetAttention`].
 //!
-//! **Sharing.** With the four row blocks `A, R, S, P` of `w0` (multiplying `a`, `r`, `a - r`, `a * r`),
+//! **First layer.** With the four row blocks `A, R, S, P` of `w0` (multiplying `a`, `r`, `a - r`, `a * r`),
 //!
 //! ```text
 //! [a, r, a - r, a * r] w0 + b0 = z + c + (a * r) P      z = a (A + S)      c = r (R - S) + b0
 //! ```
 //!
-//! where `z` is computed once a token, `c` once a candidate, and only the last term, a quarter of the published
-//! layer, once a pair. No concatenation is ever stored, and all weights are shared by all pairs, so the scores of
-//! a chunk go through both layers in tiles that may span pairs and sequences. A tile's activations stay in the
-//! first cache levels; the backward computes them again.
+//! `z` is computed once per token, `c` once per candidate, and only the last term, a quarter of the published layer,
+//! once per pair. The concatenation is never stored. All pairs share the weights, so the scores of a chunk go through
+//! both layers in tiles that may span pairs and sequences. The activations of a tile stay in the first cache levels;
+//! the backward pass recomputes them.
 //!
-//! **Rows of a pair** share its scores and differ only in how long a prefix they see, so with the rows in order of
-//! length one online softmax serves all of them: each row is the running state at its length.
+//! **Softmax.** The rows of a pair share its scores and differ in the length of their history. One online softmax,
+//! over the rows in order of length, serves all of them: each row is the running state at its length.
 //!
-//! Chunks of whole sequences run in parallel; they follow from the index alone, so bits do not depend on threads.
+//! **Threads.** Chunks of whole sequences run in parallel. They depend only on the index, so results are bitwise equal
+//! for any number of threads.
 
 mod backward;
 pub mod unfused;
@@ -35,12 +36,11 @@ use crate::device::{
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Scores in a tile. Their activations and one weight together should about fit the first cache level, and the
-/// more there are the less often weight gradients are read and written; a multiple of the 5 and 8 rows of
-/// [`product`]'s register tiles.
+/// Scores per tile: a compromise between activations that fit the first-level cache together with one weight, and few
+/// passes over the weight gradients. A multiple of 5 and 8, the rows of the register tiles of [`product`].
 const TILE: usize = 80;
 
-/// Widths of the perceptron and the distances between rows in working memory (suffix `_wide`).
+/// Widths of the MLP, and distances between rows in scratch memory (suffix `_wide`).
 #[derive(Clone, Copy)]
 struct Shape {
     width: usize,
@@ -51,11 +51,11 @@ struct Shape {
 
 impl Shape {
     fn new(TargetShape { width, hidden }: TargetShape) -> Self {
-        assert!(width > 0 && hidden[0] > 0 && hidden[1] > 0, "a layer of width 0");
+        assert!(width > 0 && hidden[0] > 0 && hidden[1] > 0, "an MLP layer of width 0");
         Self { width, hidden, width_wide: padded(width), hidden_wide: hidden.map(padded) }
     }
 
-    /// Panics where a weight's length does not fit.
+    /// Panics if the length of a weight contradicts the widths.
     fn check<F: AsRef<[f32]>>(&self, weights: &TargetWeights<F>) {
         let [h0, h1] = self.hidden;
         let TargetWeights { w0, b0, w1, b1, w2, b2 } = weights;
@@ -64,7 +64,7 @@ impl Shape {
     }
 }
 
-/// One chunk's sequences, pairs and members of the rows' segments, and where its scores lie.
+/// The sequences of a chunk, with their pairs, scores, tokens and members of the segments of rows.
 struct Chunk {
     sequences: Range<usize>,
     pairs: Range<usize>,
@@ -73,7 +73,7 @@ struct Chunk {
     tokens: Range<usize>,
 }
 
-/// Cuts the sequences into chunks of at least 2048 scored (token, pair) combinations, at most about 64 in all.
+/// Cuts the sequences into at most about 64 chunks of at least 2048 scores.
 fn chunks(index: &TargetIndex<&[u32]>) -> Vec<Chunk> {
     let at = |offsets: &[u32], i: usize| offsets[i] as usize;
     let sequences = index.cu_seqlens.len() - 1;
@@ -110,7 +110,7 @@ fn check_index(index: &TargetIndex<&[u32]>, shape: Shape, inputs: &TargetInputs<
     assert_eq!(e.len(), scores, "e is not [score_offsets[C]]");
 }
 
-/// The perceptron's weights as the tiles read them: blocks combined, rows padded with zeros.
+/// The weights in the layout of the tiles: combined blocks, rows padded with zeros.
 struct Packed<'a> {
     /// `A + S: [D, hidden0]`
     token: &'a [f32],
@@ -155,14 +155,14 @@ impl Packed<'_> {
         Packed { token, product, candidate, b0, w1, b1, w2, b2: weights.b2[0] }
     }
 
-    /// `z = a (A + S)` for all tokens of `a`, rows padded.
+    /// `z = a (A + S)` for the tokens `a`, in padded rows.
     fn token_terms(&self, shape: Shape, a: &[f32], out: &mut [f32]) {
         let sizes = [a.len() / shape.width, shape.hidden[0], shape.width];
         let wide = shape.hidden_wide[0];
         product(sizes, Left::rows(a, shape.width), (self.token, wide), (out, wide), Finish::Store);
     }
 
-    /// `c = r (R - S) + b0` for all pairs of `r`, rows padded.
+    /// `c = r (R - S) + b0` for the pairs `r`, in padded rows.
     fn candidate_terms(&self, shape: Shape, r: &[f32], out: &mut [f32]) {
         let sizes = [r.len() / shape.width, shape.hidden[0], shape.width];
         let wide = shape.hidden_wide[0];
@@ -185,7 +185,7 @@ impl Packed<'_> {
     }
 }
 
-/// A pair as the tiles see it; positions are relative to the chunk.
+/// A pair, with positions relative to the chunk.
 struct Pair {
     scores: Range<usize>,
     first_token: usize,
@@ -216,7 +216,7 @@ struct Segment {
     tokens: Range<usize>,
 }
 
-/// The segments that make up the scores `tile` of a chunk.
+/// The segments of the scores `tile` of a chunk.
 fn segments<'a>(pairs: &'a [Pair], tile: &Range<usize>) -> impl Iterator<Item = Segment> + use<'a> {
     let tile = tile.clone();
     let first = pairs.partition_point(|pair| pair.scores.end <= tile.start);
@@ -292,7 +292,7 @@ fn scores(h1: &[f32], w2: &[f32], b2: f32, e: &mut [f32]) {
     dispatch(Scores(h1, w2, b2, e));
 }
 
-/// The members `range` of the rows' segments in order of length; ties in the order given.
+/// The members `range` of the segments of rows in order of length, ties in the given order.
 fn by_length(index: &TargetIndex<&[u32]>, range: Range<usize>, order: &mut Vec<(usize, usize)>) {
     order.clear();
     order
@@ -307,7 +307,7 @@ fn tiles(scores: usize) -> impl Iterator<Item = Range<usize>> {
     (0..scores).step_by(TILE).map(move |start| start..(start + TILE).min(scores))
 }
 
-/// `x` itself where its rows are whole cache lines, else a copy in `memory` with padded rows.
+/// `x` if its rows are whole cache lines, else a copy in `memory` with padded rows.
 fn padded_rows<'a>(x: &'a [f32], width: usize, memory: &'a mut [f32]) -> &'a [f32] {
     let wide = padded(width);
     if width == wide {
@@ -409,7 +409,7 @@ pub fn forward(
     let lens = Packed::lens(shape);
     with_scratch(carved_len(&lens) + padded(rows) + padded(rows * width), |mut memory| {
         let packed = Packed::new(shape, &weights, carve(&mut memory, lens));
-        // In the order of the segments' members, where a chunk's rows lie together.
+        // In the order of the members of the segments, in which the rows of a chunk are contiguous.
         let [lse_members, att_members] = carve(&mut memory, [rows, rows * width]);
         let mut rest = (&mut e[..], &mut *lse_members, &mut *att_members);
         let tasks: Vec<_> = chunks(&index)
@@ -438,7 +438,7 @@ fn split<'a>(rest: &mut &'a mut [f32], len: usize) -> &'a mut [f32] {
     rest.split_off_mut(..len).expect("chunks add up to the whole")
 }
 
-/// `lse` and `att` are in the order of the segments' members.
+/// `lse` and `att` are in the order of the members of the segments.
 fn forward_chunk(
     shape: Shape,
     index: &TargetIndex<&[u32]>,
@@ -511,7 +511,7 @@ fn fill_inputs(
     }
 }
 
-/// One online softmax over `e`, emitting `(member, lse, att)` at the length of each `(length, member)` of `order`.
+/// One online softmax over `e`. Emits `(member, lse, att)` at the length of each `(length, member)` of `order`.
 fn softmax_rows(
     shape: Shape,
     e: &[f32],

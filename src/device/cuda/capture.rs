@@ -57,7 +57,7 @@ impl<R: Runtime> Drop for Capture<'_, R> {
     }
 }
 
-/// See [`crate::device::Device::captured`].
+/// See [`crate::device::Execution::captured`].
 pub(super) fn captured<R: Runtime, T>(
     runtime: &R,
     captures: Option<&Mutex<Captures>>,

@@ -23,7 +23,7 @@ impl<R: Runtime> Gpu<R> {
         Self { runtime: Arc::new(runtime), precision, captures: None }
     }
 
-    /// With [`Device::captured`](crate::device::Device::captured) by CUDA graphs.
+    /// With [`Execution::captured`](crate::device::Execution::captured) by CUDA graphs.
     pub fn with_graphs(self) -> Self {
         Self { captures: Some(Mutex::default()), ..self }
     }
@@ -59,7 +59,7 @@ impl<R: Runtime> Gpu<R> {
         Array::of(&self.runtime, host)
     }
 
-    /// See [`crate::device::Device::captured`].
+    /// See [`crate::device::Execution::captured`].
     pub(super) fn captured_work<T>(
         &self,
         work: impl FnMut() -> Result<T, DeviceError>,

@@ -1,8 +1,8 @@
 //! The kernels of `attention.cu`, every one of them, for every element type, against the golden cases and the float64
 //! reference, under the emulator's checks of every memory access.
 
-#[path = "../../bodies/not_finite.rs"]
-mod not_finite;
+#[path = "../../bodies/non_finite.rs"]
+mod non_finite;
 
 use dfar::attention::{FhaOptions, Inputs, LabelMask, Normalization, Pairing, reference};
 use dfar::device::cuda::Element;
@@ -16,7 +16,7 @@ use dfar_tools::verify::{
     Case, Fha, cases, compare, compare_gradients, half_precision::unfused, relative_error,
 };
 use half::{bf16, f16};
-use not_finite::Results;
+use non_finite::Results;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::ops::Range;
@@ -436,8 +436,14 @@ fn less_shared_memory_gives_the_same_bits() {
     assert!(one == other);
 }
 
-fn judge_spoiled<T: Value>(options: FhaOptions, room: Room, lengths: &[usize], sequence: usize, at: usize) {
-    not_finite::judge_spoiled(options, lengths, sequence, at, &|&options, inputs, d_o| {
+fn check_propagation<T: Value>(
+    options: FhaOptions,
+    room: Room,
+    lengths: &[usize],
+    sequence: usize,
+    at: usize,
+) {
+    non_finite::check_propagation(options, lengths, sequence, at, &|&options, inputs, d_o| {
         let Inputs { q, k, v, cu_seqlens, label } = inputs;
         let qkv = [q, k, v].map(<[f32]>::to_vec);
         let (cu_seqlens, label, d_o) = (cu_seqlens.to_vec(), label.to_vec(), d_o.to_vec());
@@ -446,31 +452,31 @@ fn judge_spoiled<T: Value>(options: FhaOptions, room: Room, lengths: &[usize], s
 }
 
 #[test]
-fn what_is_not_finite_reaches_only_what_depends_on_it() {
+fn non_finite_input_reaches_only_dependent_results() {
     for head_dim in [8, 16, 64] {
         for normalization in [Normalization::Joint, Normalization::Masked] {
             let options = FhaOptions { normalization, ..FhaOptions::new(2, head_dim) };
             // In a row that shares its warp with earlier ones.
             for room in ROOMS {
-                judge_spoiled::<f32>(options, room, &[20, 40, 7], 1, 25);
-                judge_spoiled::<bf16>(options, room, &[20, 40, 7], 1, 25);
+                check_propagation::<f32>(options, room, &[20, 40, 7], 1, 25);
+                check_propagation::<bf16>(options, room, &[20, 40, 7], 1, 25);
             }
             // Whole, by four warps; streamed, beyond the first tile.
-            judge_spoiled::<bf16>(options, ROOMS[0], &[9, 80, 3], 1, 70);
-            judge_spoiled::<bf16>(options, ROOMS[1], &[9, 100, 3], 1, 70);
+            check_propagation::<bf16>(options, ROOMS[0], &[9, 80, 3], 1, 70);
+            check_propagation::<bf16>(options, ROOMS[1], &[9, 100, 3], 1, 70);
         }
     }
-    judge_spoiled::<f16>(FhaOptions::new(4, 16), ROOMS[0], &[20, 30, 7], 1, 13);
-    judge_spoiled::<f16>(FhaOptions::new(4, 32), ROOMS[1], &[70, 7], 0, 35);
+    check_propagation::<f16>(FhaOptions::new(4, 16), ROOMS[0], &[20, 30, 7], 1, 13);
+    check_propagation::<f16>(FhaOptions::new(4, 32), ROOMS[1], &[70, 7], 0, 35);
 }
 
 /// Behind tiles that are taken without a maximum: rows of the warp keep their own references.
 #[test]
-fn what_is_not_finite_does_not_show_in_seen_tiles() {
+fn non_finite_input_does_not_reach_other_tiles() {
     for scale in [0.25, 6.0] {
         let options = FhaOptions { scale, ..FhaOptions::new(2, 16) };
-        judge_spoiled::<bf16>(options, ROOMS[0], &[150], 0, 140);
-        judge_spoiled::<bf16>(options, ROOMS[1], &[300], 0, 292);
+        check_propagation::<bf16>(options, ROOMS[0], &[150], 0, 140);
+        check_propagation::<bf16>(options, ROOMS[1], &[300], 0, 292);
     }
 }
 

@@ -124,7 +124,7 @@ fn a_staged_array_cannot_be_used_before_it_is_sent() {
 #[test]
 fn a_step_copies_its_batch_once_and_its_losses_back() {
     let device = Arc::new(gpu(Precision::F32));
-    let mut model = bodies::lively(device.clone(), bodies::config());
+    let mut model = bodies::model_of_order_one(device.clone(), bodies::config());
     let mut optimizer = Optimizer::new(&model).expect("there is memory");
     for lengths in [&[12, 3, 9][..], &[5], &[1, 1, 12, 7]] {
         let batch = Batch::pack(&bodies::histories(lengths, 9)).expect("the histories are sound");
@@ -146,7 +146,7 @@ fn batches_sent_ahead_overtake_the_steps_before_and_change_nothing() {
         .collect();
     for dense_embeddings in [false, true] {
         let adam = AdamOptions { dense_embeddings, ..bodies::ADAM };
-        let mut plain = bodies::lively(Arc::new(gpu(Precision::F32)), bodies::config());
+        let mut plain = bodies::model_of_order_one(Arc::new(gpu(Precision::F32)), bodies::config());
         let mut optimizer = Optimizer::new(&plain).expect("there is memory");
         let expected: Vec<_> = batches
             .iter()
@@ -154,7 +154,7 @@ fn batches_sent_ahead_overtake_the_steps_before_and_change_nothing() {
             .collect();
 
         let device = Arc::new(Gpu::new(Emulated::lagging(), Precision::F32));
-        let mut model = bodies::lively(device.clone(), bodies::config());
+        let mut model = bodies::model_of_order_one(device.clone(), bodies::config());
         let mut optimizer = Optimizer::new(&model).expect("there is memory");
         let stager = model.stager();
         let mut staged = batches.iter().map(|batch| stager.stage(batch).expect("the batch fits"));

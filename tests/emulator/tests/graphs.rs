@@ -8,8 +8,8 @@ use dfar::device::cuda::array::Staging;
 use dfar::device::cuda::runtime::Runtime;
 use dfar::device::cuda::{Captures, CudaError, Gpu, Precision};
 use dfar::device::{
-    Activation, Dense, DeviceError, Execution, LayerNorm, Linear, Lookup, Memory, Output, Rows, SegmentSum,
-    Segments, Slot,
+    Activation, Dense, DeviceError, Embedding, Execution, LayerNorm, Linear, Lookup, Memory, Norm, Output,
+    Rows, SegmentSum, Segments, Slot,
 };
 use dfar::model::{AdamOptions, LossOptions, Model, ModelConfig, Optimizer};
 use dfar::model::{PartTimer, StepObserver, StepPart, StepTimer};

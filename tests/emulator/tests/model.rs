@@ -21,12 +21,12 @@ macro_rules! on_the_emulator {
 }
 
 on_the_emulator! {
-    shared_prefixes_and_candidates_change_nothing()
-    gradients_are_derivatives_of_the_loss(3)
+    shared_prefixes_and_candidates_do_not_change_results()
+    gradients_match_finite_differences(3)
     lazy_and_dense_adam_agree_while_every_row_is_touched()
-    steps_repeat_bit_for_bit()
+    steps_are_deterministic()
     a_non_finite_value_stops_the_step_and_is_named()
-    what_does_not_fit_is_refused_by_name()
+    errors_name_the_index_beyond_the_model()
     histories_without_events_or_of_one_label_score_finitely()
 }
 

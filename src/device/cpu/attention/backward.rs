@@ -1,19 +1,19 @@
 //! The backward pass of a range of queries and a range of keys of one sequence.
 //!
-//! Probabilities are computed again from the scores and `lse`. For a piece of keys and a tile of rows:
+//! Probabilities are recomputed from the scores and `lse`. For a piece of keys and a tile of rows:
 //!
 //! ```text
 //! p  = exp2(q . k - lse)             q scaled into base 2
-//! ds = p * (do . v - delta)          kept pieces;  -p * delta  others
+//! ds = p * (do . v - delta)          kept pieces;  -p * delta  for the others
 //! dv += p^T do,  dk += ds^T q,  dq += ds k
 //! ```
 //!
-//! Large scores need more care, at the price of two more passes over the keys of such rows ([`Normalizers`]):
+//! Large scores cost two more passes over the keys of their rows ([`Normalizers`]):
 //!
-//! - A single-precision `lse` of some hundreds is too coarse to normalise with: maximum and sum are computed again.
-//! - One key may take nearly all of the probability. What is left of `ds` is then a difference of nearly equal
-//!   numbers, so both are taken relative to that key: `ds = p * ((do . v - center) - sum p (do . v - center))` with
-//!   `center` its `do . v`, which makes its own difference exactly 0.
+//! - An f32 `lse` of a few hundred is too coarse to normalise with, so maximum and sum are recomputed.
+//! - If one key has nearly all of the probability, `ds` is a difference of nearly equal numbers. Both are taken
+//!   relative to that key: `ds = p * ((do . v - center) - sum p (do . v - center))` with `center` its `do . v`. The
+//!   difference of that key is then exactly 0.
 
 use super::forward::{KeyPanels, Queries, Softmax, interleave_row, stretches};
 use super::pack::{Buffer, KeyOrder, Piece, QueryOrder, Row, STRIDE, Scratch, Tile, cut};
@@ -34,11 +34,11 @@ pub(super) struct Normalizer {
 
 /// Normalizers of the rows of a sequence, `[T, Q]`.
 pub(super) enum Normalizers<'a> {
-    /// Every row sees all its keys in this piece of work: find them from `lse`, or from the scores.
+    /// Each row reads all its keys in this piece of work: compute them from `lse`, or from the scores.
     Find,
-    /// As above, and write them down (those of the queries of this piece).
+    /// As above, and record them for the queries of this piece.
     Record(&'a mut [Normalizer]),
-    /// Rows see only some of their keys here: take those another piece has recorded.
+    /// Rows read only some of their keys here: read the normalizers that another piece recorded.
     Recorded(&'a [Normalizer]),
 }
 
@@ -48,9 +48,9 @@ pub(super) struct Backward<'a> {
     pub(super) keys: Range<usize>,
     pub(super) queries: Range<usize>,
     pub(super) normalizers: Normalizers<'a>,
-    /// Of the queries only.
+    /// Rows of the queries only.
     pub(super) dq: Option<&'a mut [f32]>,
-    /// `dk` and `dv`, of the keys only.
+    /// `dk` and `dv`, rows of the keys only.
     pub(super) dkv: Option<[&'a mut [f32]; 2]>,
     pub(super) scratch: &'a mut Scratch,
 }
@@ -115,7 +115,7 @@ impl Kernel for Backward<'_> {
             }
         }
         if let (Some([dk, dv]), Some([dk_panels, dv_panels])) = (dkv.as_mut(), context.d_panels) {
-            // Queries were multiplied with scale * log2(e); the gradient wants scale.
+            // The queries carry scale * log2(e); the gradient needs scale.
             keys.unpack_panels(&sequence, dk_panels, LN_2, key_range.start, dk);
             keys.unpack_panels(&sequence, dv_panels, 1.0, key_range.start, dv);
         }
@@ -128,20 +128,20 @@ struct Context<'a> {
     queries: &'a QueryOrder,
     k_panels: KeyPanels<'a>,
     v_panels: &'a [f32],
-    /// `[H, slots, padded d]`, where `dq` is wanted.
+    /// `[H, slots, padded d]`, for `dq`.
     k_rows: Option<&'a [f32]>,
     padded: usize,
-    /// Of `dk` and `dv`, where they are wanted.
+    /// Panels of `dk` and `dv`.
     d_panels: Option<[&'a mut [f32]; 2]>,
     tile: &'a mut Tile,
     normalizers: Normalizers<'a>,
     dq: Option<&'a mut [f32]>,
-    /// The first query token: the first row of `dq` and of recorded normalizers.
+    /// The first query token: row 0 of `dq` and of the recorded normalizers.
     first: usize,
 }
 
 impl Context<'_> {
-    /// At most `R` rows of a group through all keys.
+    /// Runs at most `R` rows of a group over all keys.
     #[inline(always)]
     fn tile<S: Simd, const R: usize>(&mut self, s: S, group: &Group, range: Range<usize>) {
         let shape = self.sequence.shape;
@@ -155,7 +155,7 @@ impl Context<'_> {
         let mut normalizers =
             self.normalizers.take(s, &self.k_panels, &queries, pieces, self.saved.lse, shape, scores);
 
-        // Gradients of the outputs carry the factor, so that p needs none; rows that only fill the tile are 0.
+        // `do` carries the factor, so that p needs none. Rows that only fill the tile are 0.
         let [d_o, o] = [d_o, o].map(|x| x.take(R * d * key_slots));
         let at = |row: &Row| (row.token * shape.query_slots + row.slot) * key_slots * d;
         for filler in &mut normalizers[range.len()..] {
@@ -191,7 +191,7 @@ impl Context<'_> {
                 record[(row.token - self.first) * shape.query_slots + row.slot] = normalizer;
             }
         }
-        // What `do . v` of a kept key, and 0 of another, are relative to.
+        // The reference point of `do . v` for a kept key, and of 0 for another.
         let delta = normalizers.map(|normalizer| normalizer.center + normalizer.delta);
         let (center, rest) = (normalizers.map(|n| n.center), normalizers.map(|n| n.delta));
         let sums = sums.take(R * self.padded);
@@ -233,10 +233,10 @@ impl Context<'_> {
 
 /// `do . v`, for a tile of rows.
 struct OutputProducts<'a> {
-    /// Rows interleaved: `[key slots, d, R]`.
+    /// Interleaved rows: `[key slots, d, R]`.
     d_o: &'a [f32],
     v_panels: &'a [f32],
-    /// Key head of the first of `d_o`'s slots.
+    /// Key head of slot 0 of `d_o`.
     first_head: usize,
     d: usize,
     slots: usize,
@@ -283,8 +283,8 @@ impl OutputProducts<'_> {
         }
     }
 
-    /// For every row `do . v` of its most probable key, 0 where that is not kept, and the sum over all keys of
-    /// `p * (do . v - that)`, `p` being normalised here (`do` carries the factor once already).
+    /// For each row: `center`, the `do . v` of its most probable key (0 if that key is not kept), and the sum over all
+    /// keys of `p * (do . v - center)`. This `p` is normalised; `do` already carries the factor once.
     #[inline(always)]
     fn centered<S: Simd, const R: usize>(
         &self,
@@ -325,8 +325,7 @@ impl OutputProducts<'_> {
         [center, std::array::from_fn(|r| (rest[r] * factor(r)) as f32)]
     }
 
-    /// `do . v` of one row and key: the very number that [`OutputProducts::score_gradients`] finds, so that their
-    /// difference is 0.
+    /// `do . v` of one row and key, rounded as in [`OutputProducts::score_gradients`], so that their difference is 0.
     #[inline(always)]
     fn product<S: Simd, const R: usize>(
         &self,
@@ -343,7 +342,7 @@ impl OutputProducts<'_> {
 }
 
 impl Normalizers<'_> {
-    /// Those of a tile. Unless they were recorded, `center` and `delta` are still to be found.
+    /// The normalizers of a tile. Unless recorded, `center` and `delta` are not yet known.
     #[inline(always)]
     fn take<S: Simd, const R: usize>(
         &mut self,
@@ -379,7 +378,7 @@ impl Normalizers<'_> {
     }
 }
 
-/// `p` of a piece into `out[r * STRIDE ..]`, 0 where a row does not see the key.
+/// Writes `p` of a piece to `out[r * STRIDE ..]`, 0 for masked keys.
 #[inline(always)]
 fn probabilities<S: Simd, const R: usize>(
     s: S,
@@ -440,7 +439,7 @@ unsafe fn exponentials<S: Simd, const R: usize, const C: usize>(
             if j + C * S::LANES > shared {
                 p = s.first(visible[r].saturating_sub(j + c * S::LANES), p, s.zero());
             }
-            // SAFETY: the caller's promise.
+            // SAFETY: guaranteed by the caller.
             unsafe { s.store_ptr(p, out.add(r * STRIDE + c * S::LANES)) };
         }
     }
@@ -459,7 +458,7 @@ unsafe fn times_probability<S: Simd, const R: usize, const C: usize>(
     for r in 0..R {
         for c in 0..C {
             let at = r * STRIDE + c * S::LANES;
-            // SAFETY: the caller's promise.
+            // SAFETY: guaranteed by the caller.
             unsafe {
                 let away = s.sub(s.sub(block[r][c], s.splat(center[r])), s.splat(rest[r]));
                 let ds = s.mul(s.load_ptr(p.add(at)), away);

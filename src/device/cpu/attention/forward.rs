@@ -10,7 +10,7 @@ use std::ops::Range;
 pub(super) struct Forward<'a> {
     pub(super) sequence: Sequence<'a>,
     pub(super) queries: Range<usize>,
-    /// Of the queries only, as `lse`.
+    /// Rows of the queries only, as in `lse`.
     pub(super) o: &'a mut [f32],
     pub(super) lse: &'a mut [f32],
     pub(super) scratch: &'a mut Scratch,
@@ -37,7 +37,7 @@ impl Kernel for Forward<'_> {
             let rows = context.queries.rows(&group);
             let mut row = 0;
             while row < rows {
-                // Few rows left go in a smaller tile: the rows a tile lacks are computed all the same.
+                // A tile computes all its rows, so a small remainder takes the small tile.
                 if S::REGISTERS >= 32 && rows - row > 4 {
                     context.tile::<S, 8>(s, &group, row..rows.min(row + 8));
                     row += 8;
@@ -66,7 +66,7 @@ struct Context<'a> {
     tile: &'a mut Tile,
     o: &'a mut [f32],
     lse: &'a mut [f32],
-    /// The first query token: the first row of `o` and `lse`.
+    /// The first query token: row 0 of `o` and `lse`.
     first: usize,
 }
 
@@ -100,7 +100,7 @@ impl Context<'_> {
                 let values = &self.values.rows[from..][..piece.len * padded];
                 let sums = &mut sums[(piece.key_head - group.key_heads.start) * padded..];
                 let weights = &scores[piece.at..];
-                // Hidden keys have weight 0, which hides any value but those that are not finite.
+                // Masked keys have weight 0, which cancels any finite value. Non-finite values need their own loop.
                 let shared = if self.values.finite { piece.len } else { piece.visible(&rows[0]) };
                 accumulate_rows::<S, R>(s, weights, STRIDE, values, padded, 0..shared, sums, sum_stride);
                 for r in 0..R {
@@ -128,7 +128,7 @@ impl Context<'_> {
                     *out = sum * inverse;
                 }
             }
-            // Not max * LN_2 in f32: of a large maximum that would lose what the sum adds.
+            // In f64: for a large maximum, f32 would lose the contribution of the sum.
             self.lse[place] = (f64::from(max) * std::f64::consts::LN_2 + f64::from(sum.ln())) as f32;
         }
     }
@@ -140,7 +140,7 @@ pub(super) struct KeyPanels<'a> {
     pub(super) keys: &'a KeyOrder,
     pub(super) panels: &'a [f32],
     d: usize,
-    /// Largest Euclidean norm of a key, of those that are finite.
+    /// Largest Euclidean norm of a finite key.
     pub(super) largest: f32,
 }
 
@@ -155,7 +155,7 @@ impl<'a> KeyPanels<'a> {
         let (d, slots) = (sequence.shape.d, keys.slots);
         let panels = buffer.take(sequence.shape.width() * slots);
         keys.pack_panels(sequence, sequence.k, panels);
-        // As bits, which order like the floats they are: squares are not negative.
+        // Bits of non-negative floats order like the floats.
         let mut largest = 0;
         for panel in panels.chunks_exact((d * slots).max(1)) {
             for slot in (0..slots).step_by(S::LANES) {
@@ -173,7 +173,7 @@ impl<'a> KeyPanels<'a> {
         Self { keys, panels, d, largest: f32::from_bits(largest).sqrt() }
     }
 
-    /// The panel of a piece: `d` lines of its keys, [`KeyOrder::slots`] apart.
+    /// The panel of a piece: `d` lines of keys, [`KeyOrder::slots`] apart.
     #[inline(always)]
     pub(super) fn piece(&self, piece: &Piece) -> *const f32 {
         let from = piece.key_head * self.d * self.keys.slots + piece.slot(self.keys);
@@ -181,16 +181,16 @@ impl<'a> KeyPanels<'a> {
     }
 }
 
-/// Bound on scores (in base 2, by Cauchy and Schwarz) above which they are computed with
-/// [`exact_score`]: an f32 of this size has a rounding of 2^-18, what is left of `p` being right to 4e-6.
+/// Bound on scores (in base 2, by Cauchy-Schwarz) above which they are computed with [`exact_score`]. Rounding an f32
+/// of this size errs by 2^-18, which leaves `p` accurate to 4e-6.
 const EXACT_ABOVE: f32 = 64.0;
 
 /// Queries of `R` rows, interleaved.
 pub(super) struct Queries<'a, const R: usize> {
     pub(super) rows: [Row; R],
-    /// In base 2: times `factor`.
+    /// Multiplied by `factor`: scores in base 2.
     pub(super) scaled: &'a [f32],
-    /// As they are, where scores are so large that the rounding of `scaled` would show.
+    /// Unscaled, for scores above [`EXACT_ABOVE`], where the rounding of `scaled` would matter.
     pub(super) raw: Option<&'a [f32]>,
     /// `log2(e) * scale`
     pub(super) factor: f32,
@@ -231,7 +231,7 @@ pub(super) struct Softmax<const R: usize> {
     pub(super) sum: [f32; R],
 }
 
-/// What sums relative to an old maximum are multiplied with when it grows.
+/// Factor on sums relative to the old maximum when the maximum grows.
 fn rescale(old: f32, new: f32) -> f32 {
     if old == new || old == f32::NEG_INFINITY { 1.0 } else { (old - new).exp2() }
 }
@@ -241,8 +241,8 @@ impl<const R: usize> Softmax<R> {
         Self { max: [f32::NEG_INFINITY; R], sum: [0.0; R] }
     }
 
-    /// Takes in a stretch of pieces: `scores` then holds, for the kept ones, the exponentials relative to the
-    /// new maximum, 0 where a row does not see the key.
+    /// Adds a stretch of pieces. Afterwards `scores` holds the exponentials of the kept pieces relative to the new
+    /// maximum, 0 for masked keys.
     #[inline(always)]
     pub(super) fn stretch<S: Simd>(
         &mut self,
@@ -261,7 +261,7 @@ impl<const R: usize> Softmax<R> {
             let new = s.max_lane(max[r]).max(self.max[r]);
             self.sum[r] *= rescale(self.max[r], new);
             self.max[r] = new;
-            // A row that saw nothing yet has no maximum to subtract: its scores are all -inf.
+            // A row without keys so far has no maximum to subtract: all its scores are -inf.
             base[r] = if new == f32::NEG_INFINITY { 0.0 } else { new };
         }
         if let Some(raw) = queries.raw {
@@ -288,7 +288,7 @@ impl<const R: usize> Softmax<R> {
     }
 }
 
-/// Scores of a piece into the stretch, -inf where a row does not see the key, and their maximum.
+/// Writes the scores of a piece to the stretch, -inf for masked keys, and updates the maximum.
 #[inline(always)]
 fn score_piece<S: Simd, const R: usize>(
     s: S,
@@ -320,7 +320,7 @@ fn score_piece<S: Simd, const R: usize>(
     }
 }
 
-/// Replaces the scores of a piece by more exact ones, relative to `base`.
+/// Replaces the scores of a piece by more accurate ones, relative to `base`.
 #[inline(always)]
 fn score_piece_exactly<S: Simd, const R: usize>(
     s: S,
@@ -369,13 +369,13 @@ unsafe fn finish_scores<S: Simd, const R: usize, const C: usize>(
     for r in 0..R {
         for c in 0..C {
             max[r] = s.max(max[r], block[r][c]);
-            // SAFETY: the caller's promise.
+            // SAFETY: guaranteed by the caller.
             unsafe { s.store_ptr(block[r][c], out.add(r * STRIDE + c * S::LANES)) };
         }
     }
 }
 
-/// The runs of pieces that fill the scratch together.
+/// Runs of pieces that share the scratch.
 pub(super) fn stretches(pieces: &[Piece]) -> impl Iterator<Item = &[Piece]> {
     pieces.chunk_by(|_, next| next.at > 0)
 }

@@ -1,6 +1,6 @@
-//! Label order: which key and query tokens stand where, and the packed copies the row tiles read.
+//! Label order: the positions of key and query tokens, and the packed copies that the tiles read.
 //!
-//! What copies is inlined into the kernels, to be compiled for their instruction set.
+//! The copying functions are inlined into the kernels and so compiled for their instruction set.
 
 use super::{Group, Sequence, Shape};
 use std::ops::Range;
@@ -8,22 +8,22 @@ use std::ops::Range;
 /// Slots are padded to whole vectors of the widest instruction set.
 pub(super) const ALIGN: usize = 16;
 
-/// Keys a row tile scores before it turns scores into probabilities: a multiple of [`ALIGN`].
+/// Keys that a tile scores before it computes probabilities: a multiple of [`ALIGN`].
 pub(super) const STRETCH: usize = 1024;
 
-/// Values from one row's scores to the next: a whole page would put all rows in the same lines of the cache.
+/// Distance between the scores of two rows. A whole page would map all rows to the same cache sets.
 pub(super) const STRIDE: usize = STRETCH + ALIGN;
 
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 struct Line([f32; ALIGN]);
 
-/// A buffer that only grows, aligned so that a vector never straddles two cache lines.
+/// A buffer that only grows, aligned so that no vector crosses a cache line.
 #[derive(Default)]
 pub(super) struct Buffer(Vec<Line>);
 
 impl Buffer {
-    /// `len` values, whatever they were before.
+    /// `len` values of unspecified content.
     pub(super) fn take(&mut self, len: usize) -> &mut [f32] {
         let lines = len.div_ceil(ALIGN);
         if self.0.len() < lines {
@@ -38,7 +38,7 @@ impl Buffer {
     }
 }
 
-/// What a thread keeps between calls.
+/// Scratch of a thread, kept between calls.
 #[derive(Default)]
 pub(super) struct Scratch {
     pub(super) keys: KeyOrder,
@@ -52,11 +52,11 @@ pub(super) struct Scratch {
     /// `[H, d, slots]` each
     pub(super) dk_panels: Buffer,
     pub(super) dv_panels: Buffer,
-    /// What a row tile needs; see `forward` and `backward`.
+    /// Buffers of a tile; see `forward` and `backward`.
     pub(super) tile: Tile,
 }
 
-/// Buffers of one row tile.
+/// Buffers of one tile of rows.
 #[derive(Default)]
 pub(super) struct Tile {
     pub(super) q: Buffer,
@@ -92,12 +92,12 @@ pub(super) struct KeyOrder {
     pub(super) slots: usize,
 }
 
-/// Query tokens in label order, and how many keys of each list they see.
+/// Query tokens in label order, and the number of visible keys of each list.
 #[derive(Default)]
 pub(super) struct QueryOrder {
     pub(super) tokens: Vec<u32>,
     pub(super) visible: Vec<[u32; 2]>,
-    /// Where list 1 starts.
+    /// Start of list 1.
     middle: usize,
 }
 
@@ -196,7 +196,7 @@ impl KeyOrder {
                 let (values, padding) = row.split_at_mut(d);
                 values.copy_from_slice(&x[token * width + head * d..][..d]);
                 padding.fill(0.0);
-                // Without its sign, a float orders as its bits do: infinity and NaN come last.
+                // Without the sign, bits order like floats: infinity and NaN come last.
                 largest = values.iter().fold(largest, |m, x| m.max(x.abs().to_bits()));
             }
             for padding in self.padding() {
@@ -254,7 +254,7 @@ impl QueryOrder {
         self.list(group.list).len() * group.slots.len()
     }
 
-    /// At most `R` rows of a group, filled up with copies of the last.
+    /// At most `R` rows of a group, padded with copies of the last.
     pub(super) fn tile<const R: usize>(&self, group: &Group, rows: Range<usize>) -> [Row; R] {
         let last = self.row(group, rows.end - 1);
         let mut tile = [last; R];
@@ -276,51 +276,51 @@ impl QueryOrder {
     }
 }
 
-/// One query row: a token seen through a head.
+/// One query row: a token and a head.
 #[derive(Clone, Copy)]
 pub(super) struct Row {
     /// Position in the sequence.
     pub(super) token: usize,
     pub(super) head: usize,
-    /// The head's slot in `o` and `lse`.
+    /// Slot of the head in `o` and `lse`.
     pub(super) slot: usize,
-    /// Keys of each list it sees: the first ones.
+    /// Number of visible keys of each list, a prefix.
     pub(super) visible: [usize; 2],
 }
 
-/// A run of keys of one list, seen through one key head, that a row tile works on at once.
+/// Consecutive keys of one list in one key head, the unit of work of a tile.
 #[derive(Clone, Copy)]
 pub(super) struct Piece {
     pub(super) key_head: usize,
     pub(super) list: usize,
-    /// Keys of the list before it.
+    /// Keys of the list in front of the piece.
     pub(super) offset: usize,
-    /// Keys in it that the last row of the tile sees; at most [`STRETCH`].
+    /// Keys visible to the last row of the tile, at most [`STRETCH`].
     pub(super) len: usize,
-    /// Whether it reaches the output.
+    /// Whether the label mask keeps the piece.
     pub(super) kept: bool,
-    /// Where its scores are in the stretch.
+    /// Position of its scores in the stretch.
     pub(super) at: usize,
 }
 
 impl Piece {
-    /// Its first key's slot.
+    /// Slot of the first key.
     pub(super) fn slot(&self, keys: &KeyOrder) -> usize {
         keys.base[self.list] + self.offset
     }
 
-    /// `len` in whole vectors.
+    /// `len`, rounded up to whole vectors.
     pub(super) fn padded(&self) -> usize {
         self.len.next_multiple_of(ALIGN)
     }
 
-    /// How many of its keys a row sees.
+    /// Number of keys visible to a row.
     pub(super) fn visible(&self, row: &Row) -> usize {
         row.visible[self.list].saturating_sub(self.offset).min(self.len)
     }
 }
 
-/// Fills `pieces` with all that a tile reads, given what its last row sees (rows of a tile see more and more).
+/// Fills `pieces` with the pieces of a tile. `visible` counts the keys of the last row, which reads the most.
 pub(super) fn cut(shape: &Shape, group: &Group, visible: [usize; 2], pieces: &mut Vec<Piece>) {
     pieces.clear();
     let mut at = 0;

@@ -1,7 +1,6 @@
-//! The three products everything is made of, for `R` rows at a time, accumulators in registers.
+//! The three matrix products, for `R` rows at a time, with accumulators in registers.
 //!
-//! Row operands are interleaved, `rows[x * R + r]`, so that the `R` values multiplied with one feature of the
-//! keys lie together.
+//! Row operands are interleaved, `rows[x * R + r]`: the `R` factors of one feature of the keys are adjacent.
 
 use crate::device::cpu::simd::Simd;
 
@@ -22,11 +21,11 @@ pub(super) unsafe fn score<S: Simd, const R: usize, const C: usize>(
     for x in 0..d {
         let mut key = [s.zero(); C];
         for c in 0..C {
-            // SAFETY: the caller's promise.
+            // SAFETY: guaranteed by the caller.
             key[c] = unsafe { s.load_ptr(panel.add(x * stride + c * S::LANES)) };
         }
         for r in 0..R {
-            // SAFETY: the caller's promise.
+            // SAFETY: guaranteed by the caller.
             let row = s.splat(unsafe { *rows.add(x * R + r) });
             for c in 0..C {
                 out[r][c] = s.mul_add(row, key[c], out[r][c]);
@@ -36,8 +35,8 @@ pub(super) unsafe fn score<S: Simd, const R: usize, const C: usize>(
     out
 }
 
-/// `score * factor - shift[r]` of `R` rows with one vector of keys, to about one rounding of the result however
-/// large the score: products and sums carry their rounding errors along (Ogita, Rump, Oishi 2005, Dot2).
+/// `score * factor - shift[r]` of `R` rows with one vector of keys, accurate to about one rounding of the result for
+/// scores of any size. Products and sums carry their rounding errors (Ogita, Rump, Oishi 2005, Dot2).
 ///
 /// # Safety
 /// As [`score`] with `C = 1`.
@@ -54,10 +53,10 @@ pub(super) unsafe fn exact_score<S: Simd, const R: usize>(
     let mut high = [s.zero(); R];
     let mut low = [s.zero(); R];
     for x in 0..d {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         let key = unsafe { s.load_ptr(panel.add(x * stride)) };
         for r in 0..R {
-            // SAFETY: the caller's promise.
+            // SAFETY: guaranteed by the caller.
             let row = s.splat(unsafe { *rows.add(x * R + r) });
             let product = s.mul(row, key);
             let product_error = s.mul_sub(row, key, product);
@@ -79,8 +78,7 @@ pub(super) unsafe fn exact_score<S: Simd, const R: usize>(
 
 /// `sums[r][x] += sum over j in keys of weights[r][j] * rows[j][x]`: probabilities times values.
 ///
-/// `weights` has rows of `weight_stride`, `rows` and `sums` rows of `padded` and `sum_stride` values; `first..R`
-/// are the rows of `sums` that take part.
+/// Rows of `weights`, `rows` and `sums` are `weight_stride`, `padded` and `sum_stride` values apart.
 #[inline(always)]
 pub(super) fn accumulate_rows<S: Simd, const R: usize>(
     s: S,
@@ -224,7 +222,7 @@ unsafe fn accumulate_vectors<S: Simd, const R: usize, const C: usize>(
     stride: usize,
 ) {
     let mut weight = [[s.zero(); C]; R];
-    // SAFETY: the caller's promise; `rows` is read below its length.
+    // SAFETY: guaranteed by the caller; `rows` is read below its length.
     unsafe {
         for r in 0..R {
             for c in 0..C {
@@ -249,8 +247,8 @@ unsafe fn accumulate_vectors<S: Simd, const R: usize, const C: usize>(
     }
 }
 
-/// Dot products of interleaved rows, summed in the order of [`score`]: where a row has a single key, so that `o`
-/// is its value, `do . v - delta` is exactly 0.
+/// Dot products of interleaved rows, summed in the order of [`score`]. For a row with a single key, `o` equals its value,
+/// and `do . v - delta` is exactly 0.
 #[inline(always)]
 pub(super) fn dots<S: Simd, const R: usize>(s: S, a: &[f32], b: &[f32]) -> [f32; R] {
     let mut sums = [0.0; R];

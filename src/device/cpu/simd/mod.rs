@@ -1,11 +1,11 @@
-//! A small f32 vector trait, its instruction sets, and the run-time dispatch between them.
+//! A small f32 vector trait, its instruction sets, and the dispatch between them at run time.
 //!
-//! An algorithm is written once, generic over [`Simd`], as a [`Kernel`]; [`dispatch`] runs it with the widest
-//! instruction set this processor has. A value of a `Simd` type is the proof that its instructions exist here:
-//! only `new` (which looks) makes one, so every method on it is safe to call.
+//! An algorithm is a [`Kernel`], generic over [`Simd`]. [`dispatch`] runs it with the widest instruction set of the
+//! processor. A value of a `Simd` type proves that its instructions exist: only `new`, which checks, creates one.
+//! Hence all its methods are safe to call.
 //!
-//! Everything must be `#[inline(always)]`: a method that is not inlined into the `#[target_feature]` entry
-//! point would be compiled without the instructions it stands for.
+//! All methods must be `#[inline(always)]`: a method that is not inlined into the `#[target_feature]` entry point is
+//! compiled without its instructions.
 
 #[cfg(target_arch = "aarch64")]
 mod neon;
@@ -14,23 +14,23 @@ mod portable;
 mod x86;
 
 #[cfg(target_arch = "aarch64")]
-pub use neon::Neon;
-pub use portable::Portable;
+pub(crate) use neon::Neon;
+pub(crate) use portable::Portable;
 #[cfg(target_arch = "x86_64")]
-pub use x86::{Avx2, Avx512};
+pub(crate) use x86::{Avx2, Avx512};
 
 /// Vectors of [`Simd::LANES`] f32 values.
 pub trait Simd: Copy + Send + Sync + 'static {
     /// Number of f32 values in a vector.
     const LANES: usize;
-    /// How many vector registers an inner loop may count on.
+    /// Vector registers available to an inner loop.
     const REGISTERS: usize;
     /// Name for reports, e.g. `avx512`.
     const NAME: &'static str;
     /// One vector.
     type V: Copy;
 
-    /// Every lane `x`.
+    /// All lanes `x`.
     fn splat(self, x: f32) -> Self::V;
     /// The `LANES` values at `x`.
     ///
@@ -50,17 +50,17 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn mul(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a / b`
     fn div(self, a: Self::V, b: Self::V) -> Self::V;
-    /// `a * b + c`, in one rounding where the machine has it.
+    /// `a * b + c`, with one rounding if the processor has FMA.
     fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
-    /// `a * b - c`, in one rounding where the machine has it. Exact for `c` the rounded product, everywhere.
+    /// `a * b - c`, with one rounding if the processor has FMA. Exact on every processor if `c` is the rounded product.
     fn mul_sub(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
-    /// [`mul_add`](Self::mul_add) of single values, with the very same rounding.
+    /// [`mul_add`](Self::mul_add) of single values, with the same rounding.
     fn mul_add_one(self, a: f32, b: f32, c: f32) -> f32;
-    /// Lane-wise maximum; a NaN in `b` is kept.
+    /// Lane-wise maximum. Keeps a NaN in `b`.
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
     /// `value` where `condition > 0`, else 0: the derivative mask of ReLU.
     fn where_positive(self, condition: Self::V, value: Self::V) -> Self::V;
-    /// Lanes `0..n` of `a`, the others of `otherwise`. `n` may exceed [`Simd::LANES`].
+    /// Lanes `0..n` of `a` and the other lanes of `otherwise`. `n` may exceed [`Simd::LANES`].
     fn first(self, n: usize, a: Self::V, otherwise: Self::V) -> Self::V;
     /// Nearest integer.
     fn round(self, a: Self::V) -> Self::V;
@@ -71,13 +71,13 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// Largest lane.
     fn max_lane(self, a: Self::V) -> f32;
 
-    /// Every lane 0.
+    /// All lanes 0.
     #[inline(always)]
     fn zero(self) -> Self::V {
         self.splat(0.0)
     }
 
-    /// The first `LANES` values of `x`. Panics when there are fewer.
+    /// The first `LANES` values of `x`. Panics if there are fewer.
     #[inline(always)]
     fn load(self, x: &[f32]) -> Self::V {
         let x = &x[..Self::LANES];
@@ -85,7 +85,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
         unsafe { self.load_ptr(x.as_ptr()) }
     }
 
-    /// Writes `v` to the first `LANES` values of `out`. Panics when there are fewer.
+    /// Writes `v` to the first `LANES` values of `out`. Panics if there are fewer.
     #[inline(always)]
     fn store(self, v: Self::V, out: &mut [f32]) {
         let out = &mut out[..Self::LANES];
@@ -95,10 +95,10 @@ pub trait Simd: Copy + Send + Sync + 'static {
 
     /// `2^x` to about 1 ulp; 0 for `x = -inf`, infinity for finite `x >= 128`, NaN for NaN and infinity.
     ///
-    /// Degree 6 minimax polynomial on [-1/2, 1/2] after splitting off the whole part.
+    /// Degree 6 minimax polynomial on [-1/2, 1/2], after subtracting the nearest integer.
     #[inline(always)]
     fn exp2(self, x: Self::V) -> Self::V {
-        // -inf - -inf would be NaN, so clamp from below; the order of the operands lets a NaN through.
+        // Clamped from below, because -inf - -inf is NaN. The order of the operands keeps a NaN.
         let x = self.max(self.splat(-1000.0), x);
         let n = self.round(x);
         let f = self.sub(x, n);
@@ -113,16 +113,16 @@ pub trait Simd: Copy + Send + Sync + 'static {
     }
 }
 
-/// An algorithm written once for every instruction set.
+/// An algorithm, generic over the instruction set.
 pub trait Kernel {
-    /// What it returns.
+    /// The result.
     type Output;
-    /// Runs it. Must be `#[inline(always)]` in implementations.
+    /// Runs the algorithm. Implementations must be `#[inline(always)]`.
     fn run<S: Simd>(self, simd: S) -> Self::Output;
 }
 
-/// Runs `kernel` with the widest vectors this processor has (or the set `DFAR_SIMD` names: `avx512`, `avx2`,
-/// `neon`, `portable`; an unavailable or unknown name is ignored).
+/// Runs `kernel` with the widest vectors of the processor. The environment variable `DFAR_SIMD` selects another set:
+/// `avx512`, `avx2`, `neon` or `portable`; an unavailable or unknown name is ignored.
 #[inline]
 pub fn dispatch<K: Kernel>(kernel: K) -> K::Output {
     match best() {
@@ -136,7 +136,7 @@ pub fn dispatch<K: Kernel>(kernel: K) -> K::Output {
     }
 }
 
-/// Name of the instruction set [`dispatch`] uses.
+/// Name of the instruction set of [`dispatch`].
 pub fn name() -> &'static str {
     struct Name;
     impl Kernel for Name {
@@ -170,7 +170,7 @@ fn best() -> Set {
     })
 }
 
-/// The instruction sets of this processor, widest first.
+/// The instruction sets of the processor, widest first.
 fn available() -> Vec<(&'static str, Set)> {
     let mut sets = Vec::new();
     #[cfg(target_arch = "x86_64")]
@@ -188,7 +188,7 @@ fn available() -> Vec<(&'static str, Set)> {
 mod tests {
     use super::*;
 
-    /// One body for every instruction set: each operation against its scalar meaning.
+    /// Checks each operation of an instruction set against scalar arithmetic.
     struct Check;
     impl Kernel for Check {
         type Output = ();

@@ -1,14 +1,14 @@
-//! NEON, which every aarch64 processor has.
+//! NEON, part of every aarch64 processor.
 
 use super::Simd;
 use std::arch::aarch64::*;
 
-/// Proof that NEON instructions can run here.
+/// Proof that the processor has NEON.
 #[derive(Clone, Copy, Debug)]
 pub struct Neon(());
 
 impl Neon {
-    /// Always there on aarch64; an `Option` like the other sets'.
+    /// Always `Some` on aarch64; an `Option` for uniformity.
     pub fn new() -> Option<Self> {
         Some(Self(()))
     }
@@ -54,12 +54,12 @@ impl Simd for Neon {
     }
     #[inline(always)]
     unsafe fn load_ptr(self, x: *const f32) -> float32x4_t {
-        // SAFETY: the caller promises 4 readable values.
+        // SAFETY: the caller guarantees 4 readable values.
         unsafe { vld1q_f32(x) }
     }
     #[inline(always)]
     unsafe fn store_ptr(self, v: float32x4_t, out: *mut f32) {
-        // SAFETY: the caller promises 4 writable values.
+        // SAFETY: the caller guarantees 4 writable values.
         unsafe { vst1q_f32(out, v) }
     }
     #[inline(always)]
@@ -87,7 +87,7 @@ impl Simd for Neon {
     fn scale_by_power(self, a: float32x4_t, n: float32x4_t) -> float32x4_t {
         // SAFETY: NEON is part of aarch64.
         unsafe {
-            // In two halves, so that each power is a normal number.
+            // In two steps, so that each power is a normal number.
             let n = vminq_f32(vmaxq_f32(n, vdupq_n_f32(-250.0)), vdupq_n_f32(250.0));
             let n = vcvtq_s32_f32(n);
             let half = vshrq_n_s32::<1>(n);

@@ -1,4 +1,4 @@
-//! Plain Rust, for processors without a vector unit of our own; the compiler vectorises what it can.
+//! Plain Rust for all other processors; the compiler may vectorise it.
 
 use super::Simd;
 
@@ -25,12 +25,12 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn load_ptr(self, x: *const f32) -> Self::V {
-        // SAFETY: the caller promises LANES readable values; an array of f32 has f32's alignment.
+        // SAFETY: the caller guarantees LANES readable values; an array of f32 has f32's alignment.
         unsafe { *x.cast() }
     }
     #[inline(always)]
     unsafe fn store_ptr(self, v: Self::V, out: *mut f32) {
-        // SAFETY: the caller promises LANES writable values; an array of f32 has f32's alignment.
+        // SAFETY: the caller guarantees LANES writable values; an array of f32 has f32's alignment.
         unsafe { *out.cast() = v }
     }
     #[inline(always)]
@@ -51,7 +51,7 @@ impl Simd for Portable {
     }
     #[inline(always)]
     fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
-        // Not f32::mul_add: without an FMA unit that is a library call.
+        // f32::mul_add is a library call on a processor without FMA.
         map(|i| a[i] * b[i] + c[i])
     }
     #[inline(always)]
@@ -81,7 +81,7 @@ impl Simd for Portable {
     }
     #[inline(always)]
     fn scale_by_power(self, a: Self::V, n: Self::V) -> Self::V {
-        // In two halves, so that each power is a normal number.
+        // In two steps, so that each power is a normal number.
         let power = |n: f32| f32::from_bits(((n as i32 + 127) as u32) << 23);
         map(|i| {
             let n = n[i].clamp(-250.0, 250.0);

@@ -3,16 +3,16 @@
 use super::{Kernel, Simd};
 use std::arch::x86_64::*;
 
-/// Proof that AVX-512F (and AVX2 and FMA) instructions can run here.
+/// Proof that the processor has AVX-512F, AVX2 and FMA.
 #[derive(Clone, Copy, Debug)]
 pub struct Avx512(());
 
-/// Proof that AVX2 and FMA instructions can run here.
+/// Proof that the processor has AVX2 and FMA.
 #[derive(Clone, Copy, Debug)]
 pub struct Avx2(());
 
 impl Avx512 {
-    /// `None` where the processor or the operating system lacks it.
+    /// `None` if the processor or the operating system lacks it.
     pub fn new() -> Option<Self> {
         let here = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx2")
@@ -27,13 +27,13 @@ impl Avx512 {
         fn inner<K: Kernel>(simd: Avx512, kernel: K) -> K::Output {
             kernel.run(simd)
         }
-        // SAFETY: `self` exists, so `new` found the features.
+        // SAFETY: `self` exists, so `new` detected the features.
         unsafe { inner(self, kernel) }
     }
 }
 
 impl Avx2 {
-    /// `None` where the processor or the operating system lacks it.
+    /// `None` if the processor or the operating system lacks it.
     pub fn new() -> Option<Self> {
         (is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")).then_some(Self(()))
     }
@@ -45,17 +45,17 @@ impl Avx2 {
         fn inner<K: Kernel>(simd: Avx2, kernel: K) -> K::Output {
             kernel.run(simd)
         }
-        // SAFETY: `self` exists, so `new` found the features.
+        // SAFETY: `self` exists, so `new` detected the features.
         unsafe { inner(self, kernel) }
     }
 }
 
-/// The operations that are one intrinsic on either set.
+/// The operations that are one intrinsic on both sets.
 macro_rules! intrinsics {
     ($($name:ident($($arg:ident),+) = $intrinsic:ident;)+) => {$(
         #[inline(always)]
         fn $name(self, $($arg: Self::V),+) -> Self::V {
-            // SAFETY: `self` exists, so `new` found the features.
+            // SAFETY: `self` exists, so `new` detected the features.
             unsafe { $intrinsic($($arg),+) }
         }
     )+};
@@ -83,22 +83,22 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
-        // SAFETY: `self` exists, so `new` found the features.
+        // SAFETY: `self` exists, so `new` detected the features.
         unsafe { _mm512_set1_ps(x) }
     }
     #[inline(always)]
     unsafe fn load_ptr(self, x: *const f32) -> __m512 {
-        // SAFETY: features as above; the caller promises 16 readable values.
+        // SAFETY: features as above; the caller guarantees 16 readable values.
         unsafe { _mm512_loadu_ps(x) }
     }
     #[inline(always)]
     unsafe fn store_ptr(self, v: __m512, out: *mut f32) {
-        // SAFETY: features as above; the caller promises 16 writable values.
+        // SAFETY: features as above; the caller guarantees 16 writable values.
         unsafe { _mm512_storeu_ps(out, v) }
     }
     #[inline(always)]
     fn where_positive(self, condition: __m512, value: __m512) -> __m512 {
-        // SAFETY: `self` exists, so `new` found the features.
+        // SAFETY: `self` exists, so `new` detected the features.
         unsafe {
             let mask = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(condition, _mm512_setzero_ps());
             _mm512_maskz_mov_ps(mask, value)
@@ -106,22 +106,22 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     fn first(self, n: usize, a: __m512, otherwise: __m512) -> __m512 {
-        // SAFETY: `self` exists, so `new` found the features.
+        // SAFETY: `self` exists, so `new` detected the features.
         unsafe { _mm512_mask_mov_ps(otherwise, ((1u32 << n.min(16)) - 1) as __mmask16, a) }
     }
     #[inline(always)]
     fn round(self, a: __m512) -> __m512 {
-        // SAFETY: `self` exists, so `new` found the features.
+        // SAFETY: `self` exists, so `new` detected the features.
         unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
     }
     #[inline(always)]
     fn sum(self, a: __m512) -> f32 {
-        // SAFETY: `self` exists, so `new` found the features.
+        // SAFETY: `self` exists, so `new` detected the features.
         unsafe { _mm512_reduce_add_ps(a) }
     }
     #[inline(always)]
     fn max_lane(self, a: __m512) -> f32 {
-        // SAFETY: `self` exists, so `new` found the features.
+        // SAFETY: `self` exists, so `new` detected the features.
         unsafe { _mm512_reduce_max_ps(a) }
     }
 }
@@ -147,27 +147,27 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     fn splat(self, x: f32) -> __m256 {
-        // SAFETY: `self` exists, so `new` found the features.
+        // SAFETY: `self` exists, so `new` detected the features.
         unsafe { _mm256_set1_ps(x) }
     }
     #[inline(always)]
     unsafe fn load_ptr(self, x: *const f32) -> __m256 {
-        // SAFETY: features as above; the caller promises 8 readable values.
+        // SAFETY: features as above; the caller guarantees 8 readable values.
         unsafe { _mm256_loadu_ps(x) }
     }
     #[inline(always)]
     unsafe fn store_ptr(self, v: __m256, out: *mut f32) {
-        // SAFETY: features as above; the caller promises 8 writable values.
+        // SAFETY: features as above; the caller guarantees 8 writable values.
         unsafe { _mm256_storeu_ps(out, v) }
     }
     #[inline(always)]
     fn where_positive(self, condition: __m256, value: __m256) -> __m256 {
-        // SAFETY: `self` exists, so `new` found the features.
+        // SAFETY: `self` exists, so `new` detected the features.
         unsafe { _mm256_and_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(condition, _mm256_setzero_ps()), value) }
     }
     #[inline(always)]
     fn first(self, n: usize, a: __m256, otherwise: __m256) -> __m256 {
-        // SAFETY: `self` exists, so `new` found the features.
+        // SAFETY: `self` exists, so `new` detected the features.
         unsafe {
             let lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
             let below = _mm256_cmpgt_epi32(_mm256_set1_epi32(n.min(8) as i32), lane);
@@ -176,15 +176,15 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     fn round(self, a: __m256) -> __m256 {
-        // SAFETY: `self` exists, so `new` found the features.
+        // SAFETY: `self` exists, so `new` detected the features.
         unsafe { _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
     }
     #[inline(always)]
     fn scale_by_power(self, a: __m256, n: __m256) -> __m256 {
-        // SAFETY: `self` exists, so `new` found the features.
+        // SAFETY: `self` exists, so `new` detected the features.
         unsafe {
-            // In two halves, so that each power is a normal number; ±250 already means 0 or infinity for |a| in [0.5, 2].
-            // max(bound, n) and min(bound, n) return n where it is NaN, and NaN ends up in `a` as x - round(x).
+            // In two steps, so that each power is a normal number. For |a| in [0.5, 2], ±250 gives 0 or infinity.
+            // max(bound, n) and min(bound, n) return n if n is NaN; `a` then holds the NaN from x - round(x).
             let n = _mm256_min_ps(_mm256_set1_ps(250.0), _mm256_max_ps(_mm256_set1_ps(-250.0), n));
             let n = _mm256_cvtps_epi32(n);
             let half = _mm256_srai_epi32::<1>(n);
@@ -195,7 +195,7 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     fn sum(self, a: __m256) -> f32 {
-        // SAFETY: `self` exists, so `new` found the features.
+        // SAFETY: `self` exists, so `new` detected the features.
         unsafe {
             let x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
             let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
@@ -204,7 +204,7 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     fn max_lane(self, a: __m256) -> f32 {
-        // SAFETY: `self` exists, so `new` found the features.
+        // SAFETY: `self` exists, so `new` detected the features.
         unsafe {
             let x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
             let x = _mm_max_ps(x, _mm_movehl_ps(x, x));

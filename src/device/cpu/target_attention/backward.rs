@@ -7,22 +7,22 @@
 //! ds_t += sum over the same rows of e^(e_t - lse_i) g_i
 //! ```
 //!
-//! From the longest row to the shortest these are running sums `G = sum e^(ref - lse_i) g_i`, with `ref` the `lse` of
-//! the shortest row so far: `lse` grows with length, so no exponent is ever positive.
+//! From the longest row to the shortest, these are running sums `G = sum e^(ref - lse_i) g_i`, with `ref` the `lse` of
+//! the shortest row so far. `lse` grows with length, so no exponent is positive.
 //!
-//! Perceptron, with `x = a * r` and `dz` the gradient of the first layer before its ReLU:
+//! MLP, with `x = a * r` and `dz` the gradient of the first layer before its ReLU:
 //!
 //! ```text
 //! per score     dP += x^T dz                    y = dz P^T      da += y * r      dr += y * a
 //! per token     dZ  = sum of dz over pairs      dA = a^T dZ     da += dZ (A + S)^T
 //! per pair      dc  = sum of dz over tokens     dR = r^T dc     dr += dc (R - S)^T      db0 = sum dc
-//! in the end    dS  = dA - dR
+//! at the end    dS  = dA - dR
 //! ```
 
 use super::*;
 use crate::device::cpu::elementwise::{add_column_sums, for_columns, load_columns, transpose};
 
-/// What the backward reads beside [`Packed`]: transposes, rows padded with zeros.
+/// Transposes of the weights, with rows padded with zeros.
 struct Transposed<'a> {
     /// `(A + S)^T: [hidden0, D]`
     token: &'a [f32],
@@ -47,7 +47,7 @@ impl Transposed<'_> {
         [token, product, candidate, w1]: [&'a mut [f32]; 4],
     ) -> Transposed<'a> {
         let (d, wide) = (shape.width_wide, shape.hidden_wide[0]);
-        // The sources' padding columns become rows past the end of the outputs, which `transpose` leaves out.
+        // Padding columns of the sources would become rows beyond the outputs; `transpose` omits them.
         transpose(packed.token, wide, d, token);
         transpose(packed.product, wide, d, product);
         transpose(packed.candidate, wide, d, candidate);
@@ -177,7 +177,7 @@ pub fn backward(
     });
 }
 
-/// One chunk's part of the backward.
+/// The backward pass of one chunk.
 struct Task<'a> {
     shape: Shape,
     index: &'a TargetIndex<&'a [u32]>,
@@ -237,7 +237,7 @@ impl Task<'_> {
                 fill_inputs(shape, &pairs, &tile, [a, r, z, c], x, h0);
                 self.packed.hidden(shape, n, x, h0, h1);
                 self.tile(n, &de[tile.clone()], x, h0, h1);
-                // Now y in `x`, dz in `h0`.
+                // `x` now holds y, `h0` holds dz.
                 for Segment { pair, rows: here, tokens } in segments(&pairs, &tile) {
                     let (token_rows, pair_row) =
                         (rows(&tokens, width_wide), rows(&(pair..pair + 1), width_wide));
@@ -272,7 +272,7 @@ impl Task<'_> {
         });
     }
 
-    /// Backward of all softmaxes of the chunk: writes `de`, adds to `ds`.
+    /// Backward pass of all softmaxes of the chunk: writes `de`, adds to `ds`.
     fn softmax(
         &self,
         pairs: &[Pair],
@@ -303,8 +303,8 @@ impl Task<'_> {
         });
     }
 
-    /// Backward of the perceptron for `n` scores with gradients `de`, from `x` and the activations: adds to the
-    /// weights' sums, replaces `h1` by the gradient before its ReLU, `h0` by `dz` and `x` by `y = dz P^T`.
+    /// Backward pass of the MLP for `n` scores with gradients `de`, from `x` and the activations. Adds to the sums of the
+    /// weight gradients. Replaces `h1` by the gradient before its ReLU, `h0` by `dz` and `x` by `y = dz P^T`.
     fn tile(&mut self, n: usize, de: &[f32], x: &mut [f32], h0: &mut [f32], h1: &mut [f32]) {
         let (shape, packed, transposed, sums) = (self.shape, self.packed, self.transposed, &mut self.sums);
         let ([n0, n1], [h0_wide, h1_wide]) = (shape.hidden, shape.hidden_wide);
@@ -321,8 +321,8 @@ impl Task<'_> {
     }
 }
 
-/// What a tile's `y` and `dz` mean for the tokens of one pair, rows padded: `da += y * r`, `dr += sum of y * a`,
-/// `dz_sum += dz`, `dc += sum of dz`.
+/// Adds `y` and `dz` of a tile to the gradients of the tokens of one pair, in padded rows: `da += y * r`,
+/// `dr += sum of y * a`, `dz_sum += dz`, `dc += sum of dz`.
 struct Scatter<'a> {
     y: &'a [f32],
     a: &'a [f32],
@@ -375,15 +375,15 @@ impl Kernel for Scatter<'_> {
     }
 }
 
-/// Copies or adds padded rows to rows without padding.
+/// Copies or adds padded rows to packed rows.
 fn unpad(from: &[f32], padded: usize, to: &mut [f32], width: usize, put: impl Fn(&[f32], &mut [f32])) {
     for (from, to) in from.chunks_exact(padded).zip(to.chunks_exact_mut(width)) {
         put(&from[..width], to);
     }
 }
 
-/// Backward of a pair's softmaxes. `rows` are `(length, lse, att, datt)` from the longest to the shortest; writes
-/// `de` and adds to `ds`.
+/// Backward pass of the softmaxes of a pair. `rows` are `(length, lse, att, datt)` from the longest to the shortest.
+/// Writes `de` and adds to `ds`.
 fn softmax_rows_backward<'a>(
     e: &[f32],
     rows: impl Iterator<Item = (usize, f32, &'a [f32], &'a [f32])>,
@@ -447,7 +447,7 @@ impl Kernel for SoftmaxBackward<'_> {
     }
 }
 
-/// Replaces `h1` by the gradient before its ReLU, `de[t] * w2` where `h1` is positive; adds to `db1` and `dw2`.
+/// Replaces `h1` by the gradient before its ReLU, `de[t] * w2` for positive `h1`. Adds to `db1` and `dw2`.
 fn scores_backward(de: &[f32], w2: &[f32], h1: &mut [f32], db1: &mut [f32], dw2: &mut [f32]) {
     struct ScoresBackward<'a>(&'a [f32], &'a [f32], &'a mut [f32], &'a mut [f32], &'a mut [f32]);
     impl Kernel for ScoresBackward<'_> {

@@ -1,8 +1,8 @@
-//! Target attention the long way, as published: `[a, r, a - r, a * r]` is stored for every (token, candidate) pair
-//! and goes through three full linear layers whose activations are kept for the backward.
+//! Unfused target attention, as published: it stores `[a, r, a - r, a * r]` for every (token, candidate) pair and keeps
+//! the activations of three full linear layers for the backward pass.
 //!
-//! The other side of tests and benchmarks, with the same arguments and results as the fused form. Not used in
-//! training: it does four times the work of the first layer and moves every activation through memory.
+//! The baseline of tests and benchmarks, with the arguments and results of the fused form. Training does not use it:
+//! the first layer takes four times the work, and every activation goes through memory.
 
 use super::super::linear;
 use super::{Shape, check_index};
@@ -12,7 +12,7 @@ use crate::device::{
 };
 use rayon::prelude::*;
 
-/// The operation with its activations; memory is reused from call to call.
+/// The operation with its activations. Calls reuse the memory.
 pub struct Unfused {
     shape: TargetShape,
     /// `[P, 4D]`, `P` the number of scores.
@@ -25,7 +25,7 @@ pub struct Unfused {
     gradients: [Vec<f32>; 4],
 }
 
-/// For each pair: its sequence's first token.
+/// The first token of the sequence of each pair.
 fn first_tokens(index: &TargetIndex<&[u32]>) -> Vec<usize> {
     let pairs = index.pair_offsets.windows(2).zip(index.cu_seqlens);
     pairs.flat_map(|(pairs, token)| (pairs[0]..pairs[1]).map(|_| *token as usize)).collect()
@@ -53,7 +53,7 @@ fn pair_lens(index: &TargetIndex<&[u32]>, width: usize) -> impl Iterator<Item = 
 }
 
 impl Unfused {
-    /// Without activations yet.
+    /// Allocates nothing yet.
     pub fn new(shape: TargetShape) -> Self {
         let (inputs, hidden0, hidden1) = Default::default();
         Self { shape, inputs, hidden0, hidden1, gradients: Default::default() }
@@ -137,7 +137,7 @@ impl Unfused {
         de.clear();
         de.resize(e.len(), 0.0);
 
-        // Softmax: sequences side by side, as rows of one sequence share its `ds`.
+        // Softmax: parallel over sequences, because the rows of a sequence share its `ds`.
         let token_lens = || index.cu_seqlens.windows(2).map(|w| (w[1] - w[0]) as usize * width);
         let score_lens = index.pair_offsets.windows(2).map(|pairs| {
             (index.score_offsets[pairs[1] as usize] - index.score_offsets[pairs[0] as usize]) as usize
@@ -178,7 +178,7 @@ impl Unfused {
         let first = LinearGradients { dx, dw: dw.w0, dbias: Some(dw.b0) };
         linear::backward(first_layer, inputs, hidden0, dhidden0, first);
 
-        // The concatenation: tokens are shared by the pairs of their sequence.
+        // Concatenation: parallel over sequences, because the pairs of a sequence share its tokens.
         let pair_counts = index.pair_offsets.windows(2).map(|w| (w[1] - w[0]) as usize * width);
         let sequences = cut(da, token_lens()).into_par_iter().zip(cut(dr, pair_counts)).enumerate();
         sequences.for_each(|(sequence, (da, dr))| {

@@ -1,9 +1,9 @@
 //! A GPU as a [`Runtime`](super::runtime::Runtime): every foreign function of the driver, NVRTC and cuBLASLt is called
 //! in this room and in no other.
 
-pub mod blas;
+pub(crate) mod blas;
 pub mod compile;
-pub mod context;
+pub(crate) mod context;
 pub mod graph;
 pub mod landing;
 mod launch;

@@ -11,6 +11,7 @@ use crate::device::cuda::plan::attention::{Pass, Plan};
 use crate::device::cuda::plan::params::{AttentionParams, Item};
 use crate::device::cuda::plan::tile::{HEAD_DIMS, Room};
 use crate::device::cuda::runtime::{Precision, Runtime};
+use crate::device::{Attention, DeviceError, Qkv, QkvGradients, SoftmaxState};
 
 impl Pass {
     /// Name of the kernel.
@@ -141,76 +142,91 @@ impl<R: Runtime> DevicePlan<R> {
     }
 }
 
-/// See [`crate::device::Device::attention`].
-pub(crate) fn forward<R: Runtime>(
-    gpu: &Gpu<R>,
-    plan: &DevicePlan<R>,
-    [q, k, v]: [&Array<R, f32>; 3],
-    o: &mut Array<R, f32>,
-    lse: &mut Array<R, f32>,
-) -> Result<(), CudaError> {
-    match gpu.precision() {
-        Precision::F32 if plan.head_dim == plan.batch.options.head_dim => {
-            gpu.attention_forward(&plan.batch, Projections { q, k, v }, o, lse)
+impl<R: Runtime> Attention for Gpu<R> {
+    type AttentionPlan = DevicePlan<R>;
+
+    fn attention_plan(
+        &self,
+        staging: &mut Staging<R>,
+        options: &FhaOptions,
+        cu_seqlens: &[u32],
+        label: &[u8],
+    ) -> Result<DevicePlan<R>, DeviceError> {
+        Ok(DevicePlan::new(self, staging, options, cu_seqlens, label)?)
+    }
+
+    fn attention(
+        &self,
+        plan: &DevicePlan<R>,
+        qkv: Qkv<&Array<R, f32>>,
+        state: SoftmaxState<&mut Array<R, f32>>,
+    ) -> Result<(), DeviceError> {
+        let (Qkv { q, k, v }, SoftmaxState { o, lse }) = (qkv, state);
+        match self.precision() {
+            Precision::F32 if plan.head_dim == plan.batch.options.head_dim => {
+                self.attention_forward(&plan.batch, Projections { q, k, v }, o, lse)?;
+            }
+            Precision::F32 => forward_converted::<R, f32>(self, plan, qkv, o, lse)?,
+            Precision::Bf16 => forward_converted::<R, half::bf16>(self, plan, qkv, o, lse)?,
         }
-        Precision::F32 => forward_converted::<R, f32>(gpu, plan, [q, k, v], o, lse),
-        Precision::Bf16 => forward_converted::<R, half::bf16>(gpu, plan, [q, k, v], o, lse),
+        Ok(())
+    }
+
+    fn attention_backward(
+        &self,
+        plan: &DevicePlan<R>,
+        qkv: Qkv<&Array<R, f32>>,
+        state: SoftmaxState<&Array<R, f32>>,
+        d_o: &Array<R, f32>,
+        gradients: QkvGradients<&mut Array<R, f32>>,
+    ) -> Result<(), DeviceError> {
+        match self.precision() {
+            Precision::F32 if plan.head_dim == plan.batch.options.head_dim => {
+                let (Qkv { q, k, v }, QkvGradients { dq, dk, dv }) = (qkv, gradients);
+                let (qkv, gradients) = (Projections { q, k, v }, ProjectionGradients { dq, dk, dv });
+                Gpu::attention_backward(self, &plan.batch, qkv, state.o, state.lse, d_o, gradients)?;
+            }
+            Precision::F32 => backward_converted::<R, f32>(self, plan, qkv, state, d_o, gradients)?,
+            Precision::Bf16 => backward_converted::<R, half::bf16>(self, plan, qkv, state, d_o, gradients)?,
+        }
+        Ok(())
     }
 }
 
 fn forward_converted<R: Runtime, T: Value>(
     gpu: &Gpu<R>,
     plan: &DevicePlan<R>,
-    qkv: [&Array<R, f32>; 3],
+    qkv: Qkv<&Array<R, f32>>,
     o: &mut Array<R, f32>,
     lse: &mut Array<R, f32>,
 ) -> Result<(), CudaError> {
     let (width, padded) = (plan.head_dim, plan.batch.options.head_dim);
     let narrow = |x| convert::to::<R, T>(gpu, (x, width), padded);
-    let [q, k, v] = [narrow(qkv[0])?, narrow(qkv[1])?, narrow(qkv[2])?];
+    let [q, k, v] = [narrow(qkv.q)?, narrow(qkv.k)?, narrow(qkv.v)?];
     let mut narrow_o = gpu.array::<T>(o.len() / width * padded)?;
     gpu.attention_forward(&plan.batch, Projections { q: &q, k: &k, v: &v }, &mut narrow_o, lse)?;
     convert::from(gpu, (&narrow_o, padded), (o, width))
 }
 
-/// See [`crate::device::Device::attention_backward`].
-pub(crate) fn backward<R: Runtime>(
-    gpu: &Gpu<R>,
-    plan: &DevicePlan<R>,
-    [q, k, v]: [&Array<R, f32>; 3],
-    [o, lse, d_o]: [&Array<R, f32>; 3],
-    [dq, dk, dv]: [&mut Array<R, f32>; 3],
-) -> Result<(), CudaError> {
-    match gpu.precision() {
-        Precision::F32 if plan.head_dim == plan.batch.options.head_dim => {
-            let gradients = ProjectionGradients { dq, dk, dv };
-            gpu.attention_backward(&plan.batch, Projections { q, k, v }, o, lse, d_o, gradients)
-        }
-        Precision::F32 => backward_converted::<R, f32>(gpu, plan, [q, k, v], [o, lse, d_o], [dq, dk, dv]),
-        Precision::Bf16 => {
-            backward_converted::<R, half::bf16>(gpu, plan, [q, k, v], [o, lse, d_o], [dq, dk, dv])
-        }
-    }
-}
-
 fn backward_converted<R: Runtime, T: Value>(
     gpu: &Gpu<R>,
     plan: &DevicePlan<R>,
-    [q, k, v]: [&Array<R, f32>; 3],
-    [o, lse, d_o]: [&Array<R, f32>; 3],
-    gradients: [&mut Array<R, f32>; 3],
+    qkv: Qkv<&Array<R, f32>>,
+    state: SoftmaxState<&Array<R, f32>>,
+    d_o: &Array<R, f32>,
+    gradients: QkvGradients<&mut Array<R, f32>>,
 ) -> Result<(), CudaError> {
     let (width, padded) = (plan.head_dim, plan.batch.options.head_dim);
     let narrow = |x| convert::to::<R, T>(gpu, (x, width), padded);
-    let [q, k, v, o, d_o] = [narrow(q)?, narrow(k)?, narrow(v)?, narrow(o)?, narrow(d_o)?];
+    let [q, k, v] = [narrow(qkv.q)?, narrow(qkv.k)?, narrow(qkv.v)?];
+    let [o, d_o] = [narrow(state.o)?, narrow(d_o)?];
     let [mut dq, mut dk, mut dv] = [gpu.array::<T>(q.len())?, gpu.array(q.len())?, gpu.array(q.len())?];
     let narrow_gradients = ProjectionGradients { dq: &mut dq, dk: &mut dk, dv: &mut dv };
     let qkv = Projections { q: &q, k: &k, v: &v };
-    gpu.attention_backward(&plan.batch, qkv, &o, lse, &d_o, narrow_gradients)?;
-    for (narrow, gradient) in [&dq, &dk, &dv].into_iter().zip(gradients) {
-        convert::from(gpu, (narrow, padded), (gradient, width))?;
-    }
-    Ok(())
+    gpu.attention_backward(&plan.batch, qkv, &o, state.lse, &d_o, narrow_gradients)?;
+    convert::from(gpu, (&dq, padded), (gradients.dq, width))?;
+    convert::from(gpu, (&dk, padded), (gradients.dk, width))?;
+    convert::from(gpu, (&dv, padded), (gradients.dv, width))
 }
 
 impl<R: Runtime> Gpu<R> {

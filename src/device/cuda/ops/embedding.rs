@@ -7,7 +7,7 @@ use crate::device::cuda::gpu::Gpu;
 use crate::device::cuda::kernel::{Block, Kernel, Launch, Module, Pointer};
 use crate::device::cuda::plan::rows::{THREADS, block_of, block_rows, by_rows, lane_bits};
 use crate::device::cuda::runtime::Runtime;
-use crate::device::{Segments, Slot, Store};
+use crate::device::{DeviceError, Embedding, Lookup, Output, SegmentSum, Segments, Slot, Store};
 use bytemuck::{Pod, Zeroable};
 
 const fn kernel(entry: &'static str) -> Kernel {
@@ -101,65 +101,108 @@ const _: () = assert!(size_of::<SquareParams>() == 40);
 
 /// Tables with the rows to take of each, as arguments: addresses, and how many rows there are.
 pub(crate) fn tables_of<R: Runtime>(
-    tables: &[(&Array<R, f32>, &Array<R, u32>)],
+    tables: &[Lookup<&Array<R, f32>, &Array<R, u32>>],
 ) -> ([Pointer; 4], [Pointer; 4], usize) {
     assert!((1..=4).contains(&tables.len()), "1 to 4 tables, not {}", tables.len());
-    let rows = tables[0].1.len();
+    let rows = tables[0].index.len();
     let (mut values, mut indices) = ([0; 4], [0; 4]);
-    for (i, (table, index)) in tables.iter().enumerate() {
+    for (i, Lookup { table, index }) in tables.iter().enumerate() {
         assert_eq!(index.len(), rows, "the indices differ in length");
         (values[i], indices[i]) = (table.pointer(), index.pointer());
     }
     (values, indices, rows)
 }
 
-/// See [`crate::device::Device::gather_sum`].
-pub(crate) fn gather_sum<R: Runtime>(
-    gpu: &Gpu<R>,
-    width: usize,
-    tables: &[(&Array<R, f32>, &Array<R, u32>)],
-    y: &mut Array<R, f32>,
-) -> Result<(), CudaError> {
-    let (values, index, rows) = tables_of(tables);
-    assert_eq!(y.len(), rows * width, "y is not [rows, width]");
-    let params = GatherParams {
-        tables: values,
-        index,
-        y: y.pointer(),
-        rows: rows as u32,
-        width: width as u32,
-        table_count: tables.len() as u32,
-        bits: lane_bits(width),
-    };
-    // SAFETY: lengths are checked above; values of indices are their maker's; y is borrowed mutably.
-    unsafe { gpu.launch(GATHER_SUM, by_rows(rows, width), &params) }
+impl<R: Runtime> Embedding for Gpu<R> {
+    fn gather_sum(
+        &self,
+        width: usize,
+        tables: &[Lookup<&Array<R, f32>, &Array<R, u32>>],
+        y: &mut Array<R, f32>,
+    ) -> Result<(), DeviceError> {
+        let (values, index, rows) = tables_of(tables);
+        assert_eq!(y.len(), rows * width, "y is not [rows, width]");
+        let params = GatherParams {
+            tables: values,
+            index,
+            y: y.pointer(),
+            rows: rows as u32,
+            width: width as u32,
+            table_count: tables.len() as u32,
+            bits: lane_bits(width),
+        };
+        // SAFETY: lengths are checked above; values of indices are their maker's; y is borrowed mutably.
+        unsafe { self.launch(GATHER_SUM, by_rows(rows, width), &params)? };
+        Ok(())
+    }
+
+    fn scatter_add(
+        &self,
+        width: usize,
+        x: &Array<R, f32>,
+        index: &Array<R, u32>,
+        y: &mut Array<R, f32>,
+    ) -> Result<(), DeviceError> {
+        let rows = index.len();
+        assert_eq!(x.len(), rows * width, "x is not [rows, width]");
+        let params = ScatterParams {
+            x: x.pointer(),
+            index: index.pointer(),
+            y: y.pointer(),
+            rows: rows as u32,
+            width: width as u32,
+            bits: lane_bits(width),
+            unused: 0,
+        };
+        // SAFETY: lengths are checked above; values of the index are its maker's; y is borrowed mutably.
+        unsafe { self.launch(SCATTER_ADD, by_rows(rows, width), &params)? };
+        Ok(())
+    }
+
+    fn segment_sum(
+        &self,
+        width: usize,
+        sum: SegmentSum<&Array<R, f32>, &Array<R, u32>>,
+        y: &mut Array<R, f32>,
+    ) -> Result<(), DeviceError> {
+        let SegmentSum { sources, segments, l2, rows } = sum;
+        let l2 = Some((l2, rows));
+        let sum = SegmentedSum { sources, stride: width, column: 0, width, segments, l2 };
+        Ok(segmented_sum(self, sum, Output::overwrite(y))?)
+    }
+
+    fn half_square_sum(
+        &self,
+        width: usize,
+        rows: Lookup<&Array<R, f32>, &Array<R, u32>>,
+        sum: Slot<Array<R, f64>>,
+    ) -> Result<(), DeviceError> {
+        let (Lookup { table, index }, rows) = (rows, rows.index.len());
+        let block_rows = block_rows(rows);
+        let count = rows.div_ceil(block_rows);
+        let partial = self.array::<f64>(count)?;
+        let params = SquareParams {
+            table: table.pointer(),
+            row: index.pointer(),
+            partial: partial.pointer(),
+            rows: rows as u32,
+            width: width as u32,
+            block_rows: block_rows as u32,
+            bits: lane_bits(width),
+        };
+        let launch = Launch {
+            grid: [count as u32, 1],
+            threads: THREADS as u32,
+            shared_bytes: loss::BLOCK_SUM_SHARED as u32,
+        };
+        // SAFETY: the rows are their maker's; partial has a value a block.
+        unsafe { self.launch(SQUARES, launch, &params)? };
+        Ok(loss::reduce(self, &partial, 1, 0.5, sum)?)
+    }
 }
 
-/// See [`crate::device::Device::scatter_add`].
-pub(crate) fn scatter_add<R: Runtime>(
-    gpu: &Gpu<R>,
-    width: usize,
-    x: &Array<R, f32>,
-    index: &Array<R, u32>,
-    y: &mut Array<R, f32>,
-) -> Result<(), CudaError> {
-    let rows = index.len();
-    assert_eq!(x.len(), rows * width, "x is not [rows, width]");
-    let params = ScatterParams {
-        x: x.pointer(),
-        index: index.pointer(),
-        y: y.pointer(),
-        rows: rows as u32,
-        width: width as u32,
-        bits: lane_bits(width),
-        unused: 0,
-    };
-    // SAFETY: lengths are checked above; values of the index are its maker's; y is borrowed mutably.
-    unsafe { gpu.launch(SCATTER_ADD, by_rows(rows, width), &params) }
-}
-
-/// Sums of rows by segment: see [`crate::device::Device::segment_sum`] and [`crate::device::Device::concat_backward`].
-pub(crate) struct SegmentSum<'a, R: Runtime> {
+/// Sums of parts of rows by segment, for [`Embedding::segment_sum`] and [`Rows::concat_backward`](crate::device::Rows).
+pub(crate) struct SegmentedSum<'a, R: Runtime> {
     /// Stacked: a member counts rows of the first, then of the second, ...
     pub sources: &'a [&'a Array<R, f32>],
     /// Values from one row of a source to the next.
@@ -170,17 +213,18 @@ pub(crate) struct SegmentSum<'a, R: Runtime> {
     pub width: usize,
     /// The members of each segment.
     pub segments: Segments<&'a Array<R, u32>>,
-    /// What is added besides: `l2` times these rows of a table.
-    pub l2: Option<(f32, &'a Array<R, f32>, &'a Array<R, u32>)>,
+    /// Adds `l2` times these rows of a table.
+    pub l2: Option<(f32, Lookup<&'a Array<R, f32>, &'a Array<R, u32>>)>,
 }
 
 /// Writes, or adds to, `y: [segments, width]`.
-pub(crate) fn segment_sum<R: Runtime>(
+pub(crate) fn segmented_sum<R: Runtime>(
     gpu: &Gpu<R>,
-    sum: SegmentSum<R>,
-    (y, store): (&mut Array<R, f32>, Store),
+    sum: SegmentedSum<R>,
+    y: Output<&mut Array<R, f32>>,
 ) -> Result<(), CudaError> {
-    let SegmentSum { sources, stride, column, width, segments, l2 } = sum;
+    let Output { values: y, store } = y;
+    let SegmentedSum { sources, stride, column, width, segments, l2 } = sum;
     assert!((1..=3).contains(&sources.len()), "1 to 3 sources, not {}", sources.len());
     assert!(column + width <= stride, "a member lies inside its row");
     let count = segments.offsets.len() - 1;
@@ -194,9 +238,9 @@ pub(crate) fn segment_sum<R: Runtime>(
             ends[i] = end as u32;
         }
     }
-    let (l2, table, row) = l2.map_or((0.0, 0, 0), |(l2, table, row)| {
-        assert_eq!(row.len(), count, "there is a row a segment");
-        (l2, table.pointer(), row.pointer())
+    let (l2, table, row) = l2.map_or((0.0, 0, 0), |(l2, Lookup { table, index })| {
+        assert_eq!(index.len(), count, "index is not [segments]");
+        (l2, table.pointer(), index.pointer())
     });
     let members = segments.members.len();
     let chunks = members / CHUNK + 1;
@@ -229,35 +273,4 @@ pub(crate) fn segment_sum<R: Runtime>(
         Launch { grid: [chunks as u32 - 1, 1], threads: THREADS as u32, shared_bytes: BORDERS_SHARED as u32 };
     // SAFETY: as above.
     unsafe { gpu.launch(SEGMENT_BORDERS, launch, &params) }
-}
-
-/// See [`crate::device::Device::half_square_sum`].
-pub(crate) fn half_square_sum<R: Runtime>(
-    gpu: &Gpu<R>,
-    width: usize,
-    table: &Array<R, f32>,
-    row: &Array<R, u32>,
-    sum: Slot<Array<R, f64>>,
-) -> Result<(), CudaError> {
-    let rows = row.len();
-    let block_rows = block_rows(rows);
-    let count = rows.div_ceil(block_rows);
-    let partial = gpu.array::<f64>(count)?;
-    let params = SquareParams {
-        table: table.pointer(),
-        row: row.pointer(),
-        partial: partial.pointer(),
-        rows: rows as u32,
-        width: width as u32,
-        block_rows: block_rows as u32,
-        bits: lane_bits(width),
-    };
-    let launch = Launch {
-        grid: [count as u32, 1],
-        threads: THREADS as u32,
-        shared_bytes: loss::BLOCK_SUM_SHARED as u32,
-    };
-    // SAFETY: the rows are their maker's; partial has a value a block.
-    unsafe { gpu.launch(SQUARES, launch, &params)? };
-    loss::reduce(gpu, &partial, 1, 0.5, sum)
 }

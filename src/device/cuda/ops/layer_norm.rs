@@ -2,13 +2,13 @@
 
 use super::embedding::tables_of;
 use super::rows;
-use crate::device::Store;
 use crate::device::cuda::array::Array;
 use crate::device::cuda::error::CudaError;
 use crate::device::cuda::gpu::Gpu;
 use crate::device::cuda::kernel::{Block, Kernel, Launch, Module, Pointer};
 use crate::device::cuda::plan::rows::{THREADS, block_of, block_rows, by_rows, lane_bits, vector};
 use crate::device::cuda::runtime::Runtime;
+use crate::device::{DeviceError, LayerNorm, LayerNormGradients, Lookup, Norm, Output, Store};
 use bytemuck::{Pod, Zeroable};
 
 const fn kernel(entry: &'static str) -> Kernel {
@@ -69,25 +69,23 @@ struct NormBackwardParams {
 const _: () = assert!(size_of::<NormParams>() == 120);
 const _: () = assert!(size_of::<NormBackwardParams>() == 64);
 
-/// What is normalised, and where it comes from.
-pub(crate) enum Input<'a, R: Runtime> {
-    /// As it is.
+/// The input of a layer norm, computed by the same kernel.
+enum Input<'a, R: Runtime> {
+    /// An array.
     Given(&'a Array<R, f32>),
-    /// The second array, after the first was added to it.
+    /// The second array, after adding the first to it.
     Sum(&'a Array<R, f32>, &'a mut Array<R, f32>),
-    /// The array, after it was written: sums of rows of tables.
-    Tables(&'a [(&'a Array<R, f32>, &'a Array<R, u32>)], &'a mut Array<R, f32>),
+    /// The array, after writing the sums of rows of tables to it.
+    Tables(&'a [Lookup<&'a Array<R, f32>, &'a Array<R, u32>>], &'a mut Array<R, f32>),
 }
 
-/// See [`crate::device::Device::layer_norm`], `add_layer_norm` and `gather_layer_norm`.
-pub(crate) fn forward<R: Runtime>(
+fn forward<R: Runtime>(
     gpu: &Gpu<R>,
-    width: usize,
+    norm: LayerNorm<&Array<R, f32>>,
     input: Input<R>,
-    gamma: &Array<R, f32>,
-    beta: &Array<R, f32>,
     n: &mut Array<R, f32>,
 ) -> Result<(), CudaError> {
+    let LayerNorm { width, gamma, beta } = norm;
     let mut params = NormParams::zeroed();
     let (kernel, y) = match input {
         Input::Given(y) => (NORM, y),
@@ -121,44 +119,73 @@ pub(crate) fn forward<R: Runtime>(
     unsafe { gpu.launch(kernel, by_rows(rows, width), &params) }
 }
 
-/// See [`crate::device::Device::layer_norm_backward`].
-pub(crate) fn backward<R: Runtime>(
-    gpu: &Gpu<R>,
-    width: usize,
-    x: &Array<R, f32>,
-    gamma: &Array<R, f32>,
-    dn: &Array<R, f32>,
-    (dx, store): (&mut Array<R, f32>, Store),
-    dgamma: &mut Array<R, f32>,
-    dbeta: &mut Array<R, f32>,
-) -> Result<(), CudaError> {
-    assert!(x.len().is_multiple_of(width), "x is not [rows, width]");
-    assert_eq!([dn.len(), dx.len()], [x.len(); 2], "x, dn and dx differ in length");
-    assert_eq!(
-        [gamma.len(), dgamma.len(), dbeta.len()],
-        [width; 3],
-        "gamma, dgamma and dbeta are not [width]"
-    );
-    let rows = x.len() / width;
-    let block_rows = block_rows(rows);
-    let count = rows.div_ceil(block_rows);
-    let partial = gpu.array::<f32>(count * 2 * width)?;
-    let params = NormBackwardParams {
-        x: x.pointer(),
-        gamma: gamma.pointer(),
-        dn: dn.pointer(),
-        dx: dx.pointer(),
-        partial: partial.pointer(),
-        rows: rows as u32,
-        width: width as u32,
-        block_rows: block_rows as u32,
-        bits: lane_bits(width),
-        adds: (store == Store::Add).into(),
-        unused: 0,
-    };
-    let shared_bytes = backward_shared(block_rows, vector(width)) as u32;
-    let launch = Launch { grid: [count as u32, 1], threads: THREADS as u32, shared_bytes };
-    // SAFETY: lengths are checked above; dx is borrowed mutably; partial has a row a block.
-    unsafe { gpu.launch(BACKWARD, launch, &params)? };
-    rows::reduce(gpu, &partial, count, [Some(dgamma), Some(dbeta)])
+impl<R: Runtime> Norm for Gpu<R> {
+    fn layer_norm(
+        &self,
+        norm: LayerNorm<&Array<R, f32>>,
+        x: &Array<R, f32>,
+        y: &mut Array<R, f32>,
+    ) -> Result<(), DeviceError> {
+        Ok(forward(self, norm, Input::Given(x), y)?)
+    }
+
+    fn gather_layer_norm(
+        &self,
+        norm: LayerNorm<&Array<R, f32>>,
+        tables: &[Lookup<&Array<R, f32>, &Array<R, u32>>],
+        y: &mut Array<R, f32>,
+        n: &mut Array<R, f32>,
+    ) -> Result<(), DeviceError> {
+        Ok(forward(self, norm, Input::Tables(tables, y), n)?)
+    }
+
+    fn add_layer_norm(
+        &self,
+        norm: LayerNorm<&Array<R, f32>>,
+        x: &Array<R, f32>,
+        y: &mut Array<R, f32>,
+        n: &mut Array<R, f32>,
+    ) -> Result<(), DeviceError> {
+        Ok(forward(self, norm, Input::Sum(x, y), n)?)
+    }
+
+    fn layer_norm_backward(
+        &self,
+        norm: LayerNorm<&Array<R, f32>>,
+        x: &Array<R, f32>,
+        dn: &Array<R, f32>,
+        gradients: LayerNormGradients<&mut Array<R, f32>>,
+    ) -> Result<(), DeviceError> {
+        let LayerNorm { width, gamma, .. } = norm;
+        let LayerNormGradients { dx: Output { values: dx, store }, dgamma, dbeta } = gradients;
+        assert!(x.len().is_multiple_of(width), "x is not [rows, width]");
+        assert_eq!([dn.len(), dx.len()], [x.len(); 2], "x, dn and dx differ in length");
+        assert_eq!(
+            [gamma.len(), dgamma.len(), dbeta.len()],
+            [width; 3],
+            "gamma, dgamma and dbeta are not [width]"
+        );
+        let rows = x.len() / width;
+        let block_rows = block_rows(rows);
+        let count = rows.div_ceil(block_rows);
+        let partial = self.array::<f32>(count * 2 * width)?;
+        let params = NormBackwardParams {
+            x: x.pointer(),
+            gamma: gamma.pointer(),
+            dn: dn.pointer(),
+            dx: dx.pointer(),
+            partial: partial.pointer(),
+            rows: rows as u32,
+            width: width as u32,
+            block_rows: block_rows as u32,
+            bits: lane_bits(width),
+            adds: (store == Store::Add).into(),
+            unused: 0,
+        };
+        let shared_bytes = backward_shared(block_rows, vector(width)) as u32;
+        let launch = Launch { grid: [count as u32, 1], threads: THREADS as u32, shared_bytes };
+        // SAFETY: lengths are checked above; dx is borrowed mutably; partial has a row a block.
+        unsafe { self.launch(BACKWARD, launch, &params)? };
+        Ok(rows::reduce(self, &partial, count, [Some(dgamma), Some(dbeta)])?)
+    }
 }

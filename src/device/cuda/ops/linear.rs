@@ -6,7 +6,10 @@ use crate::device::cuda::error::CudaError;
 use crate::device::cuda::gpu::Gpu;
 use crate::device::cuda::kernel::Pointer;
 use crate::device::cuda::runtime::{Gemm, Runtime};
-use crate::device::{Activation, Store};
+use crate::device::{
+    Activation, Dense, DeviceError, LabelLinear, LabelLinearGradients, Linear, LinearGradients, Output, Rows,
+    Store,
+};
 
 /// A matrix in memory, and whether it is used transposed.
 #[derive(Clone, Copy)]
@@ -74,137 +77,125 @@ fn rows_of(x: usize, y: usize, (inputs, outputs): (usize, usize)) -> usize {
     rows
 }
 
-/// See [`crate::device::Device::linear`].
-pub(crate) fn forward<R: Runtime>(
-    gpu: &Gpu<R>,
-    x: &Array<R, f32>,
-    w: &Array<R, f32>,
-    bias: Option<&Array<R, f32>>,
-    activation: Activation,
-    (y, store): (&mut Array<R, f32>, Store),
-    widths: (usize, usize),
-) -> Result<(), CudaError> {
-    let (inputs, outputs) = widths;
-    let rows = rows_of(x.len(), y.len(), widths);
-    assert_eq!(w.len(), inputs * outputs, "w is not [inputs, outputs]");
-    assert!(bias.is_none_or(|bias| bias.len() == outputs), "bias is not [outputs]");
-    if store == Store::Add && (bias.is_some() || activation != Activation::None) {
-        let mut sum = gpu.array(y.len())?;
-        forward(gpu, x, w, bias, activation, (&mut sum, Store::Overwrite), widths)?;
-        return rows::add(gpu, &sum, y);
-    }
-    let factors = (Factor::plain(x.pointer()), Factor::plain(w.pointer()));
-    // SAFETY: lengths are checked above, and y is borrowed mutably.
-    unsafe {
-        gpu.product(
-            [rows, outputs, inputs],
-            factors,
-            (y.pointer(), store),
-            bias.map_or(0, Array::pointer),
-            activation,
-        )
-    }
-}
-
-/// See [`crate::device::Device::linear_backward`].
-pub(crate) fn backward<R: Runtime>(
-    gpu: &Gpu<R>,
-    x: &Array<R, f32>,
-    w: &Array<R, f32>,
-    activation: Activation,
-    y: &Array<R, f32>,
-    dy: &mut Array<R, f32>,
-    dx: Option<(&mut Array<R, f32>, Store)>,
-    dw: &mut Array<R, f32>,
-    dbias: Option<&mut Array<R, f32>>,
-    widths: (usize, usize),
-) -> Result<(), CudaError> {
-    let (inputs, outputs) = widths;
-    let rows = rows_of(x.len(), dy.len(), widths);
-    assert_eq!([w.len(), dw.len()], [inputs * outputs; 2], "w or dw is not [inputs, outputs]");
-    match (activation, dbias) {
-        (Activation::None, None) => {}
-        (Activation::None, dbias) => rows::column_sums(gpu, outputs, None, Dy::Read(dy), dbias)?,
-        (Activation::Relu, dbias) => rows::column_sums(gpu, outputs, Some(y), Dy::Updated(dy), dbias)?,
-    }
-    let (x_at, dy_at) = (x.pointer(), dy.pointer());
-    // SAFETY: lengths are checked above, and below for dx; dw and dx are borrowed mutably.
-    unsafe {
-        let factors = (Factor::transposed(x_at), Factor::plain(dy_at));
-        let dw = (dw.pointer(), Store::Overwrite);
-        gpu.product([inputs, outputs, rows], factors, dw, 0, Activation::None)?;
-        if let Some((dx, store)) = dx {
-            assert_eq!(dx.len(), x.len(), "dx and x differ in length");
-            let factors = (Factor::plain(dy_at), Factor::transposed(w.pointer()));
-            gpu.product([rows, inputs, outputs], factors, (dx.pointer(), store), 0, Activation::None)?;
+impl<R: Runtime> Dense for Gpu<R> {
+    fn linear(
+        &self,
+        layer: Linear<&Array<R, f32>>,
+        x: &Array<R, f32>,
+        y: Output<&mut Array<R, f32>>,
+    ) -> Result<(), DeviceError> {
+        let Linear { w, bias, activation, inputs, outputs } = layer;
+        let Output { values: y, store } = y;
+        let rows = rows_of(x.len(), y.len(), (inputs, outputs));
+        assert_eq!(w.len(), inputs * outputs, "w is not [inputs, outputs]");
+        assert!(bias.is_none_or(|bias| bias.len() == outputs), "bias is not [outputs]");
+        if store == Store::Add && (bias.is_some() || activation != Activation::None) {
+            let mut sum = self.array(y.len())?;
+            self.linear(layer, x, Output::overwrite(&mut sum))?;
+            return self.add(&sum, y);
         }
-    }
-    Ok(())
-}
-
-/// See [`crate::device::Device::label_linear`]: rows are brought into the order of their labels, so that each half of the weight
-/// meets one piece of memory.
-pub(crate) fn label_forward<R: Runtime>(
-    gpu: &Gpu<R>,
-    x: &Array<R, f32>,
-    w: &Array<R, f32>,
-    bias: &Array<R, f32>,
-    tokens_by_label: [&Array<R, u32>; 2],
-    y: (&mut Array<R, f32>, Store),
-    widths: (usize, usize),
-) -> Result<(), CudaError> {
-    let (inputs, outputs) = widths;
-    rows_of(x.len(), y.0.len(), widths);
-    assert_eq!(w.len(), 2 * inputs * outputs, "w is not [2 * inputs, outputs]");
-    assert_eq!(bias.len(), outputs, "bias is not [outputs]");
-    let sorted_x = rows::split(gpu, inputs, tokens_by_label, x)?;
-    let sorted_y = gpu.array::<f32>(y.0.len())?;
-    for (label, first) in [(0, 0), (1, tokens_by_label[0].len())] {
-        let factors = (
-            Factor::plain(sorted_x.pointer_at(first * inputs)),
-            Factor::plain(w.pointer_at(label * inputs * outputs)),
-        );
-        let c = (sorted_y.pointer_at(first * outputs), Store::Overwrite);
-        let shape = [tokens_by_label[label].len(), outputs, inputs];
-        // SAFETY: `split` has checked that the two labels' rows are all rows; the result was made for as many.
-        unsafe { gpu.product(shape, factors, c, bias.pointer(), Activation::None)? };
-    }
-    rows::merge(gpu, outputs, tokens_by_label, &sorted_y, y)
-}
-
-/// See [`crate::device::Device::label_linear_backward`].
-pub(crate) fn label_backward<R: Runtime>(
-    gpu: &Gpu<R>,
-    x: &Array<R, f32>,
-    w: &Array<R, f32>,
-    tokens_by_label: [&Array<R, u32>; 2],
-    dy: &Array<R, f32>,
-    dx: &mut Array<R, f32>,
-    dw: &mut Array<R, f32>,
-    dbias: &mut Array<R, f32>,
-    widths: (usize, usize),
-) -> Result<(), CudaError> {
-    let (inputs, outputs) = widths;
-    rows_of(x.len(), dy.len(), widths);
-    assert_eq!([w.len(), dw.len()], [2 * inputs * outputs; 2], "w or dw is not [2 * inputs, outputs]");
-    assert_eq!(dx.len(), x.len(), "dx and x differ in length");
-    rows::column_sums(gpu, outputs, None, Dy::Read(dy), Some(dbias))?;
-    let sorted_x = rows::split(gpu, inputs, tokens_by_label, x)?;
-    let sorted_dy = rows::split(gpu, outputs, tokens_by_label, dy)?;
-    let sorted_dx = gpu.array::<f32>(dx.len())?;
-    for (label, first) in [(0, 0), (1, tokens_by_label[0].len())] {
-        let rows = tokens_by_label[label].len();
-        let dy = sorted_dy.pointer_at(first * outputs);
-        let half = label * inputs * outputs;
-        // SAFETY: `split` has checked that the two labels' rows are all rows; dx and dw have the lengths checked above.
+        let factors = (Factor::plain(x.pointer()), Factor::plain(w.pointer()));
+        // SAFETY: lengths are checked above, and y is borrowed mutably.
         unsafe {
-            let factors = (Factor::transposed(sorted_x.pointer_at(first * inputs)), Factor::plain(dy));
-            let dw = (dw.pointer_at(half), Store::Overwrite);
-            gpu.product([inputs, outputs, rows], factors, dw, 0, Activation::None)?;
-            let factors = (Factor::plain(dy), Factor::transposed(w.pointer_at(half)));
-            let dx = (sorted_dx.pointer_at(first * inputs), Store::Overwrite);
-            gpu.product([rows, inputs, outputs], factors, dx, 0, Activation::None)?;
-        }
+            self.product(
+                [rows, outputs, inputs],
+                factors,
+                (y.pointer(), store),
+                bias.map_or(0, Array::pointer),
+                activation,
+            )?
+        };
+        Ok(())
     }
-    rows::merge(gpu, inputs, tokens_by_label, &sorted_dx, (dx, Store::Overwrite))
+
+    fn linear_backward(
+        &self,
+        layer: Linear<&Array<R, f32>>,
+        x: &Array<R, f32>,
+        y: &Array<R, f32>,
+        dy: &mut Array<R, f32>,
+        gradients: LinearGradients<&mut Array<R, f32>>,
+    ) -> Result<(), DeviceError> {
+        let Linear { w, activation, inputs, outputs, .. } = layer;
+        let LinearGradients { dx, dw, dbias } = gradients;
+        let rows = rows_of(x.len(), dy.len(), (inputs, outputs));
+        assert_eq!([w.len(), dw.len()], [inputs * outputs; 2], "w or dw is not [inputs, outputs]");
+        match (activation, dbias) {
+            (Activation::None, None) => {}
+            (Activation::None, dbias) => rows::column_sums(self, outputs, None, Dy::Read(dy), dbias)?,
+            (Activation::Relu, dbias) => rows::column_sums(self, outputs, Some(y), Dy::Updated(dy), dbias)?,
+        }
+        let (x_at, dy_at) = (x.pointer(), dy.pointer());
+        // SAFETY: lengths are checked above, and below for dx; dw and dx are borrowed mutably.
+        unsafe {
+            let factors = (Factor::transposed(x_at), Factor::plain(dy_at));
+            let dw = (dw.pointer(), Store::Overwrite);
+            self.product([inputs, outputs, rows], factors, dw, 0, Activation::None)?;
+            if let Some(Output { values: dx, store }) = dx {
+                assert_eq!(dx.len(), x.len(), "dx and x differ in length");
+                let factors = (Factor::plain(dy_at), Factor::transposed(w.pointer()));
+                self.product([rows, inputs, outputs], factors, (dx.pointer(), store), 0, Activation::None)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Sorts the rows by label, so that each half of the weight is multiplied with contiguous rows.
+    fn label_linear(
+        &self,
+        layer: LabelLinear<&Array<R, f32>, &Array<R, u32>>,
+        x: &Array<R, f32>,
+        y: Output<&mut Array<R, f32>>,
+    ) -> Result<(), DeviceError> {
+        let LabelLinear { w, bias, tokens_by_label, inputs, outputs } = layer;
+        rows_of(x.len(), y.values.len(), (inputs, outputs));
+        assert_eq!(w.len(), 2 * inputs * outputs, "w is not [2 * inputs, outputs]");
+        assert_eq!(bias.len(), outputs, "bias is not [outputs]");
+        let sorted_x = rows::split(self, inputs, tokens_by_label, x)?;
+        let sorted_y = self.array::<f32>(y.values.len())?;
+        for (label, first) in [(0, 0), (1, tokens_by_label[0].len())] {
+            let factors = (
+                Factor::plain(sorted_x.pointer_at(first * inputs)),
+                Factor::plain(w.pointer_at(label * inputs * outputs)),
+            );
+            let c = (sorted_y.pointer_at(first * outputs), Store::Overwrite);
+            let shape = [tokens_by_label[label].len(), outputs, inputs];
+            // SAFETY: `split` has checked that the two labels' rows are all rows; the result was made for as many.
+            unsafe { self.product(shape, factors, c, bias.pointer(), Activation::None)? };
+        }
+        Ok(rows::merge(self, outputs, tokens_by_label, &sorted_y, y)?)
+    }
+
+    fn label_linear_backward(
+        &self,
+        layer: LabelLinear<&Array<R, f32>, &Array<R, u32>>,
+        x: &Array<R, f32>,
+        dy: &Array<R, f32>,
+        gradients: LabelLinearGradients<&mut Array<R, f32>>,
+    ) -> Result<(), DeviceError> {
+        let LabelLinear { w, tokens_by_label, inputs, outputs, .. } = layer;
+        let LabelLinearGradients { dx, dw, dbias } = gradients;
+        rows_of(x.len(), dy.len(), (inputs, outputs));
+        assert_eq!([w.len(), dw.len()], [2 * inputs * outputs; 2], "w or dw is not [2 * inputs, outputs]");
+        assert_eq!(dx.len(), x.len(), "dx and x differ in length");
+        rows::column_sums(self, outputs, None, Dy::Read(dy), Some(dbias))?;
+        let sorted_x = rows::split(self, inputs, tokens_by_label, x)?;
+        let sorted_dy = rows::split(self, outputs, tokens_by_label, dy)?;
+        let sorted_dx = self.array::<f32>(dx.len())?;
+        for (label, first) in [(0, 0), (1, tokens_by_label[0].len())] {
+            let rows = tokens_by_label[label].len();
+            let dy = sorted_dy.pointer_at(first * outputs);
+            let half = label * inputs * outputs;
+            // SAFETY: `split` has checked that the two labels' rows are all rows; dx and dw have the lengths checked above.
+            unsafe {
+                let factors = (Factor::transposed(sorted_x.pointer_at(first * inputs)), Factor::plain(dy));
+                let dw = (dw.pointer_at(half), Store::Overwrite);
+                self.product([inputs, outputs, rows], factors, dw, 0, Activation::None)?;
+                let factors = (Factor::plain(dy), Factor::transposed(w.pointer_at(half)));
+                let dx = (sorted_dx.pointer_at(first * inputs), Store::Overwrite);
+                self.product([rows, inputs, outputs], factors, dx, 0, Activation::None)?;
+            }
+        }
+        Ok(rows::merge(self, inputs, tokens_by_label, &sorted_dx, Output::overwrite(dx))?)
+    }
 }

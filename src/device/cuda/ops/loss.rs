@@ -1,12 +1,12 @@
 //! Launches of `loss.cu`: losses and gradients, and sums left on the device.
 
-use crate::device::Slot;
 use crate::device::cuda::array::Array;
 use crate::device::cuda::error::CudaError;
 use crate::device::cuda::gpu::Gpu;
 use crate::device::cuda::kernel::{Block, Kernel, Launch, Module, Pointer};
 use crate::device::cuda::plan::rows::{THREADS, block_of, blocks, by_rows, lane_bits};
 use crate::device::cuda::runtime::Runtime;
+use crate::device::{DeviceError, Interests, Losses, Slot};
 use bytemuck::{Pod, Zeroable};
 
 const fn kernel(entry: &'static str) -> Kernel {
@@ -95,63 +95,68 @@ fn mean_over(rows: usize) -> f64 {
     if rows == 0 { 0.0 } else { 1.0 / rows as f64 }
 }
 
-/// See [`crate::device::Device::rank_loss`].
-pub(crate) fn rank<R: Runtime>(
-    gpu: &Gpu<R>,
-    bpr: f32,
-    [pos, neg, target]: [&Array<R, f32>; 3],
-    [d_pos, d_neg]: [&mut Array<R, f32>; 2],
-    losses: Slot<Array<R, f64>>,
-) -> Result<(), CudaError> {
-    let rows = target.len();
-    assert_eq!(
-        [pos, neg, d_pos, d_neg].map(|x| x.len()),
-        [rows; 4],
-        "logits, targets and gradients differ in length"
-    );
-    let launch = blocks(rows, THREADS);
-    let partial = gpu.array::<f64>(launch.grid[0] as usize * 2)?;
-    let params = RankParams {
-        pos: pos.pointer(),
-        neg: neg.pointer(),
-        target: target.pointer(),
-        d_pos: d_pos.pointer(),
-        d_neg: d_neg.pointer(),
-        partial: partial.pointer(),
-        rows: rows as u32,
-        bpr,
-    };
-    // SAFETY: lengths are checked above; gradients are borrowed mutably; partial has two values a block.
-    unsafe { gpu.launch(RANK, Launch { shared_bytes: BLOCK_SUM_SHARED as u32, ..launch }, &params)? };
-    reduce(gpu, &partial, 2, mean_over(rows), losses)
-}
+impl<R: Runtime> Losses for Gpu<R> {
+    fn rank_loss(
+        &self,
+        bpr: f32,
+        logits: Interests<&Array<R, f32>>,
+        target: &Array<R, f32>,
+        gradients: Interests<&mut Array<R, f32>>,
+        losses: Slot<Array<R, f64>>,
+    ) -> Result<(), DeviceError> {
+        let Interests { positive: pos, negative: neg } = logits;
+        let Interests { positive: d_pos, negative: d_neg } = gradients;
+        let rows = target.len();
+        assert_eq!(
+            [pos, neg, d_pos, d_neg].map(|x| x.len()),
+            [rows; 4],
+            "logits, targets and gradients differ in length"
+        );
+        let launch = blocks(rows, THREADS);
+        let partial = self.array::<f64>(launch.grid[0] as usize * 2)?;
+        let params = RankParams {
+            pos: pos.pointer(),
+            neg: neg.pointer(),
+            target: target.pointer(),
+            d_pos: d_pos.pointer(),
+            d_neg: d_neg.pointer(),
+            partial: partial.pointer(),
+            rows: rows as u32,
+            bpr,
+        };
+        // SAFETY: lengths are checked above; gradients are borrowed mutably; partial has two values a block.
+        unsafe { self.launch(RANK, Launch { shared_bytes: BLOCK_SUM_SHARED as u32, ..launch }, &params)? };
+        Ok(reduce(self, &partial, 2, mean_over(rows), losses)?)
+    }
 
-/// See [`crate::device::Device::cosine_loss`].
-pub(crate) fn cosine<R: Runtime>(
-    gpu: &Gpu<R>,
-    width: usize,
-    weight: f32,
-    [x, y]: [&Array<R, f32>; 2],
-    [dx, dy]: [&mut Array<R, f32>; 2],
-    loss: Slot<Array<R, f64>>,
-) -> Result<(), CudaError> {
-    assert!(x.len().is_multiple_of(width), "x is not [rows, width]");
-    assert_eq!([y, dx, dy].map(|a| a.len()), [x.len(); 3], "x, y and their gradients differ in length");
-    let rows = x.len() / width;
-    let launch = by_rows(rows, width);
-    let partial = gpu.array::<f64>(launch.grid[0] as usize)?;
-    let params = CosineParams {
-        x: x.pointer(),
-        y: y.pointer(),
-        dx: dx.pointer(),
-        dy: dy.pointer(),
-        partial: partial.pointer(),
-        rows: rows as u32,
-        width: width as u32,
-        bits: lane_bits(width),
-        weight,
-    };
-    // SAFETY: lengths are checked above; gradients are borrowed mutably; partial has a value a block.
-    unsafe { gpu.launch(COSINE, Launch { shared_bytes: BLOCK_SUM_SHARED as u32, ..launch }, &params)? };
-    reduce(gpu, &partial, 1, mean_over(rows), loss)
+    fn cosine_loss(
+        &self,
+        width: usize,
+        weight: f32,
+        vectors: Interests<&Array<R, f32>>,
+        gradients: Interests<&mut Array<R, f32>>,
+        loss: Slot<Array<R, f64>>,
+    ) -> Result<(), DeviceError> {
+        let Interests { positive: x, negative: y } = vectors;
+        let Interests { positive: dx, negative: dy } = gradients;
+        assert!(x.len().is_multiple_of(width), "x is not [rows, width]");
+        assert_eq!([y, dx, dy].map(|a| a.len()), [x.len(); 3], "x, y and their gradients differ in length");
+        let rows = x.len() / width;
+        let launch = by_rows(rows, width);
+        let partial = self.array::<f64>(launch.grid[0] as usize)?;
+        let params = CosineParams {
+            x: x.pointer(),
+            y: y.pointer(),
+            dx: dx.pointer(),
+            dy: dy.pointer(),
+            partial: partial.pointer(),
+            rows: rows as u32,
+            width: width as u32,
+            bits: lane_bits(width),
+            weight,
+        };
+        // SAFETY: lengths are checked above; gradients are borrowed mutably; partial has a value a block.
+        unsafe { self.launch(COSINE, Launch { shared_bytes: BLOCK_SUM_SHARED as u32, ..launch }, &params)? };
+        Ok(reduce(self, &partial, 1, mean_over(rows), loss)?)
+    }
 }

@@ -4,14 +4,14 @@
 //! guarantees them. [`crate::model`] checks a batch before it is copied to the device.
 
 pub mod attention;
-pub mod convert;
-pub mod embedding;
-pub mod layer_norm;
+pub(crate) mod convert;
+pub(crate) mod embedding;
+pub(crate) mod layer_norm;
 pub mod limits;
 pub(crate) mod linear;
-pub mod loss;
+pub(crate) mod loss;
 pub mod naive_attention;
-pub mod optimizer;
-pub mod prefix_mean;
-pub mod rows;
-pub mod target_attention;
+pub(crate) mod optimizer;
+pub(crate) mod prefix_mean;
+pub(crate) mod rows;
+pub(crate) mod target_attention;

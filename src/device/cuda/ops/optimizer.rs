@@ -2,12 +2,11 @@
 
 use super::loss::BLOCK_SUM_SHARED;
 use crate::device::cuda::array::{Array, Staging};
-use crate::device::cuda::error::CudaError;
 use crate::device::cuda::gpu::Gpu;
 use crate::device::cuda::kernel::{Block, Kernel, Launch, Module, Pointer};
 use crate::device::cuda::plan::rows::{THREADS, block_of};
 use crate::device::cuda::runtime::Runtime;
-use crate::device::{AdamRows, AdamStep, AdamTensor, Clip, Slot};
+use crate::device::{AdamRows, AdamStep, AdamTensor, Clip, DeviceError, Optimizer, Slot};
 use bytemuck::{Pod, Zeroable};
 
 const fn kernel(entry: &'static str) -> Kernel {
@@ -75,90 +74,92 @@ fn chunk_of(values: usize) -> usize {
     4096 * values.div_ceil(4096 * 4096).max(1)
 }
 
-/// See [`crate::device::Device::adam`].
-pub(crate) fn adam<R: Runtime>(
-    gpu: &Gpu<R>,
-    step: &AdamStep,
-    tensors: &mut [AdamTensor<Array<R, f32>, Array<R, u32>>],
-    norm: Slot<Array<R, f64>>,
-) -> Result<(), CudaError> {
-    assert!(norm.index < norm.values.len(), "the slot lies outside its buffer");
-    let chunk = chunk_of(tensors.iter().map(|t| t.gradient.len()).sum());
-    let mut chunks = 0;
-    let mut table = Vec::with_capacity(tensors.len());
-    for t in tensors.iter() {
-        assert_eq!(
-            [t.first.len(), t.second.len()],
-            [t.value.len(); 2],
-            "moments are as long as their tensor"
-        );
-        let (rows, width) = match t.rows {
-            None => {
-                assert_eq!(t.gradient.len(), t.value.len(), "a dense gradient is as long as its tensor");
-                (0, 1)
-            }
-            Some(AdamRows { index, width }) => {
-                assert_eq!(t.gradient.len(), index.len() * width, "a gradient by rows is [rows, width]");
-                (index.pointer(), width)
-            }
+impl<R: Runtime> Optimizer for Gpu<R> {
+    fn adam(
+        &self,
+        step: &AdamStep,
+        tensors: &mut [AdamTensor<Array<R, f32>, Array<R, u32>>],
+        norm: Slot<Array<R, f64>>,
+    ) -> Result<(), DeviceError> {
+        assert!(norm.index < norm.values.len(), "the slot lies outside its buffer");
+        let chunk = chunk_of(tensors.iter().map(|t| t.gradient.len()).sum());
+        let mut chunks = 0;
+        let mut table = Vec::with_capacity(tensors.len());
+        for t in tensors.iter() {
+            assert_eq!(
+                [t.first.len(), t.second.len()],
+                [t.value.len(); 2],
+                "moments are as long as their tensor"
+            );
+            let (rows, width) = match t.rows {
+                None => {
+                    assert_eq!(t.gradient.len(), t.value.len(), "a dense gradient is as long as its tensor");
+                    (0, 1)
+                }
+                Some(AdamRows { index, width }) => {
+                    assert_eq!(t.gradient.len(), index.len() * width, "a gradient by rows is [rows, width]");
+                    (index.pointer(), width)
+                }
+            };
+            table.push(Tensor {
+                value: t.value.pointer(),
+                first: t.first.pointer(),
+                second: t.second.pointer(),
+                gradient: t.gradient.pointer(),
+                rows,
+                len: t.gradient.len() as u64,
+                width: width as u32,
+                first_chunk: chunks as u32,
+            });
+            chunks += t.gradient.len().div_ceil(chunk);
+        }
+        // By pinned memory as well: a copy from any other may wait for the device.
+        let mut staging = Staging::new(self.runtime())?;
+        let table = staging.add(&table)?;
+        staging.send()?;
+        let squares = self.array::<f64>(chunks)?;
+        let tensor_square = self.array::<f64>(tensors.len())?;
+        let factor = self.array::<f32>(tensors.len() + 1)?;
+        let correction = |beta: f32| (1.0 - f64::from(beta).powf(step.step as f64)) as f32;
+        let (limit, global) = match step.clip {
+            None => (-1.0, 0),
+            Some(Clip::PerTensor(limit)) => (limit, 0),
+            Some(Clip::Global(limit)) => (limit, 1),
         };
-        table.push(Tensor {
-            value: t.value.pointer(),
-            first: t.first.pointer(),
-            second: t.second.pointer(),
-            gradient: t.gradient.pointer(),
-            rows,
-            len: t.gradient.len() as u64,
-            width: width as u32,
-            first_chunk: chunks as u32,
-        });
-        chunks += t.gradient.len().div_ceil(chunk);
-    }
-    // By pinned memory as well: a copy from any other may wait for the device.
-    let mut staging = Staging::new(gpu.runtime())?;
-    let table = staging.add(&table)?;
-    staging.send()?;
-    let squares = gpu.array::<f64>(chunks)?;
-    let tensor_square = gpu.array::<f64>(tensors.len())?;
-    let factor = gpu.array::<f32>(tensors.len() + 1)?;
-    let correction = |beta: f32| (1.0 - f64::from(beta).powf(step.step as f64)) as f32;
-    let (limit, global) = match step.clip {
-        None => (-1.0, 0),
-        Some(Clip::PerTensor(limit)) => (limit, 0),
-        Some(Clip::Global(limit)) => (limit, 1),
-    };
-    let params = OptimizerParams {
-        tensors: table.pointer(),
-        squares: squares.pointer(),
-        tensor_square: tensor_square.pointer(),
-        factor: factor.pointer(),
-        losses: norm.values.pointer(),
-        norm: norm.values.pointer_at(norm.index),
-        tensor_count: tensors.len() as u32,
-        chunk_count: chunks as u32,
-        chunk: chunk as u32,
-        loss_count: norm.index as u32,
-        lr: step.lr,
-        beta1: step.beta1,
-        beta2: step.beta2,
-        eps: step.eps,
-        correction1: correction(step.beta1),
-        correction2: correction(step.beta2),
-        limit,
-        global,
-    };
-    let by_chunk = |shared_bytes: usize| Launch {
-        grid: [chunks as u32, 1],
-        threads: THREADS as u32,
-        shared_bytes: shared_bytes as u32,
-    };
-    let norms = Launch { grid: [1, 1], threads: NORM_THREADS as u32, shared_bytes: 0 };
-    // SAFETY: the table has the addresses and checked lengths of tensors that are borrowed mutably; rows are their maker's;
-    // squares, tensor_square and factor are made for these counts; all are freed behind the launches on the same stream.
-    unsafe {
-        gpu.launch(SQUARES, by_chunk(BLOCK_SUM_SHARED), &params)?;
-        gpu.launch(NORMS, norms, &params)?;
-        gpu.launch(ADAM, by_chunk(0), &params)
+        let params = OptimizerParams {
+            tensors: table.pointer(),
+            squares: squares.pointer(),
+            tensor_square: tensor_square.pointer(),
+            factor: factor.pointer(),
+            losses: norm.values.pointer(),
+            norm: norm.values.pointer_at(norm.index),
+            tensor_count: tensors.len() as u32,
+            chunk_count: chunks as u32,
+            chunk: chunk as u32,
+            loss_count: norm.index as u32,
+            lr: step.lr,
+            beta1: step.beta1,
+            beta2: step.beta2,
+            eps: step.eps,
+            correction1: correction(step.beta1),
+            correction2: correction(step.beta2),
+            limit,
+            global,
+        };
+        let by_chunk = |shared_bytes: usize| Launch {
+            grid: [chunks as u32, 1],
+            threads: THREADS as u32,
+            shared_bytes: shared_bytes as u32,
+        };
+        let norms = Launch { grid: [1, 1], threads: NORM_THREADS as u32, shared_bytes: 0 };
+        // SAFETY: the table has the addresses and checked lengths of tensors that are borrowed mutably; rows are their maker's;
+        // squares, tensor_square and factor are made for these counts; all are freed behind the launches on the same stream.
+        unsafe {
+            self.launch(SQUARES, by_chunk(BLOCK_SUM_SHARED), &params)?;
+            self.launch(NORMS, norms, &params)?;
+            self.launch(ADAM, by_chunk(0), &params)?;
+        }
+        Ok(())
     }
 }
 

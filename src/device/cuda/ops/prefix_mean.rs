@@ -1,11 +1,11 @@
 //! Launches of `prefix_mean.cu`.
 
 use crate::device::cuda::array::Array;
-use crate::device::cuda::error::CudaError;
 use crate::device::cuda::gpu::Gpu;
 use crate::device::cuda::kernel::{Block, Kernel, Launch, Module, Pointer};
 use crate::device::cuda::plan::rows::{THREADS, block_of, lane_bits, vector};
 use crate::device::cuda::runtime::Runtime;
+use crate::device::{DeviceError, PrefixMean, Prefixes};
 use bytemuck::{Pod, Zeroable};
 
 const fn kernel(entry: &'static str) -> Kernel {
@@ -37,30 +37,22 @@ struct PrefixMeanParams {
 // As in prefix_mean.cu.
 const _: () = assert!(size_of::<PrefixMeanParams>() == 56);
 
-/// What both directions are told about sequences and groups; see [`crate::device::Device::prefix_mean`].
-pub(crate) struct Groups<'a, R: Runtime> {
-    pub start: &'a Array<R, u32>,
-    pub group_offsets: &'a Array<R, u32>,
-    pub count: &'a Array<R, u32>,
-    pub divisor: &'a Array<R, u32>,
-}
-
 fn params<R: Runtime>(
     width: usize,
-    groups: &Groups<R>,
+    prefixes: Prefixes<&Array<R, u32>>,
     x: &Array<R, f32>,
     mean: &Array<R, f32>,
 ) -> (Launch, PrefixMeanParams) {
-    let Groups { start, group_offsets, count, divisor } = groups;
-    assert_eq!(start.len(), group_offsets.len(), "start and group_offsets differ in length");
+    let Prefixes { cu_seqlens, group_offsets, count, divisor } = prefixes;
+    assert_eq!(cu_seqlens.len(), group_offsets.len(), "cu_seqlens and group_offsets differ in length");
     assert_eq!(count.len(), divisor.len(), "count and divisor differ in length");
     assert!(x.len().is_multiple_of(width), "x is not [tokens, width]");
     assert_eq!(mean.len(), count.len() * width, "mean is not [groups, width]");
     let bits = lane_bits(width);
     let chunks = width.div_ceil(vector(width) << bits);
-    let grid = [start.len().saturating_sub(1) as u32, chunks as u32];
+    let grid = [cu_seqlens.len().saturating_sub(1) as u32, chunks as u32];
     let params = PrefixMeanParams {
-        start: start.pointer(),
+        start: cu_seqlens.pointer(),
         group_offsets: group_offsets.pointer(),
         count: count.pointer(),
         divisor: divisor.pointer(),
@@ -72,28 +64,30 @@ fn params<R: Runtime>(
     (Launch { grid, threads: THREADS as u32, shared_bytes: SHARED as u32 }, params)
 }
 
-/// See [`crate::device::Device::prefix_mean`].
-pub(crate) fn forward<R: Runtime>(
-    gpu: &Gpu<R>,
-    width: usize,
-    groups: Groups<R>,
-    x: &Array<R, f32>,
-    mean: &mut Array<R, f32>,
-) -> Result<(), CudaError> {
-    let (launch, params) = params(width, &groups, x, mean);
-    // SAFETY: `params` has checked the lengths; offsets and counts are their maker's; mean is borrowed mutably.
-    unsafe { gpu.launch(FORWARD, launch, &params) }
-}
+impl<R: Runtime> PrefixMean for Gpu<R> {
+    fn prefix_mean(
+        &self,
+        width: usize,
+        prefixes: Prefixes<&Array<R, u32>>,
+        x: &Array<R, f32>,
+        mean: &mut Array<R, f32>,
+    ) -> Result<(), DeviceError> {
+        let (launch, params) = params(width, prefixes, x, mean);
+        // SAFETY: `params` has checked the lengths; the caller guarantees offsets and counts; mean is borrowed mutably.
+        unsafe { self.launch(FORWARD, launch, &params)? };
+        Ok(())
+    }
 
-/// See [`crate::device::Device::prefix_mean_backward`].
-pub(crate) fn backward<R: Runtime>(
-    gpu: &Gpu<R>,
-    width: usize,
-    groups: Groups<R>,
-    dmean: &Array<R, f32>,
-    dx: &mut Array<R, f32>,
-) -> Result<(), CudaError> {
-    let (launch, params) = params(width, &groups, dx, dmean);
-    // SAFETY: `params` has checked the lengths; offsets and counts are their maker's; dx is borrowed mutably.
-    unsafe { gpu.launch(BACKWARD, launch, &params) }
+    fn prefix_mean_backward(
+        &self,
+        width: usize,
+        prefixes: Prefixes<&Array<R, u32>>,
+        dmean: &Array<R, f32>,
+        dx: &mut Array<R, f32>,
+    ) -> Result<(), DeviceError> {
+        let (launch, params) = params(width, prefixes, dx, dmean);
+        // SAFETY: `params` has checked the lengths; the caller guarantees offsets and counts; dx is borrowed mutably.
+        unsafe { self.launch(BACKWARD, launch, &params)? };
+        Ok(())
+    }
 }

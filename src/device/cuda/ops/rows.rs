@@ -1,12 +1,13 @@
 //! Launches of `rows.cu`: passes over rows of activations.
 
-use crate::device::Store;
+use super::embedding::{SegmentedSum, segmented_sum};
 use crate::device::cuda::array::Array;
 use crate::device::cuda::error::CudaError;
 use crate::device::cuda::gpu::Gpu;
 use crate::device::cuda::kernel::{Block, Kernel, Launch, Module, Pointer};
 use crate::device::cuda::plan::rows::{THREADS, block_of, block_rows, blocks, by_rows, lane_bits, vector};
 use crate::device::cuda::runtime::Runtime;
+use crate::device::{Columns, ConcatPart, DeviceError, Output, Rows, Segments, Store};
 use bytemuck::{Pod, Zeroable};
 
 const fn kernel(entry: &'static str) -> Kernel {
@@ -115,16 +116,78 @@ const _: () = assert!(size_of::<ConcatParams>() == 88);
 const _: () = assert!(size_of::<TakePartParams>() == 40);
 const _: () = assert!(size_of::<SplitParams>() == 56);
 
-/// `y += x`
-pub(crate) fn add<R: Runtime>(
-    gpu: &Gpu<R>,
-    x: &Array<R, f32>,
-    y: &mut Array<R, f32>,
-) -> Result<(), CudaError> {
-    assert_eq!(x.len(), y.len(), "x and y differ in length");
-    let params = AddParams { x: x.pointer(), y: y.pointer(), len: x.len() as u64 };
-    // SAFETY: both arrays have `len` values, and y is borrowed mutably.
-    unsafe { gpu.launch(ADD, blocks(x.len(), THREADS * 4), &params) }
+impl<R: Runtime> Rows for Gpu<R> {
+    fn add(&self, x: &Array<R, f32>, y: &mut Array<R, f32>) -> Result<(), DeviceError> {
+        assert_eq!(x.len(), y.len(), "x and y differ in length");
+        let params = AddParams { x: x.pointer(), y: y.pointer(), len: x.len() as u64 };
+        // SAFETY: both arrays have `len` values, and y is borrowed mutably.
+        unsafe { self.launch(ADD, blocks(x.len(), THREADS * 4), &params)? };
+        Ok(())
+    }
+
+    fn concat(
+        &self,
+        width: usize,
+        parts: &[ConcatPart<&Array<R, f32>, &Array<R, u32>>],
+        y: &mut Array<R, f32>,
+    ) -> Result<(), DeviceError> {
+        assert!((1..=4).contains(&parts.len()), "1 to 4 parts, not {}", parts.len());
+        assert!(y.len().is_multiple_of(parts.len() * width), "y is not [rows, parts * width]");
+        let rows = y.len() / (parts.len() * width);
+        let mut params = ConcatParams {
+            y: y.pointer(),
+            rows: rows as u32,
+            width: width as u32,
+            bits: lane_bits(width),
+            part_count: parts.len() as u32,
+            ..ConcatParams::zeroed()
+        };
+        for (i, ConcatPart { values: x, index }) in parts.iter().enumerate() {
+            match index {
+                Some(index) => assert_eq!(index.len(), rows, "an index is not [rows]"),
+                None => assert_eq!(x.len(), rows * width, "a part without an index is not [rows, width]"),
+            }
+            params.parts[i] = x.pointer();
+            params.index[i] = index.map_or(0, Array::pointer);
+        }
+        let Launch { grid: [x, _], .. } = by_rows(rows, width);
+        let launch = Launch { grid: [x, parts.len() as u32], ..by_rows(rows, width) };
+        // SAFETY: lengths are checked above; values of indices are their maker's; y is borrowed mutably.
+        unsafe { self.launch(CONCAT, launch, &params)? };
+        Ok(())
+    }
+
+    fn concat_backward(
+        &self,
+        columns: Columns,
+        dy: &Array<R, f32>,
+        segments: Option<Segments<&Array<R, u32>>>,
+        dx: Output<&mut Array<R, f32>>,
+    ) -> Result<(), DeviceError> {
+        let Columns { width, part, parts } = columns;
+        if let Some(segments) = segments {
+            let (stride, column) = (parts * width, part * width);
+            let sum = SegmentedSum { sources: &[dy], stride, column, width, segments, l2: None };
+            return Ok(segmented_sum(self, sum, dx)?);
+        }
+        let Output { values: dx, store } = dx;
+        assert!(dx.len().is_multiple_of(width) && part < parts, "dx is not [rows, width]");
+        assert_eq!(dy.len(), dx.len() * parts, "dy is not [rows, parts * width]");
+        let rows = dx.len() / width;
+        let params = TakePartParams {
+            dy: dy.pointer(),
+            dx: dx.pointer(),
+            rows: rows as u32,
+            width: width as u32,
+            part: part as u32,
+            parts: parts as u32,
+            bits: lane_bits(width),
+            adds: (store == Store::Add).into(),
+        };
+        // SAFETY: lengths are checked above, and dx is borrowed mutably.
+        unsafe { self.launch(TAKE_PART, by_rows(rows, width), &params)? };
+        Ok(())
+    }
 }
 
 /// Sums of the columns of `dy: [rows, width]` to `sums`, after `dy = 0` where `y` is not positive, if there is a `y`.
@@ -204,63 +267,6 @@ pub(crate) fn reduce<R: Runtime>(
     unsafe { gpu.launch(REDUCE, launch, &params) }
 }
 
-/// See [`crate::device::Device::concat`].
-pub(crate) fn concat<R: Runtime>(
-    gpu: &Gpu<R>,
-    width: usize,
-    parts: &[(&Array<R, f32>, Option<&Array<R, u32>>)],
-    y: &mut Array<R, f32>,
-) -> Result<(), CudaError> {
-    assert!((1..=4).contains(&parts.len()), "1 to 4 parts, not {}", parts.len());
-    assert!(y.len().is_multiple_of(parts.len() * width), "y is not [rows, parts * width]");
-    let rows = y.len() / (parts.len() * width);
-    let mut params = ConcatParams {
-        y: y.pointer(),
-        rows: rows as u32,
-        width: width as u32,
-        bits: lane_bits(width),
-        part_count: parts.len() as u32,
-        ..ConcatParams::zeroed()
-    };
-    for (i, (x, index)) in parts.iter().enumerate() {
-        match index {
-            Some(index) => assert_eq!(index.len(), rows, "an index is not [rows]"),
-            None => assert_eq!(x.len(), rows * width, "a part without an index is not [rows, width]"),
-        }
-        params.parts[i] = x.pointer();
-        params.index[i] = index.map_or(0, Array::pointer);
-    }
-    let Launch { grid: [x, _], .. } = by_rows(rows, width);
-    let launch = Launch { grid: [x, parts.len() as u32], ..by_rows(rows, width) };
-    // SAFETY: lengths are checked above; values of indices are their maker's; y is borrowed mutably.
-    unsafe { gpu.launch(CONCAT, launch, &params) }
-}
-
-/// See [`crate::device::Device::concat_backward`], without segments.
-pub(crate) fn take_part<R: Runtime>(
-    gpu: &Gpu<R>,
-    width: usize,
-    (part, parts): (usize, usize),
-    dy: &Array<R, f32>,
-    (dx, store): (&mut Array<R, f32>, Store),
-) -> Result<(), CudaError> {
-    assert!(dx.len().is_multiple_of(width) && part < parts, "dx is not [rows, width]");
-    assert_eq!(dy.len(), dx.len() * parts, "dy is not [rows, parts * width]");
-    let rows = dx.len() / width;
-    let params = TakePartParams {
-        dy: dy.pointer(),
-        dx: dx.pointer(),
-        rows: rows as u32,
-        width: width as u32,
-        part: part as u32,
-        parts: parts as u32,
-        bits: lane_bits(width),
-        adds: (store == Store::Add).into(),
-    };
-    // SAFETY: lengths are checked above, and dx is borrowed mutably.
-    unsafe { gpu.launch(TAKE_PART, by_rows(rows, width), &params) }
-}
-
 /// The rows of `x`, those of label 0 first.
 pub(crate) fn split<R: Runtime>(
     gpu: &Gpu<R>,
@@ -282,8 +288,9 @@ pub(crate) fn merge<R: Runtime>(
     width: usize,
     tokens_by_label: [&Array<R, u32>; 2],
     x: &Array<R, f32>,
-    (y, store): (&mut Array<R, f32>, Store),
+    y: Output<&mut Array<R, f32>>,
 ) -> Result<(), CudaError> {
+    let Output { values: y, store } = y;
     let params = split_params(width, tokens_by_label, x, y, store);
     let rows = tokens_by_label[0].len() + tokens_by_label[1].len();
     // SAFETY: `split_params` has checked the lengths; y is borrowed mutably.

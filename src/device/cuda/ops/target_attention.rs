@@ -11,7 +11,10 @@ use crate::device::cuda::plan::target::{Item, Pair, Row, TargetLists, Tile};
 use crate::device::cuda::plan::target_params::*;
 use crate::device::cuda::plan::target_shape::{ROW_THREADS, Shape, WARPS};
 use crate::device::cuda::runtime::{Limits, Precision, Runtime};
-use crate::device::{Activation, Store, TargetCounts, TargetIndex, TargetWeights};
+use crate::device::{
+    Activation, DeviceError, Store, TargetAttention, TargetCounts, TargetGradients, TargetIndex,
+    TargetInputs, TargetShape, TargetState, TargetWeights,
+};
 use bytemuck::{Pod, Zeroable};
 
 impl Shape {
@@ -67,8 +70,7 @@ impl<R: Runtime> TargetPlan<R> {
     pub(crate) fn new(
         gpu: &Gpu<R>,
         staging: &mut Staging<R>,
-        width: usize,
-        hidden: [usize; 2],
+        TargetShape { width, hidden }: TargetShape,
         index: TargetIndex<&[u32]>,
     ) -> Result<Self, CudaError> {
         let shape = Shape::of(width, hidden)?;
@@ -97,19 +99,20 @@ impl<R: Runtime> TargetPlan<R> {
         })
     }
 
-    /// Panics where a buffer's length does not fit.
+    /// Panics if the length of a buffer contradicts the index.
     fn check(
         &self,
-        [s, a, r]: [&Array<R, f32>; 3],
-        weights: &TargetWeights<usize>,
-        [e, lse, att]: [&Array<R, f32>; 3],
+        inputs: TargetInputs<&Array<R, f32>>,
+        weights: TargetWeights<usize>,
+        state: TargetState<&Array<R, f32>>,
     ) {
+        let (TargetInputs { s, a, r }, TargetState { e, lse, att }) = (inputs, state);
         let (TargetCounts { tokens, pairs, scores, rows }, d, [h0, h1]) =
             (self.counts, self.width, self.hidden);
         assert_eq!([s.len(), a.len()], [tokens * d; 2], "s and a are not [N, D]");
         assert_eq!(r.len(), pairs * d, "r is not [C, D]");
         assert_eq!([e.len(), lse.len(), att.len()], [scores, rows, rows * d], "e, lse, att");
-        let TargetWeights { w0, b0, w1, b1, w2, b2 } = *weights;
+        let TargetWeights { w0, b0, w1, b1, w2, b2 } = weights;
         assert_eq!([w0, b0, w1, b1, w2, b2], [4 * d * h0, h0, h0 * h1, h1, h1, 1], "the target weights");
     }
 }
@@ -222,7 +225,7 @@ impl<R: Runtime> Call<'_, R> {
     fn softmax(
         &self,
         s: &Array<R, f32>,
-        [e, lse, att]: [&Array<R, f32>; 3],
+        TargetState { e, lse, att }: TargetState<&Array<R, f32>>,
         [datt, de, ds]: [Pointer; 3],
     ) -> SoftmaxParams {
         let plan = self.plan;
@@ -267,115 +270,128 @@ fn launch_of(block: Block, count: usize) -> Launch {
     }
 }
 
-fn lengths<R: Runtime>(weights: &TargetWeights<&Array<R, f32>>) -> TargetWeights<usize> {
-    let TargetWeights { w0, b0, w1, b1, w2, b2 } = weights;
-    TargetWeights { w0: w0.len(), b0: b0.len(), w1: w1.len(), b1: b1.len(), w2: w2.len(), b2: b2.len() }
-}
+impl<R: Runtime> TargetAttention for Gpu<R> {
+    type TargetPlan = TargetPlan<R>;
 
-/// See [`crate::device::Device::target_attention`].
-pub(crate) fn forward<R: Runtime>(
-    gpu: &Gpu<R>,
-    plan: &TargetPlan<R>,
-    [s, a, r]: [&Array<R, f32>; 3],
-    weights: TargetWeights<&Array<R, f32>>,
-    [e, lse, att]: [&mut Array<R, f32>; 3],
-) -> Result<(), CudaError> {
-    plan.check([s, a, r], &lengths(&weights), [e, lse, att]);
-    let call = Call { gpu, plan };
-    let first = call.first_layer(a, r, &weights)?;
-    let block = plan.shape.scores(element(gpu.precision()));
-    let count = resident(&gpu.runtime().limits(), block, plan.items.len().div_ceil(WARPS));
-    let params = PerceptronParams { e: e.pointer(), ..call.perceptron([a, r], &first, &weights, count) };
-    // SAFETY: `check` and `first_layer` see to the shapes, and the plan's lists are inside of them; e is borrowed mutably.
-    unsafe { call.launch("target_scores", launch_of(block, count), &params)? };
-    let params = call.softmax(s, [e, lse, att], [0; 3]);
-    // SAFETY: as above; lse and att are borrowed mutably.
-    unsafe { call.launch("target_softmax", blocks(plan.rows.len(), ROW_THREADS / 32), &params) }
-}
-
-/// See [`crate::device::Device::target_attention_backward`].
-pub(crate) fn backward<R: Runtime>(
-    gpu: &Gpu<R>,
-    plan: &TargetPlan<R>,
-    [s, a, r]: [&Array<R, f32>; 3],
-    weights: TargetWeights<&Array<R, f32>>,
-    [e, lse, att, datt]: [&Array<R, f32>; 4],
-    [ds, da, dr]: [&mut Array<R, f32>; 3],
-    gradients: TargetWeights<&mut Array<R, f32>>,
-) -> Result<(), CudaError> {
-    plan.check([s, a, r], &lengths(&weights), [e, lse, att]);
-    let TargetWeights { w0, b0, w1, b1, w2, b2 } = gradients;
-    let read = TargetWeights { w0: &*w0, b0: &*b0, w1: &*w1, b1: &*b1, w2: &*w2, b2: &*b2 };
-    plan.check([ds, da, dr], &lengths(&read), [e, lse, datt]);
-    let (call, counts, shape) = (Call { gpu, plan }, plan.counts, plan.shape);
-    let (d, h0) = (plan.width, shape.hidden0);
-
-    let de = gpu.array::<f32>(counts.scores)?;
-    let params = call.softmax(s, [e, lse, att], [datt.pointer(), de.pointer(), ds.pointer()]);
-    // SAFETY: `check` sees to the shapes, and the plan's lists are inside of them; ds is borrowed mutably.
-    unsafe {
-        let launch = launch_of(shape.softmax_backward(), plan.tiles.len());
-        call.launch("target_softmax_backward", launch, &params)?;
+    fn target_plan(
+        &self,
+        staging: &mut Staging<R>,
+        shape: TargetShape,
+        index: TargetIndex<&[u32]>,
+    ) -> Result<TargetPlan<R>, DeviceError> {
+        Ok(TargetPlan::new(self, staging, shape, index)?)
     }
 
-    let first = call.first_layer(a, r, &weights)?;
-    let block = shape.backward(element(gpu.precision()));
-    let count = resident(&gpu.runtime().limits(), block, plan.items.len());
-    let token_sums = gpu.array::<f32>(plan.items.len() * 16 * shape.sums())?;
-    let pair_sums = gpu.array::<f32>(plan.units * shape.sums())?;
-    let weight_sums = gpu.array::<f32>(count * shape.weight_sums())?;
-    let params = PerceptronParams {
-        de: de.pointer(),
-        token_sums: token_sums.pointer(),
-        pair_sums: pair_sums.pointer(),
-        weight_sums: weight_sums.pointer(),
-        ..call.perceptron([a, r], &first, &weights, count)
-    };
-    // SAFETY: as above; the sums were made for the items, units and blocks there are.
-    unsafe { call.launch("target_backward", launch_of(block, count), &params)? };
-
-    let (mut dz, mut dc) = (gpu.array::<f32>(counts.tokens * h0)?, gpu.array::<f32>(counts.pairs * h0)?);
-    // SAFETY: as above; da and dr are borrowed mutably, dz and dc were just made.
-    unsafe {
-        let params = call.sum(plan.tiles.pointer(), &token_sums, [&dz, da]);
-        call.launch("target_sum_tokens", blocks(plan.tiles.len(), 1), &params)?;
-        let params = call.sum(plan.pairs.pointer(), &pair_sums, [&dc, dr]);
-        let quads = counts.pairs * shape.sums() / 4;
-        call.launch("target_sum_pairs", blocks(quads, ROW_THREADS), &params)?;
+    fn target_attention(
+        &self,
+        plan: &TargetPlan<R>,
+        inputs: TargetInputs<&Array<R, f32>>,
+        weights: TargetWeights<&Array<R, f32>>,
+        state: TargetState<&mut Array<R, f32>>,
+    ) -> Result<(), DeviceError> {
+        let TargetInputs { s, a, r } = inputs;
+        let state = TargetState { e: &*state.e, lse: &*state.lse, att: &*state.att };
+        plan.check(inputs, weights.map(Array::len), state);
+        let (gpu, call, e) = (self, Call { gpu: self, plan }, state.e);
+        let first = call.first_layer(a, r, &weights)?;
+        let block = plan.shape.scores(element(gpu.precision()));
+        let count = resident(&gpu.runtime().limits(), block, plan.items.len().div_ceil(WARPS));
+        let params = PerceptronParams { e: e.pointer(), ..call.perceptron([a, r], &first, &weights, count) };
+        // SAFETY: `check` and `first_layer` see to the shapes, and the plan's lists are inside of them; e is borrowed mutably.
+        unsafe { call.launch("target_scores", launch_of(block, count), &params)? };
+        let params = call.softmax(s, state, [0; 3]);
+        // SAFETY: as above; lse and att are borrowed mutably.
+        unsafe { call.launch("target_softmax", blocks(plan.rows.len(), ROW_THREADS / 32), &params)? };
+        Ok(())
     }
 
-    let mut sums = gpu.array::<f32>(shape.weight_sums())?;
-    rows::reduce(gpu, &weight_sums, count, [Some(&mut sums), None])?;
-    let mut of_bias = gpu.array::<f32>(h0)?;
-    rows::column_sums(gpu, h0, None, Dy::Read(&dc), Some(&mut of_bias))?;
-    let (mut of_token, mut of_candidate) = (gpu.array::<f32>(d * h0)?, gpu.array::<f32>(d * h0)?);
-    for (x, dx, hidden, weight, gradient, rows) in [
-        (a, da, &mut dz, &first.token, &mut of_token, counts.tokens),
-        (r, dr, &mut dc, &first.candidate, &mut of_candidate, counts.pairs),
-    ] {
-        let into = (gradient, Store::Overwrite);
-        call.product([d, h0, rows], (x, true), (hidden, false), into, 0)?;
-        call.product([rows, d, h0], (hidden, false), (weight, true), (dx, Store::Add), 0)?;
+    fn target_attention_backward(
+        &self,
+        plan: &TargetPlan<R>,
+        inputs: TargetInputs<&Array<R, f32>>,
+        weights: TargetWeights<&Array<R, f32>>,
+        state: TargetState<&Array<R, f32>>,
+        datt: &Array<R, f32>,
+        gradients: TargetGradients<&mut Array<R, f32>>,
+    ) -> Result<(), DeviceError> {
+        let TargetInputs { s, a, r } = inputs;
+        plan.check(inputs, weights.map(Array::len), state);
+        let TargetGradients { ds, da, dr, weights: TargetWeights { w0, b0, w1, b1, w2, b2 } } = gradients;
+        let written = TargetWeights { w0: &*w0, b0: &*b0, w1: &*w1, b1: &*b1, w2: &*w2, b2: &*b2 };
+        let (of_inputs, of_rows) =
+            (TargetInputs { s: &*ds, a: &*da, r: &*dr }, TargetState { att: datt, ..state });
+        plan.check(of_inputs, written.map(Array::len), of_rows);
+        let (gpu, call, counts, shape) = (self, Call { gpu: self, plan }, plan.counts, plan.shape);
+        let (d, h0) = (plan.width, shape.hidden0);
+
+        let de = gpu.array::<f32>(counts.scores)?;
+        let params = call.softmax(s, state, [datt.pointer(), de.pointer(), ds.pointer()]);
+        // SAFETY: `check` sees to the shapes, and the plan's lists are inside of them; ds is borrowed mutably.
+        unsafe {
+            let launch = launch_of(shape.softmax_backward(), plan.tiles.len());
+            call.launch("target_softmax_backward", launch, &params)?;
+        }
+
+        let first = call.first_layer(a, r, &weights)?;
+        let block = shape.backward(element(gpu.precision()));
+        let count = resident(&gpu.runtime().limits(), block, plan.items.len());
+        let token_sums = gpu.array::<f32>(plan.items.len() * 16 * shape.sums())?;
+        let pair_sums = gpu.array::<f32>(plan.units * shape.sums())?;
+        let weight_sums = gpu.array::<f32>(count * shape.weight_sums())?;
+        let params = PerceptronParams {
+            de: de.pointer(),
+            token_sums: token_sums.pointer(),
+            pair_sums: pair_sums.pointer(),
+            weight_sums: weight_sums.pointer(),
+            ..call.perceptron([a, r], &first, &weights, count)
+        };
+        // SAFETY: as above; the sums were made for the items, units and blocks there are.
+        unsafe { call.launch("target_backward", launch_of(block, count), &params)? };
+
+        let (mut dz, mut dc) = (gpu.array::<f32>(counts.tokens * h0)?, gpu.array::<f32>(counts.pairs * h0)?);
+        // SAFETY: as above; da and dr are borrowed mutably, dz and dc were just made.
+        unsafe {
+            let params = call.sum(plan.tiles.pointer(), &token_sums, [&dz, da]);
+            call.launch("target_sum_tokens", blocks(plan.tiles.len(), 1), &params)?;
+            let params = call.sum(plan.pairs.pointer(), &pair_sums, [&dc, dr]);
+            let quads = counts.pairs * shape.sums() / 4;
+            call.launch("target_sum_pairs", blocks(quads, ROW_THREADS), &params)?;
+        }
+
+        let mut sums = gpu.array::<f32>(shape.weight_sums())?;
+        rows::reduce(gpu, &weight_sums, count, [Some(&mut sums), None])?;
+        let mut of_bias = gpu.array::<f32>(h0)?;
+        rows::column_sums(gpu, h0, None, Dy::Read(&dc), Some(&mut of_bias))?;
+        let (mut of_token, mut of_candidate) = (gpu.array::<f32>(d * h0)?, gpu.array::<f32>(d * h0)?);
+        for (x, dx, hidden, weight, gradient, rows) in [
+            (a, da, &mut dz, &first.token, &mut of_token, counts.tokens),
+            (r, dr, &mut dc, &first.candidate, &mut of_candidate, counts.pairs),
+        ] {
+            let into = (gradient, Store::Overwrite);
+            call.product([d, h0, rows], (x, true), (hidden, false), into, 0)?;
+            call.product([rows, d, h0], (hidden, false), (weight, true), (dx, Store::Add), 0)?;
+        }
+        let params = GradientParams {
+            token: of_token.pointer(),
+            candidate: of_candidate.pointer(),
+            bias: of_bias.pointer(),
+            sums: sums.pointer(),
+            w0: w0.pointer(),
+            b0: b0.pointer(),
+            w1: w1.pointer(),
+            b1: b1.pointer(),
+            w2: w2.pointer(),
+            b2: b2.pointer(),
+            width: d as u32,
+            hidden0: plan.hidden[0] as u32,
+            hidden1: plan.hidden[1] as u32,
+            unused: 0,
+        };
+        let longest = w0.len().max(w1.len());
+        let Launch { grid: [x, _], .. } = blocks(longest, ROW_THREADS);
+        let launch = Launch { grid: [x, 3], ..blocks(longest, ROW_THREADS) };
+        // SAFETY: `check` has the gradients' lengths, and they are borrowed mutably.
+        unsafe { call.launch("target_gradients", launch, &params)? };
+        Ok(())
     }
-    let params = GradientParams {
-        token: of_token.pointer(),
-        candidate: of_candidate.pointer(),
-        bias: of_bias.pointer(),
-        sums: sums.pointer(),
-        w0: w0.pointer(),
-        b0: b0.pointer(),
-        w1: w1.pointer(),
-        b1: b1.pointer(),
-        w2: w2.pointer(),
-        b2: b2.pointer(),
-        width: d as u32,
-        hidden0: plan.hidden[0] as u32,
-        hidden1: plan.hidden[1] as u32,
-        unused: 0,
-    };
-    let longest = w0.len().max(w1.len());
-    let Launch { grid: [x, _], .. } = blocks(longest, ROW_THREADS);
-    let launch = Launch { grid: [x, 3], ..blocks(longest, ROW_THREADS) };
-    // SAFETY: `check` has the gradients' lengths, and they are borrowed mutably.
-    unsafe { call.launch("target_gradients", launch, &params) }
 }

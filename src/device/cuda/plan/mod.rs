@@ -2,9 +2,9 @@
 
 pub mod attention;
 pub mod params;
-pub mod rows;
+pub(crate) mod rows;
 mod shared_memory;
-pub mod target;
+pub(crate) mod target;
 pub(crate) mod target_params;
 pub mod target_shape;
 pub mod tile;

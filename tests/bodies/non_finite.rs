@@ -1,11 +1,12 @@
-//! Attention on input that is not finite: what may show it, and that all else keeps its bits. One body, run on every device.
+//! Non-finite propagation in attention: which results a non-finite input may change, on every
+//! device. All other results keep their bits.
 
 use dfar::attention::{FhaOptions, Inputs};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::ops::Range;
 
-/// What the passes write.
+/// Results of both passes.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Results {
     pub o: Vec<f32>,
@@ -14,7 +15,7 @@ pub struct Results {
     pub gradients: [Vec<f32>; 3],
 }
 
-/// Which tensor holds something that is not finite.
+/// The tensor with a non-finite value.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Spoiled {
     Q,
@@ -23,8 +24,8 @@ enum Spoiled {
     DO,
 }
 
-/// The tokens of a sequence of `tokens` whose results may show that its token `at` is not finite: (`o`, `lse`, `dq`, `dk`, `dv`),
-/// as docs/kernels.md promises. All others keep their bits.
+/// Tokens of a sequence of `tokens` whose (`o`, `lse`, `dq`, `dk`, `dv`) depend on a non-finite
+/// token `at`, as in docs/kernels.md.
 fn may_show(spoiled: Spoiled, causal: bool, at: usize, tokens: usize) -> [Range<usize>; 5] {
     let (none, own, all) = (0..0, at..at + 1, 0..tokens);
     let (later, earlier) = if causal { (at..tokens, 0..at + 1) } else { (all.clone(), all.clone()) };
@@ -36,9 +37,9 @@ fn may_show(spoiled: Spoiled, causal: bool, at: usize, tokens: usize) -> [Range<
     }
 }
 
-/// Spoils token `at` of sequence `sequence` of a random batch, tensor by tensor and in several ways, for `run`, which is given
-/// options, inputs and the gradient of `o`.
-pub fn judge_spoiled(
+/// Puts non-finite values into token `at` of sequence `sequence` of a random batch, tensor by
+/// tensor. `run` computes the results from options, inputs and the gradient of `o`.
+pub fn check_propagation(
     options: FhaOptions,
     lengths: &[usize],
     sequence: usize,
@@ -61,7 +62,7 @@ pub fn judge_spoiled(
     };
     let (clean, start) = (run(&tensors), lengths[..sequence].iter().sum::<usize>());
     for spoiled in [Spoiled::Q, Spoiled::K, Spoiled::V, Spoiled::DO] {
-        // Everything about the token, or one feature of each head.
+        // All features of the token, or one feature per head.
         for (bad, step) in [
             (f32::NAN, 1),
             (f32::NAN, options.head_dim),
@@ -93,7 +94,7 @@ pub fn judge_spoiled(
                         assert!(x == clean, "{tensor} of token {token}: {name}");
                     }
                 }
-                // An infinite score can be one of -inf, which is a weight of 0.
+                // An infinite value can give a score of -inf, which has weight 0.
                 assert!(shows || may_show.is_empty() || bad.is_infinite(), "{tensor} should show {name}");
             }
         }

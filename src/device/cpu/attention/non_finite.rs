@@ -1,14 +1,14 @@
-//! What is not finite reaches only what depends on it, in the backward pass too.
+//! Non-finite propagation in the backward pass: a non-finite input reaches only the gradients that depend on it.
 //!
-//! A key that a row does not see has a probability of 0 and is left in the products of its tile, which costs less than to leave it
-//! out. But 0 times NaN is NaN, and so rows and keys of one tile could spoil each other. Every fault shows in `dq`; where it does,
-//! the sequence is computed once more with 0 in place of all that is not finite. What does not depend on a fault is the same in
-//! both but for the faults of its neighbours, and is taken from there.
+//! A masked key takes part in the products of its tile with probability 0, because skipping it would cost more. But
+//! 0 times NaN is NaN, so a non-finite value can spread to other rows and keys of the tile. It always shows in `dq`.
+//! If `dq` of a sequence is non-finite, the backward pass runs again with every non-finite input replaced by 0, and
+//! gradients that do not depend on a non-finite input are taken from the second run.
 
 use super::{Saved, Sequence};
 
 pub(super) fn is_finite(x: &[f32]) -> bool {
-    // Without branches: what is finite is 0 times itself.
+    // Without branches: x * 0 is 0 for finite x and NaN otherwise.
     let mut sums = [0.0f32; 16];
     let mut blocks = x.chunks_exact(sums.len());
     for block in &mut blocks {
@@ -19,8 +19,8 @@ pub(super) fn is_finite(x: &[f32]) -> bool {
     sums.iter().chain(blocks.remainder()).all(|x| x.is_finite())
 }
 
-/// Gives gradients of a causal sequence that `backward` has computed the values they have without the faults that they do not
-/// depend on.
+/// Recomputes the gradients of a causal sequence that do not depend on a non-finite input. `gradients` holds the result
+/// of `backward`.
 pub(super) fn confine(
     sequence: Sequence,
     saved: &Saved,
@@ -36,7 +36,7 @@ pub(super) fn confine(
     let [o, d_o] = [saved.o, saved.d_o].map(|x| spoiled(x, shape.output_width()));
     let lse = spoiled(saved.lse, shape.query_slots);
 
-    // Keys see what comes later, queries what came before.
+    // A query reads earlier keys; the gradient of a key reads later queries.
     let seen_from = (0..tokens).find(|&t| k[t] || v[t]).unwrap_or(tokens);
     let end = |spoiled: &dyn Fn(usize) -> bool| (0..tokens).rev().find(|&t| spoiled(t)).map_or(0, |t| t + 1);
     let row = |t: usize| q[t] || lse[t] || d_o[t];

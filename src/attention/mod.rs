@@ -8,9 +8,10 @@
 //! | `o` | `[N, Q, K, d]` f32 | output; `Q` = [`FhaOptions::query_slots`], `K` = [`FhaOptions::key_slots`] |
 //! | `lse` | `[N, Q]` f32 | natural logarithm of each softmax denominator |
 //!
-//! [`forward`] and [`backward`] run on the CPU engine: fused, vectorised, and parallel over sequences and over tiles of
-//! long sequences. Memory is proportional to the number of tokens, and results are bitwise equal for any number of
-//! threads. [`reference`](mod@reference) is a naive implementation in f64.
+//! [`forward`] and [`backward`] run on the CPU engine: fused, vectorised, and parallel over
+//! sequences and over tiles of long sequences. Memory is proportional to the number of tokens, and
+//! results are bitwise equal for any number of threads. [`reference`](mod@reference) is a naive
+//! implementation in f64.
 //!
 //! ```
 //! use dfar::attention::{FhaOptions, Inputs, forward};
@@ -38,7 +39,8 @@ pub(crate) use check::length;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Normalization {
-    /// All key heads of all visible tokens enter the denominator. The label mask is applied after the softmax.
+    /// All key heads of all visible tokens enter the denominator. The label mask is applied after
+    /// the softmax.
     #[default]
     Joint,
     /// Only the kept (token, key head) pairs enter the denominator.
@@ -100,8 +102,8 @@ impl FhaOptions {
         }
     }
 
-    /// `Q`, the query heads stored per token: `H/2` under the label mask, where slot `a` is head `a + label * H/2`, else
-    /// `H`.
+    /// `Q`, the query heads stored per token: `H/2` under the label mask, where slot `a` is head
+    /// `a + label * H/2`, else `H`.
     pub fn query_slots(&self) -> usize {
         match self.label_mask {
             LabelMask::Feedback => self.heads / 2,
@@ -139,7 +141,8 @@ pub struct Inputs<'a, T = f32> {
     pub v: &'a [T],
     /// Prefix sums of the sequence lengths, `[B + 1]`.
     pub cu_seqlens: &'a [u32],
-    /// Feedback of each token, `[N]`: 0 or 1. Ignored with [`LabelMask::None`], and may then be empty.
+    /// Feedback of each token, `[N]`: 0 or 1. Ignored with [`LabelMask::None`], and may then be
+    /// empty.
     pub label: &'a [u8],
 }
 

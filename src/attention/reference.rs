@@ -1,8 +1,9 @@
 //! The naive operation: all scores of a sequence in memory, one loop per index of the formulas.
 //!
-//! [`forward`] and [`backward`] compute in f64; the tests compare the fused engine with them. [`naive_forward`] and
-//! [`naive_backward`] are the same code in f32, the unfused baseline of the benchmarks. Sequences run in parallel, and
-//! the code is compiled for the instruction set of the fused engine.
+//! [`forward`] and [`backward`] compute in f64; the tests compare the fused engine with them.
+//! [`naive_forward`] and [`naive_backward`] are the same code in f32, the unfused baseline of the
+//! benchmarks. Sequences run in parallel, and the code is compiled for the instruction set of the
+//! fused engine.
 
 use super::{
     AttentionError, FhaOptions, Gradients, Inputs, LabelMask, Normalization, Pairing, check::length,
@@ -148,7 +149,8 @@ fn widen(x: &[f32]) -> Vec<f64> {
     x.iter().map(|&x| f64::from(x)).collect()
 }
 
-/// The forward pass in any precision. The caller has validated the arguments with [`FhaOptions::check`].
+/// The forward pass in any precision. The caller has validated the arguments with
+/// [`FhaOptions::check`].
 pub fn forward_in<F: Real>(
     options: &FhaOptions,
     tokens: Tokens<F>,
@@ -160,8 +162,8 @@ pub fn forward_in<F: Real>(
     Output { o: concat(&parts, |x| &x.o), lse: concat(&parts, |x| &x.lse) }
 }
 
-/// The backward pass in any precision. The caller has validated the arguments with [`FhaOptions::check`] and the length of
-/// `d_o`, `[N, Q, K, d]`.
+/// The backward pass in any precision. The caller has validated the arguments with
+/// [`FhaOptions::check`] and the length of `d_o`, `[N, Q, K, d]`.
 pub fn backward_in<F: Real>(
     options: &FhaOptions,
     tokens: Tokens<F>,

@@ -1,7 +1,7 @@
 //! Prefetching: worker threads prepare items, the consumer receives them in order.
 //!
-//! An item depends only on its index, so the number of workers does not change results. The number of items in
-//! preparation is bounded, and so is their memory.
+//! An item depends only on its index, so the number of workers does not change results. The number
+//! of items in preparation is bounded, and so is their memory.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 /// Items per worker that are started and not yet consumed: one in progress and one ready.
 const AHEAD: usize = 2;
 
-/// Calls `consume` with the items `make(i)` for `i` of `range`, in order. `workers` threads (at least 1) prepare them ahead.
-/// When `consume` returns, items that are not started are dropped.
+/// Calls `consume` with the items `make(i)` for `i` of `range`, in order. `workers` threads (at
+/// least 1) prepare them ahead. When `consume` returns, items that are not started are dropped.
 ///
 /// # Panics
 /// Passes on panics of `make` and `consume`.
@@ -111,7 +111,8 @@ struct State<T> {
 }
 
 impl<T> Line<T> {
-    /// The loop of a worker: starts items while the bound permits, until the range ends or the queue closes.
+    /// The loop of a worker: starts items while the bound permits, until the range ends or the
+    /// queue closes.
     fn work(&self, make: impl Fn(usize) -> T) {
         // A panic of a worker closes the queue, so the consumer does not wait for its item.
         let _alarm = Alarm(self);

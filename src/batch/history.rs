@@ -1,8 +1,9 @@
 //! Histories: the events that the model reads, their labels, and the cut of long histories.
 //!
-//! A question about event `t` ("would the user like this item next?") is answered from the events before `t`. All
-//! questions with a history of at most `max_length` events share one encoder pass. Later questions need windows, because
-//! positions count from the oldest kept event. [`Cut`] sets the starts of windows.
+//! A question about event `t` ("would the user like this item next?") is answered from the events
+//! before `t`. All questions with a history of at most `max_length` events share one encoder pass.
+//! Later questions need windows, because positions count from the oldest kept event. [`Cut`] sets
+//! the starts of windows.
 
 use super::{Group, History};
 use serde::{Deserialize, Serialize};
@@ -13,9 +14,9 @@ use std::borrow::Cow;
 pub struct Cut {
     /// Longest history of the model.
     pub max_length: usize,
-    /// Windows start at multiples of `stride`, and the questions between two starts share a window. A cut history keeps
-    /// more than `max_length - stride` of the latest events. A stride of 1 keeps exactly `max_length`, with one window per
-    /// question.
+    /// Windows start at multiples of `stride`, and the questions between two starts share a window.
+    /// A cut history keeps more than `max_length - stride` of the latest events. A stride of 1
+    /// keeps exactly `max_length`, with one window per question.
     pub stride: usize,
 }
 
@@ -31,7 +32,8 @@ impl Cut {
     }
 }
 
-/// The feedback in the histories. The variants without it are feedback-blind baselines of the same model.
+/// The feedback in the histories. The variants without it are feedback-blind baselines of the same
+/// model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Feedback {
@@ -101,8 +103,8 @@ impl<'a> View<'a> {
         (&self.items[start..], &self.labels[start..])
     }
 
-    /// The histories of `questions`, which ascend by event. Questions whose windows start at the same event share a
-    /// history. Groups keep the order of the questions.
+    /// The histories of `questions`, which ascend by event. Questions whose windows start at the
+    /// same event share a history. Groups keep the order of the questions.
     pub fn histories(&self, questions: Vec<Question>, cut: Cut) -> Vec<History> {
         let mut histories: Vec<History> = Vec::new();
         let mut last_start = None;

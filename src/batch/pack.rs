@@ -1,14 +1,15 @@
 //! Packing: histories and their candidates end to end, with all indices of the model.
 //!
-//! Packing removes two repetitions of the published code. A **history** is encoded once for all its prefixes, because
-//! the encoder is causal. A (history, candidate) **pair** is scored once for all groups with that candidate, over the
-//! longest of their prefixes. See `docs/mathematics.md`.
+//! Packing removes two repetitions of the published code. A **history** is encoded once for all its
+//! prefixes, because the encoder is causal. A (history, candidate) **pair** is scored once for all
+//! groups with that candidate, over the longest of their prefixes. See `docs/mathematics.md`.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 use thiserror::Error;
 
-/// Consecutive events of one user, oldest first, encoded in one pass, and the candidates of their prefixes.
+/// Consecutive events of one user, oldest first, encoded in one pass, and the candidates of their
+/// prefixes.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct History {
     /// Item of each event.
@@ -54,7 +55,8 @@ pub enum BatchError {
         /// The label.
         label: u8,
     },
-    /// The prefix of a group is longer than the history, or shorter than the prefix of the previous group.
+    /// The prefix of a group is longer than the history, or shorter than the prefix of the previous
+    /// group.
     #[error(
         "history {history}, group {group}: length {length} must be at least the length of the previous group and at most {events}, the length of the history"
     )]
@@ -139,7 +141,8 @@ pub struct LabelSplit {
     pub count: Vec<u32>,
 }
 
-/// A packed batch. `B` histories, `N` tokens, `G` groups, `C` distinct (history, candidate) pairs, `R` rows.
+/// A packed batch. `B` histories, `N` tokens, `G` groups, `C` distinct (history, candidate) pairs,
+/// `R` rows.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Batch {
     /// `[B + 1]`
@@ -178,8 +181,8 @@ pub struct Batch {
     pub touched_item: Touched,
     /// Rows of the position table.
     pub touched_position: Touched,
-    /// Both rows of the label table. Contributions are tokens, pairs of the negative interest (`N + pair`), or pairs of the
-    /// positive interest (`N + C + pair`).
+    /// Both rows of the label table. Contributions are tokens, pairs of the negative interest
+    /// (`N + pair`), or pairs of the positive interest (`N + C + pair`).
     pub touched_label: Touched,
 }
 
@@ -358,7 +361,8 @@ fn touched(keys: impl Iterator<Item = u32>) -> Touched {
     touched
 }
 
-/// A multiplicative hash of item ids. Ids come from a data set, so resistance to chosen collisions is not needed.
+/// A multiplicative hash of item ids. Ids come from a data set, so resistance to chosen collisions
+/// is not needed.
 #[derive(Default)]
 struct ItemHasher(u64);
 

@@ -39,8 +39,8 @@ pub trait Attention: Memory {
     /// The batch as the attention kernels read it. One plan serves all blocks of the batch.
     type AttentionPlan: Send;
 
-    /// Creates the plan of a batch from `cu_seqlens: [B + 1]` and `label: [N]`, as in [`crate::attention::Inputs`]. The
-    /// plan is valid after [`Memory::send`].
+    /// Creates the plan of a batch from `cu_seqlens: [B + 1]` and `label: [N]`, as in
+    /// [`crate::attention::Inputs`]. The plan is valid after [`Memory::send`].
     fn attention_plan(
         &self,
         staging: &mut Self::Staging,

@@ -37,8 +37,8 @@ pub struct LinearGradients<F> {
     pub dbias: Option<F>,
 }
 
-/// A linear layer whose weight depends on the label of the row: row `n` is multiplied by half `label[n]` of `w`. It is
-/// the output projection of compact FHA.
+/// A linear layer whose weight depends on the label of the row: row `n` is multiplied by half
+/// `label[n]` of `w`. It is the output projection of compact FHA.
 #[derive(Clone, Copy, Debug)]
 pub struct LabelLinear<F, U> {
     /// `[2 * inputs, outputs]`, the half of label 0 first.
@@ -74,8 +74,8 @@ pub trait Dense: Memory {
         y: Output<&mut Floats<Self>>,
     ) -> Result<(), DeviceError>;
 
-    /// Gradients of [`Dense::linear`] from `dy`. With an activation, `dy` is multiplied in place by its derivative,
-    /// which follows from `y`.
+    /// Gradients of [`Dense::linear`] from `dy`. With an activation, `dy` is multiplied in place by
+    /// its derivative, which follows from `y`.
     fn linear_backward(
         &self,
         layer: Linear<&Floats<Self>>,

@@ -11,7 +11,8 @@ pub struct Lookup<F, U> {
     pub index: U,
 }
 
-/// Lists of row numbers in CSR form: the members of segment `i` are `members[offsets[i]..offsets[i + 1]]`.
+/// Lists of row numbers in CSR form: the members of segment `i` are
+/// `members[offsets[i]..offsets[i + 1]]`.
 #[derive(Clone, Copy, Debug)]
 pub struct Segments<U> {
     /// `[segments + 1]`
@@ -20,11 +21,13 @@ pub struct Segments<U> {
     pub members: U,
 }
 
-/// The gradient of table rows: `y[i] = l2 * table[index[i]] + sum over the members m of segment i of x[m]`, where
-/// `x` is the concatenation of `sources` along the rows.
+/// The gradient of table rows:
+/// `y[i] = l2 * table[index[i]] + sum over the members m of segment i of x[m]`, where `x` is the
+/// concatenation of `sources` along the rows.
 #[derive(Clone, Copy, Debug)]
 pub struct SegmentSum<'a, F, U> {
-    /// Matrices `[.., width]`. Member `m` is row `m` of the first source, or row `m - rows(first)` of the second, ...
+    /// Matrices `[.., width]`. Member `m` is row `m` of the first source, or row `m - rows(first)`
+    /// of the second, ...
     pub sources: &'a [F],
     /// One segment per output row.
     pub segments: Segments<U>,

@@ -2,7 +2,8 @@
 
 use super::{DeviceError, Embedding, Floats, Indices, Lookup, Output, Rows};
 
-/// A layer norm over rows: `y = gamma * (x - mean) / sqrt(variance + 1e-8) + beta`, with the population variance.
+/// A layer norm over rows: `y = gamma * (x - mean) / sqrt(variance + 1e-8) + beta`, with the
+/// population variance.
 #[derive(Clone, Copy, Debug)]
 pub struct LayerNorm<F> {
     /// Width of a row.

@@ -13,9 +13,9 @@ pub struct Interests<F> {
 
 /// Losses of a batch. Each is a mean over rows, or 0 for a batch without rows.
 pub trait Losses: Memory {
-    /// Binary cross-entropy (BCE) of the positive logits and interest-wise BPR (IBL), without weights. BCE goes to
-    /// `losses.index`, IBL to the index behind it. `gradients` is overwritten with the gradients of
-    /// `bce + bpr * ibl`. Logits and `target` are `[R]`.
+    /// Binary cross-entropy (BCE) of the positive logits and interest-wise BPR (IBL), without
+    /// weights. BCE goes to `losses.index`, IBL to the index behind it. `gradients` is overwritten
+    /// with the gradients of `bce + bpr * ibl`. Logits and `target` are `[R]`.
     fn rank_loss(
         &self,
         bpr: f32,
@@ -25,8 +25,9 @@ pub trait Losses: Memory {
         losses: Slot<Self::Buffer<f64>>,
     ) -> Result<(), DeviceError>;
 
-    /// Mean over rows of the cosine between the vectors of the two interests, `[.., width]` each. Adds `weight` times
-    /// the gradients to `gradients`. A row with a squared norm below 1e-12 contributes a cosine and a gradient of 0.
+    /// Mean over rows of the cosine between the vectors of the two interests, `[.., width]` each.
+    /// Adds `weight` times the gradients to `gradients`. A row with a squared norm below 1e-12
+    /// contributes a cosine and a gradient of 0.
     fn cosine_loss(
         &self,
         width: usize,

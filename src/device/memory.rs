@@ -54,7 +54,8 @@ impl<F> Output<F> {
     }
 }
 
-/// The place of a scalar result on the device: one value of a buffer. One download then fetches several results.
+/// The place of a scalar result on the device: one value of a buffer. One download then fetches
+/// several results.
 pub struct Slot<'a, F: ?Sized> {
     /// The buffer.
     pub values: &'a mut F,
@@ -66,7 +67,8 @@ pub struct Slot<'a, F: ?Sized> {
 pub trait Memory: Send + Sync {
     /// Memory of this device.
     type Buffer<T: Element>: Buffer<T>;
-    /// Host arrays that one copy uploads together, such as a pinned staging buffer. See [`Memory::stage`].
+    /// Host arrays that one copy uploads together, such as a pinned staging buffer. See
+    /// [`Memory::stage`].
     type Staging: Send;
 
     /// Checks, before any allocation, that `copies` f32 values per parameter fit the free memory.
@@ -90,8 +92,8 @@ pub trait Memory: Send + Sync {
     /// Creates an empty staging buffer. Any thread may fill it while the device computes.
     fn staging(&self) -> Result<Self::Staging, DeviceError>;
 
-    /// Appends `host` to the staging buffer and returns its device buffer, valid for operations called after
-    /// [`Memory::send`].
+    /// Appends `host` to the staging buffer and returns its device buffer, valid for operations
+    /// called after [`Memory::send`].
     fn stage<T: Element>(
         &self,
         staging: &mut Self::Staging,

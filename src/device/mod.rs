@@ -1,7 +1,7 @@
 //! The operations of a model, on buffers that a device owns.
 //!
-//! [`Device`] is the sum of one trait per topic. The model is written against these traits and runs on the
-//! [CPU engine](cpu) and on [CUDA](cuda).
+//! [`Device`] is the sum of one trait per topic. The model is written against these traits and runs
+//! on the [CPU engine](cpu) and on [CUDA](cuda).
 //!
 //! | trait | operations |
 //! |---|---|
@@ -18,15 +18,15 @@
 //! | [`Optimizer`] | gradient clipping and Adam |
 //!
 //! # Conventions
-//! - Matrices are row-major and packed. The number of rows follows from the length of the buffer and the width
-//!   beside it.
+//! - Matrices are row-major and packed. The number of rows follows from the length of the buffer
+//!   and the width beside it.
 //! - Operations on one device run in the order of the calls.
-//! - A backward operation **overwrites** the gradients of parameters. For the gradient of an activation,
-//!   [`Output`] says whether it is overwritten or added to.
+//! - A backward operation **overwrites** the gradients of parameters. For the gradient of an
+//!   activation, [`Output`] says whether it is overwritten or added to.
 //! - Argument structs are generic over the reference they hold: `Linear<&B>` has buffers to read,
 //!   `TargetGradients<&mut B>` has buffers to write.
-//! - Letters in shapes: `N` tokens, `D` model width, `R` rows (instances), `C` pairs (a sequence and a candidate
-//!   item), `G` groups.
+//! - Letters in shapes: `N` tokens, `D` model width, `R` rows (instances), `C` pairs (a sequence
+//!   and a candidate item), `G` groups.
 
 mod attention;
 pub mod cpu;

@@ -38,7 +38,8 @@ pub struct AdamTensor<'a, F: ?Sized, U: ?Sized> {
     pub second: &'a mut F,
     /// Gradient: as long as `value`, or `[rows, width]` with `rows`.
     pub gradient: &'a F,
-    /// The rows that have a gradient (lazy Adam); `None` for all. Other rows and their moments do not change.
+    /// The rows that have a gradient (lazy Adam); `None` for all. Other rows and their moments do
+    /// not change.
     pub rows: Option<AdamRows<&'a U>>,
 }
 
@@ -53,9 +54,9 @@ pub struct AdamRows<U> {
 
 /// The optimiser.
 pub trait Optimizer: Memory {
-    /// Clips all gradients and takes one Adam step on all tensors. Writes the norm of all gradients before clipping to
-    /// `norm`. If the norm, or any value in front of it in its buffer (the losses of the step), is non-finite, no tensor
-    /// changes.
+    /// Clips all gradients and takes one Adam step on all tensors. Writes the norm of all gradients
+    /// before clipping to `norm`. If the norm, or any value in front of it in its buffer (the
+    /// losses of the step), is non-finite, no tensor changes.
     fn adam(
         &self,
         step: &AdamStep,

@@ -35,8 +35,9 @@ pub trait Rows: Memory {
         y: &mut Floats<Self>,
     ) -> Result<(), DeviceError>;
 
-    /// Gradient of [`Rows::concat`] for one part: `dx[i] = sum over the members m of segment i of dy[m, columns]`.
-    /// Without segments, `dx[i] = dy[i, columns]`. `dy: [rows, parts * width]`.
+    /// Gradient of [`Rows::concat`] for one part:
+    /// `dx[i] = sum over the members m of segment i of dy[m, columns]`. Without segments,
+    /// `dx[i] = dy[i, columns]`. `dy: [rows, parts * width]`.
     fn concat_backward(
         &self,
         columns: Columns,

@@ -2,18 +2,21 @@
 
 use super::{DeviceError, Floats, Memory, Segments};
 
-/// The (history token, candidate) pairs that target attention scores, and the rows that read the scores.
+/// The (history token, candidate) pairs that target attention scores, and the rows that read the
+/// scores.
 ///
-/// A *pair* is a distinct (sequence, candidate item), with the longest prefix of the sequence that any of its rows
-/// has. A *row* is an instance: a pair and the length of its history. A score does not depend on the length of the
-/// history, so each score is computed once per pair and normalised once per row.
+/// A *pair* is a distinct (sequence, candidate item), with the longest prefix of the sequence that
+/// any of its rows has. A *row* is an instance: a pair and the length of its history. A score does
+/// not depend on the length of the history, so each score is computed once per pair and normalised
+/// once per row.
 #[derive(Clone, Copy, Debug)]
 pub struct TargetIndex<U> {
     /// `[B + 1]` tokens of each sequence.
     pub cu_seqlens: U,
     /// `[B + 1]` pairs of each sequence: `pair_offsets[b]..pair_offsets[b + 1]`.
     pub pair_offsets: U,
-    /// `[C + 1]` prefix sums of the lengths of the pairs; `e` holds the scores of pair `c` from `score_offsets[c]` on.
+    /// `[C + 1]` prefix sums of the lengths of the pairs; `e` holds the scores of pair `c` from
+    /// `score_offsets[c]` on.
     pub score_offsets: U,
     /// `[C + 1]`, `[R]` the rows of each pair.
     pub rows: Segments<U>,
@@ -84,8 +87,8 @@ pub struct TargetInputs<F> {
     pub r: F,
 }
 
-/// The MLP that scores a (token, candidate) pair: `4D -> hidden[0] -> hidden[1] -> 1`, ReLU between the layers.
-/// Weights are `[inputs, outputs]`.
+/// The MLP that scores a (token, candidate) pair: `4D -> hidden[0] -> hidden[1] -> 1`, ReLU between
+/// the layers. Weights are `[inputs, outputs]`.
 #[derive(Clone, Copy, Debug)]
 pub struct TargetWeights<F> {
     /// `[4D, hidden[0]]`, the blocks multiplying `a`, `r`, `a - r`, `a * r` in this order.
@@ -130,7 +133,8 @@ pub struct TargetGradients<F> {
     pub da: F,
     /// `[C, D]`, overwritten.
     pub dr: F,
-    /// Of the weights, overwritten. The gradient of `b2` is exactly 0: a softmax is invariant to a constant.
+    /// Of the weights, overwritten. The gradient of `b2` is exactly 0: a softmax is invariant to a
+    /// constant.
     pub weights: TargetWeights<F>,
 }
 

@@ -76,8 +76,8 @@ impl<D: Device> Encoder<'_, D> {
         Ok((x, states))
     }
 
-    /// Gradient `dy: [N, D]` of the output to `dx: [N, D]` of the input. Writes the gradients of the parameters to
-    /// `grads`.
+    /// Gradient `dy: [N, D]` of the output to `dx: [N, D]` of the input. Writes the gradients of
+    /// the parameters to `grads`.
     pub fn backward(
         &self,
         grads: &mut Tensors<D>,
@@ -185,7 +185,8 @@ impl<D: Device> Encoder<'_, D> {
         let mut d_out = dy;
         let mut dn = self.activation()?;
         self.norm_backward(grads, &block.ln_out, &out, &d_out, Output::overwrite(&mut dn))?;
-        // `dn` now holds the gradient of `out`, which is also the residual part of the gradient of `n`.
+        // `dn` now holds the gradient of `out`, which is also the residual part of the gradient of
+        // `n`.
         let mut df = self.activation()?;
         self.linear_backward(
             grads,

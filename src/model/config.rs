@@ -26,7 +26,8 @@ pub struct ModelConfig {
     pub tower: [usize; 2],
     /// Softmax denominator of the masked attention.
     pub normalization: Normalization,
-    /// Factorization heads; `false` is the ablation with plain multi-head attention and no label mask.
+    /// Factorization heads; `false` is the ablation with plain multi-head attention and no label
+    /// mask.
     pub fha: bool,
     /// The label mask of the encoder; `false` is the "w/o MO" ablation.
     pub label_mask: bool,
@@ -114,15 +115,17 @@ impl ModelConfig {
     }
 }
 
-/// Standard deviation of the initial embeddings and MLP weights. The projections of the blocks are Glorot uniform in
-/// both cases.
+/// Standard deviation of the initial embeddings and MLP weights. The projections of the blocks are
+/// Glorot uniform in both cases.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Initialization {
-    /// 0.01, as in the published code, whose MLPs have batch norm. Without batch norm, the signal nearly vanishes over
-    /// three such layers: at first all candidates score alike, and training takes long to leave that plateau.
+    /// 0.01, as in the published code, whose MLPs have batch norm. Without batch norm, the signal
+    /// nearly vanishes over three such layers: at first all candidates score alike, and training
+    /// takes long to leave that plateau.
     Small,
-    /// 0.3 for embeddings and `sqrt(2 / (inputs + outputs))` for an MLP weight, which preserves the scale of the signal.
+    /// 0.3 for embeddings and `sqrt(2 / (inputs + outputs))` for an MLP weight, which preserves the
+    /// scale of the signal.
     #[default]
     Scaled,
 }
@@ -146,7 +149,8 @@ pub struct AdamOptions {
     pub lr: f32,
     /// Gradient clipping.
     pub clip: Option<Clip>,
-    /// Updates all embedding rows in each step (`true`), or only the rows of the batch (`false`, lazy Adam).
+    /// Updates all embedding rows in each step (`true`), or only the rows of the batch (`false`,
+    /// lazy Adam).
     pub dense_embeddings: bool,
 }
 

@@ -165,7 +165,8 @@ impl<D: Device> Indices<D> {
         }
     }
 
-    /// The tokens of interest `f` within each prefix. Their sum is divided by the length of the whole prefix.
+    /// The tokens of interest `f` within each prefix. Their sum is divided by the length of the
+    /// whole prefix.
     pub fn interest_prefixes(&self, f: usize) -> Prefixes<&device::Indices<D>> {
         let DeviceSplit { cu_seqlens, count, .. } = &self.split[f];
         Prefixes { cu_seqlens, count, ..self.prefixes() }

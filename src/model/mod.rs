@@ -67,8 +67,9 @@ impl<D: Device> Model<D> {
         Self::initialized(device, config, seed, Initialization::Small)
     }
 
-    /// Initialises from `seed`: truncated normal embeddings and MLPs with the standard deviation of `initialization`, Glorot
-    /// uniform projections in the blocks, layer norms with scale 1 and offset 0.
+    /// Initialises from `seed`: truncated normal embeddings and MLPs with the standard deviation of
+    /// `initialization`, Glorot uniform projections in the blocks, layer norms with scale 1 and
+    /// offset 0.
     pub fn initialized(
         device: Arc<D>,
         config: ModelConfig,
@@ -99,8 +100,9 @@ impl<D: Device> Model<D> {
         Ok(Self { device, config, layout, parameters })
     }
 
-    /// Checks that the device has the memory to train this network: values, the moments of Adam, and with
-    /// `dense_embeddings` whole gradients. Activations, which depend on the batch, come on top.
+    /// Checks that the device has the memory to train this network: values, the moments of Adam,
+    /// and with `dense_embeddings` whole gradients. Activations, which depend on the batch, come on
+    /// top.
     ///
     /// # Errors
     /// An invalid configuration, or too little memory.
@@ -170,7 +172,8 @@ impl<D: Device> Model<D> {
     /// One training step: loss, gradients, clipping, Adam.
     ///
     /// # Errors
-    /// [`ModelError::NonFinite`] names a non-finite loss or gradient. The parameters are unchanged then.
+    /// [`ModelError::NonFinite`] names a non-finite loss or gradient. The parameters are unchanged
+    /// then.
     pub fn train_step(
         &mut self,
         batch: &Batch,
@@ -196,8 +199,8 @@ impl<D: Device> Model<D> {
         self.launch(batch.indices, loss, adam, optimizer, observer)?.finish()
     }
 
-    /// Uploads a staged batch for [`Model::begin_step`]. To overlap the copy with a step in flight, send the next batch
-    /// before [`PendingStep::finish`].
+    /// Uploads a staged batch for [`Model::begin_step`]. To overlap the copy with a step in flight,
+    /// send the next batch before [`PendingStep::finish`].
     ///
     /// # Errors
     /// [`ModelError::OtherModel`], and failures of the device.
@@ -205,8 +208,8 @@ impl<D: Device> Model<D> {
         batch.send(self)
     }
 
-    /// Launches a step on a batch from [`Model::send`] without waiting for it: the first half of [`Model::train_staged`].
-    /// The input part that `observer` measures excludes the copy.
+    /// Launches a step on a batch from [`Model::send`] without waiting for it: the first half of
+    /// [`Model::train_staged`]. The input part that `observer` measures excludes the copy.
     ///
     /// # Errors
     /// [`ModelError::OtherModel`], and failures of the device.
@@ -223,7 +226,8 @@ impl<D: Device> Model<D> {
         self.launch(indices, loss, adam, optimizer, observer)
     }
 
-    /// Launches a step. Drops the batch after the launch, so that its memory is free as soon as the step is complete.
+    /// Launches a step. Drops the batch after the launch, so that its memory is free as soon as the
+    /// step is complete.
     fn launch<'a>(
         &mut self,
         indices: Indices<D>,

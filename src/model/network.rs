@@ -49,12 +49,14 @@ impl<D: Device> Gradients<D> {
     }
 }
 
-/// The scalar results of a step in one device buffer: the parts of the loss, and the norm of the gradients.
+/// The scalar results of a step in one device buffer: the parts of the loss, and the norm of the
+/// gradients.
 pub struct Report<D: Device> {
     values: D::Buffer<f64>,
 }
 
-/// Positions in a report. `rank_loss` writes BCE and IBL next to each other. `adam` reads all values in front of the norm.
+/// Positions in a report. `rank_loss` writes BCE and IBL next to each other. `adam` reads all
+/// values in front of the norm.
 mod report {
     pub const BCE: usize = 0;
     pub const IBL: usize = 1;

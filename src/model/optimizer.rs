@@ -1,4 +1,5 @@
-//! The state of Adam, and its step over all parameters: embedding tables by row of the batch, other tensors whole.
+//! The state of Adam, and its step over all parameters: embedding tables by row of the batch, other
+//! tensors whole.
 
 use super::indices::Indices;
 use super::network::Report;
@@ -49,8 +50,9 @@ impl<D: Device> Optimizer<D> {
         Ok(tensors)
     }
 
-    /// Launches the step after [`Optimizer::steps`]: on whole tensors, or for the embedding tables on the rows of `touched`
-    /// only. The device skips the update if a loss or the norm is non-finite. [`super::PendingStep::finish`] counts the step.
+    /// Launches the step after [`Optimizer::steps`]: on whole tensors, or for the embedding tables
+    /// on the rows of `touched` only. The device skips the update if a loss or the norm is
+    /// non-finite. [`super::PendingStep::finish`] counts the step.
     pub(super) fn launch(
         &mut self,
         options: &AdamOptions,

@@ -10,7 +10,8 @@ pub type Id = usize;
 /// Initial distribution of a parameter.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Initial {
-    /// Normal, truncated at two standard deviations. [`Initialization`] sets the standard deviation.
+    /// Normal, truncated at two standard deviations. [`Initialization`] sets the standard
+    /// deviation.
     Embedding,
     /// The same for weights of the target attention and the towers.
     Mlp,
@@ -178,7 +179,8 @@ impl Namer {
         Linear { w, b, inputs, outputs }
     }
 
-    /// Blocks `NAME`, `NAME.1`, `NAME.2`, ... The first has no number, so that networks of one block have plain names.
+    /// Blocks `NAME`, `NAME.1`, `NAME.2`, ... The first has no number, so that networks of one
+    /// block have plain names.
     fn blocks(&mut self, name: &str, config: &ModelConfig) -> Vec<Block> {
         let name_of = |i: usize| if i == 0 { name.to_owned() } else { format!("{name}.{i}") };
         (0..config.blocks).map(|i| self.block(&name_of(i), config)).collect()

@@ -39,7 +39,8 @@ impl<D: Device> Stager<D> {
     /// Stages a batch.
     ///
     /// # Errors
-    /// [`ModelError::Batch`] for an index beyond the limits of the model, and failures of the device.
+    /// [`ModelError::Batch`] for an index beyond the limits of the model, and failures of the
+    /// device.
     pub fn stage(&self, batch: &Batch) -> Result<StagedBatch<D>, ModelError> {
         let MadeFor { device, config } = &self.made_for;
         check(config, batch)?;
@@ -70,7 +71,8 @@ impl<D: Device> StagedBatch<D> {
     }
 }
 
-/// A batch on the device, or a copy in flight. Later launches wait for the copy. Dropping the batch has no other effect.
+/// A batch on the device, or a copy in flight. Later launches wait for the copy. Dropping the batch
+/// has no other effect.
 pub struct SentBatch<D: Device> {
     pub(super) indices: Indices<D>,
     made_for: MadeFor<D>,

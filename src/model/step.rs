@@ -5,15 +5,16 @@ use super::tensors::Tensors;
 use super::{LossOptions, ModelError, Optimizer, StepLoss};
 use crate::device::Device;
 
-/// A training step in flight. The caller may stage and send the next batch before [`PendingStep::finish`]. The device
-/// updates the parameters in any case, but only `finish` counts the step. The optimiser is borrowed until then, so steps
-/// cannot overlap.
+/// A training step in flight. The caller may stage and send the next batch before
+/// [`PendingStep::finish`]. The device updates the parameters in any case, but only `finish` counts
+/// the step. The optimiser is borrowed until then, so steps cannot overlap.
 #[must_use = "call `finish` to count the step"]
 pub struct PendingStep<'a, D: Device> {
     pub(super) optimizer: &'a mut Optimizer<D>,
     pub(super) loss: LossOptions,
     pub(super) report: Report<D>,
-    /// In the order of the layout, embedding tables by row or whole. Searched if the norm is non-finite.
+    /// In the order of the layout, embedding tables by row or whole. Searched if the norm is
+    /// non-finite.
     pub(super) gradients: Tensors<D>,
 }
 
@@ -21,8 +22,8 @@ impl<D: Device> PendingStep<'_, D> {
     /// Waits for the step. This is the only synchronisation of training with the device.
     ///
     /// # Errors
-    /// [`ModelError::NonFinite`] names a non-finite loss or gradient; the parameters are unchanged then. Failures of the
-    /// device.
+    /// [`ModelError::NonFinite`] names a non-finite loss or gradient; the parameters are unchanged
+    /// then. Failures of the device.
     pub fn finish(self) -> Result<StepLoss, ModelError> {
         let loss = self.report.read(&*self.optimizer.device, &self.loss)?;
         if !loss.gradient_norm.is_finite() {

@@ -22,7 +22,8 @@ impl<D: Device> Tensors<D> {
         Ok(Self(layout.specs.iter().map(|s| device.zeros(s.len())).collect::<Result<_, _>>()?))
     }
 
-    /// Allocates all gradients except those of the embedding tables, which are computed by row and added later.
+    /// Allocates all gradients except those of the embedding tables, which are computed by row and
+    /// added later.
     pub fn gradients(device: &D, layout: &Layout) -> Result<Self, DeviceError> {
         let tables = [layout.item, layout.position, layout.label];
         let len = |id: Id| if tables.contains(&id) { 0 } else { layout.specs[id].len() };

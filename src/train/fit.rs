@@ -287,6 +287,7 @@ impl<'a, D: Device> Fit<'a, D> {
 
     /// Takes a step. While the device is at work on it, the `next` batch is sent if there is one: waiting for one would delay
     /// the losses, and with them whoever asked to stop.
+    #[expect(clippy::type_complexity, reason = "the next batch is an `Option`, and sending it may fail")]
     fn step(
         &mut self,
         batch: SentBatch<D>,

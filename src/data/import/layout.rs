@@ -22,6 +22,7 @@ pub(super) struct Schema {
     /// The threshold of a label column with this name; `None` where it is a flag.
     pub threshold: fn(&str) -> Option<f64>,
     /// Finds `positions` in the first rows, where the format has several orders.
+    #[expect(clippy::type_complexity, reason = "a field of a table of constants")]
     pub order: Option<fn(&[Vec<String>]) -> Result<[usize; 4], &'static str>>,
     /// Members of an archive that are no logs, beside [`NEVER_LOGS`].
     pub other_members: &'static [&'static str],

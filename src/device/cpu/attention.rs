@@ -1,14 +1,15 @@
 //! Factorization-heads attention on the CPU, forward and backward, fused.
 //!
-//! **Label order.** The keys of a sequence are packed once, all negative tokens before all positive ones, and
-//! transposed: a vector register holds one feature of neighbouring keys. The score matrix falls into dense blocks,
-//! one per (key head, label). The label mask keeps or drops a whole block, so no element needs a label test. Keys
-//! of one label keep their order in time, so a causal query reads a prefix of each block. One count per (query,
-//! label) expresses causality.
+//! **Label order.** The keys of a sequence are packed once, all negative tokens before all positive
+//! ones, and transposed: a vector register holds one feature of neighbouring keys. The score matrix
+//! falls into dense blocks, one per (key head, label). The label mask keeps or drops a whole block,
+//! so no element needs a label test. Keys of one label keep their order in time, so a causal query
+//! reads a prefix of each block. One count per (query, label) expresses causality.
 //!
-//! **Tiles.** A tile of a few query rows (token, head) scores a stretch of keys into scratch in the first-level
-//! cache, turns the scores into probabilities, multiplies them with the values, and continues with a running maximum
-//! and sum. Scores are in base 2: the queries carry the factor `log2(e) * scale`.
+//! **Tiles.** A tile of a few query rows (token, head) scores a stretch of keys into scratch in the
+//! first-level cache, turns the scores into probabilities, multiplies them with the values, and
+//! continues with a running maximum and sum. Scores are in base 2: the queries carry the factor
+//! `log2(e) * scale`.
 //!
 //! | file | contents |
 //! |---|---|
@@ -17,10 +18,11 @@
 //! | `forward`, `backward` | a tile of rows over all its keys |
 //! | `non_finite` | non-finite propagation in the backward pass |
 //!
-//! **Threads.** Work is halved by tokens, at sequence boundaries and inside sequences longer than `CHUNK`, until a
-//! piece is small. Each piece writes its own rows of the outputs. The split depends only on `cu_seqlens`, so results
-//! are bitwise equal for any number of threads. The packed keys of one sequence, `O(T)`, dominate the memory. Each
-//! thread keeps its scratch for the next call.
+//! **Threads.** Work is halved by tokens, at sequence boundaries and inside sequences longer than
+//! `CHUNK`, until a piece is small. Each piece writes its own rows of the outputs. The split
+//! depends only on `cu_seqlens`, so results are bitwise equal for any number of threads. The packed
+//! keys of one sequence, `O(T)`, dominate the memory. Each thread keeps its scratch for the next
+//! call.
 
 #![allow(clippy::needless_range_loop, reason = "one index addresses the registers of several arrays")]
 
@@ -44,8 +46,9 @@ use std::ops::Range;
 /// Queries (for `dk` and `dv`: keys) of a long sequence per piece of work.
 const CHUNK: usize = 512;
 
-/// Longest sequence with a backward pass in one piece. Longer ones take two passes over chunks, one for `dq` and one
-/// for `dk` and `dv`. This costs 7 instead of 5 products per score, but all threads can share one sequence.
+/// Longest sequence with a backward pass in one piece. Longer ones take two passes over chunks, one
+/// for `dq` and one for `dk` and `dv`. This costs 7 instead of 5 products per score, but all
+/// threads can share one sequence.
 const SINGLE_PASS: usize = 1024;
 
 /// Pieces of at most this many tokens are not split further.
@@ -64,8 +67,8 @@ pub fn scratch_bytes() -> usize {
 
 /// Computes `o` (`[N, Q, K, d]`) and `lse` (`[N, Q]`); both are overwritten.
 ///
-/// A row without keys (possible only with [`Normalization::Masked`] and `causal = false`) has output 0 and `lse` -inf.
-/// A non-finite input reaches the rows that read it and no others.
+/// A row without keys (possible only with [`Normalization::Masked`] and `causal = false`) has
+/// output 0 and `lse` -inf. A non-finite input reaches the rows that read it and no others.
 ///
 /// # Errors
 /// As [`FhaOptions::check`], and for outputs of the wrong length. The outputs are unchanged then.
@@ -81,11 +84,11 @@ pub fn forward(
     Ok(())
 }
 
-/// Computes the gradients of a loss with respect to `q`, `k` and `v` from the results `o` and `lse` of [`forward`] and
-/// the gradient `d_o` (`[N, Q, K, d]`) with respect to `o`.
+/// Computes the gradients of a loss with respect to `q`, `k` and `v` from the results `o` and `lse`
+/// of [`forward`] and the gradient `d_o` (`[N, Q, K, d]`) with respect to `o`.
 ///
-/// A non-finite input reaches the gradients that depend on it and no others; docs/kernels.md lists them. The engine
-/// computes such a sequence twice.
+/// A non-finite input reaches the gradients that depend on it and no others; docs/kernels.md lists
+/// them. The engine computes such a sequence twice.
 ///
 /// # Errors
 /// As [`FhaOptions::check`], and for buffers of the wrong length. The gradients are unchanged then.
@@ -291,8 +294,8 @@ fn span(inputs: &Inputs, sequences: Range<usize>) -> Range<usize> {
     inputs.cu_seqlens[sequences.start] as usize..inputs.cu_seqlens[sequences.end] as usize
 }
 
-/// Splits a range of sequences into two of about the same number of tokens. `None` for a small range or a single
-/// sequence.
+/// Splits a range of sequences into two of about the same number of tokens. `None` for a small
+/// range or a single sequence.
 fn split(inputs: &Inputs, sequences: &Range<usize>) -> Option<usize> {
     let tokens = span(inputs, sequences.clone());
     if sequences.len() < 2 || tokens.len() <= PIECE {

@@ -2,10 +2,11 @@
 
 use super::simd::{Kernel, Simd, dispatch};
 
-/// Runs a block for each group of column vectors of rows of `$width` values, a multiple of 16. `$columns` is the number
-/// of vectors, a constant, and `$first` the first column. Factors and running sums of a column stay in registers over
-/// all rows, in independent chains that hide the latency of addition. A macro inlines the block, which is then compiled
-/// with the instructions of `$simd`.
+/// Runs a block for each group of column vectors of rows of `$width` values, a multiple of 16.
+/// `$columns` is the number of vectors, a constant, and `$first` the first column. Factors and
+/// running sums of a column stay in registers over all rows, in independent chains that hide the
+/// latency of addition. A macro inlines the block, which is then compiled with the instructions of
+/// `$simd`.
 macro_rules! for_columns {
     ($simd:ident, $width:expr, |$columns:ident, $first:ident| $block:block) => {{
         let vectors = $width / $simd::LANES;

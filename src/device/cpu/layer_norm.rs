@@ -57,7 +57,8 @@ struct Forward<'a> {
     y: &'a mut [f32],
 }
 
-// Plain loops: inlined into the entry points of `dispatch`, they are vectorised for each instruction set.
+// Plain loops: inlined into the entry points of `dispatch`, they are vectorised for each
+// instruction set.
 impl Kernel for Forward<'_> {
     type Output = ();
     #[inline(always)]

@@ -1,7 +1,8 @@
 //! Linear layers, with one weight for all rows or one weight per label.
 //!
-//! The chunks of rows depend only on the number of rows. A chunk sums its partial weight gradient in the order of its
-//! rows, and the partials are added in the order of the chunks. Results are bitwise equal for any number of threads.
+//! The chunks of rows depend only on the number of rows. A chunk sums its partial weight gradient
+//! in the order of its rows, and the partials are added in the order of the chunks. Results are
+//! bitwise equal for any number of threads.
 
 use super::elementwise::{add_assign, add_column_sums, pad_rows, relu_backward, transpose};
 use super::product::{Finish, Left, product};
@@ -251,10 +252,11 @@ pub fn label_backward(
     });
 }
 
-/// Partial gradients of a `[inputs, outputs]` weight and its bias, one per chunk: padded rows, the bias last.
+/// Partial gradients of a `[inputs, outputs]` weight and its bias, one per chunk: padded rows, the
+/// bias last.
 ///
-/// For a single output most lanes of a vector would be empty. `swapped` then treats the weight as `[outputs, inputs]`,
-/// with the same layout in memory.
+/// For a single output most lanes of a vector would be empty. `swapped` then treats the weight as
+/// `[outputs, inputs]`, with the same layout in memory.
 struct Partials {
     chunks: usize,
     inputs: usize,

@@ -1,4 +1,5 @@
-//! The losses and their gradients, in float64 row by row: there are few rows and many cancellations.
+//! The losses and their gradients, in float64 row by row: there are few rows and many
+//! cancellations.
 
 use super::slices::Slices;
 use super::{Cpu, Done, Doubles, Floats};

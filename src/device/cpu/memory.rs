@@ -40,7 +40,8 @@ impl Pool {
     }
 }
 
-/// Rounds up to a multiple of an eighth of a power of two, so that batches of similar size share buffers.
+/// Rounds up to a multiple of an eighth of a power of two, so that batches of similar size share
+/// buffers.
 fn size_class(lines: usize) -> usize {
     let step = (lines.next_power_of_two() / 8).max(1);
     lines.next_multiple_of(step)

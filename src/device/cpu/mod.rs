@@ -1,15 +1,16 @@
-//! The CPU engine: the operations of [`Device`](super::Device) on slices, in parallel on rayon's threads.
+//! The CPU engine: the operations of [`Device`](super::Device) on slices, in parallel on rayon's
+//! threads.
 //!
-//! Each topic has a file with the implementation of its trait. Work is cut into chunks that do not depend on the
-//! number of threads, and partial sums are added in the order of the chunks. Hence results are bitwise equal for any
-//! number of threads.
+//! Each topic has a file with the implementation of its trait. Work is cut into chunks that do not
+//! depend on the number of threads, and partial sums are added in the order of the chunks. Hence
+//! results are bitwise equal for any number of threads.
 //!
 //! | file | contents |
 //! |---|---|
 //! | `memory` | pooled buffers |
 //! | `embedding` | gather, scatter, segmented sums |
 //! | `rows`, `prefix_mean` | addition and concatenation; prefix means |
-//! | [`linear`], `layer_norm` | linear layers; layer norm |
+//! | `linear`, `layer_norm` | linear layers; layer norm |
 //! | [`attention`] | factorization-heads attention |
 //! | [`target_attention`] | target attention |
 //! | `losses`, `optimizer` | losses, Adam |

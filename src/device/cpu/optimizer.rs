@@ -5,7 +5,8 @@ use super::{Cpu, Done, Doubles, Floats, Indices};
 use crate::device::{AdamRows, AdamStep, AdamTensor, Clip, Optimizer, Slot};
 use rayon::prelude::*;
 
-/// Values per task. It fixes the order of summation, so it must not depend on the number of threads.
+/// Values per task. It fixes the order of summation, so it must not depend on the number of
+/// threads.
 const CHUNK: usize = 1 << 14;
 
 type Tensor<'a> = AdamTensor<'a, Floats, Indices>;

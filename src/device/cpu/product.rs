@@ -1,11 +1,14 @@
-//! Products of small f32 matrices on one thread, without packing, for matrices that fit the second-level cache.
+//! Products of small f32 matrices on one thread, without packing, for matrices that fit the
+//! second-level cache.
 //!
-//! A tile of the output has `R` rows and `C` vectors of columns, with all sums in registers. Each output value is one
-//! running sum in the order of the inner dimension, so it does not depend on its position in a tile.
+//! A tile of the output has `R` rows and `C` vectors of columns, with all sums in registers. Each
+//! output value is one running sum in the order of the inner dimension, so it does not depend on
+//! its position in a tile.
 
 use super::simd::{Kernel, Simd, dispatch};
 
-/// The left factor `[m, k]`: entry `(i, l)` is `values[i * row + l * step]`. A transpose needs no copy.
+/// The left factor `[m, k]`: entry `(i, l)` is `values[i * row + l * step]`. A transpose needs no
+/// copy.
 #[derive(Clone, Copy)]
 pub struct Left<'a> {
     /// The entries.
@@ -45,9 +48,10 @@ pub enum Finish<'a> {
     WherePositive,
 }
 
-/// `out = finish(left right)` for `left: [m, k]`, `right: [k, n]`, `out: [m, n]`. `right` and `out` come with the
-/// distance between their rows. Columns are processed in whole vectors: the rows of `right` and `out`, and a bias,
-/// extend to the next multiple of 16 columns. The padding of `out` is overwritten.
+/// `out = finish(left right)` for `left: [m, k]`, `right: [k, n]`, `out: [m, n]`. `right` and `out`
+/// come with the distance between their rows. Columns are processed in whole vectors: the rows of
+/// `right` and `out`, and a bias, extend to the next multiple of 16 columns. The padding of `out`
+/// is overwritten.
 pub fn product(
     [m, n, k]: [usize; 3],
     left: Left,
@@ -97,8 +101,8 @@ impl Kernel for Product<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let vectors = self.n.div_ceil(S::LANES);
-        // R * C sums, C vectors of the right factor and one broadcast must fit the registers; at least 8 sums hide
-        // the latency of two FMA pipes.
+        // R * C sums, C vectors of the right factor and one broadcast must fit the registers; at
+        // least 8 sums hide the latency of two FMA pipes.
         let widest = match S::REGISTERS {
             32.. => 5,
             16.. => 3,
@@ -156,9 +160,9 @@ impl Product<'_> {
     fn tile<S: Simd, const R: usize, const C: usize>(&self, simd: S, i: usize, j: usize) {
         let j = j * S::LANES;
         let mut sums = [[simd.zero(); C]; R];
-        // SAFETY: rows i..i + R are below m and columns j..j + C * LANES below n rounded up to a vector; `product`
-        // checked that everything there is in bounds of its slice. `out` is borrowed mutably, so nothing else
-        // overlaps it.
+        // SAFETY: rows i..i + R are below m and columns j..j + C * LANES below n rounded up to a
+        // vector; `product` checked that everything there is in bounds of its slice. `out` is
+        // borrowed mutably, so nothing else overlaps it.
         unsafe {
             let mut rows = [self.left; R];
             for r in 0..R {

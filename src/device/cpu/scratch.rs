@@ -32,7 +32,8 @@ pub fn with_scratch<T>(len: usize, f: impl FnOnce(&mut [f32]) -> T) -> T {
     result
 }
 
-/// Splits `N` parts, each padded to whole cache lines, off the front of `memory`. See [`carved_len`].
+/// Splits `N` parts, each padded to whole cache lines, off the front of `memory`. See
+/// [`carved_len`].
 pub fn carve<'a, const N: usize>(memory: &mut &'a mut [f32], lens: [usize; N]) -> [&'a mut [f32]; N] {
     lens.map(|len| {
         let (part, rest) = std::mem::take(memory).split_at_mut(padded(len));

@@ -1,22 +1,24 @@
-//! Target attention: an MLP scores every (history token, candidate) pair, and a softmax over the history of each row
-//! weighs its tokens. Contract: [`TargetAttention`].
+//! Target attention: an MLP scores every (history token, candidate) pair, and a softmax over the
+//! history of each row weighs its tokens. Contract: [`TargetAttention`].
 //!
-//! **First layer.** With the four row blocks `A, R, S, P` of `w0` (multiplying `a`, `r`, `a - r`, `a * r`),
+//! **First layer.** With the four row blocks `A, R, S, P` of `w0` (multiplying `a`, `r`, `a - r`,
+//! `a * r`),
 //!
 //! ```text
 //! [a, r, a - r, a * r] w0 + b0 = z + c + (a * r) P      z = a (A + S)      c = r (R - S) + b0
 //! ```
 //!
-//! `z` is computed once per token, `c` once per candidate, and only the last term, a quarter of the published layer,
-//! once per pair. The concatenation is never stored. All pairs share the weights, so the scores of a chunk go through
-//! both layers in tiles that may span pairs and sequences. The activations of a tile stay in the first cache levels;
-//! the backward pass recomputes them.
+//! `z` is computed once per token, `c` once per candidate, and only the last term, a quarter of the
+//! published layer, once per pair. The concatenation is never stored. All pairs share the weights,
+//! so the scores of a chunk go through both layers in tiles that may span pairs and sequences. The
+//! activations of a tile stay in the first cache levels; the backward pass recomputes them.
 //!
-//! **Softmax.** The rows of a pair share its scores and differ in the length of their history. One online softmax,
-//! over the rows in order of length, serves all of them: each row is the running state at its length.
+//! **Softmax.** The rows of a pair share its scores and differ in the length of their history. One
+//! online softmax, over the rows in order of length, serves all of them: each row is the running
+//! state at its length.
 //!
-//! **Threads.** Chunks of whole sequences run in parallel. They depend only on the index, so results are bitwise equal
-//! for any number of threads.
+//! **Threads.** Chunks of whole sequences run in parallel. They depend only on the index, so
+//! results are bitwise equal for any number of threads.
 
 mod backward;
 pub mod unfused;
@@ -36,8 +38,9 @@ use crate::device::{
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Scores per tile: a compromise between activations that fit the first-level cache together with one weight, and few
-/// passes over the weight gradients. A multiple of 5 and 8, the rows of the register tiles of [`product`].
+/// Scores per tile: a compromise between activations that fit the first-level cache together with
+/// one weight, and few passes over the weight gradients. A multiple of 5 and 8, the rows of the
+/// register tiles of [`product`].
 const TILE: usize = 80;
 
 /// Widths of the MLP, and distances between rows in scratch memory (suffix `_wide`).
@@ -511,7 +514,8 @@ fn fill_inputs(
     }
 }
 
-/// One online softmax over `e`. Emits `(member, lse, att)` at the length of each `(length, member)` of `order`.
+/// One online softmax over `e`. Emits `(member, lse, att)` at the length of each `(length, member)`
+/// of `order`.
 fn softmax_rows(
     shape: Shape,
     e: &[f32],

@@ -1,6 +1,7 @@
 //! Engines that compute a case: the CPU, or a CUDA runtime in any element type of its kernels.
 
 use super::Case;
+use super::results::Results;
 use super::{Fha, TensorError, VerifyError, compare, compare_gradients, half_precision, verify_dfar};
 use dfar::attention::{self, AttentionError, FhaOptions, Gradients, Inputs};
 use dfar::device::cpu::Cpu;
@@ -9,29 +10,6 @@ use dfar::device::cuda::runtime::Runtime;
 use dfar::device::cuda::{CudaError, Element, Gpu, Precision};
 use half::{bf16, f16};
 use std::sync::Arc;
-
-/// Results of the attention operation; 16-bit results are widened to f32.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Results {
-    /// `[N, Q, K, d]`
-    pub o: Vec<f32>,
-    /// `[N, Q]`
-    pub lse: Vec<f32>,
-    /// `dq`, `dk`, `dv`: `[N, H, d]` each.
-    pub gradients: [Vec<f32>; 3],
-}
-
-impl Results {
-    /// Zeros of the shapes that follow from `options` and `tokens`.
-    fn zeros(options: &FhaOptions, tokens: usize) -> Self {
-        let width = tokens * options.heads * options.head_dim;
-        Self {
-            o: vec![0.0; options.output_len(tokens)],
-            lse: vec![0.0; options.lse_len(tokens)],
-            gradients: [(); 3].map(|()| vec![0.0; width]),
-        }
-    }
-}
 
 /// Why an engine computed nothing.
 pub enum Refusal {

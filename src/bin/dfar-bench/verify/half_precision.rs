@@ -2,7 +2,7 @@
 //! tolerance is twice the error of an unfused computation in that type (the rule of FlashAttention;
 //! Dao et al., 2022).
 
-use super::engine::Results;
+use super::results::Results;
 use super::{Fha, TensorError, largest, relative_error};
 use dfar::attention::{FhaOptions, Inputs, LabelMask, Normalization, Pairing, reference};
 use dfar::device::cuda::Element;

@@ -24,6 +24,7 @@ mod case;
 pub mod engine;
 pub mod half_precision;
 pub mod network;
+pub mod results;
 pub use case::{Case, VerifyError};
 pub use engine::{CpuEngine, Engine, GpuEngine, verify_fha};
 pub use network::verify_dfar;

@@ -10,10 +10,11 @@
 //!
 //! Large scores cost two more passes over the keys of their rows ([`Normalizers`]):
 //!
-//! - An f32 `lse` of a few hundred is too coarse to normalise with, so maximum and sum are recomputed.
-//! - If one key has nearly all of the probability, `ds` is a difference of nearly equal numbers. Both are taken
-//!   relative to that key: `ds = p * ((do . v - center) - sum p (do . v - center))` with `center` its `do . v`. The
-//!   difference of that key is then exactly 0.
+//! - An f32 `lse` of a few hundred is too coarse to normalise with, so maximum and sum are
+//!   recomputed.
+//! - If one key has nearly all of the probability, `ds` is a difference of nearly equal numbers.
+//!   Both are taken relative to that key: `ds = p * ((do . v - center) - sum p (do . v - center))`
+//!   with `center` its `do . v`. The difference of that key is then exactly 0.
 
 use super::forward::{KeyPanels, Queries, Softmax, interleave_row, stretches};
 use super::pack::{Buffer, KeyOrder, Piece, QueryOrder, Row, STRIDE, Scratch, Tile, cut};
@@ -34,7 +35,8 @@ pub(super) struct Normalizer {
 
 /// Normalizers of the rows of a sequence, `[T, Q]`.
 pub(super) enum Normalizers<'a> {
-    /// Each row reads all its keys in this piece of work: compute them from `lse`, or from the scores.
+    /// Each row reads all its keys in this piece of work: compute them from `lse`, or from the
+    /// scores.
     Find,
     /// As above, and record them for the queries of this piece.
     Record(&'a mut [Normalizer]),
@@ -266,8 +268,9 @@ impl OutputProducts<'_> {
         assert!(p.len() >= (R - 1) * STRIDE + len && out.len() >= (R - 1) * STRIDE + len);
         let mut j = 0;
         while j < len {
-            // SAFETY: the panel holds `len` keys, whole vectors, at each of d strides, as sliced above, and `d_o`
-            // d * R values; `p` and `out` hold the vectors at j < len of every row, as asserted.
+            // SAFETY: the panel holds `len` keys, whole vectors, at each of d strides, as sliced
+            // above, and `d_o` d * R values; `p` and `out` hold the vectors at j < len of every
+            // row, as asserted.
             unsafe {
                 let (p, out) = (p.as_ptr().add(j), out.as_mut_ptr().add(j));
                 if j + 2 * S::LANES <= len {
@@ -283,8 +286,9 @@ impl OutputProducts<'_> {
         }
     }
 
-    /// For each row: `center`, the `do . v` of its most probable key (0 if that key is not kept), and the sum over all
-    /// keys of `p * (do . v - center)`. This `p` is normalised; `do` already carries the factor once.
+    /// For each row: `center`, the `do . v` of its most probable key (0 if that key is not kept),
+    /// and the sum over all keys of `p * (do . v - center)`. This `p` is normalised; `do` already
+    /// carries the factor once.
     #[inline(always)]
     fn centered<S: Simd, const R: usize>(
         &self,
@@ -325,7 +329,8 @@ impl OutputProducts<'_> {
         [center, std::array::from_fn(|r| (rest[r] * factor(r)) as f32)]
     }
 
-    /// `do . v` of one row and key, rounded as in [`OutputProducts::score_gradients`], so that their difference is 0.
+    /// `do . v` of one row and key, rounded as in [`OutputProducts::score_gradients`], so that
+    /// their difference is 0.
     #[inline(always)]
     fn product<S: Simd, const R: usize>(
         &self,
@@ -344,6 +349,7 @@ impl OutputProducts<'_> {
 impl Normalizers<'_> {
     /// The normalizers of a tile. Unless recorded, `center` and `delta` are not yet known.
     #[inline(always)]
+    #[expect(clippy::too_many_arguments, reason = "operands of a tile, kept in registers")]
     fn take<S: Simd, const R: usize>(
         &mut self,
         s: S,
@@ -396,8 +402,8 @@ fn probabilities<S: Simd, const R: usize>(
     let visible = queries.rows.map(|row| piece.visible(&row));
     let mut j = 0;
     while j < len {
-        // SAFETY: the panel holds `len` keys at each of d strides, `q` and `raw` d * R values, and `out` the
-        // vectors at j < len of every row, as asserted.
+        // SAFETY: the panel holds `len` keys at each of d strides, `q` and `raw` d * R values, and
+        // `out` the vectors at j < len of every row, as asserted.
         unsafe {
             let (panel, out) = (panel.add(j), out.as_mut_ptr().add(j));
             if let Some(raw) = queries.raw {

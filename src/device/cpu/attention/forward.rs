@@ -100,7 +100,8 @@ impl Context<'_> {
                 let values = &self.values.rows[from..][..piece.len * padded];
                 let sums = &mut sums[(piece.key_head - group.key_heads.start) * padded..];
                 let weights = &scores[piece.at..];
-                // Masked keys have weight 0, which cancels any finite value. Non-finite values need their own loop.
+                // Masked keys have weight 0, which cancels any finite value. Non-finite values need
+                // their own loop.
                 let shared = if self.values.finite { piece.len } else { piece.visible(&rows[0]) };
                 accumulate_rows::<S, R>(s, weights, STRIDE, values, padded, 0..shared, sums, sum_stride);
                 for r in 0..R {
@@ -181,8 +182,8 @@ impl<'a> KeyPanels<'a> {
     }
 }
 
-/// Bound on scores (in base 2, by Cauchy-Schwarz) above which they are computed with [`exact_score`]. Rounding an f32
-/// of this size errs by 2^-18, which leaves `p` accurate to 4e-6.
+/// Bound on scores (in base 2, by Cauchy-Schwarz) above which they are computed with
+/// [`exact_score`]. Rounding an f32 of this size errs by 2^-18, which leaves `p` accurate to 4e-6.
 const EXACT_ABOVE: f32 = 64.0;
 
 /// Queries of `R` rows, interleaved.
@@ -241,8 +242,8 @@ impl<const R: usize> Softmax<R> {
         Self { max: [f32::NEG_INFINITY; R], sum: [0.0; R] }
     }
 
-    /// Adds a stretch of pieces. Afterwards `scores` holds the exponentials of the kept pieces relative to the new
-    /// maximum, 0 for masked keys.
+    /// Adds a stretch of pieces. Afterwards `scores` holds the exponentials of the kept pieces
+    /// relative to the new maximum, 0 for masked keys.
     #[inline(always)]
     pub(super) fn stretch<S: Simd>(
         &mut self,
@@ -302,8 +303,8 @@ fn score_piece<S: Simd, const R: usize>(
     let (panel, q) = (panels.piece(piece), &queries.scaled[..R * d]);
     assert!(scores.len() >= (R - 1) * STRIDE + piece.at + len);
     let mut j = 0;
-    // SAFETY: vectors end at `len`, a multiple of LANES, which the panel holds at each of d strides and `scores`
-    // in each of R rows, as asserted above; `q` holds d * R values.
+    // SAFETY: vectors end at `len`, a multiple of LANES, which the panel holds at each of d strides
+    // and `scores` in each of R rows, as asserted above; `q` holds d * R values.
     unsafe {
         while j + 2 * S::LANES <= len {
             let block = score::<S, R, 2>(s, q.as_ptr(), panel.add(j), stride, d);
@@ -334,7 +335,8 @@ fn score_piece_exactly<S: Simd, const R: usize>(
     let (len, stride, d) = (piece.padded(), panels.keys.slots, panels.d);
     let (panel, q) = (panels.piece(piece), &raw[..R * d]);
     for j in (0..len).step_by(S::LANES) {
-        // SAFETY: j + LANES <= len, which the panel holds at each of d strides; `q` holds d * R values.
+        // SAFETY: j + LANES <= len, which the panel holds at each of d strides; `q` holds d * R
+        // values.
         let block =
             unsafe { exact_score::<S, R>(s, q.as_ptr(), panel.add(j), stride, d, queries.factor, base) };
         for r in 0..R {

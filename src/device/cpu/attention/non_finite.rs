@@ -1,9 +1,11 @@
-//! Non-finite propagation in the backward pass: a non-finite input reaches only the gradients that depend on it.
+//! Non-finite propagation in the backward pass: a non-finite input reaches only the gradients that
+//! depend on it.
 //!
-//! A masked key takes part in the products of its tile with probability 0, because skipping it would cost more. But
-//! 0 times NaN is NaN, so a non-finite value can spread to other rows and keys of the tile. It always shows in `dq`.
-//! If `dq` of a sequence is non-finite, the backward pass runs again with every non-finite input replaced by 0, and
-//! gradients that do not depend on a non-finite input are taken from the second run.
+//! A masked key takes part in the products of its tile with probability 0, because skipping it
+//! would cost more. But 0 times NaN is NaN, so a non-finite value can spread to other rows and keys
+//! of the tile. It always shows in `dq`. If `dq` of a sequence is non-finite, the backward pass
+//! runs again with every non-finite input replaced by 0, and gradients that do not depend on a
+//! non-finite input are taken from the second run.
 
 use super::{Saved, Sequence};
 
@@ -19,8 +21,8 @@ pub(super) fn is_finite(x: &[f32]) -> bool {
     sums.iter().chain(blocks.remainder()).all(|x| x.is_finite())
 }
 
-/// Recomputes the gradients of a causal sequence that do not depend on a non-finite input. `gradients` holds the result
-/// of `backward`.
+/// Recomputes the gradients of a causal sequence that do not depend on a non-finite input.
+/// `gradients` holds the result of `backward`.
 pub(super) fn confine(
     sequence: Sequence,
     saved: &Saved,

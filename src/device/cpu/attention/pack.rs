@@ -82,8 +82,8 @@ impl Scratch {
     }
 }
 
-/// Key tokens in label order. List `l` fills slots `base[l]..base[l] + len[l]`; the slots between lists are
-/// padding, where packed values are 0.
+/// Key tokens in label order. List `l` fills slots `base[l]..base[l] + len[l]`; the slots between
+/// lists are padding, where packed values are 0.
 #[derive(Default)]
 pub(super) struct KeyOrder {
     tokens: Vec<u32>,
@@ -125,7 +125,8 @@ impl KeyOrder {
         })
     }
 
-    /// The keys in blocks of [`ALIGN`] slots: (first slot, tokens). The last block of a list may hold fewer.
+    /// The keys in blocks of [`ALIGN`] slots: (first slot, tokens). The last block of a list may
+    /// hold fewer.
     #[inline(always)]
     fn blocks(&self) -> impl Iterator<Item = (usize, &[u32])> + '_ {
         (0..2).flat_map(move |list| {
@@ -162,7 +163,8 @@ impl KeyOrder {
         }
     }
 
-    /// The inverse of [`pack_panels`](Self::pack_panels), times `factor`, to tokens counted from `first`.
+    /// The inverse of [`pack_panels`](Self::pack_panels), times `factor`, to tokens counted from
+    /// `first`.
     #[inline(always)]
     pub(super) fn unpack_panels(
         &self,
@@ -185,7 +187,8 @@ impl KeyOrder {
         }
     }
 
-    /// Packs `x` (`[T, H, d]`) as rows `[H, slots, padded]`, `padded >= d`. Returns whether all values are finite.
+    /// Packs `x` (`[T, H, d]`) as rows `[H, slots, padded]`, `padded >= d`. Returns whether all
+    /// values are finite.
     #[inline(always)]
     pub(super) fn pack_rows(&self, sequence: &Sequence, x: &[f32], padded: usize, rows: &mut [f32]) -> bool {
         let (d, width) = (sequence.shape.d, sequence.shape.width());
@@ -320,7 +323,8 @@ impl Piece {
     }
 }
 
-/// Fills `pieces` with the pieces of a tile. `visible` counts the keys of the last row, which reads the most.
+/// Fills `pieces` with the pieces of a tile. `visible` counts the keys of the last row, which reads
+/// the most.
 pub(super) fn cut(shape: &Shape, group: &Group, visible: [usize; 2], pieces: &mut Vec<Piece>) {
     pieces.clear();
     let mut at = 0;

@@ -1,14 +1,16 @@
 //! The three matrix products, for `R` rows at a time, with accumulators in registers.
 //!
-//! Row operands are interleaved, `rows[x * R + r]`: the `R` factors of one feature of the keys are adjacent.
+//! Row operands are interleaved, `rows[x * R + r]`: the `R` factors of one feature of the keys are
+//! adjacent.
 
 use crate::device::cpu::simd::Simd;
 
-/// `out[r][c] = sum over x < d of rows[x][r] * panel[x][c-th vector]`: scores of `R` rows with `C` vectors of keys.
+/// `out[r][c] = sum over x < d of rows[x][r] * panel[x][c-th vector]`: scores of `R` rows with `C`
+/// vectors of keys.
 ///
 /// # Safety
-/// `rows` must be valid for reading `d * R` values, and `panel` for reading `C` vectors at every multiple of
-/// `stride` below `d * stride`.
+/// `rows` must be valid for reading `d * R` values, and `panel` for reading `C` vectors at every
+/// multiple of `stride` below `d * stride`.
 #[inline(always)]
 pub(super) unsafe fn score<S: Simd, const R: usize, const C: usize>(
     s: S,
@@ -35,8 +37,9 @@ pub(super) unsafe fn score<S: Simd, const R: usize, const C: usize>(
     out
 }
 
-/// `score * factor - shift[r]` of `R` rows with one vector of keys, accurate to about one rounding of the result for
-/// scores of any size. Products and sums carry their rounding errors (Ogita, Rump, Oishi 2005, Dot2).
+/// `score * factor - shift[r]` of `R` rows with one vector of keys, accurate to about one rounding
+/// of the result for scores of any size. Products and sums carry their rounding errors (Ogita,
+/// Rump, Oishi 2005, Dot2).
 ///
 /// # Safety
 /// As [`score`] with `C = 1`.
@@ -78,8 +81,10 @@ pub(super) unsafe fn exact_score<S: Simd, const R: usize>(
 
 /// `sums[r][x] += sum over j in keys of weights[r][j] * rows[j][x]`: probabilities times values.
 ///
-/// Rows of `weights`, `rows` and `sums` are `weight_stride`, `padded` and `sum_stride` values apart.
+/// Rows of `weights`, `rows` and `sums` are `weight_stride`, `padded` and `sum_stride` values
+/// apart.
 #[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "operands of a product in registers, with their strides")]
 pub(super) fn accumulate_rows<S: Simd, const R: usize>(
     s: S,
     weights: &[f32],
@@ -122,6 +127,7 @@ pub(super) fn accumulate_rows<S: Simd, const R: usize>(
 }
 
 #[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "operands of a product in registers, with their strides")]
 fn accumulate_columns<S: Simd, const R: usize, const C: usize>(
     s: S,
     weights: &[f32],
@@ -140,7 +146,8 @@ fn accumulate_columns<S: Simd, const R: usize, const C: usize>(
     assert!(weights.len() >= (R - 1) * weight_stride + keys.end);
     assert!(sums.len() >= (R - 1) * sum_stride + padded);
     let mut sum = [[s.zero(); C]; R];
-    // SAFETY: columns x..x + C * LANES are inside `padded`, rows inside `R` and `keys.end`, all asserted above.
+    // SAFETY: columns x..x + C * LANES are inside `padded`, rows inside `R` and `keys.end`, all
+    // asserted above.
     unsafe {
         for r in 0..R {
             for c in 0..C {
@@ -167,8 +174,8 @@ fn accumulate_columns<S: Simd, const R: usize, const C: usize>(
     }
 }
 
-/// `panel[x][j] += sum over r of rows[x][r] * weights[r][j]` for `len` keys (whole vectors): gradients of keys
-/// and values.
+/// `panel[x][j] += sum over r of rows[x][r] * weights[r][j]` for `len` keys (whole vectors):
+/// gradients of keys and values.
 #[inline(always)]
 pub(super) fn accumulate_panel<S: Simd, const R: usize>(
     s: S,
@@ -182,7 +189,8 @@ pub(super) fn accumulate_panel<S: Simd, const R: usize>(
     let d = rows.len() / R;
     assert!(weights.len() >= (R - 1) * weight_stride + len && panel.len() >= (d - 1) * stride + len);
     let mut j = 0;
-    // SAFETY: vectors end at `len`, a multiple of LANES, which `weights` and `panel` hold as asserted above.
+    // SAFETY: vectors end at `len`, a multiple of LANES, which `weights` and `panel` hold as
+    // asserted above.
     unsafe {
         while j + 2 * S::LANES <= len {
             accumulate_vectors::<S, R, 2>(
@@ -210,8 +218,8 @@ pub(super) fn accumulate_panel<S: Simd, const R: usize>(
 }
 
 /// # Safety
-/// `weights` must be valid for reading `C` vectors at each of `R` strides, `panel` for reading and writing `C`
-/// vectors at each of `rows.len() / R` strides.
+/// `weights` must be valid for reading `C` vectors at each of `R` strides, `panel` for reading and
+/// writing `C` vectors at each of `rows.len() / R` strides.
 #[inline(always)]
 unsafe fn accumulate_vectors<S: Simd, const R: usize, const C: usize>(
     s: S,
@@ -247,8 +255,8 @@ unsafe fn accumulate_vectors<S: Simd, const R: usize, const C: usize>(
     }
 }
 
-/// Dot products of interleaved rows, summed in the order of [`score`]. For a row with a single key, `o` equals its value,
-/// and `do . v - delta` is exactly 0.
+/// Dot products of interleaved rows, summed in the order of [`score`]. For a row with a single key,
+/// `o` equals its value, and `do . v - delta` is exactly 0.
 #[inline(always)]
 pub(super) fn dots<S: Simd, const R: usize>(s: S, a: &[f32], b: &[f32]) -> [f32; R] {
     let mut sums = [0.0; R];

@@ -1,11 +1,11 @@
 //! A small f32 vector trait, its instruction sets, and the dispatch between them at run time.
 //!
-//! An algorithm is a [`Kernel`], generic over [`Simd`]. [`dispatch`] runs it with the widest instruction set of the
-//! processor. A value of a `Simd` type proves that its instructions exist: only `new`, which checks, creates one.
-//! Hence all its methods are safe to call.
+//! An algorithm is a [`Kernel`], generic over [`Simd`]. [`dispatch`] runs it with the widest
+//! instruction set of the processor. A value of a `Simd` type proves that its instructions exist:
+//! only `new`, which checks, creates one. Hence all its methods are safe to call.
 //!
-//! All methods must be `#[inline(always)]`: a method that is not inlined into the `#[target_feature]` entry point is
-//! compiled without its instructions.
+//! All methods must be `#[inline(always)]`: a method that is not inlined into the
+//! `#[target_feature]` entry point is compiled without its instructions.
 
 #[cfg(target_arch = "aarch64")]
 mod neon;
@@ -52,7 +52,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn div(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a * b + c`, with one rounding if the processor has FMA.
     fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
-    /// `a * b - c`, with one rounding if the processor has FMA. Exact on every processor if `c` is the rounded product.
+    /// `a * b - c`, with one rounding if the processor has FMA. Exact on every processor if `c` is
+    /// the rounded product.
     fn mul_sub(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// [`mul_add`](Self::mul_add) of single values, with the same rounding.
     fn mul_add_one(self, a: f32, b: f32, c: f32) -> f32;
@@ -93,7 +94,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
         unsafe { self.store_ptr(v, out.as_mut_ptr()) }
     }
 
-    /// `2^x` to about 1 ulp; 0 for `x = -inf`, infinity for finite `x >= 128`, NaN for NaN and infinity.
+    /// `2^x` to about 1 ulp; 0 for `x = -inf`, infinity for finite `x >= 128`, NaN for NaN and
+    /// infinity.
     ///
     /// Degree 6 minimax polynomial on [-1/2, 1/2], after subtracting the nearest integer.
     #[inline(always)]
@@ -121,8 +123,9 @@ pub trait Kernel {
     fn run<S: Simd>(self, simd: S) -> Self::Output;
 }
 
-/// Runs `kernel` with the widest vectors of the processor. The environment variable `DFAR_SIMD` selects another set:
-/// `avx512`, `avx2`, `neon` or `portable`; an unavailable or unknown name is ignored.
+/// Runs `kernel` with the widest vectors of the processor. The environment variable `DFAR_SIMD`
+/// selects another set: `avx512`, `avx2`, `neon` or `portable`; an unavailable or unknown name is
+/// ignored.
 #[inline]
 pub fn dispatch<K: Kernel>(kernel: K) -> K::Output {
     match best() {

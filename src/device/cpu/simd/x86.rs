@@ -183,8 +183,9 @@ impl Simd for Avx2 {
     fn scale_by_power(self, a: __m256, n: __m256) -> __m256 {
         // SAFETY: `self` exists, so `new` detected the features.
         unsafe {
-            // In two steps, so that each power is a normal number. For |a| in [0.5, 2], ±250 gives 0 or infinity.
-            // max(bound, n) and min(bound, n) return n if n is NaN; `a` then holds the NaN from x - round(x).
+            // In two steps, so that each power is a normal number. For |a| in [0.5, 2], ±250 gives
+            // 0 or infinity. max(bound, n) and min(bound, n) return n if n is NaN; `a` then holds
+            // the NaN from x - round(x).
             let n = _mm256_min_ps(_mm256_set1_ps(250.0), _mm256_max_ps(_mm256_set1_ps(-250.0), n));
             let n = _mm256_cvtps_epi32(n);
             let half = _mm256_srai_epi32::<1>(n);

@@ -1,14 +1,15 @@
 //! Gradients of target attention.
 //!
-//! Softmax: row `i` of a pair has `p_t = e^(e_t - lse_i)` on its prefix, so with `g_i` the gradient of its output
+//! Softmax: row `i` of a pair has `p_t = e^(e_t - lse_i)` on its prefix, so with `g_i` the gradient
+//! of its output
 //!
 //! ```text
 //! de_t  = sum over rows longer than t of e^(e_t - lse_i) (g_i . s_t - g_i . att_i)
 //! ds_t += sum over the same rows of e^(e_t - lse_i) g_i
 //! ```
 //!
-//! From the longest row to the shortest, these are running sums `G = sum e^(ref - lse_i) g_i`, with `ref` the `lse` of
-//! the shortest row so far. `lse` grows with length, so no exponent is positive.
+//! From the longest row to the shortest, these are running sums `G = sum e^(ref - lse_i) g_i`, with
+//! `ref` the `lse` of the shortest row so far. `lse` grows with length, so no exponent is positive.
 //!
 //! MLP, with `x = a * r` and `dz` the gradient of the first layer before its ReLU:
 //!
@@ -47,7 +48,8 @@ impl Transposed<'_> {
         [token, product, candidate, w1]: [&'a mut [f32]; 4],
     ) -> Transposed<'a> {
         let (d, wide) = (shape.width_wide, shape.hidden_wide[0]);
-        // Padding columns of the sources would become rows beyond the outputs; `transpose` omits them.
+        // Padding columns of the sources would become rows beyond the outputs; `transpose` omits
+        // them.
         transpose(packed.token, wide, d, token);
         transpose(packed.product, wide, d, product);
         transpose(packed.candidate, wide, d, candidate);
@@ -303,8 +305,9 @@ impl Task<'_> {
         });
     }
 
-    /// Backward pass of the MLP for `n` scores with gradients `de`, from `x` and the activations. Adds to the sums of the
-    /// weight gradients. Replaces `h1` by the gradient before its ReLU, `h0` by `dz` and `x` by `y = dz P^T`.
+    /// Backward pass of the MLP for `n` scores with gradients `de`, from `x` and the activations.
+    /// Adds to the sums of the weight gradients. Replaces `h1` by the gradient before its ReLU,
+    /// `h0` by `dz` and `x` by `y = dz P^T`.
     fn tile(&mut self, n: usize, de: &[f32], x: &mut [f32], h0: &mut [f32], h1: &mut [f32]) {
         let (shape, packed, transposed, sums) = (self.shape, self.packed, self.transposed, &mut self.sums);
         let ([n0, n1], [h0_wide, h1_wide]) = (shape.hidden, shape.hidden_wide);
@@ -321,8 +324,8 @@ impl Task<'_> {
     }
 }
 
-/// Adds `y` and `dz` of a tile to the gradients of the tokens of one pair, in padded rows: `da += y * r`,
-/// `dr += sum of y * a`, `dz_sum += dz`, `dc += sum of dz`.
+/// Adds `y` and `dz` of a tile to the gradients of the tokens of one pair, in padded rows:
+/// `da += y * r`, `dr += sum of y * a`, `dz_sum += dz`, `dc += sum of dz`.
 struct Scatter<'a> {
     y: &'a [f32],
     a: &'a [f32],
@@ -382,8 +385,8 @@ fn unpad(from: &[f32], padded: usize, to: &mut [f32], width: usize, put: impl Fn
     }
 }
 
-/// Backward pass of the softmaxes of a pair. `rows` are `(length, lse, att, datt)` from the longest to the shortest.
-/// Writes `de` and adds to `ds`.
+/// Backward pass of the softmaxes of a pair. `rows` are `(length, lse, att, datt)` from the longest
+/// to the shortest. Writes `de` and adds to `ds`.
 fn softmax_rows_backward<'a>(
     e: &[f32],
     rows: impl Iterator<Item = (usize, f32, &'a [f32], &'a [f32])>,
@@ -447,7 +450,8 @@ impl Kernel for SoftmaxBackward<'_> {
     }
 }
 
-/// Replaces `h1` by the gradient before its ReLU, `de[t] * w2` for positive `h1`. Adds to `db1` and `dw2`.
+/// Replaces `h1` by the gradient before its ReLU, `de[t] * w2` for positive `h1`. Adds to `db1` and
+/// `dw2`.
 fn scores_backward(de: &[f32], w2: &[f32], h1: &mut [f32], db1: &mut [f32], dw2: &mut [f32]) {
     struct ScoresBackward<'a>(&'a [f32], &'a [f32], &'a mut [f32], &'a mut [f32], &'a mut [f32]);
     impl Kernel for ScoresBackward<'_> {

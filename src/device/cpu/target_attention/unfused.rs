@@ -1,8 +1,9 @@
-//! Unfused target attention, as published: it stores `[a, r, a - r, a * r]` for every (token, candidate) pair and keeps
-//! the activations of three full linear layers for the backward pass.
+//! Unfused target attention, as published: it stores `[a, r, a - r, a * r]` for every (token,
+//! candidate) pair and keeps the activations of three full linear layers for the backward pass.
 //!
-//! The baseline of tests and benchmarks, with the arguments and results of the fused form. Training does not use it:
-//! the first layer takes four times the work, and every activation goes through memory.
+//! The baseline of tests and benchmarks, with the arguments and results of the fused form. Training
+//! does not use it: the first layer takes four times the work, and every activation goes through
+//! memory.
 
 use super::super::linear;
 use super::{Shape, check_index};

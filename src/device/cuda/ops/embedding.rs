@@ -99,10 +99,11 @@ const _: () = assert!(size_of::<ScatterParams>() == 40);
 const _: () = assert!(size_of::<SegmentParams>() == 128);
 const _: () = assert!(size_of::<SquareParams>() == 40);
 
-/// Tables with the rows to take of each, as arguments: addresses, and how many rows there are.
-pub(crate) fn tables_of<R: Runtime>(
-    tables: &[Lookup<&Array<R, f32>, &Array<R, u32>>],
-) -> ([Pointer; 4], [Pointer; 4], usize) {
+/// Rows of a table on the device.
+pub(crate) type TableRows<'a, R> = Lookup<&'a Array<R, f32>, &'a Array<R, u32>>;
+
+/// The addresses of tables and indices, and the number of rows.
+pub(crate) fn tables_of<R: Runtime>(tables: &[TableRows<R>]) -> ([Pointer; 4], [Pointer; 4], usize) {
     assert!((1..=4).contains(&tables.len()), "1 to 4 tables, not {}", tables.len());
     let rows = tables[0].index.len();
     let (mut values, mut indices) = ([0; 4], [0; 4]);
@@ -214,7 +215,7 @@ pub(crate) struct SegmentedSum<'a, R: Runtime> {
     /// The members of each segment.
     pub segments: Segments<&'a Array<R, u32>>,
     /// Adds `l2` times these rows of a table.
-    pub l2: Option<(f32, Lookup<&'a Array<R, f32>, &'a Array<R, u32>>)>,
+    pub l2: Option<(f32, TableRows<'a, R>)>,
 }
 
 /// Writes, or adds to, `y: [segments, width]`.

@@ -1,6 +1,6 @@
 //! Launches of `layer_norm.cu`.
 
-use super::embedding::tables_of;
+use super::embedding::{TableRows, tables_of};
 use super::rows;
 use crate::device::cuda::array::Array;
 use crate::device::cuda::error::CudaError;
@@ -76,7 +76,7 @@ enum Input<'a, R: Runtime> {
     /// The second array, after adding the first to it.
     Sum(&'a Array<R, f32>, &'a mut Array<R, f32>),
     /// The array, after writing the sums of rows of tables to it.
-    Tables(&'a [Lookup<&'a Array<R, f32>, &'a Array<R, u32>>], &'a mut Array<R, f32>),
+    Tables(&'a [TableRows<'a, R>], &'a mut Array<R, f32>),
 }
 
 fn forward<R: Runtime>(

@@ -2,7 +2,7 @@
 //! functions.
 
 use dfar::data::format::{ENTRY_LENGTH, HEADER_LENGTH, Section};
-use dfar::data::import::{ImportOptions, LogFormat, import as import_log};
+use dfar::data::import::{ColumnOptions, ImportOptions, LogFormat, import as import_log};
 use dfar::data::statistics::statistics;
 use dfar::data::{DataError, Dataset, Part};
 
@@ -39,7 +39,7 @@ pub fn dataset(bytes: &[u8]) {
 pub fn import(bytes: &[u8]) {
     use LogFormat::*;
     let Some((&choice, log)) = bytes.split_first() else { return };
-    let format = [MovieLens, Amazon, KuaiRand, KuaiRec, Inter, Csv][usize::from(choice) % 6];
+    let format = [MovieLens, Amazon, KuaiRand, KuaiRec, Inter, Csv, Csv][usize::from(choice) % 7];
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("log");
     std::fs::write(&path, log).unwrap();
@@ -47,15 +47,14 @@ pub fn import(bytes: &[u8]) {
     options.k_core = None;
     options.candidates.negatives = 1;
     options.skip_bad_rows = 10;
-    if format == Csv {
-        for (column, number) in [
-            (&mut options.columns.user, "0"),
-            (&mut options.columns.item, "1"),
-            (&mut options.columns.time, "2"),
-            (&mut options.columns.label, "3"),
-        ] {
-            *column = Some(number.to_owned());
-        }
+    let columns = match choice % 7 {
+        5 => Some(["0", "1", "2", "3"]),
+        6 => Some(["user", "item", "time", "label"]),
+        _ => None,
+    };
+    if let Some(columns) = columns {
+        let [user, item, time, label] = columns.map(|column| Some(column.to_owned()));
+        options.columns = ColumnOptions { user, item, time, label, ..ColumnOptions::default() };
     }
     match import_log(&options, &()) {
         Ok(made) => {

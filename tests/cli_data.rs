@@ -208,3 +208,73 @@ fn synth_tells_the_ceiling() {
     let err = fails(&["synth", "--users", "0", "--output", &output], 3);
     assert!(err.contains("users"), "{err}");
 }
+
+#[test]
+fn export_and_import_again_give_the_same_events() {
+    let folder = Folder::new();
+    let [log, output, again, export] =
+        ["nasty.csv", "x.dfar", "y.dfar", "events"].map(|name| folder.path(name));
+    // Ids that a careless writer would break, and a counter whose unit cannot be guessed.
+    let ids = ["\"a,b\"", "\"say \"\"hi\"\"\"", "\u{a0}x", "\"\u{feff}y\"", "007", "-1", "#c", "1e5"];
+    let rows: String = (0..40)
+        .map(|row| {
+            format!("{},{},{},{}\n", ids[row % 8], ids[row / 8], row % 2, 99_999_999_990_u64 + row as u64)
+        })
+        .collect();
+    std::fs::write(&log, format!("user_id,video_id,long_view,time_ms\n{rows}")).unwrap();
+    let leave_last = ["--split", "leave-last", "--keep-repeats"];
+    succeeds(&folder.import(&log, &output, &leave_last));
+    let data = dfar::data::Dataset::open(&output).unwrap();
+
+    let endings: &[&str] = if cfg!(feature = "parquet") { &["csv", "parquet"] } else { &["csv"] };
+    for ending in endings {
+        let export = format!("{export}.{ending}");
+        succeeds(&["export", &output, "--output", &export]);
+        let mut flags = vec!["import", "--format", "csv", "--input", &export, "--output", &again];
+        flags.extend(["--user-column", "user", "--item-column", "item", "--time-column", "time"]);
+        flags.extend(["--label-column", "label", "--time-unit", "ms", "--k-core", "0", "--candidates", "1"]);
+        flags.extend(leave_last);
+        succeeds(&flags);
+        let copy = dfar::data::Dataset::open(&again).unwrap();
+        assert_eq!((copy.users(), copy.events()), (data.users(), data.events()));
+        for user in 0..data.users() as u32 {
+            let twin = copy.find_user(data.user_name(user)).unwrap();
+            let [own, other] = [(&data, user), (&copy, twin)].map(|(data, user)| {
+                let events = data.user(user);
+                let items =
+                    events.items.iter().map(|&item| data.item_name(item).to_owned()).collect::<Vec<_>>();
+                (items, events.feedback.to_vec(), events.times.to_vec())
+            });
+            assert_eq!(own, other, "{ending}");
+        }
+    }
+    let (out, _) = succeeds(&["export", &output, "--output", "-"]);
+    assert_eq!(out, std::fs::read_to_string(format!("{export}.csv")).unwrap());
+    assert_eq!(out.lines().next(), Some("\"user\",\"item\",\"label\",\"time\",\"part\""));
+}
+
+#[test]
+fn decisions_are_printed_and_kept() {
+    let folder = Folder::new();
+    let [log, output] = ["names.csv", "x.dfar"].map(|name| folder.path(name));
+    let rows = "u1,a,buy,2019-10-01\nu1,b,view,2019-10-02\nu1,c,drop,2019-10-03\nu1,d,buy,2019-10-04\n";
+    std::fs::write(&log, rows).unwrap();
+    let mut flags = vec!["import", "--format", "csv", "--input", &log, "--output", &output, "--k-core", "0"];
+    flags.extend(["--user-column", "0", "--item-column", "1", "--label-column", "2", "--time-column", "3"]);
+    flags.extend(["--candidates", "1", "--liked", "buy", "--skipped", "drop"]);
+    let err = fails(&flags, 3);
+    assert!(err.contains("neither --liked nor --skipped: view (1)"), "{err}");
+    flags.push("--ignore-others");
+    let (_, err) = succeeds(&flags);
+    let (out, _) = succeeds(&["info", &output]);
+    for words in [
+        "names.csv: no header, user in column 0",
+        "liked: label in buy",
+        "times: dates",
+        "1 other events (1 view)",
+    ] {
+        assert!(err.contains(words) && out.contains(words), "no {words:?} in {err} or {out}");
+    }
+    fails(&[&flags[..], &["--positive-above", "3"]].concat(), 2);
+    fails(&["import", "--format", "csv", "--input", &log, "--output", &output, "--skipped", "x"], 2);
+}

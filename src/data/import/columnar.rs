@@ -95,35 +95,45 @@ mod with_arrow {
                 Ok(copy)
             }
         };
-        match kind {
+        let (columns, mut batches): (Columns, Batches) = match kind {
             Kind::Parquet => {
                 let file = seekable(bytes, file)?;
-                let builder = ParquetRecordBatchReaderBuilder::try_new(file)
-                    .map_err(|error| damaged(error.to_string()))?;
+                let builder = decode(|| ParquetRecordBatchReaderBuilder::try_new(file)).map_err(damaged)?;
                 let columns = columns(context, builder.schema())?;
                 // Only the needed columns are decoded.
                 let indices = columns.iter().flatten().map(|column| column.index);
                 let mask = ProjectionMask::roots(builder.parquet_schema(), indices);
-                let reader = builder.with_projection(mask).with_batch_size(BATCH_ROWS).build();
-                let reader = reader.map_err(|error| damaged(error.to_string()))?;
-                let batches = reader.map(|batch| batch.map_err(|error| damaged(error.to_string())));
-                read_batches(rows, context, kind, &columns, batches, each)
+                let builder = builder.with_projection(mask).with_batch_size(BATCH_ROWS);
+                let mut reader = decode(|| builder.build()).map_err(damaged)?;
+                (columns, Box::new(move || decode(|| reader.next().transpose())))
             }
             Kind::ArrowFile => {
                 let file = BufReader::new(seekable(bytes, file)?);
-                let reader = arrow_ipc::reader::FileReader::try_new(file, None);
-                let reader = reader.map_err(|error| damaged(error.to_string()))?;
+                let mut reader =
+                    decode(|| arrow_ipc::reader::FileReader::try_new(file, None)).map_err(damaged)?;
                 let columns = columns(context, &reader.schema())?;
-                let batches = reader.map(|batch| batch.map_err(|error| damaged(error.to_string())));
-                read_batches(rows, context, kind, &columns, batches, each)
+                (columns, Box::new(move || decode(|| reader.next().transpose())))
             }
             Kind::ArrowStream => {
-                let reader = arrow_ipc::reader::StreamReader::try_new(BufReader::new(bytes), None);
-                let reader = reader.map_err(|error| damaged(error.to_string()))?;
+                let bytes = BufReader::new(bytes);
+                let mut reader =
+                    decode(|| arrow_ipc::reader::StreamReader::try_new(bytes, None)).map_err(damaged)?;
                 let columns = columns(context, &reader.schema())?;
-                let batches = reader.map(|batch| batch.map_err(|error| damaged(error.to_string())));
-                read_batches(rows, context, kind, &columns, batches, each)
+                (columns, Box::new(move || decode(|| reader.next().transpose())))
             }
+        };
+        read_batches(rows, context, kind, &columns, || batches().map_err(damaged), each)
+    }
+
+    /// Gives the next batch of rows, or the fault of a damaged file.
+    type Batches<'a> = Box<dyn FnMut() -> Result<Option<RecordBatch>, String> + 'a>;
+
+    /// Calls a decoder. Decoders of damaged files panic in places (arrow 60: a buffer beyond the end of a message), which
+    /// is a fault of the file like any other. A decoder that failed is not used again.
+    fn decode<T, E: ToString>(call: impl FnOnce() -> Result<T, E>) -> Result<T, String> {
+        match std::panic::catch_unwind(std::panic::AssertUnwindSafe(call)) {
+            Ok(result) => result.map_err(|error| error.to_string()),
+            Err(_) => Err("its content contradicts itself".to_owned()),
         }
     }
 
@@ -186,7 +196,7 @@ mod with_arrow {
         context: &Context,
         kind: Kind,
         columns: &Columns,
-        batches: impl Iterator<Item = Result<RecordBatch, DataError>>,
+        mut batches: impl FnMut() -> Result<Option<RecordBatch>, DataError>,
         each: Each,
     ) -> Result<(), DataError> {
         let rule = context.rule(columns);
@@ -194,8 +204,7 @@ mod with_arrow {
         rows.decided(&reading, kind.name());
         let needed: BTreeSet<usize> = columns.iter().flatten().map(|column| column.index).collect();
         let mut number = 0;
-        for batch in batches {
-            let batch = batch?;
+        while let Some(batch) = batches()? {
             let arrays = columns.each_ref().map(|column| {
                 let index = column.as_ref()?.index;
                 let index = match kind {

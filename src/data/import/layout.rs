@@ -199,10 +199,7 @@ impl Context<'_> {
     /// The layout of a delimited text, from its first lines.
     pub(super) fn delimited(&self, lines: &Lines) -> Result<Layout, DataError> {
         let first = lines.head().next().ok_or_else(|| self.unknown("it is empty"))?;
-        if std::str::from_utf8(first.text).is_err() {
-            return Err(self.unknown("its first line is not UTF-8 text"));
-        }
-        let delimiter = self.delimiter(first.text)?;
+        let delimiter = self.delimiter(lines)?;
         let header = |names: &[String], columns: Columns| Layout {
             delimiter,
             header: Some(first.text.trim_ascii().to_vec()),
@@ -211,6 +208,9 @@ impl Context<'_> {
             columns,
         };
         let by_numbers = self.by_numbers(self.schema.positions);
+        if by_numbers.is_none() && std::str::from_utf8(first.text).is_err() {
+            return Err(self.unknown("its first line, which must name the columns, is not UTF-8 text"));
+        }
         let names = match split(first.text, delimiter) {
             Ok(fields) => texts(&fields),
             Err(_) if by_numbers.is_some() => return self.without_header(lines, delimiter),
@@ -255,16 +255,24 @@ impl Context<'_> {
         Ok(self.by_numbers(positions).expect("the caller has seen that all columns have numbers"))
     }
 
-    /// The delimiter given, or that of the format which the first line has most of.
-    fn delimiter(&self, line: &[u8]) -> Result<Delimiter, DataError> {
+    /// The delimiter given, or that of the format which the first line has most of; the first with any, as it may be a
+    /// bad row.
+    fn delimiter(&self, lines: &Lines) -> Result<Delimiter, DataError> {
         if let Some(delimiter) = self.options.columns.delimiter {
             return Ok(Delimiter::Byte(delimiter));
         }
-        let count = |delimiter: Delimiter| count_delimiters(line, delimiter);
-        // The first of equals: max_by_key takes the last.
-        let best = self.schema.delimiters.iter().copied().rev().max_by_key(|&delimiter| count(delimiter));
-        best.filter(|&delimiter| count(delimiter) > 0)
-            .ok_or_else(|| self.unknown("its first line has no delimiter that is known; give --delimiter"))
+        let most_of = |line: &[u8]| {
+            let counts = self
+                .schema
+                .delimiters
+                .iter()
+                .map(|&delimiter| (count_delimiters(line, delimiter), delimiter));
+            // The first of equals: max_by_key takes the last.
+            let (count, delimiter) = counts.rev().max_by_key(|&(count, _)| count)?;
+            (count > 0).then_some(delimiter)
+        };
+        let found = lines.head().take(VOTERS).find_map(|line| most_of(line.text));
+        found.ok_or_else(|| self.unknown("its first lines have no delimiter that is known; give --delimiter"))
     }
 
     /// Whether the first line is beyond doubt one of names: it has a name that the format knows, or words where

@@ -63,7 +63,6 @@ pub(super) struct Rows<'a> {
     others: BTreeMap<String, u64>,
     /// All of them.
     pub other_events: u64,
-    buffers: [String; 2],
 }
 
 /// A field that cannot be used: its column, what stands there, why not.
@@ -94,7 +93,6 @@ impl<'a> Rows<'a> {
             decisions: Vec::new(),
             others: BTreeMap::new(),
             other_events: 0,
-            buffers: Default::default(),
         }
     }
 
@@ -209,15 +207,13 @@ impl<'a> Rows<'a> {
         absent: impl Fn() -> Cow<'static, str>,
         each: Each,
     ) -> Result<(), DataError> {
-        let mut buffers = std::mem::take(&mut self.buffers);
-        let parsed = self.parse(reading, line, &cells, absent, &mut buffers);
-        let result = match parsed {
+        // Taken by ids that are numbers in a columnar file; without such ids no memory is.
+        let mut buffers = [const { String::new() }; 2];
+        match self.parse(reading, line, &cells, absent, &mut buffers) {
             Ok(Some(row)) => each(row),
             Ok(None) => Ok(()),
             Err(fault) => self.bad_row(reading, line, fault),
-        };
-        self.buffers = buffers;
-        result
+        }
     }
 
     fn parse<'r>(

@@ -5,11 +5,13 @@ use dfar::data::{BadRow, CountedRecords, DataError, KCore, Part, Split};
 use flate2::{Compression, write::GzEncoder};
 use std::io::Write;
 
-#[path = "data_support/bench.rs"]
+#[path = "../data_support/bench.rs"]
 mod bench;
+mod kinds;
+mod mangled;
 use bench::Bench;
 
-fn event(user: &str, item: &str, time: i64, feedback: u8) -> (String, String, i64, u8) {
+pub(crate) fn event(user: &str, item: &str, time: i64, feedback: u8) -> (String, String, i64, u8) {
     (user.to_owned(), item.to_owned(), time, feedback)
 }
 

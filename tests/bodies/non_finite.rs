@@ -25,7 +25,7 @@ enum Spoiled {
 }
 
 /// Tokens of a sequence of `tokens` whose (`o`, `lse`, `dq`, `dk`, `dv`) depend on a non-finite
-/// token `at`, as in docs/kernels.md.
+/// token `at`, as in docs/kernels/attention.md.
 fn may_show(spoiled: Spoiled, causal: bool, at: usize, tokens: usize) -> [Range<usize>; 5] {
     let (none, own, all) = (0..0, at..at + 1, 0..tokens);
     let (later, earlier) = if causal { (at..tokens, 0..at + 1) } else { (all.clone(), all.clone()) };

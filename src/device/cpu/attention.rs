@@ -87,8 +87,8 @@ pub fn forward(
 /// Computes the gradients of a loss with respect to `q`, `k` and `v` from the results `o` and `lse`
 /// of [`forward`] and the gradient `d_o` (`[N, Q, K, d]`) with respect to `o`.
 ///
-/// A non-finite input reaches the gradients that depend on it and no others; docs/kernels.md lists
-/// them. The engine computes such a sequence twice.
+/// A non-finite input reaches the gradients that depend on it and no others;
+/// docs/kernels/attention.md lists them. The engine computes such a sequence twice.
 ///
 /// # Errors
 /// As [`FhaOptions::check`], and for buffers of the wrong length. The gradients are unchanged then.

@@ -4,7 +4,7 @@
 
 use dfar::batch::{Batch, Cut, Feedback, Question, View};
 use dfar::device::{Clip, cpu::Cpu};
-use dfar::evaluate::rank;
+use dfar::evaluate::{Query, rank};
 use dfar::model::{AdamOptions, Initialization, LossOptions, Model, ModelConfig, Optimizer};
 use std::error::Error;
 use std::sync::Arc;
@@ -67,8 +67,9 @@ pub fn main() -> Result<(), Box<dyn Error>> {
 
     // Scoring: a new user who liked 2 and 8 and skipped 5. Even items should come first.
     let candidates: Vec<u32> = (10..20).collect();
-    let logits = rank(&model, &[2, 5, 8], &[1, 0, 1], Feedback::Mixed, &candidates)?;
-    let mut ranked: Vec<(u32, f32)> = candidates.into_iter().zip(logits).collect();
+    let query = Query { items: vec![2, 5, 8], labels: vec![1, 0, 1], candidates };
+    let logits = rank(&model, Feedback::Mixed, std::slice::from_ref(&query), 1)?.remove(0);
+    let mut ranked: Vec<(u32, f32)> = query.candidates.into_iter().zip(logits).collect();
     ranked.sort_by(|a, b| b.1.total_cmp(&a.1));
     for &(item, logit) in &ranked {
         println!("item {item}: like with probability {:.2}", 1.0 / (1.0 + (-logit).exp()));

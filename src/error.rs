@@ -30,6 +30,14 @@ pub enum Error {
     /// A GPU that is missing, unusable or failing.
     #[error(transparent)]
     Cuda(#[from] crate::device::cuda::CudaError),
+    /// The operating system refused threads.
+    #[error(
+        "cannot start threads: {reason}; raise the limit (ulimit -u, ulimit -v), or use fewer (--threads 1)"
+    )]
+    Threads {
+        /// Why.
+        reason: String,
+    },
     /// Any other I/O error.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
@@ -60,7 +68,11 @@ impl Error {
                 error.exit_code()
             }
             Error::Model(crate::model::ModelError::NonFinite { .. }) => 5,
-            Error::Attention(_) | Error::Batch(_) | Error::Model(_) | Error::Io { .. } => 1,
+            Error::Attention(_)
+            | Error::Batch(_)
+            | Error::Model(_)
+            | Error::Threads { .. }
+            | Error::Io { .. } => 1,
         }
     }
 }

@@ -308,3 +308,119 @@ fn a_killed_run_can_be_loaded_and_ends_the_same() {
     assert_eq!(code(&output), 0, "{}", stderr(&output));
     assert!(bytes(run.join("model.safetensors")) == bytes(dir.path().join("whole/model.safetensors")));
 }
+
+/// Rows of `user,item,label` as a data set; every user meets the items in order.
+fn imported(dir: &Path, rows: &[(&str, &str, u8)], more: &[&str]) {
+    let mut log = "user,item,label,time\n".to_owned();
+    for (time, (user, item, label)) in rows.iter().enumerate() {
+        log += &format!("{user},{item},{label},{}\n", time + 1);
+    }
+    std::fs::write(dir.join("log.csv"), log).unwrap();
+    let args = ["import", "--format", "csv", "--user-column", "user", "--item-column", "item"];
+    let columns = ["--label-column", "label", "--time-column", "time", "--k-core", "0"];
+    let files = ["--input", "log.csv", "--output", "small.dfar", "--quiet"];
+    let output = Command::new(env!("CARGO_BIN_EXE_dfar-data"))
+        .current_dir(dir)
+        .args([&args[..], &columns, &files, more].concat())
+        .output()
+        .unwrap();
+    assert_eq!(code(&output), 0, "{}", stderr(&output));
+}
+
+/// Four users who meet the same eight items.
+fn rows(label: u8) -> Vec<(&'static str, &'static str, u8)> {
+    let items = ["a", "b", "c", "d", "e", "f", "g", "h"];
+    let users = ["u", "v", "w", "x"];
+    users.iter().flat_map(|user| items.iter().map(move |item| (*user, *item, label))).collect()
+}
+
+const TINY: [&str; 8] = ["--data", "small.dfar", "--out", "run", "--width", "8", "--epochs", "3"];
+
+#[test]
+fn an_epoch_that_draws_no_target_goes_on_and_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    imported(dir.path(), &rows(1), &["--candidates", "1"]);
+    let output = dfar_train(dir.path(), &[&TINY[..], &["--sample-rate", "0.000001"]].concat());
+    assert_eq!(code(&output), 0, "{}", stderr(&output));
+    assert!(stderr(&output).contains("drew no target; training on one"), "{}", stderr(&output));
+    let output = dfar_train(dir.path(), &["--resume", "run", "--epochs", "5", "--patience", "0"]);
+    assert_eq!(code(&output), 0, "{}", stderr(&output));
+}
+
+#[test]
+fn a_data_set_that_cannot_train_or_be_measured_says_why() {
+    let dir = tempfile::tempdir().unwrap();
+    imported(dir.path(), &rows(0), &["--candidates", "1"]);
+    let output = dfar_train(dir.path(), &TINY);
+    assert_eq!(code(&output), 3, "{}", stderr(&output));
+    assert!(
+        stderr(&output).contains("no training event after a user's first is liked"),
+        "{}",
+        stderr(&output)
+    );
+    assert!(!dir.path().join("run").exists());
+    let output = dfar_train(dir.path(), &[&TINY[..], &["--train-targets", "feedback"]].concat());
+    assert_eq!(code(&output), 0, "{}", stderr(&output));
+    assert!(
+        stdout(&output).contains("no event of the validation and test parts is liked"),
+        "{}",
+        stdout(&output)
+    );
+
+    std::fs::remove_dir_all(dir.path().join("run")).unwrap();
+    imported(dir.path(), &rows(1), &["--candidates", "0"]);
+    let output = dfar_train(dir.path(), &TINY);
+    assert_eq!(code(&output), 0, "{}", stderr(&output));
+    assert!(stdout(&output).contains("the evaluation groups have no negatives"), "{}", stdout(&output));
+}
+
+#[test]
+fn a_directory_is_no_data_set_and_is_called_one() {
+    let dir = folder();
+    std::fs::create_dir(dir.path().join("folder.dfar")).unwrap();
+    let output = dfar_train(dir.path(), &["--data", "folder.dfar"]);
+    assert_eq!(code(&output), 3);
+    assert!(stderr(&output).contains("it is a directory"), "{}", stderr(&output));
+}
+
+#[test]
+fn the_configuration_tells_the_seed_and_the_label_mask_that_are_used() {
+    let dir = folder();
+    let seed = u64::MAX.to_string();
+    trained(dir.path(), "one", &["--seed", &seed, "--heads", "1"]);
+    let config = std::fs::read_to_string(dir.path().join("one/config.toml")).unwrap();
+    assert!(
+        config.contains(&format!("seed = \"{seed}\"\n")) && config.contains("label_mask = false\n"),
+        "{config}"
+    );
+    let output = dfar_train(dir.path(), &["--config", "one/config.toml", "--out", "two"]);
+    assert_eq!(code(&output), 0, "{}", stderr(&output));
+    let model = |run: &str| bytes(dir.path().join(run).join("model.safetensors"));
+    assert!(model("one") == model("two"));
+    let output = dfar_train(dir.path(), &["--resume", "one", "--epochs", "3", "--seed", &seed]);
+    assert_eq!(code(&output), 0, "{}", stderr(&output));
+}
+
+/// Under limits of the system a program ends with a message, not with a panic or an abort. (Root has no limit of
+/// threads, so that address space stands for them: a thread needs a stack.)
+#[cfg(target_os = "linux")]
+#[test]
+fn limits_of_the_system_are_reported() {
+    let dir = folder();
+    let limited = |program: &str, kilobytes: usize, args: &str| {
+        let script = format!("ulimit -v {kilobytes}; exec {program} {args}");
+        let output = Command::new("sh").current_dir(dir.path()).args(["-c", &script]).output().unwrap();
+        let signal = std::os::unix::process::ExitStatusExt::signal(&output.status);
+        assert!(signal.is_none() && !stderr(&output).contains("panicked"), "{args}: {}", stderr(&output));
+        output
+    };
+    let train = "--data x.dfar --out run --epochs 1 --threads";
+    let output = limited(env!("CARGO_BIN_EXE_dfar-train"), 400_000, &format!("{train} 1000"));
+    assert_eq!(code(&output), 1, "{}", stderr(&output));
+    assert!(stderr(&output).contains("cannot start threads"), "{}", stderr(&output));
+    assert!(!dir.path().join("run").exists());
+    let wide = format!("{train} 1 --width 4096 --batch-tokens 100000");
+    let output = limited(env!("CARGO_BIN_EXE_dfar-train"), 400_000, &wide);
+    assert_eq!(code(&output), 1, "{}", stderr(&output));
+    assert!(stderr(&output).contains("memory"), "{}", stderr(&output));
+}

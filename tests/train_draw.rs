@@ -197,6 +197,20 @@ fn a_batch_depends_on_seed_epoch_and_place_only() {
 }
 
 #[test]
+fn an_epoch_that_draws_nothing_trains_on_one_target() {
+    let data = data(3, 16);
+    let options = DrawOptions { sample_rate: 1e-9, ..options() };
+    let drawer = Drawer::new(&data, options.clone());
+    let plan = drawer.training_plan(4).unwrap();
+    assert!(plan.topped_up);
+    assert_eq!((plan.size.targets, plan.size.batches), (1, 1));
+    assert_eq!(asked(&epoch(&data, &options, 4)).values().sum::<usize>(), 1);
+    assert!(
+        !Drawer::new(&data, DrawOptions { sample_rate: 0.9, ..options }).training_plan(4).unwrap().topped_up
+    );
+}
+
+#[test]
 fn a_sample_rate_keeps_about_its_share_and_changes_by_epoch() {
     let data = data(200, 80);
     let all = Drawer::new(&data, options()).plan(0).size.targets;

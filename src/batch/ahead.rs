@@ -37,16 +37,19 @@ pub fn ahead<T: Send, R>(
         ready: Condvar::new(),
     };
     thread::scope(|scope| {
-        for _ in 0..workers {
-            scope.spawn(|| line.work(&make));
-        }
-        consume(&mut Made { line: &line, waited: Duration::ZERO })
+        // Where the system allows fewer threads, those it allows do the work; without any, the consumer does.
+        let start = || thread::Builder::new().spawn_scoped(scope, || line.work(&make)).is_ok();
+        let started = (0..workers).take_while(|_| start()).count();
+        let inline: Option<&dyn Fn(usize) -> T> = if started == 0 { Some(&make) } else { None };
+        consume(&mut Made { line: &line, inline, waited: Duration::ZERO })
     })
 }
 
 /// The items, in order. Dropping it stops the workers.
 pub struct Made<'a, T> {
     line: &'a Line<T>,
+    /// Makes an item when it is asked for, where there is no worker.
+    inline: Option<&'a dyn Fn(usize) -> T>,
     waited: Duration,
 }
 
@@ -70,6 +73,17 @@ impl<T> Iterator for Made<'_, T> {
     fn next(&mut self) -> Option<T> {
         let asked = Instant::now();
         let mut state = self.line.lock();
+        if let Some(make) = self.inline {
+            let index = state.taken;
+            if index >= self.line.end {
+                return None;
+            }
+            state.taken += 1;
+            drop(state);
+            let item = make(index);
+            self.waited += asked.elapsed();
+            return Some(item);
+        }
         let item = loop {
             if let Some(item) = self.line.take(&mut state) {
                 break Some(item);

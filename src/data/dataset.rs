@@ -5,6 +5,7 @@ use super::map::Bytes;
 use super::split::Part;
 use super::{DataError, Protocol, validate};
 use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 
 /// A validated data set, mapped from its file. Shared by reference between threads; nothing is copied.
@@ -68,6 +69,10 @@ impl Dataset {
     pub fn open(path: impl AsRef<Path>) -> Result<Dataset, DataError> {
         let path = path.as_ref();
         let file = File::open(path).map_err(DataError::read(path))?;
+        if file.metadata().is_ok_and(|metadata| metadata.is_dir()) {
+            let reason = "it is a directory, not a data set file";
+            return Err(DataError::read(path)(io::Error::new(io::ErrorKind::IsADirectory, reason)));
+        }
         let bytes = Bytes::map(&file).map_err(DataError::read(path))?;
         Dataset::validated(path.to_owned(), bytes)
     }

@@ -86,6 +86,14 @@ pub enum DeviceError {
     /// Arguments that the attention operation rejects.
     #[error(transparent)]
     Attention(#[from] crate::attention::AttentionError),
+    /// The operating system refused memory on the host.
+    #[error(
+        "cannot allocate {bytes} bytes of memory; use smaller batches (--batch-tokens, --batch-rows) or a smaller model"
+    )]
+    Memory {
+        /// Bytes asked for.
+        bytes: usize,
+    },
     /// The CUDA device.
     #[error(transparent)]
     Cuda(#[from] cuda::CudaError),

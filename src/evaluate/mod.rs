@@ -7,7 +7,7 @@
 pub mod metrics;
 mod rank;
 
-pub use rank::rank;
+pub use rank::{Query, rank, top};
 
 use crate::batch::ahead;
 use crate::batch::{Batch, BatchError, History};
@@ -39,6 +39,16 @@ pub enum EvaluateError {
         event: u32,
         /// Index in the group.
         candidate: usize,
+        /// The score.
+        score: f32,
+    },
+    /// The model gave a candidate of a query a score that cannot be ranked.
+    #[error("the score of item {item} after history {query} is {score}")]
+    NonFiniteScore {
+        /// Index of the query.
+        query: usize,
+        /// The candidate.
+        item: u32,
         /// The score.
         score: f32,
     },

@@ -43,7 +43,9 @@ pub struct Config {
     /// Data set file; none: the embedded synthetic set.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub data: Option<PathBuf>,
-    /// Seed of the initial values, the shuffles and the negatives.
+    /// Seed of the initial values, the shuffles and the negatives. In TOML, whose integers have 63 bits, a larger one is
+    /// a string.
+    #[serde(with = "seed")]
     pub seed: u64,
     /// Most passes over the training events.
     pub epochs: usize,
@@ -68,7 +70,8 @@ pub struct Config {
     pub init: Initialization,
     /// Factorization heads.
     pub fha: bool,
-    /// Label mask of the encoder.
+    /// Label mask of the encoder. [`Config::layered`] sets it to `false` where there is none: with one head, or without
+    /// factorization heads.
     pub label_mask: bool,
     /// Softmax denominator under the label mask.
     pub normalization: Normalization,
@@ -253,10 +256,11 @@ impl Config {
         if !table.contains_key("data") && !table.contains_key("max_length") {
             table.insert("max_length".to_owned(), SYNTHETIC_MAX_LENGTH.into());
         }
-        let config: Config = table.try_into().map_err(|e: toml::de::Error| ConfigError::Syntax {
+        let mut config: Config = table.try_into().map_err(|e: toml::de::Error| ConfigError::Syntax {
             origin: file.map_or("flags".into(), |p| p.display().to_string()),
             reason: e.message().to_owned(),
         })?;
+        config.label_mask &= config.fha && config.heads > 1;
         config.check()?;
         Ok(config)
     }
@@ -388,6 +392,50 @@ impl Config {
     }
 }
 
+/// `seed` in a file and among the flags: an integer, or a string of digits where it exceeds TOML's integers.
+pub mod seed {
+    use serde::de::{Deserializer, Error, Visitor};
+    use serde::ser::Serializer;
+    use std::fmt;
+
+    /// See the module.
+    pub fn serialize<S: Serializer>(seed: &u64, serializer: S) -> Result<S::Ok, S::Error> {
+        match i64::try_from(*seed) {
+            Ok(seed) => serializer.serialize_i64(seed),
+            Err(_) => serializer.serialize_str(&seed.to_string()),
+        }
+    }
+
+    /// [`serialize`] of a seed that may be missing (and is then skipped).
+    pub fn serialize_option<S: Serializer>(seed: &Option<u64>, serializer: S) -> Result<S::Ok, S::Error> {
+        match seed {
+            Some(seed) => serialize(seed, serializer),
+            None => serializer.serialize_none(),
+        }
+    }
+
+    /// See the module.
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+        struct Seed;
+        impl Visitor<'_> for Seed {
+            type Value = u64;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a seed from 0 to 18446744073709551615")
+            }
+            fn visit_u64<E: Error>(self, seed: u64) -> Result<u64, E> {
+                Ok(seed)
+            }
+            fn visit_i64<E: Error>(self, seed: i64) -> Result<u64, E> {
+                u64::try_from(seed).map_err(|_| E::invalid_value(serde::de::Unexpected::Signed(seed), &self))
+            }
+            fn visit_str<E: Error>(self, seed: &str) -> Result<u64, E> {
+                seed.parse().map_err(|_| E::invalid_value(serde::de::Unexpected::Str(seed), &self))
+            }
+        }
+        deserializer.deserialize_any(Seed)
+    }
+}
+
 fn read_table(path: &Path) -> Result<toml::Table, ConfigError> {
     let origin = path.display().to_string();
     let text = std::fs::read_to_string(path)
@@ -473,6 +521,26 @@ mod tests {
         };
         let file = file(&config.to_toml());
         assert_eq!(Config::layered(Some(file.path()), toml::Table::new()).unwrap(), config);
+    }
+
+    #[test]
+    fn a_seed_has_64_bits() {
+        for seed in [0, i64::MAX as u64, i64::MAX as u64 + 1, u64::MAX] {
+            let config = Config { seed, max_length: 7, ..Config::default() };
+            let file = file(&config.to_toml());
+            assert_eq!(Config::layered(Some(file.path()), toml::Table::new()).unwrap().seed, seed);
+            let json = serde_json::to_string(&config).unwrap();
+            assert_eq!(serde_json::from_str::<Config>(&json).unwrap().seed, seed);
+            assert_eq!(config.resumed(toml::Table::new()).unwrap(), config);
+        }
+        assert!(Config::layered(Some(file("seed = -1").path()), toml::Table::new()).is_err());
+    }
+
+    #[test]
+    fn the_label_mask_is_off_where_there_is_none() {
+        let mask = |text| Config::layered(Some(file(text).path()), toml::Table::new()).unwrap().label_mask;
+        assert!(mask("heads = 2"));
+        assert!(!mask("heads = 1") && !mask("fha = false\nlabel_mask = true"));
     }
 
     #[test]

@@ -47,7 +47,7 @@ pub struct DrawOptions {
     /// Distinct negatives a pass draws its groups' negatives from, so that a candidate is scored once for several
     /// groups; 0: every group draws its own.
     pub negative_pool: usize,
-    /// Share of the targets that an epoch uses, drawn anew each epoch.
+    /// Share of the targets that an epoch uses, drawn anew each epoch. An epoch that would use none uses one.
     pub sample_rate: f64,
     /// Most tokens of a batch (one pass may exceed it alone).
     pub batch_tokens: usize,
@@ -61,6 +61,10 @@ pub struct Plan {
     passes: Vec<Pass>,
     /// End of each batch among the passes.
     ends: Vec<usize>,
+    /// Targets are used where their key is at most this: [`DrawOptions::sample_rate`], or the smallest key.
+    share: f64,
+    /// Whether `sample_rate` drew no target, so that the one with the smallest key is used.
+    pub topped_up: bool,
     /// Totals.
     pub size: PlanSize,
 }
@@ -126,6 +130,31 @@ fn keyed_uniform(words: [u64; 4]) -> f64 {
     (hash >> 11) as f64 / (1u64 << 53) as f64
 }
 
+/// Refuses a data set without any target to train on.
+///
+/// # Errors
+/// [`TrainError::NoTargets`], with the reason.
+pub fn require_targets(data: &Dataset, targets: TrainTargets) -> Result<(), TrainError> {
+    let (mut first, mut later) = (false, false);
+    for user in 0..data.users() as u32 {
+        let events = data.user(user);
+        let asked = events.feedback[..events.train_end].get(1..).unwrap_or_default();
+        first |= events.train_end > 0;
+        later |= !asked.is_empty();
+        if asked.iter().any(|&liked| liked == 1 || targets != TrainTargets::Positive) {
+            return Ok(());
+        }
+    }
+    let reason = match (first, later) {
+        (false, _) => "its training part is empty",
+        (true, false) => "no user has two training events",
+        (true, true) => {
+            "no training event after a user's first is liked; --train-targets feedback or all uses skipped events"
+        }
+    };
+    Err(TrainError::NoTargets { path: data.path().to_owned(), reason })
+}
+
 impl<'a> Drawer<'a> {
     /// A drawer for the training events of `data`.
     pub fn new(data: &'a Dataset, options: DrawOptions) -> Self {
@@ -139,19 +168,38 @@ impl<'a> Drawer<'a> {
     pub fn training_plan(&self, epoch: u64) -> Result<Plan, TrainError> {
         let plan = self.plan(epoch);
         if plan.size.batches == 0 {
-            return Err(TrainError::NoTargets { path: self.data.path().to_owned() });
+            require_targets(self.data, self.options.targets)?;
         }
         Ok(plan)
     }
 
     /// The batches of an epoch.
     pub fn plan(&self, epoch: u64) -> Plan {
-        let mut plan = Plan::default();
+        let rate = self.options.sample_rate;
+        let plan = self.plan_of_share(epoch, rate);
+        if plan.size.batches > 0 || rate >= 1.0 {
+            return plan;
+        }
+        let users = 0..self.data.users() as u32;
+        let keys = users.flat_map(|user| {
+            let train_end = self.data.user(user).train_end;
+            let all = self.targets(1.0, epoch, user, 0..train_end);
+            all.map(move |event| self.key(epoch, user, event))
+        });
+        match keys.min_by(f64::total_cmp) {
+            Some(smallest) => Plan { topped_up: true, ..self.plan_of_share(epoch, smallest) },
+            None => plan,
+        }
+    }
+
+    /// The batches of the targets whose key is at most `share`.
+    fn plan_of_share(&self, epoch: u64, share: f64) -> Plan {
+        let mut plan = Plan { share, ..Plan::default() };
         for user in 0..self.data.users() as u32 {
             let events = self.data.user(user);
             let view = View::new(events.items, events.feedback, self.options.feedback);
             let mut last_start = None;
-            for event in self.targets(epoch, user, 0..events.train_end) {
+            for event in self.targets(share, epoch, user, 0..events.train_end) {
                 let length = view.length(event);
                 let start = self.options.cut.start(length);
                 plan.size.targets += 1;
@@ -192,7 +240,7 @@ impl<'a> Drawer<'a> {
     /// When there is no such batch.
     pub fn draw(&self, plan: &Plan, epoch: u64, batch: usize) -> Vec<History> {
         let passes = &plan.passes[plan.range(batch)];
-        let asked: Vec<Vec<usize>> = passes.iter().map(|pass| self.asked(epoch, pass)).collect();
+        let asked: Vec<Vec<usize>> = passes.iter().map(|pass| self.asked(plan.share, epoch, pass)).collect();
         let mut targets = BatchTargets::default();
         for (pass, asked) in passes.iter().zip(&asked) {
             let items = self.data.user(pass.user).items;
@@ -239,19 +287,22 @@ impl<'a> Drawer<'a> {
     }
 
     /// The training events among `range` of a user that an epoch asks about, ascending. Nothing comes before event 0.
-    fn targets(&self, epoch: u64, user: u32, range: Range<usize>) -> impl Iterator<Item = usize> {
-        let Self { options, data, .. } = self;
-        let feedback = data.user(user).feedback;
+    fn targets(&self, share: f64, epoch: u64, user: u32, range: Range<usize>) -> impl Iterator<Item = usize> {
+        let feedback = self.data.user(user).feedback;
         (range.start.max(1)..range.end).filter(move |&event| {
-            (feedback[event] == 1 || options.targets != TrainTargets::Positive)
-                && (options.sample_rate >= 1.0
-                    || keyed_uniform([options.seed, epoch, user.into(), event as u64]) < options.sample_rate)
+            (feedback[event] == 1 || self.options.targets != TrainTargets::Positive)
+                && (share >= 1.0 || self.key(epoch, user, event) <= share)
         })
     }
 
+    /// Uniform in `0..1`: the targets with the smallest keys make the sample of an epoch.
+    fn key(&self, epoch: u64, user: u32, event: usize) -> f64 {
+        keyed_uniform([self.options.seed, epoch, user.into(), event as u64])
+    }
+
     /// The events a pass is for.
-    fn asked(&self, epoch: u64, pass: &Pass) -> Vec<usize> {
-        self.targets(epoch, pass.user, pass.first as usize..pass.end as usize).collect()
+    fn asked(&self, share: f64, epoch: u64, pass: &Pass) -> Vec<usize> {
+        self.targets(share, epoch, pass.user, pass.first as usize..pass.end as usize).collect()
     }
 
     /// Target of an event that is asked about.

@@ -34,6 +34,8 @@ pub enum Event<'a> {
         epochs: usize,
         /// What it amounts to.
         size: &'a PlanSize,
+        /// Whether `sample_rate` drew no target, so that the epoch trains on a single one.
+        topped_up: bool,
         /// Batches already done.
         done: usize,
     },
@@ -186,7 +188,8 @@ impl<'a, D: Device> Fit<'a, D> {
         while !self.finished() {
             let plan = drawer.training_plan(self.state.epoch as u64)?;
             let (epoch, epochs, done) = (self.state.epoch + 1, self.config.epochs, self.state.batch);
-            let mut stop = observe(Event::Epoch { epoch, epochs, size: &plan.size, done });
+            let mut stop =
+                observe(Event::Epoch { epoch, epochs, size: &plan.size, topped_up: plan.topped_up, done });
             if stop.is_continue() {
                 stop = self.steps(&drawer, &plan, before, observe)?;
             }

@@ -57,10 +57,12 @@ pub enum TrainError {
         tensor: String,
     },
     /// Nothing can be learnt from the data set.
-    #[error("{} has no training target: no user has a second event that counts", path.display())]
+    #[error("{} has no training target: {reason}", path.display())]
     NoTargets {
         /// The data set.
         path: PathBuf,
+        /// Why.
+        reason: &'static str,
     },
     /// A file belongs to something else.
     #[error("{} is not the data set of this run: {what} differ", path.display())]
@@ -76,13 +78,31 @@ pub enum TrainError {
         /// The model file.
         path: PathBuf,
     },
+    /// A user that the data set does not know.
+    #[error("unknown user `{user}` in {argument}")]
+    UnknownUser {
+        /// Original id.
+        user: String,
+        /// The argument it was given in.
+        argument: String,
+    },
+    /// A line of a file of users or histories.
+    #[error("{file}:{line}: {reason}")]
+    Line {
+        /// The file, or `<stdin>`.
+        file: String,
+        /// From 1.
+        line: usize,
+        /// What is wrong.
+        reason: String,
+    },
     /// An item that the model does not know.
     #[error("unknown item `{item}` in {argument}")]
     UnknownItem {
         /// Original id.
         item: String,
-        /// The argument it was given in.
-        argument: &'static str,
+        /// The argument, or the line, it was given in.
+        argument: String,
     },
     /// Something of the command line that clap cannot check.
     #[error("{argument}: {reason}")]
@@ -112,11 +132,13 @@ impl TrainError {
             TrainError::File(FileError::Write { .. }) => 1,
             TrainError::File(_) => 3,
             TrainError::NoTargets { .. } | TrainError::OtherData { .. } | TrainError::OtherModel { .. } => 3,
-            TrainError::UnknownItem { .. } => 3,
+            TrainError::UnknownItem { .. } | TrainError::UnknownUser { .. } | TrainError::Line { .. } => 3,
             TrainError::NonFinite { .. }
             | TrainError::Model(ModelError::NonFinite { .. })
             | TrainError::Evaluate(
-                EvaluateError::NonFinite { .. } | EvaluateError::Model(ModelError::NonFinite { .. }),
+                EvaluateError::NonFinite { .. }
+                | EvaluateError::NonFiniteScore { .. }
+                | EvaluateError::Model(ModelError::NonFinite { .. }),
             ) => 5,
             TrainError::Model(ModelError::Device(DeviceError::Cuda(error)))
             | TrainError::Evaluate(EvaluateError::Model(ModelError::Device(DeviceError::Cuda(error)))) => {

@@ -240,7 +240,11 @@ fn open_gpu(precision: Precision) -> Result<Gpu<Cuda>> {
 }
 
 fn main() -> ExitCode {
-    cli::exit(match Arguments::parse().command {
+    let command = Arguments::parse().command;
+    if let Err(error) = cli::start_threads(0) {
+        return cli::exit(Err(error));
+    }
+    cli::exit(match command {
         Command::Verify(arguments) => match run_verify(&arguments) {
             Ok(true) => Ok(()),
             Ok(false) => return ExitCode::FAILURE,

@@ -86,12 +86,13 @@ impl SplitKind {
 }
 
 fn main() -> ExitCode {
-    cli::exit(match Cli::parse().command {
+    let command = Cli::parse().command;
+    cli::exit(cli::start_threads(0).and_then(|()| match command {
         Command::Import(args) => import::import(*args),
         Command::Info(args) => info::info(&args),
         Command::Export(args) => export::export(&args),
         Command::Synth(args) => synth(args),
-    })
+    }))
 }
 
 fn synth(args: Synth) -> dfar::Result<()> {

@@ -21,6 +21,7 @@ pub struct Flags {
     data: Option<PathBuf>,
     /// Seed of initial values, shuffles and negatives [default: 2020].
     #[arg(long)]
+    #[serde(serialize_with = "dfar::train::config::seed::serialize_option")]
     seed: Option<u64>,
     /// Threads; 0: one per core. Results do not depend on it [default: 0].
     #[arg(long)]

@@ -5,6 +5,8 @@ mod cli;
 mod device;
 mod flags;
 mod progress;
+#[path = "../shared/replacement.rs"]
+mod replacement;
 mod report;
 mod score;
 
@@ -17,7 +19,7 @@ use dfar::model::Model;
 use dfar::train::checkpoint::{Checkpoint, DataInfo, ModelFile};
 use dfar::train::config::{Config, DeviceChoice};
 use dfar::train::run::{self, Run, RunError};
-use dfar::train::{Fit, Outcome, TrainError};
+use dfar::train::{Fit, Outcome, TrainError, draw};
 use flags::Flags;
 use progress::Progress;
 use std::path::{Path, PathBuf};
@@ -44,7 +46,7 @@ enum Command {
     /// Score the test and validation groups with a run's best model.
     Evaluate(Evaluate),
     /// Rank items, given by their original ids, after a history.
-    Score(score::Score),
+    Score(Box<score::Score>),
 }
 
 #[derive(Args)]
@@ -122,7 +124,7 @@ fn main() -> ExitCode {
     let result = match cli.command {
         None => train(cli.train),
         Some(Command::Evaluate(args)) => evaluate(args),
-        Some(Command::Score(args)) => score::score(args),
+        Some(Command::Score(args)) => score::score(*args),
     };
     cli::exit(result)
 }
@@ -136,10 +138,14 @@ fn train(args: Train) -> dfar::Result<()> {
     let (run, config, chosen, checkpoint) = match &args.resume {
         None => {
             let config = Config::layered(args.config.as_deref(), flags).map_err(TrainError::from)?;
-            set_threads(config.threads);
+            cli::start_threads(config.threads)?;
             // Checked before the directory is made: a mistake leaves nothing behind.
             let items = match &config.data {
-                Some(path) => Dataset::open(path)?.items(),
+                Some(path) => {
+                    let data = Dataset::open(path)?;
+                    draw::require_targets(&data, config.train_targets)?;
+                    data.items()
+                }
                 None => SYNTHETIC.items,
             };
             config.model(items).check().map_err(TrainError::from)?;
@@ -164,7 +170,7 @@ fn train(args: Train) -> dfar::Result<()> {
                 }
             };
             let config = saved.resumed(flags).map_err(TrainError::from)?;
-            set_threads(config.threads);
+            cli::start_threads(config.threads)?;
             let chosen = open(&config)?;
             (run, config, chosen, checkpoint)
         }
@@ -235,8 +241,8 @@ fn fit<D: Device>(device: Arc<D>, start: Start, progress: &Progress, json: bool)
 }
 
 fn evaluate(args: Evaluate) -> dfar::Result<()> {
+    cli::start_threads(args.threads)?;
     let (mut config, file) = open_run(&args.run)?;
-    set_threads(args.threads);
     let progress = Progress::new(args.output.quiet, args.output.no_progress, &STOP);
     stop_on_interrupt(&progress);
     let data = Dataset::open(data_path(args.data.as_deref(), &config, &args.run))?;
@@ -263,7 +269,7 @@ fn evaluate(args: Evaluate) -> dfar::Result<()> {
             json["best_epoch"] = file.info.epoch.into();
             format!("{}\n", serde_json::to_string_pretty(&json).expect("plain JSON"))
         }
-        false => report::evaluation_text(&evaluation),
+        false => report::evaluation_text(&evaluation, info.protocol.candidates.negatives),
     })
 }
 
@@ -302,11 +308,6 @@ fn synthetic_data(run: &Run, progress: &Progress) -> dfar::Result<Dataset> {
 fn default_name(config: &Config) -> String {
     let stem = config.data.as_deref().and_then(Path::file_stem);
     stem.map_or_else(|| "synthetic".to_owned(), |stem| stem.to_string_lossy().into_owned())
-}
-
-fn set_threads(threads: usize) {
-    // Fails only when the pool exists already, which nothing before this makes.
-    let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
 }
 
 /// The first Ctrl-C asks for a clean end, the second ends at once (checkpoints are whole at any moment).

@@ -52,7 +52,12 @@ impl Progress {
 
     pub fn observe(&self, event: Event<'_>) -> ControlFlow<()> {
         match event {
-            Event::Epoch { epoch, epochs, size, done } => {
+            Event::Epoch { epoch, epochs, size, topped_up, done } => {
+                if topped_up {
+                    self.line(&format!(
+                        "epoch {epoch}: --sample-rate is too small for this data set and drew no target; training on one"
+                    ));
+                }
                 if epoch == 1 && done == 0 {
                     self.line(&format!(
                         "{} training targets an epoch: {} shared passes, {} windows, {} tokens, {} instances, {} batches",

@@ -27,11 +27,23 @@ pub struct CpuBuffer<T: Element> {
 
 impl Pool {
     /// `len` values of unspecified content.
-    pub fn take<T: Element>(self: &Arc<Self>, len: usize) -> CpuBuffer<T> {
-        let lines = size_class((len * size_of::<T>()).div_ceil(size_of::<Line>()));
-        let recycled = self.lock().get_mut(&lines).and_then(Vec::pop);
-        let lines = recycled.unwrap_or_else(|| vec![bytemuck::Zeroable::zeroed(); lines]);
-        CpuBuffer { lines, len, pool: self.clone(), element: std::marker::PhantomData }
+    ///
+    /// # Errors
+    /// [`DeviceError::Memory`].
+    pub fn take<T: Element>(self: &Arc<Self>, len: usize) -> Result<CpuBuffer<T>, DeviceError> {
+        let bytes = len.checked_mul(size_of::<T>()).ok_or(DeviceError::Memory { bytes: usize::MAX })?;
+        let count = size_class(bytes.div_ceil(size_of::<Line>()));
+        let recycled = self.lock().get_mut(&count).and_then(Vec::pop);
+        let lines = match recycled {
+            Some(lines) => lines,
+            None => {
+                let mut lines = Vec::new();
+                lines.try_reserve_exact(count).map_err(|_| DeviceError::Memory { bytes })?;
+                lines.resize(count, bytemuck::Zeroable::zeroed());
+                lines
+            }
+        };
+        Ok(CpuBuffer { lines, len, pool: self.clone(), element: std::marker::PhantomData })
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<usize, Vec<Vec<Line>>>> {
@@ -80,16 +92,21 @@ impl Memory for Cpu {
     /// Nothing: [`Memory::stage`] copies at once.
     type Staging = ();
 
+    /// Asks the system for the memory and gives it back. One more copy is the host's, from which a model is made.
+    fn check_room(&self, parameters: usize, copies: usize) -> Done {
+        let bytes = parameters.saturating_mul((copies + 1) * size_of::<f32>());
+        Vec::<u8>::new().try_reserve_exact(bytes).map_err(|_| DeviceError::Memory { bytes })
+    }
     fn alloc<T: Element>(&self, len: usize) -> Result<CpuBuffer<T>, DeviceError> {
-        Ok(self.pool.take(len))
+        self.pool.take(len)
     }
     fn zeros<T: Element>(&self, len: usize) -> Result<CpuBuffer<T>, DeviceError> {
-        let mut buffer = self.pool.take(len);
+        let mut buffer = self.pool.take(len)?;
         buffer.fill(bytemuck::Zeroable::zeroed());
         Ok(buffer)
     }
     fn upload<T: Element>(&self, host: &[T]) -> Result<CpuBuffer<T>, DeviceError> {
-        let mut buffer = self.pool.take(host.len());
+        let mut buffer = self.pool.take(host.len())?;
         buffer.copy_from_slice(host);
         Ok(buffer)
     }
@@ -114,12 +131,13 @@ mod tests {
     #[test]
     fn memory_returns_to_the_pool() {
         let pool = Arc::new(Pool::default());
-        let first = pool.take::<f32>(1000);
+        let first = pool.take::<f32>(1000).unwrap();
         let address = first.as_ptr() as usize;
         assert_eq!(address % 64, 0);
         drop(first);
-        let second = pool.take::<u32>(990);
+        let second = pool.take::<u32>(990).unwrap();
         assert_eq!(second.as_ptr() as usize, address, "a similar size reuses the memory");
-        assert_eq!((second.len(), pool.take::<u8>(0).len()), (990, 0));
+        assert!(matches!(pool.take::<f32>(usize::MAX / 8), Err(DeviceError::Memory { .. })));
+        assert_eq!((second.len(), pool.take::<u8>(0).unwrap().len()), (990, 0));
     }
 }

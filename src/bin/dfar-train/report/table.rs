@@ -1,4 +1,4 @@
-//! The figures for people.
+//! The figures as text.
 
 use super::{Evaluation, RunReport};
 use dfar::evaluate::PartReport;
@@ -14,10 +14,15 @@ pub fn table(rows: &[Vec<String>]) -> String {
     for row in rows {
         let mut line = String::new();
         for (c, cell) in row.iter().enumerate() {
+            // A width in a format string is limited to 65,535, and a cell may hold an id of any length.
+            let padding = std::iter::repeat_n(' ', widths[c] - cell.chars().count());
             if c == 0 {
-                let _ = write!(line, "{cell:<0$}", widths[0]);
+                line.push_str(cell);
+                line.extend(padding);
             } else {
-                let _ = write!(line, "  {cell:>0$}", widths[c]);
+                line.push_str("  ");
+                line.extend(padding);
+                line.push_str(cell);
             }
         }
         text.push_str(line.trim_end());
@@ -26,8 +31,9 @@ pub fn table(rows: &[Vec<String>]) -> String {
     text
 }
 
-/// Test figures beside popularity and the ceiling, then what lies apart from them.
-pub fn evaluation_text(evaluation: &Evaluation) -> String {
+/// Test figures beside popularity and the ceiling, then by history length, then those of skipped events.
+/// `negatives` are the stored negatives of a group.
+pub fn evaluation_text(evaluation: &Evaluation, negatives: usize) -> String {
     let mut text = String::new();
     let Evaluation { test, valid, popularity, ceiling } = evaluation;
     match (test, valid) {
@@ -45,9 +51,10 @@ pub fn evaluation_text(evaluation: &Evaluation) -> String {
             popularity.valid.as_ref(),
             ceiling.as_ref().and_then(|c| c.valid.as_ref()),
         ),
-        (None, None) => {
-            text.push_str("no liked event in the validation and test parts: nothing to measure\n")
-        }
+        (None, None) if negatives == 0 => text.push_str(
+            "no metrics: the evaluation groups have no negatives (the data set was made with --candidates 0)\n",
+        ),
+        (None, None) => text.push_str("no metrics: no event of the validation and test parts is liked\n"),
     }
     text
 }
@@ -127,7 +134,7 @@ pub fn count(n: usize) -> String {
 
 impl std::fmt::Display for RunReport {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&evaluation_text(&self.evaluation))?;
+        f.write_str(&evaluation_text(&self.evaluation, self.data.protocol.candidates.negatives))?;
         writeln!(
             f,
             "\nbest epoch {} of {}; {} parameters; {} instances/s; {:.1} s in all",
@@ -157,6 +164,13 @@ mod tests {
     #[test]
     fn thousands_are_separated() {
         assert_eq!([0, 999, 1000, 1234567].map(count), ["0", "999", "1,000", "1,234,567"]);
+    }
+
+    #[test]
+    fn cells_may_be_longer_than_a_format_width() {
+        let long = "x".repeat(70_000);
+        let text = table(&[vec!["a".into(), long.clone()], vec![long.clone(), "b".into()]]);
+        assert_eq!(text.lines().map(str::len).collect::<Vec<_>>(), [140_002, 140_002]);
     }
 
     #[test]

@@ -1,0 +1,163 @@
+//! Users and histories from files.
+
+use dfar::Error;
+use dfar::train::TrainError;
+use serde::Deserialize;
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+
+/// A history by original ids.
+#[derive(Debug, Default)]
+pub struct Named {
+    pub user: String,
+    pub events: Vec<(String, u8)>,
+    pub candidates: Option<Vec<String>>,
+    /// Line it begins at, from 1.
+    pub line: usize,
+}
+
+/// A file, or standard input for `-`.
+pub fn open(path: &Path) -> dfar::Result<(String, Box<dyn BufRead>)> {
+    if path == Path::new("-") {
+        return Ok(("<stdin>".to_owned(), Box::new(BufReader::new(std::io::stdin()))));
+    }
+    let file = File::open(path).map_err(Error::io("read", path))?;
+    Ok((path.display().to_string(), Box::new(BufReader::new(file))))
+}
+
+/// Ids of users, one a line; a line that begins with `"` is a JSON string.
+pub fn users(path: &Path) -> dfar::Result<Vec<String>> {
+    let (name, input) = open(path)?;
+    let mut users = Vec::new();
+    for (line, number) in input.lines().zip(1..) {
+        let line = line.map_err(Error::io("read", path))?;
+        let line = line.strip_suffix('\r').unwrap_or(&line);
+        if line.starts_with('"') {
+            users.push(serde_json::from_str(line).map_err(|error| bad(&name, number, error.to_string()))?);
+        } else if !line.is_empty() {
+            users.push(line.to_owned());
+        }
+    }
+    Ok(users)
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct JsonLine {
+    #[serde(default)]
+    user: Option<JsonId>,
+    history: Vec<(JsonId, u8)>,
+    #[serde(default)]
+    candidates: Option<Vec<JsonId>>,
+}
+
+/// A string, or an integer as its digits.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum JsonId {
+    Text(String),
+    Unsigned(u64),
+    Signed(i64),
+}
+
+impl From<JsonId> for String {
+    fn from(id: JsonId) -> String {
+        match id {
+            JsonId::Text(text) => text,
+            JsonId::Unsigned(number) => number.to_string(),
+            JsonId::Signed(number) => number.to_string(),
+        }
+    }
+}
+
+/// Calls `each` with the histories of a file: JSON lines, or CSV with a header where consecutive rows of one user are
+/// one history. The first character tells which.
+pub fn histories(path: &Path, each: &mut dyn FnMut(&str, Named) -> dfar::Result<()>) -> dfar::Result<()> {
+    let (name, mut input) = open(path)?;
+    let first = input.fill_buf().map_err(Error::io("read", path))?.trim_ascii_start().first().copied();
+    match first {
+        Some(b'{') => json_lines(&name, path, input, each),
+        _ => csv_rows(&name, input, each),
+    }
+}
+
+fn json_lines(
+    name: &str,
+    path: &Path,
+    input: impl BufRead,
+    each: &mut dyn FnMut(&str, Named) -> dfar::Result<()>,
+) -> dfar::Result<()> {
+    for (line, number) in input.lines().zip(1..) {
+        let line = line.map_err(Error::io("read", path))?;
+        if line.trim_ascii().is_empty() {
+            continue;
+        }
+        let line: JsonLine =
+            serde_json::from_str(&line).map_err(|error| bad(name, number, error.to_string()))?;
+        if let Some((_, label)) = line.history.iter().find(|(_, label)| *label > 1) {
+            return Err(
+                bad(name, number, format!("label {label}; labels are 1 (liked) and 0 (skipped)")).into()
+            );
+        }
+        let named = Named {
+            user: line.user.map(String::from).unwrap_or_default(),
+            events: line.history.into_iter().map(|(item, label)| (item.into(), label)).collect(),
+            candidates: line.candidates.map(|items| items.into_iter().map(String::from).collect()),
+            line: number,
+        };
+        each(name, named)?;
+    }
+    Ok(())
+}
+
+fn csv_rows(
+    name: &str,
+    input: impl BufRead,
+    each: &mut dyn FnMut(&str, Named) -> dfar::Result<()>,
+) -> dfar::Result<()> {
+    let mut reader = csv::Reader::from_reader(input);
+    let header = reader.headers().map_err(|error| bad(name, 1, error.to_string()))?.clone();
+    let column = |wanted: &str| {
+        let found = header.iter().position(|column| column.trim_start_matches('\u{feff}') == wanted);
+        found.ok_or_else(|| {
+            bad(
+                name,
+                1,
+                format!("no column `{wanted}`; the header is `user,item,label`, or lines are JSON objects"),
+            )
+        })
+    };
+    let [user, item, label] = [column("user")?, column("item")?, column("label")?];
+    let mut current: Option<Named> = None;
+    for row in reader.records() {
+        let row = row.map_err(|error| {
+            let line = error.position().map_or(0, |position| position.line() as usize);
+            bad(name, line, error.to_string())
+        })?;
+        let line = row.position().map_or(0, |position| position.line() as usize);
+        let label = match &row[label] {
+            "0" => 0,
+            "1" => 1,
+            other => {
+                return Err(bad(
+                    name,
+                    line,
+                    format!("label `{other}`; labels are 1 (liked) and 0 (skipped)"),
+                )
+                .into());
+            }
+        };
+        if current.as_ref().is_some_and(|named| named.user != row[user]) {
+            each(name, current.take().expect("it is some"))?;
+        }
+        let named =
+            current.get_or_insert_with(|| Named { user: row[user].to_owned(), line, ..Named::default() });
+        named.events.push((row[item].to_owned(), label));
+    }
+    current.map_or(Ok(()), |named| each(name, named))
+}
+
+fn bad(file: &str, line: usize, reason: String) -> TrainError {
+    TrainError::Line { file: file.to_owned(), line, reason }
+}

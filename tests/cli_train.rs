@@ -118,7 +118,7 @@ fn a_device_is_chosen_and_a_missing_one_said_so() {
         let output = run(&["--device", "cuda"]);
         assert_eq!(code(&output), 4, "{}", stderr(&output));
         assert!(!dir.path().join("run").exists());
-        assert!(stderr(&output).contains("there is no NVIDIA driver here"), "{}", stderr(&output));
+        assert!(stderr(&output).contains("no NVIDIA driver found"), "{}", stderr(&output));
     }
 }
 

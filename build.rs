@@ -1,5 +1,5 @@
-//! Embeds `kernels/`: every `.cu` with the headers it includes, however deep, and a hash of all that text.
-//! Needs no CUDA; the kernels are compiled at run time, for the GPU that is there.
+//! Embeds `kernels/`: every `.cu` with the headers it includes, however deep, and a hash of all
+//! that text. Needs no CUDA; the kernels are compiled at run time, for the GPU that is there.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -39,7 +39,8 @@ fn main() {
     std::fs::write(out, code).expect("OUT_DIR should be writable");
 }
 
-/// Adds the paths of all `.cu` below `folder` to `names`, relative to `kernels/` and with `/` between folders.
+/// Adds the paths of all `.cu` below `folder` to `names`, relative to `kernels/` and with `/`
+/// between folders.
 fn find_sources(folder: &Path, prefix: &str, names: &mut Vec<String>) {
     for entry in std::fs::read_dir(folder).expect("kernels/ should be there") {
         let entry = entry.expect("kernels/ should be readable");
@@ -52,8 +53,8 @@ fn find_sources(folder: &Path, prefix: &str, names: &mut Vec<String>) {
     }
 }
 
-/// Reads `name` and all it includes by `#include "..."`. Headers that are not there belong to another compiler (the
-/// emulator's, behind an `#ifdef`), and are left to it.
+/// Reads `name` and all it includes by `#include "..."`. Headers that are not there belong to
+/// another compiler (the emulator's, behind an `#ifdef`), and are left to it.
 fn close_over_includes(folder: &Path, name: &str, files: &mut BTreeMap<String, String>) {
     if files.contains_key(name) {
         return;

@@ -1,5 +1,6 @@
-//! The attention operation by sequence length, fused and naive: `cargo bench --bench attention`. On the CPU, and, where there is
-//! a GPU, there too, by its own events: the host's clock does not see what runs behind it.
+//! The attention operation by sequence length, fused and naive: `cargo bench --bench attention`. On
+//! the CPU, and, where there is a GPU, there too, by its own events: the host's clock does not see
+//! what runs behind it.
 
 use criterion::{
     BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main,

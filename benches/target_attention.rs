@@ -1,9 +1,10 @@
 //! Target attention, fused against the published way, forward and backward, on one thread.
 //!
-//! `cargo bench --bench target_attention`. The rate is of (history token, candidate) scores. Arithmetic per score
-//! at `D = 32`, hidden `(80, 40)`, fused: forward `2 (32*80 + 80*40 + 40)` = 11.6 kFLOP; backward, which computes
-//! the activations again, `2 (3*32*80 + 3*80*40 + 2*40)` = 34.7 kFLOP; what is shared by candidates or by tokens is
-//! not counted. `peak` is the rate of this core's multiply-add units in FLOP, to compare with.
+//! `cargo bench --bench target_attention`. The rate is of (history token, candidate) scores.
+//! Arithmetic per score at `D = 32`, hidden `(80, 40)`, fused: forward `2 (32*80 + 80*40 + 40)` =
+//! 11.6 kFLOP; backward, which computes the activations again, `2 (3*32*80 + 3*80*40 + 2*40)` =
+//! 34.7 kFLOP; what is shared by candidates or by tokens is not counted. `peak` is the rate of this
+//! core's multiply-add units in FLOP, to compare with.
 
 #[path = "../tests/bodies/target_attention.rs"]
 #[allow(dead_code)] // what is for tests

@@ -1,10 +1,12 @@
-//! Area under the ROC curve: of the scores of a model, and of the process that generated a synthetic log.
+//! Area under the ROC curve: of the scores of a model, and of the process that generated a
+//! synthetic log.
 
-/// Area under the ROC curve of `(score, is positive)` rows, ties counted half; `None` unless both classes occur.
-/// Sorts `rows`. Scores must be finite.
+/// Area under the ROC curve of `(score, is positive)` rows, ties counted half; `None` unless both
+/// classes occur. Sorts `rows`. Scores must be finite.
 pub fn auc(rows: &mut [(f32, bool)]) -> Option<f64> {
     rows.sort_unstable_by(|a, b| a.0.total_cmp(&b.0));
-    // Twice the number of (positive, negative) pairs in the right order, so that half-counted ties stay integers.
+    // Twice the number of (positive, negative) pairs in the right order, so that half-counted ties
+    // stay integers.
     let (mut twice, mut negatives_below) = (0u128, 0u128);
     for tie in rows.chunk_by(|a, b| a.0 == b.0) {
         let positives = tie.iter().filter(|r| r.1).count() as u128;

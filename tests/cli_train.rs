@@ -401,8 +401,8 @@ fn the_configuration_tells_the_seed_and_the_label_mask_that_are_used() {
     assert_eq!(code(&output), 0, "{}", stderr(&output));
 }
 
-/// Under limits of the system a program ends with a message, not with a panic or an abort. (Root has no limit of
-/// threads, so that address space stands for them: a thread needs a stack.)
+/// Under limits of the system a program ends with a message, not with a panic or an abort. (Root
+/// has no limit of threads, so that address space stands for them: a thread needs a stack.)
 #[cfg(target_os = "linux")]
 #[test]
 fn limits_of_the_system_are_reported() {

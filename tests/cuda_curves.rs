@@ -1,4 +1,5 @@
-//! The loss of 200 steps on a GPU, where there is one, beside the CPU's and with CUDA graphs; the body is in `bodies/curves.rs`.
+//! The loss of 200 steps on a GPU, where there is one, beside the CPU's and with CUDA graphs; the
+//! body is in `bodies/curves.rs`.
 
 #[path = "bodies/curves.rs"]
 mod bodies;
@@ -18,7 +19,8 @@ fn the_loss_falls_as_on_the_cpu() {
     bodies::assert_curves_agree(&bodies::curve(Arc::new(gpu), &batches), &reference);
 }
 
-/// The same losses to the last bit with CUDA graphs. The first steps run without, as they find kernels that are not loaded.
+/// The same losses to the last bit with CUDA graphs. The first steps run without, as they find
+/// kernels that are not loaded.
 #[test]
 fn graphs_change_no_bit() {
     let test = "graphs_change_no_bit";

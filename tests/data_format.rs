@@ -93,7 +93,8 @@ fn assert_value_refused(bytes: &[u8], section: Section, index: u64, part_of_reas
 fn the_files_under_test_are_good() {
     for file in [small(), scored()] {
         open(file).unwrap();
-        // Putting checksums right changes nothing in a good file, so the changes below are what is refused.
+        // Putting checksums right changes nothing in a good file, so the changes below are what is
+        // refused.
         let mut signed = file.to_vec();
         sign(&mut signed);
         assert_eq!(signed, file);
@@ -126,7 +127,8 @@ fn no_prefix_is_accepted() {
 
 #[test]
 fn values_that_cannot_be_never_panic() {
-    // Every byte changed, with checksums put right: most are refused, some are other good files, none panics.
+    // Every byte changed, with checksums put right: most are refused, some are other good files,
+    // none panics.
     for file in [small(), scored()] {
         let mut accepted = 0;
         for place in HEADER_LENGTH..file.len() {

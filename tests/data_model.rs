@@ -53,7 +53,8 @@ fn case() -> impl Strategy<Value = Case> {
 
 type Row = (u8, u8, i64, bool);
 
-/// What should be in the file: users in order of appearance, their events, `[train_end, valid_end]`.
+/// What should be in the file: users in order of appearance, their events,
+/// `[train_end, valid_end]`.
 fn model(case: &Case) -> Vec<(u8, Vec<Row>)> {
     let mut rows = case.rows.clone();
     let place = |rows: &[Row], user: u8| rows.iter().position(|row| row.0 == user);

@@ -36,8 +36,8 @@ fn movielens_100k() {
     let whole = statistics(&made(&options));
     assert_eq!((whole.users, whole.items), (distinct(0), distinct(1)));
     assert_eq!((whole.positive, whole.negative), (liked, rows.len() as u64 - liked));
-    // The set's own description: 943 users, 1,682 items, 100,000 ratings. (Copies differ by a handful of
-    // rows.)
+    // The set's own description: 943 users, 1,682 items, 100,000 ratings. (Copies differ by a
+    // handful of rows.)
     assert_eq!(whole.items, 1682);
     assert!(whole.users.abs_diff(943) <= 1 && rows.len().abs_diff(100_000) <= 10);
 

@@ -1,4 +1,5 @@
-//! The network against the oracle's cases: loss, logits, every gradient, and the parameters after Adam.
+//! The network against the oracle's cases: loss, logits, every gradient, and the parameters after
+//! Adam.
 
 use dfar_tools::verify::{CpuEngine, Outcome, cases, verify};
 use std::path::Path;
@@ -27,7 +28,8 @@ fn the_network_agrees_with_the_oracle() {
 
 #[test]
 fn a_wrong_reference_is_noticed() {
-    // The same case with one gradient value moved by 2e-4 of the largest: the comparison must see it.
+    // The same case with one gradient value moved by 2e-4 of the largest: the comparison must see
+    // it.
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/dfar_small.safetensors");
     let mut bytes = std::fs::read(&golden).unwrap();
     let (header, metadata) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();

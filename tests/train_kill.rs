@@ -1,5 +1,5 @@
-//! `dfar-train` killed (SIGKILL) at random moments: it can always go on, ends with the same bytes, and leaves the
-//! documented files only.
+//! `dfar-train` killed (SIGKILL) at random moments: it can always go on, ends with the same bytes,
+//! and leaves the documented files only.
 //!
 //! `DFAR_KILL_CHAINS=500 cargo test --test train_kill` kills for longer.
 #![cfg(unix)]

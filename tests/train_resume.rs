@@ -1,4 +1,5 @@
-//! A run that is stopped, however it is stopped, and continued ends where the uninterrupted run ends: bit for bit.
+//! A run that is stopped, however it is stopped, and continued ends where the uninterrupted run
+//! ends: bit for bit.
 
 use dfar::batch::Batch;
 use dfar::batch::{Feedback, without_sharing};
@@ -77,7 +78,8 @@ fn interrupted_and_resumed_is_uninterrupted() {
     let batches = expected.info.state.history[0].size.batches as u64;
     assert!(batches >= 3, "the test should stop inside an epoch");
 
-    // Inside an epoch, at its last batch (so that validation is what is interrupted), and again and again.
+    // Inside an epoch, at its last batch (so that validation is what is interrupted), and again and
+    // again.
     for stops in [vec![2], vec![batches], vec![1, 1, batches - 1, 3]] {
         let parts = dir.path().join(format!("{stops:?}"));
         for (i, stop) in stops.iter().enumerate() {
@@ -177,7 +179,8 @@ fn scores_depend_neither_on_workers_nor_on_batches() {
     }
 }
 
-/// A batch that cannot be used is found by a worker, ahead of its turn: the run ends at that batch, with the checkpoint of before.
+/// A batch that cannot be used is found by a worker, ahead of its turn: the run ends at that batch,
+/// with the checkpoint of before.
 #[test]
 fn an_error_of_a_worker_ends_the_run_and_keeps_the_checkpoint() {
     let data = data();
@@ -227,7 +230,8 @@ fn the_log_tells_how_busy_the_device_was() {
         let utilisation = figure("utilisation");
         assert!(utilisation > 0.0 && utilisation <= 1.0 && figure("input_wait") >= 0.0, "{line}");
         if kind == 1 {
-            // What the loop waited, and what the device worked, are different times of the same epoch.
+            // What the loop waited, and what the device worked, are different times of the same
+            // epoch.
             let (seconds, wait) = (figure("train_seconds"), figure("input_wait"));
             assert!(wait + utilisation * seconds <= seconds * (1.0 + 1e-9), "{line}");
         }
@@ -301,8 +305,9 @@ fn divergence_names_its_place_and_keeps_the_checkpoint() {
     assert!(kept.parameters.iter().all(|t| t.values.iter().all(|v| v.is_finite())));
 }
 
-/// Drawn batches, windows and all, by the long way: the same loss and the same gradients. (Groups of equal size:
-/// the disentangling loss is a mean over histories, which the long way has one of a row.)
+/// Drawn batches, windows and all, by the long way: the same loss and the same gradients. (Groups
+/// of equal size: the disentangling loss is a mean over histories, which the long way has one of a
+/// row.)
 #[test]
 fn drawn_batches_cost_and_teach_the_same_without_sharing() {
     let data = data();

@@ -89,7 +89,8 @@ def main():
     if a.only in (None, "training") and not rows(path("training.jsonl")):
         python("training.py", "--out", path("training.jsonl"), "--limit-s", left(), stdout=subprocess.DEVNULL)
     if a.only in (None, "attention"):
-        # A peer that breaks the CUDA context ends its process; its row is filed, so the next one goes on after it.
+        # A peer that breaks the CUDA context ends its process; its row is filed, so the next one
+        # goes on after it.
         for _ in range(6):
             code = python("attention.py", "--resume", "--out", path("attention.jsonl"), "--limit-s", left(), *a.rest,
                           stdout=subprocess.DEVNULL).returncode

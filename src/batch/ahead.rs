@@ -37,7 +37,8 @@ pub fn ahead<T: Send, R>(
         ready: Condvar::new(),
     };
     thread::scope(|scope| {
-        // Where the system allows fewer threads, those it allows do the work; without any, the consumer does.
+        // Where the system allows fewer threads, those it allows do the work; without any, the
+        // consumer does.
         let start = || thread::Builder::new().spawn_scoped(scope, || line.work(&make)).is_ok();
         let started = (0..workers).take_while(|_| start()).count();
         let inline: Option<&dyn Fn(usize) -> T> = if started == 0 { Some(&make) } else { None };

@@ -12,8 +12,8 @@ use std::path::Path;
 
 /// A generating process that can score candidates by its own probabilities.
 pub(super) trait Scorer {
-    /// Appends a score for each candidate as the next liked item of `user` after `history`, given how often
-    /// each item (and any item) is in the training events that negatives are drawn from.
+    /// Appends a score for each candidate as the next liked item of `user` after `history`, given
+    /// how often each item (and any item) is in the training events that negatives are drawn from.
     fn score(&self, user: u32, history: &[Event], drawn: &[u32], candidates: &[u32], out: &mut Vec<f32>);
 }
 

@@ -1,4 +1,5 @@
-//! The negatives of the evaluation groups: drawn once, stored with the data, the same for every model.
+//! The negatives of the evaluation groups: drawn once, stored with the data, the same for every
+//! model.
 
 use super::log::ItemSet;
 use rand::{Rng, RngExt};
@@ -63,12 +64,12 @@ impl Sampler {
         }
     }
 
-    /// Appends `wanted` distinct items to `out`, neither excluded nor the target; the number of items that
-    /// may be drawn where that is too small.
+    /// Appends `wanted` distinct items to `out`, neither excluded nor the target; the number of
+    /// items that may be drawn where that is too small.
     ///
-    /// This is drawing one after the other by weight among the items still allowed. Rejection does it in
-    /// constant time a draw; after many rejections in a row (few items left, or nearly all the weight taken)
-    /// an item is drawn by a scan over all of them, with the same distribution.
+    /// This is drawing one after the other by weight among the items still allowed. Rejection does
+    /// it in constant time a draw; after many rejections in a row (few items left, or nearly all
+    /// the weight taken) an item is drawn by a scan over all of them, with the same distribution.
     pub(super) fn draw(
         &mut self,
         wanted: usize,
@@ -116,8 +117,8 @@ impl Sampler {
 
 /// Walker's alias method in Vose's form, in integers: draws by weight in constant time, exactly.
 ///
-/// Every item has a column of height `total`; what its weight (times the number of items) does not fill is
-/// filled by one other item.
+/// Every item has a column of height `total`; what its weight (times the number of items) does not
+/// fill is filled by one other item.
 #[derive(Debug)]
 struct AliasTable {
     total: u64,

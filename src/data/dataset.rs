@@ -8,7 +8,8 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// A validated data set, mapped from its file. Shared by reference between threads; nothing is copied.
+/// A validated data set, mapped from its file. Shared by reference between threads; nothing is
+/// copied.
 #[derive(Debug)]
 pub struct Dataset {
     path: PathBuf,
@@ -32,22 +33,22 @@ pub struct UserEvents<'a> {
     pub valid_end: usize,
 }
 
-/// The evaluation groups of a part, G of them: one for every event of the part, liked or skipped, in the
-/// order of users and events. The history of a group is everything the user did before the event (nothing,
-/// where `event` is 0: users who appear late have such groups).
+/// The evaluation groups of a part, G of them: one for every event of the part, liked or skipped,
+/// in the order of users and events. The history of a group is everything the user did before the
+/// event (nothing, where `event` is 0: users who appear late have such groups).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct EvaluationGroups<'a> {
     /// `[G]` users.
     pub user: &'a [u32],
-    /// `[G]` the target's index within the user's events. The event's feedback says whether the group counts
-    /// in the main metrics (liked) or is reported apart (skipped).
+    /// `[G]` the target's index within the user's events. The event's feedback says whether the
+    /// group counts in the main metrics (liked) or is reported apart (skipped).
     pub event: &'a [u32],
     /// `[G, negatives_per_group]` items: never the target, none twice within a group.
     pub negatives: &'a [u32],
     /// Negatives a group.
     pub negatives_per_group: usize,
-    /// `[G, 1 + negatives_per_group]` the generating process's own score of the target, then of each
-    /// negative. Synthetic sets only.
+    /// `[G, 1 + negatives_per_group]` the generating process's own score of the target, then of
+    /// each negative. Synthetic sets only.
     pub ceiling: Option<&'a [f32]>,
 }
 
@@ -77,7 +78,8 @@ impl Dataset {
         Dataset::validated(path.to_owned(), bytes)
     }
 
-    /// Validates the bytes of a file held in memory, and keeps a copy of them. `path` is only for messages.
+    /// Validates the bytes of a file held in memory, and keeps a copy of them. `path` is only for
+    /// messages.
     pub fn from_bytes(bytes: &[u8], path: impl AsRef<Path>) -> Result<Dataset, DataError> {
         Dataset::validated(path.as_ref().to_owned(), Bytes::copy(bytes))
     }

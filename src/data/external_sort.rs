@@ -37,8 +37,8 @@ impl Record for i64 {
     }
 }
 
-/// A sequence of records in a temporary file (in memory while it is small), written once, read as often as
-/// wanted.
+/// A sequence of records in a temporary file (in memory while it is small), written once, read as
+/// often as wanted.
 #[derive(Debug)]
 pub(super) struct RecordFile<R> {
     file: SpooledTempFile,
@@ -138,7 +138,8 @@ pub(super) struct ExternalSorter<R> {
     buffer: Vec<R>,
     capacity: usize,
     fan_in: usize,
-    /// Sorted runs, the oldest records first, and how often each has been merged: never less than the run after it.
+    /// Sorted runs, the oldest records first, and how often each has been merged: never less than
+    /// the run after it.
     runs: Vec<(RecordFile<R>, u32)>,
 }
 
@@ -173,13 +174,14 @@ impl<R: Record> ExternalSorter<R> {
 
     fn spill(&mut self) -> Result<(), DataError> {
         self.buffer.sort_by_key(R::key);
-        // Straight to the disk: runs that are too small to leave memory by themselves would add up there.
+        // Straight to the disk: runs that are too small to leave memory by themselves would add up
+        // there.
         let mut run = RecordWriter::spooled(&self.folder, 0);
         run.extend(&self.buffer)?;
         self.buffer.clear();
         self.runs.push((run.finish()?, 0));
-        // Runs that have been merged equally often are neighbours: merging them keeps the sort stable, and every record
-        // is written once a level.
+        // Runs that have been merged equally often are neighbours: merging them keeps the sort
+        // stable, and every record is written once a level.
         while let Some(first) = self.runs.len().checked_sub(self.fan_in)
             && self.runs[first].1 == self.runs[self.runs.len() - 1].1
         {

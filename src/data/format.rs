@@ -7,9 +7,10 @@
 //!          the file ends where the last section ends
 //! ```
 //!
-//! All numbers are little-endian. A file is untrusted: [`Dataset::open`](super::Dataset::open) checks every
-//! offset, count, id, order and checksum once, and everything after it indexes without fear. There is one way to
-//! write a given data set, so a flipped bit anywhere, padding included, is found.
+//! All numbers are little-endian. A file is untrusted: [`Dataset::open`](super::Dataset::open)
+//! checks every offset, count, id, order and checksum once, and everything after it indexes without
+//! fear. There is one way to write a given data set, so a flipped bit anywhere, padding included,
+//! is found.
 
 use super::DataError;
 use bytemuck::{Pod, Zeroable};
@@ -20,11 +21,13 @@ use std::path::Path;
 #[cfg(target_endian = "big")]
 compile_error!("data set files are little-endian and mapped as they are: big-endian hosts are not supported");
 
-/// The first eight bytes. Like PNG's, they show when a transfer changed line ends or dropped the eighth bit.
+/// The first eight bytes. Like PNG's, they show when a transfer changed line ends or dropped the
+/// eighth bit.
 pub const MAGIC: [u8; 8] = *b"\x89DFAR\r\n\x1a";
 /// The version this program writes, and the only one it reads.
 pub const VERSION: u32 = 1;
-/// Every section starts on a multiple of this many bytes: a cache line, and enough for any vector load.
+/// Every section starts on a multiple of this many bytes: a cache line, and enough for any vector
+/// load.
 pub const ALIGNMENT: u64 = 64;
 /// Bit of [`Header::flags`]: the groups carry the generating process's scores.
 pub const FLAG_CEILING: u32 = 1;
@@ -81,7 +84,8 @@ pub const HEADER_LENGTH: usize = size_of::<Header>();
 pub const ENTRY_LENGTH: usize = size_of::<Entry>();
 const _: () = assert!(HEADER_LENGTH == 64 && ENTRY_LENGTH == 32);
 
-/// The sections, in file order. U users, V items, E events, G groups of the part, n negatives a group.
+/// The sections, in file order. U users, V items, E events, G groups of the part, n negatives a
+/// group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Section {
@@ -89,7 +93,8 @@ pub enum Section {
     Protocol,
     /// `u64 [U+1]`: events of user u are `[offsets[u], offsets[u+1])`.
     UserOffsets,
-    /// `u32 [U][2]`: end of the training and of the validation events, counted from the user's first event.
+    /// `u32 [U][2]`: end of the training and of the validation events, counted from the user's
+    /// first event.
     Split,
     /// `u32 [E]`.
     Items,
@@ -194,8 +199,8 @@ pub(super) struct Contents {
 }
 
 impl Contents {
-    /// A section's elements. Casting cannot fail after [`read_contents`]: offsets are multiples of 64, the
-    /// bytes start on a multiple of 8, and lengths were compared with the counts.
+    /// A section's elements. Casting cannot fail after [`read_contents`]: offsets are multiples of
+    /// 64, the bytes start on a multiple of 8, and lengths were compared with the counts.
     pub fn slice<'a, T: Pod>(&self, bytes: &'a [u8], section: Section) -> &'a [T] {
         bytemuck::cast_slice(&bytes[self.ranges[section as usize].clone()])
     }
@@ -310,8 +315,8 @@ fn read_header(bytes: &[u8], path: &Path) -> Result<Header, DataError> {
     Ok(header)
 }
 
-/// Compares every section's length with the counts. Name sections have any length (`validate` checks their
-/// offsets), and the group counts are set by the sections of group users.
+/// Compares every section's length with the counts. Name sections have any length (`validate`
+/// checks their offsets), and the group counts are set by the sections of group users.
 fn check_lengths(header: &Header, contents: &Contents, path: &Path) -> Result<(), DataError> {
     let length = |section: Section| contents.ranges[section as usize].len() as u64;
     let groups = |users: Section| length(users) / 4;

@@ -38,8 +38,8 @@ impl RepeatFilter {
 
 /// Applies the frequency filter and numbers the users and items that are left without gaps.
 ///
-/// Items are counted first, then users over the events whose items stay; with `until_stable` again and again.
-/// The events stay on disk, each count is one pass over them.
+/// Items are counted first, then users over the events whose items stay; with `until_stable` again
+/// and again. The events stay on disk, each count is one pass over them.
 pub(super) fn filter(
     mut events: RecordFile<Event>,
     mut users: Names,
@@ -93,8 +93,8 @@ pub(super) fn filter(
     Ok(Log { events, users, items })
 }
 
-/// Drops those with too few counted records among the events that are still there; `ids` gives, for an event,
-/// the place in `keep` and in `other`. Says whether any was dropped.
+/// Drops those with too few counted records among the events that are still there; `ids` gives, for
+/// an event, the place in `keep` and in `other`. Says whether any was dropped.
 fn drop_rare(
     events: &mut RecordFile<Event>,
     rule: KCore,

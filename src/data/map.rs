@@ -1,4 +1,5 @@
-//! The bytes of a data set: mapped from a file or held in memory, aligned for every section's element type.
+//! The bytes of a data set: mapped from a file or held in memory, aligned for every section's
+//! element type.
 
 use std::fs::File;
 use std::ops::Deref;
@@ -20,16 +21,17 @@ pub(super) enum Bytes {
 impl Bytes {
     /// Maps a whole file.
     ///
-    /// A map cannot be made safe in Rust's sense: whoever changes or truncates the file while it is mapped
-    /// changes bytes we hold by shared reference, and a read behind a new end raises SIGBUS. What we can do
-    /// is done: the file is opened for reading only, everything is validated before use, nothing is ever cast
-    /// to a type for which some bit pattern is invalid (only integers, floats and bytes; text is checked
-    /// again when it is asked for), and our own writer never writes into an existing file but renames a
-    /// finished one over it, which leaves the old pages alone.
+    /// A map cannot be made safe in Rust's sense: whoever changes or truncates the file while it is
+    /// mapped changes bytes we hold by shared reference, and a read behind a new end raises SIGBUS.
+    /// What we can do is done: the file is opened for reading only, everything is validated before
+    /// use, nothing is ever cast to a type for which some bit pattern is invalid (only integers,
+    /// floats and bytes; text is checked again when it is asked for), and our own writer never
+    /// writes into an existing file but renames a finished one over it, which leaves the old pages
+    /// alone.
     pub(super) fn map(file: &File) -> std::io::Result<Bytes> {
-        // SAFETY: data set files are not modified in place while mapped: our writer replaces them by
-        // renaming. A foreign process that does so breaks this, which no program that maps files can exclude
-        // (see above).
+        // SAFETY: data set files are not modified in place while mapped: our writer replaces them
+        // by renaming. A foreign process that does so breaks this, which no program that maps files
+        // can exclude (see above).
         unsafe { memmap2::Mmap::map(file) }.map(Bytes::Map)
     }
 

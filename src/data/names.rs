@@ -6,8 +6,9 @@ use std::hash::{BuildHasher, RandomState};
 /// Marks a free slot; hence ids go up to `u32::MAX - 1`.
 const FREE: u32 = u32::MAX;
 
-/// Distinct names, end to end in one buffer, found by a hash table of 4-byte slots: about 20 bytes and the
-/// name itself for each, where a `HashMap<String, u32>` takes 60. (Tens of millions of items are normal.)
+/// Distinct names, end to end in one buffer, found by a hash table of 4-byte slots: about 20 bytes
+/// and the name itself for each, where a `HashMap<String, u32>` takes 60. (Tens of millions of
+/// items are normal.)
 #[derive(Debug, Default)]
 pub(super) struct Names {
     what: &'static str,
@@ -54,8 +55,8 @@ impl Names {
         Ok(id)
     }
 
-    /// Drops the names without a `true`, and numbers the others anew in their old order. Nothing can be
-    /// interned afterwards without a table being built again.
+    /// Drops the names without a `true`, and numbers the others anew in their old order. Nothing
+    /// can be interned afterwards without a table being built again.
     pub(super) fn retain(&mut self, keep: &[bool]) {
         let mut kept = Names::new(self.what);
         for (id, _) in keep.iter().enumerate().filter(|&(_, &keep)| keep) {

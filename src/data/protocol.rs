@@ -17,8 +17,8 @@ pub struct Made {
     pub protocol: Protocol,
 }
 
-/// How a data set was made. Stored in the file; belongs in every result computed from it, since figures of
-/// two protocols cannot be compared.
+/// How a data set was made. Stored in the file; belongs in every result computed from it, since
+/// figures of two protocols cannot be compared.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Protocol {
@@ -79,8 +79,8 @@ pub struct KCore {
     pub k: u32,
     /// Which records are counted. (Those not counted go with their item or user all the same.)
     pub on: CountedRecords,
-    /// Whether the two passes were repeated until nothing changed. The paper makes one pass each, after which
-    /// items may have fewer than `k` records again.
+    /// Whether the two passes were repeated until nothing changed. The paper makes one pass each,
+    /// after which items may have fewer than `k` records again.
     pub until_stable: bool,
 }
 
@@ -106,8 +106,8 @@ pub struct Candidates {
     pub exclude_seen: bool,
     /// Seed of the draw (and of the by-user split).
     pub seed: u64,
-    /// FNV-1a (64 bit, hexadecimal) over users, events and negatives of the validation and test groups: equal
-    /// hashes mean identical groups.
+    /// FNV-1a (64 bit, hexadecimal) over users, events and negatives of the validation and test
+    /// groups: equal hashes mean identical groups.
     pub hash: String,
 }
 

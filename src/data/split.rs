@@ -43,20 +43,20 @@ impl Part {
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Split {
-    /// The last event of every user is tested, the one before validates. Users with fewer than three events
-    /// are for training only.
+    /// The last event of every user is tested, the one before validates. Users with fewer than
+    /// three events are for training only.
     LeaveLast,
-    /// One point in time for everybody: the first `train` of all events train, the next `valid` validate, the
-    /// rest is tested. Events at the very moment of a cut go to the later part, so no part looks into the
-    /// next.
+    /// One point in time for everybody: the first `train` of all events train, the next `valid`
+    /// validate, the rest is tested. Events at the very moment of a cut go to the later part, so no
+    /// part looks into the next.
     Temporal {
         /// Share of the events, 0 to 1.
         train: f64,
         /// Share of the events, 0 to 1.
         valid: f64,
     },
-    /// Whole users, shuffled: `train` of them train, `valid` validate, the rest is tested (as in the
-    /// published code for micro-video; it asks for a model of people never seen).
+    /// Whole users, shuffled: `train` of them train, `valid` validate, the rest is tested (as in
+    /// the published code for micro-video; it asks for a model of people never seen).
     ByUser {
         /// Share of the users, 0 to 1.
         train: f64,

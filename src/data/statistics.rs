@@ -29,8 +29,8 @@ pub struct Statistics {
     pub test_without_history: u64,
     /// First and last time, in milliseconds since 1970.
     pub times: [i64; 2],
-    /// AUC of the generating process's own scores over the liked test groups: no model can be expected above
-    /// it. Synthetic sets only.
+    /// AUC of the generating process's own scores over the liked test groups: no model can be
+    /// expected above it. Synthetic sets only.
     pub ceiling_auc: Option<f64>,
     /// How the data set was made.
     pub protocol: Protocol,
@@ -104,8 +104,8 @@ pub fn statistics(data: &Dataset) -> Statistics {
     }
 }
 
-/// AUC of the generating process's scores over the rows of a part's liked groups, ties counted half; `None`
-/// without scores, or without liked groups.
+/// AUC of the generating process's scores over the rows of a part's liked groups, ties counted
+/// half; `None` without scores, or without liked groups.
 pub fn ceiling_auc(data: &Dataset, part: Part) -> Option<f64> {
     let groups = data.groups(part);
     groups.ceiling?;

@@ -1,8 +1,8 @@
 //! A synthetic log whose true probabilities are known.
 //!
-//! Items lie in clusters, the clusters on a ring, and within a cluster an item's share falls as a power of
-//! its rank (Zipf). A user likes three clusters and dislikes three; every 40 events one of the liked ones is
-//! exchanged. An event is drawn as
+//! Items lie in clusters, the clusters on a ring, and within a cluster an item's share falls as a
+//! power of its rank (Zipf). A user likes three clusters and dislikes three; every 40 events one of
+//! the liked ones is exchanged. An event is drawn as
 //!
 //! ```text
 //! cluster   k ~ (1 - m) taste(k) + m walk(k | cluster and feedback of the event before)
@@ -10,15 +10,15 @@
 //! feedback  liked with a probability set by k being liked, disliked or neither
 //! ```
 //!
-//! where the walk stays near the last cluster after a like and goes to the far side of the ring after a skip.
-//! So the same item before means opposite things, depending on its feedback: who ignores feedback sees a
-//! mixture of both and cannot reach what mixed feedback can.
+//! where the walk stays near the last cluster after a like and goes to the far side of the ring
+//! after a skip. So the same item before means opposite things, depending on its feedback: who
+//! ignores feedback sees a mixture of both and cannot reach what mixed feedback can.
 //!
-//! **The ceiling.** In a group the target comes from `p(i | liked, history)` and the negatives from the
-//! popularity `q(i)` among the training events, so no score separates them better than the likelihood ratio
-//! `log p(i | liked, history) - log q(i)` (Neyman and Pearson); dividing by `p(liked | history)` makes scores
-//! comparable between groups. The process knows the user's tastes, which a model has to infer: a model comes
-//! near the ceiling, not up to it.
+//! **The ceiling.** In a group the target comes from `p(i | liked, history)` and the negatives from
+//! the popularity `q(i)` among the training events, so no score separates them better than the
+//! likelihood ratio `log p(i | liked, history) - log q(i)` (Neyman and Pearson); dividing by
+//! `p(liked | history)` makes scores comparable between groups. The process knows the user's
+//! tastes, which a model has to infer: a model comes near the ceiling, not up to it.
 
 use super::assemble::{Scorer, Workplace, assemble};
 use super::external_sort::RecordWriter;
@@ -39,7 +39,8 @@ const TASTES: usize = 3;
 const DRIFT: usize = 40;
 /// Share of the walk in the choice of a cluster.
 const WALK: f64 = 0.8;
-/// Share of liked and of disliked clusters in a user's taste; all clusters share the rest by popularity.
+/// Share of liked and of disliked clusters in a user's taste; all clusters share the rest by
+/// popularity.
 const TASTE: [f64; 2] = [0.5, 0.2];
 /// Probability that an event in a liked, a disliked and any other cluster is liked.
 const LIKED: [f64; 3] = [0.8, 0.2, 0.5];
@@ -143,7 +144,8 @@ struct Process {
     weights: Vec<f64>,
     /// Sum of the weights of each cluster.
     cluster_weights: [f64; CLUSTERS],
-    /// For each cluster the running sums of its items' weights: items k, k + CLUSTERS, k + 2 CLUSTERS, ...
+    /// For each cluster the running sums of its items' weights: items k, k + CLUSTERS, k + 2
+    /// CLUSTERS, ...
     running: Vec<Vec<f64>>,
 }
 
@@ -190,8 +192,8 @@ impl Process {
         })
     }
 
-    /// Two streams of random numbers a user: tastes are drawn from one of their own, so that they can be told
-    /// again without the events.
+    /// Two streams of random numbers a user: tastes are drawn from one of their own, so that they
+    /// can be told again without the events.
     fn rng(&self, user: u32, stream: u64) -> ChaCha8Rng {
         let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
         rng.set_stream(1 + 2 * u64::from(user) + stream);
@@ -248,7 +250,8 @@ impl Process {
     fn generate(&self, user: u32, history: &mut Vec<Event>) {
         let mut rng = self.rng(user, 1);
         let length = SHORTEST + exponential(&mut rng, self.mean_events - SHORTEST as f64).round() as usize;
-        // Users join during the first half and stay to the end, so that most are known when testing begins.
+        // Users join during the first half and stay to the end, so that most are known when testing
+        // begins.
         let join = rng.random_range(0..SPAN.1 / 2);
         let mut times: Vec<i64> = (0..length).map(|_| SPAN.0 + rng.random_range(join..SPAN.1)).collect();
         times.sort_unstable();
@@ -299,7 +302,8 @@ impl Scorer for Process {
         out.extend(candidates.iter().map(|&item| {
             let cluster = self.cluster(item);
             let p = liked[cluster] / any * self.weights[item as usize] / self.cluster_weights[cluster];
-            // A target that is never drawn as a negative is certain to be one; half a draw keeps it finite.
+            // A target that is never drawn as a negative is certain to be one; half a draw keeps it
+            // finite.
             let q = f64::from(drawn[item as usize]).max(0.5) / all_drawn;
             (p / q).ln() as f32
         }));
@@ -373,8 +377,8 @@ mod tests {
         let stored = statistics::ceiling_auc(&data, Part::Test).expect("synthetic sets have one");
         assert_eq!(ceiling, stored);
 
-        // The best that can be done without seeing feedback: the last event counts as liked and as skipped,
-        // each with its probability.
+        // The best that can be done without seeing feedback: the last event counts as liked and as
+        // skipped, each with its probability.
         let blind = auc(&data, |user, history, item| {
             let now = process.tastes(user).nth(history.len() / DRIFT).expect("periods do not end");
             let mut p = process.next_cluster(&now, None);

@@ -1,7 +1,7 @@
 //! Checks of every value in a data set file whose header, table and checksums hold.
 //!
-//! A checksum says that the bytes are those which were written, not that they make sense: a file may come
-//! from a program with a fault, or from somebody with a grudge.
+//! A checksum says that the bytes are those which were written, not that they make sense: a file
+//! may come from a program with a fault, or from somebody with a grudge.
 
 use super::DataError;
 use super::format::{Contents, Section};
@@ -12,8 +12,9 @@ use std::path::Path;
 /// A value that cannot be: index within the section and what is wrong.
 type Fault = (usize, &'static str);
 
-/// Checks all values. After it, every id indexes its table, every range lies inside its section, every
-/// history is in time order, every name is text, and the groups are exactly the validation and test events.
+/// Checks all values. After it, every id indexes its table, every range lies inside its section,
+/// every history is in time order, every name is text, and the groups are exactly the validation
+/// and test events.
 pub(super) fn validate(contents: &Contents, bytes: &[u8], path: &Path) -> Result<(), DataError> {
     let fail = |section: Section| {
         move |(index, reason): Fault| DataError::Value {
@@ -115,7 +116,8 @@ fn check_names<'a>(names: &'a [u8], offsets: &[u64]) -> Result<&'a str, Fault> {
     }
 }
 
-/// The order holds every id once, by strictly increasing name: then it is a permutation and names are unique.
+/// The order holds every id once, by strictly increasing name: then it is a permutation and names
+/// are unique.
 fn check_order(order: &[u32], count: usize, names: &str, offsets: &[u64]) -> Result<(), Fault> {
     check_below(order, count, "no such name")?;
     let name = |id: u32| &names[offsets[id as usize] as usize..offsets[id as usize + 1] as usize];

@@ -75,8 +75,8 @@ impl Writer {
         self.put(order, &ids)
     }
 
-    /// Puts the sections into one file. It is written under a temporary name beside `path`, flushed to the
-    /// disk, and then renamed: `path` is either what it was or complete.
+    /// Puts the sections into one file. It is written under a temporary name beside `path`, flushed
+    /// to the disk, and then renamed: `path` is either what it was or complete.
     pub(super) fn finish(
         mut self,
         path: &Path,

@@ -1,8 +1,8 @@
 //! Ranking metrics over candidate groups. Definitions: `docs/training.md`.
 //!
-//! Nothing here favours the positive: a tie counts half in AUC, and MRR and NDCG are expectations over a uniformly
-//! random order of tied candidates, so a model that gives every candidate one score is worth exactly what
-//! guessing is worth.
+//! Nothing here favours the positive: a tie counts half in AUC, and MRR and NDCG are expectations
+//! over a uniformly random order of tied candidates, so a model that gives every candidate one
+//! score is worth exactly what guessing is worth.
 
 pub use crate::auc::auc;
 use serde::{Deserialize, Serialize};
@@ -21,7 +21,8 @@ pub enum GaucRule {
     #[serde(rename = "none")]
     #[value(name = "none")]
     BothClasses,
-    /// As the published DFAR code: a user with fewer than 10 rows counts with AUC 1. Inflates; for comparison only.
+    /// As the published DFAR code: a user with fewer than 10 rows counts with AUC 1. Inflates; for
+    /// comparison only.
     #[serde(rename = "dfar")]
     Dfar,
 }

@@ -1,8 +1,8 @@
 //! Scoring a data set's candidate groups, and what the scores are worth.
 //!
-//! Every event of the validation and test parts has a group: the event's item and the negatives that were sampled
-//! when the data set was made, so that every model is scored on the same rows. Groups of liked events make the
-//! metrics; groups of skipped events are reported apart.
+//! Every event of the validation and test parts has a group: the event's item and the negatives
+//! that were sampled when the data set was made, so that every model is scored on the same rows.
+//! Groups of liked events make the metrics; groups of skipped events are reported apart.
 
 pub mod metrics;
 mod rank;
@@ -108,7 +108,8 @@ pub fn score_part<D: Device>(
     Ok(scores)
 }
 
-/// The groups of each batch. Groups of one history stay together, so that a batch holds whole histories.
+/// The groups of each batch. Groups of one history stay together, so that a batch holds whole
+/// histories.
 fn batches(data: &Dataset, groups: &EvaluationGroups, cut: Cut, options: &ScoreOptions) -> Vec<Range<usize>> {
     let candidates = 1 + groups.negatives_per_group;
     let mut batches = Vec::new();
@@ -137,7 +138,8 @@ fn batches(data: &Dataset, groups: &EvaluationGroups, cut: Cut, options: &ScoreO
     batches
 }
 
-/// The histories of a batch, in the order of its groups: so scores come in the order of the groups too.
+/// The histories of a batch, in the order of its groups: so scores come in the order of the groups
+/// too.
 fn histories(
     data: &Dataset,
     groups: &EvaluationGroups,
@@ -184,7 +186,8 @@ pub struct PartReport {
     /// Groups whose target was liked: the figures to quote.
     #[serde(flatten)]
     pub liked: Metrics,
-    /// Groups whose target was skipped. Here a *low* figure is the wish: the skipped item is in the positive's place.
+    /// Groups whose target was skipped. Here a *low* figure is the wish: the skipped item is in the
+    /// positive's place.
     pub skipped: Option<Metrics>,
     /// AUC of liked targets (positive) against skipped targets (negative), without sampled items.
     pub liked_above_skipped: Option<f64>,
@@ -215,8 +218,8 @@ pub fn quartile_edges(data: &Dataset, part: Part) -> Vec<u32> {
     edges
 }
 
-/// Metrics of a part from its scores `[G, 1 + negatives]`; `None` when no target of the part was liked.
-/// `edges` are the upper edges of the length buckets, ascending.
+/// Metrics of a part from its scores `[G, 1 + negatives]`; `None` when no target of the part was
+/// liked. `edges` are the upper edges of the length buckets, ascending.
 pub fn part_report(
     data: &Dataset,
     part: Part,

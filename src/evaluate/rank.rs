@@ -6,8 +6,8 @@ use crate::device::Device;
 use crate::model::{Model, StagedBatch};
 use std::ops::Range;
 
-/// Candidates of a history scored in one batch. A history with more is encoded once for each block: for 100 events
-/// that is less than a hundredth of the work on the block.
+/// Candidates of a history scored in one batch. A history with more is encoded once for each block:
+/// for 100 events that is less than a hundredth of the work on the block.
 const BLOCK: usize = 4096;
 /// Most rows and tokens of a batch, unless a single block exceeds them.
 const BATCH_ROWS: usize = 4 * BLOCK;
@@ -24,9 +24,10 @@ pub struct Query {
     pub candidates: Vec<u32>,
 }
 
-/// Logits of the candidates of each query, in their order. The model sees what `feedback` says of a history, and the
-/// most recent events that fit. The probability of a like is the sigmoid of the logit. A score depends neither on the
-/// other queries nor on the number of `workers` (threads that pack batches).
+/// Logits of the candidates of each query, in their order. The model sees what `feedback` says of a
+/// history, and the most recent events that fit. The probability of a like is the sigmoid of the
+/// logit. A score depends neither on the other queries nor on the number of `workers` (threads that
+/// pack batches).
 ///
 /// # Errors
 /// [`EvaluateError::NonFiniteScore`], and errors of the batch and the model.

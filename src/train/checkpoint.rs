@@ -1,4 +1,5 @@
-//! Everything a run needs to go on as if it had never stopped, in one file; and the model file it produces.
+//! Everything a run needs to go on as if it had never stopped, in one file; and the model file it
+//! produces.
 
 use super::config::Config;
 use super::draw::PlanSize;
@@ -68,7 +69,8 @@ pub struct StepTime {
     /// Of these, seconds in which the next batch was waited for.
     #[serde(default)]
     pub input_wait: f64,
-    /// Seconds the device took, each step's from the moment when its batch is sent to the end of its last operation.
+    /// Seconds the device took, each step's from the moment when its batch is sent to the end of
+    /// its last operation.
     #[serde(default)]
     pub busy: f64,
 }
@@ -139,7 +141,8 @@ pub struct EpochRecord {
     pub instances_per_second: f64,
     /// Seconds of training.
     pub train_seconds: f64,
-    /// Of these, seconds in which the next batch was waited for; none in records of versions that did not measure it.
+    /// Of these, seconds in which the next batch was waited for; none in records of versions that
+    /// did not measure it.
     #[serde(default)]
     pub input_wait: Option<f64>,
     /// Share of the training time in which the device was at a step; none as above.
@@ -226,7 +229,8 @@ impl Checkpoint {
     }
 }
 
-/// Content of a model file, beside the tensors. Holds no time and no path: equal runs make equal bytes.
+/// Content of a model file, beside the tensors. Holds no time and no path: equal runs make equal
+/// bytes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ModelInfo {
     /// The network.

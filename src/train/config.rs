@@ -36,15 +36,16 @@ pub enum DeviceChoice {
     Cuda,
 }
 
-/// Everything needed to repeat a run. Keys of the TOML file are the flags of `dfar-train` with `_` for `-`.
+/// Everything needed to repeat a run. Keys of the TOML file are the flags of `dfar-train` with `_`
+/// for `-`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     /// Data set file; none: the embedded synthetic set.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub data: Option<PathBuf>,
-    /// Seed of the initial values, the shuffles and the negatives. In TOML, whose integers have 63 bits, a larger one is
-    /// a string.
+    /// Seed of the initial values, the shuffles and the negatives. In TOML, whose integers have 63
+    /// bits, a larger one is a string.
     #[serde(with = "seed")]
     pub seed: u64,
     /// Most passes over the training events.
@@ -55,10 +56,12 @@ pub struct Config {
     pub batch_tokens: usize,
     /// Most rows (instances) of a training batch.
     pub batch_rows: usize,
-    /// Longest history; older events are cut off. Default 100, for the synthetic set [`SYNTHETIC_MAX_LENGTH`].
+    /// Longest history; older events are cut off. Default 100, for the synthetic set
+    /// [`SYNTHETIC_MAX_LENGTH`].
     pub max_length: usize,
-    /// Training histories longer than `max_length` begin at multiples of this, so that neighbouring targets share a
-    /// window; 1: each keeps exactly `max_length` events, in a window of its own; 0: a quarter of `max_length`.
+    /// Training histories longer than `max_length` begin at multiples of this, so that neighbouring
+    /// targets share a window; 1: each keeps exactly `max_length` events, in a window of its own;
+    /// 0: a quarter of `max_length`.
     pub window_stride: usize,
     /// Model width.
     pub width: usize,
@@ -70,8 +73,8 @@ pub struct Config {
     pub init: Initialization,
     /// Factorization heads.
     pub fha: bool,
-    /// Label mask of the encoder. [`Config::layered`] sets it to `false` where there is none: with one head, or without
-    /// factorization heads.
+    /// Label mask of the encoder. [`Config::layered`] sets it to `false` where there is none: with
+    /// one head, or without factorization heads.
     pub label_mask: bool,
     /// Softmax denominator under the label mask.
     pub normalization: Normalization,
@@ -103,14 +106,15 @@ pub struct Config {
     pub sample_rate: f64,
     /// Users that count in GAUC: `none`, those with both classes; `dfar`, as the published code.
     pub gauc_compat: GaucRule,
-    /// Upper edges (in events) of the history lengths that metrics are split by; empty: quartiles of the test groups.
+    /// Upper edges (in events) of the history lengths that metrics are split by; empty: quartiles
+    /// of the test groups.
     pub length_edges: Vec<u32>,
     /// Seconds between checkpoints inside an epoch.
     pub checkpoint_seconds: u64,
     /// Threads; 0: one per core. Results do not depend on it.
     pub threads: usize,
-    /// Threads that draw and pack batches ahead of the device; 0: one where the CPU computes, a few for a GPU. Results do
-    /// not depend on it.
+    /// Threads that draw and pack batches ahead of the device; 0: one where the CPU computes, a few
+    /// for a GPU. Results do not depend on it.
     pub workers: usize,
     /// Device.
     pub device: DeviceChoice,
@@ -229,7 +233,8 @@ const ALIASES: [(&str, &str); 10] = [
     ("num_workers", "workers"),
 ];
 
-/// Default `max_length` for the embedded synthetic set, whose next event depends on the last one above all.
+/// Default `max_length` for the embedded synthetic set, whose next event depends on the last one
+/// above all.
 pub const SYNTHETIC_MAX_LENGTH: i64 = 20;
 
 /// Keys that may change when a run is resumed: how long and on what, not what.
@@ -392,7 +397,8 @@ impl Config {
     }
 }
 
-/// `seed` in a file and among the flags: an integer, or a string of digits where it exceeds TOML's integers.
+/// `seed` in a file and among the flags: an integer, or a string of digits where it exceeds TOML's
+/// integers.
 pub mod seed {
     use serde::de::{Deserializer, Error, Visitor};
     use serde::ser::Serializer;

@@ -1,9 +1,9 @@
 //! The one place where a training batch is drawn.
 //!
-//! An epoch is a **plan**: every pass (a user's shared prefixes, or a window) in a shuffled order, cut into
-//! batches. A batch is drawn from its plan and nothing else, with random numbers keyed on (seed, epoch, batch):
-//! batch 17 of epoch 3 is the same whether 16 batches were drawn before it or none, so a run continues exactly
-//! where it stopped.
+//! An epoch is a **plan**: every pass (a user's shared prefixes, or a window) in a shuffled order,
+//! cut into batches. A batch is drawn from its plan and nothing else, with random numbers keyed on
+//! (seed, epoch, batch): batch 17 of epoch 3 is the same whether 16 batches were drawn before it or
+//! none, so a run continues exactly where it stopped.
 
 use super::TrainError;
 use super::negatives::{BatchTargets, NegativeSampler, NegativeSource};
@@ -44,10 +44,11 @@ pub struct DrawOptions {
     pub source: NegativeSource,
     /// Negatives per group.
     pub negatives: usize,
-    /// Distinct negatives a pass draws its groups' negatives from, so that a candidate is scored once for several
-    /// groups; 0: every group draws its own.
+    /// Distinct negatives a pass draws its groups' negatives from, so that a candidate is scored
+    /// once for several groups; 0: every group draws its own.
     pub negative_pool: usize,
-    /// Share of the targets that an epoch uses, drawn anew each epoch. An epoch that would use none uses one.
+    /// Share of the targets that an epoch uses, drawn anew each epoch. An epoch that would use none
+    /// uses one.
     pub sample_rate: f64,
     /// Most tokens of a batch (one pass may exceed it alone).
     pub batch_tokens: usize,
@@ -61,7 +62,8 @@ pub struct Plan {
     passes: Vec<Pass>,
     /// End of each batch among the passes.
     ends: Vec<usize>,
-    /// Targets are used where their key is at most this: [`DrawOptions::sample_rate`], or the smallest key.
+    /// Targets are used where their key is at most this: [`DrawOptions::sample_rate`], or the
+    /// smallest key.
     share: f64,
     /// Whether `sample_rate` drew no target, so that the one with the smallest key is used.
     pub topped_up: bool,
@@ -86,7 +88,8 @@ pub struct PlanSize {
     pub windows: usize,
 }
 
-/// One history to encode: the questions `first..end` among the events of `user` that begin at the same event.
+/// One history to encode: the questions `first..end` among the events of `user` that begin at the
+/// same event.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Pass {
     user: u32,
@@ -286,7 +289,8 @@ impl<'a> Drawer<'a> {
         histories
     }
 
-    /// The training events among `range` of a user that an epoch asks about, ascending. Nothing comes before event 0.
+    /// The training events among `range` of a user that an epoch asks about, ascending. Nothing
+    /// comes before event 0.
     fn targets(&self, share: f64, epoch: u64, user: u32, range: Range<usize>) -> impl Iterator<Item = usize> {
         let feedback = self.data.user(user).feedback;
         (range.start.max(1)..range.end).filter(move |&event| {

@@ -1,4 +1,5 @@
-//! Run files, complete or absent: written under a temporary name, forced to disk, renamed; tensors carry a checksum.
+//! Run files, complete or absent: written under a temporary name, forced to disk, renamed; tensors
+//! carry a checksum.
 
 use crate::model::HostTensor;
 use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
@@ -64,15 +65,15 @@ pub enum FileError {
     },
 }
 
-/// The name under which `path` is written until it is complete: one for each file, so that the next write replaces the
-/// leftovers of a killed process.
+/// The name under which `path` is written until it is complete: one for each file, so that the next
+/// write replaces the leftovers of a killed process.
 pub(super) fn temporary(path: &Path) -> PathBuf {
     let name = path.file_name().expect("a run file has a name").to_string_lossy();
     path.with_file_name(format!(".{name}.partial"))
 }
 
-/// Replaces `path` by the bytes that `write` writes. After a crash or a loss of power, `path` is the old file or the
-/// whole new one. Two processes must not replace the same file at a time.
+/// Replaces `path` by the bytes that `write` writes. After a crash or a loss of power, `path` is
+/// the old file or the whole new one. Two processes must not replace the same file at a time.
 pub fn replace(
     path: &Path,
     write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
@@ -138,7 +139,8 @@ pub fn write<T: Serialize>(
     let envelope = Envelope { kind: kind.to_owned(), version: VERSION, crc32, content };
     let text = serde_json::to_string(&envelope).expect("run metadata has string keys and finite numbers");
 
-    // The order of the safetensors library: the widest elements first, so that all are aligned; then by name.
+    // The order of the safetensors library: the widest elements first, so that all are aligned;
+    // then by name.
     parts.sort_by(|a, b| b.1.cmp(&a.1).then(a.0.cmp(b.0)));
     let mut end = 0;
     let infos = parts.iter().map(|(name, dtype, shape, data)| {
@@ -151,7 +153,8 @@ pub fn write<T: Serialize>(
         .expect("a tensor's shape and its values agree");
     let mut header = serde_json::to_vec(&header).expect("a header is plain data");
     header.resize(header.len().next_multiple_of(8), b' ');
-    // The library's own writer makes a temporary file under a random name, which a kill would leave behind.
+    // The library's own writer makes a temporary file under a random name, which a kill would leave
+    // behind.
     replace(path, |file| {
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(&header)?;

@@ -1,4 +1,5 @@
-//! The loop: epochs of drawn batches, validation, early stopping, and a checkpoint whenever one is due.
+//! The loop: epochs of drawn batches, validation, early stopping, and a checkpoint whenever one is
+//! due.
 
 use super::TrainError;
 use super::checkpoint::{
@@ -93,7 +94,8 @@ pub struct Fit<'a, D: Device> {
 }
 
 impl<'a, D: Device> Fit<'a, D> {
-    /// Starts a run: writes `config.toml` and the first checkpoint, so that it can be resumed from its first moment.
+    /// Starts a run: writes `config.toml` and the first checkpoint, so that it can be resumed from
+    /// its first moment.
     pub fn start(
         device: Arc<D>,
         data: &'a Dataset,
@@ -118,8 +120,8 @@ impl<'a, D: Device> Fit<'a, D> {
         Ok(fit)
     }
 
-    /// Continues a run from its checkpoint, with `config` in the place of the checkpoint's (the caller decides which
-    /// of its values may differ).
+    /// Continues a run from its checkpoint, with `config` in the place of the checkpoint's (the
+    /// caller decides which of its values may differ).
     pub fn resume(
         device: Arc<D>,
         data: &'a Dataset,
@@ -160,7 +162,8 @@ impl<'a, D: Device> Fit<'a, D> {
         &self.model
     }
 
-    /// Trains to the end. `observe` is told of every step and stops the run by [`ControlFlow::Break`].
+    /// Trains to the end. `observe` is told of every step and stops the run by
+    /// [`ControlFlow::Break`].
     pub fn run(
         &mut self,
         observe: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
@@ -243,8 +246,8 @@ impl<'a, D: Device> Fit<'a, D> {
             // Of the steps since the last line of the log.
             let mut lately = StepTime::default();
             let (mut since, mut waited) = (Instant::now(), Duration::ZERO);
-            // A batch sent ahead, or why it was not: an error comes to light in the batch's turn, when the steps before it
-            // are done and counted.
+            // A batch sent ahead, or why it was not: an error comes to light in the batch's turn,
+            // when the steps before it are done and counted.
             let mut sent = None;
             while let Some(batch) = sent.take().or_else(|| Some(send(&self.model, batches.next()?))) {
                 let batch = batch?;
@@ -288,8 +291,8 @@ impl<'a, D: Device> Fit<'a, D> {
         })
     }
 
-    /// Takes a step. While the device is at work on it, the `next` batch is sent if there is one: waiting for one would delay
-    /// the losses, and with them whoever asked to stop.
+    /// Takes a step. While the device is at work on it, the `next` batch is sent if there is one:
+    /// waiting for one would delay the losses, and with them whoever asked to stop.
     #[expect(clippy::type_complexity, reason = "the next batch is an `Option`, and sending it may fail")]
     fn step(
         &mut self,

@@ -118,7 +118,8 @@ pub enum TrainError {
 }
 
 impl TrainError {
-    /// Exit code: 1 the run failed, 2 usage, 3 bad input data, 4 no usable GPU, 5 non-finite, 130 interrupted.
+    /// Exit code: 1 the run failed, 2 usage, 3 bad input data, 4 no usable GPU, 5 non-finite, 130
+    /// interrupted.
     pub fn exit_code(&self) -> u8 {
         use file::FileError;
         use run::RunError;

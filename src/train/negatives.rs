@@ -4,7 +4,8 @@ use crate::data::Dataset;
 use rand::{Rng, RngExt};
 use serde::{Deserialize, Serialize};
 
-/// Where training negatives come from. Whatever the source, a group's negatives are distinct and never its positive.
+/// Where training negatives come from. Whatever the source, a group's negatives are distinct and
+/// never its positive.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum NegativeSource {
@@ -47,8 +48,8 @@ impl NegativeSampler {
         Self { source, cumulative }
     }
 
-    /// Up to `count` distinct items other than `positive`; fewer only where there are no more items.
-    /// The group is one of `user`'s.
+    /// Up to `count` distinct items other than `positive`; fewer only where there are no more
+    /// items. The group is one of `user`'s.
     pub fn draw(
         &self,
         rng: &mut impl Rng,

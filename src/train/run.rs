@@ -81,8 +81,8 @@ const CURVES: &str = "curves.svg";
 const SYNTHETIC: &str = "synthetic.dfar";
 
 impl Run {
-    /// A new run in `dir`, which must hold none. A run that was killed before its first checkpoint is none: its
-    /// files are replaced.
+    /// A new run in `dir`, which must hold none. A run that was killed before its first checkpoint
+    /// is none: its files are replaced.
     pub fn create(dir: &Path) -> Result<Self, RunError> {
         std::fs::create_dir_all(dir).map_err(io_error(dir))?;
         let run = Self::lock(dir)?;
@@ -103,7 +103,8 @@ impl Run {
         Ok(run)
     }
 
-    /// A new run in the first of `parent/name`, `parent/name-2`, `parent/name-3`, ... that does not exist.
+    /// A new run in the first of `parent/name`, `parent/name-2`, `parent/name-3`, ... that does not
+    /// exist.
     pub fn create_numbered(parent: &Path, name: &str) -> Result<Self, RunError> {
         std::fs::create_dir_all(parent).map_err(io_error(parent))?;
         for number in 1.. {
@@ -118,8 +119,8 @@ impl Run {
         unreachable!("the numbers do not end")
     }
 
-    /// A run that was started before. Without [`Run::checkpoint`] it was stopped before its first one: it starts from
-    /// the beginning, with the configuration in [`Run::config`].
+    /// A run that was started before. Without [`Run::checkpoint`] it was stopped before its first
+    /// one: it starts from the beginning, with the configuration in [`Run::config`].
     pub fn resume(dir: &Path) -> Result<Self, RunError> {
         if !dir.join(CHECKPOINT).exists() {
             if dir.join(MODEL).exists() {
@@ -138,7 +139,8 @@ impl Run {
         Ok(Self { dir: dir.to_owned(), _lock: Lock::take(dir)? })
     }
 
-    /// Removes the temporary files of a killed process. The lock excludes one that still writes them.
+    /// Removes the temporary files of a killed process. The lock excludes one that still writes
+    /// them.
     fn remove_leftovers(&self) -> Result<(), RunError> {
         for name in [CONFIG, CHECKPOINT, MODEL, METRICS, CURVES] {
             let path = file::temporary(&self.dir.join(name));
@@ -155,7 +157,8 @@ impl Run {
         Ok(())
     }
 
-    /// Version 0.1 left temporary files with random names. They are looked for only beside the files of a run.
+    /// Version 0.1 left temporary files with random names. They are looked for only beside the
+    /// files of a run.
     fn remove_leftovers_of_0_1(&self) -> Result<(), RunError> {
         for entry in std::fs::read_dir(&self.dir).map_err(io_error(&self.dir))? {
             let entry = entry.map_err(io_error(&self.dir))?;
@@ -209,7 +212,8 @@ impl Run {
         file::replace_bytes(&self.config(), text.as_bytes())
     }
 
-    /// Makes the synthetic data set by `write`, which may leave files beside the path it is given when it is killed.
+    /// Makes the synthetic data set by `write`, which may leave files beside the path it is given
+    /// when it is killed.
     pub fn make_synthetic_data<E: From<TrainError>>(
         &self,
         write: impl FnOnce(&Path) -> Result<(), E>,
@@ -229,7 +233,8 @@ impl Run {
     }
 }
 
-/// An exclusive lock on `.lock`, which is removed when the lock is dropped (and stays after a kill).
+/// An exclusive lock on `.lock`, which is removed when the lock is dropped (and stays after a
+/// kill).
 #[derive(Debug)]
 struct Lock {
     _file: File,
@@ -248,8 +253,8 @@ impl Lock {
                 Err(TryLockError::Error(e)) if e.kind() == io::ErrorKind::Unsupported => {}
                 Err(TryLockError::Error(e)) => return Err(io_error(dir)(e)),
             }
-            // Otherwise its last holder removed the file between our open and our lock, and another process may
-            // lock a new one.
+            // Otherwise its last holder removed the file between our open and our lock, and another
+            // process may lock a new one.
             if is_file_at(&file, &path) {
                 return Ok(Self { _file: file, path });
             }
@@ -297,7 +302,8 @@ pub fn synthetic_path(dir: &Path) -> PathBuf {
     dir.join(SYNTHETIC)
 }
 
-/// Whether replacing this `config.toml` loses nothing: a run writes every key in a fixed order and no comments.
+/// Whether replacing this `config.toml` loses nothing: a run writes every key in a fixed order and
+/// no comments.
 fn is_written_by_a_run(path: &Path) -> bool {
     let text = std::fs::read_to_string(path);
     let config = Config::layered(Some(path), toml::Table::new());

@@ -425,7 +425,8 @@ fn json_is_read_in_every_shape() {
     ] {
         assert_eq!(csv(text.as_bytes()).events(), log_events(), "{text}");
     }
-    // Numbers are ids by their digits, numbers in quotes are numbers, and NaN may stand where it is not needed.
+    // Numbers are ids by their digits, numbers in quotes are numbers, and NaN may stand where it is
+    // not needed.
     let text = "{\"user\": 7, \"item\": 1.50, \"label\": \"1\", \"time\": \"2\", \"price\": NaN}\n";
     assert_eq!(csv(text.as_bytes()).events(), [event("7", "1.50", 2000, 1)]);
 }

@@ -43,8 +43,8 @@ fn the_same_log_makes_the_same_bytes() {
     assert_eq!(std::fs::read_dir(bench.folder.path()).unwrap().count(), 2);
 }
 
-/// Groups are part of every published figure: a change here, be it by a new version of the random number
-/// crates, makes figures incomparable and must not pass unseen.
+/// Groups are part of every published figure: a change here, be it by a new version of the random
+/// number crates, makes figures incomparable and must not pass unseen.
 #[test]
 fn groups_do_not_change_with_the_program() {
     let text: String = (0..60).map(|row| format!("{}\t{}\t4\t{row}\n", row % 6, row * 7 % 25)).collect();
@@ -244,8 +244,8 @@ fn bad_rows_are_named() {
         assert!(bad.reason.contains(reason), "{row}: {}", bad.reason);
         assert!(bad.path.ends_with("log0"));
     }
-    // The line is that of the row whatever the line ends, at the end of the file too. A quoted field ends on its
-    // line.
+    // The line is that of the row whatever the line ends, at the end of the file too. A quoted
+    // field ends on its line.
     for (text, line) in [
         ("1\t2\t3\t4\r\n\r\n1\t2\t3\tx\r\n1\t2\t3\t4\r\n", 3),
         ("1\t2\t3\t4\n1\t2\t3\tx", 2),

@@ -1,4 +1,5 @@
-//! Logs with damaged lines: every line is read or reported, damage stays in its line, and nothing is read wrong.
+//! Logs with damaged lines: every line is read or reported, damage stays in its line, and nothing
+//! is read wrong.
 
 use crate::bench::Bench;
 use dfar::data::import::{LogFormat, TimeUnit};
@@ -128,7 +129,8 @@ fn damage() -> impl Strategy<Value = Damage> {
     ]
 }
 
-/// The line with its damage, the lines before it included; and whether its event must still be read.
+/// The line with its damage, the lines before it included; and whether its event must still be
+/// read.
 fn apply(writing: &Writing, line: &str, damage: &Damage) -> (String, bool) {
     let json = line.starts_with('{');
     let field = |number: usize, change: &dyn Fn(&str) -> String| {

@@ -8,8 +8,8 @@ pub fn entry(bytes: &[u8], section: Section) -> Entry {
     bytemuck::pod_read_unaligned(&bytes[start..start + ENTRY_LENGTH])
 }
 
-/// Puts right the checksums after a change: what a program with a fault, or somebody with a grudge, would
-/// write.
+/// Puts right the checksums after a change: what a program with a fault, or somebody with a grudge,
+/// would write.
 pub fn sign(bytes: &mut [u8]) {
     for section in Section::ALL {
         let mut entry = entry(bytes, section);

@@ -50,7 +50,8 @@ def compare(path, dtype, device, shared):
     found = {"loss": error(total, t["loss"]), "logits": error(logits, t["logits"])}
     for name, part in parts.items():
         found["loss." + name] = error(part, t["loss." + name])
-    # A gradient that is zero in exact arithmetic (a bias before a softmax) is rounding noise on both sides.
+    # A gradient that is zero in exact arithmetic (a bias before a softmax) is rounding noise on
+    # both sides.
     floor = 1e-3 * max(float(t["grad." + n].abs().max()) for n, _ in model.named_parameters())
     for name, p in model.named_parameters():
         found["grad." + name] = error(p.grad, t["grad." + name], floor)

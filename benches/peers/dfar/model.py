@@ -109,8 +109,8 @@ class Dfar(nn.Module):
         total = lambda x, where: torch.where(where[:, :, None], x, 0.0).sum(1) / lengths[:, None]
         means = [total(seq, valid)]
         for f, block in ((1, self.positive), (0, self.negative)):
-            # Keys of the other feedback are hidden and its queries left out of the mean: the same as taking the
-            # tokens of one feedback out into a sequence of their own.
+            # Keys of the other feedback are hidden and its queries left out of the mean: the same
+            # as taking the tokens of one feedback out into a sequence of their own.
             one = valid & (labels == f)
             means.append(total(block(seq, causal & one[:, None, :], None, self.normalization), one))
         c = self.item[candidates]

@@ -36,7 +36,8 @@ def block_mask(batch, K):
     start = batch.cu_seqlens.long()[document]                       # first token of every token's sequence
     # A row of blocks meets the keys from its first token's sequence start to its last token.
     low, high = start[first] * K // BLOCK, (last * K + K - 1) // BLOCK
-    # A block is full when all its keys lie in the one sequence of all the row's queries, none after the first query.
+    # A block is full when all its keys lie in the one sequence of all the row's queries, none after
+    # the first query.
     one = document[first] == document[last]
     full_low = -(-(start[last] * K) // BLOCK)
     full_high = (first + 1) * K // BLOCK - 1

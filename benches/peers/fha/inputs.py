@@ -10,8 +10,8 @@ from . import reference
 from .batch import Batch
 
 DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-# max|x - ref| / max|ref| against float64 on the same rounded inputs. Wide enough for unfused 16-bit arithmetic,
-# far too tight for a wrong mask, slot or scale.
+# max|x - ref| / max|ref| against float64 on the same rounded inputs. Wide enough for unfused 16-bit
+# arithmetic, far too tight for a wrong mask, slot or scale.
 TOLERANCE = {"f64": 1e-10, "f32": 1e-4, "f16": 1e-2, "bf16": 5e-2}
 
 

@@ -14,11 +14,12 @@ pub struct Import {
     /// Format of the logs.
     #[arg(long, value_enum)]
     format: Format,
-    /// Log files, read in this order; `-` is standard input. gzip, zstd, tar, JSON, Parquet and Arrow files are
-    /// recognised by their content.
+    /// Log files, read in this order; `-` is standard input. gzip, zstd, tar, JSON, Parquet and
+    /// Arrow files are recognised by their content.
     #[arg(long, short, required = true, num_args = 1.., value_name = "FILE")]
     input: Vec<PathBuf>,
-    /// Members of tar archives to read; `*` stands for any text [default: all that are logs by their names].
+    /// Members of tar archives to read; `*` stands for any text [default: all that are logs by
+    /// their names].
     #[arg(long, value_name = "PATTERN")]
     member: Option<String>,
     /// Data set file to make.

@@ -17,7 +17,8 @@ use std::process::ExitCode;
 
 /// Import interaction logs into data set files, describe them, generate synthetic ones.
 ///
-/// Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 bad input.
+/// Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 3
+/// bad input.
 #[derive(Parser)]
 #[command(name = "dfar-data", version)]
 struct Cli {
@@ -29,7 +30,8 @@ struct Cli {
 enum Command {
     /// Import logs: drop repeats, filter, split, draw evaluation negatives, write one file.
     Import(Box<import::Import>),
-    /// Print what is in a data set: the paper's Table 1, history lengths, the split, how it was made.
+    /// Print what is in a data set: the paper's Table 1, history lengths, the split, how it was
+    /// made.
     Info(info::Info),
     /// Write the events of a data set as CSV or Parquet.
     Export(export::Export),

@@ -34,8 +34,8 @@ macro_rules! on_device {
 }
 pub(crate) use on_device;
 
-/// The device that a finished run's model is to be used on: `asked` for, or the run's own. The CPU takes a model of any
-/// precision.
+/// The device that a finished run's model is to be used on: `asked` for, or the run's own. The CPU
+/// takes a model of any precision.
 ///
 /// # Errors
 /// As [`open`].
@@ -45,7 +45,8 @@ pub fn open_for(config: &Config, asked: Option<DeviceChoice>, note: &dyn Fn(&str
     open(choice, precision, false, note)
 }
 
-/// Opens the device; `graphs` is for a GPU alone. `note` is told when `auto` means the CPU, and why.
+/// Opens the device; `graphs` is for a GPU alone. `note` is told when `auto` means the CPU, and
+/// why.
 ///
 /// # Errors
 /// `cuda` where there is no usable GPU; a precision that the CPU does not have.

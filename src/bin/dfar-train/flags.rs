@@ -1,4 +1,5 @@
-//! The flags that are keys of a configuration. A flag not given leaves no trace, so the file's value stands.
+//! The flags that are keys of a configuration. A flag not given leaves no trace, so the file's
+//! value stands.
 
 use clap::Args;
 use dfar::attention::Normalization;
@@ -26,8 +27,8 @@ pub struct Flags {
     /// Threads; 0: one per core. Results do not depend on it [default: 0].
     #[arg(long)]
     threads: Option<usize>,
-    /// Threads that draw and pack batches ahead of the device; 0: one where the CPU computes, a few for a GPU. Results
-    /// do not depend on it [default: 0].
+    /// Threads that draw and pack batches ahead of the device; 0: one where the CPU computes, a few
+    /// for a GPU. Results do not depend on it [default: 0].
     #[arg(long, alias = "num-workers")]
     workers: Option<usize>,
     /// Where to compute [default: cpu].
@@ -74,8 +75,8 @@ pub struct Flags {
     /// Longest history; older events are cut off [default: 100; synthetic set: 20].
     #[arg(long, help_heading = "Model")]
     max_length: Option<usize>,
-    /// Where longer training histories may begin: multiples of this share a window; 1: always the last
-    /// max-length events; 0: a quarter of max-length [default: 0].
+    /// Where longer training histories may begin: multiples of this share a window; 1: always the
+    /// last max-length events; 0: a quarter of max-length [default: 0].
     #[arg(long, help_heading = "Instances")]
     window_stride: Option<usize>,
     /// Model width [default: 32].
@@ -119,7 +120,8 @@ pub struct Flags {
     /// Negatives per training group [default: 9].
     #[arg(long, help_heading = "Instances")]
     negatives: Option<usize>,
-    /// Distinct negatives that the groups of one history draw theirs from; 0: no limit [default: 0].
+    /// Distinct negatives that the groups of one history draw theirs from; 0: no limit [default:
+    /// 0].
     #[arg(long, help_heading = "Instances")]
     negative_pool: Option<usize>,
     /// Share of the training targets used by an epoch [default: 1].

@@ -29,9 +29,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Train DFAR on a data set, evaluate it, and write everything into a run directory.
 ///
-/// Without --data it trains on an embedded synthetic set, whose best possible figures are known. Results go to
-/// stdout, logs and progress bars to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 bad input, 4 no usable
-/// GPU, 5 non-finite loss, 130 interrupted (and saved).
+/// Without --data it trains on an embedded synthetic set, whose best possible figures are known.
+/// Results go to stdout, logs and progress bars to stderr. Exit codes: 0 done, 1 failed, 2 wrong
+/// usage, 3 bad input, 4 no usable GPU, 5 non-finite loss, 130 interrupted (and saved).
 #[derive(Parser)]
 #[command(name = "dfar-train", version, args_conflicts_with_subcommands = true)]
 struct Cli {
@@ -51,7 +51,8 @@ enum Command {
 
 #[derive(Args)]
 struct Train {
-    /// Directory of the new run [default: `runs/NAME`, named after the data set and numbered when there is one].
+    /// Directory of the new run [default: `runs/NAME`, named after the data set and numbered when
+    /// there is one].
     #[arg(long, short, value_name = "DIR")]
     out: Option<PathBuf>,
     /// Configuration of an earlier run, or your own; flags win over it.
@@ -104,8 +105,8 @@ struct Evaluate {
     output: Output,
 }
 
-/// The embedded set: small enough to learn in a minute or two, with enough events of each item to come near its
-/// ceiling.
+/// The embedded set: small enough to learn in a minute or two, with enough events of each item to
+/// come near its ceiling.
 const SYNTHETIC: SyntheticOptions = SyntheticOptions {
     users: 1000,
     items: 64,
@@ -310,7 +311,8 @@ fn default_name(config: &Config) -> String {
     stem.map_or_else(|| "synthetic".to_owned(), |stem| stem.to_string_lossy().into_owned())
 }
 
-/// The first Ctrl-C asks for a clean end, the second ends at once (checkpoints are whole at any moment).
+/// The first Ctrl-C asks for a clean end, the second ends at once (checkpoints are whole at any
+/// moment).
 fn stop_on_interrupt(progress: &Progress) {
     let shown = progress.clone();
     let handler = move || {

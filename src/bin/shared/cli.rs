@@ -29,8 +29,9 @@ pub fn print(text: &str) -> Result<()> {
     stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).map_err(Error::io("write", "<stdout>"))
 }
 
-/// Starts the threads of the process (0: one per core). Call it before anything that computes: whatever comes first
-/// would start them with other settings, and panic where the system refuses them.
+/// Starts the threads of the process (0: one per core). Call it before anything that computes:
+/// whatever comes first would start them with other settings, and panic where the system refuses
+/// them.
 pub fn start_threads(threads: usize) -> Result<()> {
     let started = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
     started.map_err(|error| Error::Threads { reason: error.to_string() })

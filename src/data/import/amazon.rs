@@ -2,11 +2,14 @@
 //!
 //! - 2014 `ratings_<Category>.csv`: no header, `user,item,rating,timestamp` (s)
 //! - 2018 `<Category>.csv`: no header, `item,user,rating,timestamp` (s): the first two are swapped
-//! - 2023 `<Category>.csv`: header `user_id,parent_asin,rating,timestamp` (ms), sometimes with more columns
-//! - JSON lines of each: `reviewerID, asin, overall, unixReviewTime` or `user_id, parent_asin, rating, timestamp`
+//! - 2023 `<Category>.csv`: header `user_id,parent_asin,rating,timestamp` (ms), sometimes with more
+//!   columns
+//! - JSON lines of each: `reviewerID, asin, overall, unixReviewTime` or
+//!   `user_id, parent_asin, rating, timestamp`
 //!
-//! Which of the first two a file is cannot be told from its name (loaders in circulation disagree), but from
-//! its ids: an item is an ASIN of ten characters, a user begins with `A` and has twelve or more.
+//! Which of the first two a file is cannot be told from its name (loaders in circulation disagree),
+//! but from its ids: an item is an ASIN of ten characters, a user begins with `A` and has twelve or
+//! more.
 
 use super::layout::{COMMA_OR_TAB, Schema};
 

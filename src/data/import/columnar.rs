@@ -72,7 +72,8 @@ mod with_arrow {
     /// Rows decoded at a time.
     const BATCH_ROWS: usize = 8192;
 
-    /// Reads all rows. A log that is packed goes to a temporary file first, since its end must be read before the rest.
+    /// Reads all rows. A log that is packed goes to a temporary file first, since its end must be
+    /// read before the rest.
     pub(in super::super) fn read(
         rows: &mut Rows,
         context: &Context,
@@ -128,8 +129,9 @@ mod with_arrow {
     /// Gives the next batch of rows, or the fault of a damaged file.
     type Batches<'a> = Box<dyn FnMut() -> Result<Option<RecordBatch>, String> + 'a>;
 
-    /// Calls a decoder. Decoders of damaged files panic in places (arrow 60: a buffer beyond the end of a message), which
-    /// is a fault of the file like any other. A decoder that failed is not used again.
+    /// Calls a decoder. Decoders of damaged files panic in places (arrow 60: a buffer beyond the
+    /// end of a message), which is a fault of the file like any other. A decoder that failed is not
+    /// used again.
     fn decode<T, E: ToString>(call: impl FnOnce() -> Result<T, E>) -> Result<T, String> {
         match std::panic::catch_unwind(std::panic::AssertUnwindSafe(call)) {
             Ok(result) => result.map_err(|error| error.to_string()),

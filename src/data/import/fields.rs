@@ -1,8 +1,8 @@
 //! The fields of one line.
 //!
-//! A field may be quoted with `"`, two of which stand for one inside it. Nothing else is special. A general CSV
-//! reader is of no use here: it reads on behind an open quote, glues text behind a closing quote to the field, and
-//! reports neither.
+//! A field may be quoted with `"`, two of which stand for one inside it. Nothing else is special. A
+//! general CSV reader is of no use here: it reads on behind an open quote, glues text behind a
+//! closing quote to the field, and reports neither.
 
 use memchr::{memchr, memchr_iter, memmem};
 use std::borrow::Cow;
@@ -168,7 +168,8 @@ pub(super) struct Splitter {
     wanted: Vec<(usize, usize)>,
     /// The numbers of the delimiters around the wanted columns, in order.
     edges: Vec<usize>,
-    /// For each wanted column, which of `edges` is before it (none before the first) and which ends it.
+    /// For each wanted column, which of `edges` is before it (none before the first) and which ends
+    /// it.
     places: Vec<(Option<usize>, usize)>,
 }
 
@@ -212,7 +213,8 @@ impl Splitter {
     fn split_plain<'a>(&self, line: &'a [u8], delimiter: u8) -> Option<Fields<'a>> {
         let mut places = [line.len(); 2 * SLOTS];
         let (mut found, mut count) = (0, 0);
-        // Eight bytes at a time, with a bit for each delimiter: fields are too short for a search of each.
+        // Eight bytes at a time, with a bit for each delimiter: fields are too short for a search
+        // of each.
         let mut take = |word: [u8; 8], at: usize| {
             let mut matches = equal_bytes(word, delimiter);
             let after = count + bits(matches);

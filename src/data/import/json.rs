@@ -1,6 +1,7 @@
 //! JSON logs: an object a line, or an array of objects.
 //!
-//! Only scalars under the keys of the needed columns are looked at: a text as it is, a number by its digits.
+//! Only scalars under the keys of the needed columns are looked at: a text as it is, a number by
+//! its digits.
 
 use super::fields::SLOTS;
 use super::layout::{Column, Context, Role};
@@ -208,9 +209,9 @@ pub(super) struct Object<'b> {
 
 /// Cuts a JSON text into its objects.
 ///
-/// Objects may stand alone, one after the other, or in an array. Where most objects of the first lines end on the line
-/// on which they begin, all must: one that is open at the end of its line is a bad row, and the next line is read as
-/// usual. A string never goes beyond its line in any JSON.
+/// Objects may stand alone, one after the other, or in an array. Where most objects of the first
+/// lines end on the line on which they begin, all must: one that is open at the end of its line is
+/// a bad row, and the next line is read as usual. A string never goes beyond its line in any JSON.
 pub(super) struct Objects<'a> {
     lines: Lines<'a>,
     /// Whether the text is an array.
@@ -313,8 +314,8 @@ impl<'a> Objects<'a> {
     }
 }
 
-/// Bytes of `text` that belong to an object which is `depth` brackets deep; a fault where a string does not end, or
-/// where there is no object.
+/// Bytes of `text` that belong to an object which is `depth` brackets deep; a fault where a string
+/// does not end, or where there is no object.
 fn object_part(text: &[u8], depth: &mut usize, fault: &mut Option<&'static str>) -> usize {
     if *depth == 0 && text.first() != Some(&b'{') {
         *fault = Some("not a JSON object");

@@ -1,7 +1,8 @@
-//! KuaiRand: `log_*.csv`, whose columns are found by name, so excerpts with other columns or tabs are fine.
+//! KuaiRand: `log_*.csv`, whose columns are found by name, so excerpts with other columns or tabs
+//! are fine.
 //!
-//! The label is one of the log's flags: `long_view` (effective view) unless another is given, e.g. `is_click` or an
-//! excerpt's `label`. Times are milliseconds.
+//! The label is one of the log's flags: `long_view` (effective view) unless another is given, e.g.
+//! `is_click` or an excerpt's `label`. Times are milliseconds.
 
 use super::layout::{COMMA_OR_TAB, Schema};
 

@@ -32,7 +32,8 @@ impl From<bool> for Verdict {
 }
 
 impl Rule {
-    /// The rule asked for, or that of the format: `usual` is its threshold, `None` where its labels are flags.
+    /// The rule asked for, or that of the format: `usual` is its threshold, `None` where its labels
+    /// are flags.
     pub(super) fn new(options: &ImportOptions, usual: Option<f64>) -> Rule {
         match &options.liked {
             Liked::ByFormat => usual.map_or(Rule::Flag, Rule::Above),

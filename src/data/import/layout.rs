@@ -37,7 +37,8 @@ const NEVER_LOGS: &[&str] =
 pub(super) const COMMA_OR_TAB: &[Delimiter] = &[Delimiter::Byte(b','), Delimiter::Byte(b'\t')];
 
 impl Schema {
-    /// Whether a member of an archive is a log: by the pattern given, or else by what the format ships beside its logs.
+    /// Whether a member of an archive is a log: by the pattern given, or else by what the format
+    /// ships beside its logs.
     pub(super) fn is_log(&self, member: &Path, pattern: Option<&str>) -> bool {
         match pattern {
             Some(pattern) => matches(pattern, member),
@@ -177,7 +178,8 @@ impl Context<'_> {
         }
     }
 
-    /// Columns by number: those given, or else `usual`. `None` where a column is given by name, or not at all.
+    /// Columns by number: those given, or else `usual`. `None` where a column is given by name, or
+    /// not at all.
     fn by_numbers(&self, usual: Option<[usize; 4]>) -> Option<Columns> {
         let mut columns = [const { None }; SLOTS];
         for role in Role::ALL.into_iter().filter(|role| role.needed(self.options)) {
@@ -255,8 +257,8 @@ impl Context<'_> {
         Ok(self.by_numbers(positions).expect("the caller has seen that all columns have numbers"))
     }
 
-    /// The delimiter given, or that of the format which the first line has most of; the first with any, as it may be a
-    /// bad row.
+    /// The delimiter given, or that of the format which the first line has most of; the first with
+    /// any, as it may be a bad row.
     fn delimiter(&self, lines: &Lines) -> Result<Delimiter, DataError> {
         if let Some(delimiter) = self.options.columns.delimiter {
             return Ok(Delimiter::Byte(delimiter));
@@ -275,8 +277,8 @@ impl Context<'_> {
         found.ok_or_else(|| self.unknown("its first lines have no delimiter that is known; give --delimiter"))
     }
 
-    /// Whether the first line is beyond doubt one of names: it has a name that the format knows, or words where
-    /// times and labels are numbers.
+    /// Whether the first line is beyond doubt one of names: it has a name that the format knows, or
+    /// words where times and labels are numbers.
     fn names_columns(&self, fields: &[String], columns: &Columns) -> bool {
         let known = |role: Role| {
             role.wanted(&self.options.columns).is_none()
@@ -303,7 +305,8 @@ impl Context<'_> {
     }
 }
 
-/// `0,1,2,3`, also behind an empty name: the columns of a table without names, as pandas writes them.
+/// `0,1,2,3`, also behind an empty name: the columns of a table without names, as pandas writes
+/// them.
 fn is_count(names: &[String]) -> bool {
     let names = match names.split_first() {
         Some((first, rest)) if first.is_empty() => rest,

@@ -1,7 +1,7 @@
 //! Lines of a log, one at a time.
 //!
-//! One line is one row for every text format. A quoted field therefore cannot hold a line end, and damage in one
-//! line (a stray quote, a cut field) never reaches the next.
+//! One line is one row for every text format. A quoted field therefore cannot hold a line end, and
+//! damage in one line (a stray quote, a cut field) never reaches the next.
 
 use super::source::starts_with_bom;
 use memchr::memchr;
@@ -39,7 +39,8 @@ pub(super) struct Line<'b> {
 }
 
 impl<'a> Lines<'a> {
-    /// Reads ahead as far as finding the columns needs it: the first non-blank line, and at least 64 KiB.
+    /// Reads ahead as far as finding the columns needs it: the first non-blank line, and at least
+    /// 64 KiB.
     pub(super) fn new(source: Box<dyn Read + 'a>) -> io::Result<Self> {
         let mut lines = Lines {
             source,
@@ -83,7 +84,8 @@ impl<'a> Lines<'a> {
     pub(super) fn next(&mut self) -> io::Result<Option<Line<'_>>> {
         loop {
             let Some((from, to, too_long)) = self.next_raw()? else { return Ok(None) };
-            // Looked at twice, because a borrow that is returned from a loop would last for the whole function.
+            // Looked at twice, because a borrow that is returned from a loop would last for the
+            // whole function.
             if !clean(&self.buffer[from..to]).trim_ascii().is_empty() {
                 let text = clean(&self.buffer[from..to]);
                 return Ok(Some(Line { number: self.number, text, too_long }));
@@ -170,8 +172,8 @@ impl<'a> Lines<'a> {
     }
 }
 
-/// Takes off a carriage return at the end, and a byte order mark at the beginning: concatenated files have one
-/// in their middle.
+/// Takes off a carriage return at the end, and a byte order mark at the beginning: concatenated
+/// files have one in their middle.
 fn clean(line: &[u8]) -> &[u8] {
     let line = line.strip_suffix(b"\r").unwrap_or(line);
     if starts_with_bom(line) { &line[3..] } else { line }

@@ -1,8 +1,8 @@
 //! Reading interaction logs of the formats that public data sets come in.
 //!
-//! A format's file decides, from the first lines of a log, where the columns are, and what counts as liked;
-//! the rows are then read in one way for all (`rows`). Rows stream: users and items are numbered as they
-//! appear, the events are sorted by user and time on disk.
+//! A format's file decides, from the first lines of a log, where the columns are, and what counts
+//! as liked; the rows are then read in one way for all (`rows`). Rows stream: users and items are
+//! numbered as they appear, the events are sorted by user and time on disk.
 
 mod amazon;
 mod columnar;
@@ -72,9 +72,9 @@ pub struct ColumnOptions {
 /// The unit of a log's times. Data sets hold milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum TimeUnit {
-    /// Decided once for the whole log, by its largest time in magnitude: below 10^11 seconds (until the year 5138),
-    /// below 10^14 milliseconds, below 10^17 microseconds, else nanoseconds. A log whose times lie between 1990 and 2100
-    /// by two different units is refused.
+    /// Decided once for the whole log, by its largest time in magnitude: below 10^11 seconds (until
+    /// the year 5138), below 10^14 milliseconds, below 10^17 microseconds, else nanoseconds. A log
+    /// whose times lie between 1990 and 2100 by two different units is refused.
     #[default]
     Auto,
     /// Seconds, with a fraction or without.
@@ -90,7 +90,8 @@ pub enum TimeUnit {
 /// Which events are liked.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub enum Liked {
-    /// As the format has it: ratings above 3, watch ratios above 2 for KuaiRec, flags that are 0 or 1.
+    /// As the format has it: ratings above 3, watch ratios above 2 for KuaiRec, flags that are 0 or
+    /// 1.
     #[default]
     ByFormat,
     /// Those with a label above this.
@@ -113,11 +114,11 @@ pub enum Liked {
 pub struct ImportOptions {
     /// Format of all inputs.
     pub format: LogFormat,
-    /// Logs, read one after the other; `-` is standard input. gzip, zstd, tar, Parquet, Arrow IPC and JSON are
-    /// recognised by their first bytes.
+    /// Logs, read one after the other; `-` is standard input. gzip, zstd, tar, Parquet, Arrow IPC
+    /// and JSON are recognised by their first bytes.
     pub inputs: Vec<PathBuf>,
-    /// Members of tar archives to read, in which `*` stands for any text; `None`: all but those that the format is
-    /// known to ship beside its logs.
+    /// Members of tar archives to read, in which `*` stands for any text; `None`: all but those
+    /// that the format is known to ship beside its logs.
     pub member: Option<String>,
     /// The data set file to make.
     pub output: PathBuf,
@@ -144,9 +145,9 @@ pub struct ImportOptions {
 }
 
 impl ImportOptions {
-    /// The paper's preparation for this kind of log: k-core 10, counted on liked records and split in time
-    /// (80 %, 10 %, 10 %) for micro-video logs, counted on all records and leaving the last two events out
-    /// otherwise.
+    /// The paper's preparation for this kind of log: k-core 10, counted on liked records and split
+    /// in time (80 %, 10 %, 10 %) for micro-video logs, counted on all records and leaving the last
+    /// two events out otherwise.
     pub fn new(format: LogFormat, inputs: Vec<PathBuf>, output: PathBuf) -> ImportOptions {
         ImportOptions {
             format,
@@ -217,7 +218,8 @@ pub trait Progress {
         let _ = row;
     }
 
-    /// A decision about a log: where its columns are, what counts as liked, which unit its times have.
+    /// A decision about a log: where its columns are, what counts as liked, which unit its times
+    /// have.
     fn note(&self, decision: &str) {
         let _ = decision;
     }
@@ -231,8 +233,8 @@ impl Progress for () {}
 
 /// Imports logs into a data set file.
 ///
-/// Memory: an entry for each user and item, one history, and [`ImportOptions::sort_memory`]; nothing grows
-/// with the number of rows but temporary files (24 bytes a row, up to three times).
+/// Memory: an entry for each user and item, one history, and [`ImportOptions::sort_memory`];
+/// nothing grows with the number of rows but temporary files (24 bytes a row, up to three times).
 pub fn import(options: &ImportOptions, progress: &dyn Progress) -> Result<Made, DataError> {
     check(options)?;
     let folder = options.temporary.as_deref().unwrap_or(folder_of(&options.output));

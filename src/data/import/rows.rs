@@ -1,4 +1,5 @@
-//! Rows to events, in one way for all formats: fields to user, item, time and feedback, or a bad row.
+//! Rows to events, in one way for all formats: fields to user, item, time and feedback, or a bad
+//! row.
 
 use super::fields::{SLOTS, Splitter};
 use super::json::{JsonLayout, Objects};
@@ -198,7 +199,8 @@ impl<'a> Rows<'a> {
         Ok(())
     }
 
-    /// Takes one row: calls `each` with it, or counts it as bad. `absent` says why a field is not there.
+    /// Takes one row: calls `each` with it, or counts it as bad. `absent` says why a field is not
+    /// there.
     pub(super) fn row(
         &mut self,
         reading: &Reading,

@@ -1,7 +1,8 @@
 //! The bytes of logs: unpacked, and taken out of archives.
 //!
-//! Containers are recognised by their first bytes, whatever the file's name: gzip and zstd (several members end to
-//! end are one stream), tar, and both together. A container that is not read is named in the error.
+//! Containers are recognised by their first bytes, whatever the file's name: gzip and zstd (several
+//! members end to end are one stream), tar, and both together. A container that is not read is
+//! named in the error.
 
 use super::{DataError, Progress};
 use flate2::bufread::GzDecoder;
@@ -129,7 +130,8 @@ fn hidden(member: &Path) -> bool {
     member.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b"."))
 }
 
-/// Whether `path` or its last part is `pattern`, in which `*` stands for any text and `?` for any byte.
+/// Whether `path` or its last part is `pattern`, in which `*` stands for any text and `?` for any
+/// byte.
 pub(super) fn matches(pattern: &str, path: &Path) -> bool {
     fn fits(pattern: &[u8], text: &[u8]) -> bool {
         match pattern.split_first() {
@@ -183,8 +185,8 @@ fn buffered<'a>(bytes: Box<dyn Read + 'a>) -> Buffered<'a> {
     BufReader::with_capacity(1 << 17, bytes)
 }
 
-/// The members of a gzip stream, end to end. Zeros behind the last are padding (of tapes, and of some stores);
-/// other bytes are an error.
+/// The members of a gzip stream, end to end. Zeros behind the last are padding (of tapes, and of
+/// some stores); other bytes are an error.
 struct Members<'a> {
     decoder: Option<GzDecoder<Buffered<'a>>>,
     /// What lies between members.

@@ -1,7 +1,8 @@
 //! Times of a log: numbers of one unit, or dates.
 //!
-//! The unit is decided once for the whole log, when all rows are read: by then the largest time is known. Events are
-//! sorted by the numbers as they stand, so every order is that of the log, whatever the unit turns out to be.
+//! The unit is decided once for the whole log, when all rows are read: by then the largest time is
+//! known. Events are sorted by the numbers as they stand, so every order is that of the log,
+//! whatever the unit turns out to be.
 
 use super::TimeUnit;
 use crate::data::{DataError, TimeSighting};
@@ -27,7 +28,8 @@ const BILLION: u32 = 1_000_000_000;
 /// Reason of a field that is neither a number nor a date.
 const NO_TIME: &str = "not a number or an ISO 8601 date";
 const TOO_LARGE: &str = "not a time: too large";
-/// Seconds from 1990 to 2100: a number in this range, or in its image in another unit, tells the unit.
+/// Seconds from 1990 to 2100: a number in this range, or in its image in another unit, tells the
+/// unit.
 const MODERN: std::ops::RangeInclusive<u64> = 631_152_000..=4_102_444_800;
 
 impl RawTime {
@@ -233,7 +235,8 @@ fn decimal(text: &str) -> Option<RawTime> {
     Some(RawTime::new(whole.parse().ok()?, billionths))
 }
 
-/// `2019-10-01`, `2019-10-01 00:00:00`, `2019-10-01T00:00:00.25+02:00`, `... UTC`: UTC where no zone stands.
+/// `2019-10-01`, `2019-10-01 00:00:00`, `2019-10-01T00:00:00.25+02:00`, `... UTC`: UTC where no
+/// zone stands.
 fn instant(text: &str) -> Option<RawTime> {
     // Numbers are never dates; jiff would read some.
     if !text.get(4..)?.starts_with(['-', '/']) && !text.contains(['T', 't']) {

@@ -32,8 +32,8 @@ const LOSS: &str = "#3b6fb6";
 const AUC: &str = "#c2571a";
 const GREYS: [&str; 2] = ["#7a7a7a", "#3d8f5f"];
 
-/// Two panels over the same epochs: loss on the left, validation AUC on the right with the best epoch marked and
-/// `references` as dashed lines.
+/// Two panels over the same epochs: loss on the left, validation AUC on the right with the best
+/// epoch marked and `references` as dashed lines.
 pub fn curves_svg(title: &str, points: &[CurvePoint], best_epoch: usize, references: &[Reference]) -> String {
     let (width, height) = (LEFT + PANEL.0 + GAP + PANEL.0 + RIGHT, TOP + PANEL.1 + BOTTOM);
     let mut svg = String::new();

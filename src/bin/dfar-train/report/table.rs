@@ -14,7 +14,8 @@ pub fn table(rows: &[Vec<String>]) -> String {
     for row in rows {
         let mut line = String::new();
         for (c, cell) in row.iter().enumerate() {
-            // A width in a format string is limited to 65,535, and a cell may hold an id of any length.
+            // A width in a format string is limited to 65,535, and a cell may hold an id of any
+            // length.
             let padding = std::iter::repeat_n(' ', widths[c] - cell.chars().count());
             if c == 0 {
                 line.push_str(cell);
@@ -31,8 +32,8 @@ pub fn table(rows: &[Vec<String>]) -> String {
     text
 }
 
-/// Test figures beside popularity and the ceiling, then by history length, then those of skipped events.
-/// `negatives` are the stored negatives of a group.
+/// Test figures beside popularity and the ceiling, then by history length, then those of skipped
+/// events. `negatives` are the stored negatives of a group.
 pub fn evaluation_text(evaluation: &Evaluation, negatives: usize) -> String {
     let mut text = String::new();
     let Evaluation { test, valid, popularity, ceiling } = evaluation;

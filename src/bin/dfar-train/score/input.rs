@@ -71,8 +71,8 @@ impl From<JsonId> for String {
     }
 }
 
-/// Calls `each` with the histories of a file: JSON lines, or CSV with a header where consecutive rows of one user are
-/// one history. The first character tells which.
+/// Calls `each` with the histories of a file: JSON lines, or CSV with a header where consecutive
+/// rows of one user are one history. The first character tells which.
 pub fn histories(path: &Path, each: &mut dyn FnMut(&str, Named) -> dfar::Result<()>) -> dfar::Result<()> {
     let (name, mut input) = open(path)?;
     let first = input.fill_buf().map_err(Error::io("read", path))?.trim_ascii_start().first().copied();

@@ -1,7 +1,7 @@
 //! Items and events on the command line: `a,b,c` and `a:1,b:0`.
 //!
-//! An id that holds a comma, a colon at the wrong place or a quote is written in double quotes, with `""` for a
-//! quote, as in CSV. What stands in quotes is the id, byte for byte.
+//! An id that holds a comma, a colon at the wrong place or a quote is written in double quotes,
+//! with `""` for a quote, as in CSV. What stands in quotes is the id, byte for byte.
 
 /// An id of a list. Blanks around an unquoted id may belong to the list or to the id.
 #[derive(Debug, PartialEq)]
@@ -10,7 +10,8 @@ pub struct Id {
     pub quoted: bool,
 }
 
-/// The parts of a list between its commas, each as an id and what follows it: nothing after an unquoted one.
+/// The parts of a list between its commas, each as an id and what follows it: nothing after an
+/// unquoted one.
 fn split(list: &str) -> Result<Vec<(Id, &str)>, String> {
     let mut parts = Vec::new();
     let mut rest = Some(list);

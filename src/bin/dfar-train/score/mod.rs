@@ -26,7 +26,8 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 
-/// Candidates scored before results are written: enough to keep the device busy, little to hold in memory.
+/// Candidates scored before results are written: enough to keep the device busy, little to hold in
+/// memory.
 const ROWS_AT_A_TIME: usize = 1 << 18;
 
 #[derive(Args)]
@@ -37,13 +38,13 @@ pub struct Score {
     /// The run.
     #[arg(long, value_name = "DIR")]
     run: PathBuf,
-    /// Events oldest first, as `item:1` (liked) or `item:0` (skipped), separated by commas; may be empty. An id with
-    /// commas is quoted as in CSV: `"a,b":1`.
+    /// Events oldest first, as `item:1` (liked) or `item:0` (skipped), separated by commas; may be
+    /// empty. An id with commas is quoted as in CSV: `"a,b":1`.
     #[arg(long, value_name = "ITEM:LABEL,..", allow_hyphen_values = true)]
     history: Option<String>,
     /// Histories in a file (`-`: standard input): JSON lines
-    /// `{"user": "u", "history": [["item", 1], ..], "candidates": ["item", ..]}`, or CSV with the columns user, item
-    /// and label.
+    /// `{"user": "u", "history": [["item", 1], ..], "candidates": ["item", ..]}`, or CSV with the
+    /// columns user, item and label.
     #[arg(long, value_name = "FILE")]
     histories: Option<PathBuf>,
     /// A user of the data set, with all their events as history.
@@ -70,13 +71,15 @@ pub struct Score {
     /// Rank no item of the history.
     #[arg(long)]
     exclude_seen: bool,
-    /// Leave out items that the model does not know, and users that the data set does not know, and count them.
+    /// Leave out items that the model does not know, and users that the data set does not know, and
+    /// count them.
     #[arg(long)]
     skip_unknown: bool,
     /// File to write [default: stdout].
     #[arg(long, short, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// Format of the output [default: by the ending of --output; on stdout a table for one history, else CSV].
+    /// Format of the output [default: by the ending of --output; on stdout a table for one history,
+    /// else CSV].
     #[arg(long, value_enum)]
     output_format: Option<Format>,
     /// Where to compute [default: the run's].
@@ -407,7 +410,8 @@ impl<'a, D: Device> Scorer<'a, D> {
         }
     }
 
-    /// [`Self::find`] of an id in a list. Blanks around an unquoted id are the list's, unless the id has them.
+    /// [`Self::find`] of an id in a list. Blanks around an unquoted id are the list's, unless the
+    /// id has them.
     fn find_id(&mut self, id: &Id, place: &str) -> Result<Option<u32>, TrainError> {
         if id.quoted || self.index.contains_key(&id.text[..]) {
             return self.find(&id.text, place);

@@ -9,17 +9,17 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
-/// An allocation of a runtime, freed on drop.
+/// Device memory of a runtime, freed on drop.
 struct Allocation<R: Runtime> {
     runtime: Arc<R>,
-    /// Whether it is landing memory, the target of [`Runtime::send`].
+    /// Whether it is landing memory, the destination of [`Runtime::send`].
     landing: bool,
-    /// Address and bytes, set once the size is known. Null for 0 bytes.
+    /// Address and size in bytes, set on allocation. The address of an empty array is null.
     taken: OnceLock<(Pointer, usize)>,
 }
 
 impl<R: Runtime> Allocation<R> {
-    /// Landing memory whose size is not known yet.
+    /// Landing memory, allocated by a later [`Allocation::take`].
     fn landing(runtime: &Arc<R>) -> Self {
         Self { runtime: runtime.clone(), landing: true, taken: OnceLock::new() }
     }
@@ -50,7 +50,7 @@ impl<R: Runtime> Drop for Allocation<R> {
         if let Some(&(at, bytes)) = self.taken.get()
             && bytes > 0
         {
-            // SAFETY: allocated in `take`, with this kind and size; nothing else frees it.
+            // SAFETY: `take` allocated it with this kind and size, and only this drop frees it.
             unsafe {
                 match self.landing {
                     true => self.runtime.free_landing(at, bytes),
@@ -61,8 +61,8 @@ impl<R: Runtime> Drop for Allocation<R> {
     }
 }
 
-/// An array in device memory: an allocation of its own, or part of one shared with the other arrays of a [`Staging`] and
-/// freed with the last of them. An empty array has a null address.
+/// An array in device memory: an allocation of its own, or a part of one shared with the other
+/// arrays of a [`Staging`] and freed with the last of them. The address of an empty array is null.
 pub struct Array<R: Runtime, T> {
     memory: Arc<Allocation<R>>,
     /// Offset in bytes.
@@ -71,7 +71,7 @@ pub struct Array<R: Runtime, T> {
     element: PhantomData<T>,
 }
 
-// SAFETY: a runtime may be used from any thread, and the array is an address for it: no T is ever borrowed through it.
+// SAFETY: a runtime may be used from any thread. The array holds an address and lends no `T`.
 unsafe impl<R: Runtime, T> Send for Array<R, T> {}
 // SAFETY: as above.
 unsafe impl<R: Runtime, T> Sync for Array<R, T> {}
@@ -116,7 +116,7 @@ impl<R: Runtime, T: Pod> Array<R, T> {
     pub fn copy_from(&mut self, host: &[T]) -> Result<(), CudaError> {
         assert_eq!(host.len(), self.len, "a copy from the host should be as long as the array");
         if self.len > 0 {
-            // SAFETY: the array has this many bytes.
+            // SAFETY: the allocation has this many bytes from the address on.
             unsafe { self.memory.runtime.write(self.pointer(), bytemuck::cast_slice(host))? };
         }
         Ok(())
@@ -128,7 +128,7 @@ impl<R: Runtime, T: Pod> Array<R, T> {
     /// As [`Runtime::zero`].
     pub fn zero(&mut self) -> Result<(), CudaError> {
         if self.len > 0 {
-            // SAFETY: the array's own bytes.
+            // SAFETY: the allocation has this many bytes from the address on.
             unsafe { self.memory.runtime.zero(self.pointer(), self.len * size_of::<T>())? };
         }
         Ok(())
@@ -154,13 +154,13 @@ impl<R: Runtime, T: Pod> Array<R, T> {
     pub fn copy_to(&self, host: &mut [T]) -> Result<(), CudaError> {
         assert_eq!(host.len(), self.len, "a copy to the host should be as long as the array");
         if self.len > 0 {
-            // SAFETY: the array has this many bytes.
+            // SAFETY: the allocation has this many bytes from the address on.
             unsafe { self.memory.runtime.read(self.pointer(), bytemuck::cast_slice_mut(host))? };
         }
         Ok(())
     }
 
-    /// Device address, for kernel arguments.
+    /// Device address of the first value, for kernel arguments.
     ///
     /// # Panics
     /// If it belongs to a [`Staging`] that was not sent.
@@ -168,7 +168,7 @@ impl<R: Runtime, T: Pod> Array<R, T> {
         if self.len == 0 { 0 } else { self.memory.at() + self.offset as Pointer }
     }
 
-    /// Address of value `index`, at most one past the last.
+    /// Device address of value `index`; `index == len` is one past the last.
     ///
     /// # Panics
     /// If `index > len`.
@@ -199,8 +199,8 @@ impl<R: Runtime, T: Pod> Buffer<T> for Array<R, T> {
     }
 }
 
-/// Arrays in one pinned staging buffer, copied to the device together. Each is 256-byte aligned, like an allocation of its
-/// own. None may be used before [`Staging::send`].
+/// Arrays in one pinned staging buffer, copied to the device in one copy. Each array is 256-byte
+/// aligned. No array may be used before [`Staging::send`].
 pub struct Staging<R: Runtime> {
     memory: Arc<Allocation<R>>,
     host: R::Pinned,
@@ -220,7 +220,7 @@ impl<R: Runtime> Staging<R> {
         Ok(Self { memory: Arc::new(Allocation::landing(runtime)), host, parts: Vec::new() })
     }
 
-    /// Adds an array: a copy of `host`.
+    /// Appends a copy of `host` as an array.
     ///
     /// # Errors
     /// As [`Runtime::pinned`].
@@ -240,7 +240,7 @@ impl<R: Runtime> Staging<R> {
         Ok(Array { memory: self.memory.clone(), offset, len: host.len(), element: PhantomData })
     }
 
-    /// Starts the copy. All later work on the runtime sees the arrays.
+    /// Starts the copy. Work enqueued later sees the arrays.
     ///
     /// # Errors
     /// As [`Runtime::allocate_landing`] and [`Runtime::send`].
@@ -249,7 +249,8 @@ impl<R: Runtime> Staging<R> {
         let bytes = parts.last().map_or(0, |last| last.end);
         let at = memory.take(bytes)?;
         if bytes > 0 {
-            // SAFETY: the memory was just allocated with the end of the last part as its size; no array had an address before.
+            // SAFETY: the allocation ends with the last part, and no array had an address before,
+            // so no work in flight uses it.
             unsafe { memory.runtime.send(at, host, &parts)? };
         }
         Ok(())

@@ -1,6 +1,6 @@
-//! CUDA graph capture: records a sequence of launches and starts it as one graph.
+//! CUDA graph capture: records the kernel launches of a function and starts them as one graph.
 //!
-//! Recording changes nothing on the device. Work that cannot be recorded is repeated without a graph.
+//! A recording executes nothing. If it fails, the function runs again without a graph.
 
 use super::error::CudaError;
 use super::runtime::{Runtime, Start};
@@ -8,7 +8,7 @@ use crate::device::DeviceError;
 use std::fmt;
 use std::sync::{Mutex, PoisonError};
 
-/// How captured work was started, with counts.
+/// Counts of captured work, by how it was started.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Captures {
     /// Started by a cached graph executable.
@@ -26,7 +26,8 @@ impl fmt::Display for Captures {
         let Self { updated, instantiated, refused, reason } = self;
         write!(
             f,
-            "CUDA graphs: {updated} steps by one that was there, {instantiated} by a new one, {refused} without"
+            "CUDA graphs: {updated} steps started by a cached executable, {instantiated} by a new one, \
+             {refused} without a graph"
         )?;
         match reason {
             Some(reason) => write!(f, " (last: {reason})"),
@@ -35,7 +36,7 @@ impl fmt::Display for Captures {
     }
 }
 
-/// A capture in progress. Drop ends and discards it.
+/// A capture in progress. Drop discards the recording.
 struct Capture<'a, R: Runtime>(Option<&'a R>);
 
 impl<'a, R: Runtime> Capture<'a, R> {
@@ -83,7 +84,7 @@ pub(super) fn captured<R: Runtime, T>(
     }
     match outcome {
         Ok((value, _)) => Ok(value),
-        // None of it has run. If the capture did not cause the error, the error repeats.
+        // Nothing has been executed. An error that the capture did not cause occurs again.
         Err(_) => work(),
     }
 }

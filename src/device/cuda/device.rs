@@ -1,4 +1,5 @@
-//! Execution and memory of [`Gpu`], and the list of all kernels. The operations are in [`ops`](super::ops).
+//! Execution and memory of [`Gpu`], and the list of all kernels. The operations are in
+//! [`ops`](super::ops).
 
 use super::array::{Array, Staging};
 use super::error::CudaError;
@@ -64,7 +65,7 @@ impl<R: Runtime> Memory for Gpu<R> {
     }
 }
 
-/// Shapes of target attention that are looked at without a device: the paper's, and twice as wide.
+/// Shapes of target attention in the kernel list: those of the paper, and twice its width.
 const TARGET_SHAPES: [Shape; 2] =
     [Shape { width: 32, hidden0: 80, hidden1: 40 }, Shape { width: 64, hidden0: 80, hidden1: 40 }];
 

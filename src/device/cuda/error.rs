@@ -1,21 +1,21 @@
-//! [`CudaError`], the error of every module here.
+//! [`CudaError`], the error of all CUDA code.
 
 use super::kernel::{Arch, Element};
 use crate::attention::AttentionError;
 use cudarc::driver::{DriverError, sys::CUresult};
 use thiserror::Error;
 
-/// A GPU that cannot be used, or a call it cannot serve.
+/// An unusable GPU, a failed driver call, or arguments that the operation rejects.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum CudaError {
-    /// The operation rejects its arguments.
+    /// Invalid arguments of the attention operation.
     #[error(transparent)]
     Attention(#[from] AttentionError),
     /// No NVIDIA driver is installed.
     #[error("cuda: no NVIDIA driver found (libcuda cannot be loaded)")]
     NoDriver,
-    /// The device number does not exist.
+    /// The requested device does not exist.
     #[error("cuda: device {ordinal} does not exist; the driver reports {found}")]
     NoDevice {
         /// Requested device number, from 0.
@@ -23,21 +23,25 @@ pub enum CudaError {
         /// Number of devices the driver reports.
         found: usize,
     },
-    /// A GPU older than the oldest supported architecture.
+    /// The GPU is older than the oldest supported architecture.
     #[error("cuda: {name} is {}, but the kernels need {} or later", arch.name(), Arch::OLDEST.name())]
     OldDevice {
-        /// Its name.
+        /// Name of the GPU.
         name: String,
-        /// Its compute capability.
+        /// Compute capability of the GPU.
         arch: Arch,
     },
-    /// NVRTC, which compiles the kernels, cannot be loaded.
-    #[error("cuda: NVRTC cannot be loaded (tried {}); install the CUDA toolkit or put its libraries on the loader's path", tried.join(", "))]
+    /// The NVRTC library cannot be loaded.
+    #[error(
+        "cuda: NVRTC cannot be loaded (tried {}); \
+         install the CUDA toolkit or put its libraries on the loader's path",
+        tried.join(", ")
+    )]
     NoNvrtc {
         /// Library names tried.
         tried: &'static [&'static str],
     },
-    /// An NVRTC too old for the kernels.
+    /// The NVRTC library is too old for the kernels.
     #[error("cuda: NVRTC is {}.{}, but the kernels need {}.{} or later", found.0, found.1, oldest.0, oldest.1)]
     OldNvrtc {
         /// Version found.
@@ -45,56 +49,62 @@ pub enum CudaError {
         /// Version needed.
         oldest: (i32, i32),
     },
-    /// NVRTC cannot compile a kernel.
+    /// NVRTC rejects a kernel.
     #[error("cuda: {kernel} does not compile for {arch} with {}: {error}\n{log}", options.join(" "))]
     Compile {
         /// Source file.
         kernel: &'static str,
-        /// Architecture.
+        /// Target architecture.
         arch: String,
-        /// Options.
+        /// NVRTC options.
         options: Vec<String>,
         /// NVRTC's error.
         error: String,
         /// The compiler's log.
         log: String,
     },
-    /// cuBLASLt, which multiplies matrices, cannot be loaded.
-    #[error("cuda: cuBLASLt cannot be loaded (tried {}); install the CUDA toolkit or put its libraries on the loader's path", tried.join(", "))]
+    /// The cuBLASLt library cannot be loaded.
+    #[error(
+        "cuda: cuBLASLt cannot be loaded (tried {}); \
+         install the CUDA toolkit or put its libraries on the loader's path",
+        tried.join(", ")
+    )]
     NoBlas {
         /// Library names tried.
         tried: &'static [&'static str],
     },
-    /// cuBLASLt failed.
+    /// A cuBLASLt call failed.
     #[error("cuda: {action} failed in cuBLASLt with status {status}")]
     Blas {
-        /// The failed action, e.g. a product's shape.
+        /// The failed call, e.g. with the shape of the product.
         action: String,
         /// The `cublasStatus_t`.
         status: i32,
     },
-    /// An allocation failed for lack of device memory.
+    /// A device allocation failed.
     #[error("cuda: out of device memory: {bytes} bytes requested; use a smaller batch")]
     OutOfMemory {
         /// Bytes requested.
         bytes: usize,
     },
-    /// Parameters and optimizer state do not fit the free device memory.
+    /// Parameters and optimizer state exceed the free device memory.
     #[error(
-        "cuda: {parameters} parameters with their optimizer state need {:.2} GiB, but {:.2} of the device's {:.2} GiB are free; \
-         choose a smaller --width, leave out --dense-embeddings, or use --device cpu", gib(*needed), gib(*free), gib(*total)
+        "cuda: {parameters} parameters with their optimizer state need {:.2} GiB, \
+         but {:.2} of the device's {:.2} GiB are free; \
+         choose a smaller --width, leave out --dense-embeddings, or use --device cpu",
+        gib(*needed), gib(*free), gib(*total)
     )]
     NoRoom {
-        /// Parameters of the model.
+        /// Number of model parameters.
         parameters: usize,
-        /// Bytes needed.
+        /// Bytes of parameters and optimizer state.
         needed: usize,
-        /// Bytes free.
+        /// Free device memory in bytes.
         free: usize,
-        /// Bytes of device memory.
+        /// Total device memory in bytes.
         total: usize,
     },
-    /// The driver failed.
+    /// A driver call failed.
     #[error("cuda: {action} failed: {message}")]
     Driver {
         /// The failed action.
@@ -102,40 +112,40 @@ pub enum CudaError {
         /// The driver's error message.
         message: String,
     },
-    /// An action that a CUDA graph capture does not allow.
+    /// The action cannot be recorded during a CUDA graph capture.
     #[error("cuda: {action} cannot be part of a CUDA graph")]
     NotCaptured {
         /// The action.
         action: &'static str,
     },
-    /// A buffer of another device.
+    /// An argument belongs to another device.
     #[error("cuda: {name} is on another device than the call")]
     OtherDevice {
-        /// Argument.
+        /// Name of the argument.
         name: &'static str,
     },
     /// The element type of the tensors differs from that of the plan.
     #[error("cuda: the batch was planned for {}, but the tensors are {}", planned.name(), given.name())]
     Element {
-        /// Type of the plan.
+        /// Element type of the plan.
         planned: Element,
-        /// Type of the tensors.
+        /// Element type of the tensors.
         given: Element,
     },
     /// No kernel is compiled for this head width.
     #[error("cuda: head_dim is {head_dim}, but the kernels have 8, 16, 32, 64 and 128")]
     HeadDim {
-        /// Requested width.
+        /// Requested head width.
         head_dim: usize,
     },
-    /// No target attention kernel is compiled for this width.
+    /// No target attention kernel is compiled for tokens of this width.
     #[error(
         "cuda: tokens of width {width} are wider than target attention has a kernel for ({widest}); use --device cpu"
     )]
     TargetWidth {
-        /// Width of the model.
+        /// Width `D` of the model.
         width: usize,
-        /// Widest compiled.
+        /// Largest compiled width.
         widest: usize,
     },
     /// A block needs more shared memory than the device allows.
@@ -143,17 +153,17 @@ pub enum CudaError {
         "cuda: pass {pass} needs {needed} bytes of shared memory per block, but the device has {available}"
     )]
     SharedMemory {
-        /// Pass.
+        /// Name of the pass.
         pass: &'static str,
-        /// Bytes of the smallest block.
+        /// Bytes that the smallest block needs.
         needed: usize,
-        /// Bytes the device allows.
+        /// Bytes per block that the device allows.
         available: usize,
     },
-    /// A batch too large for one call.
+    /// The batch has too many query rows for one call.
     #[error("cuda: the batch has {rows} query rows, more than the limit of {} per call; split it", i32::MAX)]
     TooLarge {
-        /// Rows `N * Q`.
+        /// Query rows, `N * Q`.
         rows: usize,
     },
 }
@@ -163,7 +173,7 @@ fn gib(bytes: usize) -> f64 {
 }
 
 impl CudaError {
-    /// A driver error during `action`; `bytes` is the requested size of an allocation, else 0.
+    /// A driver error during `action`. `bytes` is the size of a requested allocation, otherwise 0.
     pub(crate) fn driver(action: &'static str, error: DriverError, bytes: usize) -> CudaError {
         match error.0 {
             CUresult::CUDA_ERROR_OUT_OF_MEMORY => CudaError::OutOfMemory { bytes },
@@ -171,12 +181,12 @@ impl CudaError {
         }
     }
 
-    /// Exit code of the binaries: 1 for invalid arguments, else 4 (no usable GPU).
+    /// Exit code of the binaries: 1 for invalid arguments, 4 for an unusable GPU.
     pub fn exit_code(&self) -> u8 {
         if self.is_argument() { 1 } else { 4 }
     }
 
-    /// Whether the caller's arguments caused the error.
+    /// Whether invalid arguments of the caller caused the error.
     pub fn is_argument(&self) -> bool {
         matches!(self, CudaError::Attention(_) | CudaError::OtherDevice { .. } | CudaError::Element { .. })
     }

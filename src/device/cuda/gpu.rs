@@ -1,4 +1,5 @@
-//! [`Gpu`]: a runtime with a precision. [`ops`](super::ops) implements its operations, one file for each `.cu`.
+//! [`Gpu`]: a runtime and the precision of its products. [`ops`](super::ops) implements its
+//! operations.
 
 use super::array::Array;
 use super::capture::{self, Captures};
@@ -9,16 +10,16 @@ use crate::device::DeviceError;
 use bytemuck::Pod;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// The device that runs the kernels: a GPU, or the emulator in tests.
+/// The device of the model: a GPU, or the emulator in tests.
 pub struct Gpu<R: Runtime> {
     runtime: Arc<R>,
     precision: Precision,
-    /// `None`: graphs are off.
+    /// `None` if CUDA graphs are off.
     captures: Option<Mutex<Captures>>,
 }
 
 impl<R: Runtime> Gpu<R> {
-    /// A device on `runtime` with matrix products in `precision`. Values in memory are always f32.
+    /// A device on `runtime`. `precision` is that of the matrix products; values in memory are f32.
     pub fn new(runtime: R, precision: Precision) -> Self {
         Self { runtime: Arc::new(runtime), precision, captures: None }
     }
@@ -80,7 +81,7 @@ impl<R: Runtime> Gpu<R> {
         if launch.grid.contains(&0) {
             return Ok(());
         }
-        // SAFETY: the caller's contract.
+        // SAFETY: guaranteed by the caller.
         unsafe { self.runtime.launch(kernel, launch, bytemuck::bytes_of(params)) }
     }
 }

@@ -1,14 +1,14 @@
-//! Names shared by all modules here: element types, kernels and their modules, launches.
+//! Kernels and their modules, element types, launches.
 
 use std::fmt;
 
 /// Address in device memory; 0 is null.
 pub type Pointer = u64;
 
-/// Element type of `q`, `k`, `v`, `o` and their gradients. Accumulation is always f32.
+/// Element type of `q`, `k`, `v`, `o` and their gradients. Kernels accumulate in f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Element {
-    /// Exact path, on the FMA pipes.
+    /// f32, on the FMA pipes.
     F32,
     /// bfloat16, on the tensor cores.
     Bf16,
@@ -28,7 +28,7 @@ impl Element {
         }
     }
 
-    /// The name used by `--precision`.
+    /// Name in the `--precision` flag.
     pub const fn name(self) -> &'static str {
         match self {
             Element::F32 => "f32",
@@ -37,7 +37,7 @@ impl Element {
         }
     }
 
-    /// The type name in the kernels.
+    /// Name of the C++ type in the kernels.
     pub const fn cuda_name(self) -> &'static str {
         match self {
             Element::F32 => "float",
@@ -47,9 +47,9 @@ impl Element {
     }
 }
 
-/// An element type of tensors.
+/// A Rust type of tensor elements.
 pub trait Value: bytemuck::Pod {
-    /// Its [`Element`].
+    /// The element type of the kernels.
     const ELEMENT: Element;
 }
 impl Value for f32 {
@@ -62,22 +62,22 @@ impl Value for half::f16 {
     const ELEMENT: Element = Element::F16;
 }
 
-/// A `.cu` of `kernels/` with its included headers.
+/// Source of a module: a `.cu` file of `kernels/` with its included headers.
 #[derive(Debug)]
 pub struct Source {
     /// Path below `kernels/`.
     pub name: &'static str,
-    /// FNV-1a of names and texts.
+    /// FNV-1a hash of all names and texts.
     pub hash: u64,
     /// Source text.
     pub text: &'static str,
-    /// Names and texts of all included headers, transitively.
+    /// Names and texts of the included headers, transitively.
     pub headers: &'static [(&'static str, &'static str)],
 }
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
-/// Target architecture of a module: a compute capability.
+/// Target architecture: a compute capability.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Arch {
     /// Major version.
@@ -87,17 +87,17 @@ pub struct Arch {
 }
 
 impl Arch {
-    /// Oldest supported architecture: the first with `cp.async` and bf16 `mma`.
+    /// Oldest supported architecture, the first with `cp.async` and bf16 `mma`.
     pub const OLDEST: Arch = Arch { major: 8, minor: 0 };
 
-    /// NVRTC name. 9.0 is `sm_90a`, which allows Hopper-only instructions.
+    /// Architecture name for NVRTC. 9.0 is `sm_90a`, which enables instructions of Hopper only.
     pub fn name(self) -> String {
         let suffix = if self == (Arch { major: 9, minor: 0 }) { "a" } else { "" };
         format!("sm_{}{}{suffix}", self.major, self.minor)
     }
 }
 
-/// Value of a macro of a module.
+/// Value of a macro.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Define {
     /// An identifier, e.g. a type name.
@@ -115,7 +115,7 @@ impl fmt::Display for Define {
     }
 }
 
-/// A compilation unit: a `.cu` of `kernels/` with its macros.
+/// A module: a `.cu` file of `kernels/` compiled with its macros.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Module {
     source: &'static str,
@@ -123,12 +123,12 @@ pub struct Module {
 }
 
 impl Module {
-    /// A `.cu` without macros.
+    /// A module without macros.
     pub const fn new(source: &'static str) -> Module {
         Module { source, defines: [None; 4] }
     }
 
-    /// Adds a macro; at most four.
+    /// Adds a macro. A module has at most four.
     pub const fn with(mut self, name: &'static str, value: Define) -> Module {
         let mut i = 0;
         while self.defines[i].is_some() {
@@ -138,20 +138,20 @@ impl Module {
         self
     }
 
-    /// The value of a macro, if defined.
+    /// Value of a macro, if defined.
     pub fn define(&self, name: &str) -> Option<Define> {
         self.defines.iter().flatten().find(|(given, _)| *given == name).map(|(_, value)| *value)
     }
 
-    /// Its source.
+    /// The source of the module.
     ///
     /// # Panics
-    /// If `kernels/` has no such file.
+    /// If `kernels/` does not contain the file.
     pub fn source(&self) -> &'static Source {
         SOURCES.iter().find(|source| source.name == self.source).expect("build.rs embeds every kernel")
     }
 
-    /// File and macros in one line, e.g. `attention/attention.cu DFAR_ELEMENT=bf16 DFAR_HEAD_DIM=16`.
+    /// File and macros, e.g. `attention/attention.cu DFAR_ELEMENT=bf16 DFAR_HEAD_DIM=16`.
     pub fn name(&self) -> String {
         let defines = self.defines.iter().flatten().map(|(name, value)| format!(" {name}={value}"));
         defines.fold(self.source.to_owned(), |name, define| name + &define)
@@ -168,16 +168,16 @@ impl Module {
 /// A kernel: its module and entry point.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Kernel {
-    /// Module.
+    /// Module that contains it.
     pub module: Module,
-    /// Entry point.
+    /// Name of the entry point.
     pub entry: &'static str,
 }
 
-/// Grid and block of one launch.
+/// Grid and block of one kernel launch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Launch {
-    /// Blocks along x and y. If one is 0, nothing is launched.
+    /// Blocks along x and y. A grid with a 0 is not launched.
     pub grid: [u32; 2],
     /// Threads per block.
     pub threads: u32,

@@ -1,18 +1,19 @@
-//! NVIDIA GPUs: the kernels of `kernels/`, compiled at run time. Building the crate needs no CUDA.
+//! NVIDIA GPUs: runs the kernels of `kernels/`, compiled at run time. The crate builds without
+//! CUDA.
 //!
-//! | above | uses | what it holds |
+//! | module | imports | contents |
 //! |---|---|---|
-//! | [`device`] | `ops`, `gpu` | [`Device`](crate::device::Device) for [`Gpu`], and the list of all kernels |
-//! | [`ops`] | `gpu`, `plan` | the model's operations, one file for each `.cu`: modules, entry points, launches |
-//! | `gpu`, `capture` | `array` | [`Gpu`]: a runtime with its precision; a training step as a CUDA graph |
-//! | [`mod@array`] | `runtime` | arrays in device memory, and staging of several for one copy |
+//! | [`device`] | `ops`, `gpu` | [`Device`](crate::device::Device) for [`Gpu`]; all kernels |
+//! | [`ops`] | `gpu`, `plan` | the operations: modules, entry points, launches |
+//! | `gpu`, `capture` | `array` | [`Gpu`]: a runtime and its precision; CUDA graph capture |
+//! | [`mod@array`] | `runtime` | arrays in device memory; staging of several for one copy |
 //! | [`driver`] | `runtime` | [`Cuda`]: a GPU as a runtime; NVRTC and its cache; cuBLASLt |
 //! | [`runtime`] | `kernel` | the trait between: memory, launches and matrix products |
-//! | [`plan`] | `kernel` | how a batch is cut into tiles and blocks: pure functions of shapes and limits |
+//! | [`plan`] | `kernel` | tiles and blocks of a batch: functions of shapes and device limits |
 //! | [`kernel`], `error` | | names of kernels and types; [`CudaError`] |
 //!
-//! Imports point down this table only. All foreign functions are called in [`driver`]; above it, `unsafe` marks a kernel
-//! launch, whose arguments the caller has checked.
+//! Imports point down this table only. [`driver`] contains all foreign function calls. Above it,
+//! `unsafe` marks kernel launches, whose arguments are checked first.
 
 pub mod array;
 pub(crate) mod capture;

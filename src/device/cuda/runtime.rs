@@ -1,10 +1,11 @@
-//! The trait between the operations and a machine that runs the kernels: memory, launches, matrix products.
+//! The interface of the operations to a machine that runs kernels: memory, launches, matrix
+//! products.
 //!
-//! [`Cuda`](super::Cuda) implements it for a GPU, `tests/emulator` for the CPU. The operations (argument checks, plans, the
-//! order of launches) are generic over it, so they are tested on machines without a GPU.
+//! [`Cuda`](super::Cuda) implements it for a GPU, `tests/emulator` for the CPU. The operations
+//! (argument checks, plans, launch order) are generic over it, so tests run them without a GPU.
 //!
-//! Work runs in the order of the calls (stream-ordered), except the copies of [`Runtime::send`], which may run earlier. Only
-//! [`Runtime::read`] waits for all earlier work.
+//! Work is stream-ordered: it executes in the order of the calls. The copies of [`Runtime::send`]
+//! are the exception: they may execute earlier. Only [`Runtime::read`] waits for all earlier work.
 
 use super::error::CudaError;
 use super::kernel::{Kernel, Launch, Pointer};
@@ -12,7 +13,7 @@ use crate::device::{Activation, Store};
 use serde::{Deserialize, Serialize};
 use std::ops::{DerefMut, Range};
 
-/// Precision of the factors of matrix products; sums are always f32.
+/// Precision of the factors of matrix products. Sums are f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
@@ -24,7 +25,7 @@ pub enum Precision {
 }
 
 impl Precision {
-    /// The name used by `--precision`.
+    /// Name in the `--precision` flag.
     pub const fn name(self) -> &'static str {
         match self {
             Precision::F32 => "f32",
@@ -33,26 +34,27 @@ impl Precision {
     }
 }
 
-/// `c = activation(a b + bias)`, all f32, row-major and packed: `a: [m, k]`, `b: [k, n]`, `c: [m, n]`.
+/// A matrix product `c = activation(a b + bias)`. All matrices are f32, row-major and packed: `a:
+/// [m, k]`, `b: [k, n]`, `c: [m, n]`.
 #[derive(Clone, Copy, Debug)]
 pub struct Gemm {
-    /// `m`, `n`, `k`; none of them 0.
+    /// `m`, `n`, `k`, each at least 1.
     pub shape: [usize; 3],
     /// Address of `a`.
     pub a: Pointer,
-    /// Whether `a` is stored as `[k, m]`.
+    /// Whether `a` is stored transposed, as `[k, m]`.
     pub a_transposed: bool,
     /// Address of `b`.
     pub b: Pointer,
-    /// Whether `b` is stored as `[n, k]`.
+    /// Whether `b` is stored transposed, as `[n, k]`.
     pub b_transposed: bool,
     /// Address of `c`.
     pub c: Pointer,
-    /// Overwrites or adds to `c`. Adding excludes bias and activation.
+    /// Overwrites `c` or adds to it. Adding excludes bias and activation.
     pub store: Store,
-    /// `[n]`, or null.
+    /// Address of the bias, `[n]`; null for none.
     pub bias: Pointer,
-    /// Applied last.
+    /// Activation, applied to the sum.
     pub activation: Activation,
     /// Precision of the factors.
     pub precision: Precision,
@@ -61,9 +63,9 @@ pub struct Gemm {
 /// How a recorded graph was started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Start {
-    /// By a cached executable, updated with new addresses and sizes.
+    /// By a cached graph executable, updated with the new addresses and sizes.
     Updated,
-    /// By a newly instantiated executable.
+    /// By a newly instantiated graph executable.
     Instantiated,
 }
 
@@ -74,41 +76,41 @@ pub struct Limits {
     pub shared_per_block: usize,
     /// Multiprocessors.
     pub multiprocessors: usize,
-    /// Bytes of the L2 cache.
+    /// Size of the L2 cache in bytes.
     pub cache_bytes: usize,
 }
 
 /// Device memory, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Memory {
-    /// Free.
+    /// Free memory.
     pub free: usize,
-    /// Total.
+    /// Total memory.
     pub total: usize,
 }
 
 /// A machine that runs the kernels.
 pub trait Runtime: Send + Sync + 'static {
-    /// An event recorded in the stream of work.
+    /// An event recorded in the compute stream.
     type Mark: Send;
 
     /// A pinned staging buffer: host memory that the device copies from asynchronously.
     type Pinned: DerefMut<Target = [u8]> + Send;
 
-    /// Bytes to leave between the arrays of a [`Staging`](super::array::Staging), in addition to alignment: for a runtime
-    /// that detects accesses outside an array by its surroundings.
+    /// Bytes between the arrays of a [`Staging`](super::array::Staging), in addition to alignment.
+    /// The emulator needs a gap to detect accesses outside an array.
     const GAP: usize = 0;
 
-    /// Records an event behind all work so far.
+    /// Records an event behind all work enqueued so far.
     ///
     /// # Errors
-    /// What the driver reports.
+    /// A driver error.
     fn mark(&self) -> Result<Self::Mark, CudaError>;
 
-    /// Seconds between two events; waits for the later one.
+    /// Seconds between two events. Waits for the later one.
     ///
     /// # Errors
-    /// What the driver reports, including failures of earlier launches.
+    /// A driver error, including a failure of earlier launches.
     fn seconds_between(&self, from: &Self::Mark, to: &Self::Mark) -> Result<f64, CudaError>;
 
     /// Device name, for logs.
@@ -120,78 +122,81 @@ pub trait Runtime: Send + Sync + 'static {
     /// Free and total memory.
     ///
     /// # Errors
-    /// What the driver reports.
+    /// A driver error.
     fn memory(&self) -> Result<Memory, CudaError>;
 
-    /// Allocates `bytes` bytes (not 0), 256-byte aligned, of unspecified content.
+    /// Allocates `bytes` bytes (not 0), 256-byte aligned, with unspecified content.
     ///
     /// # Errors
-    /// [`CudaError::OutOfMemory`], or what the driver reports.
+    /// [`CudaError::OutOfMemory`], or another driver error.
     fn allocate(&self, bytes: usize) -> Result<Pointer, CudaError>;
 
-    /// Frees memory in stream order: later allocations may reuse it.
+    /// Frees memory, stream-ordered: later allocations may reuse it.
     ///
     /// # Safety
-    /// `at` is from [`Runtime::allocate`] of this runtime with the same `bytes`, and is not freed.
+    /// `at` is from [`Runtime::allocate`] of this runtime with the same `bytes`, and is not freed
+    /// yet.
     unsafe fn free(&self, at: Pointer, bytes: usize);
 
-    /// Allocates landing memory, the target of [`Runtime::send`]. No work in flight uses it, so a copy to it may run ahead of
-    /// that work.
+    /// Allocates landing memory, the destination of [`Runtime::send`]. No work in flight uses it,
+    /// so a copy to it may run ahead of that work.
     ///
     /// # Errors
-    /// As [`Runtime::allocate`], and [`CudaError::NotCaptured`] if it has to wait for the device during a capture.
+    /// As [`Runtime::allocate`]. [`CudaError::NotCaptured`] if it must wait for the device during a
+    /// capture.
     fn allocate_landing(&self, bytes: usize) -> Result<Pointer, CudaError>;
 
-    /// Frees landing memory. Work in flight may still use it.
+    /// Frees landing memory, which work in flight may still use.
     ///
     /// # Safety
-    /// `at` is from [`Runtime::allocate_landing`] of this runtime with the same `bytes`, and is not freed.
+    /// `at` is from [`Runtime::allocate_landing`] of this runtime with the same `bytes`, and is not
+    /// freed yet.
     unsafe fn free_landing(&self, at: Pointer, bytes: usize);
 
     /// Fills memory with zeros.
     ///
     /// # Errors
-    /// What the driver reports.
+    /// A driver error.
     ///
     /// # Safety
     /// The bytes lie inside one allocation.
     unsafe fn zero(&self, at: Pointer, bytes: usize) -> Result<(), CudaError>;
 
-    /// Copies from the host; `host` may change once this returns.
+    /// Copies from the host. `host` may change after the call.
     ///
     /// # Errors
-    /// What the driver reports.
+    /// A driver error.
     ///
     /// # Safety
     /// `host.len()` bytes from `at` on lie inside one allocation.
     unsafe fn write(&self, at: Pointer, host: &[u8]) -> Result<(), CudaError>;
 
-    /// A pinned staging buffer of at least `bytes` bytes, of unspecified content, that no copy in flight reads. Waits for an
-    /// earlier [`Runtime::send`] if too many are in flight.
+    /// A pinned staging buffer of at least `bytes` bytes with unspecified content. No copy in
+    /// flight reads it. Waits for an earlier [`Runtime::send`] if too many are in flight.
     ///
     /// # Errors
-    /// What the driver reports.
+    /// A driver error.
     fn pinned(&self, bytes: usize) -> Result<Self::Pinned, CudaError>;
 
-    /// Starts one copy of the ascending `parts` of `from` to the same offsets from `at`; the gaps may be copied too. Takes the
-    /// staging buffer, and reuses it when the copy has finished. Later work sees the copy; the copy may overtake earlier
-    /// work.
+    /// Starts one copy of the ascending `parts` of `from` to the same offsets from `at`. The gaps
+    /// between the parts may be copied too. Takes the staging buffer, and reuses it after the copy.
+    /// Later work sees the copy; the copy may run ahead of earlier work.
     ///
     /// # Errors
-    /// What the driver reports.
+    /// A driver error.
     ///
     /// # Panics
     /// If a part ends outside `from`.
     ///
     /// # Safety
-    /// `at` is from [`Runtime::allocate_landing`] with at least the end of the last part as its size, and no work enqueued
-    /// since uses it.
+    /// `at` is from [`Runtime::allocate_landing`], with a size of at least the end of the last
+    /// part. No work enqueued since then uses it.
     unsafe fn send(&self, at: Pointer, from: Self::Pinned, parts: &[Range<usize>]) -> Result<(), CudaError>;
 
     /// Copies to the host, after all earlier work.
     ///
     /// # Errors
-    /// What the driver reports, including failures of earlier launches.
+    /// A driver error, including a failure of earlier launches.
     ///
     /// # Safety
     /// `host.len()` bytes from `at` on lie inside one allocation.
@@ -200,47 +205,48 @@ pub trait Runtime: Send + Sync + 'static {
     /// Launches a kernel.
     ///
     /// # Errors
-    /// A kernel that cannot be compiled, and what the driver reports.
+    /// A kernel does not compile, or a driver error.
     ///
     /// # Safety
-    /// `params` are the bytes of the argument that the kernel declares. For this grid, each of its pointers refers to memory
-    /// of the shape in the kernel's contract.
+    /// `params` holds the bytes of the struct that the kernel declares as its parameter. For this
+    /// grid, each pointer in it refers to memory of the shape that the kernel documents.
     unsafe fn launch(&self, kernel: Kernel, launch: Launch, params: &[u8]) -> Result<(), CudaError>;
 
     /// Enqueues a matrix product.
     ///
     /// # Errors
-    /// What the library reports.
+    /// An error of the product library.
     ///
     /// # Safety
     /// The addresses refer to matrices of the given shapes; `c` overlaps no other.
     unsafe fn gemm(&self, gemm: &Gemm) -> Result<(), CudaError> {
-        // SAFETY: the caller's contract.
+        // SAFETY: guaranteed by the caller.
         unsafe { self.gemm_batch(gemm, 1) }
     }
 
-    /// Enqueues `count` matrix products of one shape, with matrices adjacent in memory. `count > 1` excludes bias and
-    /// activation.
+    /// Enqueues `count` matrix products of one shape. The matrices of consecutive products are
+    /// adjacent in memory. `count > 1` excludes bias and activation.
     ///
     /// # Errors
-    /// What the library reports.
+    /// An error of the product library.
     ///
     /// # Safety
-    /// As [`Runtime::gemm`], for all of them.
+    /// As [`Runtime::gemm`], for all products.
     unsafe fn gemm_batch(&self, gemm: &Gemm, count: usize) -> Result<(), CudaError>;
 
-    /// Starts a capture: launches, products and fills are recorded with their current arguments instead of executed. Memory
-    /// may be allocated and freed under the stream-ordered rule: work recorded later may reuse it. Any thread may take pinned
-    /// staging buffers. Everything else is refused with [`CudaError::NotCaptured`] and restricted to one thread.
+    /// Starts a capture: launches, products and fills are recorded with their current arguments and
+    /// not executed. Memory may be allocated and freed, stream-ordered: work recorded later may
+    /// reuse it. Any thread may take pinned staging buffers. Other calls fail with
+    /// [`CudaError::NotCaptured`]. Only one thread may record.
     ///
     /// # Errors
-    /// [`CudaError::NotCaptured`] during a capture, and what the driver reports.
+    /// [`CudaError::NotCaptured`] if a capture is in progress, or a driver error.
     fn begin_capture(&self) -> Result<(), CudaError>;
 
     /// Ends the capture and starts the recorded graph.
     ///
     /// # Errors
-    /// What the driver reports. Then nothing was started, and the capture has ended.
+    /// A driver error. The capture has then ended, and nothing was started.
     fn start_capture(&self) -> Result<Start, CudaError>;
 
     /// Ends the capture and discards the recording.

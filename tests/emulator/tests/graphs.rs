@@ -88,7 +88,10 @@ fn a_captured_sequence_gives_the_same_bits() {
     }
     // The same nodes, whatever the number of rows; until there are so many that a segment is added up in a second launch.
     let expected = Captures { updated: 3, instantiated: 2, refused: 0, reason: None };
-    assert_eq!(expected.to_string(), "CUDA graphs: 3 steps by one that was there, 2 by a new one, 0 without");
+    assert_eq!(
+        expected.to_string(),
+        "CUDA graphs: 3 steps started by a cached executable, 2 by a new one, 0 without a graph"
+    );
     assert_eq!((captured.captures(), plain.captures()), (Some(expected), None));
 }
 

@@ -1,8 +1,9 @@
 //! cuBLASLt, loaded on first use: matrix products with bias and activation.
 //!
-//! cudarc is not used, for the reason in [`nvrtc`](super::nvrtc). cuBLASLt is column-major: it computes the transposed product,
-//! `c^T = b^T a^T`, which needs no copies. Its heuristics choose an algorithm once per rounded shape, so that batches of nearly
-//! equal size use the same algorithm and give the same bits.
+//! cudarc is not used, for the reason given in [`nvrtc`](super::nvrtc). cuBLASLt is column-major,
+//! so it computes the transposed product, `c^T = b^T a^T`, which needs no copies. Its heuristics
+//! choose an algorithm once per rounded shape: batches of nearly equal size use the same algorithm
+//! and give the same bits.
 
 use crate::device::cuda::error::CudaError;
 use crate::device::cuda::kernel::Pointer;
@@ -12,7 +13,7 @@ use libloading::Library;
 use std::collections::HashMap;
 use std::ffi::{c_int, c_void};
 
-/// Names of the library, latest first.
+/// Library names, latest first.
 const NAMES: &[&str] = if cfg!(windows) {
     &["cublasLt64_13.dll", "cublasLt64_12.dll"]
 } else {
@@ -21,7 +22,7 @@ const NAMES: &[&str] = if cfg!(windows) {
 
 /// `cublasStatus_t`
 type Status = c_int;
-/// A handle, or a descriptor.
+/// A library handle or a descriptor.
 type Opaque = *mut c_void;
 /// `cudaStream_t`
 type Stream = *mut c_void;
@@ -103,14 +104,14 @@ struct Functions {
         usize,
         Stream,
     ) -> Status,
-    // Last: the functions above are part of it.
+    // Dropped last: the function pointers refer to it.
     _library: Library,
 }
 
 impl Functions {
     fn load(name: &str) -> Result<Functions, libloading::Error> {
-        // SAFETY: the library's initialisers set up the library itself; the types given to the symbols are those of cublasLt.h,
-        // unchanged since CUDA 11; the library lives in the same struct.
+        // SAFETY: the library's initialisers only set up the library. The function types are those
+        // of cublasLt.h, unchanged since CUDA 11. The struct owns the library.
         unsafe {
             let library = Library::new(name)?;
             Ok(Functions {
@@ -133,7 +134,7 @@ impl Functions {
     }
 }
 
-/// A handle with its workspace.
+/// A cuBLASLt handle with its workspace and chosen algorithms.
 pub struct Blas {
     functions: Functions,
     handle: Opaque,
@@ -141,24 +142,24 @@ pub struct Blas {
     algorithms: HashMap<Key, Algorithm>,
 }
 
-// SAFETY: a cuBLASLt handle may be used from any thread, by one at a time, which `&mut` sees to.
+// SAFETY: any thread may use a cuBLASLt handle, one at a time; `&mut` ensures that.
 unsafe impl Send for Blas {}
 
-/// Key of an algorithm: rounded shape, number of products, transposes, compute type, epilogue, whether it adds,
-/// and the common alignment.
+/// Key of an algorithm: rounded shape, number of products, transposes, compute type, epilogue,
+/// whether it adds to `c`, and the common alignment in bytes.
 type Key = ([u64; 3], usize, [bool; 2], c_int, u32, bool, u32);
 
-/// A descriptor, destroyed when dropped.
+/// A cuBLASLt descriptor and the function that destroys it on drop.
 struct Descriptor(Opaque, Destroy);
 
 impl Drop for Descriptor {
     fn drop(&mut self) {
-        // SAFETY: created by the function that belongs to this one, and destroyed once.
+        // SAFETY: the matching create function made it, and this drop alone destroys it.
         unsafe { (self.1)(self.0) };
     }
 }
 
-/// Descriptors of a cuBLASLt call: column-major, packed leading dimensions.
+/// Descriptors of a product: column-major, with packed leading dimensions.
 struct Call {
     desc: Descriptor,
     a: Descriptor,
@@ -167,13 +168,14 @@ struct Call {
 }
 
 impl Blas {
-    /// Bytes of workspace, as NVIDIA recommends for Hopper.
+    /// Size of the workspace in bytes, as NVIDIA recommends for Hopper.
     pub const WORKSPACE: usize = 32 << 20;
 
-    /// Opens the library. `workspace` is [`Blas::WORKSPACE`] bytes of device memory, exclusive to the handle.
+    /// Opens the library. `workspace` is [`Blas::WORKSPACE`] bytes of device memory that only this
+    /// handle uses.
     ///
     /// # Errors
-    /// [`CudaError::NoBlas`], or what the library reports.
+    /// [`CudaError::NoBlas`] or [`CudaError::Blas`].
     pub fn new(workspace: Pointer) -> Result<Blas, CudaError> {
         let functions = NAMES.iter().find_map(|name| Functions::load(name).ok());
         let functions = functions.ok_or(CudaError::NoBlas { tried: NAMES })?;
@@ -183,7 +185,7 @@ impl Blas {
         Ok(Blas { functions, handle, workspace, algorithms: HashMap::new() })
     }
 
-    /// The workspace.
+    /// Address of the workspace.
     pub fn workspace(&self) -> Pointer {
         self.workspace
     }
@@ -191,21 +193,22 @@ impl Blas {
     /// Enqueues `count` products of one shape.
     ///
     /// # Errors
-    /// What the library reports.
+    /// [`CudaError::Blas`].
     ///
     /// # Safety
-    /// As [`Runtime::gemm_batch`](crate::device::cuda::runtime::Runtime::gemm_batch); the stream is the one stream that uses the workspace.
+    /// As [`Runtime::gemm_batch`](crate::device::cuda::runtime::Runtime::gemm_batch). No other
+    /// stream uses the workspace.
     pub unsafe fn gemm<T>(&mut self, gemm: &Gemm, count: usize, stream: *mut T) -> Result<(), CudaError> {
         let exact = gemm.shape.map(|n| n as u64);
         let compute = match gemm.precision {
             Precision::F32 => COMPUTE_32F,
             Precision::Bf16 => COMPUTE_32F_FAST_16BF,
         };
-        // SAFETY: the caller's contract.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             let status = self.run(gemm, count, exact.map(rounded), compute, stream.cast());
             if status == Err(NOT_SUPPORTED) {
-                // The algorithm of the rounded shape may not support the exact one.
+                // The algorithm of the rounded shape may not support the exact shape.
                 let status = self.run(gemm, count, exact, compute, stream.cast());
                 return check(status.err().unwrap_or(0), || format!("{gemm:?}"));
             }
@@ -213,7 +216,7 @@ impl Blas {
         }
     }
 
-    /// Runs it with the algorithm chosen for `shape`.
+    /// Enqueues the products with the algorithm chosen for `shape`.
     ///
     /// # Safety
     /// As [`Blas::gemm`].
@@ -247,8 +250,8 @@ impl Blas {
         let call = self.describe(gemm, count, gemm.shape.map(|n| n as u64), compute, epilogue)?;
         let (alpha, beta) = (1.0f32, if adds { 1.0f32 } else { 0.0 });
         let c = gemm.c as *mut c_void;
-        // SAFETY: the caller's contract for the matrices; descriptors say the same shapes; alpha and beta are read
-        // before the call returns.
+        // SAFETY: the caller guarantees the matrices; the descriptors have the same shapes; alpha
+        // and beta are read before the call returns.
         status(unsafe {
             (self.functions.matmul)(
                 self.handle,
@@ -271,7 +274,7 @@ impl Blas {
         })
     }
 
-    /// The descriptors of a product of this shape. cuBLASLt's A is our `b`, and its B our `a`.
+    /// Descriptors of a product of this shape. cuBLASLt's A is `b`, and its B is `a`.
     fn describe(
         &self,
         gemm: &Gemm,
@@ -330,7 +333,7 @@ impl Blas {
             reserved: [0; 4],
         };
         let mut count = 0;
-        // SAFETY: all descriptors are alive; there is room for the one result asked for.
+        // SAFETY: all descriptors are alive; `found` has room for the one requested result.
         status(unsafe {
             (functions.heuristic)(
                 self.handle,
@@ -355,18 +358,19 @@ impl Blas {
 
 impl Drop for Blas {
     fn drop(&mut self) {
-        // SAFETY: created once, and destroyed once.
+        // SAFETY: `new` created the handle, and this drop alone destroys it.
         unsafe { (self.functions.destroy)(self.handle) };
     }
 }
 
-/// Rounds a size, which may be a token count, up to an eighth of a power of two.
+/// Rounds a matrix dimension up to an eighth of a power of two; a dimension may be a token count.
 fn rounded(n: u64) -> u64 {
     if n <= 256 { n } else { n.next_multiple_of(n.next_power_of_two() / 8) }
 }
 
 fn set<T>(set: Set, descriptor: &Descriptor, attribute: c_int, value: &T) -> Result<(), Status> {
-    // SAFETY: the descriptor is alive; the value is read before the call returns, with the size given.
+    // SAFETY: the descriptor is alive; the value has the given size and is read before the call
+    // returns.
     status(unsafe { set(descriptor.0, attribute, std::ptr::from_ref(value).cast(), size_of::<T>()) })
 }
 

@@ -1,24 +1,25 @@
 //! Compiles kernels with NVRTC, and caches the machine code on disk.
 //!
-//! An entry is named by the hash of its key: source, options, architecture and NVRTC version. It holds the full key, the
-//! length of the code and a checksum. It is written to a temporary file and renamed, so a concurrent process finds a complete
-//! entry or none. A corrupt entry counts as missing and is replaced.
+//! The key of a cache entry consists of source, options, architecture and NVRTC version; its hash
+//! names the file. The file holds the full key, a checksum, the code length and the code. It is
+//! written under a temporary name and renamed, so concurrent processes find a complete entry or
+//! none. A corrupt entry counts as missing and is replaced.
 
 use super::nvrtc::Nvrtc;
 use crate::device::cuda::error::CudaError;
 use crate::device::cuda::kernel::{Arch, Module};
 use std::path::{Path, PathBuf};
 
-/// Compiles a module, without the cache.
+/// Compiles a module, bypassing the cache.
 ///
 /// # Errors
-/// No NVRTC, or [`CudaError::Compile`].
+/// [`CudaError::NoNvrtc`], [`CudaError::OldNvrtc`], [`CudaError::Compile`].
 pub fn compile(module: Module, arch: Arch) -> Result<Vec<u8>, CudaError> {
     compile_with(module, arch, &[])
 }
 
-/// Checks a module with NVRTC's front end only: syntax, types, constants, used templates. Fifty times faster than [`compile`],
-/// without machine code.
+/// Checks a module with NVRTC's front end only: syntax, types, constants, instantiated templates.
+/// Fifty times faster than [`compile`], but generates no machine code.
 ///
 /// # Errors
 /// As [`compile`].
@@ -48,8 +49,8 @@ pub struct Cache {
 const MAGIC: &[u8; 8] = b"DFARCUB1";
 
 impl Cache {
-    /// In `$DFAR_CACHE_DIR`, else `$XDG_CACHE_HOME/dfar`, else `~/.cache/dfar`. With none of them set, or
-    /// `$DFAR_CACHE_DIR` empty, caching is off.
+    /// The cache in `$DFAR_CACHE_DIR`, else `$XDG_CACHE_HOME/dfar`, else `~/.cache/dfar`. An empty
+    /// `$DFAR_CACHE_DIR`, or no variable, turns caching off.
     pub fn from_environment() -> Cache {
         let variable = |name| std::env::var_os(name);
         let folder = match variable("DFAR_CACHE_DIR") {
@@ -68,12 +69,12 @@ impl Cache {
         Cache { folder }
     }
 
-    /// A cache in the given folder.
+    /// A cache in `folder`.
     pub fn in_folder(folder: impl Into<PathBuf>) -> Cache {
         Cache { folder: Some(folder.into()) }
     }
 
-    /// The key: everything that determines the machine code, as text.
+    /// Key of an entry: everything that determines the machine code.
     fn key(module: Module, arch: Arch, nvrtc: (i32, i32)) -> String {
         let source = module.source();
         let options = module.options(arch).join(" ");
@@ -87,8 +88,8 @@ impl Cache {
         Some(self.folder.as_ref()?.join(format!("{hash:016x}.cubin")))
     }
 
-    /// Machine code of a module, from the cache or compiled and cached. An unwritable cache is not an error: the next start
-    /// compiles again.
+    /// Machine code of a module: cached, or compiled and added to the cache. Failing to write the
+    /// cache is no error: the next process compiles again.
     ///
     /// # Errors
     /// As [`compile`].

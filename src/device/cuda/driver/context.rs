@@ -18,45 +18,48 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// One GPU. All work except the copies of [`Runtime::send`] goes to one compute stream, in order.
 ///
-/// Those copies have a stream of their own that waits for nothing: a batch is copied while the previous step is in flight. Two
-/// rules keep them correct:
+/// Those copies have their own stream, which waits for nothing: a batch is copied while the
+/// previous step is in flight. Two rules keep them correct:
 /// - Later work sees the copy: the compute stream waits for a CUDA event recorded behind it.
-/// - Work in flight is not disturbed: the copy goes to memory that the host knows to be idle. See [`Landing`].
+/// - Work in flight is not disturbed: the destination is memory that no work in flight uses. See
+///   [`Landing`].
 ///
-/// The optimizer's address table is copied the same way in the middle of a step, under the same rules. The host is usually ahead of
-/// the device, so the table arrives before its kernel starts.
+/// The optimizer's address table is copied the same way in the middle of a step. The host is
+/// usually ahead of the device, so the table arrives before its kernel starts.
 pub struct Cuda {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
-    /// Stream of allocations, so that they are never part of a capture.
+    /// Stream of driver allocations, which keeps them out of a capture.
     allocations: Arc<CudaStream>,
-    /// Stream of [`Runtime::send`].
+    /// Stream of the copies of [`Runtime::send`].
     copies: Arc<CudaStream>,
     name: String,
     arch: Arch,
     limits: Limits,
     cache: Cache,
-    /// Loaded modules; compiling one takes seconds.
+    /// Loaded modules. Compiling one takes seconds.
     modules: Once<Module, Arc<CudaModule>>,
     kernels: Once<Kernel, CudaFunction>,
-    /// Memory pool by size class: a driver allocation takes microseconds, and a step makes a few hundred.
+    /// Memory pool by size class. A driver allocation takes microseconds, and a step makes a few
+    /// hundred.
     pool: Mutex<BTreeMap<usize, Vec<Pointer>>>,
     /// Landing memory of [`Runtime::send`].
     landing: Mutex<Landing>,
     /// Pinned staging buffers of copies in flight, oldest first.
     sent: Mutex<VecDeque<launch::Pinned>>,
     blas: Mutex<Option<Blas>>,
-    /// The nodes recorded so far, during a capture.
+    /// Requests recorded so far; `None` outside a capture.
     capture: Mutex<Option<Vec<Node>>>,
     /// Graph executable cache, keyed by the recorded requests and the number of graph nodes.
     graphs: Mutex<Recent<(Vec<Node>, usize), launch::Executable>>,
 }
 
-/// Maximum copies in flight; the next one waits for the first. Enough for the batch and the optimizer's table of two steps.
+/// Maximum copies in flight; the next one waits for the oldest. Two steps need four: a batch and an
+/// optimizer table each.
 const COPIES: usize = 4;
 
-/// Maximum freed landing allocations before the host synchronises. A step frees two and then waits for its losses; the limit is
-/// for callers that send repeatedly and never read.
+/// Maximum resting landing allocations before an allocation synchronises. A step frees two and then
+/// waits for its losses; the limit is for callers that send repeatedly and never read.
 const RESTING: usize = 16;
 
 impl std::fmt::Debug for Cuda {
@@ -68,7 +71,7 @@ impl std::fmt::Debug for Cuda {
 /// Number of GPUs that the driver reports.
 ///
 /// # Errors
-/// [`CudaError::NoDriver`] where there is none, and what the driver reports.
+/// [`CudaError::NoDriver`] without an NVIDIA driver, or another driver error.
 pub fn device_count() -> Result<usize, CudaError> {
     if !launch::driver_is_present() {
         return Err(CudaError::NoDriver);
@@ -79,15 +82,16 @@ pub fn device_count() -> Result<usize, CudaError> {
 }
 
 impl Cuda {
-    /// Opens GPU `ordinal`, compiling into the cache that the environment names (see [`Cache::from_environment`]).
+    /// Opens GPU `ordinal` with the cache of [`Cache::from_environment`].
     ///
     /// # Errors
-    /// No driver, no such GPU, or one older than [`Arch::OLDEST`].
+    /// [`CudaError::NoDriver`], [`CudaError::NoDevice`], [`CudaError::OldDevice`], or a driver
+    /// error.
     pub fn new(ordinal: usize) -> Result<Cuda, CudaError> {
         Self::with_cache(ordinal, Cache::from_environment())
     }
 
-    /// Opens GPU `ordinal` with a cache of the caller's choice.
+    /// Opens GPU `ordinal` with the given kernel cache.
     ///
     /// # Errors
     /// As [`Cuda::new`].
@@ -114,7 +118,7 @@ impl Cuda {
             cache_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize,
         };
         launch::keep_freed_memory(&context).map_err(failed("setting up the memory pool"))?;
-        // Not the default stream: it cannot be captured.
+        // The default stream cannot be captured.
         let stream = || context.new_stream().map_err(failed("creating a stream"));
         let (stream, allocations, copies) = (stream()?, stream()?, stream()?);
         Ok(Cuda {
@@ -137,12 +141,12 @@ impl Cuda {
         })
     }
 
-    /// Its compute capability.
+    /// Compute capability.
     pub fn arch(&self) -> Arch {
         self.arch
     }
 
-    /// Loads the libraries that training needs besides the driver, so that a missing one is reported before the run.
+    /// Loads NVRTC and cuBLASLt, so that a missing library is reported before the run starts.
     ///
     /// # Errors
     /// [`CudaError::NoNvrtc`], [`CudaError::OldNvrtc`], [`CudaError::NoBlas`].
@@ -151,7 +155,7 @@ impl Cuda {
         self.blas(|_| Ok(()))
     }
 
-    /// Runs with cuBLASLt, opened on first use.
+    /// Calls `run` with cuBLASLt, which is opened on first use.
     fn blas(&self, run: impl FnOnce(&mut Blas) -> Result<(), CudaError>) -> Result<(), CudaError> {
         self.bind()?;
         let mut blas = lock(&self.blas);
@@ -160,7 +164,7 @@ impl Cuda {
             let workspace = self.allocate(Blas::WORKSPACE)?;
             let opened = Blas::new(workspace);
             if opened.is_err() {
-                // SAFETY: just allocated, and not shared yet.
+                // SAFETY: allocated above and not shared yet.
                 unsafe { self.free(workspace, Blas::WORKSPACE) };
             }
             *blas = Some(opened?);
@@ -171,7 +175,7 @@ impl Cuda {
     /// Waits for all work in flight.
     ///
     /// # Errors
-    /// Device errors since the last call.
+    /// A driver error, including a failure of earlier launches.
     pub fn synchronize(&self) -> Result<(), CudaError> {
         self.check_no_capture("waiting for the device")?;
         let moment = lock(&self.landing).now();
@@ -185,25 +189,26 @@ impl Cuda {
         self.context.bind_to_thread().map_err(|error| CudaError::driver("binding the context", error, 0))
     }
 
-    /// Refuses an action that cannot be recorded.
+    /// Rejects an action that cannot be recorded.
     fn check_no_capture(&self, action: &'static str) -> Result<(), CudaError> {
         if lock(&self.capture).is_some() { Err(CudaError::NotCaptured { action }) } else { Ok(()) }
     }
 
-    /// Notes a request just enqueued, during a capture.
+    /// Appends a request to the recording, if a capture is in progress.
     fn note(&self, node: Node) {
         if let Some(nodes) = &mut *lock(&self.capture) {
             nodes.push(node);
         }
     }
 
-    /// As [`Cuda::new_memory`]. If out of memory, first returns unused pool memory to the driver.
+    /// As [`Cuda::new_memory`]. If out of memory, returns unused pool memory to the driver and
+    /// tries again.
     fn new_memory_or_room(&self, bytes: usize) -> Result<Pointer, CudaError> {
         match self.new_memory(bytes) {
             Err(CudaError::OutOfMemory { .. }) => {
-                // Some of the pool may be used by the recording.
+                // The recording may use memory of the pool.
                 self.check_no_capture("returning memory to the driver")?;
-                self.synchronize()?; // resting memory becomes idle
+                self.synchronize()?; // resting landing memory becomes idle
                 self.empty_pool();
                 self.synchronize()?;
                 self.new_memory(bytes)
@@ -212,7 +217,8 @@ impl Cuda {
         }
     }
 
-    /// Allocates from the driver. The allocation has completed on return, so no stream needs to wait for it.
+    /// Allocates from the driver. The allocation has completed on return, so no stream needs to
+    /// wait for it.
     fn new_memory(&self, bytes: usize) -> Result<Pointer, CudaError> {
         self.bind()?;
         let at = launch::allocate(&self.allocations, bytes)?;
@@ -220,7 +226,7 @@ impl Cuda {
         Ok(at)
     }
 
-    /// A loaded kernel, from the disk cache or compiled.
+    /// A loaded kernel. Compiles its module or reads it from the disk cache if necessary.
     fn kernel(&self, kernel: Kernel) -> Result<CudaFunction, CudaError> {
         self.kernels.get(kernel, || {
             // Loading may synchronise with the device.
@@ -234,7 +240,7 @@ impl Cuda {
         })
     }
 
-    /// Waits before an executable, which may be running, is destroyed.
+    /// Waits for the device before an executable, which may be running, is destroyed.
     fn retire(&self, executable: Option<launch::Executable>) -> Result<(), CudaError> {
         if executable.is_some() { self.synchronize() } else { Ok(()) }
     }
@@ -244,14 +250,14 @@ impl Cuda {
         let pool = std::mem::take(&mut *lock(&self.pool)).into_values().flatten();
         let idle = lock(&self.landing).take_idle().map(|(at, _)| at);
         for at in pool.chain(idle) {
-            // SAFETY: pool memory is allocated and unowned; its last use precedes this on the stream. Idle landing memory is
-            // unowned too, and unused on every stream. A failure leaks it.
+            // SAFETY: no array owns this memory. The last use of pool memory precedes the free on
+            // the stream; no stream uses idle landing memory. A failure leaks it.
             let _ = unsafe { launch::free(&self.stream, at) };
         }
     }
 }
 
-/// No critical section here leaves partial state on a panic.
+/// Ignores poisoning: no critical section leaves partial state on a panic.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -297,7 +303,7 @@ impl Runtime for Cuda {
         if let Some(at) = lock(&self.pool).get_mut(&size).and_then(Vec::pop) {
             return Ok(at);
         }
-        // Other size classes may hold free memory.
+        // Out of memory, other size classes of the pool may still hold some.
         self.new_memory_or_room(size)
     }
 
@@ -324,14 +330,14 @@ impl Runtime for Cuda {
     }
 
     unsafe fn free_landing(&self, at: Pointer, bytes: usize) {
-        // All uses are enqueued on the compute stream behind the wait for the copy. Once the host has waited for that stream, they
-        // have finished, and so has the copy, even if no kernel used it.
+        // All uses are on the compute stream, behind the wait for the copy. After the host has
+        // synchronised with that stream, the uses and the copy have finished.
         lock(&self.landing).give_back(at, Landing::size(bytes));
     }
 
     unsafe fn zero(&self, at: Pointer, bytes: usize) -> Result<(), CudaError> {
         self.bind()?;
-        // SAFETY: the caller's contract.
+        // SAFETY: guaranteed by the caller.
         unsafe { launch::zero(&self.stream, at, bytes) }.map_err(failed("filling memory"))?;
         self.note(Node::Zero);
         Ok(())
@@ -340,13 +346,13 @@ impl Runtime for Cuda {
     unsafe fn write(&self, at: Pointer, host: &[u8]) -> Result<(), CudaError> {
         self.check_no_capture("copying to the device")?;
         self.bind()?;
-        // SAFETY: the caller's contract.
+        // SAFETY: guaranteed by the caller.
         unsafe { launch::write(&self.stream, at, host) }.map_err(failed("copying to the device"))
     }
 
     fn pinned(&self, bytes: usize) -> Result<launch::Pinned, CudaError> {
         let failed = |error| CudaError::driver("staging a copy", error, 0);
-        self.bind()?; // called from any thread
+        self.bind()?; // any thread may call it
         let oldest = {
             let mut sent = lock(&self.sent);
             let is_free = match sent.front() {
@@ -370,15 +376,16 @@ impl Runtime for Cuda {
         from: launch::Pinned,
         parts: &[Range<usize>],
     ) -> Result<(), CudaError> {
-        // The wait must not become part of a graph.
+        // A graph must not contain the wait for the copy.
         self.check_no_capture("copying to the device")?;
         self.bind()?;
         let bytes = parts.last().map_or(0, |last| last.end);
-        // SAFETY: the caller's contract. The memory is from `allocate_landing`, so it was idle or new, and no other copy or
-        // kernel uses it.
+        // SAFETY: guaranteed by the caller. `allocate_landing` returned idle or new memory, so no
+        // other copy or kernel uses it.
         let sent = unsafe { from.send(&self.copies, at, bytes) }.and_then(|()| from.let_wait(&self.stream));
         if sent.is_err() {
-            // The memory will be freed without a wait on the compute stream, so the copy must have finished.
+            // The memory is freed without a wait on the compute stream, so the copy must finish
+            // here.
             let _ = self.copies.synchronize();
         }
         lock(&self.sent).push_back(from);
@@ -389,9 +396,9 @@ impl Runtime for Cuda {
         self.check_no_capture("copying from the device")?;
         self.bind()?;
         let moment = lock(&self.landing).now();
-        // SAFETY: the caller's contract.
+        // SAFETY: guaranteed by the caller.
         unsafe { launch::read(&self.stream, at, host) }.map_err(failed("copying from the device"))?;
-        // The read has waited for all work on the compute stream at that point.
+        // The read has waited for all earlier work on the compute stream.
         lock(&self.landing).settle(moment);
         Ok(())
     }
@@ -399,14 +406,14 @@ impl Runtime for Cuda {
     unsafe fn launch(&self, kernel: Kernel, launch: Launch, params: &[u8]) -> Result<(), CudaError> {
         self.bind()?;
         let function = self.kernel(kernel)?;
-        // SAFETY: the caller's contract.
+        // SAFETY: guaranteed by the caller.
         unsafe { launch::launch(&self.stream, &function, launch, params) }.map_err(failed(kernel.entry))?;
         self.note(Node::Kernel(kernel));
         Ok(())
     }
 
     unsafe fn gemm_batch(&self, gemm: &Gemm, count: usize) -> Result<(), CudaError> {
-        // SAFETY: the caller's contract; the workspace is used on this stream only.
+        // SAFETY: guaranteed by the caller; only this stream uses the workspace.
         self.blas(|blas| unsafe { blas.gemm(gemm, count, self.stream.cu_stream()) })?;
         self.note(Node::Product);
         Ok(())
@@ -437,8 +444,8 @@ impl Runtime for Cuda {
                 (graph.instantiate().map_err(failed("instantiating a graph"))?, Start::Instantiated)
             }
         };
-        // SAFETY: the contract of each recorded launch; memory freed since is reused only by later work on the same
-        // stream.
+        // SAFETY: each recorded launch met its contract. Memory freed since then is reused only by
+        // later work on the same stream.
         unsafe { executable.start(&self.stream) }.map_err(failed("starting a graph"))?;
         graphs.put(key, executable);
         Ok(start)
@@ -446,7 +453,7 @@ impl Runtime for Cuda {
 
     fn forget_capture(&self) {
         if lock(&self.capture).take().is_some() && self.bind().is_ok() {
-            // An invalidated capture ends with an error here.
+            // Ending an invalidated capture returns an error.
             let _ = launch::end_capture(&self.stream);
         }
     }
@@ -461,8 +468,8 @@ impl Drop for Cuda {
         if let Some(blas) = lock(&self.blas).take() {
             let workspace = blas.workspace();
             drop(blas);
-            // SAFETY: allocated when the library was opened, and no later product uses it: the pool is returned to the driver
-            // behind the products on the stream.
+            // SAFETY: allocated when cuBLASLt was opened. Later work on the stream only frees the
+            // pool, behind all products.
             unsafe { self.free(workspace, Blas::WORKSPACE) };
         }
         // Executables may be running.

@@ -1,13 +1,12 @@
 //! The graph executable cache.
 //!
-//! Batches are packed, so hardly two have the same sizes and addresses, but the same kernels follow each other. The cache keeps
-//! the executable of a node sequence; the next recording with the same nodes updates its arguments.
-//!
-//! Recording changes nothing on the device. Work that cannot be recorded is simply done again, plainly.
+//! Packed batches rarely repeat sizes and addresses, but their kernel sequences repeat. The cache
+//! keeps a graph executable for each node sequence. The next recording of the same sequence updates
+//! the arguments of the executable.
 
 use crate::device::cuda::kernel::Kernel;
 
-/// A node of a recorded graph.
+/// A recorded request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Node {
     /// A kernel launch.
@@ -18,13 +17,14 @@ pub enum Node {
     Zero,
 }
 
-/// A small cache, most recently used first.
+/// A small cache, ordered by last use.
 pub(crate) struct Recent<K, V> {
     entries: Vec<(K, V)>,
 }
 
 impl<K: PartialEq, V> Recent<K, V> {
-    /// Capacity. A run has few node sequences: they differ where a batch lacks tokens of a label, or a segment is short.
+    /// Capacity. A run has few node sequences: they vary only if a batch lacks a label or a segment
+    /// is short.
     const KEPT: usize = 16;
 
     /// Removes an entry.

@@ -1,28 +1,29 @@
-//! Landing memory: the target of copies that run ahead of the compute stream.
+//! Landing memory: the destination of copies that run ahead of the compute stream.
 //!
-//! The pool reuses memory as soon as it is freed, because the next use comes later on the same stream. A copy on a stream of
-//! its own may run earlier. So freed landing memory rests here until the host has synchronised with the device: then no kernel
-//! still reads it and no copy to it is in flight. This needs no CUDA event and no extra wait, since a step waits for its losses
-//! anyway.
+//! The pool reuses memory immediately after it is freed, because the next use is later on the same
+//! stream. A copy on another stream may run earlier. Freed landing memory is therefore not reused
+//! until the host has synchronised with the device: then no kernel reads it and no copy to it is in
+//! flight. This needs no CUDA event and no extra wait, because a step waits for its losses.
 
 use crate::device::cuda::kernel::Pointer;
 use std::collections::{BTreeMap, VecDeque};
 
-/// Freed landing memory by size: resting or idle.
+/// Freed landing memory: idle, or resting until the next synchronisation.
 #[derive(Debug, Default)]
 pub struct Landing {
     idle: BTreeMap<usize, Vec<Pointer>>,
-    /// With a sequence number: how many were freed before.
+    /// Sequence number of the free, address, size in bytes.
     resting: VecDeque<(u64, Pointer, usize)>,
     given: u64,
 }
 
-/// A point in the sequence of frees.
+/// A position in the sequence of frees.
 #[derive(Clone, Copy, Debug)]
 pub struct Given(u64);
 
 impl Landing {
-    /// Allocation size for `bytes` bytes: a power of two, since allocations are few and batch sizes vary.
+    /// Allocation size for `bytes` bytes: a power of two, because allocations are few and sizes
+    /// vary.
     pub fn size(bytes: usize) -> usize {
         bytes.max(256).next_power_of_two()
     }
@@ -38,12 +39,12 @@ impl Landing {
         self.given += 1;
     }
 
-    /// The current point. Call it before the host synchronises.
+    /// The current position. Call it before the host synchronises.
     pub fn now(&self) -> Given {
         Given(self.given)
     }
 
-    /// Work before `moment` has finished: memory freed by then becomes idle.
+    /// Declares work before `moment` finished: memory freed before it becomes idle.
     pub fn settle(&mut self, moment: Given) {
         let settled = self.resting.partition_point(|&(given, ..)| given < moment.0);
         for (_, at, size) in self.resting.drain(..settled) {
@@ -56,7 +57,7 @@ impl Landing {
         self.resting.len()
     }
 
-    /// Takes all idle memory, with sizes.
+    /// Takes all idle memory, with its sizes.
     pub fn take_idle(&mut self) -> impl Iterator<Item = (Pointer, usize)> + use<> {
         let idle = std::mem::take(&mut self.idle);
         idle.into_iter().flat_map(|(size, list)| list.into_iter().map(move |at| (at, size)))
@@ -72,7 +73,7 @@ mod tests {
         let mut landing = Landing::default();
         landing.give_back(1, 256);
         assert_eq!((landing.take(256), landing.resting()), (None, 1));
-        // Two threads wait at once; meanwhile a third frees memory that neither has waited for.
+        // Two threads synchronise; meanwhile a third frees memory that neither has waited for.
         let (first, second) = (landing.now(), landing.now());
         landing.give_back(2, 256);
         landing.settle(first);
@@ -84,7 +85,8 @@ mod tests {
         assert_eq!((landing.take(256), landing.resting()), (None, 1));
     }
 
-    /// As in training: the next batch is sent while the step in flight may still read its own, freed batch.
+    /// As in training: the next batch is sent while the step in flight may still read its own,
+    /// already freed batch.
     #[test]
     fn steps_alternate_between_two_allocations() {
         let mut landing = Landing::default();

@@ -11,20 +11,21 @@ use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-/// Whether libcuda can be loaded. cudarc panics if it is used without.
+/// Whether libcuda can be loaded. cudarc panics without it.
 pub(crate) fn driver_is_present() -> bool {
     // SAFETY: loads libcuda, whose initialisers do nothing before cuInit.
     unsafe { sys::is_culib_present() }
 }
 
-/// Sets the device's memory pool to keep freed memory, so that a step allocates nothing from the system.
+/// Configures the driver's memory pool to keep freed memory, so that a step allocates none from the
+/// system.
 pub(crate) fn keep_freed_memory(context: &Arc<CudaContext>) -> Result<(), DriverError> {
     if !context.has_async_alloc() {
         return Ok(());
     }
     context.bind_to_thread()?;
     let mut threshold = u64::MAX;
-    // SAFETY: the device is the context's; the release threshold is a 64-bit integer that the driver copies.
+    // SAFETY: the device belongs to the context; the driver copies the threshold, a 64-bit integer.
     unsafe {
         let pool = result::device::get_mem_pool(context.cu_device())?;
         let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
@@ -32,9 +33,9 @@ pub(crate) fn keep_freed_memory(context: &Arc<CudaContext>) -> Result<(), Driver
     }
 }
 
-/// Stream-ordered allocation of unspecified content.
+/// Stream-ordered allocation of `bytes` bytes with unspecified content.
 pub(crate) fn allocate(stream: &CudaStream, bytes: usize) -> Result<Pointer, CudaError> {
-    // SAFETY: the stream is the context's; the driver checks the size.
+    // SAFETY: the stream belongs to the context; the driver checks the size.
     unsafe { result::malloc_async(stream.cu_stream(), bytes) }
         .map_err(|error| CudaError::driver("allocating", error, bytes))
 }
@@ -42,9 +43,9 @@ pub(crate) fn allocate(stream: &CudaStream, bytes: usize) -> Result<Pointer, Cud
 /// Stream-ordered free.
 ///
 /// # Safety
-/// `at` is from [`allocate`], the allocation has completed, and it is not freed.
+/// `at` is from [`allocate`], which has completed, and is not freed yet.
 pub(crate) unsafe fn free(stream: &CudaStream, at: Pointer) -> Result<(), DriverError> {
-    // SAFETY: the caller's contract.
+    // SAFETY: guaranteed by the caller.
     unsafe { result::free_async(at, stream.cu_stream()) }
 }
 
@@ -53,7 +54,7 @@ pub(crate) unsafe fn free(stream: &CudaStream, at: Pointer) -> Result<(), Driver
 /// # Safety
 /// The bytes lie inside one allocation.
 pub(crate) unsafe fn zero(stream: &CudaStream, at: Pointer, bytes: usize) -> Result<(), DriverError> {
-    // SAFETY: the caller's contract.
+    // SAFETY: guaranteed by the caller.
     unsafe { result::memset_d8_async(at, 0, bytes, stream.cu_stream()) }
 }
 
@@ -62,37 +63,38 @@ pub(crate) unsafe fn zero(stream: &CudaStream, at: Pointer, bytes: usize) -> Res
 /// # Safety
 /// `host.len()` bytes from `at` on lie inside one allocation.
 pub(crate) unsafe fn write(stream: &CudaStream, at: Pointer, host: &[u8]) -> Result<(), DriverError> {
-    // SAFETY: the caller's contract.
+    // SAFETY: guaranteed by the caller.
     unsafe { result::memcpy_htod_async(at, host, stream.cu_stream()) }
 }
 
-/// Copies to the host, and waits for it.
+/// Copies to the host and waits for the copy.
 ///
 /// # Safety
 /// `host.len()` bytes from `at` on lie inside one allocation.
 pub(crate) unsafe fn read(stream: &CudaStream, at: Pointer, host: &mut [u8]) -> Result<(), DriverError> {
-    // SAFETY: the caller's contract; the host's memory is borrowed until the stream is done.
+    // SAFETY: guaranteed by the caller; `host` is borrowed until the stream has synchronised.
     unsafe { result::memcpy_dtoh_async(host, at, stream.cu_stream())? };
     stream.synchronize()
 }
 
-/// A pinned staging buffer, with a CUDA event that every copy from it records anew. A stream that waits for the event waits for
-/// the copy before, regardless of later recordings.
+/// A pinned staging buffer with a CUDA event. Every copy from the buffer records the event again; a
+/// stream already waiting for an earlier recording is not affected.
 pub struct Pinned {
     at: NonNull<u8>,
     bytes: usize,
     read: CudaEvent,
 }
 
-// SAFETY: owned memory of the process; the driver may be used from any thread.
+// SAFETY: it owns its memory, and any thread may use the driver.
 unsafe impl Send for Pinned {}
 
 impl Pinned {
-    /// Zeros.
+    /// A buffer of `bytes` zeros.
     pub(crate) fn new(context: &Arc<CudaContext>, bytes: usize) -> Result<Self, DriverError> {
         // An event that was never recorded counts as complete.
         let read = context.new_event(None)?;
-        // SAFETY: `new_event` has made the context the thread's; no flags: cached, for this context.
+        // SAFETY: `new_event` has bound the context to this thread. Flags 0: cached, for this
+        // context only.
         let at = unsafe { result::malloc_host(bytes, 0)? }.cast::<u8>();
         // SAFETY: allocated with this many bytes.
         unsafe { at.write_bytes(0, bytes) };
@@ -100,25 +102,25 @@ impl Pinned {
         Ok(Self { at, bytes, read })
     }
 
-    /// Whether the last copy from it has finished.
+    /// Whether the last copy from the buffer has finished.
     pub(crate) fn is_read(&self) -> Result<bool, DriverError> {
         self.read.try_is_complete()
     }
 
-    /// Waits for the last copy.
+    /// Waits for the last copy from the buffer.
     pub(crate) fn wait(&self) -> Result<(), DriverError> {
         self.read.synchronize()
     }
 
-    /// Makes later work on the stream wait for the last copy.
+    /// Makes later work on the stream wait for the last copy from the buffer.
     pub(crate) fn let_wait(&self, stream: &CudaStream) -> Result<(), DriverError> {
         stream.wait(&self.read)
     }
 
-    /// Starts a copy of the first `bytes` bytes. They must not change before [`Pinned::is_read`].
+    /// Starts a copy of the first `bytes` bytes, which must not change before [`Pinned::is_read`].
     ///
     /// # Safety
-    /// `bytes` bytes from `at` on lie inside one allocation, which no other stream uses before it
+    /// `bytes` bytes from `at` on lie inside one allocation. No other stream uses them before it
     /// waits for the copy.
     pub(crate) unsafe fn send(
         &self,
@@ -126,7 +128,8 @@ impl Pinned {
         at: Pointer,
         bytes: usize,
     ) -> Result<(), DriverError> {
-        // SAFETY: the caller's contract; this memory is neither reused nor freed before the event behind the copy.
+        // SAFETY: guaranteed by the caller. The buffer is neither reused nor freed before the event
+        // behind the copy.
         unsafe { result::memcpy_htod_async(at, &self[..bytes], stream.cu_stream())? };
         self.read.record(stream)
     }
@@ -135,37 +138,38 @@ impl Pinned {
 impl Deref for Pinned {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
-        // SAFETY: allocated with this many bytes, and written in `new`.
+        // SAFETY: allocated with this many bytes, which `new` initialised.
         unsafe { std::slice::from_raw_parts(self.at.as_ptr(), self.bytes) }
     }
 }
 
 impl DerefMut for Pinned {
     fn deref_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as above, and borrowed mutably.
+        // SAFETY: as in `deref`, and borrowed mutably.
         unsafe { std::slice::from_raw_parts_mut(self.at.as_ptr(), self.bytes) }
     }
 }
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        // A context that fails here has reported its error elsewhere.
+        // A context that fails here has already reported its error.
         if self.wait().is_ok() && self.read.context().bind_to_thread().is_ok() {
-            // SAFETY: from `malloc_host`, freed once, and no copy reads it any more.
+            // SAFETY: from `malloc_host`; this drop alone frees it, and no copy reads it.
             let _ = unsafe { result::free_host(self.at.as_ptr().cast()) };
         }
     }
 }
 
-/// Starts a capture of the stream. Relaxed mode: calls unrelated to the stream (allocations on another one, pinned memory, on
-/// any thread) stay allowed. The legacy stream cannot be captured.
+/// Starts a capture of the stream in relaxed mode: calls unrelated to the stream (allocations on
+/// another stream, pinned memory, from any thread) remain allowed. The legacy stream cannot be
+/// captured.
 pub(crate) fn begin_capture(stream: &CudaStream) -> Result<(), DriverError> {
     stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED)
 }
 
-/// Ends the capture.
+/// Ends the capture and returns the recorded graph.
 pub(crate) fn end_capture(stream: &CudaStream) -> Result<Graph, DriverError> {
-    // SAFETY: the stream is alive; the graph is the caller's from now on.
+    // SAFETY: the stream is alive; the caller owns the graph.
     let graph = unsafe { result::stream::end_capture(stream.cu_stream())? };
     Ok(Graph(graph))
 }
@@ -174,17 +178,17 @@ pub(crate) fn end_capture(stream: &CudaStream) -> Result<Graph, DriverError> {
 pub(crate) struct Graph(sys::CUgraph);
 
 impl Graph {
-    /// Number of nodes; a matrix product may have more than one.
+    /// Number of nodes. A matrix product may have several.
     pub(crate) fn nodes(&self) -> Result<usize, DriverError> {
         let mut count = 0;
-        // SAFETY: the graph is alive; without room for nodes, their number is written.
+        // SAFETY: the graph is alive; with a null array, the driver writes only the count.
         unsafe { sys::cuGraphGetNodes(self.0, std::ptr::null_mut(), &mut count).result()? };
         Ok(count)
     }
 
     /// Instantiates a graph executable.
     pub(crate) fn instantiate(&self) -> Result<Executable, DriverError> {
-        // SAFETY: the graph is alive, and not needed by what is made of it.
+        // SAFETY: the graph is alive, and the executable does not refer to it afterwards.
         let executable = unsafe { result::graph::instantiate(self.0, sys::CUgraphInstantiate_flags(0))? };
         Ok(Executable(executable))
     }
@@ -192,7 +196,7 @@ impl Graph {
 
 impl Drop for Graph {
     fn drop(&mut self) {
-        // SAFETY: made by `end_capture`, and destroyed once. A failure leaks it.
+        // SAFETY: from `end_capture`; this drop alone destroys it. A failure leaks it.
         let _ = unsafe { result::graph::destroy(self.0) };
     }
 }
@@ -200,11 +204,13 @@ impl Drop for Graph {
 /// A graph executable.
 pub(crate) struct Executable(sys::CUgraphExec);
 
-// SAFETY: the driver may be used from any thread; an executable is used by one at a time, as starting and updating it need `&mut`.
+// SAFETY: any thread may use the driver; `update` and `start` take `&mut`, so one thread at a time
+// uses an executable.
 unsafe impl Send for Executable {}
 
 impl Executable {
-    /// Updates it with the arguments of another graph. False if the driver refuses: then it must not be used again.
+    /// Updates the executable with the arguments of another graph. If it returns false, the driver
+    /// refused, and the executable must not be used again.
     pub(crate) fn update(&mut self, graph: &Graph) -> bool {
         let mut info = sys::CUgraphExecUpdateResultInfo {
             result: sys::CUgraphExecUpdateResult::CU_GRAPH_EXEC_UPDATE_SUCCESS,
@@ -218,26 +224,27 @@ impl Executable {
     /// Launches it on the stream.
     ///
     /// # Safety
-    /// The contract of each recorded launch still holds.
+    /// Each recorded launch still meets its contract.
     pub(crate) unsafe fn start(&mut self, stream: &CudaStream) -> Result<(), DriverError> {
-        // SAFETY: both are alive; the rest is the caller's promise.
+        // SAFETY: both are alive; the caller guarantees the launches.
         unsafe { result::graph::launch(self.0, stream.cu_stream()) }
     }
 }
 
 impl Drop for Executable {
     fn drop(&mut self) {
-        // SAFETY: made by `instantiate`, and destroyed once. A failure leaks it.
+        // SAFETY: from `instantiate`; this drop alone destroys it. A failure leaks it.
         let _ = unsafe { result::graph::exec_destroy(self.0) };
     }
 }
 
-/// Loads machine code.
+/// Loads machine code as a module.
 pub(crate) fn load(context: &Arc<CudaContext>, code: Vec<u8>) -> Result<Arc<CudaModule>, DriverError> {
     context.load_module(Ptx::from_binary(code))
 }
 
-/// Looks up a kernel and allows it `bytes` of dynamic shared memory; the default limit is 48 KiB.
+/// Looks up a kernel and raises its limit of dynamic shared memory to `bytes`; the default is 48
+/// KiB.
 pub(crate) fn function(
     module: &Arc<CudaModule>,
     entry: &str,
@@ -260,9 +267,9 @@ pub(crate) unsafe fn launch(
     params: &[u8],
 ) -> Result<(), DriverError> {
     let Launch { grid: [x, y], threads, shared_bytes } = launch;
-    // The driver reads the argument through this pointer, with the size the kernel declares, before it returns.
+    // The driver copies the argument, with the size that the kernel declares, before it returns.
     let mut argument = [params.as_ptr().cast_mut().cast::<c_void>()];
-    // SAFETY: the caller's contract; the kernel's one parameter is as large as `params`.
+    // SAFETY: guaranteed by the caller; the kernel's only parameter has the size of `params`.
     unsafe {
         result::launch_kernel(
             function.cu_function(),

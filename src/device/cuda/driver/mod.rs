@@ -1,5 +1,5 @@
-//! A GPU as a [`Runtime`](super::runtime::Runtime): every foreign function of the driver, NVRTC and cuBLASLt is called
-//! in this room and in no other.
+//! A GPU as a [`Runtime`](super::runtime::Runtime). Only this module calls foreign functions: the
+//! driver, NVRTC and cuBLASLt.
 
 pub(crate) mod blas;
 pub mod compile;

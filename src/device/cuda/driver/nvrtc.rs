@@ -1,28 +1,28 @@
-//! NVRTC, loaded on first use: typed errors over the functions that are used.
+//! NVRTC, loaded on first use, with typed errors.
 //!
-//! cudarc is not used here: it looks for the library names of the CUDA version it was built for, and would not find the
-//! library of a later major version.
+//! cudarc is not used here: it looks for the library name of the CUDA version it was built for, and
+//! would miss the library of a later major version.
 
 use crate::device::cuda::error::CudaError;
 use libloading::Library;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::sync::OnceLock;
 
-/// Names of the library, latest first.
+/// Library names, latest first.
 const NAMES: &[&str] = if cfg!(windows) {
     &["nvrtc64_130_0.dll", "nvrtc64_120_0.dll"]
 } else {
     &["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"]
 };
 
-/// Oldest version that supports the kernels and their options.
+/// Oldest version that compiles the kernels with their options.
 const OLDEST: (i32, i32) = (12, 4);
 
 type Program = *mut c_void;
 type Size = unsafe extern "C" fn(Program, *mut usize) -> c_int;
 type Get = unsafe extern "C" fn(Program, *mut c_char) -> c_int;
 
-/// The library.
+/// The loaded library and its functions.
 pub struct Nvrtc {
     version: (i32, i32),
     create: unsafe extern "C" fn(
@@ -40,7 +40,7 @@ pub struct Nvrtc {
     log: Get,
     cubin_size: Size,
     cubin: Get,
-    // Last: the functions above are part of it.
+    // Dropped last: the function pointers refer to it.
     _library: Library,
 }
 
@@ -68,8 +68,8 @@ impl Nvrtc {
     }
 
     fn load(name: &str) -> Result<Nvrtc, libloading::Error> {
-        // SAFETY: NVRTC's initialisers do nothing but set up the library itself; the types given to the symbols are those of
-        // nvrtc.h, unchanged since CUDA 11; `version` writes two ints; the library lives in the same struct.
+        // SAFETY: NVRTC's initialisers only set up the library. The function types are those of
+        // nvrtc.h, unchanged since CUDA 11. `version` writes two ints. The struct owns the library.
         unsafe {
             let library = Library::new(name)?;
             let version: unsafe extern "C" fn(*mut c_int, *mut c_int) -> c_int =
@@ -99,7 +99,7 @@ impl Nvrtc {
     /// Compiles `text` to machine code.
     ///
     /// # Errors
-    /// The error and log of the compiler.
+    /// NVRTC's error and log.
     pub fn compile(
         &self,
         name: &str,
@@ -117,7 +117,8 @@ impl Nvrtc {
             (pointers(&header_names), pointers(&header_texts), pointers(&options));
 
         let mut program = Handle { nvrtc: self, program: std::ptr::null_mut() };
-        // SAFETY: all strings are zero-terminated and outlive the call; the arrays hold as many as is said.
+        // SAFETY: all strings are zero-terminated and outlive the call; the counts match the
+        // arrays.
         let code = unsafe {
             (self.create)(
                 &mut program.program,
@@ -129,7 +130,7 @@ impl Nvrtc {
             )
         };
         self.check(code, &program)?;
-        // SAFETY: the program was created; the options are as many as is said and outlive the call.
+        // SAFETY: the program exists; the options outlive the call, and their count matches.
         let code = unsafe { (self.compile)(program.program, options.len() as c_int, options.as_ptr()) };
         self.check(code, &program)?;
         self.take(&program, self.cubin_size, self.cubin).map_err(|code| self.refused(code, &program))
@@ -137,13 +138,13 @@ impl Nvrtc {
 
     fn take(&self, program: &Handle, size: Size, get: Get) -> Result<Vec<u8>, c_int> {
         let mut bytes = 0;
-        // SAFETY: the program was created, and `bytes` is a size_t.
+        // SAFETY: the program exists, and `bytes` is a size_t.
         let code = unsafe { size(program.program, &mut bytes) };
         if code != 0 {
             return Err(code);
         }
         let mut data = vec![0u8; bytes];
-        // SAFETY: the buffer has the size that NVRTC asked for.
+        // SAFETY: the buffer has the size that NVRTC reported.
         let code = unsafe { get(program.program, data.as_mut_ptr().cast()) };
         if code == 0 { Ok(data) } else { Err(code) }
     }
@@ -172,7 +173,7 @@ struct Handle<'a> {
 impl Drop for Handle<'_> {
     fn drop(&mut self) {
         if !self.program.is_null() {
-            // SAFETY: created by nvrtcCreateProgram and destroyed once. A failure would leave nothing to do.
+            // SAFETY: nvrtcCreateProgram made it, and this drop alone destroys it.
             unsafe { (self.nvrtc.destroy)(&mut self.program) };
         }
     }

@@ -4,16 +4,16 @@ use std::collections::HashMap;
 use std::hash::Hash;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Lazily initialised values by key. Callers wait only for the key they request.
+/// Lazily initialised values by key. Initialising one key does not block callers of other keys.
 pub(crate) struct Once<K, V> {
     places: Mutex<HashMap<K, Arc<Mutex<Option<V>>>>>,
 }
 
 impl<K: Eq + Hash, V: Clone> Once<K, V> {
-    /// The value of `key`. After an error, the next call tries again.
+    /// Value of `key`, made on first use. After an error, the next call tries again.
     ///
     /// # Errors
-    /// Those of `make`.
+    /// The error of `make`.
     pub fn get<E>(&self, key: K, make: impl FnOnce() -> Result<V, E>) -> Result<V, E> {
         let place = lock(&self.places).entry(key).or_default().clone();
         let mut value = lock(&place);
@@ -30,7 +30,7 @@ impl<K, V> Default for Once<K, V> {
     }
 }
 
-/// A panic in `make` leaves its place empty.
+/// Ignores poisoning: a panic in `make` leaves its entry empty.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -67,7 +67,7 @@ mod tests {
     fn a_key_is_initialised_once() {
         let (once, made) = (Once::<u32, usize>::default(), AtomicUsize::new(0));
         let make = || {
-            std::thread::sleep(Duration::from_millis(20)); // the others come meanwhile
+            std::thread::sleep(Duration::from_millis(20)); // time for the other threads to arrive
             Ok::<_, ()>(made.fetch_add(1, Ordering::Relaxed))
         };
         std::thread::scope(|scope| {

@@ -235,10 +235,7 @@ fn tables_that_cannot_be_are_refused() {
             other => panic!("{other}"),
         }
     }
-    assert_eq!(
-        refuse(Section::Items, |entry| entry.kind = 4),
-        ("items", "another kind of section stands here")
-    );
+    assert_eq!(refuse(Section::Items, |entry| entry.kind = 4), ("items", "holds another kind of section"));
     assert_eq!(refuse(Section::Items, |entry| entry.reserved = 1), ("items", "reserved fields are not zero"));
     assert_eq!(
         refuse(Section::Items, |entry| entry.offset += 64),

@@ -1,4 +1,4 @@
-//! From a filtered log to a data set file: split, draw the groups, write.
+//! From a filtered log to a data set file: splits the events, draws the groups, writes the file.
 
 use super::candidates::Sampler;
 use super::format::Section;
@@ -12,12 +12,12 @@ use std::path::Path;
 
 /// A generating process that can score candidates by its own probabilities.
 pub(super) trait Scorer {
-    /// Appends a score for each candidate as the next liked item of `user` after `history`, given
-    /// how often each item (and any item) is in the training events that negatives are drawn from.
+    /// Appends a score for each candidate as the next liked item of `user` after `history`. `drawn`
+    /// is the number of training events of each item, the weights that negatives are drawn by.
     fn score(&self, user: u32, history: &[Event], drawn: &[u32], candidates: &[u32], out: &mut Vec<f32>);
 }
 
-/// Where things go while they are made.
+/// Output file, temporary folder and memory limit.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Workplace<'a> {
     /// The file to make.
@@ -28,7 +28,7 @@ pub(super) struct Workplace<'a> {
     pub sort_memory: usize,
 }
 
-/// Makes the file; the hash of the groups is filled in in its protocol.
+/// Makes the file, and sets the hash of the groups in its protocol.
 pub(super) fn assemble(
     mut log: Log,
     mut protocol: Protocol,
@@ -45,7 +45,7 @@ pub(super) fn assemble(
     let mut writer = Writer::new(folder);
     let popularity = write_events(&mut log, &cuts, &mut writer)?;
     let nothing =
-        DataError::NothingLeft { step: "taking validation and test away", before: log.events.len() };
+        DataError::NothingLeft { step: "splitting off validation and test", before: log.events.len() };
     let mut sampler = Sampler::new(popularity).ok_or(nothing)?;
     writer.put_names([Section::UserNameOffsets, Section::UserNames, Section::UserOrder], &log.users)?;
     writer.put_names([Section::ItemNameOffsets, Section::ItemNames, Section::ItemOrder], &log.items)?;

@@ -4,12 +4,12 @@
 use super::log::ItemSet;
 use rand::{Rng, RngExt};
 
-/// What is drawn for each group.
+/// Options of the evaluation groups.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CandidateOptions {
-    /// Negatives a group.
+    /// Negatives per group.
     pub negatives: usize,
-    /// Keep out all items that the user meets anywhere in the log. Off in the published protocol.
+    /// Exclude all items of the user's whole history. Off in the published protocol.
     pub exclude_seen: bool,
     /// Seed of the draw.
     pub seed: u64,
@@ -29,13 +29,13 @@ pub(super) struct Sampler {
     /// Items with a weight.
     drawable: usize,
     excluded: ItemSet,
-    /// Those of them with a weight.
+    /// Excluded items that have a weight.
     excluded_drawable: usize,
     taken: ItemSet,
 }
 
 impl Sampler {
-    /// A sampler by these weights; `None` when all are zero.
+    /// A sampler with these weights; `None` if all are zero.
     pub(super) fn new(counts: Vec<u32>) -> Option<Sampler> {
         let drawable = counts.iter().filter(|&&count| count > 0).count();
         (drawable > 0).then(|| Sampler {
@@ -53,7 +53,7 @@ impl Sampler {
         &self.counts
     }
 
-    /// Sets the items that are not drawn from now on.
+    /// Replaces the excluded items.
     pub(super) fn exclude(&mut self, items: impl Iterator<Item = u32>) {
         self.excluded.clear();
         self.excluded_drawable = 0;
@@ -64,12 +64,12 @@ impl Sampler {
         }
     }
 
-    /// Appends `wanted` distinct items to `out`, neither excluded nor the target; the number of
-    /// items that may be drawn where that is too small.
+    /// Appends `wanted` distinct items to `out`, none of them excluded or the target. If fewer can
+    /// be drawn, returns their number as an error.
     ///
-    /// This is drawing one after the other by weight among the items still allowed. Rejection does
-    /// it in constant time a draw; after many rejections in a row (few items left, or nearly all
-    /// the weight taken) an item is drawn by a scan over all of them, with the same distribution.
+    /// Items are drawn one after the other by weight among those still allowed. Rejection does this
+    /// in constant time per draw. After many rejections in a row (few items left, or nearly all the
+    /// weight taken), a scan over all items draws from the same distribution.
     pub(super) fn draw(
         &mut self,
         wanted: usize,
@@ -115,10 +115,10 @@ impl Sampler {
     }
 }
 
-/// Walker's alias method in Vose's form, in integers: draws by weight in constant time, exactly.
+/// Walker's alias method in Vose's form, in exact integers: draws by weight in constant time.
 ///
-/// Every item has a column of height `total`; what its weight (times the number of items) does not
-/// fill is filled by one other item.
+/// Every item has a column of height `total`. Its own weight (times the number of items) fills the
+/// lower part; one other item fills the rest.
 #[derive(Debug)]
 struct AliasTable {
     total: u64,
@@ -185,7 +185,7 @@ mod tests {
 
     #[test]
     fn draws_all_that_are_left_however_unlikely() {
-        // One item has nearly all the weight, so the last ones are reached by the scan.
+        // One item has nearly all the weight, so the scan draws the last items.
         let mut counts = vec![1; 12];
         counts[3] = u32::MAX;
         counts[7] = 0;
@@ -196,7 +196,7 @@ mod tests {
         out.sort_unstable();
         assert_eq!(out, [1, 2, 3, 4, 5, 6, 8, 9, 10, 11]);
         assert_eq!(sampler.draw(11, 0, &mut rng, &mut out), Err(10));
-        // Twice the same, one without weight, and the target among the excluded: each counts once.
+        // A duplicate, an item without weight, and the target: each must be counted once.
         sampler.exclude([3, 3, 7, 0].into_iter());
         assert_eq!(sampler.draw(10, 0, &mut rng, &mut out), Err(9));
         assert_eq!(sampler.draw(9, 1, &mut rng, &mut out), Err(8));

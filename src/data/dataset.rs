@@ -1,4 +1,4 @@
-//! A data set as the rest of the program sees it: validated once, then plain slices.
+//! A data set: validated once when it is opened, then read as plain slices.
 
 use super::format::{self, Contents, Section};
 use super::map::Bytes;
@@ -8,8 +8,7 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// A validated data set, mapped from its file. Shared by reference between threads; nothing is
-/// copied.
+/// A validated data set, mapped from its file. Threads share it by reference; nothing is copied.
 #[derive(Debug)]
 pub struct Dataset {
     path: PathBuf,
@@ -18,7 +17,7 @@ pub struct Dataset {
     protocol: Protocol,
 }
 
-/// The events of one user in time order; events at the same time stand in the order of the log.
+/// The events of one user in time order; events at the same time keep the order of the log.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct UserEvents<'a> {
     /// Items.
@@ -34,21 +33,21 @@ pub struct UserEvents<'a> {
 }
 
 /// The evaluation groups of a part, G of them: one for every event of the part, liked or skipped,
-/// in the order of users and events. The history of a group is everything the user did before the
-/// event (nothing, where `event` is 0: users who appear late have such groups).
+/// by user and event. The history of a group is all events of the user before its event; it is
+/// empty where `event` is 0.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct EvaluationGroups<'a> {
     /// `[G]` users.
     pub user: &'a [u32],
-    /// `[G]` the target's index within the user's events. The event's feedback says whether the
-    /// group counts in the main metrics (liked) or is reported apart (skipped).
+    /// `[G]` the target's index within the user's events. The feedback of this event decides
+    /// whether the group counts in the main metrics (liked) or in the separate ones (skipped).
     pub event: &'a [u32],
     /// `[G, negatives_per_group]` items: never the target, none twice within a group.
     pub negatives: &'a [u32],
-    /// Negatives a group.
+    /// Negatives per group.
     pub negatives_per_group: usize,
-    /// `[G, 1 + negatives_per_group]` the generating process's own score of the target, then of
-    /// each negative. Synthetic sets only.
+    /// `[G, 1 + negatives_per_group]` the generating process's score of the target, then of each
+    /// negative. Synthetic sets only.
     pub ceiling: Option<&'a [f32]>,
 }
 
@@ -66,7 +65,7 @@ pub struct Group<'a> {
 }
 
 impl Dataset {
-    /// Maps a file and validates all of it (see [`mod@format`]).
+    /// Maps a file and validates every byte of it (see [`mod@format`]).
     pub fn open(path: impl AsRef<Path>) -> Result<Dataset, DataError> {
         let path = path.as_ref();
         let file = File::open(path).map_err(DataError::read(path))?;
@@ -78,8 +77,7 @@ impl Dataset {
         Dataset::validated(path.to_owned(), bytes)
     }
 
-    /// Validates the bytes of a file held in memory, and keeps a copy of them. `path` is only for
-    /// messages.
+    /// Validates a copy of the bytes of a file. `path` is only for messages.
     pub fn from_bytes(bytes: &[u8], path: impl AsRef<Path>) -> Result<Dataset, DataError> {
         Dataset::validated(path.as_ref().to_owned(), Bytes::copy(bytes))
     }
@@ -151,7 +149,7 @@ impl Dataset {
         }
     }
 
-    /// How often each item occurs among the training events.
+    /// The number of training events of each item.
     pub fn train_popularity(&self) -> Vec<u32> {
         let mut counts = vec![0; self.items()];
         for user in 0..self.users() as u32 {
@@ -197,7 +195,7 @@ impl Dataset {
         let offsets: &[u64] = self.slice(offsets);
         let own = offsets[index as usize] as usize..offsets[index as usize + 1] as usize;
         let name = &self.slice::<u8>(names)[own];
-        // Checked again rather than assumed: the file may have been changed under the map.
+        // Checked again: another process may have changed the file after it was validated.
         std::str::from_utf8(name).expect("names were valid UTF-8 when the file was opened")
     }
 

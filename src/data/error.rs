@@ -1,13 +1,13 @@
-//! What can be wrong with a log file or a data set file: one variant a rejection.
+//! Errors of log files and data set files: one variant per cause.
 
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
-/// A log file or a data set file that cannot be used, or a request the data cannot meet.
+/// A log file or data set file is unusable, or an option cannot be met with this data.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum DataError {
-    /// The operating system would not let us read.
+    /// The operating system refused to read.
     #[error("cannot read {}: {source}", path.display())]
     Read {
         /// The file.
@@ -15,7 +15,7 @@ pub enum DataError {
         /// Why.
         source: std::io::Error,
     },
-    /// The operating system would not let us write: a fault of the run, not of the data.
+    /// The operating system refused to write: a fault of the run, not of the data.
     #[error("cannot write {}: {source}", path.display())]
     Write {
         /// The file or the folder of temporary files.
@@ -30,14 +30,14 @@ pub enum DataError {
         /// The file.
         path: PathBuf,
     },
-    /// Written by a later, or by an unknown, version of this format.
+    /// The file has another version of the format, later or unknown.
     #[error("{} has data set version {found}, this program reads version {supported}", path.display())]
     UnsupportedVersion {
         /// The file.
         path: PathBuf,
         /// Its version.
         found: u32,
-        /// Ours.
+        /// The version this program reads.
         supported: u32,
     },
     /// The file is shorter than its header says (or than a header is).
@@ -83,7 +83,7 @@ pub enum DataError {
         path: PathBuf,
         /// The section.
         section: &'static str,
-        /// Bytes the counts call for.
+        /// Bytes by the counts of the header.
         expected: u64,
         /// Bytes it has.
         actual: u64,
@@ -96,7 +96,7 @@ pub enum DataError {
         /// The section.
         section: &'static str,
     },
-    /// A value that no data set can have, in a section whose checksum holds.
+    /// An impossible value in a section with a correct checksum.
     #[error("{}: section {section}, entry {index}: {reason}", path.display())]
     Value {
         /// The file.
@@ -108,7 +108,7 @@ pub enum DataError {
         /// What is wrong with it.
         reason: &'static str,
     },
-    /// The protocol section is not what this version writes.
+    /// The protocol section cannot be parsed.
     #[error("{}: section protocol cannot be read: {reason}", path.display())]
     Protocol {
         /// The file.
@@ -117,28 +117,28 @@ pub enum DataError {
         reason: String,
     },
 
-    /// A row of a log that cannot be read.
+    /// An unreadable row of a log.
     #[error("{0}")]
     BadRow(Box<BadRow>),
-    /// More rows than the caller allowed cannot be read; this is the one that was too many.
+    /// More rows are unreadable than the caller allows.
     #[error("more than {allowed} bad rows, the last: {row}")]
     TooManyBadRows {
-        /// How many were allowed.
+        /// Number of rows allowed.
         allowed: u64,
-        /// The row beyond them.
+        /// The first row beyond them.
         row: Box<BadRow>,
     },
-    /// A column that the format, or an option, calls for is not in the header.
+    /// The header lacks a column that the format or an option needs.
     #[error("{}: no column {column} (the columns are: {})", path.display(), available.join(", "))]
     MissingColumn {
         /// The log.
         path: PathBuf,
-        /// What was looked for.
+        /// The missing column.
         column: String,
-        /// What the header has.
+        /// The columns of the header.
         available: Vec<String>,
     },
-    /// Two columns of a header have the name that is looked for.
+    /// Two columns of the header have the name of a needed column.
     #[error(
         "{}: two columns are called {column}, number {} and number {}: give --{option}-column {} or {}",
         path.display(), numbers[0], numbers[1], numbers[0], numbers[1]
@@ -148,23 +148,23 @@ pub enum DataError {
         path: PathBuf,
         /// The name.
         column: String,
-        /// The role of the column, as in its option's name.
+        /// The role of the column, as in the name of its option.
         option: &'static str,
         /// Their numbers, from 0.
         numbers: [usize; 2],
     },
-    /// The times of a log have two units, so that they have no order.
+    /// The times of a log have two units, so they have no order.
     #[error(
         "times are mixed: {} looks like {}, {} like {}. Give --time-unit if all have one, or convert them",
         sightings[0], kinds[0], sightings[1], kinds[1]
     )]
     MixedTimes {
-        /// A time of each kind.
+        /// One time of each unit.
         sightings: Box<[TimeSighting; 2]>,
-        /// The kinds.
+        /// The two units.
         kinds: [&'static str; 2],
     },
-    /// A log has events that are neither liked nor skipped by name.
+    /// Events of a log have a name that is neither among the liked nor among the skipped.
     #[error(
         "{count} rows have events that are neither --liked nor --skipped: {}. Name them, or give --ignore-others",
         names.iter().map(|(name, count)| format!("{name} ({count})")).collect::<Vec<_>>().join(", ")
@@ -172,17 +172,17 @@ pub enum DataError {
     OtherEvents {
         /// Rows with such events.
         count: u64,
-        /// The most frequent names, and how often they occur.
+        /// The most frequent names, with their counts.
         names: Vec<(String, u64)>,
     },
-    /// The log is not of the format it is said to be, or leaves a choice open.
+    /// The log does not have the stated format, or an option must decide how to read it.
     #[error("{} cannot be read as {format}: {reason}", path.display())]
     UnknownLayout {
         /// The log.
         path: PathBuf,
-        /// The format asked for.
+        /// The stated format.
         format: &'static str,
-        /// Why not, and what to do.
+        /// The reason, and the remedy.
         reason: String,
     },
     /// A step of the preparation left no events.
@@ -193,7 +193,7 @@ pub enum DataError {
         /// Events that entered it.
         before: u64,
     },
-    /// Too few distinct items to draw the negatives of a group from.
+    /// Fewer distinct items can be drawn than a group needs negatives.
     #[error(
         "user {user} needs {needed} negatives for an evaluation group, but only {available} other items \
          occur in the training events that may be drawn"
@@ -201,7 +201,7 @@ pub enum DataError {
     NotEnoughItems {
         /// The user of the group, by original id.
         user: String,
-        /// Negatives a group.
+        /// Negatives per group.
         needed: usize,
         /// Distinct items that may be drawn.
         available: usize,
@@ -209,9 +209,9 @@ pub enum DataError {
     /// More users, items or events than the format can number.
     #[error("more than {limit} {what}")]
     TooMany {
-        /// What there is too much of.
+        /// Users, items or events.
         what: &'static str,
-        /// The largest number of them.
+        /// The largest possible number.
         limit: u64,
     },
     /// An option with a value outside its range.
@@ -226,7 +226,7 @@ pub enum DataError {
     },
 }
 
-/// Where a time stands.
+/// A time and its place in a log.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("{}:{line}: `{value}`", path.display())]
 pub struct TimeSighting {
@@ -234,11 +234,11 @@ pub struct TimeSighting {
     pub path: PathBuf,
     /// Line, or row of a columnar file, counted from 1.
     pub line: u64,
-    /// The time as it stands there.
+    /// The time as the log spells it.
     pub value: String,
 }
 
-/// A row of a log that cannot be read.
+/// An unreadable row of a log.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("{}:{line}: {field} `{value}`: {reason}", path.display())]
 pub struct BadRow {
@@ -248,14 +248,14 @@ pub struct BadRow {
     pub line: u64,
     /// Column, by its name in the header or its role.
     pub field: String,
-    /// What stands there (the first 80 characters).
+    /// The value (its first 80 characters).
     pub value: String,
-    /// Why that cannot be used.
+    /// Why the value is unusable.
     pub reason: String,
 }
 
 impl DataError {
-    /// Exit code of the binaries: 3 bad input, 1 where only writing failed.
+    /// Exit code of the binaries: 3 for bad input, 1 if only writing failed.
     pub fn exit_code(&self) -> u8 {
         match self {
             DataError::Write { .. } => 1,
@@ -263,13 +263,13 @@ impl DataError {
         }
     }
 
-    /// For `map_err` where a file is read.
+    /// Converts an error of reading `path`, for `map_err`.
     pub(crate) fn read(path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> DataError {
         let path = path.as_ref().to_owned();
         move |source| DataError::Read { path, source }
     }
 
-    /// For `map_err` where a file is written.
+    /// Converts an error of writing `path`, for `map_err`.
     pub(crate) fn write(path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> DataError {
         let path = path.as_ref().to_owned();
         move |source| DataError::Write { path, source }

@@ -11,18 +11,18 @@ use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 use tempfile::SpooledTempFile;
 
-/// Files smaller than this never leave memory.
+/// Files smaller than this stay in memory.
 const SPOOL_BYTES: usize = 1 << 20;
 /// Bytes read from a run at a time.
 const BLOCK_BYTES: usize = 1 << 16;
-/// Runs that are merged at once, at most: each holds an open file and a block.
+/// Most runs merged at once: each holds an open file and a block.
 const WIDEST: usize = 256;
-/// And at least, however little memory there is.
+/// Fewest runs merged at once, however small the memory.
 const NARROWEST: usize = 16;
 
-/// A record with the key it is sorted by.
+/// A record with a sort key.
 pub(super) trait Record: Pod + Send + Sync {
-    /// What records are ordered by.
+    /// The sort key.
     type Key: Ord + Copy;
 
     /// The key of this record.
@@ -37,8 +37,8 @@ impl Record for i64 {
     }
 }
 
-/// A sequence of records in a temporary file (in memory while it is small), written once, read as
-/// often as wanted.
+/// A sequence of records in a temporary file (in memory while it is small): written once, read any
+/// number of times.
 #[derive(Debug)]
 pub(super) struct RecordFile<R> {
     file: SpooledTempFile,
@@ -57,7 +57,7 @@ pub(super) struct RecordWriter<R> {
 }
 
 impl<R: Pod> RecordWriter<R> {
-    /// A file that lives in `folder` as soon as it is too large for memory, and has no name there.
+    /// A file that moves to a nameless file in `folder` when it outgrows memory.
     pub(super) fn new(folder: &Path) -> Self {
         Self::spooled(folder, SPOOL_BYTES)
     }
@@ -131,14 +131,14 @@ impl<R: Pod> RecordReader<'_, R> {
     }
 }
 
-/// Collects records in any order and gives them back sorted.
+/// Collects records in any order and returns them sorted.
 #[derive(Debug)]
 pub(super) struct ExternalSorter<R> {
     folder: PathBuf,
     buffer: Vec<R>,
     capacity: usize,
     fan_in: usize,
-    /// Sorted runs, the oldest records first, and how often each has been merged: never less than
+    /// Sorted runs, oldest records first, and how often each has been merged: never less often than
     /// the run after it.
     runs: Vec<(RecordFile<R>, u32)>,
 }
@@ -147,7 +147,7 @@ impl<R: Record> ExternalSorter<R> {
     /// Keeps at most `memory` bytes of records before a run is written to a file in `folder`.
     pub(super) fn new(folder: &Path, memory: usize) -> Self {
         let capacity = (memory / size_of::<R>()).max(2);
-        // The blocks of a merge take the place of the buffer.
+        // During a merge, the blocks use the memory of the buffer.
         let fan_in = (memory / BLOCK_BYTES).clamp(NARROWEST, WIDEST);
         ExternalSorter { folder: folder.to_owned(), buffer: Vec::new(), capacity, fan_in, runs: Vec::new() }
     }
@@ -174,14 +174,13 @@ impl<R: Record> ExternalSorter<R> {
 
     fn spill(&mut self) -> Result<(), DataError> {
         self.buffer.sort_by_key(R::key);
-        // Straight to the disk: runs that are too small to leave memory by themselves would add up
-        // there.
+        // Written to disk at once: small runs kept in memory would add up.
         let mut run = RecordWriter::spooled(&self.folder, 0);
         run.extend(&self.buffer)?;
         self.buffer.clear();
         self.runs.push((run.finish()?, 0));
-        // Runs that have been merged equally often are neighbours: merging them keeps the sort
-        // stable, and every record is written once a level.
+        // Runs that have been merged equally often are neighbours. Merging neighbours keeps the
+        // sort stable and writes every record once per level.
         while let Some(first) = self.runs.len().checked_sub(self.fan_in)
             && self.runs[first].1 == self.runs[self.runs.len() - 1].1
         {
@@ -274,7 +273,7 @@ mod tests {
 
     #[test]
     fn merges_in_levels_when_there_are_many_runs() {
-        // Two records a run, so these make more than two levels of NARROWEST runs.
+        // Each run has two records, so this makes more than two levels of NARROWEST runs.
         let keys: Vec<u32> =
             (0..3 * (NARROWEST * NARROWEST) as u32 * 2).map(|i| i.wrapping_mul(2_654_435_761) % 97).collect();
         let out = sorted(&keys, 0);

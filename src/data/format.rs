@@ -1,16 +1,16 @@
-//! The layout of a `.dfar` file and its validation (docs/data-format.md says it in prose).
+//! The layout of a `.dfar` file and its validation (docs/data-format.md describes it in prose).
 //!
 //! ```text
 //! header   64 bytes: magic, version, section count, file length, counts, two checksums
-//! table    one 32-byte entry a section: kind, offset, length, CRC-32
+//! table    one 32-byte entry per section: kind, offset, length, CRC-32
 //! sections in the order of `Section`, each starting on the next multiple of 64, zeros between them;
 //!          the file ends where the last section ends
 //! ```
 //!
 //! All numbers are little-endian. A file is untrusted: [`Dataset::open`](super::Dataset::open)
-//! checks every offset, count, id, order and checksum once, and everything after it indexes without
-//! fear. There is one way to write a given data set, so a flipped bit anywhere, padding included,
-//! is found.
+//! checks every offset, count, id, order and checksum once, so that all later indexing is in
+//! bounds. A data set has exactly one encoding, so a flipped bit anywhere, padding included, is
+//! detected.
 
 use super::DataError;
 use bytemuck::{Pod, Zeroable};
@@ -29,7 +29,7 @@ pub const VERSION: u32 = 1;
 /// Every section starts on a multiple of this many bytes: a cache line, and enough for any vector
 /// load.
 pub const ALIGNMENT: u64 = 64;
-/// Bit of [`Header::flags`]: the groups carry the generating process's scores.
+/// Bit of [`Header::flags`]: the groups have scores of the generating process.
 pub const FLAG_CEILING: u32 = 1;
 
 /// The first 64 bytes of a file.
@@ -84,7 +84,7 @@ pub const HEADER_LENGTH: usize = size_of::<Header>();
 pub const ENTRY_LENGTH: usize = size_of::<Entry>();
 const _: () = assert!(HEADER_LENGTH == 64 && ENTRY_LENGTH == 32);
 
-/// The sections, in file order. U users, V items, E events, G groups of the part, n negatives a
+/// The sections, in file order. U users, V items, E events, G groups of the part, n negatives per
 /// group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
@@ -187,7 +187,7 @@ impl Section {
     }
 }
 
-/// Where everything is in a file whose header and table hold.
+/// The sections of a file, after the header and the table have been checked.
 #[derive(Debug, Clone)]
 pub(super) struct Contents {
     pub users: usize,
@@ -206,12 +206,12 @@ impl Contents {
     }
 }
 
-/// Bytes to add to `offset` so that a section may start there.
+/// Bytes of padding between `offset` and the start of the next section.
 pub(super) fn padding(offset: u64) -> u64 {
     offset.wrapping_neg() % ALIGNMENT
 }
 
-/// Checks the header, the table, the places of all sections and their checksums.
+/// Checks the header, the table, and the offset and checksum of every section.
 pub(super) fn read_contents(bytes: &[u8], path: &Path) -> Result<Contents, DataError> {
     let header = read_header(bytes, path)?;
     let table_end = HEADER_LENGTH + ENTRY_LENGTH * Section::ALL.len();
@@ -232,7 +232,7 @@ pub(super) fn read_contents(bytes: &[u8], path: &Path) -> Result<Contents, DataE
         let entry: Entry = bytemuck::pod_read_unaligned(entry);
         let bad = |reason| Err(bad_table(section.name(), reason));
         if entry.kind != section as u32 {
-            return bad("another kind of section stands here");
+            return bad("holds another kind of section");
         }
         if entry.reserved != 0 || entry.reserved_too != 0 {
             return bad("reserved fields are not zero");
@@ -252,7 +252,7 @@ pub(super) fn read_contents(bytes: &[u8], path: &Path) -> Result<Contents, DataE
         cursor = end;
     }
     if cursor != bytes.len() as u64 {
-        return Err(bad_table("table", "the file goes on after the last section"));
+        return Err(bad_table("table", "the file continues after the last section"));
     }
 
     let contents = Contents {
@@ -282,7 +282,7 @@ fn read_header(bytes: &[u8], path: &Path) -> Result<Header, DataError> {
         return Err(DataError::Truncated { path: path.to_owned(), expected: HEADER_LENGTH as u64, actual });
     }
     let header: Header = bytemuck::pod_read_unaligned(&bytes[..HEADER_LENGTH]);
-    // The version comes first: a later one may mean something else by every byte that follows.
+    // The version comes first: in a later version, every other byte may have another meaning.
     if header.version != VERSION {
         return Err(DataError::UnsupportedVersion {
             path: path.to_owned(),
@@ -357,7 +357,7 @@ fn check_lengths(header: &Header, contents: &Contents, path: &Path) -> Result<()
     Ok(())
 }
 
-/// CRC-32 of a section, over all cores: a data set is read once in full when it is opened.
+/// CRC-32 of a section, on all cores: opening a data set reads all of it.
 fn checksum(bytes: &[u8]) -> u32 {
     const CHUNK: usize = 1 << 22;
     bytes

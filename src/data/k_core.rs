@@ -1,4 +1,4 @@
-//! Which events stay: repeated pairs, rare items and rare users go.
+//! Filters events: drops repeated pairs, rare items and rare users.
 
 use super::external_sort::{RecordFile, RecordWriter};
 use super::log::{Event, ItemSet, Log};
@@ -7,7 +7,7 @@ use super::protocol::{CountedRecords, KCore};
 use super::{DataError, Repeats};
 use std::path::Path;
 
-/// Passes on the events that are not repeats; sees them by user and time.
+/// Passes on the first event of each (user, item) pair; expects events by user and time.
 #[derive(Debug)]
 pub(super) struct RepeatFilter {
     repeats: Repeats,
@@ -36,10 +36,10 @@ impl RepeatFilter {
     }
 }
 
-/// Applies the frequency filter and numbers the users and items that are left without gaps.
+/// Applies the frequency filter, then renumbers the remaining users and items without gaps.
 ///
-/// Items are counted first, then users over the events whose items stay; with `until_stable` again
-/// and again. The events stay on disk, each count is one pass over them.
+/// Items are counted first, then users over the events of the remaining items; `until_stable`
+/// repeats both. The events stay on disk; each count is one pass over them.
 pub(super) fn filter(
     mut events: RecordFile<Event>,
     mut users: Names,
@@ -64,7 +64,7 @@ pub(super) fn filter(
         }
     }
 
-    // An item may have passed and then lost all its users.
+    // An item may have passed the filter and then lost all its users.
     let mut user_left = vec![false; users.len()];
     let mut item_left = vec![false; items.len()];
     let mut reader = events.read()?;
@@ -93,8 +93,8 @@ pub(super) fn filter(
     Ok(Log { events, users, items })
 }
 
-/// Drops those with too few counted records among the events that are still there; `ids` gives, for
-/// an event, the place in `keep` and in `other`. Says whether any was dropped.
+/// Drops ids with too few counted records among the remaining events. `ids` maps an event to its
+/// index in `keep` and in `other`. Returns whether any id was dropped.
 fn drop_rare(
     events: &mut RecordFile<Event>,
     rule: KCore,
@@ -120,7 +120,7 @@ fn drop_rare(
     Ok(dropped)
 }
 
-/// The new number of each id that is left.
+/// The new number of each remaining id.
 fn renumber(left: &[bool]) -> Vec<u32> {
     let number = |next: &mut u32, &left: &bool| {
         let own = *next;

@@ -1,4 +1,4 @@
-//! A log on its way to a data set file: events by user and time, in a temporary file.
+//! The events of a log by user and time, in a temporary file.
 
 use super::DataError;
 use super::external_sort::{Record, RecordFile};
@@ -9,13 +9,13 @@ use bytemuck::{Pod, Zeroable};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub(super) struct Event {
-    /// Milliseconds since 1970; units of the log until the unit is known.
+    /// Milliseconds since 1970; in the log's unit until the unit is known.
     pub time: i64,
-    /// Billionths of a unit until the unit is known, then 0.
+    /// Billionths of the log's unit until the unit is known, then 0.
     pub fraction: u32,
     pub user: u32,
     pub item: u32,
-    /// 0 skipped, 1 liked. (A byte would do; the record would have padding instead.)
+    /// 0 skipped, 1 liked. (As a byte it would only add padding to the record.)
     pub feedback: u32,
 }
 
@@ -36,13 +36,13 @@ impl Record for Event {
 /// A log whose users and items are numbered without gaps.
 #[derive(Debug)]
 pub(super) struct Log {
-    /// Events by user, then time, then place in the input.
+    /// Events by user, then time, then position in the input.
     pub events: RecordFile<Event>,
     pub users: Names,
     pub items: Names,
 }
 
-/// Calls `each` with every user's events, users in order. One history at a time is held in memory.
+/// Calls `each` with the events of every user, in order of users. Holds one history in memory.
 pub(super) fn each_user(
     events: &mut RecordFile<Event>,
     mut each: impl FnMut(u32, &[Event]) -> Result<(), DataError>,
@@ -62,7 +62,7 @@ pub(super) fn each_user(
     }
 }
 
-/// A set of items that is emptied in constant time: once a user, once a group.
+/// A set of items with a constant-time clear.
 #[derive(Debug)]
 pub(super) struct ItemSet {
     marks: Vec<u32>,
@@ -81,7 +81,7 @@ impl ItemSet {
         });
     }
 
-    /// Whether the item was not yet in the set.
+    /// Inserts an item; returns whether it was new.
     pub(super) fn insert(&mut self, item: u32) -> bool {
         std::mem::replace(&mut self.marks[item as usize], self.round) != self.round
     }

@@ -11,9 +11,9 @@ pub(super) enum Bytes {
     Map(memmap2::Mmap),
     /// A copy in memory, in words for their alignment.
     Memory {
-        /// The bytes, the last word filled up with zeros.
+        /// The bytes, zero-padded to a whole word.
         words: Vec<u64>,
-        /// How many of them count.
+        /// Number of bytes without padding.
         length: usize,
     },
 }
@@ -21,17 +21,17 @@ pub(super) enum Bytes {
 impl Bytes {
     /// Maps a whole file.
     ///
-    /// A map cannot be made safe in Rust's sense: whoever changes or truncates the file while it is
-    /// mapped changes bytes we hold by shared reference, and a read behind a new end raises SIGBUS.
-    /// What we can do is done: the file is opened for reading only, everything is validated before
-    /// use, nothing is ever cast to a type for which some bit pattern is invalid (only integers,
-    /// floats and bytes; text is checked again when it is asked for), and our own writer never
-    /// writes into an existing file but renames a finished one over it, which leaves the old pages
-    /// alone.
+    /// Mapping a file cannot be made safe in Rust's sense: a process that changes or truncates the
+    /// mapped file changes bytes behind a shared reference, and a read beyond the new end raises
+    /// SIGBUS. The damage is limited as follows. The file is opened read-only. All of it is
+    /// validated before use. Bytes are only cast to integers and floats, for which every bit
+    /// pattern is valid; text is checked again on access. The writer of this crate never writes
+    /// into an existing file: it renames a finished file over it, which leaves the old pages
+    /// unchanged.
     pub(super) fn map(file: &File) -> std::io::Result<Bytes> {
-        // SAFETY: data set files are not modified in place while mapped: our writer replaces them
-        // by renaming. A foreign process that does so breaks this, which no program that maps files
-        // can exclude (see above).
+        // SAFETY: data set files are not modified while mapped: this crate's writer replaces them
+        // by renaming. Another process that modifies one breaks this, which no program that maps
+        // files can exclude (see above).
         unsafe { memmap2::Mmap::map(file) }.map(Bytes::Map)
     }
 

@@ -1,4 +1,4 @@
-//! Original ids: each distinct one once, numbered in the order of first appearance.
+//! Original ids: each distinct id is stored once and numbered in order of first appearance.
 
 use super::DataError;
 use std::hash::{BuildHasher, RandomState};
@@ -6,9 +6,9 @@ use std::hash::{BuildHasher, RandomState};
 /// Marks a free slot; hence ids go up to `u32::MAX - 1`.
 const FREE: u32 = u32::MAX;
 
-/// Distinct names, end to end in one buffer, found by a hash table of 4-byte slots: about 20 bytes
-/// and the name itself for each, where a `HashMap<String, u32>` takes 60. (Tens of millions of
-/// items are normal.)
+/// Distinct names, end to end in one buffer, found through a hash table of 4-byte slots: about 20
+/// bytes plus the name for each, where a `HashMap<String, u32>` takes 60. (Tens of millions of
+/// items are common.)
 #[derive(Debug, Default)]
 pub(super) struct Names {
     what: &'static str,
@@ -19,7 +19,7 @@ pub(super) struct Names {
 }
 
 impl Names {
-    /// No names yet; `what` (users, items) is for messages.
+    /// An empty set; `what` (users, items) is for messages.
     pub(super) fn new(what: &'static str) -> Names {
         Names { what, ..Names::default() }
     }
@@ -35,9 +35,9 @@ impl Names {
         &self.text[start as usize..self.ends[id as usize] as usize]
     }
 
-    /// The id of a name, a new one where it is met for the first time.
+    /// The id of a name; a new name gets the next id.
     pub(super) fn intern(&mut self, name: &str) -> Result<u32, DataError> {
-        // Half full at most: probes stay short.
+        // At most half full, so that probes stay short.
         if self.slots.len() < 2 * (self.len() + 1) {
             self.grow();
         }
@@ -55,8 +55,8 @@ impl Names {
         Ok(id)
     }
 
-    /// Drops the names without a `true`, and numbers the others anew in their old order. Nothing
-    /// can be interned afterwards without a table being built again.
+    /// Keeps the names marked `true` and renumbers them in their old order. Drops the hash table;
+    /// the next `intern` builds it again.
     pub(super) fn retain(&mut self, keep: &[bool]) {
         let mut kept = Names::new(self.what);
         for (id, _) in keep.iter().enumerate().filter(|&(_, &keep)| keep) {
@@ -66,7 +66,7 @@ impl Names {
         *self = kept;
     }
 
-    /// The slot where the name is, or would be.
+    /// The slot that holds the name, or the free slot for it.
     fn slot(&self, name: &str) -> usize {
         let mask = self.slots.len() - 1;
         let mut slot = self.hasher.hash_one(name) as usize & mask;

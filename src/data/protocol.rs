@@ -1,10 +1,10 @@
-//! How a data set was made, in words a result file can carry.
+//! The record of how a data set was made; result files carry it.
 
 use super::split::Split;
 use super::synthetic::SyntheticOptions;
 use serde::{Deserialize, Serialize};
 
-/// What an import or a generation made.
+/// The result of an import or a generation.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Made {
     /// Users in the file.
@@ -17,16 +17,16 @@ pub struct Made {
     pub protocol: Protocol,
 }
 
-/// How a data set was made. Stored in the file; belongs in every result computed from it, since
-/// figures of two protocols cannot be compared.
+/// How a data set was made. The file stores it, and every result computed from the file should
+/// state it: metrics of two protocols cannot be compared.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Protocol {
     /// Where the events come from.
     pub source: Source,
-    /// Which events count as liked, e.g. `rating > 3`.
+    /// The rule for liked events, e.g. `rating > 3`.
     pub positive: String,
-    /// What happened to repeated (user, item) pairs.
+    /// Treatment of repeated (user, item) pairs.
     pub repeats: Repeats,
     /// The frequency filter, if any.
     pub k_core: Option<KCore>,
@@ -48,26 +48,26 @@ pub struct Source {
     pub files: Vec<String>,
     /// Rows read, bad ones included.
     pub rows: u64,
-    /// Bad rows that were allowed to be skipped.
+    /// Bad rows that were skipped, as `--skip-bad-rows` allowed.
     pub bad_rows: u64,
-    /// Rows dropped because the user had met the item before.
+    /// Rows dropped because the user had an earlier event with the item.
     pub repeated_rows: u64,
     /// Rows with events that are neither liked nor skipped by name.
     #[serde(default)]
     pub other_events: u64,
-    /// What the reader decided about each log: header, columns, liked, unit of the times.
+    /// The reader's decisions about each log: header, columns, liked events, unit of the times.
     #[serde(default)]
     pub decisions: Vec<String>,
 }
 
-/// What happens to repeated (user, item) pairs.
+/// Treatment of repeated (user, item) pairs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Repeats {
-    /// Only the first in time stays (the paper's choice).
+    /// Keep the first in time (the paper's choice).
     #[default]
     First,
-    /// All stay.
+    /// Keep all.
     Keep,
 }
 
@@ -75,9 +75,9 @@ pub enum Repeats {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct KCore {
-    /// Fewest records an item and a user must have.
+    /// Fewest records of an item or a user.
     pub k: u32,
-    /// Which records are counted. (Those not counted go with their item or user all the same.)
+    /// The records that are counted. (The others are dropped with their item or user all the same.)
     pub on: CountedRecords,
     /// Whether the two passes were repeated until nothing changed. The paper makes one pass each,
     /// after which items may have fewer than `k` records again.
@@ -88,9 +88,9 @@ pub struct KCore {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum CountedRecords {
-    /// Liked and skipped ones.
+    /// Liked and skipped records.
     All,
-    /// Liked ones.
+    /// Liked records.
     Positive,
 }
 
@@ -98,11 +98,11 @@ pub enum CountedRecords {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Candidates {
-    /// Negatives a group.
+    /// Negatives per group.
     pub negatives: usize,
-    /// What they are drawn by.
+    /// The weights of the draw.
     pub weighting: Weighting,
-    /// Whether items that the user meets anywhere in the log were kept out.
+    /// Whether all items of the user's whole history were excluded.
     pub exclude_seen: bool,
     /// Seed of the draw (and of the by-user split).
     pub seed: u64,
@@ -111,7 +111,7 @@ pub struct Candidates {
     pub hash: String,
 }
 
-/// What negatives are drawn by.
+/// The weights that negatives are drawn by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Weighting {

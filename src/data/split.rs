@@ -1,4 +1,4 @@
-//! Cutting every history into training, validation and test events, in this order in time.
+//! Splits every history into training, validation and test events, in this order in time.
 
 use super::DataError;
 use super::external_sort::{ExternalSorter, RecordFile};
@@ -21,7 +21,7 @@ pub enum Part {
 }
 
 impl Part {
-    /// The part's events within a history of `length` events with this split.
+    /// The part's range within a history of `length` events with this split.
     pub(super) fn events(self, [train_end, valid_end]: [u32; 2], length: usize) -> Range<usize> {
         match self {
             Part::Valid => train_end as usize..valid_end as usize,
@@ -39,24 +39,25 @@ impl Part {
     }
 }
 
-/// How histories are cut.
+/// How histories are split.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Split {
-    /// The last event of every user is tested, the one before validates. Users with fewer than
-    /// three events are for training only.
+    /// The last event of every user is for testing, the one before it for validation. All events of
+    /// users with fewer than three events are for training.
     LeaveLast,
-    /// One point in time for everybody: the first `train` of all events train, the next `valid`
-    /// validate, the rest is tested. Events at the very moment of a cut go to the later part, so no
-    /// part looks into the next.
+    /// Two points in time for all users: the first `train` of all events are for training, the next
+    /// `valid` for validation, the rest for testing. Events at the exact time of a cut go to the
+    /// later part, so no part contains events of the next.
     Temporal {
         /// Share of the events, 0 to 1.
         train: f64,
         /// Share of the events, 0 to 1.
         valid: f64,
     },
-    /// Whole users, shuffled: `train` of them train, `valid` validate, the rest is tested (as in
-    /// the published code for micro-video; it asks for a model of people never seen).
+    /// Whole users, shuffled: `train` of them for training, `valid` for validation, the rest for
+    /// testing (as in the published code for micro-video). The model is evaluated on users it has
+    /// not seen.
     ByUser {
         /// Share of the users, 0 to 1.
         train: f64,
@@ -66,7 +67,7 @@ pub enum Split {
 }
 
 impl Split {
-    /// The same way of cutting with other shares (which [`Split::LeaveLast`] has none of).
+    /// The same kind of split with other shares ([`Split::LeaveLast`] has none).
     pub fn with_shares(self, train: f64, valid: f64) -> Split {
         match self {
             Split::LeaveLast => Split::LeaveLast,
@@ -76,7 +77,7 @@ impl Split {
     }
 }
 
-/// A split made definite for one log.
+/// A split with its times or users fixed for one log.
 #[derive(Debug)]
 pub(super) enum Cuts {
     LeaveLast,
@@ -85,7 +86,7 @@ pub(super) enum Cuts {
 }
 
 impl Cuts {
-    /// Finds the points in time, or shuffles the users.
+    /// Determines the cut times, or shuffles the users.
     pub(super) fn new(
         split: Split,
         events: &mut RecordFile<Event>,
@@ -103,7 +104,7 @@ impl Cuts {
                 while let Some(event) = reader.next()? {
                     times.push(event.time)?;
                 }
-                // A cut behind the last event leaves nothing to the later parts.
+                // A cut after the last event leaves the later parts empty.
                 let (mut valid_from, mut test_from) = (i64::MAX, i64::MAX);
                 let mut place = 0;
                 times.drain(|time| {
@@ -146,7 +147,7 @@ impl Cuts {
     }
 }
 
-/// Where validation and test begin among `count` things in order.
+/// The indices where validation and test begin among `count` ordered elements.
 fn places(train: f64, valid: f64, count: u64) -> Result<[u64; 2], DataError> {
     let refuse = |option, value: f64, reason| {
         Err(DataError::InvalidOption { option, value: value.to_string(), reason })
@@ -157,7 +158,7 @@ fn places(train: f64, valid: f64, count: u64) -> Result<[u64; 2], DataError> {
     if !(valid >= 0.0 && train + valid <= 1.0 + 1e-9) {
         return refuse("valid-share", valid, "is negative, or more than the training share leaves");
     }
-    // Shares such as 0.8 are not exact; without the nudge 0.8 + 0.1 of 10 would be 8.999.
+    // Shares such as 0.8 are not exact: without the 1e-6, 0.8 + 0.1 of 10 would round down to 8.
     let place = |share: f64| ((share * count as f64 + 1e-6).floor() as u64).min(count);
     Ok([place(train), place(train + valid)])
 }

@@ -1,10 +1,10 @@
-//! What `dfar-data info` tells about a data set.
+//! The statistics that `dfar-data info` prints.
 
 use super::{Dataset, Part, Protocol};
 use crate::auc::auc;
 use serde::Serialize;
 
-/// The paper's Table 1 and what else describes a data set.
+/// Statistics of a data set, among them the paper's Table 1.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Statistics {
     /// Users.
@@ -15,7 +15,7 @@ pub struct Statistics {
     pub positive: u64,
     /// Skipped events.
     pub negative: u64,
-    /// Events a user, on average.
+    /// Mean number of events per user.
     pub mean_records_per_user: f64,
     /// Quantiles of the number of events of a user.
     pub history_length: Vec<Quantile>,
@@ -25,12 +25,12 @@ pub struct Statistics {
     pub valid: PartSize,
     /// Test events, each with an evaluation group.
     pub test: PartSize,
-    /// Liked test groups without any event before them.
+    /// Liked test groups with an empty history.
     pub test_without_history: u64,
     /// First and last time, in milliseconds since 1970.
     pub times: [i64; 2],
-    /// AUC of the generating process's own scores over the liked test groups: no model can be
-    /// expected above it. Synthetic sets only.
+    /// AUC of the generating process's scores over the liked test groups, which no model can be
+    /// expected to exceed. Synthetic sets only.
     pub ceiling_auc: Option<f64>,
     /// How the data set was made.
     pub protocol: Protocol,
@@ -39,18 +39,18 @@ pub struct Statistics {
 /// A quantile.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Quantile {
-    /// Share of the users with at most this many, 0 to 1.
+    /// Share of the users with at most this many events, 0 to 1.
     pub share: f64,
-    /// Events.
+    /// Number of events.
     pub events: usize,
 }
 
-/// Events of a part by feedback.
+/// Number of events of a part by feedback.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 pub struct PartSize {
-    /// Liked.
+    /// Liked events.
     pub liked: u64,
-    /// Skipped.
+    /// Skipped events.
     pub skipped: u64,
 }
 
@@ -62,7 +62,7 @@ impl PartSize {
     }
 }
 
-/// Reads a whole data set once.
+/// Computes the statistics in one pass over a data set.
 pub fn statistics(data: &Dataset) -> Statistics {
     let [mut train, mut valid, mut test] = [PartSize::default(); 3];
     let mut lengths = Vec::with_capacity(data.users());
@@ -104,8 +104,8 @@ pub fn statistics(data: &Dataset) -> Statistics {
     }
 }
 
-/// AUC of the generating process's scores over the rows of a part's liked groups, ties counted
-/// half; `None` without scores, or without liked groups.
+/// AUC of the generating process's scores over the liked groups of a part, ties counted half;
+/// `None` without scores or without liked groups.
 pub fn ceiling_auc(data: &Dataset, part: Part) -> Option<f64> {
     let groups = data.groups(part);
     groups.ceiling?;

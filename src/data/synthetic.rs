@@ -1,24 +1,25 @@
 //! A synthetic log whose true probabilities are known.
 //!
-//! Items lie in clusters, the clusters on a ring, and within a cluster an item's share falls as a
+//! Items lie in clusters, the clusters on a ring. Within a cluster, an item's share falls as a
 //! power of its rank (Zipf). A user likes three clusters and dislikes three; every 40 events one of
-//! the liked ones is exchanged. An event is drawn as
+//! the liked clusters is replaced. An event is drawn as
 //!
 //! ```text
 //! cluster   k ~ (1 - m) taste(k) + m walk(k | cluster and feedback of the event before)
 //! item      i ~ Zipf within k
-//! feedback  liked with a probability set by k being liked, disliked or neither
+//! feedback  liked with a probability set by the taste for k: liked, disliked or neither
 //! ```
 //!
 //! where the walk stays near the last cluster after a like and goes to the far side of the ring
-//! after a skip. So the same item before means opposite things, depending on its feedback: who
-//! ignores feedback sees a mixture of both and cannot reach what mixed feedback can.
+//! after a skip. The same previous item therefore has opposite meanings, by its feedback. A model
+//! that ignores feedback sees a mixture of both and cannot reach the accuracy of one that reads it.
 //!
-//! **The ceiling.** In a group the target comes from `p(i | liked, history)` and the negatives from
-//! the popularity `q(i)` among the training events, so no score separates them better than the
-//! likelihood ratio `log p(i | liked, history) - log q(i)` (Neyman and Pearson); dividing by
+//! **The ceiling.** In a group, the target comes from `p(i | liked, history)` and the negatives
+//! from the popularity `q(i)` among the training events. By Neyman and Pearson, no score separates
+//! the two better than the likelihood ratio `log p(i | liked, history) - log q(i)`. Dividing by
 //! `p(liked | history)` makes scores comparable between groups. The process knows the user's
-//! tastes, which a model has to infer: a model comes near the ceiling, not up to it.
+//! tastes, while a model has to infer them, so a model approaches the ceiling but does not reach
+//! it.
 
 use super::assemble::{Scorer, Workplace, assemble};
 use super::external_sort::RecordWriter;
@@ -33,9 +34,9 @@ use std::path::Path;
 
 /// Clusters on the ring.
 const CLUSTERS: usize = 16;
-/// Clusters a user likes, and as many that the user dislikes.
+/// Number of clusters a user likes, and number a user dislikes.
 const TASTES: usize = 3;
-/// Events after which one liked cluster is exchanged.
+/// Number of events after which one liked cluster is replaced.
 const DRIFT: usize = 40;
 /// Share of the walk in the choice of a cluster.
 const WALK: f64 = 0.8;
@@ -44,7 +45,7 @@ const WALK: f64 = 0.8;
 const TASTE: [f64; 2] = [0.5, 0.2];
 /// Probability that an event in a liked, a disliked and any other cluster is liked.
 const LIKED: [f64; 3] = [0.8, 0.2, 0.5];
-/// Probability of a step of so many clusters, to either side, around the walk's aim.
+/// Probability of a step by 0, 1 or 2 clusters, to either side, around the walk's aim.
 const STEPS: [f64; 3] = [0.5, 0.17, 0.08];
 /// Exponent and offset of the Zipf law.
 const ZIPF: (f64, f64) = (0.9, 5.0);
@@ -53,7 +54,7 @@ const SHORTEST: usize = 5;
 /// Begin (2023-11-14) and length (100 days) of the log, in milliseconds.
 const SPAN: (i64, i64) = (1_700_000_000_000, 100 * 86_400_000);
 
-/// What to generate. Stored in the protocol: the same options give the same file.
+/// Options of a synthetic set. The protocol stores them: the same options give the same file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SyntheticOptions {
@@ -61,13 +62,13 @@ pub struct SyntheticOptions {
     pub users: usize,
     /// Items.
     pub items: usize,
-    /// Mean events of a user; lengths are spread exponentially, from five events up.
+    /// Mean number of events per user; lengths are exponentially distributed from five events up.
     pub events_per_user: f64,
     /// Seed of the events, of the split and of the negatives.
     pub seed: u64,
     /// Negatives of each evaluation group.
     pub negatives: usize,
-    /// How histories are cut.
+    /// How histories are split.
     pub split: Split,
 }
 
@@ -144,12 +145,12 @@ struct Process {
     weights: Vec<f64>,
     /// Sum of the weights of each cluster.
     cluster_weights: [f64; CLUSTERS],
-    /// For each cluster the running sums of its items' weights: items k, k + CLUSTERS, k + 2
+    /// For each cluster k, the prefix sums of the weights of its items k, k + CLUSTERS, k + 2
     /// CLUSTERS, ...
     running: Vec<Vec<f64>>,
 }
 
-/// What a user likes and dislikes at a moment.
+/// The clusters a user likes and dislikes in one period.
 struct Tastes {
     liked: [usize; TASTES],
     disliked: [usize; TASTES],
@@ -192,8 +193,8 @@ impl Process {
         })
     }
 
-    /// Two streams of random numbers a user: tastes are drawn from one of their own, so that they
-    /// can be told again without the events.
+    /// Two random streams per user: tastes have a stream of their own, so that they can be drawn
+    /// again without the events.
     fn rng(&self, user: u32, stream: u64) -> ChaCha8Rng {
         let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
         rng.set_stream(1 + 2 * u64::from(user) + stream);
@@ -302,8 +303,8 @@ impl Scorer for Process {
         out.extend(candidates.iter().map(|&item| {
             let cluster = self.cluster(item);
             let p = liked[cluster] / any * self.weights[item as usize] / self.cluster_weights[cluster];
-            // A target that is never drawn as a negative is certain to be one; half a draw keeps it
-            // finite.
+            // An item with no training events is never drawn as a negative, so its ratio would be
+            // infinite; half a draw keeps it finite.
             let q = f64::from(drawn[item as usize]).max(0.5) / all_drawn;
             (p / q).ln() as f32
         }));
@@ -311,7 +312,7 @@ impl Scorer for Process {
     }
 }
 
-/// A place drawn by these probabilities.
+/// A random index with these probabilities.
 fn pick(probabilities: &[f64], rng: &mut ChaCha8Rng) -> usize {
     let mut left = rng.random::<f64>();
     for (place, p) in probabilities.iter().enumerate() {
@@ -320,7 +321,7 @@ fn pick(probabilities: &[f64], rng: &mut ChaCha8Rng) -> usize {
             return place;
         }
     }
-    // Rounding may leave the sum a little short of one.
+    // Rounding may leave the sum slightly below one.
     probabilities.len() - 1
 }
 
@@ -367,7 +368,7 @@ mod tests {
         let process = Process::new(&options).expect("the options are good");
         let drawn = data.train_popularity();
 
-        // The stored scores are the process's, computed again here from the file alone.
+        // The stored scores equal the process's, computed again here from the file alone.
         let mut again = Vec::new();
         let ceiling = auc(&data, |user, history, item| {
             again.clear();
@@ -377,8 +378,8 @@ mod tests {
         let stored = statistics::ceiling_auc(&data, Part::Test).expect("synthetic sets have one");
         assert_eq!(ceiling, stored);
 
-        // The best that can be done without seeing feedback: the last event counts as liked and as
-        // skipped, each with its probability.
+        // The best score without feedback: the last event counts as liked and as skipped, each with
+        // its probability.
         let blind = auc(&data, |user, history, item| {
             let now = process.tastes(user).nth(history.len() / DRIFT).expect("periods do not end");
             let mut p = process.next_cluster(&now, None);

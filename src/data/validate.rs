@@ -1,7 +1,7 @@
-//! Checks of every value in a data set file whose header, table and checksums hold.
+//! Checks every value of a data set file whose header, table and checksums are correct.
 //!
-//! A checksum says that the bytes are those which were written, not that they make sense: a file
-//! may come from a program with a fault, or from somebody with a grudge.
+//! A checksum shows that the bytes are as written, not that they are valid: the program that wrote
+//! the file may be faulty, or its author malicious.
 
 use super::DataError;
 use super::format::{Contents, Section};
@@ -9,10 +9,10 @@ use super::split::Part;
 use rayon::prelude::*;
 use std::path::Path;
 
-/// A value that cannot be: index within the section and what is wrong.
+/// An invalid value: its index within the section, and the reason.
 type Fault = (usize, &'static str);
 
-/// Checks all values. After it, every id indexes its table, every range lies inside its section,
+/// Checks all values. Afterwards, every id is within its table, every range within its section,
 /// every history is in time order, every name is text, and the groups are exactly the validation
 /// and test events.
 pub(super) fn validate(contents: &Contents, bytes: &[u8], path: &Path) -> Result<(), DataError> {
@@ -107,7 +107,7 @@ fn check_times(offsets: &[u64], times: &[i64]) -> Result<(), Fault> {
     fault.map_or(Ok(()), |index| Err((index, "earlier than the event before it")))
 }
 
-/// Names are text, each by itself: no character may lie across two of them.
+/// Every name is UTF-8 by itself: no character spans two names.
 fn check_names<'a>(names: &'a [u8], offsets: &[u64]) -> Result<&'a str, Fault> {
     let text = std::str::from_utf8(names).map_err(|error| (error.valid_up_to(), "not UTF-8"))?;
     match offsets.iter().find(|&&offset| !text.is_char_boundary(offset as usize)) {
@@ -116,8 +116,7 @@ fn check_names<'a>(names: &'a [u8], offsets: &[u64]) -> Result<&'a str, Fault> {
     }
 }
 
-/// The order holds every id once, by strictly increasing name: then it is a permutation and names
-/// are unique.
+/// The order lists ids by strictly increasing name, so it is a permutation and names are unique.
 fn check_order(order: &[u32], count: usize, names: &str, offsets: &[u64]) -> Result<(), Fault> {
     check_below(order, count, "no such name")?;
     let name = |id: u32| &names[offsets[id as usize] as usize..offsets[id as usize + 1] as usize];
@@ -125,7 +124,7 @@ fn check_order(order: &[u32], count: usize, names: &str, offsets: &[u64]) -> Res
     fault.map_or(Ok(()), |index| Err((index + 1, "names do not increase")))
 }
 
-/// The groups of a part are its events: all of them, in order.
+/// The groups of a part are exactly its events, in order.
 fn check_groups(
     part: Part,
     offsets: &[u64],
@@ -158,7 +157,7 @@ struct GroupItems<'a> {
 }
 
 impl GroupItems<'_> {
-    /// No negative is the target or stands twice in its group.
+    /// No negative is the target or occurs twice in its group.
     fn check(&self) -> Result<(), Fault> {
         if self.per_group == 0 {
             return Ok(());
@@ -173,7 +172,7 @@ impl GroupItems<'_> {
             sorted.extend_from_slice(own);
             sorted.sort_unstable();
             match sorted.windows(2).any(|pair| pair[0] == pair[1]) {
-                true => fault("a negative stands twice in its group"),
+                true => fault("a negative occurs twice in its group"),
                 false => None,
             }
         };

@@ -1,4 +1,4 @@
-//! Writing a data set file: sections grow side by side, then become one file under its final name.
+//! Writes a data set file: all sections grow in parallel, then are joined under the final name.
 
 use super::format::{self, ALIGNMENT, ENTRY_LENGTH, Entry, FLAG_CEILING, HEADER_LENGTH, Header, Section};
 use super::names::Names;
@@ -9,10 +9,10 @@ use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use tempfile::SpooledTempFile;
 
-/// A section that does not outgrow this stays in memory.
+/// A section up to this size stays in memory.
 const SPOOL_BYTES: usize = 1 << 18;
 
-/// Sections under way.
+/// The sections written so far.
 #[derive(Debug)]
 pub(super) struct Writer {
     sections: Vec<Spool>,
@@ -26,7 +26,7 @@ struct Spool {
     length: u64,
 }
 
-/// What the header says beside the sections.
+/// The counts of the header.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Counts {
     pub users: usize,
@@ -75,8 +75,8 @@ impl Writer {
         self.put(order, &ids)
     }
 
-    /// Puts the sections into one file. It is written under a temporary name beside `path`, flushed
-    /// to the disk, and then renamed: `path` is either what it was or complete.
+    /// Joins the sections in one file. It is written under a temporary name beside `path`, flushed
+    /// to the disk and renamed, so `path` is either unchanged or complete.
     pub(super) fn finish(
         mut self,
         path: &Path,
@@ -137,20 +137,20 @@ impl Writer {
     }
 }
 
-/// A temporary file that can become `path` by renaming, readable by whom a new file would be.
+/// A temporary file in the same folder as `path`, with the permissions of an ordinary new file.
 fn temporary_beside(path: &Path) -> std::io::Result<tempfile::NamedTempFile> {
     let mut builder = tempfile::Builder::new();
     builder.prefix(".").suffix(".dfar-partial");
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;
-        // The process's umask takes away from this, as it does for any file.
+        // The umask restricts this, as for any new file.
         builder.permissions(std::fs::Permissions::from_mode(0o666));
     }
     builder.tempfile_in(folder_of(path))
 }
 
-/// The folder a file lies in.
+/// The folder of a file.
 pub(super) fn folder_of(path: &Path) -> &Path {
     match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,

@@ -275,7 +275,7 @@ fn of_two_columns_with_one_name_neither_is_chosen() {
     refused(&bench, "number 2 and number 4: give --label-column 2 or 4");
     bench.options.columns.label = Some("4".to_owned());
     assert!(bench.events().iter().all(|event| event.3 == 0));
-    // A column that is not needed may stand twice.
+    // A column that is not needed may occur twice.
     let text = "user,item,label,time,x,x\nu1,a,1,1,0,1\n";
     assert_eq!(csv(text.as_bytes()).events(), [event("u1", "a", 1000, 1)]);
 }
@@ -442,7 +442,7 @@ fn json_rows_that_say_a_thing_twice() {
     assert_eq!(without_negatives(LogFormat::Amazon, &[&nulls]).events(), expected);
     // One name twice is a bad row.
     let bench = without_negatives(LogFormat::Amazon, &["{\"user_id\":\"A\",\"user_id\":\"B\"}\n"]);
-    refused(&bench, "the key user_id stands twice");
+    refused(&bench, "the key user_id occurs twice");
 }
 
 #[test]

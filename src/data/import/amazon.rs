@@ -7,9 +7,8 @@
 //! - JSON lines of each: `reviewerID, asin, overall, unixReviewTime` or
 //!   `user_id, parent_asin, rating, timestamp`
 //!
-//! Which of the first two a file is cannot be told from its name (loaders in circulation disagree),
-//! but from its ids: an item is an ASIN of ten characters, a user begins with `A` and has twelve or
-//! more.
+//! The files of 2014 and 2018 cannot be told apart by name (published loaders disagree), but by
+//! their ids: an item is an ASIN of ten characters; a user begins with `A` and has twelve or more.
 
 use super::layout::{COMMA_OR_TAB, Schema};
 
@@ -28,7 +27,7 @@ pub(super) const SCHEMA: Schema = Schema {
     other_members: &["meta_*"],
 };
 
-/// Whether the user stands before the item, by the look of the ids.
+/// The column order, decided by the form of the ids.
 fn order(rows: &[Vec<String>]) -> Result<[usize; 4], &'static str> {
     let vote = |row: &Vec<String>| {
         let [first, second, ..] = &row[..] else { return 0 };

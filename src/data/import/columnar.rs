@@ -72,8 +72,8 @@ mod with_arrow {
     /// Rows decoded at a time.
     const BATCH_ROWS: usize = 8192;
 
-    /// Reads all rows. A log that is packed goes to a temporary file first, since its end must be
-    /// read before the rest.
+    /// Reads all rows. A compressed log is first unpacked to a temporary file, because its end must
+    /// be read before the rest.
     pub(in super::super) fn read(
         rows: &mut Rows,
         context: &Context,
@@ -126,12 +126,11 @@ mod with_arrow {
         read_batches(rows, context, kind, &columns, || batches().map_err(damaged), each)
     }
 
-    /// Gives the next batch of rows, or the fault of a damaged file.
+    /// Returns the next batch of rows, or why the file is damaged.
     type Batches<'a> = Box<dyn FnMut() -> Result<Option<RecordBatch>, String> + 'a>;
 
-    /// Calls a decoder. Decoders of damaged files panic in places (arrow 60: a buffer beyond the
-    /// end of a message), which is a fault of the file like any other. A decoder that failed is not
-    /// used again.
+    /// Calls a decoder. Some decoders panic on damaged files (arrow 60: a buffer beyond the end of
+    /// a message); the panic becomes an error of the file. A decoder that failed is not used again.
     fn decode<T, E: ToString>(call: impl FnOnce() -> Result<T, E>) -> Result<T, String> {
         match std::panic::catch_unwind(std::panic::AssertUnwindSafe(call)) {
             Ok(result) => result.map_err(|error| error.to_string()),
@@ -139,7 +138,7 @@ mod with_arrow {
         }
     }
 
-    /// The needed columns, whose types must be such that their values have one meaning.
+    /// The needed columns. Their types must leave only one meaning to each value.
     fn columns(context: &Context, schema: &Schema) -> Result<Columns, DataError> {
         let names: Vec<String> = schema.fields().iter().map(|field| field.name().clone()).collect();
         let columns = context.by_names(&names)?;
@@ -210,7 +209,7 @@ mod with_arrow {
             let arrays = columns.each_ref().map(|column| {
                 let index = column.as_ref()?.index;
                 let index = match kind {
-                    // A projected batch has the needed columns alone, in the order of the file.
+                    // A projected batch has only the needed columns, in the order of the file.
                     Kind::Parquet => needed.iter().take_while(|&&other| other < index).count(),
                     _ => index,
                 };
@@ -231,7 +230,7 @@ mod with_arrow {
     /// A column of a batch.
     struct Values<'a> {
         array: &'a ArrayRef,
-        /// Of a dictionary: where each row's value is.
+        /// For a dictionary: the index of each row's value.
         keys: Option<Vec<usize>>,
         values: &'a ArrayRef,
     }
@@ -264,7 +263,7 @@ mod with_arrow {
                 array.as_primitive::<$kind>().value(row)
             };
         }
-        // The same blanks as in text formats.
+        // Trims the same blanks as the text formats.
         fn text(bytes: &[u8]) -> Cell<'_> {
             Cell::Text(Cow::Borrowed(bytes.trim_ascii()))
         }

@@ -1,5 +1,4 @@
-//! Any log: the columns are given, by the names of the header (or of a Parquet or JSON file) or,
-//! all of them, by number.
+//! Any log. The user names the columns, or gives all of them by number.
 //!
 //! The label is a flag unless a threshold or names of events are given.
 

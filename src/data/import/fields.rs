@@ -1,8 +1,8 @@
 //! The fields of one line.
 //!
-//! A field may be quoted with `"`, two of which stand for one inside it. Nothing else is special. A
-//! general CSV reader is of no use here: it reads on behind an open quote, glues text behind a
-//! closing quote to the field, and reports neither.
+//! A field may be quoted with `"`; `""` inside it stands for `"`. No other character is special. A
+//! general CSV reader would not do: it reads on past an open quote and joins text after a closing
+//! quote to the field, and reports neither.
 
 use memchr::{memchr, memchr_iter, memmem};
 use std::borrow::Cow;
@@ -10,15 +10,15 @@ use std::borrow::Cow;
 /// Columns read of a row: user, item, time, label, date.
 pub(super) const SLOTS: usize = 5;
 
-/// What stands between fields.
+/// The separator of fields.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Delimiter {
     Byte(u8),
-    /// `::`, of MovieLens 1M and 10M.
+    /// `::`, in MovieLens 1M and 10M.
     Colons,
 }
 
-/// Why a line has no fields that can be trusted.
+/// Why a line cannot be split into fields.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Broken {
     /// A quoted field does not end on its line.
@@ -41,7 +41,7 @@ impl Broken {
 struct Span {
     from: usize,
     to: usize,
-    /// Whether `""` inside stands for `"`.
+    /// Whether `""` in the field stands for `"`.
     doubled: bool,
 }
 
@@ -70,7 +70,7 @@ impl Delimiter {
         }
     }
 
-    /// The first delimiter in a text.
+    /// The first delimiter in `text`.
     fn find(self, text: &[u8]) -> Option<usize> {
         match self {
             Delimiter::Byte(byte) => memchr(byte, text),
@@ -85,14 +85,14 @@ impl Delimiter {
         }
     }
 
-    /// How many blanks `text` begins with; a delimiter is none.
+    /// Number of blanks at the start of `text`, delimiters not counted.
     fn blanks(self, text: &[u8]) -> usize {
         let blank = |&byte: &u8| byte.is_ascii_whitespace() && self != Delimiter::Byte(byte);
         text.iter().take_while(|byte| blank(byte)).count()
     }
 }
 
-/// Calls `each` with every field's number and place. Returns how many there are.
+/// Calls `each` with the number and span of every field. Returns the number of fields.
 fn walk(line: &[u8], delimiter: Delimiter, mut each: impl FnMut(usize, Span)) -> Result<usize, Broken> {
     let mut count = 0;
     let mut field = |from, to, doubled| {
@@ -142,14 +142,14 @@ fn walk(line: &[u8], delimiter: Delimiter, mut each: impl FnMut(usize, Span)) ->
     }
 }
 
-/// All fields, blanks taken off.
+/// All fields, trimmed.
 pub(super) fn split(line: &[u8], delimiter: Delimiter) -> Result<Vec<Cow<'_, [u8]>>, Broken> {
     let mut spans = Vec::new();
     walk(line, delimiter, |_, span| spans.push(span))?;
     Ok(spans.into_iter().map(|span| trim(span.text(line))).collect())
 }
 
-/// How many delimiters stand outside quotes, or anywhere in a broken line.
+/// Number of delimiters outside quotes; in a broken line, number of all delimiters.
 pub(super) fn count_delimiters(line: &[u8], delimiter: Delimiter) -> usize {
     match (walk(line, delimiter, |_, _| {}), delimiter) {
         (Ok(fields), _) => fields - 1,
@@ -158,26 +158,26 @@ pub(super) fn count_delimiters(line: &[u8], delimiter: Delimiter) -> usize {
     }
 }
 
-/// Reads a few columns of many lines.
+/// Splits lines into fields and keeps only the needed columns.
 #[derive(Debug)]
 pub(super) struct Splitter {
     delimiter: Delimiter,
-    /// Fields of a whole row.
+    /// Number of fields of a whole row.
     expected: usize,
     /// Column and slot, in the order of the columns.
     wanted: Vec<(usize, usize)>,
     /// The numbers of the delimiters around the wanted columns, in order.
     edges: Vec<usize>,
-    /// For each wanted column, which of `edges` is before it (none before the first) and which ends
-    /// it.
+    /// For each wanted column, the index in `edges` of the delimiter before it (none before the
+    /// first column) and after it.
     places: Vec<(Option<usize>, usize)>,
 }
 
-/// The wanted fields of a row, blanks taken off; `None` beyond the row's end.
+/// The wanted fields of a row, trimmed; `None` beyond the row's end.
 #[derive(Debug)]
 pub(super) struct Fields<'a> {
     pub slots: [Option<Cow<'a, [u8]>>; SLOTS],
-    /// Fields of the row; empty ones beyond the expected number are not counted.
+    /// Number of fields of the row; empty fields beyond the expected number are not counted.
     pub count: usize,
 }
 
@@ -198,7 +198,7 @@ impl Splitter {
         Splitter { delimiter, expected, wanted, edges, places }
     }
 
-    /// The wanted fields of a line. A count above the expected one is for the caller to refuse.
+    /// The wanted fields of a line. The caller must refuse a count above the expected one.
     pub(super) fn split<'a>(&self, line: &'a [u8]) -> Result<Fields<'a>, Broken> {
         match self.delimiter {
             Delimiter::Byte(byte) if memchr(b'"', line).is_none() => match self.split_plain(line, byte) {
@@ -209,12 +209,11 @@ impl Splitter {
         }
     }
 
-    /// The wanted fields of a line without quotes; `None` where it has more fields than expected.
+    /// The wanted fields of a line without quotes; `None` if it has more fields than expected.
     fn split_plain<'a>(&self, line: &'a [u8], delimiter: u8) -> Option<Fields<'a>> {
         let mut places = [line.len(); 2 * SLOTS];
         let (mut found, mut count) = (0, 0);
-        // Eight bytes at a time, with a bit for each delimiter: fields are too short for a search
-        // of each.
+        // Finds delimiters eight bytes at a time: fields are too short for one search each.
         let mut take = |word: [u8; 8], at: usize| {
             let mut matches = equal_bytes(word, delimiter);
             let after = count + bits(matches);
@@ -269,20 +268,20 @@ impl Splitter {
     }
 }
 
-/// A bit at the top of every byte that is `byte`.
+/// Sets the top bit of every byte of `word` that equals `byte`.
 fn equal_bytes(word: [u8; 8], byte: u8) -> u64 {
     const LOW: u64 = u64::from_ne_bytes([0x7f; 8]);
     let word = u64::from_le_bytes(word) ^ u64::from_ne_bytes([byte; 8]);
-    // The top bit of a byte stays clear where its low bits and its top bit are zero.
+    // The top bit of a byte stays clear only if all its bits are zero.
     !(((word & LOW) + LOW) | word | LOW)
 }
 
-/// How many bytes have their top bit set, where no other bits are.
+/// Number of bytes with their top bit set; all other bits must be zero.
 fn bits(matches: u64) -> usize {
     ((matches >> 7).wrapping_mul(u64::from_ne_bytes([1; 8])) >> 56) as usize
 }
 
-/// Takes blanks off: ASCII's only, in every format, so that an id is the same bytes everywhere.
+/// Trims ASCII blanks only, in every format, so that an id has the same bytes everywhere.
 fn trim(text: Cow<'_, [u8]>) -> Cow<'_, [u8]> {
     match text {
         Cow::Borrowed(text) => Cow::Borrowed(text.trim_ascii()),

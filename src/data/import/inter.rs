@@ -1,6 +1,6 @@
 //! RecBole's atomic files, `.inter`: tabs, and a header of `name:type`.
 //!
-//! A `rating` column is read as ratings, a `label` column as a flag; other names are options.
+//! A `rating` column holds ratings, a `label` column flags; other names are given by options.
 
 use super::fields::Delimiter;
 use super::layout::Schema;

@@ -1,7 +1,7 @@
-//! JSON logs: an object a line, or an array of objects.
+//! JSON logs: one object per line, or an array of objects.
 //!
-//! Only scalars under the keys of the needed columns are looked at: a text as it is, a number by
-//! its digits.
+//! Only scalars under the keys of the needed columns are read: a string as it is, a number by its
+//! digits.
 
 use super::fields::SLOTS;
 use super::layout::{Column, Context, Role};
@@ -11,20 +11,20 @@ use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 use std::borrow::Cow;
 
-/// A longer object is refused.
+/// Longer objects are bad rows.
 const LONGEST_OBJECT: usize = super::lines::LONGEST_LINE;
 
 /// The keys of a role, the preferred one first.
 type Keys<'a> = [Vec<&'a str>; SLOTS];
 
-/// The keys that hold the columns, and how they are called in messages.
+/// The keys of the columns, and the names of the columns in messages.
 pub(super) struct JsonLayout<'a> {
     keys: Keys<'a>,
     pub columns: [Option<Column>; SLOTS],
 }
 
 impl<'a> JsonLayout<'a> {
-    /// The keys given, or those of the format.
+    /// The keys given by options, or else those of the format.
     pub(super) fn new(context: &'a Context) -> Result<JsonLayout<'a>, DataError> {
         let options = context.options;
         let mut layout = JsonLayout { keys: Default::default(), columns: [const { None }; SLOTS] };
@@ -48,7 +48,7 @@ impl<'a> JsonLayout<'a> {
         Ok(layout)
     }
 
-    /// The values of an object; a text of the reason where it is none.
+    /// The values of an object, or the reason why it is malformed.
     pub(super) fn values<'t>(&self, text: &'t [u8]) -> Result<[Option<Cow<'t, [u8]>>; SLOTS], String> {
         let text = std::str::from_utf8(text).map_err(|_| "not UTF-8".to_owned())?;
         let found = match self.object(text) {
@@ -82,7 +82,7 @@ fn owned<'t>(found: [Option<&str>; SLOTS]) -> [Option<Cow<'t, str>>; SLOTS] {
     found.map(|value| value.map(|text| Cow::Owned(text.to_owned())))
 }
 
-/// A scalar's text, blanks taken off; `None` for null.
+/// The text of a scalar, trimmed; `None` for null.
 fn scalar(raw: &str) -> Result<Option<Cow<'_, [u8]>>, String> {
     match raw.as_bytes().first() {
         Some(b'"') => match serde_json::from_str(raw).map_err(|error| error.to_string())? {
@@ -122,9 +122,9 @@ impl<'t> Visitor<'t> for Find<'_> {
             for (slot, preference) in std::iter::once((slot, preference)).chain(also) {
                 match found[slot] {
                     Some((other, _)) if other == preference => {
-                        return Err(serde::de::Error::custom(format!("the key {} stands twice", key.0)));
+                        return Err(serde::de::Error::custom(format!("the key {} occurs twice", key.0)));
                     }
-                    // A null says nothing: another key may.
+                    // A null is no value: another key of the role may have one.
                     Some((other, value)) if other < preference && value != "null" => {}
                     _ if raw == "null" && found[slot].is_some() => {}
                     _ => found[slot] = Some((preference, raw)),
@@ -160,7 +160,7 @@ impl<'t> Deserialize<'t> for Text<'t> {
     }
 }
 
-/// The text with `NaN`, `Infinity` and `-Infinity` as strings; `None` where it has none.
+/// The text with `NaN`, `Infinity` and `-Infinity` as strings; `None` if it contains none.
 fn without_nan(text: &str) -> Option<String> {
     let mut out = String::with_capacity(text.len() + 16);
     let (mut rest, mut found) = (text, false);
@@ -186,7 +186,7 @@ fn without_nan(text: &str) -> Option<String> {
     found.then_some(out)
 }
 
-/// Bytes of the string that `text` begins with, its quotes included; `None` where it does not end.
+/// Length of the string at the start of `text`, its quotes included; `None` if it is not closed.
 fn string_length(text: &[u8]) -> Option<usize> {
     let mut at = 1;
     loop {
@@ -198,20 +198,20 @@ fn string_length(text: &[u8]) -> Option<usize> {
     }
 }
 
-/// An object of the log, or what stands in its place.
+/// An object of the log, or malformed text in its place.
 pub(super) struct Object<'b> {
     /// The line on which it begins.
     pub line: u64,
     pub text: &'b [u8],
-    /// Why it is none.
+    /// Why the text is not an object.
     pub fault: Option<&'static str>,
 }
 
-/// Cuts a JSON text into its objects.
+/// Splits a JSON text into its objects.
 ///
-/// Objects may stand alone, one after the other, or in an array. Where most objects of the first
-/// lines end on the line on which they begin, all must: one that is open at the end of its line is
-/// a bad row, and the next line is read as usual. A string never goes beyond its line in any JSON.
+/// Objects may follow one another or form an array. If most objects of the first lines end on the
+/// line where they begin, all must: an object still open at the end of its line is then a bad row,
+/// and reading continues with the next line. No string may contain a line end.
 pub(super) struct Objects<'a> {
     lines: Lines<'a>,
     /// Whether the text is an array.
@@ -219,7 +219,7 @@ pub(super) struct Objects<'a> {
     /// Whether every object ends on the line on which it begins.
     one_line: bool,
     text: Vec<u8>,
-    /// The rest of a line of an array, and its number.
+    /// In an array: the unread rest of a line, and its number.
     pending: Vec<u8>,
     line: u64,
 }
@@ -277,7 +277,7 @@ impl<'a> Objects<'a> {
             self.text.extend_from_slice(&self.pending[..length]);
             self.pending.drain(..length);
             let ended = depth == 0 && fault.is_none();
-            // Between the objects of an array a comma must stand; without an array, a line end.
+            // Objects of an array are separated by a comma, others by a line end.
             if ended && self.one_line && !self.separated() {
                 fault = Some("more text follows the object");
             }
@@ -288,7 +288,7 @@ impl<'a> Objects<'a> {
                 fault = Some("it is longer than 16 MiB");
             }
             if fault.is_some() {
-                // The line is lost, whatever else stands on it: one line, one bad row.
+                // The rest of the line is lost: one line counts as one bad row.
                 self.text.extend_from_slice(&self.pending);
                 self.pending.clear();
                 return Ok(Some(Object { line: begun, text: &self.text, fault }));
@@ -300,22 +300,22 @@ impl<'a> Objects<'a> {
         }
     }
 
-    /// How many bytes before the next object are brackets and commas of the array, or blanks.
+    /// Number of bytes before the next object: brackets and commas of the array, and blanks.
     fn skip_punctuation(&self) -> usize {
         let skipped =
             |&&byte: &&u8| byte.is_ascii_whitespace() || self.array && matches!(byte, b'[' | b']' | b',');
         self.pending.iter().take_while(skipped).count()
     }
 
-    /// Whether what follows an object may follow it.
+    /// Whether the text after an object is valid there.
     fn separated(&self) -> bool {
         let rest = self.pending.trim_ascii();
         rest.is_empty() || self.array && rest.starts_with(b",") || self.array && rest.starts_with(b"]")
     }
 }
 
-/// Bytes of `text` that belong to an object which is `depth` brackets deep; a fault where a string
-/// does not end, or where there is no object.
+/// Number of bytes of `text` that belong to an object nested `depth` brackets deep. Sets `fault` if
+/// a string is not closed, or if the text is not an object.
 fn object_part(text: &[u8], depth: &mut usize, fault: &mut Option<&'static str>) -> usize {
     if *depth == 0 && text.first() != Some(&b'{') {
         *fault = Some("not a JSON object");

@@ -1,8 +1,8 @@
-//! KuaiRand: `log_*.csv`, whose columns are found by name, so excerpts with other columns or tabs
-//! are fine.
+//! KuaiRand: `log_*.csv`. Columns are found by name, so excerpts with other columns, or with tabs,
+//! work too.
 //!
-//! The label is one of the log's flags: `long_view` (effective view) unless another is given, e.g.
-//! `is_click` or an excerpt's `label`. Times are milliseconds.
+//! The label is one of the log's flags: by default `long_view` (effective view); an option names
+//! another, e.g. `is_click`, or the `label` of an excerpt. Times are milliseconds.
 
 use super::layout::{COMMA_OR_TAB, Schema};
 

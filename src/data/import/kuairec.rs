@@ -1,8 +1,8 @@
 //! KuaiRec: `big_matrix.csv` and `small_matrix.csv`.
 //!
-//! There is no flag; its authors suggest a watch ratio above 2 as liked. Times are seconds with a
-//! fraction; some rows have none, which makes them bad rows (`--skip-bad-rows`). The small matrix
-//! repeats users and items of the big one, so of an archive only the big one is read.
+//! KuaiRec has no flag; its authors suggest to count a watch ratio above 2 as liked. Times are
+//! seconds with a fraction; rows without a time are bad rows (`--skip-bad-rows`). The small matrix
+//! repeats users and items of the big one, so only the big one is read from an archive.
 
 use super::layout::{COMMA_OR_TAB, Schema};
 

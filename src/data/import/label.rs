@@ -1,27 +1,27 @@
-//! Which events are liked.
+//! Decides which events are liked.
 
 use super::ImportOptions;
 use super::Liked;
 
-/// How a column's values are judged.
+/// The rule for the values of the label column.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Rule {
-    /// Ratings: above the threshold.
+    /// Liked if the rating is above the threshold.
     Above(f64),
-    /// 1 or 0.
+    /// A flag: 1 is liked, 0 is skipped.
     Flag,
-    /// Every event; there is no column.
+    /// Every event is liked; there is no label column.
     Every,
-    /// Events by name.
+    /// Liked and skipped events by name.
     Named { liked: Vec<String>, skipped: Vec<String> },
 }
 
-/// What an event is.
+/// The judgement of one event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Verdict {
     Liked,
     Skipped,
-    /// An event with a name that no rule knows.
+    /// The name of the event is in neither list.
     Other,
 }
 
@@ -32,8 +32,8 @@ impl From<bool> for Verdict {
 }
 
 impl Rule {
-    /// The rule asked for, or that of the format: `usual` is its threshold, `None` where its labels
-    /// are flags.
+    /// The rule from the options, or else that of the format: `usual` is its threshold, `None` if
+    /// its labels are flags.
     pub(super) fn new(options: &ImportOptions, usual: Option<f64>) -> Rule {
         match &options.liked {
             Liked::ByFormat => usual.map_or(Rule::Flag, Rule::Above),
@@ -45,7 +45,7 @@ impl Rule {
         }
     }
 
-    /// The rule for the protocol.
+    /// The rule in the words of the protocol.
     pub(super) fn words(&self, column: &str) -> String {
         match self {
             Rule::Above(threshold) => format!("{column} > {threshold}"),
@@ -88,7 +88,7 @@ impl Rule {
         }
     }
 
-    /// Whether labels are numbers, so that a word in their column is a column's name.
+    /// Whether labels are numbers. A word in a label column of numbers must be the column's name.
     pub(super) fn numeric(&self) -> bool {
         matches!(self, Rule::Above(_) | Rule::Flag)
     }
@@ -96,7 +96,7 @@ impl Rule {
 
 /// A finite number.
 fn number(field: &[u8]) -> Option<f64> {
-    // The common cases first: a digit, and a digit with ".0" or ".5".
+    // The common cases first: one digit, or one digit with ".0" or ".5".
     match field {
         [digit @ b'0'..=b'9'] => return Some(f64::from(digit - b'0')),
         [digit @ b'0'..=b'9', b'.', half @ (b'0' | b'5')] => {

@@ -1,4 +1,4 @@
-//! Where a log has its columns, and whether its first line names them.
+//! Finds the columns of a log, and whether its first line is a header.
 
 use super::fields::{Delimiter, SLOTS, count_delimiters, split};
 use super::label::Rule;
@@ -8,37 +8,38 @@ use super::time;
 use super::{ColumnOptions, DataError, ImportOptions, Liked};
 use std::path::Path;
 
-/// What a format knows about its logs.
+/// The properties of a log format.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Schema {
     /// Names of the user, item, time and label columns, the preferred one first.
     pub names: [&'static [&'static str]; 4],
-    /// The columns of a log without header: user, item, time, label.
+    /// The columns of a log without header: user, item, time, label; `None` if a header is
+    /// required.
     pub positions: Option<[usize; 4]>,
-    /// What may stand between fields; of equally many the first.
+    /// Possible delimiters; if several are equally frequent, the first is chosen.
     pub delimiters: &'static [Delimiter],
     /// Whether a header has the form `name:type`.
     pub typed: bool,
-    /// The threshold of a label column with this name; `None` where it is a flag.
+    /// The threshold of a label column with this name; `None` if it holds flags.
     pub threshold: fn(&str) -> Option<f64>,
-    /// Finds `positions` in the first rows, where the format has several orders.
+    /// Finds `positions` from the first rows, for formats with several column orders.
     #[expect(clippy::type_complexity, reason = "a field of a table of constants")]
     pub order: Option<fn(&[Vec<String>]) -> Result<[usize; 4], &'static str>>,
-    /// Members of an archive that are no logs, beside [`NEVER_LOGS`].
+    /// Archive members that are not logs, besides [`NEVER_LOGS`].
     pub other_members: &'static [&'static str],
 }
 
-/// Lines that are looked at where one does not tell.
+/// Number of lines to examine where one is not enough.
 const VOTERS: usize = 200;
-/// What lies beside logs in any archive.
+/// Files beside the logs in any archive.
 const NEVER_LOGS: &[&str] =
     &["README*", "LICENSE*", "*.md", "*.py", "*.ipynb", "*.html", "*.pdf", "*.sh", "*.pl"];
-/// Commas and tabs, as most formats have them.
+/// Comma and tab, the delimiters of most formats.
 pub(super) const COMMA_OR_TAB: &[Delimiter] = &[Delimiter::Byte(b','), Delimiter::Byte(b'\t')];
 
 impl Schema {
-    /// Whether a member of an archive is a log: by the pattern given, or else by what the format
-    /// ships beside its logs.
+    /// Whether an archive member is a log: by the given pattern, or else by the files that the
+    /// format is known to ship beside its logs.
     pub(super) fn is_log(&self, member: &Path, pattern: Option<&str>) -> bool {
         match pattern {
             Some(pattern) => matches(pattern, member),
@@ -54,7 +55,7 @@ pub(super) enum Role {
     Item,
     Time,
     Label,
-    /// The day, where the time column has the time of day alone.
+    /// The day, if the time column holds only the time of day.
     Date,
 }
 
@@ -71,7 +72,7 @@ impl Role {
         }
     }
 
-    /// The column given for this role.
+    /// The column that the options give for this role.
     pub(super) fn wanted(self, options: &ColumnOptions) -> Option<&str> {
         match self {
             Role::User => options.user.as_deref(),
@@ -82,12 +83,12 @@ impl Role {
         }
     }
 
-    /// The names that the format has for it.
+    /// The names of the role's column in this format.
     fn aliases(self, schema: &Schema) -> &'static [&'static str] {
         schema.names.get(self as usize).copied().unwrap_or(&[])
     }
 
-    /// Whether a row must have it.
+    /// Whether every row must have this column.
     fn needed(self, options: &ImportOptions) -> bool {
         match self {
             Role::User | Role::Item | Role::Time => true,
@@ -97,7 +98,7 @@ impl Role {
     }
 }
 
-/// A column with the name that messages call it by.
+/// A column, with its name in messages.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Column {
     pub index: usize,
@@ -111,15 +112,15 @@ pub(super) type Columns = [Option<Column>; SLOTS];
 #[derive(Debug, Clone)]
 pub(super) struct Layout {
     pub delimiter: Delimiter,
-    /// The header's text, blanks taken off.
+    /// The header's text, trimmed.
     pub header: Option<Vec<u8>>,
-    /// Fields of a whole row, and the line that says so.
+    /// Number of fields of a whole row, and the line it was taken from.
     pub fields: (usize, u64),
     pub columns: Columns,
     pub rule: Rule,
 }
 
-/// The log that a layout is looked for in.
+/// The log whose layout is sought.
 #[derive(Clone, Copy)]
 pub(super) struct Context<'a> {
     pub name: &'a Path,
@@ -128,7 +129,7 @@ pub(super) struct Context<'a> {
 }
 
 impl Context<'_> {
-    /// The log is not what it is said to be.
+    /// The log does not have the stated format.
     pub(super) fn unknown(&self, reason: impl Into<String>) -> DataError {
         DataError::UnknownLayout {
             path: self.name.to_owned(),
@@ -137,7 +138,7 @@ impl Context<'_> {
         }
     }
 
-    /// Columns by the names that a header, or a schema, has.
+    /// Finds columns by the names of a header or schema.
     pub(super) fn by_names(&self, names: &[String]) -> Result<Columns, DataError> {
         let mut columns = [const { None }; SLOTS];
         for role in Role::ALL.into_iter().filter(|role| role.needed(self.options)) {
@@ -178,7 +179,7 @@ impl Context<'_> {
         }
     }
 
-    /// Columns by number: those given, or else `usual`. `None` where a column is given by name, or
+    /// Columns by number: the given ones, or else `usual`. `None` if a column is given by name or
     /// not at all.
     fn by_numbers(&self, usual: Option<[usize; 4]>) -> Option<Columns> {
         let mut columns = [const { None }; SLOTS];
@@ -226,7 +227,7 @@ impl Context<'_> {
             false => names.clone(),
         };
         match by_numbers {
-            // Columns that are given by name, or that the format finds by name, need a header.
+            // Columns given by name, or found by name, need a header.
             None if self.schema.typed && !typed => Err(self.unknown("its header has no name:type columns")),
             None => Ok(header(&names, self.by_names(&clean)?)),
             Some(_) if is_count(&names) => Ok(header(&names, self.positional(lines, delimiter)?)),
@@ -243,7 +244,7 @@ impl Context<'_> {
         Ok(Layout { delimiter, header: None, fields, columns, rule })
     }
 
-    /// Columns by number, in the order that the rows show where the format has several.
+    /// Columns by number. If the format has several orders, the first rows decide.
     fn positional(&self, lines: &Lines, delimiter: Delimiter) -> Result<Columns, DataError> {
         let given = |role: Role| role.wanted(&self.options.columns).is_some();
         let positions = match self.schema.order {
@@ -257,8 +258,8 @@ impl Context<'_> {
         Ok(self.by_numbers(positions).expect("the caller has seen that all columns have numbers"))
     }
 
-    /// The delimiter given, or that of the format which the first line has most of; the first with
-    /// any, as it may be a bad row.
+    /// The given delimiter, or else the format's delimiter that is most frequent in the first line;
+    /// if that line has none (it may be a bad row), the first line with one decides.
     fn delimiter(&self, lines: &Lines) -> Result<Delimiter, DataError> {
         if let Some(delimiter) = self.options.columns.delimiter {
             return Ok(Delimiter::Byte(delimiter));
@@ -269,7 +270,7 @@ impl Context<'_> {
                 .delimiters
                 .iter()
                 .map(|&delimiter| (count_delimiters(line, delimiter), delimiter));
-            // The first of equals: max_by_key takes the last.
+            // Of equal counts the first is wanted, and `max_by_key` returns the last.
             let (count, delimiter) = counts.rev().max_by_key(|&(count, _)| count)?;
             (count > 0).then_some(delimiter)
         };
@@ -277,7 +278,7 @@ impl Context<'_> {
         found.ok_or_else(|| self.unknown("its first lines have no delimiter that is known; give --delimiter"))
     }
 
-    /// Whether the first line is beyond doubt one of names: it has a name that the format knows, or
+    /// Whether the first line is certainly a header: it contains a name that the format knows, or
     /// words where times and labels are numbers.
     fn names_columns(&self, fields: &[String], columns: &Columns) -> bool {
         let known = |role: Role| {
@@ -300,13 +301,13 @@ impl Context<'_> {
             .map(|column| fields.get(column.index).map_or("", |field| field))
             .collect();
         let all_words = cells.iter().all(|cell| is_word(cell));
-        // One word alone may be a bad time.
+        // A single word may be a bad time.
         all_words && (cells.len() > 1 || fields.iter().any(|field| is_usual_name(field)))
     }
 }
 
-/// `0,1,2,3`, also behind an empty name: the columns of a table without names, as pandas writes
-/// them.
+/// Whether the names are `0,1,2,3`, possibly after an empty name: pandas writes this header for
+/// unnamed columns.
 fn is_count(names: &[String]) -> bool {
     let names = match names.split_first() {
         Some((first, rest)) if first.is_empty() => rest,
@@ -315,7 +316,7 @@ fn is_count(names: &[String]) -> bool {
     names.len() >= 3 && names.iter().enumerate().all(|(number, name)| *name == number.to_string())
 }
 
-/// Whether a field cannot be a number, a date, or a missing value.
+/// Whether a field cannot be a number, a date or a missing value.
 fn is_word(field: &str) -> bool {
     const MISSING: [&str; 8] = ["na", "n/a", "nan", "null", "none", "nil", "true", "false"];
     field.starts_with(|first: char| first.is_alphabetic() || first == '_')
@@ -323,7 +324,7 @@ fn is_word(field: &str) -> bool {
         && time::parse(field.as_bytes()).is_err()
 }
 
-/// Whether a column may well have this name.
+/// Whether this is a common name for a column.
 fn is_usual_name(field: &str) -> bool {
     const PARTS: [&str; 16] = [
         "user", "item", "time", "date", "rating", "label", "movie", "video", "product", "event", "click",
@@ -346,7 +347,7 @@ fn texts(fields: &[std::borrow::Cow<'_, [u8]>]) -> Vec<String> {
     fields.iter().map(|field| String::from_utf8_lossy(field).into_owned()).collect()
 }
 
-/// How many fields most rows of the head have, and the first line that has so many.
+/// The most common number of fields in the head, and the first line with this number.
 fn most_common_count(lines: &Lines, delimiter: Delimiter) -> (usize, u64) {
     let mut counts: Vec<(usize, u64, usize)> = Vec::new();
     for line in lines.head().take(VOTERS) {
@@ -356,7 +357,7 @@ fn most_common_count(lines: &Lines, delimiter: Delimiter) -> (usize, u64) {
             None => counts.push((fields.len(), line.number, 1)),
         }
     }
-    // The first of equals.
+    // Of equal counts the first, as above.
     let best = counts.iter().rev().max_by_key(|(.., times)| *times);
     best.map_or((0, 1), |&(count, line, _)| (count, line))
 }

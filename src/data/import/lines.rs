@@ -1,24 +1,24 @@
-//! Lines of a log, one at a time.
+//! The lines of a log, one at a time.
 //!
-//! One line is one row for every text format. A quoted field therefore cannot hold a line end, and
-//! damage in one line (a stray quote, a cut field) never reaches the next.
+//! In every text format, one line is one row. A quoted field therefore cannot contain a line end,
+//! and damage in one line (a stray quote, a truncated field) does not affect the next.
 
 use super::source::starts_with_bom;
 use memchr::memchr;
 use std::io::{self, Read};
 
-/// A longer line is a bad row: it is skipped without being held in memory.
+/// A longer line is a bad row; it is skipped without being held in memory.
 pub(super) const LONGEST_LINE: usize = 1 << 24;
-/// Bytes looked at to find the columns of a log.
+/// Number of bytes used to find the columns of a log.
 const HEAD_BYTES: usize = 1 << 16;
 const FIRST_BUFFER: usize = 1 << 18;
-/// Bytes of a line that is too long which are given out, for messages.
+/// Number of bytes of an overlong line that messages show.
 const SHOWN: usize = 80;
 
 /// The non-blank lines of a text.
 pub(super) struct Lines<'a> {
     source: Box<dyn Read + 'a>,
-    /// `buffer[start..end]` has been read and not yet been given out.
+    /// `buffer[start..end]` has been read but not yet returned.
     buffer: Vec<u8>,
     start: usize,
     end: usize,
@@ -32,15 +32,14 @@ pub(super) struct Lines<'a> {
 pub(super) struct Line<'b> {
     /// Counted from 1, blank lines included.
     pub number: u64,
-    /// The text; its beginning where the line is too long.
+    /// The text, truncated if the line is too long.
     pub text: &'b [u8],
     /// Whether the line is longer than [`LONGEST_LINE`].
     pub too_long: bool,
 }
 
 impl<'a> Lines<'a> {
-    /// Reads ahead as far as finding the columns needs it: the first non-blank line, and at least
-    /// 64 KiB.
+    /// Reads ahead to find the columns: the first non-blank line, and at least 64 KiB.
     pub(super) fn new(source: Box<dyn Read + 'a>) -> io::Result<Self> {
         let mut lines = Lines {
             source,
@@ -63,7 +62,7 @@ impl<'a> Lines<'a> {
             lines.fill()?;
         }
         let head = &lines.buffer[..lines.end];
-        // Files of the classic Mac OS end their lines with a carriage return alone.
+        // Files of classic Mac OS have only a carriage return at the end of a line.
         if memchr(b'\n', head).is_none() && memchr(b'\r', head).is_some() {
             lines.terminator = b'\r';
         }
@@ -84,8 +83,8 @@ impl<'a> Lines<'a> {
     pub(super) fn next(&mut self) -> io::Result<Option<Line<'_>>> {
         loop {
             let Some((from, to, too_long)) = self.next_raw()? else { return Ok(None) };
-            // Looked at twice, because a borrow that is returned from a loop would last for the
-            // whole function.
+            // `clean` is called again below: a borrow returned from a loop would last for the whole
+            // function.
             if !clean(&self.buffer[from..to]).trim_ascii().is_empty() {
                 let text = clean(&self.buffer[from..to]);
                 return Ok(Some(Line { number: self.number, text, too_long }));
@@ -93,7 +92,7 @@ impl<'a> Lines<'a> {
         }
     }
 
-    /// The place of the next line in the buffer.
+    /// The span of the next line in the buffer.
     fn next_raw(&mut self) -> io::Result<Option<(usize, usize, bool)>> {
         let mut scanned = 0;
         loop {
@@ -120,7 +119,7 @@ impl<'a> Lines<'a> {
         }
     }
 
-    /// The place of a line that ends before `end`, and whether it is too long.
+    /// The span of a line that ends before `end`, and whether it is too long.
     fn place(&self, end: usize) -> (usize, usize, bool) {
         match end - self.start > LONGEST_LINE {
             true => (self.start, self.start + SHOWN, true),
@@ -128,7 +127,7 @@ impl<'a> Lines<'a> {
         }
     }
 
-    /// Drops the rest of a line that is too long; its beginning stays at the front of the buffer.
+    /// Skips the rest of an overlong line; its first bytes stay at the front of the buffer.
     fn skip_line(&mut self) -> io::Result<()> {
         self.buffer.copy_within(self.start..self.start + SHOWN, 0);
         loop {
@@ -148,7 +147,7 @@ impl<'a> Lines<'a> {
         }
     }
 
-    /// Reads more bytes behind those that are there.
+    /// Reads more bytes to the end of the buffer.
     fn fill(&mut self) -> io::Result<()> {
         if self.end == self.buffer.len() {
             if self.start > 0 {
@@ -172,8 +171,8 @@ impl<'a> Lines<'a> {
     }
 }
 
-/// Takes off a carriage return at the end, and a byte order mark at the beginning: concatenated
-/// files have one in their middle.
+/// Strips a carriage return at the end and a byte order mark at the beginning. (Concatenated files
+/// contain byte order marks in the middle.)
 fn clean(line: &[u8]) -> &[u8] {
     let line = line.strip_suffix(b"\r").unwrap_or(line);
     if starts_with_bom(line) { &line[3..] } else { line }
@@ -184,7 +183,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// Gives out a few bytes at a time.
+    /// Returns a few bytes per read.
     struct Drip<'a>(&'a [u8], usize);
 
     impl Read for Drip<'_> {

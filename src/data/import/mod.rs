@@ -1,8 +1,8 @@
-//! Reading interaction logs of the formats that public data sets come in.
+//! Imports interaction logs in the formats of public data sets.
 //!
-//! A format's file decides, from the first lines of a log, where the columns are, and what counts
-//! as liked; the rows are then read in one way for all (`rows`). Rows stream: users and items are
-//! numbered as they appear, the events are sorted by user and time on disk.
+//! The module of a format finds, from the first lines of a log, its columns and its rule for liked
+//! events. `rows` then reads the rows of all formats alike. Rows are streamed: users and items are
+//! numbered in order of appearance, and events are sorted by user and time on disk.
 
 mod amazon;
 mod columnar;
@@ -48,20 +48,20 @@ pub enum LogFormat {
     KuaiRec,
     /// RecBole's atomic files.
     Inter,
-    /// Any delimited text; columns are given.
+    /// Any delimited text; options give the columns.
     Csv,
 }
 
-/// Which columns to read, by name or by 0-based number; what is not given, the format decides.
+/// The columns to read, by name or by 0-based number; the format finds the others.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ColumnOptions {
     /// Users.
     pub user: Option<String>,
     /// Items.
     pub item: Option<String>,
-    /// Times; the time of day where there is a `date`.
+    /// Times; only the time of day if there is a `date`.
     pub time: Option<String>,
-    /// Dates, where they stand apart from the time of day.
+    /// Dates, if they have a column of their own.
     pub date: Option<String>,
     /// Ratings or flags.
     pub label: Option<String>,
@@ -72,9 +72,9 @@ pub struct ColumnOptions {
 /// The unit of a log's times. Data sets hold milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum TimeUnit {
-    /// Decided once for the whole log, by its largest time in magnitude: below 10^11 seconds (until
-    /// the year 5138), below 10^14 milliseconds, below 10^17 microseconds, else nanoseconds. A log
-    /// whose times lie between 1990 and 2100 by two different units is refused.
+    /// One unit for the whole log, decided by its largest time in magnitude: below 10^11 seconds
+    /// (until the year 5138), below 10^14 milliseconds, below 10^17 microseconds, else nanoseconds.
+    /// A log whose times lie between 1990 and 2100 by two different units is refused.
     #[default]
     Auto,
     /// Seconds, with a fraction or without.
@@ -90,26 +90,25 @@ pub enum TimeUnit {
 /// Which events are liked.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub enum Liked {
-    /// As the format has it: ratings above 3, watch ratios above 2 for KuaiRec, flags that are 0 or
-    /// 1.
+    /// By the format: ratings above 3, for KuaiRec watch ratios above 2, flags equal to 1.
     #[default]
     ByFormat,
-    /// Those with a label above this.
+    /// Events with a label above this threshold.
     Above(f64),
-    /// All of them: a log of likes. No label column is read.
+    /// All events: a log of likes. No label column is read.
     Every,
-    /// By the names in the label column.
+    /// By names in the label column.
     Named {
         /// Names of liked events.
         liked: Vec<String>,
         /// Names of skipped events.
         skipped: Vec<String>,
-        /// Whether events with other names are left out; if not, they are an error.
+        /// Whether events with other names are ignored; otherwise they are an error.
         ignore_others: bool,
     },
 }
 
-/// What to import and how. Start from [`ImportOptions::new`], which knows each format's habits.
+/// Options of an import. [`ImportOptions::new`] sets the defaults of a format.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ImportOptions {
     /// Format of all inputs.
@@ -117,7 +116,7 @@ pub struct ImportOptions {
     /// Logs, read one after the other; `-` is standard input. gzip, zstd, tar, Parquet, Arrow IPC
     /// and JSON are recognised by their first bytes.
     pub inputs: Vec<PathBuf>,
-    /// Members of tar archives to read, in which `*` stands for any text; `None`: all but those
+    /// Members of tar archives to read, in which `*` stands for any text; `None`: all except those
     /// that the format is known to ship beside its logs.
     pub member: Option<String>,
     /// The data set file to make.
@@ -128,7 +127,7 @@ pub struct ImportOptions {
     pub liked: Liked,
     /// Unit of the times.
     pub time_unit: TimeUnit,
-    /// Repeated (user, item) pairs.
+    /// Treatment of repeated (user, item) pairs.
     pub repeats: Repeats,
     /// Frequency filter.
     pub k_core: Option<KCore>,
@@ -136,18 +135,18 @@ pub struct ImportOptions {
     pub split: Split,
     /// Evaluation groups.
     pub candidates: CandidateOptions,
-    /// Bad rows to skip before giving up.
+    /// Number of bad rows to skip before the import fails.
     pub skip_bad_rows: u64,
-    /// Folder of temporary files; `None`: that of the output.
+    /// Folder of temporary files; `None`: the folder of the output.
     pub temporary: Option<PathBuf>,
     /// Bytes of events sorted in memory at a time.
     pub sort_memory: usize,
 }
 
 impl ImportOptions {
-    /// The paper's preparation for this kind of log: k-core 10, counted on liked records and split
-    /// in time (80 %, 10 %, 10 %) for micro-video logs, counted on all records and leaving the last
-    /// two events out otherwise.
+    /// The paper's preparation for this kind of log. Micro-video logs: k-core 10 on liked records,
+    /// split in time (80 %, 10 %, 10 %). Others: k-core 10 on all records, last two events left
+    /// out.
     pub fn new(format: LogFormat, inputs: Vec<PathBuf>, output: PathBuf) -> ImportOptions {
         ImportOptions {
             format,
@@ -173,7 +172,7 @@ impl ImportOptions {
 }
 
 impl LogFormat {
-    /// The name on the command line and in the protocol.
+    /// The format's name on the command line and in the protocol.
     pub fn name(self) -> &'static str {
         match self {
             LogFormat::MovieLens => "movielens",
@@ -185,7 +184,7 @@ impl LogFormat {
         }
     }
 
-    /// The records that the paper counts towards the k-core for this kind of log.
+    /// The records that the paper counts for the k-core of this kind of log.
     pub fn counted_records(self) -> CountedRecords {
         if self.micro_video() { CountedRecords::Positive } else { CountedRecords::All }
     }
@@ -206,9 +205,9 @@ impl LogFormat {
     }
 }
 
-/// Told how an import gets on.
+/// Receives the progress of an import.
 pub trait Progress {
-    /// Another `count` bytes of the inputs, as they lie on disk, have been read.
+    /// Another `count` bytes of the inputs, as stored on disk, have been read.
     fn bytes(&self, count: u64) {
         let _ = count;
     }
@@ -218,23 +217,22 @@ pub trait Progress {
         let _ = row;
     }
 
-    /// A decision about a log: where its columns are, what counts as liked, which unit its times
-    /// have.
+    /// A decision about a log: its columns, its rule for liked events, or the unit of its times.
     fn note(&self, decision: &str) {
         let _ = decision;
     }
 
-    /// All rows are read; the rest (sorting, filtering, writing) takes a fraction of the time.
+    /// All rows are read; sorting, filtering and writing take a small part of the time.
     fn finishing(&self) {}
 }
 
-/// Says nothing.
+/// Ignores all reports.
 impl Progress for () {}
 
 /// Imports logs into a data set file.
 ///
-/// Memory: an entry for each user and item, one history, and [`ImportOptions::sort_memory`];
-/// nothing grows with the number of rows but temporary files (24 bytes a row, up to three times).
+/// Memory: one entry per user and item, one history, and [`ImportOptions::sort_memory`]. Only the
+/// temporary files grow with the number of rows (24 bytes per row, up to three times).
 pub fn import(options: &ImportOptions, progress: &dyn Progress) -> Result<Made, DataError> {
     check(options)?;
     let folder = options.temporary.as_deref().unwrap_or(folder_of(&options.output));
@@ -300,12 +298,12 @@ pub fn import(options: &ImportOptions, progress: &dyn Progress) -> Result<Made, 
     assemble(log, protocol, None, workplace)
 }
 
-/// Refuses options that cannot be met, before anything is read.
+/// Checks the options before any input is read.
 fn check(options: &ImportOptions) -> Result<(), DataError> {
     let invalid = |option, value: String, reason| Err(DataError::InvalidOption { option, value, reason });
     match &options.liked {
         Liked::Above(threshold) if threshold.is_nan() => {
-            return invalid("positive-above", "NaN".to_owned(), "is no number to be above");
+            return invalid("positive-above", "NaN".to_owned(), "is not a threshold");
         }
         Liked::Named { liked, skipped, .. } => {
             if let Some(both) = liked.iter().find(|name| skipped.contains(name)) {
@@ -323,7 +321,7 @@ fn check(options: &ImportOptions) -> Result<(), DataError> {
     refuse_own_input(options)
 }
 
-/// The output replaces what was there under its name: that must not be a log.
+/// The output replaces an existing file, which must not be one of the logs.
 fn refuse_own_input(options: &ImportOptions) -> Result<(), DataError> {
     let Ok(output) = options.output.canonicalize() else { return Ok(()) };
     match options.inputs.iter().find(|input| input.canonicalize().is_ok_and(|input| input == output)) {

@@ -1,6 +1,6 @@
 //! MovieLens: `u.data` (tabs), `ratings.dat` (`::`), `ratings.csv` (commas and a header).
 //!
-//! All have user, item, rating (1 to 5, half stars from 10M on), time in seconds.
+//! All have user, item, rating (1 to 5, half stars from 10M on) and time in seconds.
 
 use super::fields::Delimiter;
 use super::layout::Schema;

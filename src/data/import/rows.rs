@@ -1,5 +1,5 @@
-//! Rows to events, in one way for all formats: fields to user, item, time and feedback, or a bad
-//! row.
+//! Converts rows of all formats to events: the fields become user, item, time and feedback, or the
+//! row is bad.
 
 use super::fields::{SLOTS, Splitter};
 use super::json::{JsonLayout, Objects};
@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::Path;
 
-/// Names of other events that are listed one by one.
+/// Number of other event names that are listed individually.
 const LISTED_NAMES: usize = 20;
 
 const NO_HEADER: &str = "no header";
@@ -29,13 +29,13 @@ pub(super) struct Row<'a> {
     pub liked: bool,
 }
 
-/// What a row goes to.
+/// The consumer of rows.
 pub(super) type Each<'a> = &'a mut dyn FnMut(Row) -> Result<(), DataError>;
 
-/// A field, as its format holds it.
+/// A field, in the type of its format.
 #[derive(Debug, Clone)]
 pub(super) enum Cell<'a> {
-    /// There is none, or a null.
+    /// A missing field, or null.
     Absent,
     Text(Cow<'a, [u8]>),
     Whole(i64),
@@ -45,7 +45,7 @@ pub(super) enum Cell<'a> {
     Instant(RawTime),
 }
 
-/// Reads the rows of several logs and counts the bad ones.
+/// Reads the rows of several logs and counts bad rows.
 pub(super) struct Rows<'a> {
     pub(super) options: &'a ImportOptions,
     progress: &'a dyn Progress,
@@ -56,17 +56,17 @@ pub(super) struct Rows<'a> {
     pub skipped: u64,
     /// The unit of all times.
     pub clock: Clock,
-    /// What counts as liked: each rule with the logs that it holds for.
+    /// The rules for liked events, each with its logs.
     rules: Vec<(String, Vec<String>)>,
-    /// What was decided about each log.
+    /// The decisions about each log.
     pub decisions: Vec<String>,
-    /// Events by names that no rule knows.
+    /// Events with names in neither list, by name.
     others: BTreeMap<String, u64>,
-    /// All of them.
+    /// Number of all such events.
     pub other_events: u64,
 }
 
-/// A field that cannot be used: its column, what stands there, why not.
+/// An unusable field: its column, its value, and the reason.
 pub(super) struct Fault<'a> {
     pub field: &'a str,
     pub value: Cow<'a, [u8]>,
@@ -97,7 +97,7 @@ impl<'a> Rows<'a> {
         }
     }
 
-    /// Calls `each` with the rows of one file, which may be an archive of several logs.
+    /// Calls `each` with the rows of one file, which may be an archive of logs.
     pub(super) fn read(&mut self, path: &Path, each: Each) -> Result<(), DataError> {
         let (schema, pattern) = (self.schema, self.options.member.as_deref());
         let choose = move |member: &Path| schema.is_log(member, pattern);
@@ -134,7 +134,7 @@ impl<'a> Rows<'a> {
         let splitter = Splitter::new(layout.delimiter, expected, indices);
         let mut headers = 0u64;
         while let Some(line) = lines.next().map_err(DataError::read(context.name))? {
-            // Concatenated files repeat their header.
+            // A concatenated file repeats its header.
             if layout.header.as_deref().is_some_and(|header| line.text.trim_ascii() == header) {
                 headers += 1;
                 continue;
@@ -167,7 +167,7 @@ impl<'a> Rows<'a> {
             self.row(&reading, line.number, cells, absent, each)?;
         }
         if headers > 1 {
-            let decision = format!("{}: the header stands {headers} times", context.name.display());
+            let decision = format!("{}: the header occurs {headers} times", context.name.display());
             self.note(decision);
         }
         Ok(())
@@ -199,8 +199,8 @@ impl<'a> Rows<'a> {
         Ok(())
     }
 
-    /// Takes one row: calls `each` with it, or counts it as bad. `absent` says why a field is not
-    /// there.
+    /// Processes one row: calls `each` with it, or counts it as bad. `absent` is the reason for a
+    /// missing field.
     pub(super) fn row(
         &mut self,
         reading: &Reading,
@@ -209,7 +209,7 @@ impl<'a> Rows<'a> {
         absent: impl Fn() -> Cow<'static, str>,
         each: Each,
     ) -> Result<(), DataError> {
-        // Taken by ids that are numbers in a columnar file; without such ids no memory is.
+        // Used for numeric ids of columnar files; otherwise they allocate nothing.
         let mut buffers = [const { String::new() }; 2];
         match self.parse(reading, line, &cells, absent, &mut buffers) {
             Ok(Some(row)) => each(row),
@@ -264,7 +264,7 @@ impl<'a> Rows<'a> {
                 verdict.map_err(|reason| fault(Role::Label, reason.into()))?
             }
         };
-        // Only rows that are used count for the unit, and other events are none of them.
+        // Only rows that are used count for the unit; other events are not.
         if verdict == Verdict::Other {
             let label = String::from_utf8_lossy(&cells[Role::Label as usize].text()).into_owned();
             self.count_other(label);
@@ -290,7 +290,7 @@ impl<'a> Rows<'a> {
         *self.others.entry(label).or_default() += 1;
     }
 
-    /// Counts a bad row, or gives up.
+    /// Counts a bad row; fails above the allowed number.
     pub(super) fn bad_row(&mut self, reading: &Reading, line: u64, fault: Fault) -> Result<(), DataError> {
         const SHOWN: usize = 80;
         let value = String::from_utf8_lossy(&fault.value);
@@ -311,7 +311,7 @@ impl<'a> Rows<'a> {
         Err(if allowed == 0 { DataError::BadRow(row) } else { DataError::TooManyBadRows { allowed, row } })
     }
 
-    /// Notes where the columns of a log are and which of its events count as liked.
+    /// Records the columns of a log and its rule for liked events.
     pub(super) fn decided(&mut self, reading: &Reading, header: &str) {
         let file = last_part(reading.name);
         let mut words = format!("{file}: {header}");
@@ -337,13 +337,13 @@ impl<'a> Rows<'a> {
         self.note(words);
     }
 
-    /// Tells the caller a decision, and keeps it for the protocol.
+    /// Reports a decision, and records it for the protocol.
     pub(super) fn note(&mut self, words: String) {
         self.progress.note(&words);
         self.decisions.push(words);
     }
 
-    /// What counts as liked, for the protocol: one rule, or each with its logs.
+    /// The rule for liked events in the protocol: one rule, or each with its logs.
     pub(super) fn rule(&self) -> String {
         match &self.rules[..] {
             [] => String::new(),
@@ -355,7 +355,7 @@ impl<'a> Rows<'a> {
         }
     }
 
-    /// Refuses events with names that are neither liked nor skipped, unless they are to be ignored.
+    /// Refuses events with names in neither list, unless they are to be ignored.
     pub(super) fn check_others(&mut self) -> Result<(), DataError> {
         if self.other_events == 0 {
             return Ok(());
@@ -415,7 +415,7 @@ fn id<'r>(cell: &'r Cell, buffer: &'r mut String) -> Result<&'r str, &'static st
     }
 }
 
-/// The name of a file without its folder; of a member, that of the archive too.
+/// The name of a file without its folder; for a member, preceded by the archive's.
 fn last_part(path: &Path) -> String {
     path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
 }

@@ -1,8 +1,8 @@
-//! The bytes of logs: unpacked, and taken out of archives.
+//! The bytes of logs, decompressed and extracted from archives.
 //!
-//! Containers are recognised by their first bytes, whatever the file's name: gzip and zstd (several
-//! members end to end are one stream), tar, and both together. A container that is not read is
-//! named in the error.
+//! Containers are recognised by their first bytes, not by the name of the file: gzip and zstd
+//! (several members end to end form one stream), tar, and both combined. The error for an
+//! unsupported container names it.
 
 use super::{DataError, Progress};
 use flate2::bufread::GzDecoder;
@@ -10,24 +10,24 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, Cursor, ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
-/// Bytes looked at to recognise a container; tar has its magic at 257.
+/// Number of bytes needed to recognise a container; the magic of tar is at 257.
 const MAGIC_BYTES: usize = 512;
-/// Compression within compression beyond this is refused.
+/// Deepest nesting of compression that is read.
 const DEEPEST: usize = 3;
 
-/// One log, wherever it lay.
+/// One log, from a file or an archive.
 pub(super) struct Log<'a> {
-    /// The file, and within an archive the member: `logs.tar.gz/data/log.csv`.
+    /// The path of the file; for a member of an archive, `logs.tar.gz/data/log.csv`.
     pub name: PathBuf,
     /// The first bytes of `bytes`.
     pub magic: Vec<u8>,
-    /// All bytes, those of `magic` included.
+    /// All bytes, including `magic`.
     pub bytes: Box<dyn Read + 'a>,
-    /// The file itself, where the log is not packed.
+    /// The file itself, if the log is not compressed.
     pub file: Option<File>,
 }
 
-/// Decides which members of an archive are logs, by their paths in it.
+/// Decides by its path whether a member of an archive is a log.
 pub(super) type Choose<'a> = &'a dyn Fn(&Path) -> bool;
 
 /// Calls `each` with the log in a file, or with every log in an archive.
@@ -125,13 +125,13 @@ impl Unpack<'_> {
     }
 }
 
-/// What packers leave beside the files: `.DS_Store`, `._log.csv`.
+/// Files that archivers add: `.DS_Store`, `._log.csv`.
 fn hidden(member: &Path) -> bool {
     member.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b"."))
 }
 
-/// Whether `path` or its last part is `pattern`, in which `*` stands for any text and `?` for any
-/// byte.
+/// Whether `path` or its last component matches `pattern`, in which `*` stands for any text and `?`
+/// for any byte.
 pub(super) fn matches(pattern: &str, path: &Path) -> bool {
     fn fits(pattern: &[u8], text: &[u8]) -> bool {
         match pattern.split_first() {
@@ -168,7 +168,7 @@ fn unread_container(magic: &[u8]) -> Option<&'static str> {
     if magic.starts_with(&crate::data::format::MAGIC) {
         return Some("a data set (.dfar), which is imported already,");
     }
-    // "BZh" and "ORC" are words that a log may begin with: look at the bytes behind.
+    // Logs may begin with the words "BZh" and "ORC", so the following bytes are examined.
     let text = |bytes: &[u8]| bytes.iter().all(|byte| matches!(byte, b' '..=b'~' | b'\t' | b'\r' | b'\n'));
     let found = CONTAINERS.into_iter().find(|(start, _)| magic.starts_with(start))?;
     (!text(magic)).then_some(found.1)
@@ -185,11 +185,11 @@ fn buffered<'a>(bytes: Box<dyn Read + 'a>) -> Buffered<'a> {
     BufReader::with_capacity(1 << 17, bytes)
 }
 
-/// The members of a gzip stream, end to end. Zeros behind the last are padding (of tapes, and of
-/// some stores); other bytes are an error.
+/// The members of a gzip stream, end to end. Zeros after the last member are padding (of tapes, and
+/// of some object stores); other bytes are an error.
 struct Members<'a> {
     decoder: Option<GzDecoder<Buffered<'a>>>,
-    /// What lies between members.
+    /// The bytes between members.
     rest: Option<Buffered<'a>>,
 }
 
@@ -233,7 +233,7 @@ fn next_byte_that_is_not_zero(rest: &mut impl BufRead) -> io::Result<Option<u8>>
     }
 }
 
-/// Tells how many bytes went through.
+/// Counts the bytes that pass through.
 struct Counted<'a, R> {
     inner: R,
     progress: &'a dyn Progress,

@@ -1,21 +1,20 @@
-//! Times of a log: numbers of one unit, or dates.
+//! The times of a log: numbers in one unit, or dates.
 //!
-//! The unit is decided once for the whole log, when all rows are read: by then the largest time is
-//! known. Events are sorted by the numbers as they stand, so every order is that of the log,
-//! whatever the unit turns out to be.
+//! The unit is decided once for the whole log, after all rows are read, when the largest time is
+//! known. Events are sorted by the numbers as they are, so their order does not depend on the unit.
 
 use super::TimeUnit;
 use crate::data::{DataError, TimeSighting};
 use jiff::civil;
 
-/// A time in units that are not known yet: whole ones, and billionths of one.
+/// A time whose unit is not yet known: whole units, and billionths of one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct RawTime {
     pub whole: i64,
     pub billionths: u32,
 }
 
-/// What stands in a field.
+/// The value of a time field.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Stamp {
     /// A number in the log's unit.
@@ -25,11 +24,11 @@ pub(super) enum Stamp {
 }
 
 const BILLION: u32 = 1_000_000_000;
-/// Reason of a field that is neither a number nor a date.
+/// Error for a field that is neither a number nor a date.
 const NO_TIME: &str = "not a number or an ISO 8601 date";
 const TOO_LARGE: &str = "not a time: too large";
-/// Seconds from 1990 to 2100: a number in this range, or in its image in another unit, tells the
-/// unit.
+/// Seconds from 1990 to 2100. A number in this range, or in this range converted to another unit,
+/// reveals the unit.
 const MODERN: std::ops::RangeInclusive<u64> = 631_152_000..=4_102_444_800;
 
 impl RawTime {
@@ -49,13 +48,13 @@ impl RawTime {
         Ok(RawTime::new(whole as i64, billionths.min(BILLION - 1)))
     }
 
-    /// A number of `1 / per_second` seconds, as seconds.
+    /// A number of `1 / per_second` seconds, in seconds.
     pub(super) fn seconds(number: i64, per_second: i64) -> RawTime {
         let rest = number.rem_euclid(per_second) * (i64::from(BILLION) / per_second);
         RawTime::new(number.div_euclid(per_second), rest as u32)
     }
 
-    /// Milliseconds, to the nearest, of a time in `unit`.
+    /// Rounds a time in `unit` to milliseconds.
     pub(super) fn milliseconds(self, unit: Unit) -> i64 {
         let RawTime { whole, billionths } = self;
         match unit {
@@ -69,7 +68,7 @@ impl RawTime {
     }
 }
 
-/// A unit that is decided.
+/// A known unit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Unit {
     Seconds,
@@ -94,12 +93,12 @@ impl Unit {
         1000i64.pow(self as u32)
     }
 
-    /// The unit in which a number is a time between 1990 and 2100.
+    /// The unit by which the number is a time between 1990 and 2100.
     fn of_modern(magnitude: u64) -> Option<Unit> {
         Unit::ALL.into_iter().find(|unit| MODERN.contains(&(magnitude / unit.per_second() as u64)))
     }
 
-    /// The unit of a log whose largest time is this.
+    /// The unit of a log with this largest time.
     fn of_largest(magnitude: u64) -> Unit {
         match magnitude {
             0..100_000_000_000 => Unit::Seconds,
@@ -110,14 +109,14 @@ impl Unit {
     }
 }
 
-/// Decides the unit of a log while its times pass by.
+/// Decides the unit of a log from its times, one by one.
 #[derive(Debug)]
 pub(super) struct Clock {
     given: Option<Unit>,
     largest: u64,
     numbers: Option<TimeSighting>,
     dates: Option<TimeSighting>,
-    /// The first time that is modern in each unit.
+    /// The first time between 1990 and 2100 by each unit.
     modern: [Option<TimeSighting>; 4],
 }
 
@@ -133,7 +132,7 @@ impl Clock {
         Clock { given, largest: 0, numbers: None, dates: None, modern: [const { None }; 4] }
     }
 
-    /// Takes a time; `seen` says where it stands, and is asked only where that may matter.
+    /// Takes a time. `seen` returns its place, and is called only if an error may need it.
     pub(super) fn take(
         &mut self,
         stamp: Stamp,
@@ -172,7 +171,7 @@ impl Clock {
         }
     }
 
-    /// The unit of all times. An error where the log mixes units, or dates and numbers.
+    /// The unit of all times; an error if the log mixes units, or dates and numbers.
     pub(super) fn decide(&self) -> Result<Unit, DataError> {
         if let Some(unit) = self.given {
             return Ok(unit);
@@ -206,7 +205,7 @@ impl Clock {
     }
 }
 
-/// Reads a field.
+/// Parses a field.
 pub(super) fn parse(text: &[u8]) -> Result<Stamp, &'static str> {
     let text = std::str::from_utf8(text).map_err(|_| NO_TIME)?;
     if text.is_empty() {
@@ -224,7 +223,7 @@ pub(super) fn parse(text: &[u8]) -> Result<Stamp, &'static str> {
     }
 }
 
-/// `881250949.25`, exactly; `None` for other spellings, negative numbers among them.
+/// `881250949.25`, exactly; `None` for other forms, negative numbers included.
 fn decimal(text: &str) -> Option<RawTime> {
     let (whole, fraction) = text.split_once('.')?;
     let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
@@ -235,10 +234,10 @@ fn decimal(text: &str) -> Option<RawTime> {
     Some(RawTime::new(whole.parse().ok()?, billionths))
 }
 
-/// `2019-10-01`, `2019-10-01 00:00:00`, `2019-10-01T00:00:00.25+02:00`, `... UTC`: UTC where no
-/// zone stands.
+/// `2019-10-01`, `2019-10-01 00:00:00`, `2019-10-01T00:00:00.25+02:00`, `... UTC`. Without a zone,
+/// the time is UTC.
 fn instant(text: &str) -> Option<RawTime> {
-    // Numbers are never dates; jiff would read some.
+    // Numbers are never dates; jiff would accept some.
     if !text.get(4..)?.starts_with(['-', '/']) && !text.contains(['T', 't']) {
         return None;
     }
@@ -261,7 +260,7 @@ fn instant(text: &str) -> Option<RawTime> {
     of_civil(moment)
 }
 
-/// A day and a time of day in fields of their own.
+/// A day and a time of day in separate fields.
 pub(super) fn day_and_time(day: &[u8], time: &[u8]) -> Result<Stamp, &'static str> {
     let day = std::str::from_utf8(day).ok().and_then(parse_day);
     let day = day.ok_or("not a date (ISO 8601, such as 2019-10-01 or 20191001)")?;
@@ -282,7 +281,7 @@ fn parse_day(text: &str) -> Option<civil::Date> {
 
 fn parse_time_of_day(text: &str) -> Option<civil::Time> {
     if text.contains(':') {
-        // jiff wants two digits of the hour.
+        // jiff requires two digits for the hour.
         let padded = if text.find(':') == Some(1) { format!("0{text}") } else { text.to_owned() };
         return padded.parse().ok();
     }

@@ -1,5 +1,5 @@
-//! Embeds `kernels/`: every `.cu` with the headers it includes, however deep, and a hash of all
-//! that text. Needs no CUDA; the kernels are compiled at run time, for the GPU that is there.
+//! Embeds `kernels/`: every `.cu` with all headers it includes, directly or not, and a hash of
+//! their text. Needs no CUDA: the kernels are compiled at run time, for the GPU in use.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -53,8 +53,8 @@ fn find_sources(folder: &Path, prefix: &str, names: &mut Vec<String>) {
     }
 }
 
-/// Reads `name` and all it includes by `#include "..."`. Headers that are not there belong to
-/// another compiler (the emulator's, behind an `#ifdef`), and are left to it.
+/// Reads `name` and all files it includes by `#include "..."`. A missing header belongs to another
+/// compiler (the emulator's, behind an `#ifdef`) and is skipped.
 fn close_over_includes(folder: &Path, name: &str, files: &mut BTreeMap<String, String>) {
     if files.contains_key(name) {
         return;

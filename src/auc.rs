@@ -1,5 +1,5 @@
-//! Area under the ROC curve: of the scores of a model, and of the process that generated a
-//! synthetic log.
+//! Area under the ROC curve, for the scores of a model and for those of the process that generated
+//! a synthetic log.
 
 /// Area under the ROC curve of `(score, is positive)` rows, ties counted half; `None` unless both
 /// classes occur. Sorts `rows`. Scores must be finite.

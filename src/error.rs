@@ -51,14 +51,14 @@ pub enum Error {
 }
 
 impl Error {
-    /// For `map_err` on I/O: `file.read(..).map_err(Error::io("read", path))`.
+    /// Converts an I/O error, for `map_err`: `file.read(..).map_err(Error::io("read", path))`.
     pub fn io(action: &'static str, path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Error {
         let path = path.as_ref().to_owned();
         move |source| Error::Io { action, path, source }
     }
 
     /// Exit code of the binaries: 1 the run failed, 3 bad input data, 4 no usable GPU, 5 non-finite
-    /// loss, 130 interrupted. (2, wrong usage, is clap's.)
+    /// loss, 130 interrupted. (clap exits with 2 for wrong usage.)
     pub fn exit_code(&self) -> u8 {
         match self {
             Error::Data(error) => error.exit_code(),

@@ -1,8 +1,8 @@
 //! Ranking metrics over candidate groups. Definitions: `docs/training.md`.
 //!
-//! Nothing here favours the positive: a tie counts half in AUC, and MRR and NDCG are expectations
-//! over a uniformly random order of tied candidates, so a model that gives every candidate one
-//! score is worth exactly what guessing is worth.
+//! Ties never favour the positive: a tie counts half in AUC, and MRR and NDCG are expectations over
+//! a uniformly random order of tied candidates. A model that gives all candidates the same score
+//! gets the metrics of random guessing.
 
 pub use crate::auc::auc;
 use serde::{Deserialize, Serialize};
@@ -13,16 +13,16 @@ pub const NDCG_CUTOFF: usize = 10;
 /// Users with fewer rows than this count as AUC 1 under [`GaucRule::Dfar`].
 const DFAR_MIN_ROWS: usize = 10;
 
-/// Which users count in GAUC.
+/// The users that count in GAUC.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 pub enum GaucRule {
-    /// Users that have both classes; the others are left out and counted.
+    /// Users with both classes; the number of the others is reported.
     #[default]
     #[serde(rename = "none")]
     #[value(name = "none")]
     BothClasses,
-    /// As the published DFAR code: a user with fewer than 10 rows counts with AUC 1. Inflates; for
-    /// comparison only.
+    /// As in the published DFAR code: a user with fewer than 10 rows counts with AUC 1. This
+    /// inflates GAUC; for comparison only.
     #[serde(rename = "dfar")]
     Dfar,
 }
@@ -36,11 +36,11 @@ pub struct Metrics {
     pub mrr: f64,
     /// Mean over groups of the expected NDCG@10 of the positive.
     pub ndcg: f64,
-    /// AUC within each user, weighted by the user's rows. `None` when no user has both classes.
+    /// AUC of each user, weighted by the number of rows; `None` if no user has both classes.
     pub gauc: Option<f64>,
-    /// Groups scored.
+    /// Number of groups.
     pub groups: usize,
-    /// Rows scored: groups times candidates.
+    /// Number of rows: groups times candidates.
     pub rows: usize,
     /// Users that count in GAUC.
     pub gauc_users: usize,
@@ -48,22 +48,22 @@ pub struct Metrics {
     pub gauc_users_left_out: usize,
 }
 
-/// Scored groups of one size: the first candidate of each group is its positive.
+/// Scored groups of equal size: the first candidate of each group is its positive.
 #[derive(Clone, Copy, Debug)]
 pub struct ScoredGroups<'a> {
     /// `[G]` user of each group.
     pub user: &'a [u32],
-    /// `[G * candidates]`, all finite.
+    /// `[G * candidates]` scores, all finite.
     pub scores: &'a [f32],
-    /// Candidates per group, the positive included.
+    /// Candidates per group, including the positive.
     pub candidates: usize,
 }
 
 impl ScoredGroups<'_> {
-    /// All metrics; `None` when there is no group or no negative.
+    /// All metrics; `None` if there is no group or no negative.
     ///
     /// # Panics
-    /// When `scores` is not `[user.len() * candidates]`.
+    /// If `scores` is not `[user.len() * candidates]`.
     pub fn metrics(&self, rule: GaucRule) -> Option<Metrics> {
         let (groups, candidates) = (self.user.len(), self.candidates);
         assert_eq!(self.scores.len(), groups * candidates, "one score per candidate");
@@ -114,7 +114,7 @@ impl ScoredGroups<'_> {
     }
 }
 
-/// How many of `group[1..]` score above `group[0]`, and how many the same.
+/// The number of scores of `group[1..]` above `group[0]`, and the number equal to it.
 fn standing(group: &[f32]) -> (usize, usize) {
     let positive = group[0];
     let above = group[1..].iter().filter(|&&s| s > positive).count();

@@ -1,8 +1,8 @@
-//! Scoring a data set's candidate groups, and what the scores are worth.
+//! Scores the candidate groups of a data set and computes their metrics.
 //!
-//! Every event of the validation and test parts has a group: the event's item and the negatives
-//! that were sampled when the data set was made, so that every model is scored on the same rows.
-//! Groups of liked events make the metrics; groups of skipped events are reported apart.
+//! Every event of the validation and test parts has a group: its item, and the negatives sampled
+//! when the data set was made. Every model is therefore scored on the same rows. The main metrics
+//! are those of the groups of liked events; groups of skipped events are reported separately.
 
 pub mod metrics;
 mod rank;
@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use std::ops::{ControlFlow, Range};
 use thiserror::Error;
 
-/// An evaluation that could not be finished.
+/// An evaluation that failed or was interrupted.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum EvaluateError {
@@ -30,19 +30,19 @@ pub enum EvaluateError {
     /// The model failed.
     #[error(transparent)]
     Model(#[from] ModelError),
-    /// The model gave a score that cannot be ranked.
+    /// The model returned a non-finite score for a candidate of a group.
     #[error("the score of candidate {candidate} for event {event} of user {user} is {score}")]
     NonFinite {
         /// User.
         user: u32,
         /// Index of the event.
         event: u32,
-        /// Index in the group.
+        /// Index in the group; 0 is the target.
         candidate: usize,
         /// The score.
         score: f32,
     },
-    /// The model gave a candidate of a query a score that cannot be ranked.
+    /// The model returned a non-finite score for a candidate of a query.
     #[error("the score of item {item} after history {query} is {score}")]
     NonFiniteScore {
         /// Index of the query.
@@ -52,19 +52,19 @@ pub enum EvaluateError {
         /// The score.
         score: f32,
     },
-    /// The caller asked to stop.
+    /// The caller stopped the evaluation.
     #[error("interrupted")]
     Interrupted,
 }
 
-/// How histories are shown and batched.
+/// Options of scoring.
 #[derive(Clone, Copy, Debug)]
 pub struct ScoreOptions {
-    /// What of the feedback the model sees; must be what it was trained with.
+    /// The feedback that the model reads; must be the same as in training.
     pub feedback: Feedback,
-    /// Most tokens of a batch (one history may exceed it alone).
+    /// Largest number of tokens in a batch (a single history may exceed it).
     pub batch_tokens: usize,
-    /// Most rows of a batch (one history may exceed it alone).
+    /// Largest number of rows in a batch (a single history may exceed it).
     pub batch_rows: usize,
     /// Threads that pack batches ahead of the device; 0 counts as 1. Scores do not depend on it.
     pub workers: usize,
@@ -72,7 +72,7 @@ pub struct ScoreOptions {
 
 /// The model's logits of all groups of a part: `[G, 1 + negatives]`, in the order of the groups.
 ///
-/// `progress` is told how many groups are done, and may stop the evaluation.
+/// `progress` receives the number of groups done, and may stop the evaluation.
 pub fn score_part<D: Device>(
     model: &Model<D>,
     data: &Dataset,
@@ -108,8 +108,7 @@ pub fn score_part<D: Device>(
     Ok(scores)
 }
 
-/// The groups of each batch. Groups of one history stay together, so that a batch holds whole
-/// histories.
+/// The range of groups of each batch. All groups of a history are in one batch.
 fn batches(data: &Dataset, groups: &EvaluationGroups, cut: Cut, options: &ScoreOptions) -> Vec<Range<usize>> {
     let candidates = 1 + groups.negatives_per_group;
     let mut batches = Vec::new();
@@ -138,8 +137,8 @@ fn batches(data: &Dataset, groups: &EvaluationGroups, cut: Cut, options: &ScoreO
     batches
 }
 
-/// The histories of a batch, in the order of its groups: so scores come in the order of the groups
-/// too.
+/// The histories of a batch, in the order of its groups, so that scores have the order of the
+/// groups too.
 fn histories(
     data: &Dataset,
     groups: &EvaluationGroups,
@@ -166,7 +165,7 @@ fn histories(
     histories
 }
 
-/// The popularity baseline: every candidate scores the number of training events of its item.
+/// The popularity baseline: the score of a candidate is its number of training events.
 pub fn popularity_scores(data: &Dataset, part: Part) -> Vec<f32> {
     let popularity = data.train_popularity();
     let score = |item: u32| popularity[item as usize] as f32;
@@ -180,16 +179,17 @@ pub fn popularity_scores(data: &Dataset, part: Part) -> Vec<f32> {
         .collect()
 }
 
-/// What the scores of a part are worth.
+/// The metrics of a part.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PartReport {
-    /// Groups whose target was liked: the figures to quote.
+    /// Groups whose target was liked: the main metrics.
     #[serde(flatten)]
     pub liked: Metrics,
-    /// Groups whose target was skipped. Here a *low* figure is the wish: the skipped item is in the
-    /// positive's place.
+    /// Groups whose target was skipped. Lower is better here: the skipped item takes the positive's
+    /// place.
     pub skipped: Option<Metrics>,
-    /// AUC of liked targets (positive) against skipped targets (negative), without sampled items.
+    /// AUC of liked targets (positive) against skipped targets (negative), without sampled
+    /// negatives.
     pub liked_above_skipped: Option<f64>,
     /// Liked groups by the number of events before the target.
     pub by_length: Vec<LengthBucket>,
@@ -200,14 +200,14 @@ pub struct PartReport {
 pub struct LengthBucket {
     /// Shortest history.
     pub from: u32,
-    /// Longest history; none for the last bucket.
+    /// Longest history; `None` for the last bucket.
     pub to: Option<u32>,
     /// Metrics.
     #[serde(flatten)]
     pub metrics: Metrics,
 }
 
-/// Upper edges that split the liked groups of a part into four of about equal size.
+/// Upper edges that split the liked groups of a part into four buckets of about equal size.
 pub fn quartile_edges(data: &Dataset, part: Part) -> Vec<u32> {
     let mut lengths: Vec<u32> =
         data.groups(part).iter().filter(|g| is_liked(data, g.user, g.event)).map(|g| g.event).collect();
@@ -218,7 +218,7 @@ pub fn quartile_edges(data: &Dataset, part: Part) -> Vec<u32> {
     edges
 }
 
-/// Metrics of a part from its scores `[G, 1 + negatives]`; `None` when no target of the part was
+/// The metrics of a part from its scores `[G, 1 + negatives]`; `None` if no target of the part was
 /// liked. `edges` are the upper edges of the length buckets, ascending.
 pub fn part_report(
     data: &Dataset,

@@ -1,4 +1,4 @@
-//! Scores of any candidates after any histories.
+//! Scores any candidates after any histories.
 
 use super::EvaluateError;
 use crate::batch::{Batch, Feedback, Group, History, View, ahead};
@@ -6,28 +6,28 @@ use crate::device::Device;
 use crate::model::{Model, StagedBatch};
 use std::ops::Range;
 
-/// Candidates of a history scored in one batch. A history with more is encoded once for each block:
-/// for 100 events that is less than a hundredth of the work on the block.
+/// Largest number of candidates of a history in one batch. A history with more candidates is
+/// encoded once per block; for 100 events this costs less than 1 % of the work on the block.
 const BLOCK: usize = 4096;
 /// Most rows and tokens of a batch, unless a single block exceeds them.
 const BATCH_ROWS: usize = 4 * BLOCK;
 const BATCH_TOKENS: usize = 8192;
 
-/// A history, and the items to score after it.
+/// A history and the candidates to score after it.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Query {
     /// Items of the history, oldest first.
     pub items: Vec<u32>,
-    /// 1 for each item that was liked, 0 for one that was skipped.
+    /// 1 for a liked item, 0 for a skipped one.
     pub labels: Vec<u8>,
     /// Items to score.
     pub candidates: Vec<u32>,
 }
 
-/// Logits of the candidates of each query, in their order. The model sees what `feedback` says of a
-/// history, and the most recent events that fit. The probability of a like is the sigmoid of the
-/// logit. A score depends neither on the other queries nor on the number of `workers` (threads that
-/// pack batches).
+/// The logits of the candidates of each query, in their order. The model reads the most recent
+/// events that fit, with their labels as `feedback` says. The probability of a like is the sigmoid
+/// of the logit. A score depends neither on the other queries nor on the number of `workers`
+/// (threads that pack batches).
 ///
 /// # Errors
 /// [`EvaluateError::NonFiniteScore`], and errors of the batch and the model.
@@ -94,12 +94,12 @@ pub fn rank<D: Device>(
     Ok(scores)
 }
 
-/// Indices of the `n` largest scores, largest first; equal scores in their order.
+/// Indices of the `n` largest scores, largest first; equal scores keep their order.
 pub fn top(scores: &[f32], n: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..scores.len()).collect();
     let best_first = |&a: &usize, &b: &usize| scores[b].total_cmp(&scores[a]).then(a.cmp(&b));
     if n < order.len() {
-        // Linear in the candidates; only those kept are sorted.
+        // Linear in the number of candidates; only the top `n` are sorted.
         order.select_nth_unstable_by(n, best_first);
         order.truncate(n);
     }

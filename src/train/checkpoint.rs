@@ -1,5 +1,4 @@
-//! Everything a run needs to go on as if it had never stopped, in one file; and the model file it
-//! produces.
+//! The checkpoint, from which a run continues as if never interrupted, and the model file.
 
 use super::config::Config;
 use super::draw::PlanSize;
@@ -17,7 +16,7 @@ const ADAM: &str = "adam.";
 const ITEM_NAMES: &str = "vocabulary.items.names";
 const ITEM_NAME_ENDS: &str = "vocabulary.items.ends";
 
-/// Which data a run is about.
+/// Identifies the data of a run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DataInfo {
     /// Users.
@@ -30,12 +29,12 @@ pub struct DataInfo {
     pub vocabulary: String,
     /// CRC-32 (hexadecimal) of all users' items, feedback and splits.
     pub content: String,
-    /// How the data set was made; names its candidates by a hash.
+    /// How the data set was made; includes a hash of its candidates.
     pub protocol: Protocol,
 }
 
 impl DataInfo {
-    /// Reads all of the events once.
+    /// Computes it in one pass over all events.
     pub fn of(data: &Dataset) -> Self {
         let mut content = crc32fast::Hasher::new();
         for user in 0..data.users() as u32 {
@@ -61,22 +60,22 @@ impl DataInfo {
     }
 }
 
-/// Where the time of training went.
+/// Breakdown of training time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct StepTime {
-    /// Seconds, each step's from the end of the one before.
+    /// Seconds of all steps; a step counts from the end of the previous one.
     pub seconds: f64,
-    /// Of these, seconds in which the next batch was waited for.
+    /// Of these, seconds spent waiting for the next batch.
     #[serde(default)]
     pub input_wait: f64,
-    /// Seconds the device took, each step's from the moment when its batch is sent to the end of
-    /// its last operation.
+    /// Seconds of device work: from the moment a batch is sent to the end of the step's last
+    /// operation.
     #[serde(default)]
     pub busy: f64,
 }
 
 impl StepTime {
-    /// Share of the time in which the device was at a step; 0 where there was no time.
+    /// Share of the time in which the device worked on a step; 0 if no time has passed.
     pub fn utilisation(&self) -> f64 {
         if self.seconds > 0.0 { self.busy / self.seconds } else { 0.0 }
     }
@@ -90,10 +89,10 @@ impl std::ops::AddAssign for StepTime {
     }
 }
 
-/// Running sums over the steps of an epoch.
+/// Sums over the steps of an epoch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct EpochSums {
-    /// Rows seen.
+    /// Number of rows.
     pub rows: u64,
     /// Loss and its parts, weighted by rows.
     pub loss: f64,
@@ -120,10 +119,10 @@ impl EpochSums {
     }
 }
 
-/// What an epoch came to.
+/// The results of an epoch.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct EpochRecord {
-    /// From 1.
+    /// Number of the epoch, from 1.
     pub epoch: usize,
     /// Mean loss over the rows, and its parts.
     pub loss: f64,
@@ -133,7 +132,7 @@ pub struct EpochRecord {
     pub ibl: f64,
     /// Disentangling.
     pub idl: f64,
-    /// Validation AUC; none without liked validation events.
+    /// Validation AUC; `None` without liked validation events.
     pub valid_auc: Option<f64>,
     /// Validation GAUC.
     pub valid_gauc: Option<f64>,
@@ -141,23 +140,23 @@ pub struct EpochRecord {
     pub instances_per_second: f64,
     /// Seconds of training.
     pub train_seconds: f64,
-    /// Of these, seconds in which the next batch was waited for; none in records of versions that
-    /// did not measure it.
+    /// Of these, seconds spent waiting for the next batch; `None` in records of versions that did
+    /// not measure it.
     #[serde(default)]
     pub input_wait: Option<f64>,
-    /// Share of the training time in which the device was at a step; none as above.
+    /// Share of the training time in which the device worked on a step; `None` as above.
     #[serde(default)]
     pub utilisation: Option<f64>,
     /// Seconds of validation.
     pub valid_seconds: f64,
-    /// What the epoch amounted to.
+    /// The size of the epoch.
     pub size: PlanSize,
 }
 
 /// The best epoch so far, whose parameters are in the model file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Best {
-    /// From 1.
+    /// Number of the epoch, from 1.
     pub epoch: usize,
     /// Validation AUC.
     pub valid_auc: Option<f64>,
@@ -165,7 +164,7 @@ pub struct Best {
     pub crc32: u32,
 }
 
-/// Where a run stands.
+/// Progress of a run.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct State {
     /// Epochs completed.
@@ -184,27 +183,27 @@ pub struct State {
     pub history: Vec<EpochRecord>,
     /// Seconds of all sessions of the run.
     pub seconds: f64,
-    /// Length of the log at this point; what was written later is done again.
+    /// Length of the log at this point; the steps logged after it are repeated.
     pub log_bytes: u64,
 }
 
-/// Content of a checkpoint file, beside the tensors.
+/// Metadata of a checkpoint file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CheckpointInfo {
-    /// The run.
+    /// Configuration of the run.
     pub config: Config,
-    /// The network.
+    /// Configuration of the network.
     pub model: ModelConfig,
     /// The data.
     pub data: DataInfo,
-    /// Where it stands.
+    /// Progress.
     pub state: State,
 }
 
 /// A checkpoint.
 #[derive(Clone, Debug)]
 pub struct Checkpoint {
-    /// What it says.
+    /// Metadata.
     pub info: CheckpointInfo,
     /// Parameters.
     pub parameters: Vec<HostTensor>,
@@ -213,7 +212,7 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Writes the file whole or not at all.
+    /// Writes the file, complete or not at all.
     pub fn save(self, path: &Path) -> Result<(), FileError> {
         let mut values = self.parameters;
         values.extend(self.moments);
@@ -221,7 +220,7 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Reads and checks the file. Shapes are checked where the tensors become a model.
+    /// Reads and checks the file. Shapes are checked later, by the model.
     pub fn load(path: &Path) -> Result<Self, FileError> {
         let (info, tensors, _) = file::read(path, CHECKPOINT)?;
         let (moments, parameters) = tensors.values.into_iter().partition(|t| t.name.starts_with(ADAM));
@@ -229,26 +228,25 @@ impl Checkpoint {
     }
 }
 
-/// Content of a model file, beside the tensors. Holds no time and no path: equal runs make equal
-/// bytes.
+/// Metadata of a model file. It contains no time and no path, so equal runs write equal bytes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ModelInfo {
     /// The network.
     pub model: ModelConfig,
-    /// What of the feedback it was trained to see.
+    /// The feedback that the model reads.
     pub feedback: Feedback,
-    /// What it was trained on.
+    /// The training data.
     pub data: DataInfo,
-    /// Epoch it comes from, from 1.
+    /// Epoch of the parameters, from 1.
     pub epoch: usize,
     /// Validation AUC.
     pub valid_auc: Option<f64>,
 }
 
-/// A trained model with the names of its items: all that serving needs.
+/// A trained model with the ids of its items: all that scoring needs.
 #[derive(Clone, Debug)]
 pub struct ModelFile {
-    /// What it says.
+    /// Metadata.
     pub info: ModelInfo,
     /// Parameters.
     pub parameters: Vec<HostTensor>,
@@ -259,7 +257,7 @@ pub struct ModelFile {
 }
 
 impl ModelFile {
-    /// Writes the file whole or not at all; returns the checksum of its tensors.
+    /// Writes the file, complete or not at all; returns the checksum of its tensors.
     pub fn save(
         path: &Path,
         info: &ModelInfo,
@@ -284,14 +282,14 @@ impl ModelFile {
             FileError::Format {
                 path: path.to_owned(),
                 kind: MODEL,
-                reason: "its item names are missing or cut".into(),
+                reason: "its item names are missing or truncated".into(),
             }
         })?;
         Ok(Self { info, parameters: tensors.values, items, crc32 })
     }
 }
 
-/// Splits the names; `None` where they are not `count` UTF-8 strings end to end.
+/// Splits the names; `None` if they are not `count` UTF-8 strings, end to end.
 fn names(bytes: Option<&[u8]>, ends: Option<&[u8]>, count: usize) -> Option<Vec<String>> {
     let (bytes, ends) = (bytes?, ends?);
     let mut start = 0;

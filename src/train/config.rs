@@ -1,4 +1,4 @@
-//! What a run is: every number that shapes it, in one flat TOML table.
+//! The configuration of a run: all its parameters, in one flat TOML table.
 
 use super::draw::{DrawOptions, TrainTargets};
 use super::negatives::NegativeSource;
@@ -12,22 +12,22 @@ use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
-/// How gradients are clipped to `max_grad_norm`.
+/// How gradient norms are limited to `max_grad_norm`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum ClipMode {
-    /// Each tensor's gradient on its own.
+    /// The gradient of each tensor separately.
     #[default]
     PerTensor,
-    /// All gradients together.
+    /// All gradients as one vector.
     Global,
 }
 
-/// Where to compute.
+/// The device of a run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum DeviceChoice {
-    /// A GPU if there is a usable one, else the CPU.
+    /// A GPU if one is usable, else the CPU.
     Auto,
     /// The CPU.
     #[default]
@@ -36,34 +36,34 @@ pub enum DeviceChoice {
     Cuda,
 }
 
-/// Everything needed to repeat a run. Keys of the TOML file are the flags of `dfar-train` with `_`
-/// for `-`.
+/// The configuration of a run. Keys of the TOML file are the flags of `dfar-train` with `_` for
+/// `-`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Data set file; none: the embedded synthetic set.
+    /// Data set file; `None`: the embedded synthetic set.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub data: Option<PathBuf>,
-    /// Seed of the initial values, the shuffles and the negatives. In TOML, whose integers have 63
-    /// bits, a larger one is a string.
+    /// Seed of the initial values, the shuffles and the negatives. TOML integers have 63 bits; a
+    /// larger seed is a string.
     #[serde(with = "seed")]
     pub seed: u64,
-    /// Most passes over the training events.
+    /// Largest number of epochs.
     pub epochs: usize,
-    /// Epochs without a better validation AUC after which training stops; 0: never.
+    /// Number of epochs without a better validation AUC after which training stops; 0: never.
     pub patience: usize,
-    /// Most tokens of a training batch.
+    /// Largest number of tokens in a training batch.
     pub batch_tokens: usize,
-    /// Most rows (instances) of a training batch.
+    /// Largest number of rows (instances) in a training batch.
     pub batch_rows: usize,
     /// Longest history; older events are cut off. Default 100, for the synthetic set
     /// [`SYNTHETIC_MAX_LENGTH`].
     pub max_length: usize,
-    /// Training histories longer than `max_length` begin at multiples of this, so that neighbouring
-    /// targets share a window; 1: each keeps exactly `max_length` events, in a window of its own;
-    /// 0: a quarter of `max_length`.
+    /// Training windows of histories longer than `max_length` begin at multiples of this stride, so
+    /// that neighbouring targets share a window; 1: every target has a window of exactly
+    /// `max_length` events; 0: a quarter of `max_length`.
     pub window_stride: usize,
-    /// Model width.
+    /// Model width `D`.
     pub width: usize,
     /// Attention heads.
     pub heads: usize,
@@ -73,8 +73,8 @@ pub struct Config {
     pub init: Initialization,
     /// Factorization heads.
     pub fha: bool,
-    /// Label mask of the encoder. [`Config::layered`] sets it to `false` where there is none: with
-    /// one head, or without factorization heads.
+    /// Label mask of the encoder. Without a second head or without factorization heads there is no
+    /// mask, and [`Config::layered`] sets this to `false`.
     pub label_mask: bool,
     /// Softmax denominator under the label mask.
     pub normalization: Normalization,
@@ -82,45 +82,45 @@ pub struct Config {
     pub lr: f64,
     /// Limit on gradient norms; 0: none.
     pub max_grad_norm: f64,
-    /// What that limit applies to.
+    /// The scope of that limit.
     pub clip: ClipMode,
-    /// Update every embedding row at every step, not only those the batch touches.
+    /// Update every embedding row at every step, not only the rows of the batch.
     pub dense_embeddings: bool,
     /// Weight of the interest-wise BPR loss.
     pub bpr: f64,
     /// Weight of the disentangling loss.
     pub idl: f64,
-    /// Weight of the squares of the touched embedding rows.
+    /// Weight of the squared embedding rows of the batch.
     pub embed_l2: f64,
-    /// Events asked about in training.
+    /// The training events that are targets.
     pub train_targets: TrainTargets,
-    /// What of the feedback the model sees.
+    /// The feedback that the model reads.
     pub feedback: Feedback,
     /// Source of training negatives.
     pub train_negatives: NegativeSource,
     /// Negatives per training group.
     pub negatives: usize,
-    /// Distinct negatives shared by the groups of one pass; 0: every group draws its own.
+    /// Number of distinct negatives shared by the groups of one pass; 0: every group draws its own.
     pub negative_pool: usize,
-    /// Share of the training targets used by an epoch.
+    /// Share of the training targets used per epoch.
     pub sample_rate: f64,
     /// Users that count in GAUC: `none`, those with both classes; `dfar`, as the published code.
     pub gauc_compat: GaucRule,
-    /// Upper edges (in events) of the history lengths that metrics are split by; empty: quartiles
-    /// of the test groups.
+    /// Upper edges (in events) of the history lengths by which metrics are reported; empty:
+    /// quartiles of the test groups.
     pub length_edges: Vec<u32>,
     /// Seconds between checkpoints inside an epoch.
     pub checkpoint_seconds: u64,
     /// Threads; 0: one per core. Results do not depend on it.
     pub threads: usize,
-    /// Threads that draw and pack batches ahead of the device; 0: one where the CPU computes, a few
-    /// for a GPU. Results do not depend on it.
+    /// Threads that draw and pack batches ahead of the device; 0: one for the CPU, several for a
+    /// GPU. Results do not depend on it.
     pub workers: usize,
     /// Device.
     pub device: DeviceChoice,
-    /// What products are computed in, on a GPU.
+    /// Precision of matrix products, on a GPU.
     pub precision: Precision,
-    /// Steps by CUDA graphs, on a GPU.
+    /// Launch steps as CUDA graphs, on a GPU.
     pub cuda_graphs: bool,
 }
 
@@ -167,7 +167,7 @@ impl Default for Config {
     }
 }
 
-/// A configuration that cannot be used.
+/// An invalid configuration.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum ConfigError {
@@ -179,12 +179,12 @@ pub enum ConfigError {
         /// Why.
         source: std::io::Error,
     },
-    /// Not TOML, or a value of the wrong kind.
+    /// The file is not TOML, or a value has the wrong type.
     #[error("{origin}: {reason}")]
     Syntax {
         /// The file, or `flags`.
         origin: String,
-        /// Parser's message.
+        /// The parser's message.
         reason: String,
     },
     /// A key that does not exist.
@@ -203,14 +203,14 @@ pub enum ConfigError {
         /// The key.
         key: String,
     },
-    /// A value that makes no run.
+    /// An invalid value.
     #[error("{key} = {value}: {reason}")]
     Value {
         /// The key.
         key: &'static str,
         /// Its value.
         value: String,
-        /// Why not.
+        /// Why it is invalid.
         reason: &'static str,
     },
 }
@@ -219,7 +219,7 @@ fn did_you_mean(suggestion: &Option<String>) -> String {
     suggestion.as_ref().map(|s| format!("; did you mean `{s}`?")).unwrap_or_default()
 }
 
-/// Spellings of other frameworks that are understood in files.
+/// Spellings of other frameworks, accepted in files.
 const ALIASES: [(&str, &str); 10] = [
     ("learning_rate", "lr"),
     ("stopping_step", "patience"),
@@ -233,11 +233,11 @@ const ALIASES: [(&str, &str); 10] = [
     ("num_workers", "workers"),
 ];
 
-/// Default `max_length` for the embedded synthetic set, whose next event depends on the last one
-/// above all.
+/// Default `max_length` for the embedded synthetic set, where the next event depends mostly on the
+/// last one.
 pub const SYNTHETIC_MAX_LENGTH: i64 = 20;
 
-/// Keys that may change when a run is resumed: how long and on what, not what.
+/// Keys that may change when a run is resumed: its duration and its machine, not its result.
 pub const RESUME_KEYS: [&str; 9] = [
     "epochs",
     "patience",
@@ -340,7 +340,7 @@ impl Config {
         Ok(())
     }
 
-    /// The network, for a data set with this many items.
+    /// The configuration of the network, for this number of items.
     pub fn model(&self, items: usize) -> ModelConfig {
         ModelConfig {
             width: self.width,
@@ -353,7 +353,7 @@ impl Config {
         }
     }
 
-    /// Weights of the loss.
+    /// The weights of the loss.
     pub fn loss(&self) -> LossOptions {
         LossOptions { bpr: self.bpr as f32, idl: self.idl as f32, embed_l2: self.embed_l2 as f32 }
     }
@@ -363,7 +363,7 @@ impl Config {
         if self.workers == 0 { device.default_workers() } else { self.workers }
     }
 
-    /// The optimiser.
+    /// The options of the optimiser.
     pub fn adam(&self) -> AdamOptions {
         let norm = self.max_grad_norm as f32;
         let clip = match self.clip {
@@ -374,13 +374,13 @@ impl Config {
         AdamOptions { lr: self.lr as f32, clip, dense_embeddings: self.dense_embeddings }
     }
 
-    /// How training histories are cut.
+    /// The cut of long training histories.
     fn cut(&self) -> Cut {
         let stride = if self.window_stride == 0 { self.max_length.div_ceil(4) } else { self.window_stride };
         Cut { max_length: self.max_length, stride }
     }
 
-    /// How batches are drawn.
+    /// The options for drawing batches.
     pub fn draw(&self) -> DrawOptions {
         DrawOptions {
             seed: self.seed,
@@ -397,8 +397,7 @@ impl Config {
     }
 }
 
-/// `seed` in a file and among the flags: an integer, or a string of digits where it exceeds TOML's
-/// integers.
+/// `seed` in files and flags: an integer, or a string of digits above TOML's largest integer.
 pub mod seed {
     use serde::de::{Deserializer, Error, Visitor};
     use serde::ser::Serializer;
@@ -412,7 +411,7 @@ pub mod seed {
         }
     }
 
-    /// [`serialize`] of a seed that may be missing (and is then skipped).
+    /// [`serialize`] for an optional seed; `None` is skipped.
     pub fn serialize_option<S: Serializer>(seed: &Option<u64>, serializer: S) -> Result<S::Ok, S::Error> {
         match seed {
             Some(seed) => serialize(seed, serializer),
@@ -467,7 +466,7 @@ fn known_keys() -> Vec<String> {
     toml::Table::try_from(all).expect("a config is a table").into_iter().map(|(key, _)| key).collect()
 }
 
-/// The known key at the smallest edit distance, when that is small for its length.
+/// The known key at the smallest edit distance, if that is small relative to its length.
 fn nearest(key: &str, known: &[String]) -> Option<String> {
     let key = key.replace('-', "_").to_lowercase();
     known

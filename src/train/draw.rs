@@ -1,9 +1,9 @@
-//! The one place where a training batch is drawn.
+//! Draws training batches.
 //!
-//! An epoch is a **plan**: every pass (a user's shared prefixes, or a window) in a shuffled order,
-//! cut into batches. A batch is drawn from its plan and nothing else, with random numbers keyed on
-//! (seed, epoch, batch): batch 17 of epoch 3 is the same whether 16 batches were drawn before it or
-//! none, so a run continues exactly where it stopped.
+//! An epoch is a **plan**: all passes (a user's shared prefixes, or a window) in shuffled order,
+//! divided into batches. A batch depends only on the plan and on random numbers keyed by (seed,
+//! epoch, batch). Batch 17 of epoch 3 is therefore the same whether or not the 16 batches before it
+//! were drawn, and a resumed run continues exactly.
 
 use super::TrainError;
 use super::negatives::{BatchTargets, NegativeSampler, NegativeSource};
@@ -16,7 +16,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
-/// Which training events are asked about, and how.
+/// The training events that are targets, and their rows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum TrainTargets {
@@ -29,30 +29,29 @@ pub enum TrainTargets {
     Feedback,
 }
 
-/// How batches are drawn.
+/// Options for drawing batches.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DrawOptions {
-    /// Key of every random number.
+    /// Seed of all random numbers.
     pub seed: u64,
-    /// Events asked about.
+    /// The training events that are targets.
     pub targets: TrainTargets,
-    /// What of the histories the model sees.
+    /// The feedback that the model reads.
     pub feedback: Feedback,
-    /// How longer histories are cut.
+    /// The cut of long histories.
     pub cut: Cut,
     /// Source of negatives.
     pub source: NegativeSource,
     /// Negatives per group.
     pub negatives: usize,
-    /// Distinct negatives a pass draws its groups' negatives from, so that a candidate is scored
-    /// once for several groups; 0: every group draws its own.
+    /// Number of distinct negatives from which the groups of a pass draw theirs, so that a
+    /// candidate is scored once for several groups; 0: every group draws its own.
     pub negative_pool: usize,
-    /// Share of the targets that an epoch uses, drawn anew each epoch. An epoch that would use none
-    /// uses one.
+    /// Share of the targets used per epoch, drawn anew each epoch. At least one target is used.
     pub sample_rate: f64,
-    /// Most tokens of a batch (one pass may exceed it alone).
+    /// Largest number of tokens in a batch (a single pass may exceed it).
     pub batch_tokens: usize,
-    /// Most rows of a batch (one pass may exceed it alone).
+    /// Largest number of rows in a batch (a single pass may exceed it).
     pub batch_rows: usize,
 }
 
@@ -60,18 +59,18 @@ pub struct DrawOptions {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Plan {
     passes: Vec<Pass>,
-    /// End of each batch among the passes.
+    /// Index into the passes of the end of each batch.
     ends: Vec<usize>,
-    /// Targets are used where their key is at most this: [`DrawOptions::sample_rate`], or the
-    /// smallest key.
+    /// Targets with a key of at most this are used: [`DrawOptions::sample_rate`], or the smallest
+    /// key.
     share: f64,
-    /// Whether `sample_rate` drew no target, so that the one with the smallest key is used.
+    /// Whether `sample_rate` drew no target, so that the target with the smallest key is used.
     pub topped_up: bool,
-    /// Totals.
+    /// Size of the plan.
     pub size: PlanSize,
 }
 
-/// What an epoch amounts to.
+/// The size of an epoch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PlanSize {
     /// Batches.
@@ -80,16 +79,16 @@ pub struct PlanSize {
     pub tokens: usize,
     /// Instances: (history, candidate) rows that enter the loss.
     pub rows: usize,
-    /// Events asked about.
+    /// Target events.
     pub targets: usize,
-    /// Passes that serve all the prefixes of a user that fit the model.
+    /// Passes shared by all prefixes of a user that fit the model.
     pub shared_passes: usize,
-    /// Passes over the later events of a user whose history is longer than the model's.
+    /// Passes over later windows of histories longer than `max_length`.
     pub windows: usize,
 }
 
-/// One history to encode: the questions `first..end` among the events of `user` that begin at the
-/// same event.
+/// One history to encode: the targets `first..end` among the events of `user`, whose histories
+/// begin at the same event.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Pass {
     user: u32,
@@ -107,7 +106,7 @@ pub struct Drawer<'a> {
     sampler: NegativeSampler,
 }
 
-/// What a random number is for: part of its key.
+/// The purpose of a random number, part of its key.
 enum Purpose {
     Shuffle = 1,
     Negatives = 2,
@@ -121,7 +120,7 @@ fn rng(seed: u64, purpose: Purpose, epoch: u64, batch: u64) -> ChaCha8Rng {
     ChaCha8Rng::from_seed(key)
 }
 
-/// A number in `0..1` from a key: splitmix64's finaliser over its words.
+/// A number in `0..1` from a key: the finaliser of splitmix64 over its words.
 fn keyed_uniform(words: [u64; 4]) -> f64 {
     let mut hash = 0u64;
     for word in words {
@@ -133,7 +132,7 @@ fn keyed_uniform(words: [u64; 4]) -> f64 {
     (hash >> 11) as f64 / (1u64 << 53) as f64
 }
 
-/// Refuses a data set without any target to train on.
+/// Checks that a data set has at least one training target.
 ///
 /// # Errors
 /// [`TrainError::NoTargets`], with the reason.
@@ -159,7 +158,7 @@ pub fn require_targets(data: &Dataset, targets: TrainTargets) -> Result<(), Trai
 }
 
 impl<'a> Drawer<'a> {
-    /// A drawer for the training events of `data`.
+    /// Draws from the training events of `data`.
     pub fn new(data: &'a Dataset, options: DrawOptions) -> Self {
         Self { data, sampler: NegativeSampler::new(data, options.source), options }
     }
@@ -237,10 +236,10 @@ impl<'a> Drawer<'a> {
         plan
     }
 
-    /// Histories and groups of batch `batch` of an epoch's plan.
+    /// The histories and groups of batch `batch` of an epoch's plan.
     ///
     /// # Panics
-    /// When there is no such batch.
+    /// If there is no such batch.
     pub fn draw(&self, plan: &Plan, epoch: u64, batch: usize) -> Vec<History> {
         let passes = &plan.passes[plan.range(batch)];
         let asked: Vec<Vec<usize>> = passes.iter().map(|pass| self.asked(plan.share, epoch, pass)).collect();
@@ -256,7 +255,7 @@ impl<'a> Drawer<'a> {
             let view = View::new(events.items, events.feedback, self.options.feedback);
             let pool = match self.options.negative_pool {
                 0 => None,
-                // One more than a group takes, so that its positive can be passed over.
+                // One more than a group needs, because its positive may be among them.
                 size if asked.len() > 1 => {
                     let size = size.max(self.options.negatives + 1);
                     Some(self.sampler.draw(&mut rng, &targets, pass.user, None, size))
@@ -289,8 +288,8 @@ impl<'a> Drawer<'a> {
         histories
     }
 
-    /// The training events among `range` of a user that an epoch asks about, ascending. Nothing
-    /// comes before event 0.
+    /// The targets of an epoch among the training events `range` of a user, ascending. Event 0 has
+    /// no history and is not a target.
     fn targets(&self, share: f64, epoch: u64, user: u32, range: Range<usize>) -> impl Iterator<Item = usize> {
         let feedback = self.data.user(user).feedback;
         (range.start.max(1)..range.end).filter(move |&event| {
@@ -299,22 +298,22 @@ impl<'a> Drawer<'a> {
         })
     }
 
-    /// Uniform in `0..1`: the targets with the smallest keys make the sample of an epoch.
+    /// Uniform in `0..1`. The targets with the smallest keys are the sample of an epoch.
     fn key(&self, epoch: u64, user: u32, event: usize) -> f64 {
         keyed_uniform([self.options.seed, epoch, user.into(), event as u64])
     }
 
-    /// The events a pass is for.
+    /// The targets of a pass.
     fn asked(&self, share: f64, epoch: u64, pass: &Pass) -> Vec<usize> {
         self.targets(share, epoch, pass.user, pass.first as usize..pass.end as usize).collect()
     }
 
-    /// Target of an event that is asked about.
+    /// The label of a target event.
     fn target_of(&self, feedback: u8) -> f32 {
         if feedback == 1 || self.options.targets == TrainTargets::All { 1.0 } else { 0.0 }
     }
 
-    /// Rows of an event that is asked about.
+    /// The number of rows of a target event.
     fn rows_of(&self, feedback: u8) -> u32 {
         let negatives = self.options.negatives.min(self.data.items() - 1);
         if self.target_of(feedback) == 1.0 { 1 + negatives as u32 } else { 1 }
@@ -328,7 +327,7 @@ impl Plan {
     }
 }
 
-/// `count` distinct members of `pool` other than `positive`, or as many as there are.
+/// `count` distinct members of `pool` other than `positive`; all of them if there are fewer.
 fn choose(rng: &mut ChaCha8Rng, pool: &[u32], positive: u32, count: usize) -> Vec<u32> {
     let mut rest: Vec<u32> = pool.iter().copied().filter(|&item| item != positive).collect();
     let count = count.min(rest.len());

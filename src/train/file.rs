@@ -1,4 +1,4 @@
-//! Run files, complete or absent: written under a temporary name, forced to disk, renamed; tensors
+//! Run files, complete or absent: written under a temporary name, forced to disk, renamed. Tensors
 //! carry a checksum.
 
 use crate::model::HostTensor;
@@ -10,9 +10,9 @@ use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
-/// The only version of the metadata there has been.
+/// The only version of the metadata so far.
 const VERSION: u32 = 1;
-/// Key of the safetensors metadata. One key: several would be written in no fixed order.
+/// Key of the safetensors metadata. A single key, because several would have no fixed order.
 const KEY: &str = "dfar";
 
 /// A run file that cannot be written or read.
@@ -35,7 +35,7 @@ pub enum FileError {
         /// Why.
         source: io::Error,
     },
-    /// Not a safetensors file, or one of another program.
+    /// Not a safetensors file, or one written by another program.
     #[error("{} is not a dfar {kind} file: {reason}", path.display())]
     Format {
         /// The file.
@@ -45,7 +45,7 @@ pub enum FileError {
         /// What is wrong.
         reason: String,
     },
-    /// Written by a later program.
+    /// Written by a later version of this program.
     #[error("{} has version {found}; this program reads version {VERSION}", path.display())]
     Version {
         /// The file.
@@ -53,27 +53,27 @@ pub enum FileError {
         /// Its version.
         found: u32,
     },
-    /// The tensors are not those that the checksum was computed from.
+    /// The tensors do not match their checksum.
     #[error("{} is damaged: checksum {found:08x}, expected {expected:08x}", path.display())]
     Checksum {
         /// The file.
         path: PathBuf,
-        /// Of the metadata.
+        /// From the metadata.
         expected: u32,
-        /// Of the tensors.
+        /// Computed from the tensors.
         found: u32,
     },
 }
 
-/// The name under which `path` is written until it is complete: one for each file, so that the next
-/// write replaces the leftovers of a killed process.
+/// The name of `path` while it is written. It is fixed, so that the next write replaces the
+/// leftovers of a killed process.
 pub(super) fn temporary(path: &Path) -> PathBuf {
     let name = path.file_name().expect("a run file has a name").to_string_lossy();
     path.with_file_name(format!(".{name}.partial"))
 }
 
-/// Replaces `path` by the bytes that `write` writes. After a crash or a loss of power, `path` is
-/// the old file or the whole new one. Two processes must not replace the same file at a time.
+/// Replaces `path` by the bytes that `write` writes. After a crash or power loss, `path` is either
+/// the old file or the complete new one. Two processes must not replace the same file at once.
 pub fn replace(
     path: &Path,
     write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
@@ -139,8 +139,8 @@ pub fn write<T: Serialize>(
     let envelope = Envelope { kind: kind.to_owned(), version: VERSION, crc32, content };
     let text = serde_json::to_string(&envelope).expect("run metadata has string keys and finite numbers");
 
-    // The order of the safetensors library: the widest elements first, so that all are aligned;
-    // then by name.
+    // The order of the safetensors library: widest elements first, so that all are aligned; then by
+    // name.
     parts.sort_by(|a, b| b.1.cmp(&a.1).then(a.0.cmp(b.0)));
     let mut end = 0;
     let infos = parts.iter().map(|(name, dtype, shape, data)| {
@@ -153,8 +153,8 @@ pub fn write<T: Serialize>(
         .expect("a tensor's shape and its values agree");
     let mut header = serde_json::to_vec(&header).expect("a header is plain data");
     header.resize(header.len().next_multiple_of(8), b' ');
-    // The library's own writer makes a temporary file under a random name, which a kill would leave
-    // behind.
+    // The library's own writer uses a temporary file with a random name, which would remain after a
+    // kill.
     replace(path, |file| {
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(&header)?;
@@ -163,14 +163,14 @@ pub fn write<T: Serialize>(
     Ok(crc32)
 }
 
-/// Reads and checks what [`write()`] wrote; also returns the checksum.
+/// Reads and checks a file of [`write()`]; also returns the checksum.
 pub fn read<T: DeserializeOwned>(path: &Path, kind: &'static str) -> Result<(T, Tensors, u32), FileError> {
     let bytes = std::fs::read(path).map_err(|source| FileError::Read { path: path.to_owned(), source })?;
     let refuse = |reason: String| FileError::Format { path: path.to_owned(), kind, reason };
     let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| refuse(e.to_string()))?;
     let text = header.metadata().as_ref().and_then(|m| m.get(KEY));
     let text = text.ok_or_else(|| refuse(format!("no `{KEY}` entry in its metadata")))?;
-    // The version first: the content of a later one may differ.
+    // The version first: later versions may have other content.
     let envelope: Envelope<serde_json::Value> =
         serde_json::from_str(text).map_err(|e| refuse(e.to_string()))?;
     if envelope.kind != kind {
@@ -202,7 +202,7 @@ pub fn read<T: DeserializeOwned>(path: &Path, kind: &'static str) -> Result<(T, 
     Ok((content, tensors, found))
 }
 
-/// The data need not be aligned for f32 in the file.
+/// The data in the file need not be aligned for f32.
 fn f32s(bytes: &[u8]) -> Vec<f32> {
     bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().expect("chunks of 4"))).collect()
 }
@@ -246,7 +246,7 @@ mod tests {
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file stays");
     }
 
-    /// The library reads the file, so any of its users can, and would write the same bytes.
+    /// Other users of the library can read the file, and would write the same bytes.
     #[test]
     fn the_bytes_are_those_of_the_safetensors_library() {
         let dir = tempfile::tempdir().unwrap();

@@ -1,5 +1,4 @@
-//! The loop: epochs of drawn batches, validation, early stopping, and a checkpoint whenever one is
-//! due.
+//! The training loop: epochs of drawn batches, validation, early stopping, checkpoints.
 
 use super::TrainError;
 use super::checkpoint::{
@@ -20,24 +19,24 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Steps between two step lines of the log.
+/// Number of steps per `step` line of the log.
 const LOG_EVERY: u64 = 20;
 
-/// What happens during a run, told to the caller as it happens.
+/// Progress of a run, reported to the caller.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Event<'a> {
-    /// An epoch begins or goes on.
+    /// An epoch begins, or continues after a resume.
     Epoch {
-        /// From 1.
+        /// Number of the epoch, from 1.
         epoch: usize,
-        /// Most epochs there will be.
+        /// Largest number of epochs.
         epochs: usize,
-        /// What it amounts to.
+        /// Size of the epoch.
         size: &'a PlanSize,
         /// Whether `sample_rate` drew no target, so that the epoch trains on a single one.
         topped_up: bool,
-        /// Batches already done.
+        /// Batches done before.
         done: usize,
     },
     /// A step was taken.
@@ -48,21 +47,21 @@ pub enum Event<'a> {
         steps: u64,
         /// The step's loss.
         loss: &'a StepLoss,
-        /// Mean over this epoch so far.
+        /// Sums over this epoch so far.
         sums: &'a EpochSums,
     },
-    /// Groups of a part were scored.
+    /// Groups of a part have been scored.
     Scored {
         /// The part.
         part: Part,
         /// Groups done.
         done: usize,
-        /// Groups there are.
+        /// Number of groups of the part.
         groups: usize,
     },
     /// An epoch was completed and validated.
     EpochEnd {
-        /// What it came to.
+        /// Its results.
         record: &'a EpochRecord,
         /// Whether it is the best so far.
         best: bool,
@@ -74,7 +73,7 @@ pub enum Event<'a> {
 pub enum Outcome {
     /// Training is over: by early stopping, or at the last epoch.
     Finished,
-    /// The caller asked to stop; the checkpoint is saved.
+    /// The caller stopped the run; the checkpoint is saved.
     Interrupted,
 }
 
@@ -94,8 +93,8 @@ pub struct Fit<'a, D: Device> {
 }
 
 impl<'a, D: Device> Fit<'a, D> {
-    /// Starts a run: writes `config.toml` and the first checkpoint, so that it can be resumed from
-    /// its first moment.
+    /// Starts a run. Writes `config.toml` and a first checkpoint, so that it can be resumed at any
+    /// time.
     pub fn start(
         device: Arc<D>,
         data: &'a Dataset,
@@ -120,8 +119,8 @@ impl<'a, D: Device> Fit<'a, D> {
         Ok(fit)
     }
 
-    /// Continues a run from its checkpoint, with `config` in the place of the checkpoint's (the
-    /// caller decides which of its values may differ).
+    /// Continues a run from its checkpoint, with `config` in place of the checkpoint's. (The caller
+    /// checks which keys may differ.)
     pub fn resume(
         device: Arc<D>,
         data: &'a Dataset,
@@ -137,7 +136,8 @@ impl<'a, D: Device> Fit<'a, D> {
         let optimizer = Optimizer::from_tensors(&model, &checkpoint.moments, state.steps)?;
         if let Some(best) = &state.best {
             let file = ModelFile::load(&run.model())?;
-            // A later model than the checkpoint's will be made again; any other is somebody else's.
+            // A model file newer than the checkpoint will be written again. Any other difference is
+            // an error.
             if file.crc32 != best.crc32 && file.info.epoch <= state.epoch {
                 return Err(TrainError::OtherModel { path: run.model() });
             }
@@ -149,20 +149,20 @@ impl<'a, D: Device> Fit<'a, D> {
         Ok(Self { device, data, config, run, model, optimizer, info, state, log, session: now, saved: now })
     }
 
-    /// Where the run stands.
+    /// Progress of the run.
     pub fn state(&self) -> &State {
         &self.state
     }
-    /// The data it is about.
+    /// Identity of the data.
     pub fn data_info(&self) -> &DataInfo {
         &self.info
     }
-    /// The model as it is now: after the last step, not the best.
+    /// The model after the last step, not the best model.
     pub fn model(&self) -> &Model<D> {
         &self.model
     }
 
-    /// Trains to the end. `observe` is told of every step and stops the run by
+    /// Trains to the end. `observe` receives every event and stops the run by returning
     /// [`ControlFlow::Break`].
     pub fn run(
         &mut self,
@@ -174,9 +174,9 @@ impl<'a, D: Device> Fit<'a, D> {
         self.state.seconds = before + self.session.elapsed().as_secs_f64();
         match result {
             Ok(Outcome::Finished) => self.save()?,
-            // The checkpoint is the last good one: what came after it is not to be trusted.
+            // The last checkpoint is the last good state; later state is discarded.
             Err(_) => {}
-            // Saved where it happened.
+            // Already saved.
             Ok(Outcome::Interrupted) => {}
         }
         result
@@ -220,13 +220,13 @@ impl<'a, D: Device> Fit<'a, D> {
         Ok(Outcome::Finished)
     }
 
-    /// Whether no epoch is left to do.
+    /// Whether no epoch is left.
     fn finished(&self) -> bool {
         let Config { epochs, patience, .. } = self.config;
         self.state.epoch >= epochs || (patience > 0 && self.state.stale >= patience)
     }
 
-    /// The rest of an epoch's batches; `Break` when the caller asked to stop.
+    /// Runs the remaining batches of an epoch; `Break` if the caller stopped the run.
     fn steps(
         &mut self,
         drawer: &Drawer<'_>,
@@ -236,18 +236,18 @@ impl<'a, D: Device> Fit<'a, D> {
     ) -> Result<ControlFlow<()>, TrainError> {
         let (epoch, first) = (self.state.epoch, self.state.batch);
         let stager = self.model.stager();
-        // Batches are drawn, packed and staged while the device works on those before.
+        // Workers draw, pack and stage batches while the device works on earlier ones.
         let make = |batch| -> Result<StagedBatch<D>, TrainError> {
             Ok(stager.stage(&Batch::pack(&drawer.draw(plan, epoch as u64, batch))?)?)
         };
         let workers = self.config.workers_for(&*self.device);
         ahead::ahead(first..plan.size.batches, workers, make, |batches| {
             let mut timer = StepTimer::new(self.device.clone());
-            // Of the steps since the last line of the log.
+            // Time since the last line of the log.
             let mut lately = StepTime::default();
             let (mut since, mut waited) = (Instant::now(), Duration::ZERO);
-            // A batch sent ahead, or why it was not: an error comes to light in the batch's turn,
-            // when the steps before it are done and counted.
+            // A batch sent ahead, or the error of making it. The error is returned in the batch's
+            // turn, after all earlier steps are finished and counted.
             let mut sent = None;
             while let Some(batch) = sent.take().or_else(|| Some(send(&self.model, batches.next()?))) {
                 let batch = batch?;
@@ -291,8 +291,8 @@ impl<'a, D: Device> Fit<'a, D> {
         })
     }
 
-    /// Takes a step. While the device is at work on it, the `next` batch is sent if there is one:
-    /// waiting for one would delay the losses, and with them whoever asked to stop.
+    /// Runs a step. While the device works on it, sends the `next` batch if it is ready. It does
+    /// not wait for one, which would delay the losses and an interruption.
     #[expect(clippy::type_complexity, reason = "the next batch is an `Option`, and sending it may fail")]
     fn step(
         &mut self,
@@ -329,7 +329,7 @@ impl<'a, D: Device> Fit<'a, D> {
         })?)
     }
 
-    /// Records the epoch, and keeps its model if it is the best.
+    /// Records the epoch, and saves its model if it is the best.
     fn end_epoch(
         &mut self,
         valid_scores: &[f32],
@@ -354,7 +354,7 @@ impl<'a, D: Device> Fit<'a, D> {
             valid_seconds: valid_time.as_secs_f64(),
             size: plan.size,
         };
-        // Without validation there is nothing to choose by: the last epoch is kept.
+        // Without validation there is no criterion, so the last epoch is kept.
         let best = match (&self.state.best, record.valid_auc) {
             (Some(Best { valid_auc: Some(best), .. }), Some(auc)) => auc > *best,
             _ => true,
@@ -384,7 +384,7 @@ impl<'a, D: Device> Fit<'a, D> {
         Ok((record, best))
     }
 
-    /// The parameters, none of which may be lost to a bad update: what is saved must be usable.
+    /// The parameters; an error if one is non-finite, because a saved model must be usable.
     fn finite_parameters(&self) -> Result<Vec<crate::model::HostTensor>, TrainError> {
         let parameters = self.model.tensors()?;
         match parameters.iter().find(|t| t.values.iter().any(|v| !v.is_finite())) {
@@ -415,7 +415,7 @@ impl<'a, D: Device> Fit<'a, D> {
     }
 }
 
-/// Sends a batch, if it could be made.
+/// Sends a batch, unless making it failed.
 fn send<D: Device>(
     model: &Model<D>,
     batch: Result<StagedBatch<D>, TrainError>,
@@ -423,7 +423,7 @@ fn send<D: Device>(
     Ok(model.send(batch?)?)
 }
 
-/// How a run's model is scored.
+/// The options for scoring a run's model.
 pub fn score_options(config: &Config, device: &impl Device) -> ScoreOptions {
     ScoreOptions {
         feedback: config.feedback,
@@ -433,7 +433,7 @@ pub fn score_options(config: &Config, device: &impl Device) -> ScoreOptions {
     }
 }
 
-/// Refuses a data set other than the one a run or a model knows.
+/// Checks that a data set is the one of a run or a model.
 pub fn check_data(data: &Dataset, expected: &DataInfo, found: &DataInfo) -> Result<(), TrainError> {
     let path = data.path().to_owned();
     if expected.vocabulary != found.vocabulary || expected.items != found.items {

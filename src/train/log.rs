@@ -1,4 +1,4 @@
-//! `log.jsonl`: one JSON object a line, cut back to the checkpoint when a run continues.
+//! `log.jsonl`: one JSON object per line, truncated to the checkpoint when a run is resumed.
 
 use super::file::FileError;
 use serde::Serialize;
@@ -14,7 +14,7 @@ pub struct Log {
 }
 
 impl Log {
-    /// Opens the log and drops what was written after `bytes`: those steps will be done again.
+    /// Opens the log and truncates it to `bytes`: later steps will be repeated.
     pub fn open(path: &Path, bytes: u64) -> Result<Self, FileError> {
         let open = || -> io::Result<(File, u64)> {
             let mut file = File::options().create(true).truncate(false).write(true).open(path)?;
@@ -35,7 +35,7 @@ impl Log {
         self.file.write_all(&line).map_err(|source| FileError::Write { path: self.path.clone(), source })
     }
 
-    /// Bytes written so far, which are safe on disk when this returns.
+    /// Forces the log to disk and returns its length in bytes.
     pub fn sync(&mut self) -> Result<u64, FileError> {
         self.file.sync_data().map_err(|source| FileError::Write { path: self.path.clone(), source })?;
         Ok(self.bytes)

@@ -19,17 +19,17 @@ use crate::model::ModelError;
 use std::path::PathBuf;
 use thiserror::Error;
 
-/// A run that could not be finished.
+/// An error of a training or scoring run.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum TrainError {
-    /// The configuration.
+    /// Invalid configuration.
     #[error(transparent)]
     Config(#[from] config::ConfigError),
-    /// The run directory.
+    /// Unusable run directory.
     #[error(transparent)]
     Run(#[from] run::RunError),
-    /// One of its files.
+    /// Unusable run file.
     #[error(transparent)]
     File(#[from] file::FileError),
     /// The model could not be built or run.
@@ -38,7 +38,7 @@ pub enum TrainError {
     /// A batch could not be packed.
     #[error(transparent)]
     Batch(#[from] BatchError),
-    /// Validation or test.
+    /// Validation or test failed.
     #[error(transparent)]
     Evaluate(#[from] EvaluateError),
     /// Training diverged.
@@ -56,7 +56,7 @@ pub enum TrainError {
         /// The tensor.
         tensor: String,
     },
-    /// Nothing can be learnt from the data set.
+    /// The data set has no training target.
     #[error("{} has no training target: {reason}", path.display())]
     NoTargets {
         /// The data set.
@@ -64,7 +64,7 @@ pub enum TrainError {
         /// Why.
         reason: &'static str,
     },
-    /// A file belongs to something else.
+    /// Another data set than that of the run.
     #[error("{} is not the data set of this run: {what} differ", path.display())]
     OtherData {
         /// The data set.
@@ -72,39 +72,39 @@ pub enum TrainError {
         /// What differs.
         what: &'static str,
     },
-    /// The model file is not the one the checkpoint speaks of.
+    /// The model file is not the one in the checkpoint.
     #[error("{} is not the best model of this run's checkpoint", path.display())]
     OtherModel {
         /// The model file.
         path: PathBuf,
     },
-    /// A user that the data set does not know.
+    /// A user that is not in the data set.
     #[error("unknown user `{user}` in {argument}")]
     UnknownUser {
         /// Original id.
         user: String,
-        /// The argument it was given in.
+        /// The argument that names it.
         argument: String,
     },
-    /// A line of a file of users or histories.
+    /// A bad line in a file of users or histories.
     #[error("{file}:{line}: {reason}")]
     Line {
         /// The file, or `<stdin>`.
         file: String,
-        /// From 1.
+        /// Number of the line, from 1.
         line: usize,
         /// What is wrong.
         reason: String,
     },
-    /// An item that the model does not know.
+    /// An item that is not in the model.
     #[error("unknown item `{item}` in {argument}")]
     UnknownItem {
         /// Original id.
         item: String,
-        /// The argument, or the line, it was given in.
+        /// The argument or line that names it.
         argument: String,
     },
-    /// Something of the command line that clap cannot check.
+    /// An invalid argument that clap cannot detect.
     #[error("{argument}: {reason}")]
     Usage {
         /// The argument.

@@ -4,29 +4,29 @@ use crate::data::Dataset;
 use rand::{Rng, RngExt};
 use serde::{Deserialize, Serialize};
 
-/// Where training negatives come from. Whatever the source, a group's negatives are distinct and
-/// never its positive.
+/// Source of training negatives. The negatives of a group are always distinct and differ from its
+/// positive.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum NegativeSource {
-    /// Target items of the batch's other users; topped up by popularity where those are too few.
+    /// Targets of other users in the batch; if there are too few, more items by popularity.
     #[default]
     InBatch,
-    /// Items by their number of training events.
+    /// Items with probability proportional to their training events.
     Popularity,
-    /// All items alike.
+    /// All items with equal probability.
     Uniform,
 }
 
-/// Draws items.
+/// A sampler of negatives.
 #[derive(Debug)]
 pub struct NegativeSampler {
     source: NegativeSource,
-    /// Running sums of the training events of the items.
+    /// Prefix sums of the training events of the items.
     cumulative: Vec<u64>,
 }
 
-/// The target items of a batch, and whose they are.
+/// The target items of a batch, with their users.
 #[derive(Debug, Default)]
 pub struct BatchTargets {
     /// (user, item)
@@ -48,8 +48,8 @@ impl NegativeSampler {
         Self { source, cumulative }
     }
 
-    /// Up to `count` distinct items other than `positive`; fewer only where there are no more
-    /// items. The group is one of `user`'s.
+    /// Up to `count` distinct items other than `positive` for a group of `user`; fewer only if
+    /// there are no more items.
     pub fn draw(
         &self,
         rng: &mut impl Rng,
@@ -61,7 +61,7 @@ impl NegativeSampler {
         let items = self.cumulative.len();
         let count = count.min(items - usize::from(positive.is_some()));
         let mut drawn = Vec::with_capacity(count);
-        // Rejection is cheap while most draws are new; the bound ends it where they cannot be.
+        // Rejection is cheap while most draws are new; the bound ends it once new items run out.
         let tries = 16 * count + 64;
         let attempt = |drawn: &mut Vec<u32>, item: &mut dyn FnMut() -> Option<u32>| {
             for _ in 0..tries {

@@ -8,11 +8,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
-/// A run directory that cannot be used.
+/// An unusable run directory.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum RunError {
-    /// The directory holds a run already.
+    /// The directory already holds a run.
     #[error(
         "{} holds {} run; give another --out, or {}",
         dir.display(),
@@ -22,7 +22,7 @@ pub enum RunError {
     Exists {
         /// The directory.
         dir: PathBuf,
-        /// Whether it has metrics.
+        /// Whether the run is finished (has metrics).
         finished: bool,
     },
     /// The directory holds a `config.toml` that no run wrote, which a new run would overwrite.
@@ -37,7 +37,7 @@ pub enum RunError {
         /// The directory.
         dir: PathBuf,
     },
-    /// The run has no checkpoint, but a model: the checkpoint was removed.
+    /// The directory holds a model but no checkpoint.
     #[error("{} holds a model but no checkpoint, so its run cannot be continued", dir.display())]
     NoCheckpoint {
         /// The directory.
@@ -81,8 +81,8 @@ const CURVES: &str = "curves.svg";
 const SYNTHETIC: &str = "synthetic.dfar";
 
 impl Run {
-    /// A new run in `dir`, which must hold none. A run that was killed before its first checkpoint
-    /// is none: its files are replaced.
+    /// Creates a run in `dir`, which must not hold one. The files of a run that was killed before
+    /// its first checkpoint are replaced.
     pub fn create(dir: &Path) -> Result<Self, RunError> {
         std::fs::create_dir_all(dir).map_err(io_error(dir))?;
         let run = Self::lock(dir)?;
@@ -95,7 +95,7 @@ impl Run {
         }
         run.remove_leftovers()?;
         if started {
-            // The configuration last: it tells that the others belong to a run.
+            // Removes the configuration last: it marks the other files as those of a run.
             for file in [run.log(), run.synthetic_data(), run.config()] {
                 remove_file(&file).map_err(io_error(&file))?;
             }
@@ -109,7 +109,7 @@ impl Run {
         std::fs::create_dir_all(parent).map_err(io_error(parent))?;
         for number in 1.. {
             let dir = parent.join(if number == 1 { name.to_owned() } else { format!("{name}-{number}") });
-            // Creating the directory decides between two processes.
+            // `create_dir` is atomic: of two processes, only one succeeds.
             match std::fs::create_dir(&dir) {
                 Ok(()) => return Self::lock(&dir),
                 Err(e) if e.kind() == io::ErrorKind::AlreadyExists => continue,
@@ -119,8 +119,8 @@ impl Run {
         unreachable!("the numbers do not end")
     }
 
-    /// A run that was started before. Without [`Run::checkpoint`] it was stopped before its first
-    /// one: it starts from the beginning, with the configuration in [`Run::config`].
+    /// Opens an existing run. If it has no [`Run::checkpoint`], it was stopped before the first one
+    /// and starts from the beginning, with the configuration in [`Run::config`].
     pub fn resume(dir: &Path) -> Result<Self, RunError> {
         if !dir.join(CHECKPOINT).exists() {
             if dir.join(MODEL).exists() {
@@ -139,8 +139,8 @@ impl Run {
         Ok(Self { dir: dir.to_owned(), _lock: Lock::take(dir)? })
     }
 
-    /// Removes the temporary files of a killed process. The lock excludes one that still writes
-    /// them.
+    /// Removes the temporary files of a killed process. The lock ensures that no live process
+    /// writes them.
     fn remove_leftovers(&self) -> Result<(), RunError> {
         for name in [CONFIG, CHECKPOINT, MODEL, METRICS, CURVES] {
             let path = file::temporary(&self.dir.join(name));
@@ -157,8 +157,7 @@ impl Run {
         Ok(())
     }
 
-    /// Version 0.1 left temporary files with random names. They are looked for only beside the
-    /// files of a run.
+    /// Removes the temporary files with random names that version 0.1 left in a run directory.
     fn remove_leftovers_of_0_1(&self) -> Result<(), RunError> {
         for entry in std::fs::read_dir(&self.dir).map_err(io_error(&self.dir))? {
             let entry = entry.map_err(io_error(&self.dir))?;
@@ -178,11 +177,11 @@ impl Run {
     pub fn dir(&self) -> &Path {
         &self.dir
     }
-    /// Everything needed to repeat the run.
+    /// The configuration: repeats the run.
     pub fn config(&self) -> PathBuf {
         config_path(&self.dir)
     }
-    /// Everything needed to continue it.
+    /// The checkpoint: continues the run.
     pub fn checkpoint(&self) -> PathBuf {
         self.dir.join(CHECKPOINT)
     }
@@ -190,19 +189,19 @@ impl Run {
     pub fn model(&self) -> PathBuf {
         model_path(&self.dir)
     }
-    /// Final figures.
+    /// Final metrics.
     pub fn metrics(&self) -> PathBuf {
         self.dir.join(METRICS)
     }
-    /// One JSON object a line.
+    /// The log: one JSON object per line.
     pub fn log(&self) -> PathBuf {
         self.dir.join(LOG)
     }
-    /// Loss and validation AUC by epoch.
+    /// Plot of loss and validation AUC by epoch.
     pub fn curves(&self) -> PathBuf {
         self.dir.join(CURVES)
     }
-    /// The synthetic data set, where none was given.
+    /// The synthetic data set, if the run uses no other.
     pub fn synthetic_data(&self) -> PathBuf {
         synthetic_path(&self.dir)
     }
@@ -212,8 +211,8 @@ impl Run {
         file::replace_bytes(&self.config(), text.as_bytes())
     }
 
-    /// Makes the synthetic data set by `write`, which may leave files beside the path it is given
-    /// when it is killed.
+    /// Makes the synthetic data set by calling `write`, which may leave temporary files beside its
+    /// path when it is killed.
     pub fn make_synthetic_data<E: From<TrainError>>(
         &self,
         write: impl FnOnce(&Path) -> Result<(), E>,
@@ -233,8 +232,7 @@ impl Run {
     }
 }
 
-/// An exclusive lock on `.lock`, which is removed when the lock is dropped (and stays after a
-/// kill).
+/// An exclusive lock on `.lock`. Dropping it removes the file, which remains after a kill.
 #[derive(Debug)]
 struct Lock {
     _file: File,
@@ -249,12 +247,12 @@ impl Lock {
             match file.try_lock() {
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => return Err(RunError::Locked { dir: dir.to_owned() }),
-                // Some network file systems have no locks: do without.
+                // Some network file systems have no locks; the run continues without one.
                 Err(TryLockError::Error(e)) if e.kind() == io::ErrorKind::Unsupported => {}
                 Err(TryLockError::Error(e)) => return Err(io_error(dir)(e)),
             }
-            // Otherwise its last holder removed the file between our open and our lock, and another
-            // process may lock a new one.
+            // Otherwise the last holder removed the file between the open and the lock, and another
+            // process may lock a new file.
             if is_file_at(&file, &path) {
                 return Ok(Self { _file: file, path });
             }
@@ -262,7 +260,7 @@ impl Lock {
     }
 }
 
-/// Whether `file` is the one that others find at `path`.
+/// Whether `file` is the file at `path`.
 #[cfg(unix)]
 fn is_file_at(file: &File, path: &Path) -> bool {
     use std::os::unix::fs::MetadataExt;
@@ -280,7 +278,7 @@ fn is_file_at(_: &File, _: &Path) -> bool {
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        // Before the file is closed, so that it is still locked. Elsewhere the file stays.
+        // Removed before the file is closed, while still locked. On other systems the file remains.
         if cfg!(unix) {
             let _ = std::fs::remove_file(&self.path);
         }
@@ -297,13 +295,13 @@ pub fn config_path(dir: &Path) -> PathBuf {
     dir.join(CONFIG)
 }
 
-/// The synthetic data set of the run in `dir`, where none was given.
+/// The synthetic data set of the run in `dir`, if it uses no other.
 pub fn synthetic_path(dir: &Path) -> PathBuf {
     dir.join(SYNTHETIC)
 }
 
-/// Whether replacing this `config.toml` loses nothing: a run writes every key in a fixed order and
-/// no comments.
+/// Whether this `config.toml` can be replaced without loss. A run writes every key, in a fixed
+/// order, and no comments.
 fn is_written_by_a_run(path: &Path) -> bool {
     let text = std::fs::read_to_string(path);
     let config = Config::layered(Some(path), toml::Table::new());

@@ -1,5 +1,5 @@
-//! FHA on the device: [`Gpu::attention_forward`] and [`Gpu::attention_backward`] on its arrays, and [`Gpu::forward`] and
-//! [`Gpu::backward`], the same operation as [`crate::attention`] has, on slices.
+//! FHA on the device: [`Gpu::attention_forward`] and [`Gpu::attention_backward`] on device arrays;
+//! [`Gpu::forward`] and [`Gpu::backward`] on host slices, as in [`crate::attention`].
 
 use super::convert;
 use crate::attention::{FhaOptions, Inputs, length};
@@ -14,7 +14,7 @@ use crate::device::cuda::runtime::{Precision, Runtime};
 use crate::device::{Attention, DeviceError, Qkv, QkvGradients, SoftmaxState};
 
 impl Pass {
-    /// Name of the kernel.
+    /// Entry point of the kernel.
     pub const fn entry(self) -> &'static str {
         match self {
             Pass::ForwardShort => "attention_forward_short",
@@ -28,15 +28,15 @@ impl Pass {
         }
     }
 
-    /// The kernel, for tensors of this type and heads of this width.
+    /// The kernel for this element type and head width.
     pub const fn kernel(self, element: Element, head_dim: usize) -> Kernel {
         Kernel { module: module(element, head_dim), entry: self.entry() }
     }
 }
 
 impl Kernel {
-    /// A kernel of attention in the variant that takes so many of 8 exponentials of long 16-bit sequences as polynomials; 0: as
-    /// it is. To be measured.
+    /// The attention kernel that computes `of_8` of 8 exponentials of streamed 16-bit sequences by
+    /// polynomials. 0 is the default kernel. For benchmarks.
     #[must_use]
     pub const fn with_polynomial(self, of_8: u32) -> Kernel {
         match of_8 {
@@ -53,26 +53,26 @@ pub const fn module(element: Element, head_dim: usize) -> Module {
         .with("DFAR_HEAD_DIM", Define::Number(head_dim as u32))
 }
 
-/// What the kernels need to know about a batch, on the device. Made once per batch, used by every layer.
+/// The plan of a batch on the device. Made once per batch and used by every layer.
 pub struct Batch<R: Runtime> {
     options: FhaOptions,
     element: Element,
     plan: Plan,
     order: Array<R, u32>,
     feedback: Array<R, u32>,
-    /// Of each pass, in the order of [`Pass::ALL`].
+    /// Work items of each pass, in the order of [`Pass::ALL`].
     items: Vec<Array<R, Item>>,
     polynomial: u32,
 }
 
 impl<R: Runtime> Batch<R> {
-    /// For kernels in a variant, see [`Kernel::with_polynomial`].
+    /// The same batch for the kernels of [`Kernel::with_polynomial`].
     #[must_use]
     pub fn with_polynomial(self, of_8: u32) -> Self {
         Self { polynomial: of_8, ..self }
     }
 
-    /// How its work is cut.
+    /// The plan: how the batch is cut into work items.
     pub fn plan(&self) -> &Plan {
         &self.plan
     }
@@ -95,29 +95,30 @@ impl<R: Runtime, T> Clone for Projections<'_, R, T> {
 }
 impl<R: Runtime, T> Copy for Projections<'_, R, T> {}
 
-/// Their gradients, `[N, H, d]` each, overwritten.
+/// Gradients of `q`, `k` and `v`, `[N, H, d]` each. Overwritten.
 pub struct ProjectionGradients<'a, R: Runtime, T> {
-    /// Of the queries.
+    /// Gradient of the queries.
     pub dq: &'a mut Array<R, T>,
-    /// Of the keys.
+    /// Gradient of the keys.
     pub dk: &'a mut Array<R, T>,
-    /// Of the values.
+    /// Gradient of the values.
     pub dv: &'a mut Array<R, T>,
 }
 
-/// A batch, planned for the device's precision and for heads of any width up to the widest that is compiled for.
+/// A batch planned for the device's precision. Heads are padded to the next compiled width.
 pub struct DevicePlan<R: Runtime> {
-    /// Of a head, in memory.
+    /// Head width `d` of the tensors.
     head_dim: usize,
-    /// With heads as wide as the kernels take them.
+    /// The plan, with the padded head width.
     batch: Batch<R>,
 }
 
 impl<R: Runtime> DevicePlan<R> {
-    /// Plans a batch. To be used once the staging was sent.
+    /// Plans a batch. Use the plan after the staging was sent.
     ///
     /// # Errors
-    /// Options, offsets or labels that do not fit; [`CudaError::HeadDim`] for heads wider than the widest compiled.
+    /// Options, offsets or labels that are invalid; [`CudaError::HeadDim`] for a head width above
+    /// the largest compiled one.
     pub fn new(
         gpu: &Gpu<R>,
         staging: &mut Staging<R>,
@@ -127,9 +128,9 @@ impl<R: Runtime> DevicePlan<R> {
     ) -> Result<Self, CudaError> {
         let head_dim = options.head_dim;
         let padded = HEAD_DIMS.into_iter().find(|&compiled| compiled >= head_dim);
-        // The scale is the caller's: wider heads do not change it.
+        // The scale stays that of the unpadded width.
         let wide = FhaOptions { head_dim: padded.ok_or(CudaError::HeadDim { head_dim })?, ..*options };
-        // Of q, k and v only the length is looked at.
+        // The check reads only the lengths of q, k and v.
         let tokens = cu_seqlens.last().map_or(0, |&n| n as usize);
         let rows = vec![(); tokens * wide.heads * wide.head_dim];
         let inputs = Inputs { q: &rows, k: &rows, v: &rows, cu_seqlens, label };
@@ -230,10 +231,10 @@ fn backward_converted<R: Runtime, T: Value>(
 }
 
 impl<R: Runtime> Gpu<R> {
-    /// Plans a batch and copies the plan to the device.
+    /// Plans a batch and starts copying the plan to the device.
     ///
     /// # Errors
-    /// Those of [`Plan::new`], and of the driver.
+    /// The errors of [`Plan::new`], or a driver error.
     pub fn batch<T: Value>(&self, options: &FhaOptions, inputs: &Inputs<T>) -> Result<Batch<R>, CudaError> {
         options.check(inputs)?;
         let mut staging = Staging::new(self.runtime())?;
@@ -242,7 +243,7 @@ impl<R: Runtime> Gpu<R> {
         Ok(batch)
     }
 
-    /// Arguments have passed [`FhaOptions::check`].
+    /// Stages the plan of a batch. The arguments have passed [`FhaOptions::check`].
     fn plan(
         &self,
         staging: &mut Staging<R>,
@@ -268,7 +269,7 @@ impl<R: Runtime> Gpu<R> {
         })
     }
 
-    /// Checks that a buffer is this device's and holds `expected` values .
+    /// Checks that a buffer belongs to this device and holds `expected` values.
     fn check<T: Value>(
         &self,
         name: &'static str,
@@ -301,10 +302,11 @@ impl<R: Runtime> Gpu<R> {
         Ok(tokens)
     }
 
-    /// [`crate::attention::forward`] on device buffers; returns when the work is on the stream.
+    /// [`crate::attention::forward`] on device arrays. Enqueues the work and returns.
     ///
     /// # Errors
-    /// Buffers that do not fit the batch, a kernel that cannot be compiled, and what the driver reports.
+    /// Arrays of the wrong length, element type or device; a kernel that does not compile; a driver
+    /// error.
     pub fn attention_forward<T: Value>(
         &self,
         batch: &Batch<R>,
@@ -315,14 +317,14 @@ impl<R: Runtime> Gpu<R> {
         self.check_all(batch, qkv, o, lse)?;
         let pointers = self.pointers(batch, qkv, o, lse);
         for &pass in Pass::FORWARD {
-            // SAFETY: `check_all` has found all that forward reads and writes to be of the batch's shape, and o and lse are
-            // borrowed mutably.
+            // SAFETY: `check_all` has checked the shapes of all arrays that forward reads or
+            // writes; o and lse are borrowed mutably.
             unsafe { self.run(batch, pass, pointers)? };
         }
         Ok(())
     }
 
-    /// [`crate::attention::backward`] on device buffers; returns when the work is on the stream.
+    /// [`crate::attention::backward`] on device arrays. Enqueues the work and returns.
     ///
     /// # Errors
     /// As [`Gpu::attention_forward`].
@@ -341,7 +343,8 @@ impl<R: Runtime> Gpu<R> {
         for (name, buffer) in [("dq", &*dq), ("dk", &*dk), ("dv", &*dv)] {
             self.check(name, "[N, H, d]", buffer, tokens * options.heads * options.head_dim)?;
         }
-        // Between two passes over a sequence. Freed in stream order, when the launches that use them are done.
+        // Passed from the first pass over a sequence to the second. Freed stream-ordered, behind
+        // the launches that use them.
         let two_passes = [Pass::DqWhole, Pass::Dq].into_iter().any(|pass| !batch.plan.items(pass).is_empty());
         let between = if two_passes { options.lse_len(tokens) } else { 0 };
         let delta = self.array::<f32>(between)?;
@@ -356,15 +359,16 @@ impl<R: Runtime> Gpu<R> {
             ..self.pointers(batch, qkv, o, lse)
         };
         for &pass in Pass::BACKWARD {
-            // SAFETY: `check_all` and the checks above have found all that these passes read and write to be of the batch's
-            // shape; the gradients are borrowed mutably; delta and correction were made for it, are written before they
-            // are read, in the order of the passes, and are freed behind them on the same stream.
+            // SAFETY: `check_all` and the checks above cover the shapes of all arrays that these
+            // passes read or write; the gradients are borrowed mutably. delta and correction have
+            // the shapes of the batch, are written by an earlier pass than reads them, and are
+            // freed behind both on the same stream.
             unsafe { self.run(batch, pass, pointers)? };
         }
         Ok(())
     }
 
-    /// Pointers that both directions share.
+    /// The pointers that forward and backward share.
     fn pointers<T: Value>(
         &self,
         batch: &Batch<R>,
@@ -378,28 +382,32 @@ impl<R: Runtime> Gpu<R> {
             v: qkv.v.pointer(),
             o: o.pointer(),
             lse: lse.pointer(),
-            // Null without labels: they are empty then.
+            // The arrays are empty without labels, so these pointers are null.
             order: batch.order.pointer(),
             feedback: batch.feedback.pointer(),
             ..AttentionParams::default()
         }
     }
 
+    /// Launches one pass.
+    ///
     /// # Safety
-    /// `pointers`, but for `items`, are to arrays of the shapes in attention/params.cuh for this batch and pass.
+    /// Except for `items`, `pointers` refer to arrays of the shapes in attention/params.cuh for
+    /// this batch and pass.
     unsafe fn run(&self, batch: &Batch<R>, pass: Pass, pointers: AttentionParams) -> Result<(), CudaError> {
         let kernel = pass.kernel(batch.element, batch.options.head_dim).with_polynomial(batch.polynomial);
         let items = batch.items[pass.index()].pointer();
         let launch = batch.plan.launch(&batch.options, pass);
         let params = batch.plan.params(&batch.options, pass, AttentionParams { items, ..pointers });
-        // SAFETY: the kernel is of the batch's variant; grid, items and scalars are of its one plan; the rest is the caller's.
+        // SAFETY: the kernel is the batch's variant; grid, items and scalars come from its plan;
+        // the caller guarantees the pointers.
         unsafe { self.launch(kernel, launch, &params) }
     }
 
-    /// [`crate::attention::forward`] on this device: copies there, computes, copies back.
+    /// [`crate::attention::forward`] on this device, with copies to the device and back.
     ///
     /// # Errors
-    /// Arguments the operation refuses (nothing is written then), and as [`Gpu::attention_forward`].
+    /// Invalid arguments, before anything is written; otherwise as [`Gpu::attention_forward`].
     pub fn forward<T: Value>(
         &self,
         options: &FhaOptions,
@@ -416,7 +424,8 @@ impl<R: Runtime> Gpu<R> {
         d_lse.copy_to(lse)
     }
 
-    /// [`crate::attention::backward`] on this device: copies there, computes, copies back. `gradients` are `dq`, `dk`, `dv`.
+    /// [`crate::attention::backward`] on this device, with copies to the device and back.
+    /// `gradients` are `dq`, `dk`, `dv`.
     ///
     /// # Errors
     /// As [`Gpu::forward`].

@@ -1,4 +1,5 @@
-//! Launches of `attention/convert.cu`: heads from f32 and any width to what `attention/attention.cu` is compiled for, and back.
+//! Launches of `attention/convert.cu`: converts f32 heads of any width to the element type and
+//! padded width of `attention/attention.cu`, and back.
 
 use crate::device::cuda::array::Array;
 use crate::device::cuda::error::CudaError;
@@ -13,7 +14,7 @@ pub const fn module(element: Element) -> Module {
     Module::new("attention/convert.cu").with("DFAR_ELEMENT", Define::Word(element.cuda_name()))
 }
 
-/// Names of its kernels.
+/// Its entry points: to the kernels' type and width, and back.
 pub const ENTRIES: [&str; 2] = ["convert_to", "convert_from"];
 
 #[repr(C)]
@@ -46,11 +47,11 @@ fn run<R: Runtime, T: Value>(
         padded: padded as u32,
     };
     let kernel = Kernel { module: module(T::ELEMENT), entry };
-    // SAFETY: lengths are checked above; callers own or mutably borrow what is written.
+    // SAFETY: the lengths are checked above; the callers own or mutably borrow the destination.
     unsafe { gpu.launch(kernel, blocks(rows * padded / 2, THREADS), &params) }
 }
 
-/// Rows of `width` values as rows of `padded`, zeros behind each.
+/// Converts rows of `width` f32 values to rows of `padded` values of type `T`, padded with zeros.
 pub(crate) fn to<R: Runtime, T: Value>(
     gpu: &Gpu<R>,
     (x, width): (&Array<R, f32>, usize),
@@ -61,7 +62,7 @@ pub(crate) fn to<R: Runtime, T: Value>(
     Ok(y)
 }
 
-/// The first `width` values of each row of `padded`.
+/// Converts the first `width` values of each row of `padded` values to f32.
 pub(crate) fn from<R: Runtime, T: Value>(
     gpu: &Gpu<R>,
     (y, padded): (&Array<R, T>, usize),

@@ -1,4 +1,4 @@
-//! Launches of `step/embedding.cu`: rows gathered, scattered, and added up by segment.
+//! Launches of `step/embedding.cu`: gathers, scatters, and sums of rows by segment.
 
 use super::loss;
 use crate::device::cuda::array::Array;
@@ -20,7 +20,7 @@ const SEGMENT_CHUNKS: Kernel = kernel("embedding_segment_chunks");
 const SEGMENT_BORDERS: Kernel = kernel("embedding_segment_borders");
 const SQUARES: Kernel = kernel("embedding_squares");
 
-/// Every kernel of the file, with its largest block.
+/// All kernels of the file, each with its largest block.
 pub const KERNELS: &[(Kernel, Block)] = &[
     (GATHER_SUM, block_of(0)),
     (SCATTER_ADD, block_of(0)),
@@ -29,9 +29,9 @@ pub const KERNELS: &[(Kernel, Block)] = &[
     (SQUARES, block_of(loss::BLOCK_SUM_SHARED)),
 ];
 
-/// Members of a chunk: `CHUNK` of `step/embedding.cu`.
+/// Members per chunk: `CHUNK` of `step/embedding.cu`.
 const CHUNK: usize = 64;
-/// Sums of four columns a thread.
+/// f64 sums of four columns per thread.
 const BORDERS_SHARED: usize = THREADS * 4 * size_of::<f64>();
 
 #[repr(C)]
@@ -102,7 +102,7 @@ const _: () = assert!(size_of::<SquareParams>() == 40);
 /// Rows of a table on the device.
 pub(crate) type TableRows<'a, R> = Lookup<&'a Array<R, f32>, &'a Array<R, u32>>;
 
-/// The addresses of tables and indices, and the number of rows.
+/// Addresses of the tables, addresses of their indices, and the number of rows.
 pub(crate) fn tables_of<R: Runtime>(tables: &[TableRows<R>]) -> ([Pointer; 4], [Pointer; 4], usize) {
     assert!((1..=4).contains(&tables.len()), "1 to 4 tables, not {}", tables.len());
     let rows = tables[0].index.len();
@@ -132,7 +132,8 @@ impl<R: Runtime> Embedding for Gpu<R> {
             table_count: tables.len() as u32,
             bits: lane_bits(width),
         };
-        // SAFETY: lengths are checked above; values of indices are their maker's; y is borrowed mutably.
+        // SAFETY: lengths are checked above; the caller guarantees the index values; y is borrowed
+        // mutably.
         unsafe { self.launch(GATHER_SUM, by_rows(rows, width), &params)? };
         Ok(())
     }
@@ -155,7 +156,8 @@ impl<R: Runtime> Embedding for Gpu<R> {
             bits: lane_bits(width),
             unused: 0,
         };
-        // SAFETY: lengths are checked above; values of the index are its maker's; y is borrowed mutably.
+        // SAFETY: lengths are checked above; the caller guarantees the index values; y is borrowed
+        // mutably.
         unsafe { self.launch(SCATTER_ADD, by_rows(rows, width), &params)? };
         Ok(())
     }
@@ -196,29 +198,31 @@ impl<R: Runtime> Embedding for Gpu<R> {
             threads: THREADS as u32,
             shared_bytes: loss::BLOCK_SUM_SHARED as u32,
         };
-        // SAFETY: the rows are their maker's; partial has a value a block.
+        // SAFETY: the caller guarantees the index values; partial has one value per block.
         unsafe { self.launch(SQUARES, launch, &params)? };
         Ok(loss::reduce(self, &partial, 1, 0.5, sum)?)
     }
 }
 
-/// Sums of parts of rows by segment, for [`Embedding::segment_sum`] and [`Rows::concat_backward`](crate::device::Rows).
+/// Sums of row parts by segment, for [`Embedding::segment_sum`] and
+/// [`Rows::concat_backward`](crate::device::Rows).
 pub(crate) struct SegmentedSum<'a, R: Runtime> {
-    /// Stacked: a member counts rows of the first, then of the second, ...
+    /// `[rows, stride]` each. Members number the rows of the first source, then those of the
+    /// second, ...
     pub sources: &'a [&'a Array<R, f32>],
-    /// Values from one row of a source to the next.
+    /// Values per row of a source.
     pub stride: usize,
-    /// Where in its row a member begins.
+    /// First column of the summed part.
     pub column: usize,
-    /// Values of a member.
+    /// Columns of the summed part.
     pub width: usize,
     /// The members of each segment.
     pub segments: Segments<&'a Array<R, u32>>,
-    /// Adds `l2` times these rows of a table.
+    /// Factor and table rows, `[segments, width]`, of the L2 gradient added to the sums.
     pub l2: Option<(f32, TableRows<'a, R>)>,
 }
 
-/// Writes, or adds to, `y: [segments, width]`.
+/// Writes the sums to `y: [segments, width]`, or adds them.
 pub(crate) fn segmented_sum<R: Runtime>(
     gpu: &Gpu<R>,
     sum: SegmentedSum<R>,
@@ -266,10 +270,10 @@ pub(crate) fn segmented_sum<R: Runtime>(
         bits: lane_bits(width),
         adds: (store == Store::Add).into(),
     };
-    // SAFETY: lengths are checked above, offsets and members are their maker's; y is borrowed mutably; head and tail are as
-    // long as there are chunks.
+    // SAFETY: lengths are checked above; the caller guarantees offsets and members; y is borrowed
+    // mutably; head and tail have one row per chunk.
     unsafe { gpu.launch(SEGMENT_CHUNKS, by_rows(chunks, width), &params)? };
-    // The last chunk has nothing behind it to go on in.
+    // One block per border between two chunks.
     let launch =
         Launch { grid: [chunks as u32 - 1, 1], threads: THREADS as u32, shared_bytes: BORDERS_SHARED as u32 };
     // SAFETY: as above.

@@ -20,7 +20,7 @@ const NORM_ADD: Kernel = kernel("layer_norm_add");
 const NORM_GATHER: Kernel = kernel("layer_norm_gather");
 const BACKWARD: Kernel = kernel("layer_norm_backward");
 
-/// Every kernel of the file, with a typical block.
+/// All kernels of the file, each with a typical block.
 pub const KERNELS: &[(Kernel, Block)] = &[
     (NORM, block_of(0)),
     (NORM_ADD, block_of(0)),
@@ -28,7 +28,7 @@ pub const KERNELS: &[(Kernel, Block)] = &[
     (BACKWARD, block_of(backward_shared(128, 4))),
 ];
 
-/// Statistics of the block's rows, and a share of two gradients a thread.
+/// Shared memory in bytes: two statistics per row, and partial sums of two gradients per thread.
 const fn backward_shared(block_rows: usize, vector: usize) -> usize {
     block_rows * 2 * size_of::<f32>() + THREADS * 2 * vector * size_of::<f32>()
 }
@@ -69,13 +69,13 @@ struct NormBackwardParams {
 const _: () = assert!(size_of::<NormParams>() == 120);
 const _: () = assert!(size_of::<NormBackwardParams>() == 64);
 
-/// The input of a layer norm, computed by the same kernel.
+/// The input of a layer norm. The same kernel computes it.
 enum Input<'a, R: Runtime> {
-    /// An array.
+    /// `x`.
     Given(&'a Array<R, f32>),
-    /// The second array, after adding the first to it.
+    /// `(x, y)`: adds `x` to `y`; the input is `y`.
     Sum(&'a Array<R, f32>, &'a mut Array<R, f32>),
-    /// The array, after writing the sums of rows of tables to it.
+    /// `(tables, y)`: gathers and sums table rows to `y`; the input is `y`.
     Tables(&'a [TableRows<'a, R>], &'a mut Array<R, f32>),
 }
 
@@ -115,7 +115,8 @@ fn forward<R: Runtime>(
         bits: lane_bits(width),
         ..params
     };
-    // SAFETY: lengths are checked above; values of indices are their maker's; what is written was borrowed mutably.
+    // SAFETY: lengths are checked above; the caller guarantees the index values; the arrays that
+    // the kernel writes are borrowed mutably.
     unsafe { gpu.launch(kernel, by_rows(rows, width), &params) }
 }
 
@@ -184,7 +185,7 @@ impl<R: Runtime> Norm for Gpu<R> {
         };
         let shared_bytes = backward_shared(block_rows, vector(width)) as u32;
         let launch = Launch { grid: [count as u32, 1], threads: THREADS as u32, shared_bytes };
-        // SAFETY: lengths are checked above; dx is borrowed mutably; partial has a row a block.
+        // SAFETY: lengths are checked above; dx is borrowed mutably; partial has one row per block.
         unsafe { self.launch(BACKWARD, launch, &params)? };
         Ok(rows::reduce(self, &partial, count, [Some(dgamma), Some(dbeta)])?)
     }

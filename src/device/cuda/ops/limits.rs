@@ -1,4 +1,4 @@
-//! Launches of `step/limits.cu`: what a GPU can do at most.
+//! Launches of `step/limits.cu`: measures peak rates of a GPU.
 
 use crate::device::cuda::array::Array;
 use crate::device::cuda::error::CudaError;
@@ -7,18 +7,18 @@ use crate::device::cuda::kernel::{Block, Kernel, Launch, Module, Pointer};
 use crate::device::cuda::runtime::Runtime;
 use bytemuck::{Pod, Zeroable};
 
-/// Threads of a block of every kernel here.
+/// Threads per block.
 pub const THREADS: usize = 256;
-/// Independent values a thread works on.
+/// Independent chains of operations per thread.
 pub const CHAINS: usize = 8;
-/// Operations of one tensor-core product of a warp.
+/// Multiply and add operations of one tensor-core product of a warp.
 pub const PRODUCT_OPERATIONS: usize = 2 * 16 * 16 * 8;
 
 const fn kernel(entry: &'static str) -> Kernel {
     Kernel { module: Module::new("step/limits.cu"), entry }
 }
 
-/// Every kernel of the file, with its block.
+/// All kernels of the file, each with its block.
 pub const KERNELS: &[(Kernel, Block)] = &[
     (kernel("limits_copy"), BLOCK),
     (kernel("limits_exponentials"), BLOCK),
@@ -27,7 +27,7 @@ pub const KERNELS: &[(Kernel, Block)] = &[
 ];
 const BLOCK: Block = Block { warps: THREADS / 32, shared_bytes: 0 };
 
-/// A rate to measure.
+/// An operation whose rate is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rate {
     /// Special-function exponentials.
@@ -50,13 +50,13 @@ struct LimitsParams {
 }
 
 impl<R: Runtime> Gpu<R> {
-    /// Copies `x` to `y`, 16 bytes a thread.
+    /// Copies `x` to `y`, 16 bytes per thread.
     ///
     /// # Errors
-    /// What the runtime reports.
+    /// A kernel that does not compile, or a driver error.
     ///
     /// # Panics
-    /// Unless both have the same length, a multiple of 4.
+    /// If the lengths differ or are not a multiple of 4.
     pub fn copy(&self, x: &Array<R, f32>, y: &mut Array<R, f32>) -> Result<(), CudaError> {
         assert!(x.len() == y.len() && x.len().is_multiple_of(4), "{} and {}", x.len(), y.len());
         let params =
@@ -70,13 +70,14 @@ impl<R: Runtime> Gpu<R> {
         unsafe { self.launch(kernel("limits_copy"), launch, &params) }
     }
 
-    /// Works through `rounds` rounds of an operation on [`CHAINS`] values a thread, in `out.len()` threads.
+    /// Runs `rounds` rounds of an operation on [`CHAINS`] values per thread, with `out.len()`
+    /// threads.
     ///
     /// # Errors
-    /// What the runtime reports.
+    /// A kernel that does not compile, or a driver error.
     ///
     /// # Panics
-    /// Unless `out` is as long as a number of whole blocks of [`THREADS`].
+    /// If the length of `out` is not a multiple of [`THREADS`].
     pub fn work(&self, rate: Rate, rounds: u32, out: &mut Array<R, f32>) -> Result<(), CudaError> {
         assert!(out.len().is_multiple_of(THREADS), "{} threads are no whole blocks", out.len());
         let entry = match rate {

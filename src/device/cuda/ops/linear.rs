@@ -1,4 +1,4 @@
-//! Linear layers: products by [`Runtime::gemm`], and what is around them from `step/rows.cu`.
+//! Linear layers: products by [`Runtime::gemm`]; bias gradients and label order by `step/rows.cu`.
 
 use super::rows::{self, Dy};
 use crate::device::cuda::array::Array;
@@ -11,7 +11,7 @@ use crate::device::{
     Store,
 };
 
-/// A matrix in memory, and whether it is used transposed.
+/// Address of a matrix, and whether it is used transposed.
 #[derive(Clone, Copy)]
 pub(crate) struct Factor {
     pub(crate) at: Pointer,
@@ -28,10 +28,10 @@ impl Factor {
 }
 
 impl<R: Runtime> Gpu<R> {
-    /// `c (+)= activation(a b + bias)`.
+    /// `c (+)= activation(a b + bias)` for `shape = [m, n, k]`.
     ///
     /// # Safety
-    /// As [`Runtime::gemm`], but any size may be 0.
+    /// As [`Runtime::gemm`], except that sizes may be 0.
     pub(crate) unsafe fn product(
         &self,
         shape: [usize; 3],
@@ -44,7 +44,8 @@ impl<R: Runtime> Gpu<R> {
         if m == 0 || n == 0 {
             return Ok(());
         }
-        // SAFETY: the caller's promises; an empty sum is 0, and only sums without a bias are ever empty.
+        // SAFETY: guaranteed by the caller. With k = 0 the product is 0, and no call with k = 0 has
+        // a bias.
         unsafe {
             if k == 0 {
                 return if store == Store::Overwrite {
@@ -69,7 +70,7 @@ impl<R: Runtime> Gpu<R> {
     }
 }
 
-/// Rows of `x` and `y`, checked against the widths.
+/// Number of rows of `x` and `y`, checked against both widths.
 fn rows_of(x: usize, y: usize, (inputs, outputs): (usize, usize)) -> usize {
     assert!(inputs > 0 && outputs > 0, "a layer without inputs or outputs");
     let rows = x / inputs;
@@ -95,7 +96,7 @@ impl<R: Runtime> Dense for Gpu<R> {
             return self.add(&sum, y);
         }
         let factors = (Factor::plain(x.pointer()), Factor::plain(w.pointer()));
-        // SAFETY: lengths are checked above, and y is borrowed mutably.
+        // SAFETY: lengths are checked above; y is borrowed mutably.
         unsafe {
             self.product(
                 [rows, outputs, inputs],
@@ -126,7 +127,7 @@ impl<R: Runtime> Dense for Gpu<R> {
             (Activation::Relu, dbias) => rows::column_sums(self, outputs, Some(y), Dy::Updated(dy), dbias)?,
         }
         let (x_at, dy_at) = (x.pointer(), dy.pointer());
-        // SAFETY: lengths are checked above, and below for dx; dw and dx are borrowed mutably.
+        // SAFETY: lengths are checked above and, for dx, below; dw and dx are borrowed mutably.
         unsafe {
             let factors = (Factor::transposed(x_at), Factor::plain(dy_at));
             let dw = (dw.pointer(), Store::Overwrite);
@@ -140,7 +141,7 @@ impl<R: Runtime> Dense for Gpu<R> {
         Ok(())
     }
 
-    /// Sorts the rows by label, so that each half of the weight is multiplied with contiguous rows.
+    /// Sorts the rows by label, so that each half of the weight multiplies contiguous rows.
     fn label_linear(
         &self,
         layer: LabelLinear<&Array<R, f32>, &Array<R, u32>>,
@@ -160,7 +161,8 @@ impl<R: Runtime> Dense for Gpu<R> {
             );
             let c = (sorted_y.pointer_at(first * outputs), Store::Overwrite);
             let shape = [tokens_by_label[label].len(), outputs, inputs];
-            // SAFETY: `split` has checked that the two labels' rows are all rows; the result was made for as many.
+            // SAFETY: `split` has checked that the rows of both labels are all rows; sorted_y has
+            // as many.
             unsafe { self.product(shape, factors, c, bias.pointer(), Activation::None)? };
         }
         Ok(rows::merge(self, outputs, tokens_by_label, &sorted_y, y)?)
@@ -186,7 +188,8 @@ impl<R: Runtime> Dense for Gpu<R> {
             let rows = tokens_by_label[label].len();
             let dy = sorted_dy.pointer_at(first * outputs);
             let half = label * inputs * outputs;
-            // SAFETY: `split` has checked that the two labels' rows are all rows; dx and dw have the lengths checked above.
+            // SAFETY: `split` has checked that the rows of both labels are all rows; the lengths of
+            // dx and dw are checked above.
             unsafe {
                 let factors = (Factor::transposed(sorted_x.pointer_at(first * inputs)), Factor::plain(dy));
                 let dw = (dw.pointer_at(half), Store::Overwrite);

@@ -1,4 +1,4 @@
-//! Launches of `step/loss.cu`: losses and gradients, and sums left on the device.
+//! Launches of `step/loss.cu`: losses with gradients. The sums stay on the device.
 
 use crate::device::cuda::array::Array;
 use crate::device::cuda::error::CudaError;
@@ -17,14 +17,14 @@ const RANK: Kernel = kernel("loss_rank");
 const COSINE: Kernel = kernel("loss_cosine");
 const REDUCE: Kernel = kernel("loss_reduce");
 
-/// Every kernel of the file, with its largest block.
+/// All kernels of the file, each with its largest block.
 pub const KERNELS: &[(Kernel, Block)] = &[
     (RANK, block_of(BLOCK_SUM_SHARED)),
     (COSINE, block_of(BLOCK_SUM_SHARED)),
     (REDUCE, block_of(BLOCK_SUM_SHARED)),
 ];
 
-/// A sum a warp.
+/// Shared memory of a block sum in bytes: one f64 per warp.
 pub(crate) const BLOCK_SUM_SHARED: usize = THREADS / 32 * size_of::<f64>();
 
 #[repr(C)]
@@ -69,7 +69,8 @@ const _: () = assert!(size_of::<RankParams>() == 56);
 const _: () = assert!(size_of::<CosineParams>() == 56);
 const _: () = assert!(size_of::<ReduceParams>() == 32);
 
-/// `factor` times the column sums of `partial: [_, width]`, to as many values from the slot on; 0 without rows.
+/// Writes `factor` times the column sums of `partial: [count, width]` to the `width` values from
+/// the slot on. Without rows the sums are 0.
 pub(crate) fn reduce<R: Runtime>(
     gpu: &Gpu<R>,
     partial: &Array<R, f64>,
@@ -86,11 +87,11 @@ pub(crate) fn reduce<R: Runtime>(
         factor,
     };
     let launch = Launch { shared_bytes: BLOCK_SUM_SHARED as u32, ..blocks(1, 1) };
-    // SAFETY: the lengths are as said, and the slot's buffer is borrowed mutably.
+    // SAFETY: lengths are checked above; the slot's buffer is borrowed mutably.
     unsafe { gpu.launch(REDUCE, launch, &params) }
 }
 
-/// 1 / `rows`; 0 without rows.
+/// 1 / `rows`, or 0 without rows.
 fn mean_over(rows: usize) -> f64 {
     if rows == 0 { 0.0 } else { 1.0 / rows as f64 }
 }
@@ -124,7 +125,8 @@ impl<R: Runtime> Losses for Gpu<R> {
             rows: rows as u32,
             bpr,
         };
-        // SAFETY: lengths are checked above; gradients are borrowed mutably; partial has two values a block.
+        // SAFETY: lengths are checked above; the gradients are borrowed mutably; partial has two
+        // values per block.
         unsafe { self.launch(RANK, Launch { shared_bytes: BLOCK_SUM_SHARED as u32, ..launch }, &params)? };
         Ok(reduce(self, &partial, 2, mean_over(rows), losses)?)
     }
@@ -155,7 +157,8 @@ impl<R: Runtime> Losses for Gpu<R> {
             bits: lane_bits(width),
             weight,
         };
-        // SAFETY: lengths are checked above; gradients are borrowed mutably; partial has a value a block.
+        // SAFETY: lengths are checked above; the gradients are borrowed mutably; partial has one
+        // value per block.
         unsafe { self.launch(COSINE, Launch { shared_bytes: BLOCK_SUM_SHARED as u32, ..launch }, &params)? };
         Ok(reduce(self, &partial, 1, mean_over(rows), loss)?)
     }

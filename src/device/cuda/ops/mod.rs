@@ -1,7 +1,8 @@
-//! The model's operations, a file for each `.cu` of `kernels/`: its modules, its entry points, and the launches.
+//! The model's operations, one file for each `.cu` of `kernels/`: modules, entry points, launches.
 //!
-//! Lengths are checked before every launch. Index values are not: they live on the device, and their producer
-//! guarantees them. [`crate::model`] checks a batch before it is copied to the device.
+//! Lengths are checked before every launch. Index values are in device memory and are not checked:
+//! the caller guarantees them. [`crate::model`] checks the indices of a batch before it copies them
+//! to the device.
 
 pub mod attention;
 pub(crate) mod convert;

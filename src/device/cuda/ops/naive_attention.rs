@@ -1,4 +1,5 @@
-//! FHA the long way on the device: cuBLASLt products around `attention/naive_attention.cu`, all scores in memory. For measurements.
+//! Naive FHA on the device, for benchmarks: cuBLASLt products around
+//! `attention/naive_attention.cu`, with all scores in memory.
 
 use crate::attention::{FhaOptions, LabelMask, Normalization, Pairing};
 use crate::device::cuda::array::Array;
@@ -16,7 +17,7 @@ const fn kernel(entry: &'static str) -> Kernel {
     Kernel { module: Module::new("attention/naive_attention.cu"), entry }
 }
 
-/// Every kernel of the file, with its block.
+/// All kernels of the file, each with its block.
 pub const KERNELS: &[(Kernel, Block)] = &[
     (kernel("naive_split_heads"), BLOCK),
     (kernel("naive_merge_heads"), BLOCK),
@@ -25,7 +26,7 @@ pub const KERNELS: &[(Kernel, Block)] = &[
 ];
 const BLOCK: Block = Block { warps: THREADS / 32, shared_bytes: 0 };
 
-/// As `HeadsParams` of `attention/naive_attention.cu`.
+/// Mirrors `HeadsParams` of `attention/naive_attention.cu`.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 struct HeadsParams {
@@ -40,7 +41,7 @@ struct HeadsParams {
     unused: u32,
 }
 
-/// As `SoftmaxParams` of `attention/naive_attention.cu`.
+/// Mirrors `SoftmaxParams` of `attention/naive_attention.cu`.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 struct SoftmaxParams {
@@ -58,28 +59,28 @@ struct SoftmaxParams {
     scale: f32,
 }
 
-/// Sequences of one length and room for all that is between the inputs and the results.
+/// Buffers of the naive form for sequences of one length.
 pub struct Naive<R: Runtime> {
     options: FhaOptions,
     sequences: usize,
     length: usize,
     label: Array<R, u8>,
-    /// `[Q, N, d]`, and `[H, N, d]` twice.
+    /// `q: [Q, N, d]`, `k: [H, N, d]` and `v: [H, N, d]`, head-major.
     split: [Array<R, f32>; 3],
-    /// `[Q, H, sequences, T, T]`, and for the backward pass again.
+    /// Scores, then probabilities: `[Q, H, sequences, T, T]`; and their gradients.
     scores: [Array<R, f32>; 2],
-    /// `[Q * H, N, d]`
+    /// `[Q * H, N, d]`, head-major.
     output: Array<R, f32>,
 }
 
 impl<R: Runtime> Gpu<R> {
-    /// Room for `sequences` sequences of `length` tokens with `label: [N]`, f32.
+    /// Allocates buffers for `sequences` sequences of `length` tokens, in f32. `label: [N]`.
     ///
     /// # Errors
     /// As [`Runtime::allocate`].
     ///
     /// # Panics
-    /// For [`Pairing::PerHead`], and for a `label` of another length.
+    /// If the pairing is [`Pairing::PerHead`], or if `label` has the wrong length.
     pub fn naive(
         &self,
         options: &FhaOptions,
@@ -108,7 +109,7 @@ impl<R: Runtime> Gpu<R> {
         })
     }
 
-    /// `[N, heads, d]` to `[slots, N, d]`, or back.
+    /// Converts `[N, heads, d]` to `[slots, N, d]`, or back.
     fn heads(
         &self,
         naive: &Naive<R>,
@@ -136,7 +137,8 @@ impl<R: Runtime> Gpu<R> {
             width: d as u32,
             unused: 0,
         };
-        // SAFETY: lengths were just checked; y is borrowed mutably; there is a label for each token where slots are fewer.
+        // SAFETY: lengths are checked above; y is borrowed mutably; with fewer slots than heads,
+        // every token has a label.
         unsafe { self.launch(kernel(entry), blocks(y.len(), THREADS), &params) }
     }
 
@@ -172,11 +174,14 @@ impl<R: Runtime> Gpu<R> {
             ),
             scale: options.scale,
         };
-        // SAFETY: scores and lse have the shapes that the options give, made or checked above; a warp a row.
+        // SAFETY: scores have the shapes of the options, and the length of lse is checked above;
+        // one warp per row.
         unsafe { self.launch(kernel(entry), blocks(rows, THREADS / 32), &params) }
     }
 
-    /// One product a sequence: (index of the first sequence's matrix, whether it is transposed) in `a` and `b`.
+    /// One product per sequence. `a`, `b`: array, matrix index, and whether it is transposed; `c`:
+    /// array, matrix index, and how it is stored. Index `i` is the i-th group of `sequences`
+    /// matrices.
     fn products(
         &self,
         naive: &Naive<R>,
@@ -202,7 +207,8 @@ impl<R: Runtime> Gpu<R> {
             activation: Activation::None,
             precision: self.precision(),
         };
-        // SAFETY: all matrices lie inside their arrays, as just checked, and c's array is no other's.
+        // SAFETY: all matrices lie inside their arrays, as checked above; c is in an array of its
+        // own.
         unsafe { self.runtime().gemm_batch(&gemm, count) }
     }
 
@@ -218,10 +224,10 @@ impl<R: Runtime> Gpu<R> {
     /// Forward: `q`, `k`, `v`: `[N, H, d]` to `o: [N, Q, K, d]` and `lse: [N, Q]`.
     ///
     /// # Errors
-    /// What the runtime reports.
+    /// A kernel that does not compile, or a driver error.
     ///
     /// # Panics
-    /// For arrays of other shapes.
+    /// If an array has another shape.
     pub fn naive_forward(
         &self,
         naive: &mut Naive<R>,
@@ -247,13 +253,14 @@ impl<R: Runtime> Gpu<R> {
         self.heads(naive, "naive_merge_heads", output, o, [slots, slots])
     }
 
-    /// Backward, computing the probabilities again from `lse`: `d_o: [N, Q, K, d]` to `dq`, `dk`, `dv`: `[N, H, d]`.
+    /// Backward: `d_o: [N, Q, K, d]` to `dq`, `dk`, `dv`: `[N, H, d]`. Recomputes the probabilities
+    /// from `lse`.
     ///
     /// # Errors
-    /// What the runtime reports.
+    /// A kernel that does not compile, or a driver error.
     ///
     /// # Panics
-    /// For arrays of other shapes.
+    /// If an array has another shape.
     pub fn naive_backward(
         &self,
         naive: &mut Naive<R>,
@@ -304,7 +311,7 @@ impl<R: Runtime> Gpu<R> {
     }
 }
 
-/// (query slot, key head), as the scores lie.
+/// (query slot, key head) pairs, in the order of the scores.
 fn pairs(options: &FhaOptions) -> impl Iterator<Item = (usize, usize)> + use<> {
     let heads = options.heads;
     (0..options.query_slots()).flat_map(move |slot| (0..heads).map(move |head| (slot, head)))

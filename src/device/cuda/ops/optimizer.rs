@@ -1,4 +1,4 @@
-//! Launches of `step/optimizer.cu`: clipping and Adam over all tensors at once.
+//! Launches of `step/optimizer.cu`: gradient clipping and Adam over all tensors.
 
 use super::loss::BLOCK_SUM_SHARED;
 use crate::device::cuda::array::{Array, Staging};
@@ -17,14 +17,14 @@ const SQUARES: Kernel = kernel("optimizer_squares");
 const NORMS: Kernel = kernel("optimizer_norms");
 const ADAM: Kernel = kernel("optimizer_adam");
 
-/// Every kernel of the file, with its largest block.
+/// All kernels of the file, each with its largest block.
 pub const KERNELS: &[(Kernel, Block)] = &[
     (SQUARES, block_of(BLOCK_SUM_SHARED)),
     (NORMS, Block { warps: NORM_THREADS / 32, shared_bytes: 0 }),
     (ADAM, block_of(0)),
 ];
 
-/// Threads of the one block that takes the norms: `NORM_THREADS` of `step/optimizer.cu`.
+/// Threads of the single block of `optimizer_norms`: `NORM_THREADS` of `step/optimizer.cu`.
 pub const NORM_THREADS: usize = 1024;
 
 /// As `Tensor` of `step/optimizer.cu`.
@@ -68,8 +68,8 @@ struct OptimizerParams {
 const _: () = assert!(size_of::<Tensor>() == 56);
 const _: () = assert!(size_of::<OptimizerParams>() == 96);
 
-/// Values of a chunk: enough for four accesses a thread, and so many that there are about 4096 chunks at most. Part of the
-/// order of summation, so it depends on the number of values only.
+/// Values per chunk: at least four accesses per thread, and at most about 4096 chunks. The chunks
+/// determine the order of summation, so they depend on the number of values only.
 fn chunk_of(values: usize) -> usize {
     4096 * values.div_ceil(4096 * 4096).max(1)
 }
@@ -113,7 +113,7 @@ impl<R: Runtime> Optimizer for Gpu<R> {
             });
             chunks += t.gradient.len().div_ceil(chunk);
         }
-        // By pinned memory as well: a copy from any other may wait for the device.
+        // A pinned staging buffer: a copy from pageable memory may wait for the device.
         let mut staging = Staging::new(self.runtime())?;
         let table = staging.add(&table)?;
         staging.send()?;
@@ -152,8 +152,9 @@ impl<R: Runtime> Optimizer for Gpu<R> {
             shared_bytes: shared_bytes as u32,
         };
         let norms = Launch { grid: [1, 1], threads: NORM_THREADS as u32, shared_bytes: 0 };
-        // SAFETY: the table has the addresses and checked lengths of tensors that are borrowed mutably; rows are their maker's;
-        // squares, tensor_square and factor are made for these counts; all are freed behind the launches on the same stream.
+        // SAFETY: the table has the addresses and checked lengths of tensors that are borrowed
+        // mutably; the caller guarantees the row indices; squares, tensor_square and factor have
+        // the lengths of these counts and are freed behind the launches on the same stream.
         unsafe {
             self.launch(SQUARES, by_chunk(BLOCK_SUM_SHARED), &params)?;
             self.launch(NORMS, norms, &params)?;

@@ -15,10 +15,10 @@ const fn kernel(entry: &'static str) -> Kernel {
 const FORWARD: Kernel = kernel("prefix_mean_forward");
 const BACKWARD: Kernel = kernel("prefix_mean_backward");
 
-/// Every kernel of the file, with its largest block.
+/// All kernels of the file, each with its largest block.
 pub const KERNELS: &[(Kernel, Block)] = &[(FORWARD, block_of(SHARED)), (BACKWARD, block_of(SHARED))];
 
-/// Sums of four columns a thread.
+/// f64 sums of four columns per thread.
 const SHARED: usize = THREADS * 4 * size_of::<f64>();
 
 #[repr(C)]
@@ -73,7 +73,8 @@ impl<R: Runtime> PrefixMean for Gpu<R> {
         mean: &mut Array<R, f32>,
     ) -> Result<(), DeviceError> {
         let (launch, params) = params(width, prefixes, x, mean);
-        // SAFETY: `params` has checked the lengths; the caller guarantees offsets and counts; mean is borrowed mutably.
+        // SAFETY: `params` has checked the lengths; the caller guarantees offsets and counts; mean
+        // is borrowed mutably.
         unsafe { self.launch(FORWARD, launch, &params)? };
         Ok(())
     }
@@ -86,7 +87,8 @@ impl<R: Runtime> PrefixMean for Gpu<R> {
         dx: &mut Array<R, f32>,
     ) -> Result<(), DeviceError> {
         let (launch, params) = params(width, prefixes, dx, dmean);
-        // SAFETY: `params` has checked the lengths; the caller guarantees offsets and counts; dx is borrowed mutably.
+        // SAFETY: `params` has checked the lengths; the caller guarantees offsets and counts; dx is
+        // borrowed mutably.
         unsafe { self.launch(BACKWARD, launch, &params)? };
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! Launches of `step/rows.cu`: passes over rows of activations.
+//! Launches of `step/rows.cu`: memory-bound passes over rows of activations.
 
 use super::embedding::{SegmentedSum, segmented_sum};
 use crate::device::cuda::array::Array;
@@ -22,7 +22,7 @@ const TAKE_PART: Kernel = kernel("rows_take_part");
 const SPLIT: Kernel = kernel("rows_split");
 const MERGE: Kernel = kernel("rows_merge");
 
-/// Every kernel of the file, with its largest block.
+/// All kernels of the file, each with its largest block.
 pub const KERNELS: &[(Kernel, Block)] = &[
     (ADD, block_of(0)),
     (COLUMN_SUMS, block_of(COLUMN_SUMS_SHARED)),
@@ -33,9 +33,9 @@ pub const KERNELS: &[(Kernel, Block)] = &[
     (MERGE, block_of(0)),
 ];
 
-/// A share of four columns a thread.
+/// f32 partial sums of four columns per thread.
 const COLUMN_SUMS_SHARED: usize = THREADS * 4 * size_of::<f32>();
-/// A sum a thread.
+/// One f64 sum per thread.
 const REDUCE_SHARED: usize = THREADS * size_of::<f64>();
 
 #[repr(C)]
@@ -152,7 +152,8 @@ impl<R: Runtime> Rows for Gpu<R> {
         }
         let Launch { grid: [x, _], .. } = by_rows(rows, width);
         let launch = Launch { grid: [x, parts.len() as u32], ..by_rows(rows, width) };
-        // SAFETY: lengths are checked above; values of indices are their maker's; y is borrowed mutably.
+        // SAFETY: lengths are checked above; the caller guarantees the index values; y is borrowed
+        // mutably.
         unsafe { self.launch(CONCAT, launch, &params)? };
         Ok(())
     }
@@ -184,14 +185,14 @@ impl<R: Runtime> Rows for Gpu<R> {
             bits: lane_bits(width),
             adds: (store == Store::Add).into(),
         };
-        // SAFETY: lengths are checked above, and dx is borrowed mutably.
+        // SAFETY: lengths are checked above; dx is borrowed mutably.
         unsafe { self.launch(TAKE_PART, by_rows(rows, width), &params)? };
         Ok(())
     }
 }
 
-/// Sums of the columns of `dy: [rows, width]` to `sums`, after `dy = 0` where `y` is not positive, if there is a `y`.
-/// Without `sums` only the latter.
+/// Writes the column sums of `dy: [rows, width]` to `sums`. With `y`, first applies the derivative
+/// of ReLU: sets `dy = 0` where `y <= 0`. Without `sums`, only that.
 pub(crate) fn column_sums<R: Runtime>(
     gpu: &Gpu<R>,
     width: usize,
@@ -225,7 +226,8 @@ pub(crate) fn column_sums<R: Runtime>(
         threads: THREADS as u32,
         shared_bytes: COLUMN_SUMS_SHARED as u32,
     };
-    // SAFETY: lengths are checked above, partial is made for this grid, and dy is borrowed mutably where it is written.
+    // SAFETY: lengths are checked above; partial has the size of this grid; dy is borrowed mutably
+    // if it is written.
     unsafe { gpu.launch(COLUMN_SUMS, launch, &params)? };
     match sums {
         Some(sums) => {
@@ -236,13 +238,14 @@ pub(crate) fn column_sums<R: Runtime>(
     }
 }
 
-/// A gradient that is read, or that the derivative of a ReLU is multiplied into.
+/// A gradient: read, or multiplied in place by the derivative of ReLU.
 pub(crate) enum Dy<'a, R: Runtime> {
     Read(&'a Array<R, f32>),
     Updated(&'a mut Array<R, f32>),
 }
 
-/// Adds up `count` rows of partial sums; a row is the first output's, then the second's. Without rows, zeros.
+/// Adds `count` rows of partial sums. The columns of a row are those of the first output, then
+/// those of the second. Without rows the outputs are 0.
 pub(crate) fn reduce<R: Runtime>(
     gpu: &Gpu<R>,
     partial: &Array<R, f32>,
@@ -263,11 +266,11 @@ pub(crate) fn reduce<R: Runtime>(
         unused: 0,
     };
     let launch = Launch { shared_bytes: REDUCE_SHARED as u32, ..blocks(width, 32) };
-    // SAFETY: the partial sums have the length just checked; outputs are borrowed mutably.
+    // SAFETY: the length of partial is checked above; the outputs are borrowed mutably.
     unsafe { gpu.launch(REDUCE, launch, &params) }
 }
 
-/// The rows of `x`, those of label 0 first.
+/// The rows of `x` in label order: label 0 first.
 pub(crate) fn split<R: Runtime>(
     gpu: &Gpu<R>,
     width: usize,
@@ -277,12 +280,12 @@ pub(crate) fn split<R: Runtime>(
     let y = gpu.array(x.len())?;
     let params = split_params(width, tokens_by_label, x, &y, Store::Overwrite);
     let rows = tokens_by_label[0].len() + tokens_by_label[1].len();
-    // SAFETY: `split_params` has checked the lengths; y was just made.
+    // SAFETY: `split_params` has checked the lengths; y was allocated above.
     unsafe { gpu.launch(SPLIT, by_rows(rows, width), &params)? };
     Ok(y)
 }
 
-/// The other way round: `y` in its own order, from `x` by label.
+/// The inverse of [`split`]: the rows of `x`, in label order, go to `y` in token order.
 pub(crate) fn merge<R: Runtime>(
     gpu: &Gpu<R>,
     width: usize,

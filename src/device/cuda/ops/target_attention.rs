@@ -1,4 +1,4 @@
-//! Launches of `target/target_attention.cu`, and the products around them.
+//! Launches of `target/target_attention.cu`, and the matrix products around them.
 
 use super::linear::Factor;
 use super::rows::{self, Dy};
@@ -18,7 +18,7 @@ use crate::device::{
 use bytemuck::{Pod, Zeroable};
 
 impl Shape {
-    /// `target/target_attention.cu` for it.
+    /// `target/target_attention.cu` compiled for this shape.
     pub const fn module(&self, element: Element) -> Module {
         Module::new("target/target_attention.cu")
             .with("DFAR_ELEMENT", Define::Word(element.cuda_name()))
@@ -35,7 +35,7 @@ const fn element(precision: Precision) -> Element {
     }
 }
 
-/// Every kernel of the file for one element type and shape, with its block.
+/// All kernels of the file for one element type and shape, each with its block.
 pub fn kernels(of: Element, shape: Shape) -> Vec<(Kernel, Block)> {
     let plain = Block { warps: ROW_THREADS / 32, shared_bytes: 0 };
     [
@@ -52,7 +52,7 @@ pub fn kernels(of: Element, shape: Shape) -> Vec<(Kernel, Block)> {
     .to_vec()
 }
 
-/// What a batch's index says, on the device.
+/// Work lists of a batch on the device.
 pub struct TargetPlan<R: Runtime> {
     width: usize,
     hidden: [usize; 2],
@@ -99,7 +99,8 @@ impl<R: Runtime> TargetPlan<R> {
         })
     }
 
-    /// Panics if the length of a buffer contradicts the index.
+    /// # Panics
+    /// If the length of a buffer contradicts the index of the batch.
     fn check(
         &self,
         inputs: TargetInputs<&Array<R, f32>>,
@@ -117,13 +118,14 @@ impl<R: Runtime> TargetPlan<R> {
     }
 }
 
-/// One call: what its launches share.
+/// The arguments that all launches of a call share.
 struct Call<'a, R: Runtime> {
     gpu: &'a Gpu<R>,
     plan: &'a TargetPlan<R>,
 }
 
-/// `z`, `c`, and what they are products with.
+/// The first layer of the perceptron: `z = a token: [N, H0]` and `c = r candidate + bias: [C, H0]`,
+/// with the combined weights `token` and `candidate`, `[D, H0]` each.
 struct FirstLayer<R: Runtime> {
     token: Array<R, f32>,
     candidate: Array<R, f32>,
@@ -132,6 +134,8 @@ struct FirstLayer<R: Runtime> {
 }
 
 impl<R: Runtime> Call<'_, R> {
+    /// Launches a kernel of the plan's module.
+    ///
     /// # Safety
     /// As [`Runtime::launch`].
     unsafe fn launch<P: Pod>(
@@ -141,11 +145,11 @@ impl<R: Runtime> Call<'_, R> {
         params: &P,
     ) -> Result<(), CudaError> {
         let module = self.plan.shape.module(element(self.gpu.precision()));
-        // SAFETY: the caller's promises.
+        // SAFETY: guaranteed by the caller.
         unsafe { self.gpu.launch(Kernel { module, entry }, launch, params) }
     }
 
-    /// `a b`, or `a b + bias`, for packed matrices of these shapes.
+    /// `c (+)= a b`, or `a b + bias`, for packed matrices; `shape = [m, n, k]`.
     fn product(
         &self,
         shape: [usize; 3],
@@ -158,11 +162,12 @@ impl<R: Runtime> Call<'_, R> {
         assert_eq!([a.len(), b.len(), c.len()], [m * k, k * n, m * n], "lengths of a product");
         let factor = |x: &Array<R, f32>, transposed| Factor { at: x.pointer(), transposed };
         let factors = (factor(a, a_transposed), factor(b, b_transposed));
-        // SAFETY: lengths are checked above; c is borrowed mutably; a bias is given by `first_layer` only, [n].
+        // SAFETY: lengths are checked above; c is borrowed mutably; only `first_layer` passes a
+        // bias, of length n.
         unsafe { self.gpu.product(shape, factors, (c.pointer(), store), bias, Activation::None) }
     }
 
-    /// What of the first layer is not a matter of pairs.
+    /// The terms of the first layer that depend on a token alone or on a pair alone.
     fn first_layer(
         &self,
         a: &Array<R, f32>,
@@ -181,7 +186,7 @@ impl<R: Runtime> Call<'_, R> {
             width: plan.width as u32,
             hidden0: plan.hidden[0] as u32,
         };
-        // SAFETY: the plan has checked the weights; the outputs were made for this shape.
+        // SAFETY: `check` has checked the weights; the outputs have the sizes of this shape.
         unsafe { self.launch("target_combine", blocks((plan.width + 1) * h0, ROW_THREADS), &params)? };
         let (mut z, mut c) = (array(plan.counts.tokens)?, array(plan.counts.pairs)?);
         let plain = |x| (x, false);
@@ -192,7 +197,7 @@ impl<R: Runtime> Call<'_, R> {
         Ok(FirstLayer { token, candidate, z, c })
     }
 
-    /// The perceptron's arguments, without what it writes.
+    /// Parameters of the perceptron kernels, without the outputs.
     fn perceptron(
         &self,
         [a, r]: [&Array<R, f32>; 2],
@@ -246,7 +251,8 @@ impl<R: Runtime> Call<'_, R> {
         }
     }
 
-    /// Adds up what backward left: `hidden` and `input` of each row of `list`.
+    /// Parameters of a launch that adds the partial sums of backward: `hidden` and `input` for each
+    /// row of `list`.
     fn sum(&self, list: Pointer, sums: &Array<R, f32>, [hidden, input]: [&Array<R, f32>; 2]) -> SumParams {
         let count = self.plan.counts.pairs as u32;
         let (sums, hidden, input) = (sums.pointer(), hidden.pointer(), input.pointer());
@@ -254,10 +260,11 @@ impl<R: Runtime> Call<'_, R> {
     }
 }
 
-/// Blocks of a perceptron pass over `items`: as many as the machine holds at once, which take items in turn. Part of the order
-/// of summation of the weights' gradients, so it follows from the batch and the device alone.
+/// Number of blocks of a perceptron pass over `items`: as many as are resident on the device at
+/// once; each takes items in turn. The number of blocks determines the order of summation of the
+/// weight gradients, so it depends on the batch and the device only.
 fn resident(limits: &Limits, block: Block, items: usize) -> usize {
-    // The system takes 1 KiB of every block's shared memory; registers leave room for four blocks at least.
+    // CUDA reserves 1 KiB of shared memory per block. Registers allow at least four blocks.
     let at_once = (limits.shared_per_block + 1024) / (block.shared_bytes + 1024);
     items.min(limits.multiprocessors * at_once.clamp(1, 4))
 }
@@ -297,7 +304,8 @@ impl<R: Runtime> TargetAttention for Gpu<R> {
         let block = plan.shape.scores(element(gpu.precision()));
         let count = resident(&gpu.runtime().limits(), block, plan.items.len().div_ceil(WARPS));
         let params = PerceptronParams { e: e.pointer(), ..call.perceptron([a, r], &first, &weights, count) };
-        // SAFETY: `check` and `first_layer` see to the shapes, and the plan's lists are inside of them; e is borrowed mutably.
+        // SAFETY: `check` and `first_layer` have checked the shapes; the plan's lists stay inside
+        // them; e is borrowed mutably.
         unsafe { call.launch("target_scores", launch_of(block, count), &params)? };
         let params = call.softmax(s, state, [0; 3]);
         // SAFETY: as above; lse and att are borrowed mutably.
@@ -326,7 +334,8 @@ impl<R: Runtime> TargetAttention for Gpu<R> {
 
         let de = gpu.array::<f32>(counts.scores)?;
         let params = call.softmax(s, state, [datt.pointer(), de.pointer(), ds.pointer()]);
-        // SAFETY: `check` sees to the shapes, and the plan's lists are inside of them; ds is borrowed mutably.
+        // SAFETY: `check` has checked the shapes; the plan's lists stay inside them; ds is borrowed
+        // mutably.
         unsafe {
             let launch = launch_of(shape.softmax_backward(), plan.tiles.len());
             call.launch("target_softmax_backward", launch, &params)?;
@@ -345,11 +354,11 @@ impl<R: Runtime> TargetAttention for Gpu<R> {
             weight_sums: weight_sums.pointer(),
             ..call.perceptron([a, r], &first, &weights, count)
         };
-        // SAFETY: as above; the sums were made for the items, units and blocks there are.
+        // SAFETY: as above; the sums have the sizes of all items, units and blocks.
         unsafe { call.launch("target_backward", launch_of(block, count), &params)? };
 
         let (mut dz, mut dc) = (gpu.array::<f32>(counts.tokens * h0)?, gpu.array::<f32>(counts.pairs * h0)?);
-        // SAFETY: as above; da and dr are borrowed mutably, dz and dc were just made.
+        // SAFETY: as above; da and dr are borrowed mutably; dz and dc were allocated above.
         unsafe {
             let params = call.sum(plan.tiles.pointer(), &token_sums, [&dz, da]);
             call.launch("target_sum_tokens", blocks(plan.tiles.len(), 1), &params)?;
@@ -390,7 +399,7 @@ impl<R: Runtime> TargetAttention for Gpu<R> {
         let longest = w0.len().max(w1.len());
         let Launch { grid: [x, _], .. } = blocks(longest, ROW_THREADS);
         let launch = Launch { grid: [x, 3], ..blocks(longest, ROW_THREADS) };
-        // SAFETY: `check` has the gradients' lengths, and they are borrowed mutably.
+        // SAFETY: `check` has checked the lengths of the gradients, which are borrowed mutably.
         unsafe { call.launch("target_gradients", launch, &params)? };
         Ok(())
     }

@@ -1,8 +1,8 @@
-//! What the kernels need to know about a batch beyond its tensors: made once per batch, on the host.
+//! The plan of a batch: label order, counts and work items. Made once per batch, on the host.
 //!
-//! Tokens of a sequence are visited as keys in label order, negatives first, so that whole tiles of scores share one
-//! fate (kept or not) and a query sees a prefix of each label. The work is listed longest first: on skewed lengths
-//! the long sequences start at once and the short ones fill the gaps.
+//! Streamed passes visit the tokens of a sequence as keys in label order, negatives first. A tile
+//! of scores is then kept or masked as a whole, and a query sees a prefix of each label. Work items
+//! are listed longest first: the long sequences start at once and the short ones fill the gaps.
 
 use super::params::{AttentionParams, Item};
 use super::tile::{Room, Sharing, Tile, Whole, slots_of, tile};
@@ -10,46 +10,48 @@ use crate::attention::{FhaOptions, LabelMask, Normalization, Pairing};
 use crate::device::cuda::error::CudaError;
 use crate::device::cuda::kernel::{Block, Element, Launch};
 
-/// Order, feedback and work of one batch.
+/// Label order, label counts and work items of a batch.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
-    /// Tokens `N`.
+    /// Number of tokens `N`.
     pub tokens: usize,
-    /// `[N]`: the tokens of each sequence by label, negatives first, each label in order. Empty without labels.
+    /// `[N]`: token indices by sequence, negatives before positives, each in token order. Empty
+    /// without labels.
     pub order: Vec<u32>,
-    /// `[N]`: `2 * positives + label`, where `positives` counts the tokens of label 1 of the sequence up to and with
-    /// this one. Empty without labels.
+    /// `[N]`: `2 * positives + label`, where `positives` counts the tokens of label 1 from the
+    /// start of the sequence up to and including this token. Empty without labels.
     pub feedback: Vec<u32>,
-    /// The work of each pass, in the order of [`Pass::ALL`], longest first. Passes over whole sequences have one item a sequence,
-    /// their last block filled up with items of no tokens; the others one a block, dk_dv so for each key head.
+    /// Work items of each pass, in the order of [`Pass::ALL`], longest first. Whole passes have one
+    /// item per sequence, and empty items fill their last block. Streamed passes have one item per
+    /// block; dk_dv runs each for every key head.
     items: [Vec<Item>; Pass::ALL.len()],
-    /// Sizes of the blocks.
+    /// Block sizes.
     pub tile: Tile,
 }
 
-/// The passes of the operation, each a launch of a kernel of `attention/attention.cu`.
+/// A pass of the operation: one launch of a kernel of `attention/attention.cu`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pass {
-    /// `o` and `lse` of sequences whose scores fit registers.
+    /// `o` and `lse` of short sequences, whose scores fit registers.
     ForwardShort,
-    /// `o` and `lse` of other whole sequences.
+    /// `o` and `lse` of the other whole sequences.
     ForwardWhole(Sharing),
-    /// `o` and `lse` of the others.
+    /// `o` and `lse` of streamed sequences.
     Forward,
-    /// `dq`, `dk` and `dv` of whole sequences.
+    /// `dq`, `dk` and `dv` of whole sequences, in one pass.
     BackwardWhole(Sharing),
-    /// `dq` of whole sequences of which one side at a time fits, and what the next one needs.
+    /// `dq` of whole sequences in two passes, and the inputs of [`Pass::DkDvWhole`].
     DqWhole,
-    /// `dk` and `dv` of these.
+    /// `dk` and `dv` of whole sequences in two passes.
     DkDvWhole,
-    /// `dq` of the others, and what the next one needs.
+    /// `dq` of streamed sequences, and the inputs of [`Pass::DkDv`].
     Dq,
-    /// `dk` and `dv` of the others.
+    /// `dk` and `dv` of streamed sequences.
     DkDv,
 }
 
 impl Pass {
-    /// Every one, in an order in which they can run.
+    /// All passes, in launch order.
     pub const ALL: [Pass; 12] = [
         Pass::ForwardShort,
         Pass::ForwardWhole(Sharing::One),
@@ -65,23 +67,25 @@ impl Pass {
         Pass::DkDv,
     ];
 
-    /// Those of forward, in order.
+    /// The passes of forward, in launch order.
     pub const FORWARD: &[Pass] = Pass::ALL.split_at(5).0;
 
-    /// Those of backward, in order.
+    /// The passes of backward, in launch order.
     pub const BACKWARD: &[Pass] = Pass::ALL.split_at(5).1;
 
-    /// Its place in [`Pass::ALL`].
+    /// Index in [`Pass::ALL`].
     pub fn index(self) -> usize {
         Pass::ALL.iter().position(|&pass| pass == self).expect("all are there")
     }
 }
 
 impl Plan {
-    /// Plans a batch. `label` is not read with [`LabelMask::None`]. Arguments have passed [`FhaOptions::check`].
+    /// Plans a batch. With [`LabelMask::None`], `label` is not read. The arguments have passed
+    /// [`FhaOptions::check`].
     ///
     /// # Errors
-    /// Those of [`tile`], and [`CudaError::TooLarge`] for a batch whose rows cannot be counted in 31 bits.
+    /// The errors of [`tile`]; [`CudaError::TooLarge`] if the number of query rows exceeds
+    /// `i32::MAX`.
     pub fn new(
         element: Element,
         options: &FhaOptions,
@@ -106,7 +110,7 @@ impl Plan {
             order = vec![0; tokens];
             feedback = vec![0; tokens];
         }
-        // With the number of (row, key) pairs of each, for the order.
+        // Each with its number of (row, key) pairs, the sort key.
         let mut items = Pass::ALL.map(|_| Vec::<(usize, Item)>::new());
         for (start, end) in sequences() {
             let length = end - start;
@@ -165,7 +169,7 @@ impl Plan {
         }
         let mut passes = Pass::ALL.into_iter();
         let items = items.map(|mut items| {
-            // Stable: equal work stays in the order of memory.
+            // A stable sort: items of equal work keep their memory order.
             items.sort_by_key(|&(work, _)| std::cmp::Reverse(work));
             let mut items: Vec<Item> = items.into_iter().map(|(_, item)| item).collect();
             let whole = passes.next().and_then(|pass| tile.whole(pass));
@@ -176,12 +180,12 @@ impl Plan {
         Ok(Plan { tokens, order, feedback, items, tile })
     }
 
-    /// Items of a pass.
+    /// Work items of a pass.
     pub fn items(&self, pass: Pass) -> &[Item] {
         &self.items[pass.index()]
     }
 
-    /// Arguments of a pass: these pointers, and all else.
+    /// Arguments of a pass: `pointers`, completed with the scalars.
     pub fn params(&self, options: &FhaOptions, pass: Pass, pointers: AttentionParams) -> AttentionParams {
         let whole = self.tile.whole(pass);
         AttentionParams {
@@ -199,12 +203,12 @@ impl Plan {
         }
     }
 
-    /// Grid and block of a pass.
+    /// Grid and block of a pass; the grid is 0 without work.
     pub fn launch(&self, options: &FhaOptions, pass: Pass) -> Launch {
         let Some(block) = self.tile.block(pass) else {
             return Launch { grid: [0, 0], threads: 0, shared_bytes: 0 };
         };
-        // With separate problems per head, they lie along y; so do the key heads of dk and dv.
+        // y is the head: of a separate problem (PerHead), or the key head of dk and dv.
         let y = match (pass, options.pairing) {
             (Pass::DkDv, _) | (_, Pairing::PerHead) => options.heads,
             (_, Pairing::Factorized) => 1,
@@ -219,7 +223,8 @@ impl Plan {
 }
 
 impl Tile {
-    /// How a pass over whole sequences is cut; `None` for the others, and when there is no such sequence.
+    /// Block of a pass over whole sequences. `None` for streamed passes, and without such
+    /// sequences.
     pub fn whole(&self, pass: Pass) -> Option<Whole> {
         match pass {
             Pass::ForwardShort => self.forward_short,
@@ -231,7 +236,7 @@ impl Tile {
         }
     }
 
-    /// The block of a pass; `None` where it has no work.
+    /// Block of a pass; `None` if it has no work.
     pub fn block(&self, pass: Pass) -> Option<Block> {
         match pass {
             Pass::Forward => Some(self.forward),
@@ -262,7 +267,8 @@ mod tests {
 
     #[test]
     fn every_row_and_key_belongs_to_one_block() {
-        let lengths = [0usize, 1, 300, 17, 0, 64, 65, 1000]; // streamed, whole, and whole in forward only
+        // 1000 is streamed, 300 is whole in forward only, the others are whole.
+        let lengths = [0usize, 1, 300, 17, 0, 64, 65, 1000];
         let cu: Vec<u32> = std::iter::once(0)
             .chain(lengths.iter().scan(0, |n, &l| {
                 *n += l as u32;

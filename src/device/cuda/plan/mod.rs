@@ -1,4 +1,5 @@
-//! How work is cut for the kernels: pure functions of shapes and of a device's limits, tested without a device.
+//! Cuts work into tiles and blocks: pure functions of shapes and device limits, tested without a
+//! device.
 
 pub mod attention;
 pub mod params;

@@ -1,10 +1,11 @@
-//! Arguments of the kernels, as `kernels/params.cuh` and `kernels/seqlen.cuh` declare them.
+//! Kernel arguments, as declared in `attention/params.cuh` and `attention/seqlen.cuh`.
 
 use crate::device::cuda::kernel::Pointer;
 use bytemuck::{Pod, Zeroable};
 use std::mem::{offset_of, size_of};
 
-/// Arguments of every kernel of `attention/attention.cu`; what a kernel reads and writes is said there.
+/// Arguments of every kernel of `attention/attention.cu`, which documents what each reads and
+/// writes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
 pub struct AttentionParams {
@@ -20,9 +21,9 @@ pub struct AttentionParams {
     pub lse: Pointer,
     /// `[N, Q, K, d]`
     pub d_o: Pointer,
-    /// `[N, Q]`, from dq to dk_dv
+    /// `[N, Q]`, `sum_b <d_o, o>` of each row; written by dq, read by dk_dv.
     pub delta: Pointer,
-    /// `[N, Q]`, f32 only, from dq to dk_dv
+    /// `[N, Q]`, f32 only: 1 over the sum of the row's `p`; written by dq, read by dk_dv.
     pub correction: Pointer,
     /// `[N, H, d]`
     pub dq: Pointer,
@@ -34,41 +35,42 @@ pub struct AttentionParams {
     pub order: Pointer,
     /// [`Plan::feedback`](super::attention::Plan::feedback); null without labels.
     pub feedback: Pointer,
-    /// [`Item`]s, one a block.
+    /// [`Item`]s, one per block; for whole sequences, one per sequence.
     pub items: Pointer,
-    /// `H`
+    /// Heads `H`.
     pub heads: u32,
-    /// `Q`
+    /// Query slots `Q`.
     pub query_slots: u32,
-    /// `K`
+    /// Key slots `K`.
     pub key_slots: u32,
-    /// Heads of one feedback group; 0 without labels.
+    /// Heads per feedback group; 0 without labels.
     pub group: u32,
-    /// 1: a token sees itself and what came before.
+    /// 1: causal, a token attends to itself and earlier tokens.
     pub causal: u32,
-    /// 1: only kept pairs enter the denominator.
+    /// 1: [`Masked`](crate::attention::Normalization::Masked), only kept pairs enter the
+    /// denominator.
     pub masked: u32,
-    /// Factor on the scores.
+    /// Factor of the scores.
     pub scale: f32,
-    /// Whole sequences: warps that share one.
+    /// Whole sequences: warps that share a sequence.
     pub item_warps: u32,
-    /// Whole sequences: rows a head's keys have in shared memory.
+    /// Whole sequences: rows per key head in shared memory.
     pub capacity: u32,
-    /// 2^31 over the query rows of a token, rounded up.
+    /// 2^31 over the query rows per token, rounded up.
     pub slot_share: u32,
 }
 
-/// A piece of one sequence: the work of one block.
+/// A work item: a sequence, or one block's part of it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct Item {
-    /// First token of the sequence.
+    /// First token of the sequence in the batch.
     pub start: u32,
-    /// Its tokens.
+    /// Number of tokens of the sequence.
     pub length: u32,
-    /// Those of label 0; all of them without labels.
+    /// Number of tokens of label 0; without labels, of all tokens.
     pub negatives: u32,
-    /// First query row, or first key in label order.
+    /// First query row of the block, or its first key in label order.
     pub first: u32,
 }
 

@@ -1,37 +1,37 @@
-//! How work over rows is cut into blocks.
+//! Cuts work over rows into blocks.
 
 use crate::device::cuda::kernel::{Block, Launch};
 
-/// Threads of a block of every kernel that goes over rows.
+/// Threads per block of every kernel over rows.
 pub(crate) const THREADS: usize = 256;
 
-/// A block of [`THREADS`].
+/// A block of [`THREADS`] threads.
 pub(crate) const fn block_of(shared_bytes: usize) -> Block {
     Block { warps: THREADS / 32, shared_bytes }
 }
 
-/// Values of one access to rows of `width`.
+/// Values per memory access to rows of `width` values.
 pub(crate) fn vector(width: usize) -> usize {
     if width.is_multiple_of(4) { 4 } else { 1 }
 }
 
-/// log2 of the lanes that share a row of `width`: as many as have an access of their own, at most a warp.
+/// log2 of the lanes that share a row of `width` values: one lane per access, at most a warp.
 pub(crate) fn lane_bits(width: usize) -> u32 {
     width.div_ceil(vector(width)).next_power_of_two().min(32).trailing_zeros()
 }
 
-/// Blocks of [`THREADS`] for `items` items, `per_block` to a block.
+/// A grid of [`THREADS`]-thread blocks for `items` items, `per_block` items per block.
 pub(crate) fn blocks(items: usize, per_block: usize) -> Launch {
     Launch { grid: [items.div_ceil(per_block) as u32, 1], threads: THREADS as u32, shared_bytes: 0 }
 }
 
-/// Blocks whose groups of lanes take a row of `width` each.
+/// A grid in which each group of lanes takes one row of `width` values.
 pub(crate) fn by_rows(rows: usize, width: usize) -> Launch {
     blocks(rows, THREADS >> lane_bits(width))
 }
 
-/// Rows of a block that leaves a partial sum: at most 512 of those are left. Part of the order of summation, so it depends
-/// on the number of rows only.
+/// Rows per block of a kernel that leaves partial sums: at most 512 blocks. The blocks determine
+/// the order of summation, so they depend on the number of rows only.
 pub(crate) fn block_rows(rows: usize) -> usize {
     rows.div_ceil(512).max(1).next_multiple_of(128)
 }

@@ -1,6 +1,6 @@
-//! Bytes of dynamic shared memory, as the kernels of `attention/attention.cu` carve them.
+//! Dynamic shared memory in bytes, as the kernels of `attention/attention.cu` carve it.
 
-/// Adds up shared memory as `Carve` does: every array is padded to 16 bytes.
+/// Adds up shared memory as `Carve` of `carve.cuh` does: every array is padded to 16 bytes.
 #[derive(Default)]
 pub(crate) struct Carve(usize);
 
@@ -9,29 +9,29 @@ impl Carve {
         self.0 += (count * size).next_multiple_of(16);
         self
     }
-    /// In all.
+    /// Total bytes.
     pub(crate) fn bytes(&self) -> usize {
         self.0
     }
 }
 
-/// Sizes of one compiled variant, as `attention/warp_product.cuh` and `attention/attention.cu` have them.
+/// A compiled variant, with the sizes of `attention/warp_product.cuh` and `attention/attention.cu`.
 pub(crate) struct Variant {
     pub(crate) size: usize,
     pub(crate) head_dim: usize,
 }
 
 impl Variant {
-    /// `Tile<E, D>::STRIDE`: rows are padded by 16 bytes, so that eight rows meet all banks once; rows of 16 bytes do so
-    /// by themselves.
+    /// `Tile<E, D>::STRIDE`: 16 bytes of padding per row avoid bank conflicts, because eight rows
+    /// then cover all banks once. Rows of 16 bytes need no padding.
     fn stride(&self) -> usize {
         if self.head_dim * self.size == 16 { self.head_dim } else { self.head_dim + 16 / self.size }
     }
-    /// `TILE<E, D>`: 64 rows keep more loads in flight, 32 keep wide heads within shared memory.
+    /// `TILE<E, D>`: 64 rows keep more loads in flight; 32 let wide heads fit shared memory.
     fn tile(&self) -> usize {
         if self.size == 2 && self.head_dim <= 32 { 64 } else { 32 }
     }
-    /// `SCRATCH<E>` in floats.
+    /// `SCRATCH<E>`, in floats.
     fn scratch(&self) -> usize {
         if self.size == 4 { 16 * 20 } else { 0 }
     }
@@ -136,7 +136,7 @@ impl Variant {
 mod tests {
     use super::*;
 
-    /// Worked by hand from the declarations in `attention/attention.cu`.
+    /// Computed by hand from the declarations in `attention/attention.cu`.
     #[test]
     fn shared_memory_adds_up() {
         let paper = Variant { size: 2, head_dim: 16 };

@@ -1,76 +1,77 @@
-//! What the kernels of `target/target_attention.cu` need to know about one batch: its pairs by length, and its work cut into items.
+//! Work lists of `target/target_attention.cu` for a batch: pairs sorted by length, and work items.
 
 use crate::device::{TargetCounts, TargetIndex};
 use bytemuck::{Pod, Zeroable};
 
-/// Tokens of an item: the M of `mma.m16n8k16`.
+/// Tokens per item: the M of `mma.m16n8k16`.
 pub const TOKENS: usize = 16;
 
-/// Pairs of an item at most. What an item costs besides its pairs (loading its tokens, leaving its sums) is about a pair's work,
-/// so many pairs make it negligible; but an item is one warp's work, and a batch should have several for every warp.
+/// Maximum pairs per item. The fixed work of an item (loading its tokens, writing its sums) equals
+/// about one pair, so many pairs make it negligible. But a warp takes whole items, and a batch
+/// should have several items per warp.
 pub const PAIRS: usize = 32;
 
-/// Sixteen neighbouring tokens of a sequence and some of the pairs that reach them.
+/// A work item: sixteen consecutive tokens of a sequence, and pairs that reach them.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct Item {
-    /// The first token.
+    /// First token in the batch.
     pub token: u32,
-    /// Its place in the sequence.
+    /// Position of the first token in the sequence.
     pub position: u32,
-    /// The longest of its pairs, in the order of [`TargetLists::pairs`].
+    /// First pair in [`TargetLists::pairs`], the longest of the item.
     pub first_pair: u32,
-    /// How many pairs.
+    /// Number of pairs.
     pub pairs: u32,
 }
 
-/// A pair list entry; the pairs of a sequence follow each other, the longest first.
+/// A (sequence, candidate) pair. The pairs of a sequence are consecutive, longest first.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct Pair {
-    /// Its place in the batch.
+    /// Index of the pair in the batch.
     pub index: u32,
-    /// Where its scores begin.
+    /// Index of its first score.
     pub score: u32,
-    /// How many scores.
+    /// Number of scores.
     pub length: u32,
-    /// Its first unit: every sixteen scores are one.
+    /// Index of its first unit. A unit is sixteen scores.
     pub unit: u32,
 }
 
-/// An instance; those of a pair follow each other, the longest first.
+/// An instance. The instances of a pair are consecutive, longest first.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct Row {
-    /// Its place in the batch.
+    /// Index of the row in the batch.
     pub index: u32,
-    /// Tokens of its history.
+    /// Number of tokens of its history.
     pub length: u32,
-    /// Where its pair's scores begin.
+    /// Index of the first score of its pair.
     pub score: u32,
-    /// Where its sequence begins.
+    /// First token of its sequence.
     pub token: u32,
 }
 
-/// Sixteen tokens of a sequence, fewer at its end, with all their items.
+/// Up to sixteen consecutive tokens of a sequence, with all items over them.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct Tile {
-    /// The first token.
+    /// First token in the batch.
     pub token: u32,
-    /// How many tokens.
+    /// Number of tokens.
     pub tokens: u32,
-    /// The first one's place in the sequence.
+    /// Position of the first token in the sequence.
     pub position: u32,
-    /// The longest of the pairs that reach it.
+    /// First pair that reaches the tile, the longest.
     pub first_pair: u32,
-    /// How many do.
+    /// Number of pairs that reach the tile.
     pub pairs: u32,
-    /// Its first item.
+    /// Index of its first item.
     pub first_item: u32,
-    /// How many items.
+    /// Number of items.
     pub items: u32,
-    /// The size is a multiple of 16.
+    /// Padding to a multiple of 16 bytes.
     pub unused: u32,
 }
 
@@ -78,30 +79,30 @@ pub struct Tile {
 const _: () = assert!(size_of::<Item>() == 16 && size_of::<Pair>() == 16);
 const _: () = assert!(size_of::<Row>() == 16 && size_of::<Tile>() == 32);
 
-/// The lists of a batch.
+/// Work lists of a batch.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TargetLists {
-    /// Of the batch.
+    /// Sizes of the batch.
     pub counts: TargetCounts,
-    /// All work of the perceptron.
+    /// Work items of the perceptron.
     pub items: Vec<Item>,
-    /// `[C]`
+    /// `[C]`, by sequence, longest first.
     pub pairs: Vec<Pair>,
-    /// `[C + 1]` where the rows of each of `pairs` begin.
+    /// `[C + 1]`: index of the first row of each of `pairs`.
     pub pair_rows: Vec<u32>,
-    /// `[R]`
+    /// `[R]`, by pair, longest first.
     pub rows: Vec<Row>,
-    /// All tokens.
+    /// Tiles of all tokens.
     pub tiles: Vec<Tile>,
-    /// How many units the pairs have.
+    /// Number of units of all pairs.
     pub units: usize,
 }
 
 impl TargetLists {
-    /// Of a batch.
+    /// Builds the lists of a batch.
     ///
     /// # Panics
-    /// Where the arrays of `index` do not fit each other.
+    /// If the arrays of `index` contradict each other.
     pub fn new(index: &TargetIndex<&[u32]>) -> Self {
         let counts = index.counts();
         let mut lists = Self { counts, pair_rows: vec![0], ..Self::default() };
@@ -112,7 +113,7 @@ impl TargetLists {
             let [start, end] = [index.cu_seqlens[sequence], index.cu_seqlens[sequence + 1]];
             pairs.clear();
             pairs.extend(index.pair_offsets[sequence]..index.pair_offsets[sequence + 1]);
-            // Stable: pairs of one length stay in their order.
+            // A stable sort: pairs of equal length keep their order.
             pairs.sort_by_key(|&pair| std::cmp::Reverse(index.pair_length(pair as usize)));
             let first = lists.pairs.len();
             for &pair in &pairs {
@@ -123,7 +124,7 @@ impl TargetLists {
         lists
     }
 
-    /// The next pair of the sequence that begins at `token`, and its rows.
+    /// Appends a pair of the sequence that starts at `token`, with its rows.
     fn add_pair(&mut self, index: &TargetIndex<&[u32]>, pair: usize, token: u32) {
         let (score, length) = (index.score_offsets[pair], index.pair_length(pair));
         self.pairs.push(Pair { index: pair as u32, score, length, unit: self.units as u32 });
@@ -141,7 +142,7 @@ impl TargetLists {
         self.pair_rows.push(self.rows.len() as u32);
     }
 
-    /// The tiles and items of a sequence whose pairs are those from `first` on.
+    /// Appends the tiles and items of a sequence. Its pairs start at `first`.
     fn add_tiles(&mut self, start: u32, length: u32, first: usize) {
         for position in (0..length).step_by(TOKENS) {
             let token = start + position;
@@ -174,7 +175,8 @@ mod tests {
 
     #[test]
     fn every_score_is_one_items_and_every_token_one_tiles() {
-        // Sequences of 40, 0 and 3 tokens; the first has 70 pairs of length 17, one of 40 and an empty one.
+        // Sequences of 40, 0 and 3 tokens; the first has 70 pairs of length 17, one of 40 and an
+        // empty one.
         let lengths: Vec<u32> = [vec![17; 70], vec![40, 0, 3, 1]].concat();
         let score_offsets: Vec<u32> = std::iter::once(0)
             .chain(lengths.iter().scan(0, |sum, length| {

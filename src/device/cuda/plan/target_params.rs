@@ -91,7 +91,7 @@ pub(crate) struct GradientParams {
     pub(crate) unused: u32,
 }
 
-// As in the .cuh files of target/target_attention.cu.
+// As in the headers of target/target_attention.cu.
 const _: () = assert!(size_of::<PerceptronParams>() == 152);
 const _: () = assert!(size_of::<SoftmaxParams>() == 96);
 const _: () = assert!(size_of::<CombineParams>() == 48);

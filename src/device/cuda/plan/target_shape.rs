@@ -1,19 +1,19 @@
-//! Padded sizes and blocks of `target/target_attention.cu`.
+//! Padded sizes and block sizes of `target/target_attention.cu`.
 
 use super::shared_memory::Carve;
 use crate::device::cuda::error::CudaError;
 use crate::device::cuda::kernel::{Block, Element};
 
-/// Warps of a block of the perceptron: `WARPS` of `target/layers.cuh`.
+/// Warps per block of the perceptron: `WARPS` of `target/layers.cuh`.
 pub const WARPS: usize = 4;
 /// Pairs that a warp scores at once: `AT_ONCE` of `target/scores.cuh`.
 const AT_ONCE: usize = 2;
-/// Threads of a block of the softmax: `ROW_THREADS` of `target/softmax.cuh`.
+/// Threads per block of the softmax: `ROW_THREADS` of `target/softmax.cuh`.
 pub const ROW_THREADS: usize = 256;
-/// Widest tokens there is a kernel for: a lane of the softmax holds four columns of a token.
+/// Largest token width: each lane of the softmax holds four columns of a token.
 pub const MAX_WIDTH: usize = 128;
 
-/// Padded sizes a module is compiled for.
+/// Padded sizes of a compiled module.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Shape {
     /// `DFAR_WIDTH`: 16, 32, 64 or 128.
@@ -25,10 +25,10 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// The smallest that tokens of `width` and a perceptron of these hidden widths fit.
+    /// The smallest shape for tokens of `width` values and a perceptron of these hidden widths.
     ///
     /// # Errors
-    /// [`CudaError::TargetWidth`] where there is none.
+    /// [`CudaError::TargetWidth`] if `width` exceeds [`MAX_WIDTH`].
     pub fn of(width: usize, [hidden0, hidden1]: [usize; 2]) -> Result<Self, CudaError> {
         assert!(width > 0 && hidden0 > 0 && hidden1 > 0, "a layer of width 0");
         if width > MAX_WIDTH {
@@ -41,17 +41,18 @@ impl Shape {
         })
     }
 
-    /// Columns of what backward leaves of a token or a pair: dz, then the gradient of the input.
+    /// Columns of the partial sums of a token or pair in backward: dz, then the gradient of the
+    /// input.
     pub(crate) fn sums(&self) -> usize {
         self.hidden0 + self.width
     }
 
-    /// Values of the weights' gradients by position.
+    /// Number of partial weight gradients of a block.
     pub(crate) fn weight_sums(&self) -> usize {
         self.width * self.hidden0 + self.hidden0 * self.hidden1 + 2 * self.hidden1
     }
 
-    /// The weights in shared memory: `Weights` of `target/layers.cuh`.
+    /// Shared memory of the weights: `Weights` of `target/layers.cuh`.
     fn weights(&self, size: usize) -> Carve {
         let mut carve = Carve::default();
         carve.take(self.width * stride(self.hidden0, size), size);
@@ -60,7 +61,7 @@ impl Shape {
         carve
     }
 
-    /// The block of `target_scores`.
+    /// Block of `target_scores`.
     pub fn scores(&self, element: Element) -> Block {
         let size = element.size();
         let scratch = if size == 4 { 16 * (stride(self.width, size) + stride(16, size)) } else { 0 };
@@ -70,7 +71,7 @@ impl Shape {
         Block { warps: WARPS, shared_bytes: carve.bytes() }
     }
 
-    /// The block of `target_backward`.
+    /// Block of `target_backward`.
     pub fn backward(&self, element: Element) -> Block {
         let (size, rows) = (element.size(), WARPS * 16);
         let [x, h0, h1] = [self.width, self.hidden0, self.hidden1].map(|columns| stride(columns, size));
@@ -81,13 +82,14 @@ impl Shape {
         Block { warps: WARPS, shared_bytes: carve.bytes() }
     }
 
-    /// The block of `target_softmax_backward`: s of sixteen tokens.
+    /// Block of `target_softmax_backward`: `s` of sixteen tokens in shared memory.
     pub(crate) fn softmax_backward(&self) -> Block {
         Block { warps: ROW_THREADS / 32, shared_bytes: 16 * self.width * size_of::<f32>() }
     }
 }
 
-/// `stride_of` of `target/layers.cuh`: an odd number of 16-byte pieces, so that eight rows meet all banks once.
+/// `stride_of` of `target/layers.cuh`: an odd number of 16-byte pieces per row, so that eight rows
+/// cover all banks without a bank conflict.
 fn stride(columns: usize, size: usize) -> usize {
     if (columns * size / 16).is_multiple_of(2) { columns + 16 / size } else { columns }
 }

@@ -1,44 +1,47 @@
-//! How work is cut for the kernels of `attention/attention.cu`. Pure functions of shapes and of the device's limits.
+//! Block sizes of `attention/attention.cu`: pure functions of shapes and device limits.
 
 use super::shared_memory::Variant;
 use crate::attention::{FhaOptions, Pairing};
 use crate::device::cuda::error::CudaError;
 use crate::device::cuda::kernel::{Block, Element};
 
-/// Head widths the kernels are compiled for.
+/// Compiled head widths.
 pub const HEAD_DIMS: [usize; 5] = [8, 16, 32, 64, 128];
 
-/// Warps of a block at most: `MAX_WARPS` of `attention/attention.cu`.
+/// Maximum warps per block: `MAX_WARPS` of `attention/attention.cu`.
 pub const MAX_WARPS: usize = 4;
 
-/// Query rows (or keys) a warp owns: the M of `mma.m16n8k16`.
+/// Query rows (or keys) per warp: the M of `mma.m16n8k16`.
 pub const WARP_ROWS: usize = 16;
 
 impl Block {
-    /// Rows of the block.
+    /// Query rows (or keys) per block.
     pub fn rows(&self) -> usize {
         self.warps * WARP_ROWS
     }
 }
 
-/// Sequences of at most this many query rows may be taken whole: five tiles for each of a block's warps. Longer ones
-/// have more to do than a block should have alone.
+/// Maximum query rows of a whole sequence: five tiles for each warp of a block. A longer sequence
+/// is too much work for one block.
 pub const WHOLE_ROWS: usize = 5 * MAX_WARPS * WARP_ROWS;
 
-/// Shared memory a block of whole sequences may use: three fit a multiprocessor of sm_90, so that one loads while others compute. A sequence that needs more by itself, its heads being wide or many, is streamed.
+/// Maximum shared memory of a block of whole sequences. Three such blocks fit a multiprocessor of
+/// sm_90, so that one loads while others compute. A sequence that needs more, because its heads are
+/// wide or many, is streamed.
 pub const WHOLE_BYTES: usize = 72 << 10;
 
-/// The same in backward in one pass: two fit, as two passes take half as many instructions again, and streaming three times as many.
+/// As [`WHOLE_BYTES`], for backward in one pass: two blocks fit a multiprocessor. Two passes issue
+/// half as many instructions again, and streaming three times as many.
 pub const WHOLE_BACKWARD_BYTES: usize = 112 << 10;
 
-/// Shared memory that blocks may have, in bytes.
+/// Limits of shared memory per block, in bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct Room {
-    /// Any block: what the device gives.
+    /// Any block: the limit of the device.
     pub block: usize,
-    /// One of whole sequences.
+    /// A block of whole sequences.
     pub whole: usize,
-    /// The same in backward in one pass.
+    /// A block of whole sequences in one-pass backward.
     pub whole_backward: usize,
 }
 
@@ -47,7 +50,7 @@ const fn least(a: usize, b: usize) -> usize {
 }
 
 impl Room {
-    /// On a device that gives a block so much.
+    /// Limits on a device with `shared_per_block` bytes per block.
     pub const fn of(shared_per_block: usize) -> Room {
         Room {
             block: shared_per_block,
@@ -56,29 +59,29 @@ impl Room {
         }
     }
 
-    /// The same, with no sequence taken whole: to compare.
+    /// The same, with all sequences streamed. For comparisons.
     pub const fn streamed(shared_per_block: usize) -> Room {
         Room { block: shared_per_block, whole: 0, whole_backward: 0 }
     }
 }
 
-/// How many warps share a whole sequence. Each number has a launch of its own, so that no sequence has a block that is made
-/// for much longer ones.
+/// Number of warps that share a whole sequence. Each has a launch of its own, so that short
+/// sequences do not get blocks sized for long ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sharing {
-    /// Up to 32 query rows: a warp has a sequence to itself, and waits for nobody.
+    /// Up to 32 query rows: one warp, without barriers between warps.
     One,
-    /// Up to 64.
+    /// 33 to 64 query rows: two warps.
     Two,
-    /// Up to [`WHOLE_ROWS`].
+    /// 65 to [`WHOLE_ROWS`] query rows: four warps.
     Four,
 }
 
 impl Sharing {
-    /// Every one.
+    /// All variants.
     pub const ALL: [Sharing; 3] = [Sharing::One, Sharing::Two, Sharing::Four];
 
-    /// Warps of a sequence.
+    /// Warps per sequence.
     pub const fn warps(self) -> usize {
         match self {
             Sharing::One => 1,
@@ -87,7 +90,7 @@ impl Sharing {
         }
     }
 
-    /// That of a sequence of so many query rows; `None` if it is streamed.
+    /// The variant for a sequence of `rows` query rows; `None` if the sequence is streamed.
     pub fn of(rows: usize) -> Option<Sharing> {
         match rows {
             1..=32 => Some(Sharing::One),
@@ -98,47 +101,49 @@ impl Sharing {
     }
 }
 
-/// A direction's block of whole sequences, several in one.
+/// A block that holds one or several whole sequences.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Whole {
     /// The block.
     pub block: Block,
     /// Warps that share a sequence.
     pub sharing: Sharing,
-    /// Rows that one head's keys have in shared memory.
+    /// Rows of a key head in shared memory.
     pub capacity: usize,
-    /// Tokens of the longest sequence taken so.
+    /// Tokens of the longest sequence in this launch.
     pub longest: usize,
 }
 
 impl Whole {
-    /// Sequences of a block.
+    /// Sequences per block.
     pub fn items(&self) -> usize {
         self.block.warps / self.sharing.warps()
     }
 }
 
-/// The blocks of all passes.
+/// Block sizes of all passes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tile {
-    /// Forward over sequences whose scores fit registers, where there are such.
+    /// Forward over short sequences, whose scores fit registers; `None` without any.
     pub forward_short: Option<Whole>,
-    /// Forward over whole sequences, by [`Sharing`], where there are such. Shorter ones of these are taken as short.
+    /// Forward over whole sequences by [`Sharing`]; `None` without any. Short sequences are
+    /// excluded.
     pub forward_whole: [Option<Whole>; 3],
-    /// Forward over the others: query rows.
+    /// Forward over streamed sequences, in query rows.
     pub forward: Block,
-    /// Backward over whole sequences in one pass, by [`Sharing`], where there are such.
+    /// One-pass backward over whole sequences by [`Sharing`]; `None` without any.
     pub backward_whole: [Option<Whole>; 3],
-    /// dq and then dk and dv over longer whole sequences, of which one side at a time fits, where there are such.
+    /// Two-pass backward, dq then dk and dv, over whole sequences that do not fit one pass; `None`
+    /// without any.
     pub sides_whole: Option<[Whole; 2]>,
-    /// dq of the others: query rows.
+    /// dq over streamed sequences, in query rows.
     pub dq: Block,
-    /// dk and dv of the others: keys.
+    /// dk and dv over streamed sequences, in keys.
     pub dk_dv: Block,
 }
 
-/// Warps for `rows` rows: as many as are busy in the longest sequence, at most `MAX_WARPS`, and as few as
-/// it takes to stay within `limit` bytes of shared memory.
+/// The block for `rows` rows: as many warps as the longest sequence keeps busy, at most
+/// `MAX_WARPS`, reduced until shared memory is within `limit` bytes.
 fn block(
     rows: usize,
     limit: usize,
@@ -153,11 +158,12 @@ fn block(
         .ok_or(CudaError::SharedMemory { pass, needed: bytes(1), available: limit })
 }
 
-/// The blocks of whole sequences for a batch of these lengths, by [`Sharing`]. `bytes` is the shared memory of a number of
-/// sequences of so many warps and rows of keys each.
+/// Blocks of the whole sequences of a batch with these lengths, by [`Sharing`]. `bytes(items,
+/// warps, capacity)` is the shared memory of `items` sequences with `warps` warps and `capacity`
+/// rows of keys each.
 ///
-/// Whether a sequence is taken whole, and by how many warps, is decided by itself alone, so that its results do not depend on
-/// its batch.
+/// The length of a sequence alone decides whether it is whole and how many warps share it, so its
+/// results do not depend on the rest of the batch.
 fn whole(
     slots: usize,
     lengths: &[usize],
@@ -177,8 +183,9 @@ fn whole(
     })
 }
 
-/// Rows of keys a head has in `attention_forward_short`, for a sequence of so many tokens; `None` if its scores do not fit a warp's
-/// registers, or its heads are too wide to have many at a time. These are the numbers that are compiled in.
+/// Rows of a key head in `attention_forward_short`, for a sequence of `tokens` tokens. `None` if
+/// the scores do not fit the registers of a warp, or if the heads are too wide. The kernel is
+/// compiled for these values.
 fn short_capacity(variant: &Variant, key_heads: usize, tokens: usize) -> Option<usize> {
     if variant.size != 2 || variant.head_dim > 32 {
         return None;
@@ -190,7 +197,7 @@ fn short_capacity(variant: &Variant, key_heads: usize, tokens: usize) -> Option<
     }
 }
 
-/// The block of such sequences: a warp has one to itself.
+/// Block of the short sequences: one warp per sequence.
 fn short(variant: &Variant, key_heads: usize, lengths: &[usize], limit: usize) -> Option<Whole> {
     let bytes = |items: usize, capacity: usize| variant.forward_short(items, capacity, key_heads);
     let fits = |items: usize, tokens: usize| {
@@ -203,7 +210,7 @@ fn short(variant: &Variant, key_heads: usize, lengths: &[usize], limit: usize) -
     Some(Whole { block, sharing: Sharing::One, capacity, longest })
 }
 
-/// Query rows of a token in one problem: heads are separate ones with [`Pairing::PerHead`].
+/// Query rows per token in one problem. With [`Pairing::PerHead`], each head is a separate problem.
 pub(crate) fn slots_of(options: &FhaOptions) -> usize {
     match options.pairing {
         Pairing::Factorized => options.query_slots(),
@@ -211,11 +218,11 @@ pub(crate) fn slots_of(options: &FhaOptions) -> usize {
     }
 }
 
-/// Chooses the blocks for a batch of sequences of these lengths.
+/// Chooses the blocks for a batch with sequences of these lengths.
 ///
 /// # Errors
-/// [`CudaError::HeadDim`] for a width that is not in [`HEAD_DIMS`]; [`CudaError::SharedMemory`] when even the
-/// smallest block is too large for the device.
+/// [`CudaError::HeadDim`] for a width outside [`HEAD_DIMS`]; [`CudaError::SharedMemory`] if even
+/// the smallest block exceeds the device limit.
 pub fn tile(
     element: Element,
     options: &FhaOptions,
@@ -230,7 +237,7 @@ pub fn tile(
     let key_heads = options.key_slots();
     let longest = lengths.iter().copied().max().unwrap_or(0);
     let rows = longest * slots;
-    // Wider heads have no registers left for it.
+    // Backward of wider heads has no registers left for whole sequences.
     let room_backward = if variant.head_dim < 128 { room.whole_backward } else { 0 };
     let backward_whole = whole(slots, lengths, room_backward, |items, warps, capacity| {
         variant.backward_whole(items, warps, capacity, slots, key_heads)
@@ -267,7 +274,7 @@ mod tests {
     use super::*;
     use crate::attention::LabelMask;
 
-    /// Shared memory a block may have on sm_80, sm_86 and sm_90.
+    /// Shared memory per block on sm_80, sm_86 and sm_90.
     const LIMITS: [usize; 3] = [163 << 10, 99 << 10, 227 << 10];
 
     #[test]
@@ -306,7 +313,7 @@ mod tests {
     #[test]
     fn short_sequences_share_a_block() {
         let options = FhaOptions::new(2, 16);
-        // Tokens; sequences of a block; rows of keys a head.
+        // Tokens -> (sequences per block, rows per key head).
         let short = |longest| {
             let tile =
                 tile(Element::Bf16, &options, &[longest, 4096], Room::of(LIMITS[0])).expect("it should fit");
@@ -339,7 +346,7 @@ mod tests {
         assert_eq!(tile.forward_whole.map(|x| x.map(|x| x.longest)), [None, None, Some(most)]);
     }
 
-    /// What is taken whole depends on the sequence alone.
+    /// Whether a sequence is whole depends on its length alone.
     #[test]
     fn a_batch_does_not_change_who_is_short() {
         let lengths: Vec<usize> = (1..=320).collect();

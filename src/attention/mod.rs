@@ -17,7 +17,8 @@
 //! use dfar::attention::{FhaOptions, Inputs, forward};
 //!
 //! let options = FhaOptions::new(2, 4);
-//! let (q, k, v) = ([0.1; 3 * 2 * 4], [0.2; 3 * 2 * 4], [0.3; 3 * 2 * 4]); // 3 tokens, 2 heads of width 4
+//! // 3 tokens, 2 heads of width 4
+//! let (q, k, v) = ([0.1; 3 * 2 * 4], [0.2; 3 * 2 * 4], [0.3; 3 * 2 * 4]);
 //! let inputs = Inputs { q: &q, k: &k, v: &v, cu_seqlens: &[0, 2, 3], label: &[1, 0, 1] };
 //! let mut o = vec![0.0; options.output_len(3)];
 //! let mut lse = vec![0.0; options.lse_len(3)];

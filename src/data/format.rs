@@ -3,8 +3,8 @@
 //! ```text
 //! header   64 bytes: magic, version, section count, file length, counts, two checksums
 //! table    one 32-byte entry per section: kind, offset, length, CRC-32
-//! sections in the order of `Section`, each starting on the next multiple of 64, zeros between them;
-//!          the file ends where the last section ends
+//! sections in the order of `Section`, each starting on the next multiple of 64, zeros between;
+//!          the file ends with the last section
 //! ```
 //!
 //! All numbers are little-endian. A file is untrusted: [`Dataset::open`](super::Dataset::open)

@@ -16,7 +16,7 @@ pub trait Execution: Send + Sync {
         std::thread::available_parallelism().map_or(1, |cores| (cores.get() - 1).clamp(1, 4))
     }
 
-    /// Records an event behind all operations called so far.
+    /// Records an event after all operations called so far.
     fn record_event(&self) -> Result<Self::Event, DeviceError>;
 
     /// Seconds between two events. Waits for the later one.

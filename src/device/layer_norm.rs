@@ -1,4 +1,4 @@
-//! Layer norm, alone and fused with the operation in front of it.
+//! Layer norm, alone and fused with the preceding operation.
 
 use super::{DeviceError, Embedding, Floats, Indices, Lookup, Output, Rows};
 

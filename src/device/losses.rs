@@ -14,7 +14,7 @@ pub struct Interests<F> {
 /// Losses of a batch. Each is a mean over rows, or 0 for a batch without rows.
 pub trait Losses: Memory {
     /// Binary cross-entropy (BCE) of the positive logits and interest-wise BPR (IBL), without
-    /// weights. BCE goes to `losses.index`, IBL to the index behind it. `gradients` is overwritten
+    /// weights. BCE goes to `losses.index`, IBL to the next index. `gradients` is overwritten
     /// with the gradients of `bce + bpr * ibl`. Logits and `target` are `[R]`.
     fn rank_loss(
         &self,

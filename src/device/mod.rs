@@ -91,7 +91,7 @@ pub enum DeviceError {
         "cannot allocate {bytes} bytes of memory; use smaller batches (--batch-tokens, --batch-rows) or a smaller model"
     )]
     Memory {
-        /// Bytes asked for.
+        /// Bytes requested.
         bytes: usize,
     },
     /// The CUDA device.

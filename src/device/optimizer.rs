@@ -55,8 +55,8 @@ pub struct AdamRows<U> {
 /// The optimiser.
 pub trait Optimizer: Memory {
     /// Clips all gradients and takes one Adam step on all tensors. Writes the norm of all gradients
-    /// before clipping to `norm`. If the norm, or any value in front of it in its buffer (the
-    /// losses of the step), is non-finite, no tensor changes.
+    /// before clipping to `norm`. If the norm, or any value before it in its buffer (the losses
+    /// of the step), is non-finite, no tensor changes.
     fn adam(
         &self,
         step: &AdamStep,

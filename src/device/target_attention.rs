@@ -1,4 +1,4 @@
-//! Target attention: candidates attend to the history in front of them.
+//! Target attention: candidates attend to the history before them.
 
 use super::{DeviceError, Floats, Memory, Segments};
 

@@ -56,7 +56,7 @@ pub struct Report<D: Device> {
 }
 
 /// Positions in a report. `rank_loss` writes BCE and IBL next to each other. `adam` reads all
-/// values in front of the norm.
+/// values before the norm.
 mod report {
     pub const BCE: usize = 0;
     pub const IBL: usize = 1;

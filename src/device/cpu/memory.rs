@@ -92,8 +92,8 @@ impl Memory for Cpu {
     /// Nothing: [`Memory::stage`] copies at once.
     type Staging = ();
 
-    /// Asks the system for the memory and gives it back. One more copy is the host's, from which a
-    /// model is made.
+    /// Allocates the memory and frees it again. It adds one copy for the host values from which a
+    /// model is created.
     fn check_room(&self, parameters: usize, copies: usize) -> Done {
         let bytes = parameters.saturating_mul((copies + 1) * size_of::<f32>());
         Vec::<u8>::new().try_reserve_exact(bytes).map_err(|_| DeviceError::Memory { bytes })

@@ -296,7 +296,7 @@ pub(super) struct Row {
 pub(super) struct Piece {
     pub(super) key_head: usize,
     pub(super) list: usize,
-    /// Keys of the list in front of the piece.
+    /// Number of keys of the list before the piece.
     pub(super) offset: usize,
     /// Keys visible to the last row of the tile, at most [`STRETCH`].
     pub(super) len: usize,

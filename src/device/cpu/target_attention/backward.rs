@@ -16,7 +16,8 @@
 //! ```text
 //! per score     dP += x^T dz                    y = dz P^T      da += y * r      dr += y * a
 //! per token     dZ  = sum of dz over pairs      dA = a^T dZ     da += dZ (A + S)^T
-//! per pair      dc  = sum of dz over tokens     dR = r^T dc     dr += dc (R - S)^T      db0 = sum dc
+//! per pair      dc  = sum of dz over tokens     dR = r^T dc     dr += dc (R - S)^T
+//!               db0 = sum of dc
 //! at the end    dS  = dA - dR
 //! ```
 

@@ -14,7 +14,7 @@
 //! | [`attention`] | factorization-heads attention |
 //! | [`target_attention`] | target attention |
 //! | `losses`, `optimizer` | losses, Adam |
-//! | [`simd`], `product`, `elementwise` | vector instructions, matrix products, passes over rows |
+//! | [`simd`], [`product`], `elementwise` | vector instructions, matrix products, passes over rows |
 //! | `scratch`, `slices` | working memory per thread, buffers as slices |
 
 pub mod attention;
@@ -26,7 +26,7 @@ mod losses;
 mod memory;
 mod optimizer;
 mod prefix_mean;
-mod product;
+pub mod product;
 mod rows;
 mod scratch;
 pub mod simd;

@@ -31,7 +31,7 @@ macro_rules! say {
     ($($text:tt)*) => { cli::print(&format!("{}\n", format_args!($($text)*)))? };
 }
 
-/// Compare results with reference cases, and measure speed.
+/// Compare results with reference cases, and measure speed
 #[derive(Parser)]
 #[command(name = "dfar-bench", version)]
 struct Arguments {
@@ -41,8 +41,8 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Compare with reference cases: print the relative error of each tensor, exit with 1 beyond
-    /// the tolerance
+    /// Compare with reference cases: print the relative error of each tensor, exit with 1 if one
+    /// exceeds the tolerance
     Verify(Verify),
     /// Time the attention operation, naive and fused, by sequence length
     Attention(Attention),
@@ -104,7 +104,7 @@ struct Attention {
     /// Measure nothing: print lower bounds of the kernels' time on this GPU, by its datasheet
     #[arg(long, value_enum, value_name = "GPU")]
     predict: Option<Card>,
-    /// How many of 8 exponentials of long 16-bit sequences are polynomials (experiment, GPU only)
+    /// Number of polynomials among 8 exponentials of long 16-bit sequences (experiment, GPU only)
     #[arg(long, default_value_t = 0, value_name = "0..8", value_parser = clap::value_parser!(u32).range(0..=8))]
     polynomial: u32,
     /// Omit the naive form
@@ -166,7 +166,7 @@ struct Train {
     #[arg(long, default_value_t = 0)]
     threads: usize,
     /// Threads that draw and pack batches ahead of the steps that are timed by part; 0: one for the
-    /// CPU, a few for a GPU
+    /// CPU, several for a GPU
     #[arg(long, default_value_t = 0)]
     workers: usize,
     /// Print JSON
@@ -221,12 +221,12 @@ impl Precision {
     }
 }
 
-/// Ends with a usage error.
+/// Exits with a usage error.
 fn usage(message: &str) -> ! {
     Arguments::command().error(ErrorKind::ValueValidation, message).exit()
 }
 
-/// Ends with a usage error for a precision that only the GPU has.
+/// Exits with a usage error for a precision that the CPU does not support.
 fn check_precision(device: Device, precision: Precision) {
     if device == Device::Cpu && precision != Precision::F32 {
         let message = "--precision bf16 and f16 need --device cuda: the CPU computes in f32";
@@ -257,9 +257,9 @@ fn main() -> ExitCode {
     })
 }
 
-/// An error of `verify`.
+/// A failure of `verify`.
 enum VerifyFailure {
-    /// A case that cannot be read or computed.
+    /// A case could not be read or computed.
     Case(VerifyError),
     Other(Error),
 }
@@ -276,7 +276,7 @@ impl From<Error> for VerifyFailure {
     }
 }
 
-/// Whether every case passed.
+/// Verifies all cases; returns whether all passed.
 fn run_verify(arguments: &Verify) -> Result<bool, VerifyFailure> {
     check_precision(arguments.device, arguments.precision);
     match arguments.device {
@@ -375,7 +375,7 @@ fn write_json(arguments: &Attention, table: &impl serde::Serialize) -> Result<()
     Ok(file::replace_bytes(path, (text + "\n").as_bytes()).map_err(TrainError::from)?)
 }
 
-/// The table of predictions; with `--json`, its rows too.
+/// Prints the table of predictions; with `--json`, writes its rows too.
 fn run_prediction(arguments: &Attention, options: &FhaOptions, card: Card) -> Result<()> {
     let limits = card.datasheet();
     let (element, tokens) = (arguments.precision.element(), arguments.batch_tokens);
@@ -503,7 +503,7 @@ fn predict_steps(arguments: &Train, config: &Config, data: Option<&Dataset>, car
     cli::print(&profile.to_string())
 }
 
-/// Times the degrees of sharing, given a data set, and the parts of a step.
+/// Times the degrees of sharing (with a data set) and the parts of a step.
 fn time_steps<D: dfar::device::Device>(
     arguments: &Train,
     config: &Config,

@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-/// The shortest of many runs of `f`, after one to warm up: at least three, and more until `budget`
-/// is spent. The shortest is what the machine can do when nothing else runs on it.
+/// The shortest of many runs of `f`, after a warm-up run: at least three, and more until `budget`
+/// is spent. The shortest run is the least disturbed by other programs.
 pub fn shortest(budget: Duration, mut f: impl FnMut()) -> Duration {
     f();
     let start = Instant::now();

@@ -1,4 +1,4 @@
-//! `dfar-data export`: the events of a data set, for other programs.
+//! `dfar-data export`: writes the events of a data set for other programs.
 
 use crate::replacement::Replacement;
 use clap::{Args, ValueEnum};
@@ -25,7 +25,7 @@ enum To {
     Parquet,
 }
 
-/// The columns: a log's ids, 0 or 1, milliseconds since 1970, and train, valid or test.
+/// The columns: ids of the log, label (0 or 1), milliseconds since 1970, and train, valid or test.
 const COLUMNS: [&str; 5] = ["user", "item", "label", "time", "part"];
 
 pub fn export(args: &Export) -> dfar::Result<()> {
@@ -77,7 +77,8 @@ fn events(data: &Dataset) -> impl Iterator<Item = Event<'_>> {
 }
 
 fn write_csv(data: &Dataset, out: &mut impl Write) -> std::io::Result<()> {
-    // Quoted, an id may begin with a byte order mark, and "007" stays a text for readers that look.
+    // Ids are always quoted: they may begin with a byte order mark, and "007" must not become a
+    // number.
     let mut writer = csv::WriterBuilder::new().quote_style(csv::QuoteStyle::NonNumeric).from_writer(out);
     writer.write_record(COLUMNS)?;
     for event in events(data) {

@@ -1,4 +1,4 @@
-//! `dfar-data import`: logs to a data set file.
+//! `dfar-data import`: makes a data set file from logs.
 
 use crate::{SplitKind, report};
 use clap::{Args, ValueEnum};
@@ -32,10 +32,10 @@ pub struct Import {
     /// Column of items.
     #[arg(long, value_name = "COLUMN", help_heading = "Columns")]
     item_column: Option<String>,
-    /// Column of times: numbers, or dates of ISO 8601 (UTC where no zone stands).
+    /// Column of times: numbers, or ISO 8601 dates (UTC unless they name a zone).
     #[arg(long, value_name = "COLUMN", help_heading = "Columns")]
     time_column: Option<String>,
-    /// Column of dates, where the time column has the time of day alone.
+    /// Column of dates, if the time column holds only the time of day.
     #[arg(long, value_name = "COLUMN", help_heading = "Columns")]
     date_column: Option<String>,
     /// Column of ratings or flags, e.g. label, long_view, is_click.
@@ -51,10 +51,10 @@ pub struct Import {
     /// A label above this is liked [default: 3 for ratings, 2 for kuairec, flags are 0 or 1].
     #[arg(long, value_name = "LABEL", allow_negative_numbers = true, help_heading = "Feedback")]
     positive_above: Option<f64>,
-    /// Every event is liked; the log needs no label column.
+    /// Count every event as liked; the log needs no label column.
     #[arg(long, conflicts_with_all = ["positive_above", "label_column"], help_heading = "Feedback")]
     all_liked: bool,
-    /// Labels of liked events, where labels are names, e.g. buy,cart.
+    /// Labels of liked events, if labels are names, e.g. buy,cart.
     #[arg(long, value_name = "NAME,..", value_delimiter = ',', conflicts_with_all = ["positive_above", "all_liked"], help_heading = "Feedback")]
     liked: Vec<String>,
     /// Labels of skipped events.
@@ -66,27 +66,27 @@ pub struct Import {
         help_heading = "Feedback"
     )]
     skipped: Vec<String>,
-    /// Leave events with other labels out, instead of refusing the log.
+    /// Ignore events with other labels instead of refusing the log.
     #[arg(long, requires = "liked", help_heading = "Feedback")]
     ignore_others: bool,
 
-    /// Skip up to so many bad rows instead of failing at the first.
+    /// Number of bad rows to skip before the import fails.
     #[arg(long, default_value_t = 0, value_name = "N", help_heading = "Filters")]
     skip_bad_rows: u64,
     /// Keep all events of a user with the same item, not only the first.
     #[arg(long, help_heading = "Filters")]
     keep_repeats: bool,
-    /// Fewest records of an item, then of a user; 0 for no filter.
+    /// Fewest records of an item, then of a user; 0: no filter.
     #[arg(long, default_value_t = 10, value_name = "K", help_heading = "Filters")]
     k_core: u32,
-    /// Records that count towards it [default: positive for kuairand and kuairec, else all].
+    /// Records counted by the filter [default: positive for kuairand and kuairec, else all].
     #[arg(long, value_enum, help_heading = "Filters")]
     k_core_on: Option<Counted>,
-    /// Repeat the filter until every item and user that is left has K records.
+    /// Repeat the filter until every remaining item and user has K records.
     #[arg(long, help_heading = "Filters")]
     k_core_until_stable: bool,
 
-    /// How to cut histories [default: temporal for kuairand and kuairec, else leave-last].
+    /// How to split histories [default: temporal for kuairand and kuairec, else leave-last].
     #[arg(long, value_enum, help_heading = "Split and evaluation groups")]
     split: Option<SplitKind>,
     /// Share of events (temporal) or users (by-user) for training.
@@ -95,26 +95,26 @@ pub struct Import {
     /// Share of events or users for validation.
     #[arg(long, default_value_t = 0.1, value_name = "SHARE", help_heading = "Split and evaluation groups")]
     valid_share: f64,
-    /// Negatives of each evaluation group, drawn by popularity in the training events.
+    /// Negatives per evaluation group, drawn by popularity in the training events.
     #[arg(long, default_value_t = 9, value_name = "N", help_heading = "Split and evaluation groups")]
     candidates: usize,
-    /// Draw no item that the user meets anywhere in the log.
+    /// Exclude all items of the user's whole history from the negatives.
     #[arg(long, help_heading = "Split and evaluation groups")]
     exclude_seen: bool,
     /// Seed of the negatives and of the by-user split.
     #[arg(long, default_value_t = 1, help_heading = "Split and evaluation groups")]
     seed: u64,
 
-    /// Folder of temporary files [default: that of the output].
+    /// Folder of temporary files [default: the folder of the output].
     #[arg(long, value_name = "DIR", help_heading = "Running")]
     temp_dir: Option<PathBuf>,
     /// Mebibytes of events to sort in memory at a time.
     #[arg(long, default_value_t = 32, value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..=1 << 20), help_heading = "Running")]
     sort_memory: u32,
-    /// No progress bar and no messages but errors.
+    /// Print only errors.
     #[arg(long, short, help_heading = "Running")]
     quiet: bool,
-    /// No progress bar.
+    /// Show no progress bar.
     #[arg(long, help_heading = "Running")]
     no_progress: bool,
 }
@@ -123,7 +123,7 @@ pub struct Import {
 enum Format {
     /// u.data, ratings.dat, ratings.csv
     Movielens,
-    /// Ratings or reviews of 2014, 2018, 2023, csv or JSON
+    /// Ratings or reviews of 2014, 2018 and 2023, CSV or JSON
     Amazon,
     /// log_*.csv and excerpts
     Kuairand,
@@ -223,7 +223,7 @@ pub fn import(args: Import) -> dfar::Result<()> {
     Ok(())
 }
 
-/// A bar over the bytes of all inputs, shown only on a terminal.
+/// A progress bar over the bytes of all inputs, shown only on a terminal.
 struct Bar {
     bar: ProgressBar,
     quiet: bool,

@@ -1,4 +1,4 @@
-//! `dfar-data info`: what is in a data set.
+//! `dfar-data info`: describes a data set.
 
 use crate::cli;
 use clap::Args;
@@ -26,7 +26,7 @@ pub fn info(args: &Info) -> dfar::Result<()> {
     cli::print(&table(&args.file, &statistics))
 }
 
-/// The statistics for people.
+/// The statistics as text.
 fn table(file: &Path, s: &Statistics) -> String {
     let mut text = String::new();
     // Writing to a String cannot fail.

@@ -1,4 +1,4 @@
-//! `dfar-data`: logs to data set files, and what is in them.
+//! `dfar-data`: makes, describes and exports data set files.
 
 #[path = "../shared/cli.rs"]
 mod cli;
@@ -15,7 +15,7 @@ use dfar::data::{Made, Split};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-/// Import interaction logs into data set files, describe them, generate synthetic ones.
+/// Import interaction logs into data set files, describe, export and generate them.
 ///
 /// Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 3
 /// bad input.
@@ -30,48 +30,47 @@ struct Cli {
 enum Command {
     /// Import logs: drop repeats, filter, split, draw evaluation negatives, write one file.
     Import(Box<import::Import>),
-    /// Print what is in a data set: the paper's Table 1, history lengths, the split, how it was
-    /// made.
+    /// Describe a data set: the paper's Table 1, history lengths, the split, how it was made.
     Info(info::Info),
     /// Write the events of a data set as CSV or Parquet.
     Export(export::Export),
-    /// Generate a data set with planted structure, whose best possible AUC is known.
+    /// Generate a synthetic data set whose best possible AUC is known.
     Synth(Synth),
 }
 
 #[derive(Args)]
 struct Synth {
-    /// Users.
+    /// Number of users.
     #[arg(long, default_value_t = 1000)]
     users: usize,
-    /// Items.
+    /// Number of items.
     #[arg(long, default_value_t = 500)]
     items: usize,
-    /// Events of all users together, about [default: 50 a user].
+    /// Approximate number of events of all users [default: 50 per user].
     #[arg(long)]
     events: Option<u64>,
-    /// Seed of everything.
+    /// Seed of the events, the split and the negatives.
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Negatives of each evaluation group.
+    /// Negatives per evaluation group.
     #[arg(long, default_value_t = 9, value_name = "N")]
     candidates: usize,
-    /// How to cut histories.
+    /// How to split histories.
     #[arg(long, value_enum, default_value = "temporal")]
     split: SplitKind,
     /// Data set file to make.
     #[arg(long, short, value_name = "X.dfar")]
     output: PathBuf,
-    /// No messages but errors.
+    /// Print only errors.
     #[arg(long, short)]
     quiet: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
 enum SplitKind {
-    /// The last event of a user is tested, the one before validates
+    /// The last event of every user is for testing, the one before it for validation
     LeaveLast,
-    /// One point in time for everybody
+    /// The same points in time for all users
     Temporal,
     /// Whole users
     ByUser,
@@ -117,7 +116,7 @@ fn synth(args: Synth) -> dfar::Result<()> {
     Ok(())
 }
 
-/// Says on stderr what was made.
+/// Prints a summary of the data set to stderr.
 fn report(output: &Path, made: &Made) {
     let Made { users, items, events, protocol } = made;
     let source = &protocol.source;

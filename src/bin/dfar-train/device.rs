@@ -1,4 +1,4 @@
-//! `--device`, `--precision` and `--cuda-graphs`: which device a command runs on.
+//! `--device`, `--precision` and `--cuda-graphs`: opens the device of a command.
 
 use dfar::device::cpu::Cpu;
 use dfar::device::cuda::{Captures, Cuda, CudaError, Gpu, Precision};
@@ -6,14 +6,15 @@ use dfar::train::TrainError;
 use dfar::train::config::{Config, DeviceChoice};
 use std::sync::Arc;
 
-/// The device chosen. What runs on it is generic: see [`on_device`].
+/// The chosen device. See [`on_device`] for code that is generic over it.
 pub enum Chosen {
     Cpu(Arc<Cpu>),
     Cuda(Arc<Gpu<Cuda>>),
 }
 
 impl Chosen {
-    /// To be asked what became of the captures, once the device is in other hands.
+    /// Returns a function that reads the counts of graph captures, for use after the device has
+    /// been moved.
     pub fn captures(&self) -> impl Fn() -> Option<Captures> + use<> {
         let gpu = match self {
             Chosen::Cpu(_) => None,
@@ -23,7 +24,7 @@ impl Chosen {
     }
 }
 
-/// Runs an expression with `$device` as whatever was chosen.
+/// Evaluates an expression with `$device` bound to the chosen device.
 macro_rules! on_device {
     ($chosen:expr, |$device:ident| $run:expr) => {
         match $chosen {
@@ -34,8 +35,8 @@ macro_rules! on_device {
 }
 pub(crate) use on_device;
 
-/// The device that a finished run's model is to be used on: `asked` for, or the run's own. The CPU
-/// takes a model of any precision.
+/// Opens the device to evaluate a finished run: `asked`, or else the run's own. The CPU accepts
+/// models of any precision.
 ///
 /// # Errors
 /// As [`open`].
@@ -45,11 +46,11 @@ pub fn open_for(config: &Config, asked: Option<DeviceChoice>, note: &dyn Fn(&str
     open(choice, precision, false, note)
 }
 
-/// Opens the device; `graphs` is for a GPU alone. `note` is told when `auto` means the CPU, and
-/// why.
+/// Opens the device; `graphs` applies only to a GPU. `note` receives the reason when `auto` selects
+/// the CPU.
 ///
 /// # Errors
-/// `cuda` where there is no usable GPU; a precision that the CPU does not have.
+/// `cuda` without a usable GPU, or a precision that the CPU does not support.
 pub fn open(
     choice: DeviceChoice,
     precision: Precision,

@@ -1,5 +1,5 @@
-//! The flags that are keys of a configuration. A flag not given leaves no trace, so the file's
-//! value stands.
+//! The flags that are keys of a configuration. An absent flag is not a key, so that the value of
+//! the file holds.
 
 use clap::Args;
 use dfar::attention::Normalization;
@@ -14,7 +14,7 @@ use dfar::train::negatives::NegativeSource;
 use serde::Serialize;
 use std::path::PathBuf;
 
-/// Names and meanings are those of `dfar::train::Config`, where the defaults are.
+/// Names, meanings and defaults are those of `dfar::train::Config`.
 #[derive(Args, Serialize)]
 pub struct Flags {
     /// Data set made by `dfar-data` [default: an embedded synthetic set].
@@ -27,45 +27,45 @@ pub struct Flags {
     /// Threads; 0: one per core. Results do not depend on it [default: 0].
     #[arg(long)]
     threads: Option<usize>,
-    /// Threads that draw and pack batches ahead of the device; 0: one where the CPU computes, a few
-    /// for a GPU. Results do not depend on it [default: 0].
+    /// Threads that draw and pack batches ahead of the device; 0: one for the CPU, several for a
+    /// GPU. Results do not depend on it [default: 0].
     #[arg(long, alias = "num-workers")]
     workers: Option<usize>,
-    /// Where to compute [default: cpu].
+    /// Device [default: cpu].
     #[arg(long, value_enum)]
     device: Option<DeviceChoice>,
-    /// What products are computed in, on a GPU; values in memory are f32 either way [default: f32].
+    /// Precision of matrix products on a GPU; values in memory are always f32 [default: f32].
     #[arg(long, value_enum)]
     precision: Option<Precision>,
-    /// Start the launches of a step in one piece, on a GPU.
+    /// Launch each step as one CUDA graph, on a GPU.
     #[arg(long, num_args = 0, default_missing_value = "true")]
     cuda_graphs: Option<bool>,
 
-    /// Most epochs [default: 100].
+    /// Largest number of epochs [default: 100].
     #[arg(long, help_heading = "Training")]
     epochs: Option<usize>,
-    /// Epochs without a better validation AUC before stopping; 0: never [default: 5].
+    /// Stop after this many epochs without a better validation AUC; 0: never [default: 5].
     #[arg(long, help_heading = "Training")]
     patience: Option<usize>,
-    /// Most tokens of a batch [default: 512].
+    /// Largest number of tokens in a batch [default: 512].
     #[arg(long, help_heading = "Training")]
     batch_tokens: Option<usize>,
-    /// Most instances of a batch [default: 16384].
+    /// Largest number of instances in a batch [default: 16384].
     #[arg(long, help_heading = "Training")]
     batch_rows: Option<usize>,
     /// Learning rate of Adam [default: 0.003].
     #[arg(long, help_heading = "Training", alias = "learning-rate")]
     lr: Option<f64>,
-    /// Weight of the squares of the touched embedding rows [default: 1e-6].
+    /// Weight of the squared embedding rows of the batch [default: 1e-6].
     #[arg(long, help_heading = "Training")]
     embed_l2: Option<f64>,
     /// Limit on gradient norms; 0: none [default: 2].
     #[arg(long, help_heading = "Training")]
     max_grad_norm: Option<f64>,
-    /// What the limit applies to [default: per-tensor].
+    /// Scope of the limit [default: per-tensor].
     #[arg(long, value_enum, help_heading = "Training")]
     clip: Option<ClipMode>,
-    /// Update every embedding row at every step.
+    /// Update every embedding row at every step, not only the rows of the batch.
     #[arg(long, help_heading = "Training", num_args = 0, default_missing_value = "true")]
     dense_embeddings: Option<bool>,
     /// Seconds between checkpoints within an epoch [default: 60].
@@ -75,8 +75,8 @@ pub struct Flags {
     /// Longest history; older events are cut off [default: 100; synthetic set: 20].
     #[arg(long, help_heading = "Model")]
     max_length: Option<usize>,
-    /// Where longer training histories may begin: multiples of this share a window; 1: always the
-    /// last max-length events; 0: a quarter of max-length [default: 0].
+    /// Windows of longer training histories begin at multiples of this; 1: always keep exactly
+    /// max-length events; 0: a quarter of max-length [default: 0].
     #[arg(long, help_heading = "Instances")]
     window_stride: Option<usize>,
     /// Model width [default: 32].
@@ -91,10 +91,10 @@ pub struct Flags {
     /// Softmax denominator under the label mask [default: joint].
     #[arg(long, help_heading = "Model", value_parser = normalization)]
     normalization: Option<Normalization>,
-    /// Spread of the initial embeddings and MLP weights [default: scaled].
+    /// Standard deviation of the initial embeddings and MLP weights [default: scaled].
     #[arg(long, value_enum, help_heading = "Model")]
     init: Option<Initialization>,
-    /// Ablation: plain multi-head attention.
+    /// Ablation: plain multi-head attention instead of factorization heads.
     #[arg(long = "no-fha", help_heading = "Model", num_args = 0, default_missing_value = "false")]
     fha: Option<bool>,
     /// Ablation: no label mask.
@@ -108,10 +108,10 @@ pub struct Flags {
     #[arg(long, help_heading = "Loss", allow_negative_numbers = true)]
     idl: Option<f64>,
 
-    /// Events asked about in training [default: positive].
+    /// Training events that are targets [default: positive].
     #[arg(long, value_enum, help_heading = "Instances")]
     train_targets: Option<TrainTargets>,
-    /// What of the feedback the model sees [default: mixed].
+    /// Feedback that the model reads [default: mixed].
     #[arg(long, value_enum, help_heading = "Instances")]
     feedback: Option<Feedback>,
     /// Source of training negatives [default: in-batch].
@@ -120,24 +120,24 @@ pub struct Flags {
     /// Negatives per training group [default: 9].
     #[arg(long, help_heading = "Instances")]
     negatives: Option<usize>,
-    /// Distinct negatives that the groups of one history draw theirs from; 0: no limit [default:
-    /// 0].
+    /// Distinct negatives shared by the groups of one history; 0: each group draws its own
+    /// [default: 0].
     #[arg(long, help_heading = "Instances")]
     negative_pool: Option<usize>,
-    /// Share of the training targets used by an epoch [default: 1].
+    /// Share of the training targets used per epoch [default: 1].
     #[arg(long, help_heading = "Instances")]
     sample_rate: Option<f64>,
 
     /// Users that count in GAUC [default: none].
     #[arg(long, value_enum, help_heading = "Evaluation")]
     gauc_compat: Option<GaucRule>,
-    /// Upper edges of the history lengths to split metrics by [default: quartiles].
+    /// Upper edges of the history lengths by which metrics are reported [default: quartiles].
     #[arg(long, value_name = "EVENTS", value_delimiter = ',', help_heading = "Evaluation")]
     length_edges: Option<Vec<u32>>,
 }
 
 impl Flags {
-    /// The flags given, as keys of a configuration.
+    /// The given flags, as keys of a configuration.
     pub fn table(&self) -> Result<toml::Table, TrainError> {
         let mut table = toml::Table::try_from(self)
             .map_err(|e| TrainError::Usage { argument: "flags", reason: e.to_string() })?;

@@ -27,9 +27,9 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Train DFAR on a data set, evaluate it, and write everything into a run directory.
+/// Train DFAR on a data set, evaluate it, and write the results to a run directory.
 ///
-/// Without --data it trains on an embedded synthetic set, whose best possible figures are known.
+/// Without --data it trains on an embedded synthetic set, whose best possible metrics are known.
 /// Results go to stdout, logs and progress bars to stderr. Exit codes: 0 done, 1 failed, 2 wrong
 /// usage, 3 bad input, 4 no usable GPU, 5 non-finite loss, 130 interrupted (and saved).
 #[derive(Parser)]
@@ -45,20 +45,20 @@ struct Cli {
 enum Command {
     /// Score the test and validation groups with a run's best model.
     Evaluate(Evaluate),
-    /// Rank items, given by their original ids, after a history.
+    /// Rank items after a history; items have their original ids.
     Score(Box<score::Score>),
 }
 
 #[derive(Args)]
 struct Train {
-    /// Directory of the new run [default: `runs/NAME`, named after the data set and numbered when
-    /// there is one].
+    /// Directory of the new run [default: `runs/NAME`, named after the data set, with a number if
+    /// it exists].
     #[arg(long, short, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// Configuration of an earlier run, or your own; flags win over it.
+    /// Configuration file, of an earlier run or your own; flags override it.
     #[arg(long, value_name = "FILE.toml")]
     config: Option<PathBuf>,
-    /// Continue the run in this directory; the result is that of a run never stopped.
+    /// Continue the run in this directory; its result is the same as without the interruption.
     #[arg(long, value_name = "DIR", conflicts_with_all = ["out", "config"])]
     resume: Option<PathBuf>,
     #[command(flatten)]
@@ -67,35 +67,36 @@ struct Train {
     output: Output,
 }
 
-/// What is printed.
+/// Output options.
 #[derive(Args, Clone, Copy)]
 struct Output {
     /// Print results as JSON.
     #[arg(long)]
     json: bool,
-    /// Print no logs and no bars.
+    /// Print only errors.
     #[arg(long, short)]
     quiet: bool,
-    /// Print plain lines in the place of bars, as when stderr is no terminal.
+    /// Print lines instead of progress bars, as when stderr is not a terminal.
     #[arg(long)]
     no_progress: bool,
 }
 
 #[derive(Args)]
 struct Evaluate {
-    /// The run.
+    /// Run directory.
     #[arg(long, value_name = "DIR")]
     run: PathBuf,
     /// Data set with the same items [default: the run's].
     #[arg(long, value_name = "X.dfar")]
     data: Option<PathBuf>,
-    /// Upper edges of the history lengths to split by [default: the run's, or quartiles].
+    /// Upper edges of the history lengths by which metrics are reported [default: the run's, or
+    /// quartiles].
     #[arg(long, value_name = "EVENTS", value_delimiter = ',')]
     length_edges: Option<Vec<u32>>,
     /// Users that count in GAUC [default: the run's].
     #[arg(long, value_enum)]
     gauc_compat: Option<dfar::evaluate::metrics::GaucRule>,
-    /// Where to compute [default: the run's].
+    /// Device [default: the run's].
     #[arg(long, value_enum)]
     device: Option<DeviceChoice>,
     /// Threads; 0: one per core.
@@ -105,8 +106,8 @@ struct Evaluate {
     output: Output,
 }
 
-/// The embedded set: small enough to learn in a minute or two, with enough events of each item to
-/// come near its ceiling.
+/// The embedded set: small enough to learn in about a minute, with enough events per item to come
+/// near its ceiling.
 const SYNTHETIC: SyntheticOptions = SyntheticOptions {
     users: 1000,
     items: 64,
@@ -116,11 +117,11 @@ const SYNTHETIC: SyntheticOptions = SyntheticOptions {
     split: Split::Temporal { train: 0.8, valid: 0.1 },
 };
 
-/// Set by Ctrl-C; looked at after every batch.
+/// Set by Ctrl-C; checked after every batch.
 static STOP: AtomicBool = AtomicBool::new(false);
 
 fn main() -> ExitCode {
-    // Parsed by hand so that what derive cannot say is an error like clap's own.
+    // Parsed by hand, so that errors beyond derive's checks look like clap's own.
     let cli = Cli::from_arg_matches(&Cli::command().get_matches()).unwrap_or_else(|e| e.exit());
     let result = match cli.command {
         None => train(cli.train),
@@ -140,7 +141,7 @@ fn train(args: Train) -> dfar::Result<()> {
         None => {
             let config = Config::layered(args.config.as_deref(), flags).map_err(TrainError::from)?;
             cli::start_threads(config.threads)?;
-            // Checked before the directory is made: a mistake leaves nothing behind.
+            // Checked before the directory is created, so that an error leaves no files.
             let items = match &config.data {
                 Some(path) => {
                     let data = Dataset::open(path)?;
@@ -178,7 +179,7 @@ fn train(args: Train) -> dfar::Result<()> {
     };
     stop_on_interrupt(&progress);
     if checkpoint.is_none() {
-        // Before everything else in the directory: with it the run can be resumed.
+        // Written first: with it, the run can be resumed.
         run.write_config(&config.to_toml()).map_err(TrainError::from)?;
     }
     let data = match &config.data {
@@ -200,7 +201,7 @@ fn train(args: Train) -> dfar::Result<()> {
     result
 }
 
-/// A run about to begin, or to go on.
+/// A run to start or resume.
 struct Start<'a> {
     data: &'a Dataset,
     config: &'a Config,
@@ -208,7 +209,7 @@ struct Start<'a> {
     checkpoint: Option<Checkpoint>,
 }
 
-/// Trains to the end, and prints the report.
+/// Trains to the end and prints the report.
 fn fit<D: Device>(device: Arc<D>, start: Start, progress: &Progress, json: bool) -> dfar::Result<()> {
     let Start { data, config, run, checkpoint } = start;
     let mut fit = match checkpoint {
@@ -288,12 +289,12 @@ fn open_run(dir: &Path) -> dfar::Result<(Config, ModelFile)> {
     Ok((config, file))
 }
 
-/// The data set given, or the run's own.
+/// The given data set, or the run's own.
 fn data_path(given: Option<&Path>, config: &Config, run: &Path) -> PathBuf {
     given.map(Path::to_owned).or_else(|| config.data.clone()).unwrap_or_else(|| run::synthetic_path(run))
 }
 
-/// The embedded set, made once a run.
+/// The embedded set, made once per run.
 fn synthetic_data(run: &Run, progress: &Progress) -> dfar::Result<Dataset> {
     let path = run.synthetic_data();
     if !path.exists() {
@@ -311,8 +312,8 @@ fn default_name(config: &Config) -> String {
     stem.map_or_else(|| "synthetic".to_owned(), |stem| stem.to_string_lossy().into_owned())
 }
 
-/// The first Ctrl-C asks for a clean end, the second ends at once (checkpoints are whole at any
-/// moment).
+/// The first Ctrl-C stops the run after the current batch; the second exits at once (checkpoints
+/// are complete at any time).
 fn stop_on_interrupt(progress: &Progress) {
     let shown = progress.clone();
     let handler = move || {
@@ -321,6 +322,6 @@ fn stop_on_interrupt(progress: &Progress) {
         }
         shown.line("stopping after this batch; press Ctrl-C again to stop at once");
     };
-    // Without a handler Ctrl-C still ends the program, with the last checkpoint kept.
+    // Without a handler, Ctrl-C still ends the program; the last checkpoint remains.
     let _ = ctrlc::set_handler(handler);
 }

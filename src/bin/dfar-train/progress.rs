@@ -1,4 +1,4 @@
-//! Progress on stderr: bars on a terminal, a line an epoch elsewhere.
+//! Progress on stderr: bars on a terminal, else one line per epoch.
 
 use crate::report::count;
 use dfar::data::Part;
@@ -8,7 +8,7 @@ use std::io::{IsTerminal, Write};
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Tells of a run, and stops it when `stop` is set.
+/// Reports the progress of a run, and stops the run when `stop` is set.
 #[derive(Clone)]
 pub struct Progress {
     bar: Option<ProgressBar>,
@@ -24,17 +24,17 @@ impl Progress {
         Self { bar, quiet, stop }
     }
 
-    /// A line of the log.
+    /// Prints a line of the log.
     pub fn line(&self, text: &str) {
         if !self.quiet {
             self.always(text);
         }
     }
 
-    /// A line even when quiet.
+    /// Prints a line even with `--quiet`.
     pub fn always(&self, text: &str) {
         let print = || {
-            // Nobody is left to tell when stderr is closed.
+            // A closed stderr cannot be reported.
             let _ = writeln!(std::io::stderr(), "{text}");
         };
         match &self.bar {
@@ -43,7 +43,7 @@ impl Progress {
         }
     }
 
-    /// Takes the bar away.
+    /// Removes the bar.
     pub fn clear(&self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
@@ -60,7 +60,7 @@ impl Progress {
                 }
                 if epoch == 1 && done == 0 {
                     self.line(&format!(
-                        "{} training targets an epoch: {} shared passes, {} windows, {} tokens, {} instances, {} batches",
+                        "{} training targets per epoch: {} shared passes, {} windows, {} tokens, {} instances, {} batches",
                         count(size.targets),
                         count(size.shared_passes),
                         count(size.windows),

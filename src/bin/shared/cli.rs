@@ -1,13 +1,13 @@
-//! What the binaries share: printing results and turning errors into exit codes.
+//! Shared by the binaries: printing results, and exit codes of errors.
 
 use dfar::{Error, Result};
 use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
 
-/// Ends a binary: the error goes to stderr, its code (see [`Error::exit_code`]) to the shell.
+/// Ends a binary: prints the error to stderr and returns its exit code ([`Error::exit_code`]).
 ///
-/// A closed pipe on stdout (`dfar-data info x.dfar | head -1`) is how readers say that they have
-/// enough: no message, exit code 0.
+/// A closed pipe on stdout (`dfar-data info x.dfar | head -1`) is not an error: no message, exit
+/// code 0.
 pub fn exit(result: Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -16,22 +16,21 @@ pub fn exit(result: Result<()>) -> ExitCode {
     }
 }
 
-/// Prints the error to stderr, for the exit code `code`.
+/// Prints the error to stderr and returns `code`.
 pub fn fail(error: &dyn std::error::Error, code: u8) -> ExitCode {
     // A closed stderr cannot be reported anywhere.
     let _ = writeln!(std::io::stderr(), "error: {error}");
     ExitCode::from(code)
 }
 
-/// Writes results to stdout, without the panic of `print!` when the reader has gone.
+/// Writes results to stdout. Unlike `print!`, it does not panic if the pipe is closed.
 pub fn print(text: &str) -> Result<()> {
     let mut stdout = std::io::stdout().lock();
     stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).map_err(Error::io("write", "<stdout>"))
 }
 
-/// Starts the threads of the process (0: one per core). Call it before anything that computes:
-/// whatever comes first would start them with other settings, and panic where the system refuses
-/// them.
+/// Starts the threads of the process (0: one per core). Call it before any parallel computation,
+/// which would otherwise start threads with other settings, and panic if the system refuses them.
 pub fn start_threads(threads: usize) -> Result<()> {
     let started = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
     started.map_err(|error| Error::Threads { reason: error.to_string() })

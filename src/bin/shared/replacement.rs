@@ -5,7 +5,7 @@ use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use tempfile::NamedTempFile;
 
-/// A file that appears under its name when it is complete: written beside it, then renamed.
+/// A file that appears under its name once complete: written under another name, then renamed.
 pub struct Replacement {
     file: BufWriter<NamedTempFile>,
     path: PathBuf,
@@ -19,7 +19,7 @@ impl Replacement {
         #[cfg(unix)]
         {
             use std::os::unix::fs::PermissionsExt;
-            // The process's umask takes away from this, as it does for any file.
+            // The umask restricts this, as for any new file.
             builder.permissions(Permissions::from_mode(0o666));
         }
         let file = builder.tempfile_in(folder.unwrap_or(Path::new(".")))?;

@@ -47,7 +47,7 @@ impl Batch {
         }
     }
 
-    /// Lengths and random labels as [`Batch::new`] makes them, without values.
+    /// Lengths and random labels as in [`Batch::new`], without values.
     pub(super) fn shape(options: FhaOptions, length: usize, tokens: usize) -> Self {
         let narrow = FhaOptions { head_dim: 0, ..options };
         Self { options, ..Self::new(narrow, length, tokens) }
@@ -105,12 +105,12 @@ impl Batch {
     /// The fused forward pass.
     ///
     /// # Errors
-    /// Options the operation does not accept.
+    /// Options that the operation does not accept.
     pub fn forward(&mut self) -> Result<(), AttentionError> {
         self.run(false, Pass::Forward)
     }
 
-    /// The fused backward pass; [`forward`](Self::forward) has run before.
+    /// The fused backward pass, after [`forward`](Self::forward).
     ///
     /// # Errors
     /// As `forward`.
@@ -175,7 +175,7 @@ pub enum Pass {
 }
 
 impl Pass {
-    /// Both, in an order in which they can run.
+    /// Both directions, in the order of execution.
     pub const ALL: [Pass; 2] = [Pass::Forward, Pass::Backward];
 
     /// Its name.
@@ -187,7 +187,7 @@ impl Pass {
     }
 }
 
-/// What to measure.
+/// Options of a measurement.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
     /// The operation.
@@ -203,7 +203,7 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// The conditions of the measurement, in a line.
+    /// The conditions of the measurement, in one line.
     pub fn conditions(&self, threads: usize) -> String {
         let FhaOptions { heads, head_dim, normalization, .. } = self.options;
         let (simd, tokens) = (simd::name(), self.batch_tokens);
@@ -216,7 +216,7 @@ impl Plan {
     /// Rows of the table for one length: forward, backward.
     ///
     /// # Errors
-    /// Options the operation does not accept.
+    /// Options that the operation does not accept.
     pub fn measure(&self, length: usize) -> Result<Vec<Row>, AttentionError> {
         let mut batch = Batch::new(self.options, length, self.batch_tokens);
         batch.forward()?; // checks the options; backward reads its results
@@ -271,7 +271,7 @@ impl Row {
     /// Names of the columns.
     pub const HEADER: &str =
         "pass      length  naive ms  fused ms  speed-up  Mtokens/s  GFLOP/s  Gexp/s  scratch KiB";
-    /// What the columns mean.
+    /// Explanation of the columns.
     pub const FOOTNOTE: &str = "GFLOP/s and Gexp/s count the work of the mathematics, without the padding of tiles. Scratch is \
          the memory of all threads beside inputs and outputs,\nthe largest so far in this run. The naive backward pass \
          recomputes the probabilities and so includes a forward pass.";

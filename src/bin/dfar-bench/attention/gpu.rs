@@ -135,7 +135,7 @@ impl<'a, R: Runtime> NaiveForm<'a, R> {
     }
 }
 
-/// What to measure.
+/// Options of a measurement.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
     /// The operation.
@@ -148,9 +148,9 @@ pub struct Plan {
     pub backward: bool,
     /// Time the naive form as well (f32 in memory, products in the GPU's precision).
     pub naive: bool,
-    /// How many of 8 exponentials are polynomials; see [`attention::Batch::with_polynomial`].
+    /// Number of polynomials among 8 exponentials; see [`attention::Batch::with_polynomial`].
     pub polynomial: u32,
-    /// Measurements, of which the median is taken.
+    /// Number of measurements, of which the median is taken.
     pub repeats: usize,
 }
 

@@ -22,12 +22,11 @@ use std::ops::Add;
 pub struct Counts {
     /// Exponentials of scores, one per thread and score.
     pub exponentials: u64,
-    /// Exponentials that bring the output of each key head to the last reference of its row. Those
-    /// of the running maximum, 64 for each time that a warp's reference moves, depend on the data
-    /// and are not counted.
+    /// Exponentials that rescale the output of each key head to the final maximum of its row. Those
+    /// of the running maximum, 64 each time the maximum of a warp changes, depend on the data and
+    /// are not counted.
     pub rescaling: u64,
-    /// Multiply-adds of products; those of f32 scores that are large and computed again are not
-    /// counted.
+    /// Multiply-adds of products, without those of large f32 scores that are computed twice.
     pub multiply_adds: u64,
     /// Bytes that blocks prefetch to shared memory. In streamed passes most of them hit the L2
     /// cache.
@@ -49,16 +48,16 @@ impl Add for Counts {
 /// Scores of a piece: 16 by 16.
 const PIECE: u64 = (WARP_ROWS * WARP_ROWS) as u64;
 
-/// Keys that a head meets in a row.
+/// The keys that a head attends to in one row.
 #[derive(Clone, Copy)]
 enum List {
-    /// All of a sequence, in order.
+    /// All keys of a sequence, in order.
     All,
-    /// Those of a label.
+    /// The keys of one label.
     Label(usize),
 }
 
-/// A batch as one of its (row, key head) problems sees it.
+/// A batch, counted for one (row, key head) problem.
 struct Counter<'a> {
     element: Element,
     options: &'a FhaOptions,
@@ -72,7 +71,7 @@ impl Counter<'_> {
         self.options.label_mask == LabelMask::None || (head >= self.options.heads / 2) == (label == 1)
     }
 
-    /// (keys' label, whether kept) of every key head and label that is visited, in order.
+    /// The (label, kept) blocks of keys that are visited for each key head, in order.
     fn visited(&self) -> impl Iterator<Item = (usize, usize, bool)> {
         let masked = self.options.normalization == Normalization::Masked;
         (0..self.key_heads)
@@ -80,7 +79,7 @@ impl Counter<'_> {
             .filter(move |&(_, _, kept)| kept || !masked)
     }
 
-    /// Keys of each label that the token at `position` sees.
+    /// Number of keys of each label that the token at `position` sees.
     fn visible(&self, item: &Item, position: usize) -> [usize; 2] {
         if !self.options.causal {
             return [item.negatives as usize, (item.length - item.negatives) as usize];
@@ -90,7 +89,7 @@ impl Counter<'_> {
         [position + 1 - positives, positives]
     }
 
-    /// First query row that sees the key that is `index`-th in label order.
+    /// The first query row that sees the `index`-th key in label order.
     fn seen_from(&self, item: &Item, index: usize) -> usize {
         if !self.options.causal {
             return 0;
@@ -104,16 +103,16 @@ impl Counter<'_> {
         (rows * self.options.head_dim * self.element.size()) as u64
     }
 
-    /// `pieces` of scores, each with so many products.
+    /// The work of `pieces` pieces of scores with `products` products each.
     fn pieces(&self, pieces: usize, products: usize) -> Counts {
         let exponentials = pieces as u64 * PIECE;
         let multiply_adds = exponentials * (products * self.options.head_dim) as u64;
         Counts { exponentials, multiply_adds, ..Counts::default() }
     }
 
-    /// The lists of keys that a head meets, one after the other, and whether their values are kept:
-    /// streamed passes have one for each label, whole ones have all keys in one, or with Masked
-    /// those of the head's own label.
+    /// The lists of keys of a head, in order, and whether their values are kept. Streamed passes
+    /// have one list per label; whole passes have one list of all keys, or with Masked of the
+    /// head's own label.
     fn lists(&self, item: &Item, head: usize, whole: bool) -> Vec<(List, bool)> {
         let labelled = self.options.label_mask == LabelMask::Feedback;
         if !whole || (labelled && self.options.normalization == Normalization::Masked) {
@@ -125,7 +124,7 @@ impl Counter<'_> {
         vec![(List::All, !labelled || of_label > 0)]
     }
 
-    /// Keys of a list that the token at `position` sees.
+    /// Number of keys of a list that the token at `position` sees.
     fn visible_of(&self, item: &Item, position: usize, list: List) -> usize {
         let visible = self.visible(item, position);
         match list {
@@ -134,7 +133,7 @@ impl Counter<'_> {
         }
     }
 
-    /// Query rows of forward or dq, from `first` to `end`.
+    /// The work of the query rows from `first` to `end`, in forward or dq.
     fn query_rows(&self, item: &Item, pass: Pass, first: usize, end: usize) -> Counts {
         let whole = matches!(pass, Pass::ForwardShort | Pass::ForwardWhole(_) | Pass::DqWhole);
         let dq = matches!(pass, Pass::DqWhole | Pass::Dq);
@@ -150,7 +149,7 @@ impl Counter<'_> {
         if dq || pass == Pass::ForwardShort {
             return counts;
         }
-        // Of key heads that come before the first key a row sees there is no output to rescale.
+        // Before the first key that a row sees, there is no output to rescale.
         for row in first..end {
             let sees = |&(list, _): &(List, bool)| self.visible_of(item, row / self.slots, list) > 0;
             let head = (0..self.key_heads).find(|&head| self.lists(item, head, whole).iter().any(sees));
@@ -159,13 +158,13 @@ impl Counter<'_> {
         counts
     }
 
-    /// Keys and, where kept, values, of so many keys of each label.
+    /// The bytes of keys, and of values where kept, for `count` keys of each label.
     fn keys(&self, count: [usize; 2]) -> u64 {
         self.visited().map(|(_, label, kept)| self.bytes(count[label]) * (1 + u64::from(kept))).sum()
     }
 
-    /// All keys of a whole sequence, 16 at a time: what `pieces` says of the tiles of query rows
-    /// that see them.
+    /// The work of all keys of a whole sequence, 16 at a time. `pieces` returns the work of the
+    /// tiles of query rows that see them.
     fn whole_keys(&self, item: &Item, pieces: impl Fn(usize, bool) -> Counts) -> Counts {
         let (length, negatives) = (item.length as usize, item.negatives as usize);
         let mut counts = Counts::default();
@@ -205,7 +204,7 @@ impl Counter<'_> {
             }
             Pass::BackwardWhole(_) => {
                 let copied = self.keys(by_label) + self.bytes(all_rows);
-                // In f32 with the sums of p, beforehand.
+                // In f32, the sums of p are computed beforehand.
                 let sums = usize::from(self.element == Element::F32);
                 let pieces = |tiles, kept: bool| {
                     self.pieces(tiles, 3 + 2 * usize::from(kept)) + self.pieces(tiles * sums, 1)
@@ -319,8 +318,8 @@ impl fmt::Display for Prediction {
     }
 }
 
-/// Bytes that memory and chip exchange per token at least: active queries, keys, values and results
-/// once each; backward also `o` and `d_o`, and all three gradients.
+/// Least number of bytes between memory and chip per token: active queries, keys, values and
+/// results once each; for backward also `o`, `d_o` and all three gradients.
 pub(super) fn bytes_per_token(element: Element, options: &FhaOptions, pass: Direction) -> usize {
     let all = options.heads * options.head_dim;
     let (row, out) = (options.query_slots() * options.head_dim, options.output_len(1));
@@ -331,11 +330,11 @@ pub(super) fn bytes_per_token(element: Element, options: &FhaOptions, pass: Dire
     values * element.size() + options.lse_len(1) * size_of::<f32>()
 }
 
-/// Forward and backward over sequences of one length with random labels, at the limits of a device
-/// that gives a block 227 KiB of shared memory.
+/// Predicts forward and backward over sequences of one length with random labels, for a device with
+/// 227 KiB of shared memory per block.
 ///
 /// # Errors
-/// Options the kernels do not accept.
+/// Options that the kernels do not accept.
 pub fn predict(
     element: Element,
     options: &FhaOptions,
@@ -358,8 +357,8 @@ mod tests {
     use crate::limits::gpu::Card;
     use dfar::device::cuda::plan::tile::Sharing;
 
-    /// One sequence without labels, worked by hand: 40 tokens are rows of 3 warps, which see 1, 2
-    /// and 3 pieces a head.
+    /// One sequence without labels, counted by hand: 40 tokens are rows of 3 warps, which see 1, 2
+    /// and 3 pieces per head.
     #[test]
     fn a_short_sequence_by_hand() {
         let options = FhaOptions { label_mask: LabelMask::None, ..FhaOptions::new(1, 16) };
@@ -387,8 +386,7 @@ mod tests {
         assert_eq!(of(Pass::Forward), Counts::default());
     }
 
-    /// Executed counts come close to what the mathematics needs as sequences grow, and never fall
-    /// below it.
+    /// Executed counts approach those of the mathematics for long sequences, and are never smaller.
     #[test]
     fn long_sequences_waste_little() {
         let options = FhaOptions::new(2, 16);

@@ -31,7 +31,7 @@ impl fmt::Display for Limits {
     }
 }
 
-/// Measures both, for about a second.
+/// Measures both rates in about a second.
 pub fn measure() -> Limits {
     let threads = rayon::current_num_threads();
     let rate = |count: fn(usize) -> usize| {

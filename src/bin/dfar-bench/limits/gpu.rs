@@ -38,7 +38,7 @@ pub struct Effort {
     pub copied: usize,
     /// Iterations of the kernels that work in registers.
     pub rounds: u32,
-    /// Measurements, of which the median is taken.
+    /// Number of measurements, of which the median is taken.
     pub repeats: usize,
 }
 

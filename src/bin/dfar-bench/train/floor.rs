@@ -1,11 +1,11 @@
 //! Lower bounds of the time of each part of a training step on a GPU, from the shape of a batch.
 //!
-//! A part is taken as its best implementation would be: one pass forward and one backward over both
-//! interests. A pass reads what other parts hand over, and writes what they ask for, once; values
-//! are f32 in memory. What backward needs of forward is either **kept** (written and read again) or
-//! **computed again**, whichever is faster. Counted are bytes, multiply-adds of products and
-//! exponentials of attention; a part's floor is the largest of the three times. Element by element
-//! arithmetic, latency and launches are not in it, so that a real step is slower.
+//! The bound of a part is that of its best implementation: one pass forward and one backward over
+//! both interests. A pass reads its inputs from other parts once and writes its outputs once;
+//! values are f32 in memory. Activations that backward needs are either **kept** (written and read
+//! again) or **recomputed**, whichever is faster. Counted are bytes, multiply-adds of products, and
+//! exponentials of attention; the floor of a part is the largest of the three times. Element-wise
+//! arithmetic, latency and launches are omitted, so a real step is slower.
 
 use crate::attention::batch::{Pass, needed};
 use crate::limits::gpu::Limits;
@@ -16,7 +16,7 @@ use dfar::model::{ModelConfig, StepPart};
 use serde::Serialize;
 use std::ops::{Add, AddAssign, Mul};
 
-/// Bytes a second from the host to the card: PCI Express 5.0 with 16 lanes, one way, by its
+/// Bytes per second from host to card: PCI Express 5.0 with 16 lanes, one way, by its
 /// specification.
 const HOST_LINK: f64 = 64e9;
 /// Bytes of a value, and of an index.
@@ -45,7 +45,7 @@ impl Work {
         Self { multiply_adds, ..Self::default() }
     }
 
-    /// Of attention over sequences, one direction.
+    /// The work of attention over sequences, in one direction.
     fn attention(options: &FhaOptions, cu_seqlens: &[u32], pass: Pass) -> Self {
         let (multiply_adds, exponentials) = needed(options, cu_seqlens, pass);
         Self { multiply_adds, exponentials, ..Self::default() }
@@ -95,7 +95,7 @@ impl Mul<f64> for Work {
     }
 }
 
-/// The work of a part: the fixed share, and the two ways to give backward the results of forward.
+/// The work of a part: the fixed share, and the two ways to provide backward with activations.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 struct PartWork {
     always: Work,
@@ -120,7 +120,7 @@ pub struct Floor {
     pub work: Work,
     /// Seconds by bytes, by multiply-adds, by exponentials.
     pub bounds: [f64; 3],
-    /// The largest of them. Of several batches, the sum of each one's largest.
+    /// The largest of the three; summed over the batches.
     pub seconds: f64,
 }
 
@@ -130,7 +130,7 @@ impl Floor {
         Self { work, bounds, seconds: bounds.into_iter().fold(0.0, f64::max) }
     }
 
-    /// What sets it.
+    /// The name of the largest bound.
     pub fn bound(&self) -> &'static str {
         let moved = if self.work.sent > 0.0 { "host link" } else { "memory" };
         let names = [moved, "products", "exponentials"];
@@ -148,7 +148,7 @@ impl AddAssign for Floor {
 }
 
 impl StepWork {
-    /// Of a step of the network `config` on `batch`.
+    /// The work of a step of the network `config` on `batch`.
     pub fn new(config: &ModelConfig, batch: &Batch, dense_embeddings: bool) -> Self {
         let shape = Shape::new(config, batch);
         Self(StepPart::ALL.map(|part| match part {
@@ -161,7 +161,7 @@ impl StepWork {
         }))
     }
 
-    /// The floors, in the order of [`StepPart::ALL`].
+    /// The floor of each part, in the order of [`StepPart::ALL`].
     pub fn floors(&self, limits: &Limits, precision: Precision) -> [Floor; StepPart::ALL.len()] {
         self.0.map(|PartWork { always, kept, again }| {
             let [kept, again] = [kept, again].map(|more| Floor::new(always + more, limits, precision));
@@ -179,7 +179,7 @@ struct Shape {
     scores: f64,
     /// Rows of the item and position tables that are read.
     table_rows: f64,
-    /// Of these, at most, rows of candidates.
+    /// The largest possible number of rows of candidates among them.
     candidate_rows: f64,
     /// Values of the batch's arrays.
     indices: f64,
@@ -205,13 +205,13 @@ impl Shape {
     fn encoder(&self, config: &ModelConfig, batch: &Batch) -> PartWork {
         let Self { tokens, groups, pairs, table_rows, width, .. } = *self;
         let mut part = self.blocks(config, &config.encoder_attention(), &batch.cu_seqlens);
-        // Indices and tables to `s`, then the sequence and its means.
+        // Reads indices and tables; writes `s`, the sequence and the means.
         part.always += Work::values(3.0 * tokens + table_rows * width + (2.0 * tokens + groups) * width);
-        // `s` and the gradients of `s`, of the sequence and of its means, to the gradient of the
-        // tokens.
+        // Reads `s` and the gradients of `s`, of the sequence and of the means; writes the gradient
+        // of the tokens.
         part.always += Work::values((4.0 * tokens + groups) * width);
-        // That and the candidates' gradients, by segments, to the gradients of table rows, which
-        // are read for their squares.
+        // Reads this and the gradients of the candidates by segments, writes the gradients of table
+        // rows; reads the rows for their squares.
         part.always += Work::values(tokens + pairs + (tokens + 3.0 * pairs + 2.0 * table_rows) * width);
         part
     }
@@ -225,28 +225,28 @@ impl Shape {
             sum.kept += part.kept;
             sum.again += part.again;
         }
-        // Forward: the sequence by label to the means of both interests. Backward: it and their
-        // gradients to its gradient.
+        // Forward: reads the sequence by label, writes the means of both interests. Backward: reads
+        // the sequence and the gradients of the means, writes the gradient of the sequence.
         sum.always += Work::values(2.0 * tokens + (tokens + 2.0 * groups) * width);
         sum.always += Work::values((2.0 * tokens + 2.0 * groups) * width);
         sum
     }
 
-    /// The blocks of one encoder, without what they read and write.
+    /// The blocks of one encoder, without inputs and outputs.
     fn blocks(&self, config: &ModelConfig, options: &FhaOptions, cu_seqlens: &[u32]) -> PartWork {
         let tokens = f64::from(*cu_seqlens.last().expect("offsets have one more entry than sequences"));
         let (blocks, width) = (config.blocks as f64, self.width);
         let [o, lse] = [options.output_len(1), options.lse_len(1)].map(|n| n as f64);
-        // Three projections, the output's, and two layers.
+        // Three projections, the output projection, and two layers.
         let products = Work::products(tokens * (5.0 * width + o) * width);
         let [forward, backward] =
             [Pass::Forward, Pass::Backward].map(|pass| Work::attention(options, cu_seqlens, pass));
-        // Six matrices with biases, one of which reads all pairs of heads, and three norms.
+        // Six matrices with biases, one of them for all pairs of heads, and three norms.
         let pairs = if config.fha { config.heads as f64 } else { 1.0 };
         let parameters = ((5.0 + pairs) * width + 12.0) * width;
         PartWork {
             always: (products * 3.0 + forward + backward + Work::values(3.0 * parameters)) * blocks,
-            // Queries, keys, values, output of attention with its sums, and the results of three
+            // Queries, keys, values, output of attention with `lse`, and the outputs of three
             // layers.
             kept: Work::values(2.0 * tokens * (6.0 * width + o + lse)) * blocks,
             again: (products + forward) * blocks,
@@ -256,8 +256,8 @@ impl Shape {
     fn target_attention(&self, config: &ModelConfig) -> PartWork {
         let Self { tokens, rows, pairs, scores, candidate_rows, width, .. } = *self;
         let [h0, h1] = config.attention.map(|n| n as f64);
-        // The first layer is split: a share of the token, a share of the candidate, and their
-        // product's.
+        // The first layer is split into a term of the token, a term of the candidate and a term of
+        // their product.
         let hidden =
             tokens * (width + h0) * width + pairs * width * h0 + scores * (width * h0 + h0 * h1 + h1);
         let forward = hidden + scores * width;
@@ -266,11 +266,11 @@ impl Shape {
         let parameters = (width + 4.0 * h0) * width + h0 * (1.0 + h1) + 2.0 * h1 + 1.0;
         let both = |work: Work| work * 2.0;
         let mut always = both(Work::products(3.0 * forward) + exponentials * 2.0);
-        // Forward: `s`, candidates; attended vectors and sums of both interests.
+        // Forward: reads `s` and candidates; writes attended vectors and `lse` of both interests.
         always += Work::values(index + (tokens + candidate_rows) * width);
         always += both(Work::values(rows * (width + 1.0)));
-        // Backward: these again and the gradients of the attended vectors; gradients of `s`, and of
-        // both interests' candidates.
+        // Backward: reads these and the gradients of the attended vectors; writes the gradients of
+        // `s` and of the candidates of both interests.
         always += Work::values(index + (2.0 * tokens + candidate_rows) * width);
         always += both(Work::values(rows * (2.0 * width + 1.0) + pairs * width + 3.0 * parameters));
         let kept = 2.0 * (tokens * (width + h0) + pairs * h0 + scores * (h0 + h1 + 1.0));
@@ -296,7 +296,7 @@ impl Shape {
         }
     }
 
-    /// Gradient, value and both moments are read, all but the gradient written.
+    /// Reads gradient, value and both moments; writes all but the gradient.
     fn optimizer(&self, config: &ModelConfig, dense_embeddings: bool) -> Work {
         let all_rows = (config.items + config.max_length + 2) as f64;
         let rows = if dense_embeddings { all_rows } else { self.table_rows };
@@ -305,7 +305,7 @@ impl Shape {
     }
 }
 
-/// Values of the arrays of a batch.
+/// Number of values in the arrays of a batch.
 fn indices(batch: &Batch) -> usize {
     let lists = |lists: &Lists| lists.offsets.len() + lists.members.len();
     let touched = |touched: &Touched| touched.row.len() + lists(&touched.source);
@@ -333,7 +333,7 @@ mod tests {
         ModelConfig { width: 8, attention: [5, 3], tower: [7, 2], ..ModelConfig::new(100, 10) }
     }
 
-    /// Three events, the second skipped, two candidates after them: worked by hand.
+    /// Three events, the second skipped, two candidates after them: counted by hand.
     fn batch() -> Batch {
         let groups = vec![Group { length: 3, candidates: vec![4, 5], targets: vec![1.0, 0.0] }];
         Batch::pack(&[History { items: vec![1, 2, 3], labels: vec![1, 0, 1], groups }]).expect("sound")
@@ -347,8 +347,8 @@ mod tests {
     fn target_attention_by_hand() {
         let PartWork { always, kept, again } = part(StepPart::TargetAttention);
         let scores = 2.0 * 3.0;
-        // A token's own product and its share of the first layer, a candidate's share, and the rest
-        // of the perceptron.
+        // The projection of a token and its term of the first layer, a candidate's term, and the
+        // rest of the MLP.
         let hidden = 3.0 * (8.0 * 8.0 + 8.0 * 5.0) + 2.0 * 8.0 * 5.0 + scores * (8.0 * 5.0 + 5.0 * 3.0 + 3.0);
         let interests = 2.0;
         assert_eq!(always.multiply_adds, interests * 3.0 * (hidden + scores * 8.0));
@@ -376,8 +376,8 @@ mod tests {
         assert_eq!((again.multiply_adds, again.exponentials), (products + forward, inside));
         assert_eq!(kept.bytes, 4.0 * 2.0 * 3.0 * (6.0 * 8.0 + 8.0 + 1.0));
 
-        // Two liked events see three pairs, one skipped event one; no mask, so two slots and
-        // sixteen values a token.
+        // Two liked events see three pairs, one skipped event sees one; without a mask, two slots
+        // and sixteen values per token.
         let PartWork { always, kept, again } = part(StepPart::Dual);
         let inside = (3.0 + 1.0) * 4.0;
         let products = 3.0 * (5.0 * 8.0 * 8.0 + 16.0 * 8.0);
@@ -393,7 +393,7 @@ mod tests {
         let forward = 2.0 * (32.0 * 7.0 + 7.0 * 2.0 + 2.0);
         assert_eq!((always.multiply_adds, again.multiply_adds), (6.0 * forward, 2.0 * forward));
 
-        // Five items, three positions and both labels are touched.
+        // The batch touches five items, three positions and both labels.
         let all = config().parameters() as f64;
         let others = all - (100.0 + 10.0 + 2.0) * 8.0;
         assert_eq!(part(StepPart::Optimizer).always.bytes, 28.0 * (others + (5.0 + 3.0 + 2.0) * 8.0));
@@ -417,7 +417,7 @@ mod tests {
                 again: Work { multiply_adds: 8.0, ..Work::default() },
             }; 6],
         );
-        // In f32 keeping takes 7 bytes and computing again 12 multiply-adds; in bf16 these take the
+        // In f32, keeping costs 7 bytes and recomputing 12 multiply-adds; in bf16 these take the
         // time of 3.
         let [f32, bf16] =
             [Precision::F32, Precision::Bf16].map(|precision| work.floors(&limits, precision)[1]);
@@ -426,7 +426,7 @@ mod tests {
         assert!((f32.seconds - 7e-9).abs() < 1e-15 && (bf16.seconds - 5e-9).abs() < 1e-15);
     }
 
-    /// What a step needs grows with its batch, in every part that sees the batch.
+    /// The work of a step grows with its batch, in every part that reads the batch.
     #[test]
     fn twice_the_batch_takes_about_twice_the_time() {
         let config = ModelConfig::new(1000, 50);

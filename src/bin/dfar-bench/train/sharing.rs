@@ -1,5 +1,4 @@
-//! Training steps with and without the sharing that `batch` does: instances per second on real
-//! histories.
+//! Training steps with and without the sharing of `batch`: instances per second on real histories.
 
 use dfar::Result;
 use dfar::batch::without_sharing;
@@ -13,25 +12,24 @@ use serde::Serialize;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How much a batch shares.
+/// The degree of sharing of a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Sharing {
-    /// Prefixes share an encoder pass, groups share their history, equal candidates of a history
-    /// their scores.
+    /// Prefixes share an encoder pass, groups share their history, and equal candidates of a
+    /// history share their scores.
     Everything,
-    /// The candidates of a group share its history; every prefix is encoded anew.
+    /// The candidates of a group share its history; every prefix has its own encoder pass.
     Candidates,
-    /// Every (prefix, candidate) is an instance with a history of its own, as in the published
-    /// code.
+    /// Every (prefix, candidate) is an instance with its own history, as in the published code.
     Nothing,
 }
 
 impl Sharing {
-    /// From the fastest to the slowest.
+    /// From the most sharing to the least.
     pub const ALL: [Self; 3] = [Self::Everything, Self::Candidates, Self::Nothing];
 
-    /// In words, for tables.
+    /// The name in tables.
     pub fn name(self) -> &'static str {
         match self {
             Self::Everything => "prefixes and candidates",
@@ -49,7 +47,7 @@ impl Sharing {
     }
 }
 
-/// A history for each group of `history`.
+/// One history for each group of `history`.
 fn one_group_each(history: &History) -> impl Iterator<Item = History> {
     history.groups.iter().map(|group| {
         let events = ..group.length as usize;
@@ -61,7 +59,7 @@ fn one_group_each(history: &History) -> impl Iterator<Item = History> {
 /// The speed of one degree of sharing.
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
-    /// What is shared.
+    /// Degree of sharing.
     pub sharing: Sharing,
     /// Timed batches, spread evenly over the epoch; the same for every degree of sharing.
     pub batches: usize,
@@ -71,9 +69,9 @@ pub struct Row {
     pub tokens: usize,
     /// Seconds of drawing, packing and training.
     pub seconds: f64,
-    /// Instances a second.
+    /// Instances per second.
     pub instances_per_second: f64,
-    /// Mean loss: equal for every degree of sharing, up to rounding.
+    /// Mean loss: up to rounding, equal for every degree of sharing.
     pub loss: f64,
 }
 
@@ -84,7 +82,7 @@ impl Row {
     }
 }
 
-/// A model in training on the batches of an epoch, with one degree of sharing.
+/// A model trained on the batches of an epoch, with one degree of sharing.
 pub struct Steps<'a, D: Device> {
     drawer: Drawer<'a>,
     plan: Plan,
@@ -127,7 +125,7 @@ impl<'a, D: Device> Steps<'a, D> {
     /// Draws and packs a batch and trains on it.
     ///
     /// # Errors
-    /// A failing step.
+    /// A step that failed.
     ///
     /// # Panics
     /// If the epoch has no such batch.

@@ -26,7 +26,7 @@ const ITEMS: usize = 10_000;
 pub enum Batches<'a> {
     /// A data set's first epoch.
     Drawn {
-        /// What draws them.
+        /// Draws the batches.
         drawer: Box<Drawer<'a>>,
         /// The epoch.
         plan: Plan,
@@ -39,7 +39,7 @@ pub enum Batches<'a> {
         events: usize,
         /// Histories of a batch.
         groups: usize,
-        /// Candidates of each.
+        /// Candidates per history.
         candidates: usize,
     },
 }

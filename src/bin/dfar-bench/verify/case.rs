@@ -1,4 +1,4 @@
-//! Reading a case from an untrusted file.
+//! Reads a case from an untrusted file.
 
 use dfar::attention::AttentionError;
 use safetensors::{Dtype, SafeTensors};
@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
-/// A case that cannot be read or is not one.
+/// An unreadable or invalid case.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum VerifyError {
@@ -24,12 +24,12 @@ pub enum VerifyError {
         /// The folder.
         path: PathBuf,
     },
-    /// Not a safetensors file.
+    /// The file is not a safetensors file.
     #[error("{} is not a safetensors file: {source}", path.display())]
     Format {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The reason.
         source: safetensors::SafeTensorError,
     },
     /// A safetensors file without a `case` in its metadata.
@@ -43,7 +43,7 @@ pub enum VerifyError {
     Metadata {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The reason.
         source: serde_json::Error,
     },
     /// A kind this version does not know.
@@ -54,7 +54,7 @@ pub enum VerifyError {
         /// Its kind.
         kind: String,
     },
-    /// A missing tensor.
+    /// A tensor is missing.
     #[error("{} has no tensor `{tensor}`", path.display())]
     Missing {
         /// The file.
@@ -62,7 +62,7 @@ pub enum VerifyError {
         /// The tensor.
         tensor: String,
     },
-    /// A tensor of another type.
+    /// A tensor has another type.
     #[error("{}: tensor `{tensor}` is {found:?}, not {expected:?}", path.display())]
     Type {
         /// The file.
@@ -74,7 +74,7 @@ pub enum VerifyError {
         /// Type it has.
         found: Dtype,
     },
-    /// A tensor of another shape than the metadata and `cu_seqlens` say.
+    /// A tensor has another shape than the metadata and `cu_seqlens` require.
     #[error("{}: tensor `{tensor}` has shape {found:?}, not {}", path.display(), show(expected))]
     Shape {
         /// The file.
@@ -86,38 +86,38 @@ pub enum VerifyError {
         /// Shape it has.
         found: Vec<usize>,
     },
-    /// A tensor with invalid values.
+    /// A tensor has invalid values.
     #[error("{}: tensor `{tensor}`: {reason}", path.display())]
     Invalid {
         /// The file.
         path: PathBuf,
         /// The tensor.
         tensor: &'static str,
-        /// What is wrong with it.
+        /// The reason.
         reason: String,
     },
-    /// A network that cannot be built or run.
+    /// The network could not be built or run.
     #[error("{}: {source}", path.display())]
     Model {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The error of the model.
         source: Box<dfar::model::ModelError>,
     },
-    /// A device that fails.
+    /// The device failed.
     #[error("{}: {source}", path.display())]
     Cuda {
         /// The file.
         path: PathBuf,
-        /// What it reports.
+        /// The error of the device.
         source: Box<dfar::device::cuda::CudaError>,
     },
-    /// Inputs the operation does not accept.
+    /// The operation does not accept the inputs.
     #[error("{}: {source}", path.display())]
     Attention {
         /// The file.
         path: PathBuf,
-        /// What is wrong with them.
+        /// The error of the operation.
         source: AttentionError,
     },
 }
@@ -217,7 +217,7 @@ impl Case {
         self.tensors.get(tensor).map(|t| t.shape.clone()).ok_or_else(missing)
     }
 
-    /// The error for values of `tensor` that cannot be meant.
+    /// The error for invalid values of `tensor`.
     pub(super) fn invalid(&self, tensor: &'static str, reason: impl Into<String>) -> VerifyError {
         VerifyError::Invalid { path: self.path.clone(), tensor, reason: reason.into() }
     }

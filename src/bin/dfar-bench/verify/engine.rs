@@ -11,7 +11,7 @@ use dfar::device::cuda::{CudaError, Element, Gpu, Precision};
 use half::{bf16, f16};
 use std::sync::Arc;
 
-/// Why an engine computed nothing.
+/// The reason why an engine did not compute a case.
 pub enum Refusal {
     /// The engine does not support the shape of the case; not a failure.
     Unsupported(String),
@@ -32,7 +32,7 @@ pub trait Engine {
     /// [`Refusal`].
     fn attention(&self, options: &FhaOptions, inputs: Inputs, d_o: &[f32]) -> Result<Results, Refusal>;
 
-    /// Compares a `dfar` case. The inner `Err` says why nothing was compared.
+    /// Compares a `dfar` case. The inner `Err` is the reason for skipping it.
     ///
     /// # Errors
     /// As [`super::verify`].
@@ -148,10 +148,10 @@ impl Half for f16 {
     }
 }
 
-/// Runs an engine on an `fha` case. The inner `Err` says why nothing was compared.
+/// Runs an engine on an `fha` case. The inner `Err` is the reason for skipping it.
 ///
 /// # Errors
-/// A case that is not complete, or not acceptable to the operation, and a device that fails.
+/// An incomplete case, inputs that the operation does not accept, or a failing device.
 pub fn verify_fha<E: Engine>(
     case: &Case,
     engine: &E,

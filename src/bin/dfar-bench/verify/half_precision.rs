@@ -8,12 +8,12 @@ use dfar::attention::{FhaOptions, Inputs, LabelMask, Normalization, Pairing, ref
 use dfar::device::cuda::Element;
 use half::{bf16, f16};
 
-/// A result passes with an error of at most this many times that of the unfused computation...
+/// A result passes if its error is at most this many times that of the unfused computation, ...
 const FACTOR: f64 = 2.0;
-/// ...plus this, for results that the unfused computation happens to get exactly right.
+/// ... plus this, for results that are exact in the unfused computation by chance.
 const SLACK: f64 = 1e-6;
 
-/// `x` to the nearest number of a type.
+/// `x` rounded to the nearest number of the type.
 fn round(element: Element, x: f32) -> f32 {
     match element {
         Element::F32 => x,
@@ -40,8 +40,8 @@ pub(super) fn rounded(fha: &Fha, element: Element) -> Fha {
 /// Compares with the exact results of a [`rounded`] case.
 pub(super) fn compare(fha: &Fha, element: Element, results: &Results) -> Vec<TensorError> {
     let unfused = unfused(&fha.options, fha.inputs(), &fha.d_o, element);
-    // Gradients that are 0 but for the rounding of terms that cancel are judged by the largest
-    // gradient.
+    // A gradient that consists only of rounding errors of cancelling terms is judged relative to
+    // the largest gradient.
     let floor = fha.gradients.iter().map(|x| largest(x)).fold(0.0, f64::max) / 400.0;
     let judge = |tensor: &str, fused: &[f32], unfused: &[f32], exact: &[f64], floor: f64| {
         let scale = largest(exact).max(floor);

@@ -106,10 +106,10 @@ pub fn cases(folder: &Path) -> Result<Vec<PathBuf>, VerifyError> {
     Ok(paths)
 }
 
-/// Reads a case and compares what `engine` computes with it.
+/// Reads a case and compares the results of `engine` with it.
 ///
 /// # Errors
-/// A file that cannot be read or is not a case, and a device that fails.
+/// An unreadable or invalid case, or a failing device.
 pub fn verify<E: Engine>(path: &Path, engine: &E) -> Result<Report, VerifyError> {
     let case = Case::read(path)?;
     let compared = match case.kind.as_str() {
@@ -154,7 +154,7 @@ pub struct Fha {
 }
 
 impl Fha {
-    /// Takes the case apart.
+    /// Parses the case.
     ///
     /// # Errors
     /// Metadata or tensors that are missing, of another type or of another shape.
@@ -218,8 +218,8 @@ fn largest(reference: &[f64]) -> f64 {
     reference.iter().filter(|x| x.is_finite()).fold(0.0, |max, x| max.max(x.abs()))
 }
 
-/// `max |x - reference| / scale`. Equal values have no difference, whatever they are; a difference
-/// that is not finite, or any difference where `scale` is 0, is an infinite error.
+/// `max |x - reference| / scale`. Equal values have a difference of 0, even if non-finite. A
+/// non-finite difference, or any difference if `scale` is 0, is an infinite error.
 ///
 /// # Panics
 /// For slices of different lengths.

@@ -34,7 +34,7 @@ struct DfarCase {
 /// Runs the network on a `dfar` case, on `device`.
 ///
 /// # Errors
-/// A case that is not complete, or that makes no network.
+/// An incomplete case, or one whose network cannot be built.
 pub fn verify_dfar<D: Device>(case: &Case, device: Arc<D>) -> Result<Vec<TensorError>, VerifyError> {
     let meta: DfarCase = case.options()?;
     let refused =
@@ -99,17 +99,17 @@ pub fn verify_dfar<D: Device>(case: &Case, device: Arc<D>) -> Result<Vec<TensorE
     Ok(errors)
 }
 
-/// What gradients that differ by `delta` can do to one step of Adam at most, in learning rates:
-/// Adam divides a gradient by the size of this and earlier ones, so where they are small beside
-/// `delta` the two steps may point apart.
+/// The largest effect of a gradient difference of `delta` on one Adam step, in learning rates. Adam
+/// divides a gradient by the size of this and earlier gradients, so if they are small relative to
+/// `delta`, the two steps may have opposite directions.
 pub fn adam_amplifies(delta: f64, size: f64) -> f64 {
     (delta / (size.abs() + 1e-8)).min(2.0)
 }
 
-/// Compares parameters after Adam. An error that is tolerable in a gradient moves a parameter by up
-/// to the learning rate, so element `i` may be off by `of_adam(i)` and, besides, by
-/// [`FORWARD_TOLERANCE`] of the largest parameter. The error returned is the largest excess of an
-/// element over the first part, relative to the largest parameter.
+/// Compares parameters after Adam. A tolerable error of a gradient can move a parameter by up to
+/// the learning rate, so element `i` may differ by `of_adam(i)` plus [`FORWARD_TOLERANCE`] of the
+/// largest parameter. Returns the largest excess of an element over `of_adam(i)`, relative to the
+/// largest parameter.
 ///
 /// # Panics
 /// For a tensor and a reference of different lengths.
@@ -128,7 +128,7 @@ pub fn compare_after_adam(
     TensorError { tensor: tensor.to_owned(), error, tolerance: FORWARD_TOLERANCE }
 }
 
-/// One group a history, over all of it.
+/// One group per history, over all of it.
 fn batch(case: &Case, meta: &DfarCase) -> Result<Batch, VerifyError> {
     let cu_seqlens = case.u32s("cu_seqlens", &[None])?;
     let tokens = cu_seqlens.last().map_or(0, |&n| n as usize);

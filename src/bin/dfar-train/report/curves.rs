@@ -5,15 +5,15 @@ use std::fmt::Write;
 /// One epoch.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct CurvePoint {
-    /// From 1.
+    /// Number of the epoch, from 1.
     pub epoch: usize,
     /// Mean training loss.
     pub loss: f64,
-    /// Validation AUC, where there is one.
+    /// Validation AUC, if the validation part has liked events.
     pub valid_auc: Option<f64>,
 }
 
-/// A level to compare the AUC with.
+/// A reference level for the AUC.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Reference {
     /// E.g. `popularity`.
@@ -77,7 +77,7 @@ pub fn curves_svg(title: &str, points: &[CurvePoint], best_epoch: usize, referen
             svg,
             "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"5.5\" fill=\"none\" stroke=\"{AUC}\" stroke-width=\"2\"/>\
              <text x=\"{x:.1}\" y=\"{:.1}\" text-anchor=\"{}\" fill=\"{AUC}\">best {value:.4}</text>",
-            // Below the point where the curve leaves no room above it.
+            // Below the point if there is no room above it.
             if y < TOP + 24.0 { y + 20.0 } else { y - 11.0 },
             if x > panel.left + 0.8 * PANEL.0 { "end" } else { "middle" },
         );
@@ -184,7 +184,7 @@ impl Panel {
     }
 }
 
-/// Round numbers, three or more, evenly spaced, from at or below `low` to at or above `high`.
+/// At least three round numbers, evenly spaced, from at most `low` to at least `high`.
 fn ticks(low: f64, high: f64) -> Vec<f64> {
     let span = (high - low).max(high.abs() * 1e-3).max(1e-6);
     let raw = span / 5.0;

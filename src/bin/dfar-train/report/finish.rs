@@ -1,4 +1,4 @@
-//! The end of a run: the best model scored on both parts, `metrics.json` and `curves.svg` written.
+//! The end of a run: scores both parts with the best model, writes `metrics.json` and `curves.svg`.
 
 use super::{CurvePoint, Evaluation, Reference, RunModel, RunReport, curves_svg};
 use dfar::data::{Dataset, Part};
@@ -12,7 +12,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// The model's scores of the test and the validation groups, and what they are worth.
+/// The metrics of the test and the validation groups.
 pub fn evaluate_model<D: Device>(
     model: &Model<D>,
     data: &Dataset,
@@ -30,7 +30,7 @@ pub fn evaluate_model<D: Device>(
     Ok(Evaluation::new(data, &test, &valid, config.gauc_compat, &config.length_edges))
 }
 
-/// Evaluates the best model of a run whose training is over and writes the run's results.
+/// Evaluates the best model of a trained run and writes the results.
 pub fn finish<D: Device>(
     device: Arc<D>,
     data: &Dataset,
@@ -64,7 +64,7 @@ pub fn finish<D: Device>(
     let svg = curves_svg(&title, &points, best.epoch, &references);
     file::replace_bytes(&run.curves(), svg.as_bytes())?;
     let json = serde_json::to_string_pretty(&report).expect("a report is plain numbers");
-    // Last: its presence says that the run is finished.
+    // Written last: it marks the run as finished.
     file::replace_bytes(&run.metrics(), format!("{json}\n").as_bytes())?;
     Ok(report)
 }

@@ -1,4 +1,4 @@
-//! What a run came to: the final figures as JSON, as a table, and as curves.
+//! The results of a run as JSON, as a table, and as curves.
 
 mod curves;
 mod finish;
@@ -16,12 +16,12 @@ use dfar::train::checkpoint::{DataInfo, State};
 use dfar::train::draw::PlanSize;
 use serde::{Deserialize, Serialize};
 
-/// Figures of the validation and test groups.
+/// Metrics of the validation and test groups.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
-    /// Test groups; none when no test event was liked.
+    /// Test groups; `None` if no test event was liked.
     pub test: Option<PartReport>,
-    /// Validation groups; none when no validation event was liked.
+    /// Validation groups; `None` if no validation event was liked.
     pub valid: Option<PartReport>,
     /// The same groups scored by the number of training events of each candidate.
     pub popularity: Baseline,
@@ -29,7 +29,7 @@ pub struct Evaluation {
     pub ceiling: Option<Baseline>,
 }
 
-/// Metrics of something to compare with.
+/// Metrics of a reference.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Baseline {
     /// On the test groups.
@@ -62,28 +62,28 @@ impl Evaluation {
 /// `metrics.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunReport {
-    /// The best epoch's model on the evaluation groups, and what it compares with.
+    /// Metrics of the best epoch's model and of the references.
     #[serde(flatten)]
     pub evaluation: Evaluation,
     /// Epoch with the best validation AUC, from 1.
     pub best_epoch: usize,
-    /// Epochs trained.
+    /// Number of epochs.
     pub epochs: usize,
-    /// Optimiser steps taken.
+    /// Number of optimiser steps.
     pub steps: u64,
     /// Wall-clock seconds of all sessions, evaluation included.
     pub seconds: f64,
     /// Training rows per second, over all epochs, evaluation excluded.
     pub instances_per_second: f64,
-    /// Trained values.
+    /// Number of trainable values.
     pub parameters: usize,
-    /// What of the feedback the model saw.
+    /// The feedback that the model reads.
     pub feedback: Feedback,
-    /// What the last epoch amounted to: windows are the passes that could not be shared.
+    /// Size of the last epoch; windows are the passes that could not be shared.
     pub epoch_size: PlanSize,
-    /// What it was trained and evaluated on, and by which protocol.
+    /// The data set and its protocol.
     pub data: DataInfo,
-    /// Where it was computed.
+    /// Device of the training.
     pub device: String,
     /// Version of the program.
     pub version: String,
@@ -111,13 +111,13 @@ impl RunReport {
     }
 }
 
-/// What a report says of the model.
+/// The properties of the model in a report.
 #[derive(Clone, Debug)]
 pub struct RunModel {
-    /// Trained values.
+    /// Number of trainable values.
     pub parameters: usize,
-    /// What of the feedback it saw.
+    /// The feedback that the model reads.
     pub feedback: Feedback,
-    /// Where it was computed.
+    /// Device of the training.
     pub device: String,
 }

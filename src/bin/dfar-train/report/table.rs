@@ -1,11 +1,11 @@
-//! The figures as text.
+//! The metrics as text.
 
 use super::{Evaluation, RunReport};
 use dfar::evaluate::PartReport;
 use dfar::evaluate::metrics::Metrics;
 use std::fmt::Write;
 
-/// Columns aligned: the first to the left, the others to the right.
+/// Aligned columns: the first to the left, the others to the right.
 pub fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |c: usize| rows.iter().filter_map(|r| r.get(c)).map(|s| s.chars().count()).max().unwrap_or(0);
@@ -14,8 +14,7 @@ pub fn table(rows: &[Vec<String>]) -> String {
     for row in rows {
         let mut line = String::new();
         for (c, cell) in row.iter().enumerate() {
-            // A width in a format string is limited to 65,535, and a cell may hold an id of any
-            // length.
+            // A width in a format string is limited to 65,535, and a cell may hold a longer id.
             let padding = std::iter::repeat_n(' ', widths[c] - cell.chars().count());
             if c == 0 {
                 line.push_str(cell);
@@ -32,8 +31,8 @@ pub fn table(rows: &[Vec<String>]) -> String {
     text
 }
 
-/// Test figures beside popularity and the ceiling, then by history length, then those of skipped
-/// events. `negatives` are the stored negatives of a group.
+/// Test metrics beside popularity and the ceiling, then by history length, then those of skipped
+/// events. `negatives` is the number of stored negatives per group.
 pub fn evaluation_text(evaluation: &Evaluation, negatives: usize) -> String {
     let mut text = String::new();
     let Evaluation { test, valid, popularity, ceiling } = evaluation;
@@ -100,7 +99,7 @@ fn part_text(
     if let Some(skipped) = skipped {
         let _ = write!(
             text,
-            "\napart: {} skipped events in the liked one's place (lower is better): AUC {:.4}",
+            "\nskipped events in the place of liked ones ({} groups, lower is better): AUC {:.4}",
             count(skipped.groups),
             skipped.auc
         );
@@ -148,7 +147,7 @@ impl std::fmt::Display for RunReport {
         let size = &self.epoch_size;
         writeln!(
             f,
-            "an epoch: {} targets in {} shared passes and {} windows, {} tokens, {} instances",
+            "one epoch: {} targets in {} shared passes and {} windows, {} tokens, {} instances",
             count(size.targets),
             count(size.shared_passes),
             count(size.windows),

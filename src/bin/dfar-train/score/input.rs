@@ -13,11 +13,11 @@ pub struct Named {
     pub user: String,
     pub events: Vec<(String, u8)>,
     pub candidates: Option<Vec<String>>,
-    /// Line it begins at, from 1.
+    /// Number of the line where it begins, from 1.
     pub line: usize,
 }
 
-/// A file, or standard input for `-`.
+/// Opens a file, or standard input for `-`.
 pub fn open(path: &Path) -> dfar::Result<(String, Box<dyn BufRead>)> {
     if path == Path::new("-") {
         return Ok(("<stdin>".to_owned(), Box::new(BufReader::new(std::io::stdin()))));
@@ -26,7 +26,7 @@ pub fn open(path: &Path) -> dfar::Result<(String, Box<dyn BufRead>)> {
     Ok((path.display().to_string(), Box::new(BufReader::new(file))))
 }
 
-/// Ids of users, one a line; a line that begins with `"` is a JSON string.
+/// Ids of users, one per line; a line that begins with `"` is a JSON string.
 pub fn users(path: &Path) -> dfar::Result<Vec<String>> {
     let (name, input) = open(path)?;
     let mut users = Vec::new();
@@ -52,7 +52,7 @@ struct JsonLine {
     candidates: Option<Vec<JsonId>>,
 }
 
-/// A string, or an integer as its digits.
+/// A string, or an integer in digits.
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum JsonId {
@@ -71,8 +71,8 @@ impl From<JsonId> for String {
     }
 }
 
-/// Calls `each` with the histories of a file: JSON lines, or CSV with a header where consecutive
-/// rows of one user are one history. The first character tells which.
+/// Calls `each` with the histories of a file: JSON lines, or CSV with a header, where consecutive
+/// rows of one user are one history. The first character decides between the two.
 pub fn histories(path: &Path, each: &mut dyn FnMut(&str, Named) -> dfar::Result<()>) -> dfar::Result<()> {
     let (name, mut input) = open(path)?;
     let first = input.fill_buf().map_err(Error::io("read", path))?.trim_ascii_start().first().copied();

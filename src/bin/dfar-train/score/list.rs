@@ -1,7 +1,7 @@
 //! Items and events on the command line: `a,b,c` and `a:1,b:0`.
 //!
-//! An id that holds a comma, a colon at the wrong place or a quote is written in double quotes,
-//! with `""` for a quote, as in CSV. What stands in quotes is the id, byte for byte.
+//! An id with a comma, with a quote, or with a colon that could be read as a label is quoted as in
+//! CSV: `"..."`, with `""` for a quote. The text in quotes is the id, byte for byte.
 
 /// An id of a list. Blanks around an unquoted id may belong to the list or to the id.
 #[derive(Debug, PartialEq)]
@@ -10,8 +10,8 @@ pub struct Id {
     pub quoted: bool,
 }
 
-/// The parts of a list between its commas, each as an id and what follows it: nothing after an
-/// unquoted one.
+/// Splits a list at its commas. Each part is an id and the text after it, which is empty for an
+/// unquoted id.
 fn split(list: &str) -> Result<Vec<(Id, &str)>, String> {
     let mut parts = Vec::new();
     let mut rest = Some(list);
@@ -34,12 +34,12 @@ fn split(list: &str) -> Result<Vec<(Id, &str)>, String> {
     Ok(parts)
 }
 
-/// What stands before the first comma, and what behind it.
+/// The text before and after the first comma.
 fn cut(list: &str) -> (&str, Option<&str>) {
     list.split_once(',').map_or((list, None), |(part, rest)| (part, Some(rest)))
 }
 
-/// The text up to the closing quote, and what follows.
+/// The text up to the closing quote, and the text after it.
 fn unquote(quoted: &str) -> Option<(String, &str)> {
     let mut text = String::new();
     let mut rest = quoted;
@@ -71,7 +71,7 @@ pub fn events(list: &str) -> Result<Vec<(Id, u8)>, String> {
         let label = if id.quoted {
             after.trim_ascii_start().strip_prefix(':').map(str::to_owned)
         } else {
-            // An id may hold colons; the label follows the last.
+            // An id may contain colons; the label follows the last one.
             let parts = id.text.rsplit_once(':').map(|(item, label)| (item.to_owned(), label.to_owned()));
             parts.map(|(item, label)| {
                 id.text = item;

@@ -1,4 +1,4 @@
-//! `dfar-train score`: items ranked after histories, by their original ids.
+//! `dfar-train score`: ranks items after histories, by their original ids.
 
 mod input;
 mod list;
@@ -26,8 +26,8 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 
-/// Candidates scored before results are written: enough to keep the device busy, little to hold in
-/// memory.
+/// Number of candidates scored before results are written: enough to keep the device busy, few
+/// enough for memory.
 const ROWS_AT_A_TIME: usize = 1 << 18;
 
 #[derive(Args)]
@@ -35,7 +35,7 @@ const ROWS_AT_A_TIME: usize = 1 << 18;
     ["history", "histories", "user", "users", "all_users", "groups"]
 ))]
 pub struct Score {
-    /// The run.
+    /// Run directory.
     #[arg(long, value_name = "DIR")]
     run: PathBuf,
     /// Events oldest first, as `item:1` (liked) or `item:0` (skipped), separated by commas; may be
@@ -50,7 +50,7 @@ pub struct Score {
     /// A user of the data set, with all their events as history.
     #[arg(long, value_name = "ID", allow_hyphen_values = true)]
     user: Option<String>,
-    /// Users of the data set, one id a line (`-`: standard input).
+    /// Users of the data set, one id per line (`-`: standard input).
     #[arg(long, value_name = "FILE")]
     users: Option<PathBuf>,
     /// Every user of the data set.
@@ -65,14 +65,13 @@ pub struct Score {
     /// Items to rank, separated by commas and quoted as in --history [default: all items].
     #[arg(long, value_name = "ITEM,..", allow_hyphen_values = true)]
     candidates: Option<String>,
-    /// Print only the best so many of each user [default: all of the candidates given, or 10].
+    /// Print only the N best items of each user [default: 10, or all given candidates].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     top: Option<u32>,
-    /// Rank no item of the history.
+    /// Exclude the items of the history.
     #[arg(long)]
     exclude_seen: bool,
-    /// Leave out items that the model does not know, and users that the data set does not know, and
-    /// count them.
+    /// Leave out unknown items and users, and print their number.
     #[arg(long)]
     skip_unknown: bool,
     /// File to write [default: stdout].
@@ -82,7 +81,7 @@ pub struct Score {
     /// else CSV].
     #[arg(long, value_enum)]
     output_format: Option<Format>,
-    /// Where to compute [default: the run's].
+    /// Device [default: the run's].
     #[arg(long, value_enum)]
     device: Option<DeviceChoice>,
     /// Threads; 0: one per core.
@@ -98,10 +97,10 @@ enum Groups {
     Test,
 }
 
-/// A user's query, by the model's item numbers.
+/// A user's query, in the model's item numbers.
 struct Asked {
     user: String,
-    /// Whether the candidates were named, so that all of them are ranked by default.
+    /// Whether candidates were given; then all of them are ranked by default.
     named: bool,
     query: Query,
 }
@@ -135,7 +134,7 @@ impl Score {
         }
     }
 
-    /// The file to write; none for stdout.
+    /// The output file; `None` for stdout.
     fn path(&self) -> Option<&Path> {
         self.output.as_deref().filter(|path| *path != Path::new("-"))
     }
@@ -217,7 +216,7 @@ fn bar(print: &Output, length: usize, what: &str) -> ProgressBar {
     ProgressBar::with_draw_target(Some(length as u64), target).with_style(style.progress_chars("=> "))
 }
 
-/// Scores queries in slabs, and writes the results in order.
+/// Scores queries in blocks and writes the results in order.
 struct Scorer<'a, D: Device> {
     model: &'a Model<D>,
     args: &'a Score,
@@ -294,10 +293,10 @@ impl<'a, D: Device> Scorer<'a, D> {
         Ok(())
     }
 
-    /// Asks about users of the data set, each with their whole history.
+    /// Adds queries for users of the data set, each with the whole history.
     fn ask_users(&mut self) -> dfar::Result<()> {
         let data = self.args.data(self.config)?;
-        // Items of the data set as the model numbers them.
+        // The model's number of each item of the data set.
         let items: Vec<Option<u32>> =
             (0..data.items() as u32).map(|item| self.index.get(data.item_name(item)).copied()).collect();
         let users: Vec<u32> = match (&self.args.user, &self.args.users) {
@@ -371,7 +370,7 @@ impl<'a, D: Device> Scorer<'a, D> {
         }
     }
 
-    /// Scores what waits, and writes it.
+    /// Scores the pending queries and writes the results.
     fn flush(&mut self) -> dfar::Result<()> {
         if STOP.load(Ordering::SeqCst) {
             return Err(TrainError::Interrupted.into());
@@ -402,7 +401,7 @@ impl<'a, D: Device> Scorer<'a, D> {
         Ok(())
     }
 
-    /// The model's number of an item; none where it is unknown and left out.
+    /// The model's number of an item; `None` if it is unknown and left out.
     fn find(&mut self, item: &str, place: &str) -> Result<Option<u32>, TrainError> {
         match self.index.get(item) {
             Some(&item) => Ok(Some(item)),
@@ -410,8 +409,8 @@ impl<'a, D: Device> Scorer<'a, D> {
         }
     }
 
-    /// [`Self::find`] of an id in a list. Blanks around an unquoted id are the list's, unless the
-    /// id has them.
+    /// [`Self::find`] for an id in a list. Blanks around an unquoted id are ignored, unless the id
+    /// with them is known.
     fn find_id(&mut self, id: &Id, place: &str) -> Result<Option<u32>, TrainError> {
         if id.quoted || self.index.contains_key(&id.text[..]) {
             return self.find(&id.text, place);

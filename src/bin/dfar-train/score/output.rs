@@ -13,7 +13,7 @@ pub enum Format {
     Table,
     /// CSV with a header; text is quoted.
     Csv,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Jsonl,
     /// One JSON array.
     Json,
@@ -22,7 +22,7 @@ pub enum Format {
 }
 
 impl Format {
-    /// By the ending of a file name.
+    /// The format by the ending of a file name.
     pub fn of(path: &Path) -> Option<Self> {
         match path.extension()?.to_str()? {
             "csv" => Some(Format::Csv),
@@ -42,13 +42,13 @@ pub enum Value {
     Real(f32),
 }
 
-/// Rows under way to a file or to stdout. A file appears under its name when it is complete.
+/// A writer to a file or to stdout. The file appears under its name once it is complete.
 pub struct Writer {
     columns: &'static [&'static str],
     format: Format,
     path: Option<PathBuf>,
     out: Out,
-    /// Rows that the format needs together, or in blocks.
+    /// Rows of a format that is written in blocks or as a whole.
     rows: Vec<Vec<Value>>,
     #[cfg(feature = "parquet")]
     parquet: Option<parquet::arrow::ArrowWriter<Vec<u8>>>,
@@ -119,7 +119,7 @@ impl Writer {
             match w.format {
                 Format::Csv | Format::Jsonl => {}
                 Format::Table => {
-                    // For people: rounded, and without the logits.
+                    // The table is for people: rounded, without the logits.
                     let columns = w.columns.strip_suffix(&["logit"]).unwrap_or(w.columns);
                     let mut cells = vec![columns.iter().map(|name| (*name).to_owned()).collect()];
                     let rounded = |value: &Value| match value {
@@ -163,7 +163,7 @@ impl Writer {
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    /// Writes the rows held back as one row group.
+    /// Writes the collected rows as one row group.
     #[cfg(feature = "parquet")]
     fn write_parquet(&mut self) -> io::Result<()> {
         use arrow_array::{ArrayRef, Float32Array, RecordBatch, StringArray, UInt64Array};
@@ -194,7 +194,7 @@ impl Writer {
         }
         let writer = self.parquet.as_mut().expect("it was made above");
         writer.write(&batch).and_then(|()| writer.flush()).map_err(io::Error::other)?;
-        // What is encoded goes to the file at once: the writer holds the footer only.
+        // Encoded bytes go to the file at once, so the writer keeps only the footer in memory.
         let encoded = std::mem::take(writer.inner_mut());
         self.out.write_all(&encoded)
     }
@@ -217,14 +217,14 @@ fn cell(value: &Value) -> String {
     match value {
         Value::Text(text) => text.clone(),
         Value::Count(count) => count.to_string(),
-        // The shortest digits that are read as the same number.
+        // The shortest digits that parse to the same number.
         Value::Real(real) => real.to_string(),
     }
 }
 
 fn csv_line(row: &[Value]) -> String {
     let cells = row.iter().map(|value| match value {
-        // Quoted always: an id such as 007 stays a text.
+        // Always quoted, so that an id such as 007 stays text.
         Value::Text(text) => format!("\"{}\"", text.replace('"', "\"\"")),
         value => cell(value),
     });

@@ -1,5 +1,5 @@
-// Bump allocation of a block's shared memory; the host adds up the same sizes (`Carve` of
-// src/device/cuda/plan/shared_memory.rs).
+// Bump allocation of a block's shared memory. `Carve` of src/device/cuda/plan/shared_memory.rs adds
+// up the same sizes on the host.
 #pragma once
 #include "primitives.cuh"
 

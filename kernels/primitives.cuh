@@ -1,8 +1,8 @@
-// All PTX and intrinsics. tests/emulator implements the same names on the CPU.
+// All PTX and intrinsics. tests/emulator implements the same functions on the CPU.
 //
-// Fragments follow the layout of mma.sync (PTX ISA, "Matrix fragments for mma.m16n8k16"). With row
-// = lane / 4 and column = lane % 4 * 2, an accumulator c holds (row, column), (row, column + 1),
-// (row + 8, column), (row + 8, column + 1).
+// Fragments have the layout of mma.sync (PTX ISA, "Matrix fragments for mma.m16n8k16"). With row =
+// lane / 4 and column = lane % 4 * 2, an accumulator c holds the elements (row, column), (row,
+// column + 1), (row + 8, column), (row + 8, column + 1).
 #pragma once
 
 struct bf16 { unsigned short bits; };
@@ -15,8 +15,8 @@ constexpr float NOT_A_NUMBER = __builtin_bit_cast(float, 0x7fffffff);
 #include "emulator.h"
 #else
 
-// Defines a kernel with one argument, `p`, for a maximum block size and a minimum of resident
-// blocks.
+// Defines a kernel with one argument, `p`. Further arguments: maximum threads per block, minimum
+// resident blocks per multiprocessor.
 #define KERNEL(name, Params, ...) \
     extern "C" __global__ void __launch_bounds__(__VA_ARGS__) name(const __grid_constant__ Params p)
 
@@ -32,11 +32,11 @@ __device__ __forceinline__ unsigned shuffle_from(unsigned x, int lane) { return 
 __device__ __forceinline__ bool any_lane(bool x) { return __any_sync(0xffffffff, x); }
 // Ballot: one bit per lane.
 __device__ __forceinline__ unsigned ballot(bool x) { return __ballot_sync(0xffffffff, x); }
-// Whether x holds in any thread of the block; also a barrier.
+// Whether x holds in any thread of the block. Acts as a block barrier.
 __device__ __forceinline__ bool any_thread(bool x) { return __syncthreads_or(x); }
 
-// The same value, opaque to the compiler: expressions of it are recomputed where they are used, not
-// kept in registers across a loop.
+// Returns x, opaque to the compiler: expressions of the result are recomputed at each use instead
+// of occupying registers across a loop.
 __device__ __forceinline__ int unforeseen(int x) {
     asm volatile("" : "+r"(x));
     return x;
@@ -52,18 +52,18 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 
 __device__ __forceinline__ unsigned shared_address(const void* p) { return unsigned(__cvta_generic_to_shared(p)); }
 
-// Starts a copy of 16 bytes from global to shared memory; zeros where `valid` is false (`source` is
-// not read).
+// Starts an asynchronous copy of 16 bytes from global to shared memory. If not `valid`, writes
+// zeros and does not read `source`.
 __device__ __forceinline__ void copy_async(void* shared, const void* source, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                  ::"r"(shared_address(shared)), "l"(__cvta_generic_to_global(source)), "r"(valid ? 16 : 0) : "memory");
 }
-// Waits for this thread's copies.
+// Waits for the asynchronous copies of this thread.
 __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Reads 8x8 matrices of 16-bit elements; lane i points at row i % 8 of matrix i / 8. A thread
-// receives the two elements (lane / 4, lane % 4 * 2 ..) of each matrix, transposed: (lane % 4 * 2
-// .., lane / 4).
+// Reads 8x8 matrices of 16-bit elements from shared memory. Lane i passes the address of row i % 8
+// of matrix i / 8. A thread receives two adjacent elements of each matrix, from (lane / 4, lane % 4
+// * 2) on; of the transposed matrix, from (lane % 4 * 2, lane / 4) on.
 __device__ __forceinline__ void load_matrices(unsigned (&r)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
@@ -81,7 +81,7 @@ __device__ __forceinline__ void load_matrices_transposed(unsigned (&r)[2], const
                  : "=r"(r[0]), "=r"(r[1]) : "r"(shared_address(row)) : "memory");
 }
 
-// Transposes an 8x8 matrix of 16-bit elements that the warp holds as `load_matrices` leaves it.
+// Transposes an 8x8 matrix of 16-bit elements held by the warp in the layout of `load_matrices`.
 __device__ __forceinline__ unsigned transpose_matrix(unsigned x) {
     unsigned r;
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(x));
@@ -90,7 +90,7 @@ __device__ __forceinline__ unsigned transpose_matrix(unsigned x) {
 
 // ----------------------------------------------------------------------------------------- numbers
 
-// 2^x, and log2(x), on the special-function unit; 2^-inf is 0.
+// 2^x and log2(x) on the special-function unit. 2^-inf is 0.
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -101,7 +101,7 @@ __device__ __forceinline__ float log2_fast(float x) {
     asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-// 1 / x, within one unit in the last place.
+// 1 / x, to within one unit in the last place.
 __device__ __forceinline__ float reciprocal_fast(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -110,13 +110,13 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
 __device__ __forceinline__ float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ __forceinline__ float largest(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ float magnitude(float x) { return fabsf(x); }
-// The high half of a product.
+// Upper 32 bits of the product.
 __device__ __forceinline__ unsigned multiply_high(unsigned a, unsigned b) { return __umulhi(a, b); }
-// One rounding each, never fused with the next operation.
+// Rounded once, never fused with the next operation.
 __device__ __forceinline__ float multiply_exactly(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ float add_exactly(float a, float b) { return __fadd_rn(a, b); }
 
-// Two numbers, rounded to nearest, in one register; `low` comes first in memory.
+// Two numbers, rounded to nearest, in one register. `low` is first in memory.
 template <class E> __device__ __forceinline__ unsigned pack(float low, float high);
 template <> __device__ __forceinline__ unsigned pack<bf16>(float low, float high) {
     unsigned r;
@@ -142,7 +142,7 @@ template <> __device__ __forceinline__ float2 unpack<f16>(unsigned pair) {
 
 // ------------------------------------------------------------------------------------ tensor cores
 
-// c += a b: 16 x 16 by 16 x 8, and 16 x 8 by 8 x 8.
+// c += a b, with a: 16 x 16 and b: 16 x 8, or a: 16 x 8 and b: 8 x 8.
 template <class E>
 __device__ __forceinline__ void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1);
 template <>

@@ -1,6 +1,6 @@
-// Groups of lanes that share a row: 2^bits threads of a warp, each accessing V columns at a time
-// (16 bytes where the width is a multiple of 4). A row of 32 values is one access of 8 lanes; a
-// warp then works on four rows.
+// Groups of lanes that share a row: 2^bits lanes of a warp, each accessing V columns at a time (V =
+// 4, 16 bytes, if the width is a multiple of 4; otherwise 1). A row of 32 values is one access of 8
+// lanes; a warp then works on four rows.
 #pragma once
 #include "primitives.cuh"
 
@@ -29,26 +29,26 @@ template <int V> __device__ __forceinline__ void store_added(float* p, const flo
 }
 
 struct RowGroup {
-    unsigned bits;   // log2 of the group's lanes
-    unsigned lane;   // inside the group
-    unsigned index;  // of the group, in the block
+    unsigned bits;   // log2 of the lanes per group
+    unsigned lane;   // lane in the group
+    unsigned index;  // index of the group in the block
     __device__ __forceinline__ explicit RowGroup(unsigned bits)
         : bits(bits), lane(threadIdx.x & ((1u << bits) - 1)), index(threadIdx.x >> bits) {}
-    // Groups of the block.
+    // Number of groups in the block.
     __device__ __forceinline__ unsigned count() const { return blockDim.x >> bits; }
-    // The row of this group when groups take one row each.
+    // Row of this group, with one row per group.
     __device__ __forceinline__ size_t row() const { return size_t(blockIdx.x) * count() + index; }
-    // Sum over the group's lanes, in all of them. Every thread of the warp takes part.
+    // Sum over the lanes of the group, in each of them. All threads of the warp must call it.
     template <class T> __device__ __forceinline__ T sum(T x) const {
         for (int lanes = 1 << bits >> 1; lanes; lanes >>= 1) x += shuffle_xor(x, lanes);
         return x;
     }
 };
 
-// Sum over the block, in thread 0; `shared` has room for a value a warp. Every thread takes part.
+// Sum over the block, in thread 0. `shared` has one value per warp. All threads must call it.
 __device__ __forceinline__ double block_sum(double x, double* shared) {
     for (int lanes = 16; lanes; lanes >>= 1) x += shuffle_xor(x, lanes);
-    __syncthreads();  // earlier sums have been read
+    __syncthreads();  // all threads have read the previous sums
     if (lane_index() == 0) shared[warp_index()] = x;
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -57,7 +57,7 @@ __device__ __forceinline__ double block_sum(double x, double* shared) {
     return x;
 }
 
-// Runs `body` with V = 4 or 1 as the width allows. `p` needs a member `width`.
+// Calls `body` with V = 4 or 1 as the width allows.
 #define WITH_VECTORS(width, body) \
     if ((width) % 4 == 0) body<4>(p); \
     else body<1>(p)

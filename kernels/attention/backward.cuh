@@ -1,15 +1,15 @@
-// Attention backward over long sequences, in two passes: dq (which also writes delta, and in f32
-// correction), then dk_dv. Each pass owns the rows of one side, streams the other side, and
-// recomputes p, so no block adds to the output of another.
+// Attention backward over streamed sequences, in two passes: dq (which also writes delta, and in
+// f32 correction), then dk_dv. Each pass owns the rows of one side, streams the other side, and
+// recomputes p, so each output element has one writer.
 #pragma once
 #include "attention/rows.cuh"
 
-// Target of resident blocks: as many as registers allow without spills.
+// Minimum resident blocks per multiprocessor: as many as registers allow without spills.
 template <class E, int D> constexpr int DQ_BLOCKS = sizeof(E) == 4 ? (D <= 16 ? 3 : D == 32 ? 2 : 1) : D == 8 ? 6 - AMPERE : D == 16 ? 5 : D == 32 ? 4 : D == 64 ? 3 : 1;
 template <class E, int D> constexpr int DK_DV_BLOCKS = sizeof(E) == 4 ? (D == 8 ? 4 : D <= 32 ? 3 : 1) : D == 8 ? 8 - AMPERE : D == 16 ? 6 : D == 32 ? 4 : D == 64 ? 3 : 1;
 
-// Whether backward keeps non-finite values from rows that do not see them. Not where no registers
-// are left.
+// Whether backward isolates non-finite values from rows that do not see them. f32 with D = 128 has
+// no registers left for it.
 template <class E, int D> constexpr bool MENDED = sizeof(E) == 2 || D < 128;
 
 // sum += <x, y> over 16 bytes of elements.
@@ -28,9 +28,9 @@ template <class E> __device__ __forceinline__ float add_product(const uint4& x, 
     return sum;
 }
 
-// delta = <o, d_o> over all key heads, of the two rows that a thread has in accumulators: lane / 4
-// and lane / 4 + 8 of the `rows` from `first` on. The four lanes of a row share the work, and all
-// get the sum. `see`(row, chunk, x) is called with each 16 bytes x of d_o.
+// delta = <o, d_o> over all key heads, for this thread's two accumulator rows: lane / 4 and lane /
+// 4 + 8 of the `rows` rows from `first` on. The four lanes of a row share the work, and all get the
+// sum. Calls `see`(row, chunk, x) for each 16-byte chunk x of d_o.
 template <class E, int D, class See>
 __device__ __forceinline__ void compute_delta(float (&delta)[2], const AttentionParams& p, const Problem& problem,
                                               const Item& item, int first, int rows, See see) {
@@ -56,10 +56,10 @@ __device__ __forceinline__ void compute_delta(float (&delta)[2], const Attention
     }
 }
 
-// lse in base 2, such that 2^(score - lse) is 0 for a row that saw no key.
+// lse in base 2. For a row without a visible key it is inf, so that 2^(score - lse) is 0.
 __device__ __forceinline__ float base_2_lse(float lse) { return lse == -INF ? INF : lse * LOG2_E; }
 
-// Zeros the elements of invisible pairs, even if they are NaN.
+// Sets the elements of invisible pairs to 0, including NaN.
 template <class Sees> __device__ __forceinline__ void hide(float (&s)[2][4], Sees sees) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -67,12 +67,12 @@ template <class Sees> __device__ __forceinline__ void hide(float (&s)[2][4], See
     }
 }
 
-// Whether p is corrected for the rounding of lse. An lse of 1e4 in f32 is off by up to 5e-4, and p
-// of the whole row with it. The pass that visits every p of a row sums them and divides by the sum,
-// which should be 1; it writes the factor for dk_dv.
+// Whether p is corrected for the rounding of lse. An f32 lse of 1e4 is off by up to 5e-4, and so is
+// the p of its whole row. The pass that visits every p of a row divides by their sum, which should
+// be 1, and writes the factor for dk_dv.
 template <class E> constexpr bool CORRECTED = sizeof(E) == 4;
 
-// Zeros dq of the heads of the other group, for a warp's `rows` rows from `first` on.
+// Zeros dq of the other group's heads, for `rows` rows of the warp from `first` on.
 template <class E, int D>
 __device__ __forceinline__ void clear_other_group(const AttentionParams& p, const Problem& problem, const Item& item,
                                                   int first, int rows) {
@@ -84,9 +84,9 @@ __device__ __forceinline__ void clear_other_group(const AttentionParams& p, cons
     }
 }
 
-// Turns s of a chunk of 16 keys into ds for the rows of a warp. If not KEPT, dp is 0. `limit`:
-// columns that this lane's rows see; on the `diagonal` those beyond are hidden. Adds p to `sum` in
-// f32.
+// Turns the scores s of 16 keys into ds for the rows of a warp. Without KEPT, dp is 0. `limit`:
+// columns that this lane's rows see; on the `diagonal`, columns beyond it are hidden. In f32, adds
+// p to `sum`.
 template <class E, int D, bool KEPT, bool HELD>
 __device__ __forceinline__ void score_gradients(float (&s)[2][4], float (&sum)[2], const Rows<E, D, HELD>& q, const Rows<E, D, HELD>& d_o,
                                                 const E* keys, const E* values, float scale, const float (&lse)[2],
@@ -114,9 +114,9 @@ __device__ __forceinline__ void score_gradients(float (&s)[2][4], float (&sum)[2
     }
 }
 
-// For a transposed chunk of 16 query rows, from `row` of the sequence on, and 16 keys: adds p to dv
-// if KEPT, then turns s into ds. `own_from`: first rows that see this lane's keys; on the
-// `diagonal` earlier rows are hidden.
+// For a transposed chunk of 16 query rows, from `row` of the sequence on, by 16 keys: adds p to dv
+// if KEPT, then turns s into ds. `own_from`: the first rows that see this lane's keys; on the
+// `diagonal`, earlier rows are hidden.
 template <class E, int D, bool CAREFUL, bool KEPT, bool HELD>
 __device__ __forceinline__ void transposed_gradients(float (&s)[2][4], float (&dv)[D / 8][4], const Rows<E, D, HELD>& k,
                                                      const Rows<E, D, HELD>& v, const E* queries, const E* d_o, float scale,
@@ -133,7 +133,7 @@ __device__ __forceinline__ void transposed_gradients(float (&s)[2][4], float (&d
 #pragma unroll
         for (int i = 0; i < 4; ++i) s[half][i] = exp2_fast(exponent<E>(s[half][i], low[half][i], scale, i % 2 ? l.y : l.x));
     }
-    // Whether element i of transposed scores is visible: its query row sees its key.
+    // Whether the pair of transposed element i is visible.
     const auto sees = [&](int i) { return row + i / 4 * 8 + column + i % 2 >= own_from[i / 2 % 2]; };
     if (diagonal) hide(s, sees);
     if constexpr (CORRECTED<E>) {
@@ -156,8 +156,8 @@ __device__ __forceinline__ void transposed_gradients(float (&s)[2][4], float (&d
     if constexpr (CAREFUL) hide(s, sees);
 }
 
-// Divides dq of a warp's rows by the sum of their p (each lane holds a share in `sum`), and writes
-// the factor for dk_dv.
+// Divides dq of a warp's rows by the sum of their p (`sum` is this lane's share), and writes the
+// factor for dk_dv.
 template <int D>
 __device__ __forceinline__ void correct_rows(float (&acc)[D / 8][4], float (&sum)[2], const AttentionParams& p, const Problem& problem,
                                              const Item& item, int first, int rows) {
@@ -177,8 +177,8 @@ __device__ __forceinline__ void correct_rows(float (&acc)[D / 8][4], float (&sum
     }
 }
 
-// dq: a block of query rows as in forward. Reads q, k, v, o, d_o, lse, order, feedback; writes
-// delta of its rows, dq of its tokens, zeros for the heads of the other group included, and in f32
+// dq: a block of query rows, as in forward. Reads q, k, v, o, d_o, lse, order, feedback. Writes
+// delta of its rows; dq of its tokens, with zeros for the heads of the other group; and in f32
 // correction.
 template <class E, int D, bool CAREFUL> __device__ __forceinline__ bool dq(const AttentionParams& p) {
     constexpr int KEYS = CAREFUL ? 16 : TILE<E, D>, STRIDE = Tile<E, D>::STRIDE;
@@ -239,7 +239,7 @@ template <class E, int D, bool CAREFUL> __device__ __forceinline__ bool dq(const
     }
 
     for (unsigned head = 0; head < problem.key_heads; ++head) {
-        __syncwarp();  // the rows of the previous head have been read
+        __syncwarp();  // all lanes have read the rows of the previous head
         stage_rows<E, D>(d_o_tile, p.d_o, rows, 0,
                          [&](int row) { return problem.row(p, item, first + row) * problem.key_heads + head; });
         __syncwarp();
@@ -297,10 +297,10 @@ template <class E, int D, bool CAREFUL> __device__ __forceinline__ bool dq(const
 
 template <class E, int D> __device__ __forceinline__ void dq_carefully(const AttentionParams& p) { dq<E, D, true>(p); }
 
-// dk_dv: one block takes 16 * warps keys of one label, starting at item.first in label order, of
-// key head blockIdx.y, and all query rows that see them. Reads q, k, v, d_o, lse, delta, order,
-// feedback, in f32 correction; writes dk and dv of its keys (zeros where nothing is kept). Works on
-// transposed scores: rows are keys, columns query rows.
+// dk_dv: a block takes 16 * warps keys of one label and key head blockIdx.y, from item.first in
+// label order on, and all query rows that see them. Reads q, k, v, d_o, lse, delta, order,
+// feedback, and in f32 correction. Writes dk and dv of its keys, with zeros where no pair is kept.
+// Works on transposed scores: rows are keys, columns are query rows.
 template <class E, int D, bool CAREFUL> __device__ __forceinline__ bool dk_dv(const AttentionParams& p) {
     constexpr int QUERIES = CAREFUL ? 16 : TILE<E, D>, STRIDE = Tile<E, D>::STRIDE;
     const int lane = lane_index(), warp = uniform(warp_index()), warps = blockDim.x / 32;
@@ -319,7 +319,7 @@ template <class E, int D, bool CAREFUL> __device__ __forceinline__ bool dk_dv(co
     float* const out = carve.take<float>(warps * 16 * (D + 4)) + warp * 16 * (D + 4);
     float* const scratch = carve.take<float>(warps * SCRATCH<E>) + warp * SCRATCH<E>;
 
-    // All keys of the block have one label: the host cuts tiles at the border.
+    // All keys of the block have one label: the host cuts tiles at the label border.
     const unsigned label = item.first >= item.negatives;
     const int label_end = label ? item.length : item.negatives;
     const int first = item.first + warp * 16;
@@ -335,8 +335,9 @@ template <class E, int D, bool CAREFUL> __device__ __forceinline__ bool dk_dv(co
     k.set(k_tile);
     v.set(v_tile);
 
-    // Query rows that see a key are those from its own token on: rows of the block's first key, of
-    // the warp's first and last, and of this thread's two. A warp without keys skips all rows.
+    // A key is seen by the query rows from its own token on. First rows for the block's first key,
+    // the warp's first and last key, and this thread's two keys. A warp without keys skips all
+    // rows.
     const int all_rows = item.length * problem.slots;
     int block_from = 0, warp_from = keys ? 0 : all_rows + 16, warp_all_from = 0, own_from[2] = {0, 0};
     if (p.causal) {
@@ -385,7 +386,7 @@ template <class E, int D, bool CAREFUL> __device__ __forceinline__ bool dk_dv(co
             copy_queries(0, from);
         }
         copy_wait();
-        __syncthreads();  // the tile has arrived, and no thread still reads the previous one
+        __syncthreads();  // the tile has arrived, and all threads have read the previous one
         const int at = stage * QUERIES;
         if constexpr (!CAREFUL) {
             stage ^= 1;

@@ -1,51 +1,53 @@
-// Attention backward over whole sequences, in two ways.
+// Attention backward over whole sequences, in one or two passes.
 //
-// One pass (backward_whole), where a whole sequence and partial sums of dq fit shared memory: each
-// p is computed once (in f32 twice, see below). A warp takes 16 keys of one head at a time, on
+// One pass (backward_whole), if a sequence and the partial sums of dq fit shared memory: each p is
+// computed once (in f32 twice, see `correct`). A warp takes 16 keys of one head at a time, on
 // transposed scores, and loops over the query rows that see them; dk and dv stay in registers. dq
-// accumulates in shared memory, in f32, from ds transposed in registers. Each warp has a partial
-// sum of its own, so warps synchronise only before and after. Reads q, k, v, o, d_o, lse, order,
-// feedback, each element once; writes dq, dk, dv, each element once. delta is computed while d_o
-// passes through registers to shared memory.
+// accumulates in shared memory in f32, from ds transposed in registers. Each warp has its own
+// partial sum, so warps synchronise only before and after. Reads q, k, v, o, d_o, lse, order,
+// feedback; writes dq, dk, dv; each element once. delta is computed while d_o passes through
+// registers to shared memory.
 //
-// Two passes, where only one side fits: dq_whole holds the keys and values and takes 16 query rows
-// at a time; dk_dv_whole holds the queries and d_o and takes 16 keys. No warp adds to the output of
-// another.
+// Two passes, if only one side fits: dq_whole holds the keys and values and takes 16 query rows at
+// a time; dk_dv_whole holds the queries and d_o and takes 16 keys at a time. Each output element
+// has one writer.
 //
-// The length of a sequence alone decides how many warps share it. Its bits depend on neither that
+// The length of a sequence alone decides how many warps share it. Its bits depend neither on that
+// number nor on the rest of the batch.
 // nor the rest of the batch.
 #pragma once
 #include "attention/backward.cuh"
 #include "attention/whole.cuh"
 
-// Floats between the rows of dq in shared memory: accumulators are read and written without bank
-// conflicts.
+// Floats per row of dq in shared memory: padded so that accumulators are read and written without
+// bank conflicts.
 template <int D> constexpr int DQ_STRIDE = D == 8 ? 8 : D + 8;
 
-// Target of resident blocks: as many as shared memory allows, where the registers suffice without
-// spills.
+// Minimum resident blocks per multiprocessor: as many as shared memory allows, if the registers
+// suffice without spills.
 template <class E, int D> constexpr int WHOLE_BLOCKS = sizeof(E) == 4 ? (D == 8 ? 3 : 1) : D <= 16 ? 4 : D == 32 ? 3 : 1;
 template <class E, int D> constexpr int WHOLE_DQ_BLOCKS = sizeof(E) == 4 ? 1 : D <= 16 ? 4 : D == 32 ? 3 : 1;
 template <class E, int D> constexpr int WHOLE_DK_DV_BLOCKS = sizeof(E) == 4 ? 1 : D <= 16 ? 4 : D == 32 ? 3 : 1;
 
-// "First query row" of a key past the end.
+// First query row of a key past the end of its list.
 constexpr int NEVER = 1 << 30;
 
-// The work of one warp in backward_whole, or in dk_dv_whole, which has no SUMS of dq.
+// The work of one warp in backward_whole (SUMS), or in dk_dv_whole, which has no partial sums of
+// dq.
 template <class E, int D, bool SUMS> struct WholeBackward {
     using T = Tile<E, D>;
     static constexpr int STRIDE = T::STRIDE;
 
     const WholeKeys<E, D> keys;
-    int warp, member;         // index in the block, and among the warps of the sequence
-    int most_rows, all_rows;  // capacity in rows, and actual rows
+    int warp, member;         // index in the block; index among the warps of the sequence
+    int most_rows, all_rows;  // capacity in query rows; actual query rows
     E* q_tile;                // [most_rows, STRIDE]
     E* d_o_tile;              // [heads, most_rows, STRIDE]
     float *lse_tile, *delta_tile, *correction_tile;
     float* dq;                // SUMS: [warps of the block, most_rows, DQ_STRIDE]
     float* scratch;
 
-    // Without SUMS a warp has room for 16 keys and values, not for the sequence's.
+    // Without SUMS, a warp has room for 16 keys and values only.
     __device__ __forceinline__ WholeBackward(const AttentionParams& p, Carve carve, int warps, int warp)
         : keys(p, carve, warps, warp, p.item_warps, SUMS ? p.key_slots * p.capacity : p.item_warps * 16), warp(warp) {
         const int items = warps / p.item_warps, place = warp / p.item_warps;
@@ -62,11 +64,11 @@ template <class E, int D, bool SUMS> struct WholeBackward {
         scratch = carve.take<float>(warps * SCRATCH<E>) + warp * SCRATCH<E>;
     }
 
-    // The partial sum of dq of a warp.
+    // The partial sum of dq of a warp of the block.
     __device__ __forceinline__ float* dq_of(int warp) const { return dq + warp * most_rows * DQ_STRIDE<D>; }
     __device__ __forceinline__ float* own_dq() const { return dq_of(warp); }
 
-    // Loads everything to shared memory, with zeros in rows up to the next multiple of 16.
+    // Loads the sequence to shared memory, with zeros up to the next multiple of 16 rows.
     __device__ __forceinline__ void load(const AttentionParams& p) const {
         const Problem& problem = keys.problem;
         if constexpr (SUMS) keys.template load<0>(p);
@@ -107,8 +109,8 @@ template <class E, int D, bool SUMS> struct WholeBackward {
         }
     }
 
-    // A row's correction is needed before its p enters dk and dv: its warp sums all p once,
-    // beforehand.
+    // Computes the correction of this warp's rows: 1 over the sum of their p. It is needed before p
+    // enters dk and dv, so all p are computed once before the pass.
     __device__ __forceinline__ void correct(const AttentionParams& p) const {
         const int lane = lane_index();
         const float scale = p.scale * LOG2_E;
@@ -145,8 +147,8 @@ template <class E, int D, bool SUMS> struct WholeBackward {
         }
     }
 
-    // 16 keys of a head, from `first` of its list on, and all query rows that see them. True if one
-    // of their gradients is non-finite.
+    // Takes 16 keys of a head, from `first` of its list on, and all query rows that see them. True
+    // if one of their gradients is non-finite.
     template <bool CAREFUL> __device__ __forceinline__ bool take_keys(const AttentionParams& p, int head, int first) const {
         const Item& item = keys.item;
         const int lane = lane_index(), list = keys.list_of(p, head), left = keys.list_length(p, list) - first, count = left < 16 ? left : 16;
@@ -167,11 +169,11 @@ template <class E, int D, bool SUMS> struct WholeBackward {
         E* const own_values = keys.v_tile + at * STRIDE;
         if constexpr (!SUMS) {
             const auto index = [&](int row) { return keys.problem.key(p, keys.token(p, list, first + row), head); };
-            __syncwarp();  // the gradients of the previous keys have been read
+            __syncwarp();  // all lanes have read the gradients of the previous keys
             stage_rows<E, D>(own_keys, p.k, count, 0, index);
             stage_rows<E, D>(own_values, p.v, count, 0, index);
             if (!keys.by_label(p) && p.group) {
-                // Values that are not kept count as zeros.
+                // Zeros the values that are not kept.
                 __syncwarp();
                 for (int i = lane; i < count * T::CHUNKS; i += 32) {
                     const int row = i / T::CHUNKS;
@@ -194,7 +196,7 @@ template <class E, int D, bool SUMS> struct WholeBackward {
         for (int row = from & ~15; row < all_rows; row += 16) {
             const E* const queries = q_tile + row * STRIDE;
             const E* const d_o = d_o_tile + (head * most_rows + row) * STRIDE;
-            // Keys past the end are hidden like those beyond the diagonal.
+            // Keys past the end are hidden like those behind the diagonal.
             const bool diagonal = CAREFUL || row < all_from;
             float s[2][4];
             if (kept) {
@@ -217,7 +219,7 @@ template <class E, int D, bool SUMS> struct WholeBackward {
                 }
             }
         }
-        // The keys and values are no longer needed: the gradients are staged in their place.
+        // The keys and values are no longer needed; their memory stages the gradients.
         __syncwarp();
         store_elements<E, D>(own_keys, dk, p.scale);
         store_elements<E, D>(own_values, dv, 1.0f);
@@ -238,7 +240,7 @@ template <class E, int D, bool SUMS> struct WholeBackward {
         return zero != 0.0f;
     }
 
-    // Zeros dk and dv of a head's keys that are in no list.
+    // Zeros dk and dv of the head's keys that are in no list.
     __device__ __forceinline__ void clear_unlisted(const AttentionParams& p, int head) const {
         const int other = 1 - keys.list_of(p, head), from = keys.list_start(other);
         const int count = other ? keys.item.length - keys.item.negatives : keys.item.negatives;
@@ -249,8 +251,8 @@ template <class E, int D, bool SUMS> struct WholeBackward {
         }
     }
 
-    // Writes dq of the warp's rows, the sum of the warps' partial sums, and zeros for the heads of
-    // the other group. True if one is non-finite.
+    // Writes dq of the warp's rows: the sum of the partial sums of all warps, and zeros for the
+    // heads of the other group. True if one is non-finite.
     __device__ __forceinline__ bool write_queries(const AttentionParams& p) const {
         float zero = 0.0f;
         for (int i = keys.team.thread; i < all_rows * T::CHUNKS; i += keys.team.threads) {
@@ -273,7 +275,7 @@ template <class E, int D, bool SUMS> struct WholeBackward {
         return zero != 0.0f;
     }
 
-    // True if a gradient is non-finite.
+    // Takes the whole sequence. True if a gradient is non-finite.
     template <bool CAREFUL> __device__ __forceinline__ bool run(const AttentionParams& p) const {
         load(p);
         copy_wait();
@@ -298,7 +300,7 @@ template <class E, int D, bool SUMS> struct WholeBackward {
     }
 };
 
-// Not inlined: only sequences with non-finite values pay for it.
+// Not inlined: only sequences with non-finite values call it.
 template <class E, int D, bool SUMS> __device__ __noinline__ void backward_whole_carefully(const AttentionParams& p) {
     const WholeBackward<E, D, SUMS> backward(p, Carve{shared_memory()}, blockDim.x / 32, uniform(warp_index()));
     backward.keys.meet(p);
@@ -310,8 +312,8 @@ template <class E, int D, bool SUMS> __device__ __forceinline__ void backward_wh
     if (backward.template run<false>(p)) backward_whole_carefully<E, D, SUMS>(p);
 }
 
-// The work of one warp in dq_whole. Reads q, k, v, o, d_o, lse, order, feedback; writes dq, zeros
-// for the heads of the other group included, delta, and in f32 correction.
+// The work of one warp in dq_whole. Reads q, k, v, o, d_o, lse, order, feedback. Writes dq, with
+// zeros for the heads of the other group; delta; and in f32 correction.
 template <class E, int D> struct WholeDq {
     static constexpr int STRIDE = Tile<E, D>::STRIDE;
 
@@ -328,12 +330,12 @@ template <class E, int D> struct WholeDq {
         scratch = carve.take<float>(warps * SCRATCH<E>) + warp * SCRATCH<E>;
     }
 
-    // 16 query rows from `first` on. True if a gradient is non-finite.
+    // Takes 16 query rows from `first` on. True if a gradient is non-finite.
     template <bool CAREFUL> __device__ __forceinline__ bool take_rows(const AttentionParams& p, int first) const {
         const Problem& problem = keys.problem;
         const Item& item = keys.item;
         const int lane = lane_index(), left = item.length * problem.slots - first, rows = left < 16 ? left : 16;
-        __syncwarp();  // the previous rows have been read
+        __syncwarp();  // all lanes have read the previous rows
         const unsigned visible = stage_queries(p, keys, q_tile, first, rows, 0);
         const unsigned most = shuffle_from(visible, rows - 1), least = rows == 16 ? shuffle_from(visible, 0) : 0;
         const unsigned own[2] = {shuffle_from(visible, lane >> 2), shuffle_from(visible, (lane >> 2) + 8)};
@@ -354,7 +356,7 @@ template <class E, int D> struct WholeDq {
 #pragma unroll
         for (int n = 0; n < D / 8; ++n) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0.0f;
         for (int head = 0; head < int(problem.key_heads); ++head) {
-            __syncwarp();  // the rows of the previous head have been read
+            __syncwarp();  // all lanes have read the rows of the previous head
             stage_rows<E, D>(d_o_tile, p.d_o, rows, 0,
                              [&](int row) { return problem.row(p, item, first + row) * problem.key_heads + head; });
             __syncwarp();
@@ -388,7 +390,7 @@ template <class E, int D> struct WholeDq {
         return any_lane(zero != 0.0f);
     }
 
-    // All rows of the warp. Stops and returns true at the first rows that need CAREFUL mode.
+    // Takes all rows of the warp. Stops and returns true at the first rows that need CAREFUL mode.
     template <bool CAREFUL> __device__ __forceinline__ bool take_all(const AttentionParams& p) const {
         const int all_rows = keys.item.length * keys.problem.slots;
         for (Pieces tile(p, uniform(warp_index()) % p.item_warps); tile.at * 16 < all_rows; tile.advance()) {

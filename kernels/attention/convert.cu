@@ -1,12 +1,11 @@
-// Converts heads between f32 of any width in memory and the form of attention/attention.cu:
-// DFAR_ELEMENT, padded to a compiled width.
+// Converts heads between f32 of any width and the layout of attention/attention.cu: DFAR_ELEMENT,
+// padded to a compiled width.
 //
-// MATHEMATICS. y = round(x), with zeros in the columns behind the last: they change no score and no
-// output.
+// MATHEMATICS. y = round(x), padded with zero columns, which change neither scores nor outputs.
 //
 // TILING. A thread converts two columns.
 //
-// TRAFFIC. Each side is read or written once: 6 bytes a value in 16 bits, 8 in f32.
+// TRAFFIC. Each side is read or written once: 6 bytes per value in 16 bits, 8 in f32.
 #include "row_group.cuh"
 
 constexpr int THREADS = 256;
@@ -20,7 +19,7 @@ struct ConvertParams {
 };
 static_assert(sizeof(ConvertParams) == 32, "mirrored by src/device/cuda/convert.rs");
 
-// Two values of the element type, in one access.
+// Two adjacent values of the element type, in one access.
 template <class E> __device__ __forceinline__ void store_pair(void* to, size_t index, float low, float high) {
     if constexpr (sizeof(E) == 4) reinterpret_cast<float2*>(to)[index] = make_float2(low, high);
     else reinterpret_cast<unsigned*>(to)[index] = pack<E>(low, high);
@@ -30,7 +29,7 @@ template <class E> __device__ __forceinline__ float2 load_pair(const void* from,
     else return unpack<E>(reinterpret_cast<const unsigned*>(from)[index]);
 }
 
-// A thread takes two columns.
+// One thread per pair of columns.
 KERNEL(convert_to, ConvertParams, THREADS) {
     const size_t pair = size_t(blockIdx.x) * THREADS + threadIdx.x, pairs = p.padded / 2;
     const size_t row = pair / pairs;

@@ -1,14 +1,14 @@
-// Attention forward over long sequences, streamed: a block takes 16 * warps query rows of one
-// sequence, starting at item.first, and loops over key tiles.
+// Attention forward over streamed sequences: a block takes 16 * warps query rows of one sequence,
+// from item.first on, and loops over key tiles.
 //
 // Reads q, k, v, order, feedback; writes o and lse of its rows, each element once.
 //
-// Exponentials: H per visible (row, key), up to 16 x 16 granularity at the diagonal and at the ends
-// of the labels.
+// Exponentials: H per visible (row, key), rounded up to 16 x 16 chunks at the diagonal and at the
+// end of each label.
 #pragma once
 #include "attention/forward_tile.cuh"
 
-// Target of resident blocks, where the registers allow it without spills.
+// Minimum resident blocks per multiprocessor, if the registers suffice without spills.
 template <class E, int D>
 constexpr int FORWARD_BLOCKS = sizeof(E) == 4 ? (D <= 32 ? 3 : 1)
                              : D == 8         ? 3
@@ -16,7 +16,7 @@ constexpr int FORWARD_BLOCKS = sizeof(E) == 4 ? (D <= 32 ? 3 : 1)
                              : D == 32        ? 4 - AMPERE
                                               : 1;
 
-// True if an output is non-finite: the caller repeats the work in CAREFUL mode.
+// True if an output is non-finite: the caller then repeats the work in CAREFUL mode.
 template <class E, int D, bool CAREFUL> __device__ __forceinline__ bool forward(const AttentionParams& p) {
     constexpr int KEYS = TILE<E, D>, STRIDE = Tile<E, D>::STRIDE;
     const int lane = lane_index(), warp = uniform(warp_index()), warps = blockDim.x / 32;
@@ -30,7 +30,7 @@ template <class E, int D, bool CAREFUL> __device__ __forceinline__ bool forward(
     const HeadOutputs<E, D> outputs(p, carve, warps, warp);
     float* const scratch = carve.take<float>(warps * SCRATCH<E>) + warp * SCRATCH<E>;
 
-    // Rows of the block and of the warp; a warp past the end has none, and only helps to load.
+    // Rows of the block and of the warp. A warp past the end has no rows and only helps to load.
     const int all_rows = item.length * problem.slots, block_first = item.first, first = block_first + warp * 16;
     const int block_last = (block_first + warps * 16 < all_rows ? block_first + warps * 16 : all_rows) - 1;
     const int rows = first > block_last ? 0 : (block_last + 1 - first < 16 ? block_last + 1 - first : 16);
@@ -77,7 +77,7 @@ template <class E, int D, bool CAREFUL> __device__ __forceinline__ bool forward(
             } else {
                 if (more) copy.find(p, item, walk);
                 copy_wait();
-                __syncthreads();  // the tile has arrived, and no thread still reads the previous one
+                __syncthreads();  // the tile has arrived; all threads have read the previous one
             }
             stage ^= 1;
             if (!CAREFUL && more) {

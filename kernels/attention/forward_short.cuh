@@ -1,28 +1,28 @@
-// Attention forward over sequences so short that all scores of 16 query rows fit a warp's
-// registers, in 16 bits: up to 8 pieces of 16 by 16, which are 64 tokens of two key heads or 32 of
-// four.
+// Attention forward over short sequences: a warp's registers hold all scores of 16 query rows, in
+// 16 bits. That is at most 8 chunks of 16 by 16: 64 tokens with two key heads, 32 with four.
 //
-// One warp owns a sequence, so there is no block barrier. It knows the maximum and the sum of a row
-// before the first product with V: outputs are normalised in registers and never rescaled. These
-// lengths are bound by instruction issue, so the numbers of heads and pieces are compiled in.
+// One warp owns a sequence, so there is no block barrier. The maximum and the sum of a row are
+// known before the first product with V: outputs are normalised in registers and never rescaled.
+// Short sequences are bound by instruction issue, so the numbers of heads and chunks are compiled
+// in.
 //
 // Reads q, k, v, order, feedback; writes o and lse, each element once.
 //
-// Exponentials: H per visible (row, key), Masked half of that, up to 16 x 16 granularity at the
-// diagonal and at the end.
+// Exponentials: H per visible (row, key), half of that with Masked, rounded up to 16 x 16 chunks at
+// the diagonal and at the end.
 #pragma once
 #include "attention/forward_tile.cuh"
 #include "attention/whole.cuh"
 
-// With wider heads few sequences fit a multiprocessor at a time: warps share those
+// With wider heads, few sequences fit a multiprocessor at once; warps share them instead
 // (attention/forward_whole.cuh).
 template <class E, int D> constexpr bool SHORT = sizeof(E) == 2 && D <= 32;
 
-// Target of resident blocks, where the registers allow it without spills.
+// Minimum resident blocks per multiprocessor, if the registers suffice without spills.
 template <class E, int D> constexpr int SHORT_BLOCKS = SHORT<E, D> ? 4 - AMPERE - BLACKWELL : 1;
 
-// A warp's sequence: of up to HEADS key heads, and CHUNKS * 16 tokens, for which each head has room
-// in shared memory.
+// A warp's sequence, with up to HEADS key heads and CHUNKS * 16 tokens; each head has room for that
+// many rows in shared memory.
 template <class E, int D, int HEADS, int CHUNKS> struct ShortForward {
     using T = Tile<E, D>;
     static constexpr int STRIDE = T::STRIDE;
@@ -38,15 +38,15 @@ template <class E, int D, int HEADS, int CHUNKS> struct ShortForward {
         out = carve.take<E>(warps * 16 * out_stride(p)) + warp * 16 * out_stride(p);
     }
 
-    // 16 query rows from `first` on. True in a lane that finds a non-finite output.
+    // Takes 16 query rows from `first` on. True in a lane that finds a non-finite output.
     template <bool CAREFUL> __device__ __forceinline__ bool take_rows(const AttentionParams& p, int first) const {
         const Problem& problem = keys.problem;
         const int lane = lane_index(), left = keys.item.length * problem.slots - first, rows = left < 16 ? left : 16;
 
-        // Two lanes share a row of q and of o, `row`. Of an accumulator a lane has two others, lane
-        // / 4 and lane / 4 + 8.
+        // Two lanes share row `row` of q and of o. A lane's accumulator rows are lane / 4 and lane
+        // / 4 + 8.
         const int row = lane & 15;
-        __syncwarp();  // the previous rows have been read
+        __syncwarp();  // all lanes have read the previous rows
         const unsigned visible = stage_queries(p, keys, q_tile, first, rows, Scale<E>(p).flip);
         const unsigned most = shuffle_from(visible, rows - 1), least = rows == 16 ? shuffle_from(visible, 0) : 0;
         const unsigned own[2] = {shuffle_from(visible, lane >> 2), shuffle_from(visible, (lane >> 2) + 8)};
@@ -54,7 +54,7 @@ template <class E, int D, int HEADS, int CHUNKS> struct ShortForward {
         Rows<E, D, !CAREFUL> q;
         q.set(q_tile);
 
-        // Columns of a head that the last row sees (none for a missing head), and columns that all
+        // Columns of a head that the last row sees (0 for a missing head), and columns that all
         // rows see.
         int columns[HEADS], seen_by_all[HEADS];
 #pragma unroll
@@ -63,7 +63,7 @@ template <class E, int D, int HEADS, int CHUNKS> struct ShortForward {
             columns[head] = unforeseen(head < int(problem.key_heads) ? keys.of_list(most, list) : 0);
             seen_by_all[head] = unforeseen(keys.of_list(least, list));
         }
-        // Whether element i of a chunk of scores is visible: its row sees its key.
+        // Whether the pair of element i of a chunk of scores is visible.
         const auto sees = [&](int head, int chunk, int i) {
             return chunk * 16 + i / 4 * 8 + (lane & 3) * 2 + i % 2 < keys.of_list(own[i / 2 % 2], keys.list_of(p, head));
         };
@@ -114,7 +114,8 @@ template <class E, int D, int HEADS, int CHUNKS> struct ShortForward {
             inverse[i] = sum[i] == 0.0f ? 0.0f : reciprocal_fast(sum[i]);
         }
         {
-            // Of the four lanes that share two rows, one writes lse of the first, one of the other.
+            // Of the four lanes that share two rows, one writes lse of the first row, one that of
+            // the second.
             const int second = lane & 1, r = (lane >> 2) + second * 8;
             const float total = second ? sum[1] : sum[0], reference = second ? peak[1] : peak[0];
             if (r < rows && !(lane & 2)) {
@@ -122,7 +123,7 @@ template <class E, int D, int HEADS, int CHUNKS> struct ShortForward {
             }
         }
 
-        float zero = 0.0f;  // unless an output is non-finite
+        float zero = 0.0f;  // NaN if an output is non-finite
 #pragma unroll
         for (int head = 0; head < HEADS; ++head) {
             if (head >= int(problem.key_heads)) continue;
@@ -160,8 +161,8 @@ template <class E, int D, int HEADS, int CHUNKS> struct ShortForward {
         return zero != 0.0f;
     }
 
-    // All rows. Stops and returns true at the first rows with a non-finite output, to be repeated
-    // in CAREFUL mode.
+    // Takes all rows. Stops and returns true at the first rows with a non-finite output, which need
+    // CAREFUL mode.
     template <bool CAREFUL> __device__ __forceinline__ bool take_all(const AttentionParams& p) const {
         const int all_rows = keys.item.length * keys.problem.slots;
         for (int first = 0; first < all_rows; first += 16) {
@@ -171,7 +172,7 @@ template <class E, int D, int HEADS, int CHUNKS> struct ShortForward {
     }
 };
 
-// Not inlined: only sequences with non-finite values pay for it.
+// Not inlined: only sequences with non-finite values call it.
 template <class E, int D, int HEADS, int CHUNKS> __device__ __noinline__ void forward_short_carefully(const AttentionParams& p) {
     const ShortForward<E, D, HEADS, CHUNKS> forward(p, Carve{shared_memory()}, blockDim.x / 32, uniform(warp_index()));
     forward.template take_all<true>(p);

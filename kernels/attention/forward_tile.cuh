@@ -1,13 +1,13 @@
-// A tile of keys in attention forward, whole or streamed, and the outputs of key heads.
+// A tile of keys in forward, whole or streamed, and the outputs of key heads.
 //
-// The unnormalised output of a finished key head waits in shared memory, in f32, for the
-// denominator, which is known after the last head.
+// The denominator is known after the last key head. Until then the unnormalised outputs of finished
+// heads wait in shared memory, in f32.
 #pragma once
 #include "attention/rows.cuh"
 
-// A tile whose columns are all visible to every row of the warp, where every row has a reference
-// already: no maximum, no column test, no branch between the products. Returns false, with only
-// `slack` changed, if a reference was too low.
+// A tile whose columns are visible to all rows of the warp, when every row has a reference: no
+// maximum, no column test, no branch between the products. Returns false if a reference was too
+// low; then only `slack` has changed.
 template <class E, int D, bool KEPT>
 __device__ __forceinline__ bool take_seen_tile(float (&acc)[D / 8][4], OnlineSoftmax& softmax, const Rows<E, D, true>& q, float scale,
                                                const E* keys, const E* values, float (&slack)[2]) {
@@ -37,9 +37,9 @@ __device__ __forceinline__ bool take_seen_tile(float (&acc)[D / 8][4], OnlineSof
     return true;
 }
 
-// A tile of keys, and of values where they are `kept`, for the warp's rows. A row sees `limit` of
-// its columns, every row sees `seen_by_all`, the last row `columns`. `started`: every row has seen
-// a key. A tile that is not kept adds to the denominator only.
+// Takes a tile of keys, and of values if `kept`, for the warp's rows. A row sees `limit` of its
+// columns, all rows see `seen_by_all`, the last row sees `columns`. `started`: every row has seen a
+// key. A tile that is not kept adds to the denominator only.
 template <class E, int D, bool CAREFUL>
 __device__ __forceinline__ void take_tile(float (&acc)[D / 8][4], OnlineSoftmax& softmax, bool& started, const Rows<E, D, !CAREFUL>& q,
                                           float scale, const E* keys, const E* values, bool kept, float* scratch, int columns,
@@ -51,7 +51,7 @@ __device__ __forceinline__ void take_tile(float (&acc)[D / 8][4], OnlineSoftmax&
     if constexpr (sizeof(E) == 2) {
         const bool seen = started && seen_by_all >= KEYS;
         if constexpr (CAREFUL) {
-            // Slack that `take_seen_tile` reports for the references.
+            // The slack that `take_seen_tile` reports for these references.
             float sum[2] = {0.0f, 0.0f};
 #pragma unroll 1
             for (int j = 0; seen && j < KEYS / 16; ++j) {
@@ -71,7 +71,7 @@ __device__ __forceinline__ void take_tile(float (&acc)[D / 8][4], OnlineSoftmax&
         started = started || seen_by_all > 0;
     }
     float s[AT_ONCE][2][4];
-    // Scores of chunk j, -inf where a row does not see the column.
+    // Scores of chunk j, -inf where the row does not see the column.
     const auto visible_scores = [&](float (&c)[2][4], int j) {
         scores(c, q, keys + j * 16 * STRIDE);
         if (j * 16 + 16 <= seen_by_all) return;
@@ -101,7 +101,7 @@ __device__ __forceinline__ void take_tile(float (&acc)[D / 8][4], OnlineSoftmax&
         }
     }
     const float peak[2] = {OnlineSoftmax::reference(softmax.peak[0]), OnlineSoftmax::reference(softmax.peak[1])};
-    float sum[2] = {0.0f, 0.0f};  // as `take_seen_tile` adds up
+    float sum[2] = {0.0f, 0.0f};  // in the order of `take_seen_tile`
 #pragma unroll AT_ONCE
     for (int j = 0; j < KEYS / 16; ++j) {
         if (j * 16 >= columns) continue;
@@ -127,10 +127,10 @@ __device__ __forceinline__ void take_tile(float (&acc)[D / 8][4], OnlineSoftmax&
     softmax.sum[1] += sum[1];
 }
 
-// Outputs of a warp's 16 rows and all key heads, in its own shared memory.
+// Outputs of a warp's 16 rows for all key heads, in shared memory of the warp.
 template <class E, int D> struct HeadOutputs {
-    float* values;  // [16, stride]: unnormalised, relative to `peaks`
-    float* peaks;   // [16, K]: the reference a row had when a head was done; then [16] sums, and [16] last references
+    float* values;  // [16, stride] unnormalised, relative to `peaks`
+    float* peaks;   // [16, K] references of finished heads; then [16] sums, [16] final references
 
     static __device__ __forceinline__ int stride(const AttentionParams& p) { return p.key_slots * D + 4; }
 
@@ -170,7 +170,7 @@ template <class E, int D> struct HeadOutputs {
         if (lane < 16) p.lse[at] = total == 0.0f ? -INF : (reference + log2_fast(total)) * LN_2;
         E* const to = static_cast<E*>(p.o) + at * (heads * D);
         const float* const from = values + row * stride(p);
-        float zero = 0.0f;  // unless one is non-finite
+        float zero = 0.0f;  // NaN if an output is non-finite
         for (int chunk = lane >> 4; chunk < heads * T::CHUNKS; chunk += 2) {
             const float peak = peaks[row * heads + chunk / T::CHUNKS];
             const float factor = peak == -INF ? 0.0f : exp2_fast(peak - reference) * inverse;

@@ -1,15 +1,15 @@
-// Attention forward over whole sequences: keys and values of all heads are loaded at once. Then
-// each warp works independently, on 16 query rows at a time.
+// Attention forward over whole sequences: a block loads the keys and values of all heads at once.
+// Then each warp works independently, on 16 query rows at a time.
 //
 // Reads q, k, v, order, feedback; writes o and lse, each element once.
 //
-// Exponentials: H per visible (row, key), Masked half of that, up to 16 x 16 granularity at the
-// diagonal and at the end.
+// Exponentials: H per visible (row, key), half of that with Masked, rounded up to 16 x 16 chunks at
+// the diagonal and at the end.
 #pragma once
 #include "attention/forward_tile.cuh"
 #include "attention/whole.cuh"
 
-// Target of resident blocks, where the registers allow it without spills.
+// Minimum resident blocks per multiprocessor, if the registers suffice without spills.
 template <class E, int D>
 constexpr int WHOLE_FORWARD_BLOCKS = sizeof(E) == 4 ? (D <= 32 ? 3 : 1) : D == 8 ? 4 - BLACKWELL : D == 16 ? 5 - BLACKWELL : D == 32 ? 4 : 1;
 
@@ -26,7 +26,7 @@ template <class E, int D> struct WholeForward {
         scratch = carve.take<float>(warps * SCRATCH<E>) + warp * SCRATCH<E>;
     }
 
-    // 16 query rows from `first` on. True if an output is non-finite.
+    // Takes 16 query rows from `first` on. True if an output is non-finite.
     template <bool CAREFUL> __device__ __forceinline__ bool take_rows(const AttentionParams& p, int first) const {
         constexpr int KEYS = TILE<E, D>, STRIDE = Tile<E, D>::STRIDE;
         const Problem& problem = keys.problem;
@@ -60,7 +60,7 @@ template <class E, int D> struct WholeForward {
         return any_lane(outputs.write(p, problem, item, first, rows, softmax));
     }
 
-    // All rows of the warp. Stops and returns true at the first rows that need CAREFUL mode.
+    // Takes all rows of the warp. Stops and returns true at the first rows that need CAREFUL mode.
     template <bool CAREFUL> __device__ __forceinline__ bool take_all(const AttentionParams& p) const {
         const int all_rows = keys.item.length * keys.problem.slots;
         for (Pieces tile(p, uniform(warp_index()) % p.item_warps); tile.at * 16 < all_rows; tile.advance()) {
@@ -70,7 +70,7 @@ template <class E, int D> struct WholeForward {
     }
 };
 
-// Not inlined: only sequences with non-finite values pay for it.
+// Not inlined: only sequences with non-finite values call it.
 template <class E, int D> __device__ __noinline__ void forward_whole_carefully(const AttentionParams& p) {
     const WholeForward<E, D> forward(p, Carve{shared_memory()}, blockDim.x / 32, uniform(warp_index()));
     forward.template take_all<true>(p);

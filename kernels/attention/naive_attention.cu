@@ -1,17 +1,16 @@
-// Unfused FHA, for measurements: the kernels between the matrix products of a form that keeps all
-// scores in memory.
+// Unfused FHA, for benchmarks: the kernels between the matrix products. All scores are in memory.
 //
-// MATHEMATICS. As attention/attention.cu, in f32, for N tokens in sequences of one length T. Heads
-// come first here, [heads, N, d], so that one strided batch of products makes the scores of a
-// (query slot a, key head b) pair: s[a, b] = q[a] k[b]^T, [T, T] a sequence. softmax turns scores
-// into probabilities, with zeros where V is not read; softmax_backward turns scores and dp = do v^T
-// into the kept probabilities and ds.
+// MATHEMATICS. As attention/attention.cu, in f32, for N tokens in sequences of one length T.
+// Tensors are head-major, [heads, N, d], so that one strided batch of products computes the scores
+// of a (query slot a, key head b) pair: s[a, b] = q[a] k[b]^T, [T, T] per sequence. softmax turns
+// scores into kept probabilities, 0 where V is not read; softmax_backward turns scores and dp = do
+// v^T into kept probabilities and ds.
 //
-// TILING. A warp takes a row of scores; a thread takes one value of the copies.
+// TILING. A warp takes a row of scores; a thread copies one value.
 //
-// TRAFFIC. Scores are read and written once by softmax, and read and written twice by
-// softmax_backward, in full: the invisible half of a causal [T, T] is written as zeros, since the
-// products read it.
+// TRAFFIC. softmax reads the scores three times and writes them once; softmax_backward reads scores
+// and dp twice and writes both once. The invisible half of a causal [T, T] is written as zeros,
+// because the products read it.
 #include "primitives.cuh"
 
 struct HeadsParams {
@@ -19,8 +18,8 @@ struct HeadsParams {
     float* y;
     const unsigned char* label;  // [N]; null: slot s is head s
     unsigned tokens;             // N
-    unsigned heads;              // of [N, heads, d]
-    unsigned slots;              // of [slots, N, d]
+    unsigned heads;              // of the token-major side, [N, heads, d]
+    unsigned slots;              // of the head-major side, [slots, N, d]
     unsigned group;              // slot s of a token is head s + group * label
     unsigned width;              // d
     unsigned unused;
@@ -31,7 +30,7 @@ __device__ __forceinline__ unsigned first_head(const HeadsParams& p, size_t toke
     return p.label ? p.group * p.label[token] : 0;
 }
 
-// x: [N, heads, d] to y: [slots, N, d].
+// Converts x: [N, heads, d] to y: [slots, N, d].
 KERNEL(naive_split_heads, HeadsParams, 256) {
     const size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
     const size_t row = i / p.width, token = row % p.tokens, slot = row / p.tokens;
@@ -40,7 +39,7 @@ KERNEL(naive_split_heads, HeadsParams, 256) {
     p.y[i] = p.x[(token * p.heads + head) * p.width + i % p.width];
 }
 
-// x: [slots, N, d] to y: [N, heads, d], zeros in heads without a slot of their token.
+// Converts x: [slots, N, d] to y: [N, heads, d], with zeros in heads without a slot of their token.
 KERNEL(naive_merge_heads, HeadsParams, 256) {
     const size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
     const size_t row = i / p.width, token = row / p.heads, head = row % p.heads;
@@ -52,24 +51,24 @@ KERNEL(naive_merge_heads, HeadsParams, 256) {
 
 struct SoftmaxParams {
     float* scores;               // [slots, keys, sequences, T, T]; becomes the kept probabilities
-    float* d_scores;             // the same, backward: dp, becomes ds
+    float* d_scores;             // the same shape; backward: dp, becomes ds
     float* lse;                  // [N, slots]: written by forward, read by backward
     const unsigned char* label;  // [N]; null: every pair is kept
     unsigned sequences;
     unsigned length;             // T
     unsigned slots;
     unsigned keys;               // key heads
-    unsigned group;              // key heads from here on belong to label 1
+    unsigned group;              // key heads from this one on belong to label 1
     unsigned causal;
-    unsigned masked;             // only kept pairs enter the denominator
+    unsigned masked;             // 1: only kept pairs enter the denominator
     float scale;
 };
 static_assert(sizeof(SoftmaxParams) == 64, "mirrored by src/device/cuda/naive_attention.rs");
 
-// A warp's row of scores: one slot of a query token.
+// A warp's row of scores: one slot of one query token.
 struct ScoreRow {
-    unsigned token, slot, start;  // start: of the sequence
-    unsigned query;               // in the sequence
+    unsigned token, slot, start;  // start: first token of the sequence
+    unsigned query;               // position in the sequence
     bool exists;
     __device__ __forceinline__ explicit ScoreRow(const SoftmaxParams& p) {
         const unsigned row = blockIdx.x * (blockDim.x / 32) + warp_index();
@@ -103,7 +102,7 @@ KERNEL(naive_softmax, SoftmaxParams, 256) {
         for (unsigned j = lane_index(); j < p.length; j += 32)
             if (row.visible(p, j) && (!p.masked || row.kept(p, b, j))) peak = largest(peak, scale * p.scores[row.at(p, b) + j]);
     for (int lanes = 16; lanes > 0; lanes /= 2) peak = largest(peak, shuffle_xor(peak, lanes));
-    // The denominator is empty: all probabilities are 0, and lse is -inf.
+    // With an empty denominator all probabilities are 0, and lse is -inf.
     const float shift = peak == -INF ? 0.0f : peak;
     for (unsigned b = 0; b < p.keys; ++b)
         for (unsigned j = lane_index(); j < p.length; j += 32)

@@ -1,5 +1,5 @@
-// Shared by all passes of attention: rows, heads and tiles of a block, and copies between global
-// and shared memory.
+// Shared by all attention passes: rows, heads and tiles of a block; copies between global and
+// shared memory.
 #pragma once
 #include "carve.cuh"
 #include "online_softmax.cuh"
@@ -11,18 +11,18 @@
 constexpr int MAX_WARPS = 4;
 constexpr int THREADS = MAX_WARPS * 32;
 
-// Architectures with a register allocation other than Hopper's.
+// Architectures whose register allocation differs from Hopper's.
 #if defined(__CUDA_ARCH__)
 constexpr bool AMPERE = __CUDA_ARCH__ < 900, BLACKWELL = __CUDA_ARCH__ >= 1000;
 #else
 constexpr bool AMPERE = false, BLACKWELL = false;
 #endif
 
-// Keys (dk_dv: query rows) of one tile. 64 keep more loads in flight; wide heads have room for 32.
+// Keys (dk_dv: query rows) per tile. 64 keep more loads in flight; wide heads have room for 32.
 template <class E, int D> constexpr int TILE = sizeof(E) == 2 && D <= 32 ? 64 : 32;
 
-// Which rows and heads a block works on. With one key slot, heads are separate problems along
-// blockIdx.y. Rows of tensors are counted in 32 bits: the host has checked the range.
+// Rows and heads of a block. With one key slot, heads are separate problems along blockIdx.y.
+// Tensor rows are numbered in 32 bits: the host has checked the range.
 struct Problem {
     unsigned slots;       // query rows per token
     unsigned first_slot;
@@ -35,15 +35,15 @@ struct Problem {
         first_slot = first_key_head = separate ? blockIdx.y : 0;
         key_heads = p.key_slots;
     }
-    // Position in the sequence of the token of query row `r`: r / slots, exact while r * slots <
+    // Position in the sequence of the token of query row `r`: r / slots. Exact while r * slots <
     // 2^31.
     static __device__ __forceinline__ unsigned position(const AttentionParams& p, unsigned r) { return multiply_high(2 * r, p.slot_share); }
-    // Row of lse and delta, and of o when counted in K * D elements.
+    // Row of lse and delta; row of o in units of K * D elements.
     __device__ __forceinline__ size_t row(const AttentionParams& p, const Item& item, unsigned r) const {
         return item.start * p.query_slots + first_slot + r * (p.key_slots == 1 ? p.query_slots : 1);
     }
-    // Row of q and dq, counted in D elements; `other`: the head that takes the slot
-    // for the opposite label.
+    // Row of q and dq in units of D elements. `other`: the head of the same slot for the opposite
+    // label.
     __device__ __forceinline__ size_t query(const AttentionParams& p, const Item& item, unsigned r, bool other = false) const {
         const unsigned position = this->position(p, r), token = item.start + position;
         const unsigned label = load_feedback(p, token).label ^ unsigned(other);
@@ -54,8 +54,8 @@ struct Problem {
     }
 };
 
-// Scores are scaled into base 2 once. A negative scale would turn the maximum into a minimum:
-// queries are negated instead, by the bits of `flip`.
+// Scores are scaled into base 2 once. A negative scale would turn the maximum into a minimum, so
+// the queries are negated instead: `flip` holds their sign bits.
 template <class E> struct Scale {
     float factor;
     unsigned flip;
@@ -64,8 +64,8 @@ template <class E> struct Scale {
           flip(int(__float_as_uint(p.scale)) >> 31 & (sizeof(E) == 4 ? 0x80000000u : 0x80008000u)) {}
 };
 
-// Copies 16 rows to the warp's own tile: row i from `source` + D * `index`(i), zeros from `count`
-// on. `flip` is xor-ed into every word.
+// Copies 16 rows to the warp's tile: row i from `source` + D * `index`(i), zeros from `count` on.
+// XORs every word with `flip`.
 template <class E, int D, class Index>
 __device__ __forceinline__ void stage_rows(E* tile, const void* source, int count, unsigned flip, Index index) {
     using T = Tile<E, D>;
@@ -80,14 +80,14 @@ __device__ __forceinline__ void stage_rows(E* tile, const void* source, int coun
     }
 }
 
-// Threads that copy together: the block's, or those that share one sequence.
+// Threads that copy together: those of the block, or of the warps that share a sequence.
 struct Team {
     int thread, threads;
 };
 __device__ __forceinline__ Team whole_block() { return Team{int(threadIdx.x), int(blockDim.x)}; }
 
-// The team starts copying rows to a tile: row i from `source` + D * `index`(i), zeros from `count`
-// up to the next multiple of 16 and `more` rows beyond; rows beyond are neither written nor read.
+// Starts copying rows to a tile: row i from `source` + D * `index`(i), zeros from `count` up to the
+// next multiple of 16, and `more` rows of zeros. Rows beyond are neither written nor read.
 template <class E, int D, class Index>
 __device__ __forceinline__ void copy_rows(const Team& team, E* tile, const void* source, int count, int more, Index index) {
     using T = Tile<E, D>;
@@ -100,7 +100,7 @@ __device__ __forceinline__ void copy_rows(const Team& team, E* tile, const void*
     }
 }
 
-// Writes the warp's 16 rows of floats as elements: row i to `target` + D * `index`(i).
+// Writes `count` rows of floats as elements: row i to `target` + D * `index`(i).
 template <class E, int D, class Index>
 __device__ __forceinline__ void write_rows(void* target, const float* from, int stride, int count, Index index) {
     using T = Tile<E, D>;
@@ -111,21 +111,21 @@ __device__ __forceinline__ void write_rows(void* target, const float* from, int 
     }
 }
 
-// The key tiles that a block of query rows meets, in order: by head, by label, by position. All
-// threads hold the same values.
+// Iterates over the key tiles of a block of query rows: by head, label, position. All threads hold
+// the same values.
 template <int KEYS> struct KeyWalk {
     unsigned head;
     int label;
-    int first;  // first key of the tile, counted in this label
-    int keys;   // keys of this label that the block sees
+    int first;  // first key of the tile, counted inside its label
+    int keys;   // number of keys of this label that the block sees
     bool kept;
 
-    // To the first tile that is not empty; false when there is none.
+    // Goes to the first non-empty tile; false if there is none.
     __device__ __forceinline__ bool start(const AttentionParams& p, const Problem& problem, const Visible& visible) {
         head = 0, label = -1, first = keys = 0, kept = false;
         return advance(p, problem, visible);
     }
-    // To the next.
+    // Goes to the next non-empty tile; false if there is none.
     __device__ __forceinline__ bool advance(const AttentionParams& p, const Problem& problem, const Visible& visible) {
         first += KEYS;
         if (first < keys) return true;
@@ -138,19 +138,19 @@ template <int KEYS> struct KeyWalk {
             if (keys > 0 && (kept || !p.masked)) return true;
         }
     }
-    // Keys of the tile.
+    // Number of keys of the tile.
     __device__ __forceinline__ int count() const { return keys - first < KEYS ? keys - first : KEYS; }
 };
 
-// A thread's share in copying tiles of K and, where kept, V: one column of rows `step` apart, so
-// that only the tokens of the tile's keys have to be looked up. `find` loads them ahead of `start`,
-// which uses them.
+// A thread's part of copying tiles of K and, if kept, V: one column of every `step`-th row, so that
+// a thread looks up few tokens. `find` loads the tokens ahead of `start`, which uses them.
 template <class E, int D, int KEYS> struct KeyCopy {
     using T = Tile<E, D>;
-    // Tokens that `find` loads: all of a thread in a full block. `start` looks up the others.
+    // Tokens that `find` loads: all of a thread's tokens in a full block. `start` looks up the
+    // others.
     static constexpr int AHEAD = (KEYS * T::CHUNKS + THREADS - 1) / THREADS < 4 ? (KEYS * T::CHUNKS + THREADS - 1) / THREADS : 4;
 
-    int row, step, to;   // the first row, rows between, and where the first goes in the tile
+    int row, step, to;   // first row, distance between rows, offset of the first row in the tile
     unsigned column;
     unsigned token[AHEAD];
 
@@ -158,7 +158,7 @@ template <class E, int D, int KEYS> struct KeyCopy {
         : row(threadIdx.x / T::CHUNKS), step(blockDim.x / T::CHUNKS), column(threadIdx.x % T::CHUNKS * T::PER_CHUNK) {
         to = row * T::STRIDE + column;
     }
-    // The token of the tile's key `r`; any token for a key past the end.
+    // Token of key `r` of the tile; for a key past the end, the first token of the sequence.
     static __device__ __forceinline__ unsigned token_of(const AttentionParams& p, const Item& item, const KeyWalk<KEYS>& walk, int r) {
         return r < walk.count() ? token_at(p, item, walk.first + (walk.label ? item.negatives : 0) + r) : item.start;
     }
@@ -167,12 +167,11 @@ template <class E, int D, int KEYS> struct KeyCopy {
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) token[i] = token_of(p, item, walk, row + i * step);
     }
-    // Starts copying the tile given to `find`, with zeros from its last key up to the next multiple
-    // of 16.
+    // Starts copying the tile given to `find`, with zeros up to the next multiple of 16 keys.
     __device__ __forceinline__ void start(E* k_tile, E* v_tile, const AttentionParams& p, const Problem& problem, const Item& item,
                                           const KeyWalk<KEYS>& walk) const {
         const int keys = walk.count(), rows = (keys + 15) & ~15;
-        // Bytes: one multiply-add of 32 bits into 64 finds a row.
+        // In bytes: one 32-bit multiply-add into 64 bits gives a row address.
         const unsigned token_bytes = p.heads * D * unsigned(sizeof(E));
         const unsigned offset = ((problem.first_key_head + walk.head) * D + column) * unsigned(sizeof(E));
         const auto copy = [&](int i, unsigned of) {
@@ -190,7 +189,7 @@ template <class E, int D, int KEYS> struct KeyCopy {
     }
 };
 
-// The block copies a tile and waits for it. No thread may still read the previous content.
+// Copies a tile and waits for it. All threads must have read the previous content.
 template <class E, int D, int KEYS>
 __device__ __forceinline__ void copy_now(E* k_tile, E* v_tile, const AttentionParams& p, const Problem& problem, const Item& item,
                                          const KeyWalk<KEYS>& walk) {

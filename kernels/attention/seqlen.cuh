@@ -1,26 +1,26 @@
-// The work item of a block, read once, and the arithmetic of packed sequences.
+// Work items, and the arithmetic of packed sequences.
 #pragma once
 #include "attention/params.cuh"
 
-// A piece of one sequence. The host lists the pieces, longest first.
+// A work item: a sequence, or one block's part of it. The host sorts items longest first.
 struct Item {
     unsigned start;      // first token of the sequence: cu_seqlens[b]
     unsigned length;     // tokens of the sequence
-    unsigned negatives;  // tokens of label 0; all tokens where there are no labels
-    unsigned first;      // forward, dq: first query row; dk_dv: first key, counted in label order; whole: 0
+    unsigned negatives;  // tokens of label 0; without labels, all tokens
+    unsigned first;      // first query row; dk_dv: first key in label order; whole: 0
 };
 static_assert(sizeof(Item) == 16, "Item is mirrored by src/device/cuda/params.rs");
 
-// An item, in one 16-byte load.
+// Reads an item in one 16-byte load.
 __device__ __forceinline__ Item load_item(const AttentionParams& p, unsigned index) {
     const uint4 raw = static_cast<const uint4*>(p.items)[index];
     return Item{raw.x, raw.y, raw.z, raw.w};
 }
 
-// Feedback of one token.
+// Label of a token, and its rank among the positives.
 struct Feedback {
     unsigned label;      // 0 or 1
-    unsigned positives;  // tokens of label 1 up to and with this one
+    unsigned positives;  // tokens of label 1 up to and including this one
 };
 
 __device__ __forceinline__ Feedback load_feedback(const AttentionParams& p, unsigned token) {
@@ -29,9 +29,8 @@ __device__ __forceinline__ Feedback load_feedback(const AttentionParams& p, unsi
     return Feedback{raw & 1, raw >> 1};
 }
 
-// Number of keys of each label that a query sees. Keys are visited in label order and keep their
-// original order inside a label, so a query sees a prefix of each label: the causal test is a
-// comparison with a count.
+// Number of keys of each label that a query sees. Keys in label order keep their token order inside
+// a label, so a query sees a prefix of each label, and the causal test compares with a count.
 struct Visible {
     int negatives;
     int positives;
@@ -39,14 +38,14 @@ struct Visible {
     __device__ __forceinline__ int of(int label) const { return label ? positives : negatives; }
 };
 
-// Keys visible to token `position` of the item's sequence.
+// Keys visible to the token at `position` in the sequence.
 __device__ __forceinline__ Visible visible_keys(const AttentionParams& p, const Item& item, unsigned position) {
     if (!p.causal) return Visible{int(item.negatives), int(item.length - item.negatives)};
     const unsigned positives = load_feedback(p, item.start + position).positives;
     return Visible{int(position + 1 - positives), int(positives)};
 }
 
-// The `index`-th token in label order.
+// Token at `index` in label order.
 __device__ __forceinline__ unsigned token_at(const AttentionParams& p, const Item& item, unsigned index) {
     const unsigned at = item.start + index;
     return p.order == nullptr ? at : p.order[at];
@@ -57,8 +56,7 @@ __device__ __forceinline__ bool is_kept(const AttentionParams& p, unsigned head,
     return p.group == 0 || (head >= p.group) == (label != 0);
 }
 
-// The head of a query row's slot, given its token's label. Query rows are (token, slot) pairs in
-// order.
+// Query head of a slot of a token with this label. Query rows are (token, slot) pairs in order.
 __device__ __forceinline__ unsigned query_head(const AttentionParams& p, unsigned slot, unsigned label) {
     return slot + label * p.group;
 }

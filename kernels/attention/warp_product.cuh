@@ -1,31 +1,31 @@
-// Matrix products of a warp with 16 rows; attention needs no others, forward or backward.
+// The matrix products of attention, forward and backward. A warp owns 16 rows.
 //
-//     scores                 c[16 x 16]   = rows[16 x D] tile[16 x D]^T   A from shared memory (or held in registers)
-//     accumulate             acc[16 x D]  += c[16 x 16] tile[16 x D]      A is the result of the former, from registers
-//     accumulate_transposed  sums[16 x D] += c[16 x 16]^T tile[16 x D]    the same, transposed; sums in shared memory
+//     scores                 c[16 x 16]   = rows[16 x D] tile[16 x D]^T   A: shared or held
+//     accumulate             acc[16 x D]  += c[16 x 16] tile[16 x D]      A: c
+//     accumulate_transposed  sums[16 x D] += c[16 x 16]^T tile[16 x D]    A: c^T; sums: shared
 //
 // 16-bit elements use the tensor cores with f32 accumulation. Accumulator fragments of `scores`
-// are, pair by pair, the A fragments of `accumulate`, and transposed 8 x 8 those of
-// `accumulate_transposed`. f32 uses fused multiply-adds in the same accumulator layout, with
+// are, pair by pair, the A fragments of `accumulate`; each 8 x 8 matrix transposed, they are those
+// of `accumulate_transposed`. f32 uses fused multiply-adds in the same accumulator layout, with
 // operands from shared memory; lanes exchange c through a scratch buffer per warp.
 #pragma once
 #include "primitives.cuh"
 
-// Elements between the rows of a tile in shared memory: padded so that eight rows, read 16 bytes
-// each, meet all banks once.
+// Layout of a tile in shared memory. STRIDE, in elements, is padded so that eight rows, read 16
+// bytes each, cover all banks without a bank conflict.
 template <class E, int D> struct Tile {
     static constexpr int STRIDE = D * sizeof(E) == 16 ? D : D + 16 / int(sizeof(E));
     static constexpr int CHUNKS = D * sizeof(E) / 16;   // 16-byte pieces of a row
     static constexpr int PER_CHUNK = 16 / sizeof(E);    // elements of a piece
 };
 
-// In 32 bits of a tensor, which are two elements or one: the exponents, and the least bit of each.
-// An exponent of all ones (a non-finite value) carries into the sign when the least bit is added.
+// For the one or two elements in 32 bits: their exponent bits, and the lowest exponent bit of each.
+// Adding that bit to an exponent of all ones (a non-finite value) carries into the sign.
 template <class E> struct Exponent { static constexpr unsigned BITS = 0x7f800000, STEP = 0x00800000, SIGN = 0x80000000; };
 template <> struct Exponent<bf16> { static constexpr unsigned BITS = 0x7f807f80, STEP = 0x00800080, SIGN = 0x80008000; };
 template <> struct Exponent<f16> { static constexpr unsigned BITS = 0x7c007c00, STEP = 0x04000400, SIGN = 0x80008000; };
 
-// Whether 16 bytes of elements hold a non-finite one.
+// Whether any element in these 16 bytes is non-finite.
 template <class E> __device__ __forceinline__ bool is_spoiled(const uint4& x) {
     using X = Exponent<E>;
     const unsigned all = ((x.x & X::BITS) + X::STEP) | ((x.y & X::BITS) + X::STEP) | ((x.z & X::BITS) + X::STEP) |
@@ -33,7 +33,7 @@ template <class E> __device__ __forceinline__ bool is_spoiled(const uint4& x) {
     return all & X::SIGN;
 }
 
-// Bit mask of the rows, of 16, that hold a non-finite element.
+// Bit mask of those of 16 rows that hold a non-finite element.
 template <class E, int D> __device__ __forceinline__ unsigned spoiled_rows(const E* tile) {
     using T = Tile<E, D>;
     const E* const row = tile + (lane_index() & 15) * T::STRIDE;
@@ -46,11 +46,11 @@ template <class E, int D> __device__ __forceinline__ unsigned spoiled_rows(const
 }
 
 constexpr int SCRATCH_STRIDE = 20;
-// Floats of scratch a warp needs.
+// Floats of scratch memory per warp.
 template <class E> constexpr int SCRATCH = 0;
 template <> constexpr int SCRATCH<float> = 16 * SCRATCH_STRIDE;
 
-// The A operand of `scores`: 16 rows in shared memory. HELD keeps its fragments in registers.
+// The A operand of `scores`: 16 rows in shared memory. HELD keeps the fragments in registers.
 template <class E, int D, bool HELD> struct Rows {
     static constexpr int K = D >= 16 ? 16 : 8;  // depth of one product
     static constexpr int STEPS = D / K;
@@ -62,7 +62,7 @@ template <class E, int D, bool HELD> struct Rows {
         const int lane = lane_index();
         load_matrices(a, at + (lane & 15) * Tile<E, D>::STRIDE + step * K + (K == 16 ? (lane >> 4) * 8 : 0));
     }
-    // `tile` was written by this warp; the caller has synchronised it.
+    // This warp wrote `tile` and has synchronised since.
     __device__ __forceinline__ void set(const E* tile) {
         at = tile;
         if constexpr (HELD) {
@@ -132,12 +132,12 @@ __device__ __forceinline__ void scores(float (&c)[2][4], const Rows<E, D, HELD>&
     }
 }
 
-// Above this magnitude (in base 2) an f32 score is rounded by more than 2^-18, too coarse for the
+// An f32 score above this magnitude (in base 2) is rounded by more than 2^-18, too coarse for the
 // f32 path: its low half is computed as well.
 constexpr float LARGE_SCORE = 64.0f;
 
 // Recomputes large scores of the f32 path: c + low is the compensated product. Scores of -inf,
-// hidden pairs included, stay -inf.
+// including hidden pairs, stay -inf.
 template <class E, int D, bool HELD>
 __device__ __forceinline__ void refine(float (&c)[2][4], float (&low)[2][4], float scale, const Rows<E, D, HELD>& rows,
                                        const E* tile) {
@@ -166,24 +166,24 @@ __device__ __forceinline__ void refine(float (&c)[2][4], float (&low)[2][4], flo
                 sum = next;
             }
             const float size = magnitude(c[i / 4][i % 4] * scale);
-            if (!(size > LARGE_SCORE && size < INF)) continue;  // only because another row's score is large
+            if (!(size > LARGE_SCORE && size < INF)) continue;  // not large itself
             c[i / 4][i % 4] = sum;
             low[i / 4][i % 4] = rest;
         }
     }
 }
 
-// scale * score - shift, of a refined score.
+// scale * score - shift, for a refined score.
 template <class E> __device__ __forceinline__ float exponent(float score, float low, float scale, float shift) {
     const float x = multiply_add(score, scale, -shift);
     return sizeof(E) == 4 ? multiply_add(low, scale, x) : x;
 }
 
-// Exchanges c, or its transpose, between lanes through `scratch`, SCRATCH<E> floats per warp, row
-// by row.
+// Exchanges c, or its transpose, between lanes through `scratch`: row-major, SCRATCH<E> floats per
+// warp.
 template <bool TRANSPOSED> __device__ __forceinline__ void exchange(float* scratch, const float (&c)[2][4]) {
     const int lane = lane_index(), row = lane >> 2, column = (lane & 3) * 2;
-    __syncwarp();  // the previous content has been read
+    __syncwarp();  // all lanes have read the previous content
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const float2 x = make_float2(c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]);
@@ -198,8 +198,8 @@ template <bool TRANSPOSED> __device__ __forceinline__ void exchange(float* scrat
     __syncwarp();
 }
 
-// acc += the exchanged c times COUNT * 8 columns of the tile. CAREFUL: its `spoiled` rows count as
-// zeros.
+// acc += exchanged c times COUNT * 8 columns of the tile. CAREFUL: `spoiled` rows of the tile count
+// as zeros.
 template <int COUNT, bool CAREFUL>
 __device__ __forceinline__ void accumulate_exchanged(float (&acc)[COUNT][4], const float* scratch, const float* tile, int stride,
                                                      unsigned spoiled) {
@@ -220,13 +220,13 @@ __device__ __forceinline__ void accumulate_exchanged(float (&acc)[COUNT][4], con
     }
 }
 
-// c as the A operand of a product: rounded to pairs of elements.
+// c as the A operand of a product: pairs rounded to the element type.
 template <class E> __device__ __forceinline__ void round_pairs(unsigned (&a)[4], const float (&c)[2][4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) a[i] = pack<E>(c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]);
 }
 
-// `load_matrices_transposed`. CAREFUL: rows of the tile that are `spoiled` count as zeros.
+// `load_matrices_transposed`. CAREFUL: `spoiled` rows of the tile count as zeros.
 template <bool CAREFUL, int COUNT>
 __device__ __forceinline__ void load_rows(unsigned (&b)[COUNT], const void* row, unsigned spoiled) {
     load_matrices_transposed(b, row);
@@ -239,7 +239,7 @@ __device__ __forceinline__ void load_rows(unsigned (&b)[COUNT], const void* row,
     }
 }
 
-// acc += a tile, with `a` as `round_pairs` leaves it.
+// acc += a tile, where `a` comes from `round_pairs`.
 template <class E, int D, bool CAREFUL = false>
 __device__ __forceinline__ void accumulate_pairs(float (&acc)[D / 8][4], const unsigned (&a)[4], const E* tile, unsigned spoiled = 0) {
     const int lane = lane_index();
@@ -259,7 +259,7 @@ __device__ __forceinline__ void accumulate_pairs(float (&acc)[D / 8][4], const u
     }
 }
 
-// `scratch`: SCRATCH<E> floats of the warp's own.
+// `scratch`: SCRATCH<E> floats of this warp.
 template <class E, int D, bool CAREFUL = false>
 __device__ __forceinline__ void accumulate(float (&acc)[D / 8][4], const float (&c)[2][4], const E* tile, float* scratch,
                                            unsigned spoiled = 0) {
@@ -273,8 +273,8 @@ __device__ __forceinline__ void accumulate(float (&acc)[D / 8][4], const float (
     }
 }
 
-// `accumulate` over rows that may be non-finite: a non-finite row gives NaN to the rows of c that
-// see it, and leaves all others unchanged. `sees`(i): whether element i of c, in flat order, is
+// `accumulate` for a tile that may hold non-finite rows: such a row gives NaN to the rows of c that
+// see it and does not change the others. `sees`(i): whether element i of c, in flat order, is
 // visible.
 template <class E, int D, class Sees>
 __device__ __forceinline__ void accumulate_carefully(float (&acc)[D / 8][4], float (&c)[2][4], const E* tile, float* scratch, Sees sees) {
@@ -287,9 +287,9 @@ __device__ __forceinline__ void accumulate_carefully(float (&acc)[D / 8][4], flo
     accumulate<E, D, true>(acc, c, tile, scratch, spoiled);
 }
 
-// sums[16 x D] += c[16 x 16]^T tile[16 x D], with sums in shared memory: one lane owns each
-// element for any c and tile.
-// Rows are loaded and stored a few columns at a time, so that wide heads cost no registers.
+// sums[16 x D] += c[16 x 16]^T tile[16 x D], with sums in shared memory. A fixed lane owns each
+// element of sums. The sums are loaded and stored a few columns at a time, so that wide heads need
+// no more registers.
 template <class E, int D, bool CAREFUL = false>
 __device__ __forceinline__ void accumulate_transposed(float* sums, int stride, const float (&c)[2][4], const E* tile,
                                                       float* scratch, unsigned spoiled = 0) {
@@ -334,7 +334,7 @@ __device__ __forceinline__ void accumulate_transposed(float* sums, int stride, c
     }
 }
 
-// `accumulate_transposed` over rows that may be non-finite, as above.
+// `accumulate_transposed` for a tile that may hold non-finite rows; see `accumulate_carefully`.
 template <class E, int D, class Sees>
 __device__ __forceinline__ void accumulate_transposed_carefully(float* sums, int stride, float (&c)[2][4], const E* tile, float* scratch,
                                                                 Sees sees) {
@@ -346,8 +346,8 @@ __device__ __forceinline__ void accumulate_transposed_carefully(float* sums, int
     accumulate_transposed<E, D, true>(sums, stride, c, tile, scratch, spoiled);
 }
 
-// Adds 0 times a thread's first row of an accumulator to `zero`, which becomes NaN if any of it is
-// non-finite.
+// Adds 0 times the first accumulator row of this thread to `zero`, which becomes NaN if an element
+// of the row is non-finite.
 template <int D> __device__ __forceinline__ void add_zeros(float& zero, const float (&acc)[D / 8][4]) {
 #pragma unroll
     for (int n = 0; n < D / 8; ++n) {
@@ -356,7 +356,7 @@ template <int D> __device__ __forceinline__ void add_zeros(float& zero, const fl
     }
 }
 
-// Writes an accumulator, times `factor` row by row, to 16 rows of floats.
+// Writes an accumulator, times `factor`, to 16 rows of floats.
 template <int D>
 __device__ __forceinline__ void store_accumulator(float* to, int stride, const float (&acc)[D / 8][4], float factor) {
     const int lane = lane_index(), row = lane >> 2, column = (lane & 3) * 2;
@@ -368,7 +368,7 @@ __device__ __forceinline__ void store_accumulator(float* to, int stride, const f
     }
 }
 
-// Writes an accumulator, times `factor`, to a tile as elements.
+// Writes an accumulator, times `factor`, to a tile in the element type.
 template <class E, int D>
 __device__ __forceinline__ void store_elements(E* tile, const float (&acc)[D / 8][4], float factor) {
     constexpr int STRIDE = Tile<E, D>::STRIDE;
@@ -384,7 +384,7 @@ __device__ __forceinline__ void store_elements(E* tile, const float (&acc)[D / 8
     }
 }
 
-// 16 bytes of elements from the same number of floats, times `factor`.
+// Converts floats, times `factor`, to 16 bytes of elements.
 template <class E> __device__ __forceinline__ uint4 narrow(const float* from, float factor) {
     const float4 a = *reinterpret_cast<const float4*>(from);
     if constexpr (sizeof(E) == 4) {

@@ -1,12 +1,12 @@
-// A sequence whose keys and values lie whole in shared memory, for forward and backward.
+// A sequence whose keys and values all lie in shared memory, for forward and backward.
 //
-// `item_warps` of a block's warps share a sequence, so a block holds several. The last block of a
+// `item_warps` warps of a block share a sequence, so a block holds several. The last block of a
 // launch may hold empty items.
 //
-// Unlike streamed keys, these stay in their own order: a row sees a prefix of one list instead of
-// two. The cost is the products with values that are not kept, which are zeros in shared memory and
-// never loaded. Masked omits such pairs: a head's list is then the keys of its own label, in label
-// order, and a row sees a prefix of it too.
+// Unlike streamed keys, these stay in token order: a row sees a prefix of one list instead of two.
+// The cost is the products with values that are not kept; those values are zeros in shared memory
+// and never loaded. Masked omits such pairs: a head's list is then the keys of its own label, in
+// label order, and a row sees a prefix of it.
 #pragma once
 #include "attention/rows.cuh"
 
@@ -17,8 +17,8 @@ template <class E, int D> struct WholeKeys {
     Team team;           // the threads that share the sequence
     E *k_tile, *v_tile;  // [heads, capacity, STRIDE]
 
-    // `sharing`: p.item_warps, or the constant 1. A sequence has room for `rows` rows of keys, and
-    // of values.
+    // `sharing`: p.item_warps, or the constant 1. A sequence has room for `rows` rows of keys and
+    // as many of values.
     __device__ __forceinline__ WholeKeys(const AttentionParams& p, Carve& carve, int warps, int warp, int sharing, int rows) : problem(p) {
         const int items = warps / sharing, place = warp / sharing;
         item = load_item(p, blockIdx.x * items + place);
@@ -27,40 +27,40 @@ template <class E, int D> struct WholeKeys {
         v_tile = carve.take<E>(items * rows * T::STRIDE) + place * rows * T::STRIDE;
     }
 
-    // Whether a head's list is the keys of its label.
+    // Whether a head's list holds only the keys of its label.
     static __device__ __forceinline__ bool by_label(const AttentionParams& p) { return p.masked && p.group; }
-    // The list of a head: 1 for the positives.
+    // List of a head: 1 for a head of the positives, by label; otherwise 0.
     static __device__ __forceinline__ int list_of(const AttentionParams& p, int head) { return by_label(p) && head >= int(p.group); }
 
     __device__ __forceinline__ int list_start(int list) const { return list ? item.negatives : 0; }
     __device__ __forceinline__ int list_length(const AttentionParams& p, int list) const {
         return by_label(p) && list == 0 ? item.negatives : item.length - list_start(list);
     }
-    // The `index`-th token of a list.
+    // Token at `index` of a list.
     __device__ __forceinline__ unsigned token(const AttentionParams& p, int list, int index) const {
         return by_label(p) ? token_at(p, item, list_start(list) + index) : item.start + index;
     }
-    // Whether any value of a head is kept.
+    // Whether any value of the head is kept.
     __device__ __forceinline__ bool keeps(const AttentionParams& p, int head) const {
         return by_label(p) || p.group == 0 || (int(p.group) > head ? item.negatives : item.length - item.negatives) > 0;
     }
 
-    // Number of keys visible to the token at `position`, 16 bits for each list.
+    // Number of keys visible to the token at `position`, in 16 bits for each list.
     __device__ __forceinline__ unsigned visible_to(const AttentionParams& p, unsigned position, const Feedback& feedback) const {
         const unsigned all = p.causal ? position + 1 : item.length;
         if (!by_label(p)) return all;
         const unsigned positives = p.causal ? feedback.positives : item.length - item.negatives;
         return (all - positives) | positives << 16;
     }
-    // Number of keys visible to a query row.
+    // The same for a query row.
     __device__ __forceinline__ unsigned visible(const AttentionParams& p, unsigned row) const {
         const unsigned position = problem.position(p, row);
         return visible_to(p, position, by_label(p) ? load_feedback(p, item.start + position) : Feedback{0, 0});
     }
     static __device__ __forceinline__ int of_list(unsigned visible, int list) { return list ? visible >> 16 : visible & 0xffff; }
 
-    // Starts copying keys and values; zeros up to the next multiple of 16. HEADS: upper bound
-    // of the key heads; 0: no bound.
+    // Starts copying keys and values, with zeros up to the next multiple of 16. HEADS: upper bound
+    // of the number of key heads; 0: no bound.
     template <int HEADS> __device__ __forceinline__ void load(const AttentionParams& p) const {
         const bool labelled = p.group && !p.masked;  // values are kept by label
         const int column = team.thread % T::CHUNKS * T::PER_CHUNK;
@@ -86,7 +86,7 @@ template <class E, int D> struct WholeKeys {
         }
     }
 
-    // Barrier of the warps that share the sequence.
+    // Barrier for the warps that share the sequence.
     __device__ __forceinline__ void meet(const AttentionParams& p) const {
         if (p.item_warps == 1) __syncwarp();
         else __syncthreads();
@@ -94,7 +94,7 @@ template <class E, int D> struct WholeKeys {
 };
 
 // Copies `rows` query rows from `first` on to a warp's tile, and zeros behind them. Two lanes share
-// a row, lane & 15. Returns the number of keys that the row sees. `flip` is xor-ed into every word.
+// row lane & 15. Returns the number of keys that this row sees. XORs every word with `flip`.
 template <class E, int D>
 __device__ __forceinline__ unsigned stage_queries(const AttentionParams& p, const WholeKeys<E, D>& keys, E* tile, int first, int rows,
                                                   unsigned flip) {
@@ -116,9 +116,9 @@ __device__ __forceinline__ unsigned stage_queries(const AttentionParams& p, cons
     return row < rows ? keys.visible_to(p, position, feedback) : 0;
 }
 
-// The pieces of 16 rows or keys that one warp takes of a shared sequence: one of every
-// `item_warps`, alternately from the front and the back, because later rows see more keys (and
-// later keys are seen by fewer rows).
+// The groups of 16 rows or keys that one warp takes of a shared sequence: one of every
+// `item_warps`, alternately from the front and the back. This balances the load: later rows see
+// more keys, and later keys are seen by fewer rows.
 struct Pieces {
     int at, step, both;
     __device__ __forceinline__ Pieces(const AttentionParams& p, int member)

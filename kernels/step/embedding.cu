@@ -1,19 +1,19 @@
 // Embedding tables: gathers and sums of rows, and their gradient, segmented sums.
 //
 // MATHEMATICS. Gather: y[n] = sum over tables of table[index[n]]. Segmented sum: y[i] (+)= l2
-// table[row[i]] + sum of the members of segment i, where member m is a row of stacked sources. This
-// is the gradient of a gather: a segment is a row of a table, its members are the places it was
-// gathered to. No atomics; the order depends on the lists only.
+// table[row[i]] + sum of the members of segment i, where a member is a row of the stacked sources.
+// This is the gradient of a gather: a segment is a row of a table, its members are the places it
+// was gathered to. No atomics; the order of summation depends on the lists only.
 //
 // TILING. A group of lanes takes a row. Segments are as skewed as item popularity, so segmented
-// sums are cut by members, not by segments: a group takes CHUNK consecutive members, and writes
-// every segment that begins and ends among them. For a segment across a border it writes a partial
-// sum: `head` of one that began before the chunk, `tail` of one that continues after it. A second
-// launch, with a block per chunk with a tail, adds the partial sums in order.
+// sums are cut by members, not by segments: a group takes CHUNK consecutive members and writes
+// every segment that begins and ends among them. For a segment that crosses a chunk border it
+// writes a partial sum: `head` for one that began before the chunk, `tail` for one that continues
+// after it. A second launch, with a block per border, adds the partial sums in order.
 //
 // TRAFFIC. Gather: reads 4 bytes per value and table (and an index per row), writes 4. Segmented
-// sum: reads 4 bytes per value of every member and of the table's rows, writes 4 per value of y;
-// partial sums are at most 2 / CHUNK of that.
+// sum: reads 4 bytes per value of every member and table row, writes 4 per value of y; partial sums
+// are at most 2 / CHUNK of that.
 #include "row_group.cuh"
 
 constexpr int THREADS = 256;
@@ -51,7 +51,7 @@ KERNEL(embedding_gather_sum, GatherParams, THREADS) { WITH_VECTORS(p.width, gath
 
 struct ScatterParams {
     const float* x;         // [rows, width]
-    const unsigned* index;  // [rows], no value twice
+    const unsigned* index;  // [rows], all different
     float* y;               // [.., width]
     unsigned rows, width;
     unsigned bits;
@@ -75,23 +75,23 @@ KERNEL(embedding_scatter_add, ScatterParams, THREADS) { WITH_VECTORS(p.width, sc
 // ----------------------------------------------------------------------------------- segmented sum
 
 struct SegmentParams {
-    const float* sources[3];  // [.., stride] stacked: member m is row m - ends[s - 1] of the first source s with m < ends[s]
-    unsigned ends[3];         // end of each source, counted in members
-    unsigned stride;          // values between two rows of a source
+    const float* sources[3];  // [.., stride] stacked: members number their rows consecutively
+    unsigned ends[3];         // end of each source, as a member number
+    unsigned stride;          // values per row of a source
     unsigned column;          // first value of a member in its row
     float l2;
     const unsigned* offsets;  // [segments + 1]
     const unsigned* members;  // [offsets[segments]]
-    const float* table;       // [.., width]; null: nothing to add
-    const unsigned* row;      // [segments] of the table
+    const float* table;       // [.., width]; null: no l2 term
+    const unsigned* row;      // [segments] table row of each segment
     float* y;                 // [segments, width]
     float* head;              // [chunks, width]
     float* tail;              // [chunks, width]
     unsigned segments, member_count;
-    unsigned chunks;          // member_count / CHUNK + 1: every offset lies in one
+    unsigned chunks;          // member_count / CHUNK + 1: every offset lies in a chunk
     unsigned width;
     unsigned bits;
-    unsigned adds;            // y is added to
+    unsigned adds;            // 1: adds to y
 };
 static_assert(sizeof(SegmentParams) == 128, "mirrored by src/device/cuda/embedding.rs");
 
@@ -103,7 +103,7 @@ __device__ __forceinline__ const float* member_row(const SegmentParams& p, unsig
     return source + size_t(m - first) * p.stride + p.column;
 }
 
-// The first segment that begins at member `at` or behind it.
+// The first segment that begins at or after member `at`.
 __device__ __forceinline__ unsigned first_segment(const SegmentParams& p, unsigned at) {
     unsigned low = 0, high = p.segments;
     while (low < high) {
@@ -123,7 +123,7 @@ template <int V> __device__ __forceinline__ void sum_members(const SegmentParams
     }
 }
 
-// Writes y of segment i, one access, from the sum of its members.
+// Writes V columns of y for segment i, from the sum of its members.
 template <int V> __device__ __forceinline__ void finish_segment(const SegmentParams& p, unsigned i, unsigned c, float (&sum)[V]) {
     if (p.table) {
         float x[V];
@@ -140,7 +140,7 @@ template <int V> __device__ __forceinline__ void segment_chunks(const SegmentPar
     const RowGroup group(p.bits);
     const size_t chunk = group.row();
     if (chunk >= p.chunks) return;
-    const unsigned first = unsigned(chunk) * CHUNK, end = first + CHUNK;  // of the members; the last chunk is short, or empty
+    const unsigned first = unsigned(chunk) * CHUNK, end = first + CHUNK;  // in members
     const unsigned first_inside = first_segment(p, first);
     for (unsigned c = group.lane * V; c < p.width; c += V << p.bits) {
         // The segment that began before the chunk.
@@ -167,7 +167,7 @@ template <int V> __device__ __forceinline__ void segment_chunks(const SegmentPar
 }
 KERNEL(embedding_segment_chunks, SegmentParams, THREADS, 4) { WITH_VECTORS(p.width, segment_chunks); }
 
-// A block takes the segment that begins in chunk blockIdx.x and continues after it, if there is
+// A block adds up the segment that begins in chunk blockIdx.x and continues after it, if there is
 // one.
 template <int V> __device__ __forceinline__ void segment_borders(const SegmentParams& p) {
     const RowGroup group(p.bits);
@@ -176,7 +176,7 @@ template <int V> __device__ __forceinline__ void segment_borders(const SegmentPa
     if (next == 0) return;
     const unsigned i = next - 1, from = p.offsets[i], to = p.offsets[i + 1];
     if (from < chunk * CHUNK || to <= end) return;
-    const unsigned last = (to - 1) / CHUNK;  // the chunk that has its last member
+    const unsigned last = (to - 1) / CHUNK;  // chunk of its last member
     double* sums = reinterpret_cast<double*>(shared_memory());
     const unsigned lanes = 1u << p.bits;
     for (unsigned base = 0; base < p.width; base += V << p.bits) {
@@ -221,7 +221,7 @@ struct SquareParams {
 };
 static_assert(sizeof(SquareParams) == 40, "mirrored by src/device/cuda/embedding.rs");
 
-// Sums of squares of the given rows, by block; loss_reduce adds them.
+// Sums of squares of the given rows, per block. loss_reduce adds them.
 template <int V> __device__ __forceinline__ void squares(const SquareParams& p) {
     const RowGroup group(p.bits);
     const size_t first = size_t(blockIdx.x) * p.block_rows;

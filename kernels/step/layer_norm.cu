@@ -1,32 +1,32 @@
-// Layer norm over rows, fused with the residual sum or gather before it.
+// Layer norm over rows, fused with a preceding residual sum or gather.
 //
-// MATHEMATICS. Over a row of `width` values, with the population's variance:
+// MATHEMATICS. Over a row of `width` values, with the population variance:
 //
-//     mean = sum x / width     inverse = 1 / sqrt(sum (x - mean)^2 / width + 1e-8)     n = (x - mean) inverse gamma + beta
-//     g = dn gamma     h = (x - mean) inverse     dx = inverse (g - mean(g) - h mean(g h))
+//     mean = sum x / width     inverse = 1 / sqrt(sum (x - mean)^2 / width + 1e-8)
+//     h = (x - mean) inverse     n = h gamma + beta
+//     g = dn gamma     dx = inverse (g - mean(g) - h mean(g h))
 //     dgamma = sum_rows dn h     dbeta = sum_rows dn
 //
-// TILING. A group of lanes owns a row. Rows of up to one access per lane (128 values, 32 where the
+// TILING. A group of lanes owns a row. Rows with at most one access per lane (128 values; 32 if the
 // width is not a multiple of 4) stay in registers between the passes; wider rows are read again,
 // from L1. Backward: a block takes `block_rows` rows, first row by row for dx, then column by
-// column for partial sums of dgamma and dbeta; rows_reduce adds these in block order.
+// column for partial sums of dgamma and dbeta, which rows_reduce adds in block order.
 //
 // TRAFFIC in bytes per value: norm reads 4, writes 4; after a sum reads 8, writes 8; after
-// gathering from t tables reads 4 t, writes 8. Backward reads 8 (and 4 more when dx is added to),
-// writes 4.
+// gathering from t tables reads 4 t, writes 8. Backward reads 8 (12 if it adds to dx), writes 4.
 #include "row_group.cuh"
 
 struct NormParams {
     const float* tables[4];     // gather: [.., width]
-    const unsigned* index[4];   // gather: [rows] rows of each table
-    const float* x;             // add: [rows, width]
-    float* y;                   // [rows, width] what is normalised; add: updated; gather: written
+    const unsigned* index[4];   // gather: [rows] row of each table
+    const float* x;             // add: [rows, width] second summand
+    float* y;                   // [rows, width] input of the norm; add: updated; gather: written
     const float* gamma;         // [width]
     const float* beta;          // [width]
     float* n;                   // [rows, width]
     unsigned rows, width;
     unsigned table_count;
-    unsigned bits;              // log2 of a row's lanes
+    unsigned bits;              // log2 of the lanes per row
 };
 static_assert(sizeof(NormParams) == 120, "mirrored by src/device/cuda/layer_norm.rs");
 
@@ -35,11 +35,11 @@ struct NormBackwardParams {
     const float* gamma;  // [width]
     const float* dn;     // [rows, width]
     float* dx;           // [rows, width]
-    float* partial;      // [gridDim.x, 2 * width] partial sums of dgamma, then of dbeta
+    float* partial;      // [gridDim.x, 2 * width] partial sums of dgamma, then dbeta
     unsigned rows, width;
     unsigned block_rows;
     unsigned bits;
-    unsigned adds;       // dx is added to
+    unsigned adds;       // 1: adds to dx
     unsigned unused;
 };
 static_assert(sizeof(NormBackwardParams) == 64, "mirrored by src/device/cuda/layer_norm.rs");
@@ -126,7 +126,7 @@ KERNEL(layer_norm_gather, NormParams, THREADS) {
 
 // ---------------------------------------------------------------------------------------- backward
 
-// dx of one row; returns mean and reciprocal deviation in all lanes.
+// Computes dx of one row. Returns mean and `inverse` in all lanes.
 template <int V, bool WHOLE>
 __device__ __forceinline__ float2 backward_row(const NormBackwardParams& p, const RowGroup& group, size_t row, bool valid) {
     const unsigned first = group.lane * V, step = V << p.bits;
@@ -193,7 +193,7 @@ __device__ __forceinline__ float2 backward_row(const NormBackwardParams& p, cons
 template <int V> __device__ __forceinline__ void backward(const NormBackwardParams& p) {
     const RowGroup group(p.bits);
     const size_t first_row = size_t(blockIdx.x) * p.block_rows;
-    // Mean and reciprocal deviation of the block's rows, then the slices' partial sums.
+    // Mean and `inverse` of the block's rows, then the partial sums of the slices.
     float2* statistics = reinterpret_cast<float2*>(shared_memory());
     float* shares = reinterpret_cast<float*>(statistics + p.block_rows);
 
@@ -207,7 +207,7 @@ template <int V> __device__ __forceinline__ void backward(const NormBackwardPara
     }
     __syncthreads();
 
-    // Columns: `across` threads side by side, and as many slices of rows as fit.
+    // Columns: `across` threads side by side, and as many slices of rows as fit the block.
     const unsigned rows = first_row + p.block_rows <= p.rows ? p.block_rows : unsigned(p.rows - first_row);
     const unsigned vectors = p.width / V;
     for (unsigned chunk = 0; chunk < vectors; chunk += THREADS) {

@@ -1,10 +1,10 @@
-// Peak rates of a GPU, as limits for the other measurements. Operands stay in registers, except in
-// the copy.
+// Measures peak rates of a GPU, as limits for the other benchmarks. Operands stay in registers,
+// except in the copy.
 //
 // MATHEMATICS. A copy; chains of 2^-x, of multiply-adds and of tensor-core products.
 //
-// TILING. A thread works on CHAINS independent values, enough to hide latency. Results are written
-// so that the compiler cannot remove the work.
+// TILING. A thread has CHAINS independent chains of operations, enough to hide latency. It writes
+// the results so that the compiler cannot remove the work.
 //
 // TRAFFIC. The copy reads and writes 4 bytes per value; the others write one value per thread.
 #include "primitives.cuh"
@@ -12,15 +12,15 @@
 constexpr int CHAINS = 8;
 
 struct LimitsParams {
-    const float* x;  // [len] for the copy
-    float* y;        // [len] for the copy, else [threads]
+    const float* x;  // [len]; copy only
+    float* y;        // copy: [len]; otherwise [threads]
     unsigned long long len;
     unsigned rounds;
     float seed;
 };
 static_assert(sizeof(LimitsParams) == 32, "mirrored by src/device/cuda/limits.rs");
 
-// y = x: 8 bytes a value. A thread owns four values.
+// y = x: 8 bytes per value, four values per thread.
 KERNEL(limits_copy, LimitsParams, 256) {
     const size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
     if (i + 4 <= p.len) *reinterpret_cast<float4*>(p.y + i) = *reinterpret_cast<const float4*>(p.x + i);
@@ -52,7 +52,7 @@ KERNEL(limits_multiply_adds, LimitsParams, 256) {
     write_sum(p, x);
 }
 
-// 16 x 16 by 16 x 8 products of bf16 into f32: 4096 operations a warp and product.
+// 16 x 16 by 16 x 8 products of bf16 with f32 sums: 4096 operations per warp and product.
 KERNEL(limits_products, LimitsParams, 256) {
     float c[CHAINS][4] = {};
     const unsigned word = pack<bf16>(p.seed, p.seed);

@@ -1,15 +1,16 @@
-// The losses and their gradients, in f64: rows are few and cancellation is frequent.
+// Losses and their gradients. Computed in f64: rows are few and cancellation is frequent.
 //
-// MATHEMATICS. With softplus(x) = log(1 + e^x), sigma its derivative, z the target and s = 2 z - 1,
-// over R rows:
+// MATHEMATICS (docs/mathematics.md, section 3). With softplus(x) = log(1 + e^x), sigma its
+// derivative, z the target and s = 2 z - 1, over R rows:
 //
-//     bce = mean(softplus(pos) - z pos)                 ibl = mean(softplus(m)),  m = -s (pos - neg)
-//     d_pos = (sigma(pos) - z - bpr s sigma(m)) / R     d_neg = bpr s sigma(m) / R
+//     bce = mean(softplus(pos) - z pos)               ibl = mean(softplus(m)),  m = -s (pos - neg)
+//     d_pos = (sigma(pos) - z - bpr s sigma(m)) / R   d_neg = bpr s sigma(m) / R
 //
-//     cosine = mean(<x, y> / |x||y|)    dx += w / R (y / |x||y| - cos x / |x|^2)    dy alike; 0 where a square is below 1e-12
+//     cos = <x, y> / |x||y|, 0 if a square is below 1e-12     cosine = mean(cos)
+//     dx += w / R (y / |x||y| - cos x / |x|^2), and dy likewise
 //
 // TILING. One thread per row (rank) or one group of lanes per row (cosine). Blocks write partial
-// sums; loss_reduce adds them in block order and writes them where the host reads them later.
+// sums; loss_reduce adds them in block order into the loss buffer.
 //
 // TRAFFIC. rank: 12 bytes per row read, 8 written. cosine: 8 bytes per value read, 8 read and
 // written.
@@ -59,12 +60,12 @@ KERNEL(loss_rank, RankParams, THREADS) {
 struct CosineParams {
     const float* x;   // [rows, width]
     const float* y;   // [rows, width]
-    float* dx;        // [rows, width], added to
-    float* dy;        // [rows, width], added to
+    float* dx;        // [rows, width], adds to it
+    float* dy;        // [rows, width], adds to it
     double* partial;  // [blocks] sums of cosines
     unsigned rows, width;
     unsigned bits;
-    float weight;     // before division by the rows
+    float weight;     // w, before division by the rows
 };
 static_assert(sizeof(CosineParams) == 56, "mirrored by src/device/cuda/loss.rs");
 
@@ -121,7 +122,7 @@ struct ReduceParams {
 };
 static_assert(sizeof(ReduceParams) == 32, "mirrored by src/device/cuda/loss.rs");
 
-// sums = factor * column sums of partial, in a fixed order; 0 where there is none. One block.
+// sums = factor * column sums of partial, in a fixed order; 0 without rows. One block.
 KERNEL(loss_reduce, ReduceParams, THREADS) {
     for (unsigned column = 0; column < p.width; ++column) {
         double sum = 0.0;

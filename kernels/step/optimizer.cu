@@ -1,19 +1,19 @@
-// Gradient clipping and Adam over all tensors of a model, three launches in all.
+// Gradient clipping and Adam over all tensors of a model, in three launches.
+// MATHEMATICS. With c the clip factor of the gradient (1, or limit / norm if the norm is larger),
+// step t:
 //
-// MATHEMATICS. With c the clip factor of the gradient (1, or limit / norm where the norm is
-// larger), step t:
+//     g = c gradient     m = b1 m + (1 - b1) g     v = b2 v + (1 - b2) g^2
+//     w -= lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 //
-//     g = c gradient    m = b1 m + (1 - b1) g    v = b2 v + (1 - b2) g^2    w -= lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+// The gradient of an embedding table has only the rows that the batch touched; other rows and their
+// moments do not change.
 //
-// An embedding table has a gradient for the rows that the batch touched; other rows and their
-// moments stay unchanged.
+// TILING. All gradients are cut into chunks, one per block; a block finds its tensor in the table
+// by bisection. Launches: squares per chunk; norms, clip factors and the check for non-finite
+// values, in one block and a fixed order; the update. If a norm or loss is non-finite, the update
+// does nothing, and the host learns of it with the losses.
 //
-// TILING. All gradients are cut into chunks, one block each; a block finds its tensor in the table
-// by bisection. Launches: squares by chunk; norms, clip factors and the finite check, in one block
-// and a fixed order; the update. A non-finite norm or loss stops the update on the device: the host
-// learns of it with the losses.
-//
-// TRAFFIC in bytes per value of the gradient: 4 for the norm, 16 read and 12 written for the
+// TRAFFIC in bytes per value of the gradient: 4 for the norm; 16 read and 12 written for the
 // update.
 #include "row_group.cuh"
 
@@ -22,34 +22,34 @@ constexpr int NORM_THREADS = 1024;
 
 struct Tensor {
     float* value;
-    float* first;              // moments, as long as value
+    float* first;              // first and second moment, as long as value
     float* second;
     const float* gradient;     // as long as value, or [rows, width]
-    const unsigned* rows;      // null: all of them in order
+    const unsigned* rows;      // null: all rows, in order
     unsigned long long len;    // of the gradient
-    unsigned width;            // of a row
+    unsigned width;            // values per row
     unsigned first_chunk;
 };
 static_assert(sizeof(Tensor) == 56, "mirrored by src/device/cuda/optimizer.rs");
 
 struct OptimizerParams {
     const Tensor* tensors;  // [tensor_count]
-    double* squares;        // [chunk_count] by chunk
+    double* squares;        // [chunk_count] sum of squares of each chunk
     double* tensor_square;  // [tensor_count]
-    float* factor;          // [tensor_count] clip factors; the one behind the last is 1 if the update runs
-    const double* losses;   // [loss_count]
-    double* norm;           // the global norm
+    float* factor;          // [tensor_count] clip factors, then a 1 if the update runs, else a 0
+    const double* losses;   // [loss_count] checked for non-finite values
+    double* norm;           // [1] norm of all gradients
     unsigned tensor_count, chunk_count;
-    unsigned chunk;         // values of a chunk, a multiple of 4
+    unsigned chunk;         // values per chunk, a multiple of 4
     unsigned loss_count;
     float lr, beta1, beta2, eps;
     float correction1, correction2;  // 1 - beta^t
-    float limit;            // of norms; negative: none
-    unsigned global;        // the limit applies to the global norm
+    float limit;            // limit of the norm; negative: no clipping
+    unsigned global;        // 1: the limit applies to the norm of all gradients; 0: to each tensor
 };
 static_assert(sizeof(OptimizerParams) == 96, "mirrored by src/device/cuda/optimizer.rs");
 
-// The tensor a chunk belongs to.
+// Index of the tensor that contains a chunk.
 __device__ __forceinline__ unsigned tensor_of(const OptimizerParams& p, unsigned chunk) {
     unsigned low = 0, high = p.tensor_count;
     while (high - low > 1) {
@@ -82,7 +82,7 @@ KERNEL(optimizer_squares, OptimizerParams, THREADS) {
 
 __device__ __forceinline__ bool is_finite(double x) { return x - x == 0.0; }
 
-// One block; a warp takes a tensor at a time.
+// One block; each warp takes one tensor at a time.
 KERNEL(optimizer_norms, OptimizerParams, NORM_THREADS) {
     for (unsigned t = warp_index(); t < p.tensor_count; t += NORM_THREADS / 32) {
         const unsigned end = t + 1 < p.tensor_count ? p.tensors[t + 1].first_chunk : p.chunk_count;
@@ -127,7 +127,7 @@ KERNEL(optimizer_adam, OptimizerParams, THREADS) {
     const Update update{p, p.factor[t]};
     const size_t first = size_t(blockIdx.x - tensor.first_chunk) * p.chunk;
     const size_t end = first + p.chunk < tensor.len ? first + p.chunk : tensor.len;
-    // The target of value i of the gradient.
+    // Index of the parameter that value i of the gradient belongs to.
     const auto place = [&](size_t i) { return tensor.rows ? size_t(tensor.rows[i / tensor.width]) * tensor.width + i % tensor.width : i; };
     const bool in_fours = tensor.rows == nullptr || tensor.width % 4 == 0;
     for (size_t i = first + threadIdx.x * 4; i < end; i += THREADS * 4) {

@@ -1,25 +1,24 @@
 // Means of prefixes of packed sequences, and their gradient.
 //
-// MATHEMATICS. A group g of sequence b averages the first count[g] of its tokens; counts ascend
-// inside a sequence:
+// MATHEMATICS. Group g of sequence b averages the first count[g] tokens of b; counts ascend inside
+// a sequence:
 //
-//     mean[g] = sum of x[start[b]..start[b] + count[g]] / divisor[g]          (0 where the divisor is 0)
+//     mean[g] = sum of x[start[b]..start[b] + count[g]] / divisor[g]     (0 if the divisor is 0)
 //     dx[start[b] + t] = sum over the groups with count[g] > t of dmean[g] / divisor[g]
 //
 // TILING. A block takes a sequence and a chunk of columns (blockIdx.y). Each group of lanes takes a
-// run of tokens and sums it. The sums before a run (behind it, backward) come from shared memory,
-// and a second loop over the run writes the prefixes that end in it. Sums are f64: a prefix is as
-// long as a history.
-//
-// TRAFFIC. x is read twice, the second time from L1 or L2, and mean is written once; backward reads
+// run of tokens and sums it. It reads the sums of the runs before it (backward: behind it) from
+// shared memory, and loops over its run again to write the prefixes that end in it. Sums are f64,
+// because a prefix may be as long as a history.
+// TRAFFIC. x is read twice, the second time from L1 or L2, and mean is written once. Backward reads
 // dmean twice and writes dx once.
 #include "row_group.cuh"
 
 constexpr int THREADS = 256;
 
 struct PrefixMeanParams {
-    const unsigned* start;          // [sequences + 1] tokens of each sequence
-    const unsigned* group_offsets;  // [sequences + 1] groups of each sequence
+    const unsigned* start;          // [sequences + 1] first token of each sequence
+    const unsigned* group_offsets;  // [sequences + 1] first group of each sequence
     const unsigned* count;          // [groups]
     const unsigned* divisor;        // [groups]
     float* x;                       // [tokens, width]; backward: dx
@@ -31,11 +30,11 @@ static_assert(sizeof(PrefixMeanParams) == 56, "mirrored by src/device/cuda/prefi
 
 __device__ __forceinline__ double reciprocal(unsigned divisor) { return divisor ? 1.0 / double(divisor) : 0.0; }
 
-// A block's sequence, and the run of tokens of this group of lanes.
+// The sequence of the block, and the run of tokens of this group of lanes.
 struct Run {
     unsigned first_token, tokens;  // of the sequence
     unsigned first_group, end_group;
-    unsigned begin, end;           // of the run, counted in the sequence
+    unsigned begin, end;           // of the run, as positions in the sequence
     __device__ __forceinline__ Run(const PrefixMeanParams& p, const RowGroup& group) {
         const unsigned b = blockIdx.x;
         first_token = p.start[b];
@@ -92,8 +91,8 @@ template <int V> __device__ __forceinline__ void forward(const PrefixMeanParams&
         for (int v = 0; v < V; ++v) mean[v] = float(sum[v] * factor);
         store<V>(p.mean + size_t(g) * p.width + c, mean);
     };
-    // Empty groups belong to the first run, which may be empty; others to the run of their last
-    // token.
+    // The first run, which may be empty, writes the empty groups; others are written by the run of
+    // their last token.
     unsigned g = run.first_group;
     if (group.index == 0) {
         for (; g < run.end_group && p.count[g] == 0; ++g) write(g);
@@ -124,8 +123,7 @@ template <int V> __device__ __forceinline__ void backward(const PrefixMeanParams
 #pragma unroll
         for (int v = 0; v < V; ++v) sum[v] += value[v] * factor;
     };
-    // The groups whose last token is in the run: those with more than `begin` and at most `end`
-    // tokens.
+    // The groups whose last token is in the run: more than `begin` and at most `end` tokens.
     const unsigned first = run.first_longer(p, run.begin), last = run.first_longer(p, run.end);
     if (valid && run.begin < run.end) {
         for (unsigned g = first; g < last; ++g) take(g);

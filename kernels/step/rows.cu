@@ -1,14 +1,14 @@
-// Passes over rows of activations: sums, ReLU backward with column sums, concatenation, rows by
-// label.
+// Passes over rows of activations: sums, ReLU backward with column sums, concatenation, label
+// order.
 //
 // MATHEMATICS. y += x; column sums with dy = 0 where y <= 0; [x_0 | x_1 | ..]; permutations of
 // rows.
 //
-// TILING. A group of lanes takes a row; the column sums take a block of rows, then the blocks'
-// partial sums.
+// TILING. A group of lanes takes a row. For column sums, a block sums its rows, and a second launch
+// adds the partial sums of the blocks.
 //
-// TRAFFIC. Bound by memory. Each kernel names its inputs and outputs; each is read or written once,
-// 16 bytes at a time where the width is a multiple of 4.
+// TRAFFIC. All kernels are bound by memory. Each reads its inputs and writes its outputs once, 16
+// bytes at a time if the width is a multiple of 4.
 #include "row_group.cuh"
 
 constexpr int THREADS = 256;
@@ -22,7 +22,7 @@ struct AddParams {
 };
 static_assert(sizeof(AddParams) == 24, "mirrored by src/device/cuda/rows.rs");
 
-// y += x: 12 bytes a value. A thread owns four values.
+// y += x: 12 bytes per value, four values per thread.
 KERNEL(rows_add, AddParams, THREADS) {
     const size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
     if (i + 4 <= p.len) {
@@ -38,8 +38,8 @@ KERNEL(rows_add, AddParams, THREADS) {
 // ------------------------------------------------------------------------------------- column sums
 
 struct ColumnSumParams {
-    const float* y;  // [rows, width] output of the ReLU; null: none
-    float* dy;       // [rows, width]; set to 0 where y is not positive
+    const float* y;  // [rows, width] output of the ReLU; null: no ReLU
+    float* dy;       // [rows, width]; set to 0 where y <= 0
     float* partial;  // [gridDim.x, width]
     unsigned rows, width;
     unsigned block_rows;
@@ -47,9 +47,8 @@ struct ColumnSumParams {
 };
 static_assert(sizeof(ColumnSumParams) == 40, "mirrored by src/device/cuda/rows.rs");
 
-// ReLU backward in place, and the sums of the columns over each block's rows: gradient of a bias.
-// blockIdx.y is a chunk of THREADS vectors of columns. 4 bytes a value read, with the ReLU 8 read
-// and 4 written.
+// ReLU backward in place, and column sums over the block's rows: the gradient of a bias. blockIdx.y
+// is a chunk of THREADS vectors of columns. Reads 4 bytes per value; with ReLU reads 8, writes 4.
 template <int V> __device__ __forceinline__ void column_sums(const ColumnSumParams& p) {
     const unsigned chunk = blockIdx.y * THREADS, vectors = p.width / V;
     const unsigned across = vectors - chunk < THREADS ? vectors - chunk : THREADS;
@@ -94,7 +93,7 @@ struct ReduceParams {
 };
 static_assert(sizeof(ReduceParams) == 40, "mirrored by src/device/cuda/rows.rs");
 
-// Adds the blocks' partial column sums, in f64, in a fixed order. A warp takes 32 columns of every
+// Adds the partial sums of all blocks, in f64 and a fixed order. A warp takes 32 columns of every
 // eighth block.
 KERNEL(rows_reduce, ReduceParams, THREADS) {
     const unsigned width = p.first_width + p.second_width;
@@ -116,7 +115,7 @@ KERNEL(rows_reduce, ReduceParams, THREADS) {
 
 struct ConcatParams {
     const float* parts[4];     // [.., width]
-    const unsigned* index[4];  // [rows]; null: the row itself
+    const unsigned* index[4];  // [rows]; null: part row n goes to row n
     float* y;                  // [rows, part_count * width]
     unsigned rows, width;
     unsigned bits;
@@ -124,7 +123,7 @@ struct ConcatParams {
 };
 static_assert(sizeof(ConcatParams) == 88, "mirrored by src/device/cuda/rows.rs");
 
-// blockIdx.y is the part. 8 bytes a value of y.
+// blockIdx.y is the part. 8 bytes per value of y.
 template <int V> __device__ __forceinline__ void concat(const ConcatParams& p) {
     const RowGroup group(p.bits);
     const size_t row = group.row();
@@ -147,12 +146,12 @@ struct TakePartParams {
     unsigned rows, width;
     unsigned part, parts;
     unsigned bits;
-    unsigned adds;    // dx is added to
+    unsigned adds;    // 1: adds to dx
 };
 static_assert(sizeof(TakePartParams) == 40, "mirrored by src/device/cuda/rows.rs");
 
-// dx (+)= one part of dy. (Of parts with an index the gradient is a segmented sum:
-// step/embedding.cu.)
+// dx (+)= one part of dy. The gradient of a part with an index is a segmented sum
+// (step/embedding.cu).
 template <int V> __device__ __forceinline__ void take_part(const TakePartParams& p) {
     const RowGroup group(p.bits);
     const size_t row = group.row();
@@ -170,23 +169,23 @@ KERNEL(rows_take_part, TakePartParams, THREADS) { WITH_VECTORS(p.width, take_par
 // ----------------------------------------------------------------------------------- rows by label
 
 struct SplitParams {
-    const unsigned* index[2];  // [count[f]] rows of label f
+    const unsigned* index[2];  // [count[f]] row indices of label f
     const float* x;            // [rows, width]
     float* y;                  // [rows, width]
-    unsigned count[2];         // rows = their sum
+    unsigned count[2];         // their sum is the number of rows
     unsigned width;
     unsigned bits;
-    unsigned adds;             // merge: y is added to
+    unsigned adds;             // merge: 1 adds to y
     unsigned unused;
 };
 static_assert(sizeof(SplitParams) == 56, "mirrored by src/device/cuda/rows.rs");
 
-// The `i`-th row of the input in label order.
+// Index of row `i` of the label order.
 __device__ __forceinline__ size_t by_label(const SplitParams& p, size_t i) {
     return i < p.count[0] ? p.index[0][i] : p.index[1][i - p.count[0]];
 }
 
-// y: the rows of x, those of label 0 first. 8 bytes a value.
+// y: the rows of x in label order, label 0 first. 8 bytes per value.
 template <int V> __device__ __forceinline__ void split(const SplitParams& p) {
     const RowGroup group(p.bits);
     const size_t i = group.row();
@@ -200,7 +199,7 @@ template <int V> __device__ __forceinline__ void split(const SplitParams& p) {
 }
 KERNEL(rows_split, SplitParams, THREADS) { WITH_VECTORS(p.width, split); }
 
-// The inverse: y's rows in their own order, from x in label order.
+// The inverse of split: x is in label order, y in token order.
 template <int V> __device__ __forceinline__ void merge(const SplitParams& p) {
     const RowGroup group(p.bits);
     const size_t i = group.row();

@@ -1,31 +1,31 @@
-// Backward of the perceptron: a block of four warps per item, a warp takes one pair at a time.
+// Backward of the perceptron. A block of four warps takes an item; a warp takes one pair at a time.
 //
 // In a round each warp recomputes the activations of a pair, computes their gradients, and stages
-// them in shared memory: 64 rows in all. Each warp writes the sums over its 16 tokens. From these
-// rows the block computes, in a fixed order, the gradients of both weights by matrix products (each
-// warp keeps its strips in registers, over all items of its block), and the sums over pairs of each
-// token. No atomics.
+// them in shared memory: 64 rows in all. Each warp writes the pair's sums over its 16 tokens. From
+// the staged rows the block computes, in a fixed order, the gradients of both weights by matrix
+// products (each warp keeps its strips in registers, over all items of its block), and the sums
+// over pairs of each token. No atomics.
 //
 //     dh1 = de w2 where h1 > 0       dz = dh1 W1^T where h0 > 0       y = dz P^T
 //     dP = x^T dz     dW1 = h0^T dh1     dw2 = sum of de h1     db1 = sum of dh1
 //     per token: dZ = sum of dz, da = sum of y r         per pair: dc = sum of dz, dr = sum of y a
 //
-// y itself is not staged: y a is, for the pair's sum, and then y r in its place.
+// y itself is not staged: y a is, for the sum of the pair, and then y r in its place.
 //
-// target/sums.cuh adds up the sums over tokens and pairs.
+// target/sums.cuh adds the sums over tokens and pairs.
 #pragma once
 #include "target/scores.cuh"
 
-// The weights' gradients are cut into strips of 16 rows by STRIP * 8 columns, dealt to the warps in
-// turn. STRIP is 5 where both layers divide into whole strips, as the paper's 80 and 40 do.
+// The weight gradients are cut into strips of 16 rows by STRIP * 8 columns, assigned to the warps
+// in turn. STRIP is 5 if both layers divide into whole strips, as 80 and 40 of the paper do.
 constexpr bool WHOLE_STRIPS = H0 / 8 % 5 == 0 && H1 / 8 % 5 == 0;
 constexpr int STRIP = WHOLE_STRIPS ? 5 : 4;
 __device__ constexpr int strips_of(int rows, int columns) { return rows / 16 * ((columns / 8 + STRIP - 1) / STRIP); }
 constexpr int PRODUCT_STRIPS = strips_of(D, H0), SECOND_STRIPS = strips_of(H0, H1);
-constexpr int STRIPS = (PRODUCT_STRIPS + SECOND_STRIPS + WARPS - 1) / WARPS;  // of a warp
+constexpr int STRIPS = (PRODUCT_STRIPS + SECOND_STRIPS + WARPS - 1) / WARPS;  // per warp
 
-// sums += left^T right over the rows of a round: 16 columns of `left`, `tiles` * 8 columns of
-// `right`.
+// sums += left^T right over the rows of a round, for 16 columns of `left` and `tiles` * 8 columns
+// of `right`.
 template <class T>
 __device__ __forceinline__ void accumulate_strip(float (&sums)[STRIP][4], const T* left, int left_stride, const T* right,
                                                  int right_stride, int tiles) {
@@ -71,14 +71,14 @@ __device__ __forceinline__ void accumulate_strip(float (&sums)[STRIP][4], const 
     }
 }
 
-// A strip of left^T right, over staged rows.
+// A strip of left^T right over the staged rows.
 struct Strip {
-    const E *left, *right;   // first of its columns in either
+    const E *left, *right;   // first column of the strip in each
     int left_stride, right_stride;
-    int row, column;         // where it begins in the gradient
-    int columns;             // of the gradient
-    int tiles;               // groups of 8 columns
-    int gradient;            // where the gradient begins in weight_sums
+    int row, column;         // first row and column of the strip in the gradient
+    int columns;             // columns of the gradient
+    int tiles;               // groups of 8 columns in the strip
+    int gradient;            // offset of the gradient in weight_sums
 
     __device__ __forceinline__ Strip(int index, const E* x, const E* h0, const E* dz, const E* dh1) {
         const bool product = index < PRODUCT_STRIPS;
@@ -93,7 +93,7 @@ struct Strip {
     }
     __device__ __forceinline__ static bool exists(int index) { return index < PRODUCT_STRIPS + SECOND_STRIPS; }
 
-    // sums += its share of the products of the round.
+    // sums += this strip's part of the products of the round.
     __device__ __forceinline__ void accumulate(float (&sums)[STRIP][4]) const {
         accumulate_strip(sums, left, left_stride, right, right_stride, tiles);
     }
@@ -109,7 +109,7 @@ struct Strip {
     }
 };
 
-// Sum over the lanes that hold a column: over the rows of a warp.
+// Sum over the rows of a warp: over the lanes that hold a column.
 __device__ __forceinline__ float lanes_sum(float x) {
     x += shuffle_xor(x, 4);
     x += shuffle_xor(x, 8);
@@ -141,7 +141,8 @@ __device__ __forceinline__ void perceptron_backward(const PerceptronParams& p) {
     for (unsigned index = blockIdx.x; index < p.item_count; index += p.blocks) {
         const Item item = read_item(p.items, index);
         const int rows = rows_within(read_pair(p.pairs, item.first_pair).length, item.position);
-        // The last round of the previous item has been read: it ends with a barrier.
+        // The last round of the previous item ended with a barrier, so all threads have read its
+        // data.
         a.fill(threadIdx.x, THREADS, p.a + size_t(item.token) * p.width, rows, p.width);
         z.fill(threadIdx.x, THREADS, p.z + size_t(item.token) * H0, rows, H0);
         __syncthreads();
@@ -154,7 +155,7 @@ __device__ __forceinline__ void perceptron_backward(const PerceptronParams& p) {
 
 #pragma unroll 1
         for (unsigned first = 0; first < item.pairs; first += WARPS) {
-            // A warp without a pair repeats the last one, with gradients of 0.
+            // A warp without a pair repeats the last pair, with gradients of 0.
             const bool present = first + warp < item.pairs;
             const Pair pair = read_pair(p.pairs, item.first_pair + (present ? first + warp : item.pairs - 1));
             float de[2];
@@ -192,7 +193,7 @@ __device__ __forceinline__ void perceptron_backward(const PerceptronParams& p) {
                 multiply_rows<H1>(h1, h, weights.second + n * 16 * H1_STRIDE, H1_STRIDE);
             }
 
-            // From here on h1 holds its gradient.
+            // From here on h1 holds the gradient dh1.
 #pragma unroll
             for (int n = 0; n < H1 / 8; ++n) {
                 const float2 w = *reinterpret_cast<const float2*>(weights.w2 + n * 8 + column);
@@ -292,7 +293,7 @@ __device__ __forceinline__ void perceptron_backward(const PerceptronParams& p) {
     for (int i = 0; i < STRIPS; ++i) {
         if (Strip::exists(i * WARPS + warp)) Strip(i * WARPS + warp, x, h0, dz, dh1).write(weight_sums, strips[i]);
     }
-    // The last two gradients: sums per warp, then per block, in the place of the staged rows.
+    // db1 and dw2: sums per warp, then per block, in the memory of the staged rows.
     static_assert(WARPS * 2 * H1 * sizeof(float) <= 2 * WARPS * 16 * X_STRIDE * sizeof(E), "they fit x and y");
     float* const shares = reinterpret_cast<float*>(x);
 #pragma unroll

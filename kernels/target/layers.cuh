@@ -1,14 +1,14 @@
-// The layers of the target perceptron, for 16 scores at a time: one pair and 16 neighbouring
-// tokens.
+// Layers of the target perceptron for 16 scores at a time: one pair by 16 consecutive tokens.
 //
-// A warp keeps activations in the accumulators of mma.sync (primitives.cuh); those of a layer are
-// the left operand of the next. Columns are assigned within groups of 16: of columns 4q .. 4q + 3
-// the lanes of quad position q hold all four, as columns 2q, 2q + 1 of the group's first eight and
-// 2q, 2q + 1 of its second. So a lane's global accesses are 16 bytes, and weights and their
-// gradients lie in shared memory by `position`. A remainder of eight columns keeps its order.
+// A warp keeps activations in the accumulators of mma.sync (primitives.cuh); those of one layer are
+// the left operand of the next. Columns are permuted within groups of 16: the lanes at position q
+// of their quad hold columns 4q .. 4q + 3 of the group, as columns 2q, 2q + 1 of its first eight
+// and 2q, 2q + 1 of its second eight. A lane's global accesses are therefore 16 bytes wide. Weights
+// and their gradients are stored by `position` in shared memory. A remainder of eight columns keeps
+// its order.
 //
-// In bf16 operands go from registers to the tensor cores. In f32 they are read back from the rows
-// where they were staged, and multiplied by fused multiply-adds in the same layout.
+// In bf16, operands go from registers to the tensor cores. In f32, they are read back from their
+// staged rows and multiplied by fused multiply-adds in the same layout.
 #pragma once
 #include "carve.cuh"
 #include "primitives.cuh"
@@ -24,14 +24,14 @@ constexpr bool EXACT = IS_EXACT<E>;
 constexpr int WARPS = 4;
 constexpr int THREADS = WARPS * 32;
 
-// Elements between rows in shared memory: an odd number of 16-byte pieces, so that eight rows meet
-// all banks once.
+// Elements per row in shared memory: an odd number of 16-byte pieces, so that eight rows cover all
+// banks without a bank conflict.
 __device__ constexpr int stride_of(int columns) {
     return columns * int(sizeof(E)) / 16 % 2 ? columns : columns + 16 / int(sizeof(E));
 }
 constexpr int X_STRIDE = stride_of(D), H0_STRIDE = stride_of(H0), H1_STRIDE = stride_of(H1);
 
-// The position of a column of `COLUMNS`.
+// Position of a column, of COLUMNS, in the permuted order.
 template <int COLUMNS> __device__ __forceinline__ int position(int column) {
     const bool dealt = column < (COLUMNS & ~15);
     return dealt ? (column & ~15) | (column & 2) << 2 | (column >> 1 & 6) | (column & 1) : column;
@@ -47,8 +47,8 @@ __device__ __forceinline__ float4 multiply_add4(float4 x, float4 y, float4 z) {
                        multiply_add(x.w, y.w, z.w));
 }
 
-// Columns `column` .. + 3 of a row of `width`, zeros behind its end; 16 bytes at once where rows
-// are aligned so.
+// Columns `column` .. + 3 of a row of `width` values, with zeros behind its end. One 16-byte access
+// if the rows are aligned.
 __device__ __forceinline__ float4 load4(const float* row, int column, int width) {
     if (width % 4 == 0) return column < width ? *reinterpret_cast<const float4*>(row + column) : zero4();
     float x[4];
@@ -68,25 +68,26 @@ __device__ __forceinline__ void store4(float* row, int column, int width, float4
     }
 }
 
-// 16 rows of N columns of f32 in shared memory, where each lane of a warp holds the float4s of its
-// accumulator.
+// 16 rows by N columns of f32 in shared memory, permuted so that each lane of a warp reads its part
+// of an accumulator as float4s.
 template <int N> struct LaneTile {
     static constexpr int FLOATS = 16 * N;
     float* at;
 
-    // Columns 4 q .. of a row.
+    // Columns 4 q .. 4 q + 3 of a row.
     __device__ __forceinline__ float4& quad(int row, int q) const {
         return reinterpret_cast<float4*>(at)[((q >> 2) * 2 + (row >> 3)) * 32 + (row & 7) * 4 + (q & 3)];
     }
-    // The lane's part of sixteen columns.
+    // This lane's part of sixteen columns.
     __device__ __forceinline__ void get(float (&c)[2][4], int sixteen) const {
         const int row = lane_index() >> 2, q = sixteen * 4 + (lane_index() & 3);
         const float4 low = quad(row, q), high = quad(row + 8, q);
         c[0][0] = low.x, c[0][1] = low.y, c[1][0] = low.z, c[1][1] = low.w;
         c[0][2] = high.x, c[0][3] = high.y, c[1][2] = high.z, c[1][3] = high.w;
     }
-    // Rows of `width` from global memory, zeros from `rows` on, by `threads` threads. If one warp
-    // fills a tile, each lane writes the values that it will `get`: no barrier is needed.
+    // Fills the tile with rows of `width` values from global memory, zeros from row `rows` on, by
+    // `threads` threads. If one warp fills a tile, each lane writes the values that it will `get`,
+    // so no barrier is needed.
     __device__ __forceinline__ void fill(int thread, int threads, const float* source, int rows, int width) const {
         for (int i = thread; i < N / 16 * 64; i += threads) {
             const int row = (i >> 5 & 1) * 8 + (i >> 2 & 7), q = (i >> 6) * 4 + (i & 3);
@@ -95,14 +96,14 @@ template <int N> struct LaneTile {
     }
 };
 
-// A lane's part of 16 columns of one row that all 16 scores share.
+// This lane's part of 16 columns of one row that all 16 scores share.
 __device__ __forceinline__ float4 shared_columns(const float* row, int sixteen, int width) {
     return load4(row, sixteen * 16 + (lane_index() & 3) * 4, width);
 }
-// Column `i` of tile `j` of the lane's part of sixteen.
+// Column `i` of tile `j` in this lane's part of sixteen columns.
 __device__ __forceinline__ float part(float4 x, int j, int i) { return j == 0 ? (i ? x.y : x.x) : (i ? x.w : x.z); }
 
-// Sum over the quad: over the columns of a row.
+// Sum over the columns of a row: over the lanes of a quad.
 __device__ __forceinline__ float quad_sum(float x) {
     x += shuffle_xor(x, 1);
     return x + shuffle_xor(x, 2);
@@ -128,7 +129,7 @@ template <int COUNT> __device__ __forceinline__ void stage(E* rows, int stride, 
         store_pair(at + 8 * stride + n * 8, c[n][2], c[n][3]);
     }
 }
-// Columns 4 q .. of a staged row.
+// Columns 4 q .. 4 q + 3 of a staged row.
 __device__ __forceinline__ float4 staged4(const E* row, int q) {
     const E* const at = row + (q >> 2) * 16 + (q & 3) * 2;
     const float2 first = load_pair(at), second = load_pair(at + 8);
@@ -140,12 +141,12 @@ __device__ __forceinline__ float4 staged4(const E* row, int q) {
 // The left operand of a product: 16 rows by 16 (or 8) columns.
 template <class T> struct Operand { unsigned a[4]; };
 template <> struct Operand<float> {
-    const float* at;  // row lane / 4, where it is staged
+    const float* at;  // row lane / 4 of the staged rows
     int stride;
 };
 
-// COUNT * 8 columns of an accumulator, COUNT being 1 or 2, as an operand. In f32 they were staged
-// in `rows`, and the warp has synchronised since.
+// COUNT * 8 columns of an accumulator (COUNT: 1 or 2) as an operand. f32: they are staged in
+// `rows`, and the warp has synchronised since.
 template <int COUNT, class T> __device__ __forceinline__ Operand<T> operand(const float (*c)[4], const T* rows, int stride) {
     Operand<T> r;
     if constexpr (IS_EXACT<T>) {
@@ -157,7 +158,7 @@ template <int COUNT, class T> __device__ __forceinline__ Operand<T> operand(cons
     return r;
 }
 
-// acc[m] += a[m] b for M left operands that share b: [16, N], rows apart by `stride`.
+// acc[m] += a[m] b for M left operands that share b: [16, N], with `stride` elements per row.
 template <int N, int M, class T>
 __device__ __forceinline__ void multiply_rows(float (&acc)[M][N / 8][4], const Operand<T> (&a)[M], const T* b, int stride) {
     const int lane = lane_index();
@@ -201,7 +202,7 @@ __device__ __forceinline__ void multiply_rows(float (&acc)[M][N / 8][4], const O
     }
 }
 
-// acc += a b^T with b: [N, K], rows apart by `stride`; K is 16 or 8.
+// acc += a b^T with b: [N, K], with `stride` elements per row; K is 16 or 8.
 template <int N, int K, class T>
 __device__ __forceinline__ void multiply_columns(float (&acc)[N / 8][4], const Operand<T>& a, const T* b, int stride) {
     static_assert(N % 16 == 0, "rows of b are taken by sixteen");
@@ -240,9 +241,9 @@ __device__ __forceinline__ void multiply_columns(float (&acc)[N / 8][4], const O
     }
 }
 
-// sums = the sum of sixteen columns over the 16 rows: of the lane's columns, in every lane that
-// holds them. `c` is staged in `rows`, and the warp has synchronised since. In 16 bits a product
-// with ones gives the sums.
+// Sums sixteen columns over the 16 rows. Each lane returns the sums of its own columns. `c` is
+// staged in `rows`, and the warp has synchronised since. In 16 bits a product with ones gives the
+// sums.
 template <class T>
 __device__ __forceinline__ float4 row_sums(const float (&c)[2][4], const T* rows, int stride) {
     if constexpr (IS_EXACT<T>) {
@@ -266,15 +267,15 @@ __device__ __forceinline__ float4 row_sums(const float (&c)[2][4], const T* rows
 
 // ----------------------------------------------------------------------------------------- weights
 
-// The perceptron's weights in shared memory, by position, padded with zeros to the compiled sizes.
+// Weights of the perceptron in shared memory, by position, padded with zeros to the compiled sizes.
 struct Weights {
-    E* product;  // [D, H0], rows H0_STRIDE apart: the block of the first layer that multiplies a * r
-    E* second;   // [H0, H1], rows H1_STRIDE apart
+    E* product;  // [D, H0], H0_STRIDE per row: the block P of the first layer
+    E* second;   // [H0, H1], H1_STRIDE per row
     float* b1;   // [H1]
     float* w2;   // [H1]
     float b2;
 
-    // Allocates and fills shared memory; a barrier must follow.
+    // Allocates and fills shared memory. The caller synchronises the block afterwards.
     template <class Params> __device__ __forceinline__ Weights(Carve& carve, const Params& p) {
         product = carve.take<E>(D * H0_STRIDE);
         second = carve.take<E>(H0 * H1_STRIDE);
@@ -290,7 +291,7 @@ struct Weights {
         }
     }
 
-    // A matrix [rows, columns] to its positions in one of [ROWS, COLUMNS].
+    // Stores a matrix [rows, columns] by position as [ROWS, COLUMNS].
     template <int ROWS, int COLUMNS>
     static __device__ __forceinline__ void spread(E* to, int stride, const float* from, int rows, int columns) {
         static_assert(COLUMNS % 8 == 0, "four columns stay two and two");

@@ -1,28 +1,28 @@
-// The perceptron: work items, arguments, forward pass.
+// The forward pass of the perceptron; work items and arguments of both directions.
 #pragma once
 #include "target/layers.cuh"
 
-// A work item: 16 neighbouring tokens of a sequence and up to 32 of the pairs whose history reaches
+// A work item: 16 consecutive tokens of a sequence and up to 32 of the pairs whose history reaches
 // them.
 struct Item {
     unsigned token;       // first token
     unsigned position;    // its position in the sequence, a multiple of 16
-    unsigned first_pair;  // the longest of the pairs
-    unsigned pairs;       // at least 1
+    unsigned first_pair;  // first pair of the sorted list, the longest of the item
+    unsigned pairs;       // number of pairs, at least 1
 };
 static_assert(sizeof(Item) == 16, "mirrored by src/device/cuda/target_attention.rs");
 
-// A (sequence, candidate) pair. A sequence's pairs are sorted longest first: those that reach a
-// token are a prefix.
+// A (sequence, candidate) pair. The pairs of a sequence are sorted longest first, so those that
+// reach a token are a prefix.
 struct Pair {
-    unsigned index;   // of r, c, dr, dc
+    unsigned index;   // row of r, c, dr, dc
     unsigned score;   // first score
-    unsigned length;  // how many there are: tokens of its history
-    unsigned unit;    // its first row of pair_sums: a row for every sixteen tokens
+    unsigned length;  // number of scores: tokens of its history
+    unsigned unit;    // first row of pair_sums; one row per sixteen tokens
 };
 static_assert(sizeof(Pair) == 16, "mirrored by src/device/cuda/target_attention.rs");
 
-// Arguments of both directions. N tokens, C pairs, S scores; padded sizes D, H0, H1.
+// Arguments of forward and backward. N tokens, C pairs, S scores; padded sizes D, H0, H1.
 struct PerceptronParams {
     const void* items;    // [item_count] Item
     const void* pairs;    // [C] Pair
@@ -35,11 +35,11 @@ struct PerceptronParams {
     const float* b1;      // [hidden1]
     const float* w2;      // [hidden1]
     const float* b2;      // [1]
-    float* e;             // forward: [S]
-    const float* de;      // backward, from here on: [S]
-    float* token_sums;    // [item_count, 16, H0 + D] dz, and the part of da from y r, over the item's pairs
-    float* pair_sums;     // [units, H0 + D] dz and the like part of dr, over sixteen tokens
-    float* weight_sums;   // [blocks, D H0 + H0 H1 + 2 H1] of the product block, w1, b1, w2, by position
+    float* e;             // [S] forward
+    const float* de;      // [S] backward, as all outputs below
+    float* token_sums;    // [item_count, 16, H0 + D] dz and y r (part of da), summed over its pairs
+    float* pair_sums;     // [units, H0 + D] dz and y a (part of dr), summed over sixteen tokens
+    float* weight_sums;   // [blocks, D H0 + H0 H1 + 2 H1] gradients of P, w1, b1, w2, by position
     unsigned item_count, width, hidden0, hidden1;
     unsigned blocks;      // gridDim.x
     unsigned unused;
@@ -54,21 +54,21 @@ __device__ __forceinline__ Pair read_pair(const void* pairs, unsigned index) {
     const uint4 raw = static_cast<const uint4*>(pairs)[index];
     return Pair{raw.x, raw.y, raw.z, raw.w};
 }
-// How many of 16 tokens from `position` on lie before `length`.
+// Number of the 16 tokens from `position` on that lie before `length`.
 __device__ __forceinline__ int rows_within(unsigned length, unsigned position) {
     return length <= position ? 0 : length - position < 16 ? int(length - position) : 16;
 }
 
 __device__ __forceinline__ float relu(float x) { return x > 0.0f ? x : 0.0f; }
 
-// x = a * r, sixteen columns of it.
+// x = a * r, for sixteen columns.
 __device__ __forceinline__ void product_inputs(float (&x)[2][4], const LaneTile<D>& a, int sixteen, float4 r) {
     a.get(x, sixteen);
 #pragma unroll
     for (int i = 0; i < 8; ++i) x[i / 4][i % 4] *= part(r, i / 4, i % 2);
 }
 
-// The first layer before its products: z + c, sixteen columns of it.
+// Starts the first layer at z + c, for sixteen columns.
 __device__ __forceinline__ void layer_inputs(float (&h)[2][4], const LaneTile<H0>& z, int sixteen, float4 c) {
     z.get(h, sixteen);
 #pragma unroll
@@ -85,7 +85,7 @@ __device__ __forceinline__ void start_second(float (&h1)[H1 / 8][4], const Weigh
     }
 }
 
-// Pairs that a warp takes at once: each weight fragment is read from shared memory once for all of
+// Pairs that a warp takes at once: one read of a weight fragment from shared memory serves all of
 // them.
 constexpr int AT_ONCE = 2;
 
@@ -96,7 +96,7 @@ __device__ __forceinline__ void scores(const PerceptronParams& p) {
     const int warp = warp_index(), lane = lane_index();
     const LaneTile<D> a{carve.take<float>(WARPS * LaneTile<D>::FLOATS) + warp * LaneTile<D>::FLOATS};
     const LaneTile<H0> z{carve.take<float>(WARPS * LaneTile<H0>::FLOATS) + warp * LaneTile<H0>::FLOATS};
-    // f32: rows of x and of sixteen columns of the first layer.
+    // f32: staged rows of x, and of sixteen columns of the first layer.
     constexpr int H_STRIDE = stride_of(16), SCRATCH = EXACT ? 16 * (X_STRIDE + H_STRIDE) : 0;
     E* const scratch = carve.take<E>(WARPS * AT_ONCE * SCRATCH) + warp * AT_ONCE * SCRATCH;
     __syncthreads();
@@ -110,10 +110,10 @@ __device__ __forceinline__ void scores(const PerceptronParams& p) {
             Pair pair[AT_ONCE];
             Operand<E> x[D / 16][AT_ONCE];
             float h1[AT_ONCE][H1 / 8][4];
-            __syncwarp();  // f32: the scratch has been read
+            __syncwarp();  // f32: all lanes have read the scratch rows
 #pragma unroll
             for (int m = 0; m < AT_ONCE; ++m) {
-                // Without another pair the last is scored again, and not written.
+                // With an odd number of pairs, the last is scored twice and written once.
                 const unsigned last = item.pairs - 1, at = first + m < last ? first + m : last;
                 pair[m] = read_pair(p.pairs, item.first_pair + at);
                 E* const x_rows = scratch + m * SCRATCH;

@@ -1,27 +1,27 @@
-// The softmax of every row over its pair's scores, and the weighted sum over its history.
+// The softmax of every row over the scores of its pair, and the weighted sum over its history.
 //
-// A row is an instance: a pair with a history length. Rows of one pair share its scores.
+// A row is an instance: a pair with a history length. The rows of a pair share its scores.
 #pragma once
 #include "online_softmax.cuh"
 #include "target/scores.cuh"
 
-// Rows of a pair are adjacent, longest first, in the order of the pairs.
+// An instance. The rows of a pair are adjacent, longest first, in the order of the pairs.
 struct Row {
-    unsigned index;   // of att, lse, datt
-    unsigned length;  // history tokens, at most its pair's
+    unsigned index;   // row of att, lse, datt
+    unsigned length;  // tokens of its history, at most those of its pair
     unsigned score;   // first score of its pair
     unsigned token;   // first token of its sequence
 };
 static_assert(sizeof(Row) == 16, "mirrored by src/device/cuda/target_attention.rs");
 
-// Up to 16 tokens of a sequence.
+// Up to 16 consecutive tokens of a sequence.
 struct Tile {
-    unsigned token;       // the first
-    unsigned tokens;      // how many: 1 to 16
-    unsigned position;    // position of the first in the sequence
-    unsigned first_pair;  // the sequence's pairs that reach it
-    unsigned pairs;       // number of these pairs
-    unsigned first_item;  // its first item
+    unsigned token;       // first token
+    unsigned tokens;      // number of tokens, 1 to 16
+    unsigned position;    // position of the first token in the sequence
+    unsigned first_pair;  // first of the pairs that reach the tile
+    unsigned pairs;       // number of pairs that reach the tile
+    unsigned first_item;  // first item of the tile
     unsigned items;       // number of items
     unsigned unused;
 };
@@ -40,7 +40,7 @@ __device__ __forceinline__ Tile read_tile(const void* tiles, unsigned index) {
 struct SoftmaxParams {
     const void* rows;            // [R] Row
     const void* pairs;           // backward: [C] Pair
-    const unsigned* pair_rows;   // backward: [C + 1] the rows of each pair
+    const unsigned* pair_rows;   // backward: [C + 1] first row of each pair
     const void* tiles;           // backward: [gridDim.x] Tile
     const float* s;              // [N, width]
     const float* e;              // [S]
@@ -48,16 +48,16 @@ struct SoftmaxParams {
     float* att;                  // [R, width]; forward writes it
     const float* datt;           // backward: [R, width]
     float* de;                   // backward: [S]
-    float* ds;                   // backward: [N, width], added to
+    float* ds;                   // backward: [N, width], adds to it
     unsigned row_count, width;
 };
 static_assert(sizeof(SoftmaxParams) == 96, "mirrored by src/device/cuda/target_attention.rs");
 
 constexpr int ROW_THREADS = 256;
 
-// att = sum of e^(e - lse) s, one warp per row: adjacent lanes share a token, 4 columns each, and
-// groups of lanes take tokens in turn. Reads e twice and s once per row, from the caches: rows of a
-// sequence are neighbours.
+// att = sum of e^(e - lse) s, one warp per row. Adjacent lanes share a token, 4 columns each;
+// groups of lanes take tokens in turn. Reads e twice and s once per row, from the caches, because
+// the rows of a sequence are adjacent.
 __device__ __forceinline__ void softmax(const SoftmaxParams& p) {
     const unsigned index = blockIdx.x * (ROW_THREADS / 32) + warp_index();
     if (index >= p.row_count) return;
@@ -67,7 +67,7 @@ __device__ __forceinline__ void softmax(const SoftmaxParams& p) {
     float peak = -INF;
     for (unsigned t = lane; t < row.length; t += 32) peak = largest(peak, e[t]);
     for (int lanes = 16; lanes; lanes >>= 1) peak = largest(peak, shuffle_xor(peak, lanes));
-    // An empty history has no maximum.
+    // reference() replaces the -inf of an empty history by 0.
     const float reference = OnlineSoftmax::reference(peak) * LOG2_E;
     constexpr int LANES = D / 4 < 32 ? D / 4 : 32, GROUPS = 32 / LANES;
     const int column = lane % LANES * 4;
@@ -94,9 +94,9 @@ __device__ __forceinline__ void softmax(const SoftmaxParams& p) {
     if (lane == 0) p.lse[row.index] = row.length ? (reference + log2_fast(sum)) * LN_2 : -INF;
 }
 
-// de = sum of p (g . s - g . att) and ds += sum of p g over the rows that see a token, with g =
-// datt. A block takes 16 tokens; its warps take pairs in turn, in accumulator layout. The warps' ds
-// are added in order.
+// de = sum of p (g . s - g . att) and ds += sum of p g, over the rows that see a token, with g =
+// datt. A block takes 16 tokens; its warps take pairs in turn, in accumulator layout. The partial
+// ds of the warps are added in order.
 __device__ __forceinline__ void softmax_backward(const SoftmaxParams& p) {
     const Tile tile = read_tile(p.tiles, blockIdx.x);
     if (tile.pairs == 0) return;
@@ -147,7 +147,7 @@ __device__ __forceinline__ void softmax_backward(const SoftmaxParams& p) {
             if ((lane & 3) == 0 && t[half] < pair.length) p.de[pair.score + t[half]] = de[half];
         }
     }
-    // The warps' partial sums take the place of s, one after the other.
+    // The partial sums of the warps replace s, one warp after the other.
     for (int turn = 0; turn < warps; ++turn) {
         __syncthreads();
         if (turn != warp) continue;

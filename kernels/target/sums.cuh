@@ -1,5 +1,5 @@
-// Around the perceptron: combines the blocks of the first layer's weight, and adds up the partial
-// sums of backward by item, unit and block.
+// Before the perceptron: combines the blocks of the first layer's weight. After it: adds the
+// partial sums of backward by item, unit and block.
 #pragma once
 #include "target/softmax.cuh"
 
@@ -15,7 +15,7 @@ struct CombineParams {
 };
 static_assert(sizeof(CombineParams) == 48, "mirrored by src/device/cuda/target_attention.rs");
 
-// One thread per column of a row; the row behind the last is the bias.
+// One thread per column of a row. The row behind the last is the bias.
 __device__ __forceinline__ void combine(const CombineParams& p) {
     const unsigned i = blockIdx.x * SUM_THREADS + threadIdx.x, row = i / H0, column = i % H0;
     if (row > p.width) return;
@@ -34,7 +34,7 @@ __device__ __forceinline__ void combine(const CombineParams& p) {
 }
 
 struct SumParams {
-    const void* list;    // of tokens: [gridDim.x] Tile; of pairs: [count] Pair
+    const void* list;    // sum_tokens: [gridDim.x] Tile; sum_pairs: [count] Pair
     const float* sums;   // token_sums or pair_sums
     float* hidden;       // [N, H0] dZ, or [C, H0] dc
     float* input;        // [N, width] da, or [C, width] dr
@@ -44,7 +44,7 @@ static_assert(sizeof(SumParams) == 40, "mirrored by src/device/cuda/target_atten
 
 constexpr int SUM_QUADS = (H0 + D) / 4;
 
-// Sums four columns of `count` rows, `apart` rows apart, and writes row `to`.
+// Sums four columns of `count` rows, `apart` rows apart, into row `to`.
 __device__ __forceinline__ void sum_quad(const SumParams& p, size_t first, unsigned count, unsigned apart, size_t to, int q) {
     const float4* const from = reinterpret_cast<const float4*>(p.sums) + first * SUM_QUADS + q;
     float4 sum = zero4();
@@ -54,7 +54,7 @@ __device__ __forceinline__ void sum_quad(const SumParams& p, size_t first, unsig
     else store4(p.input + to * p.width, q * 4 - H0, p.width, sum);
 }
 
-// Sums over the items of 16 tokens, zeros without items; one block per tile.
+// Sums of each token over the items of its tile; 0 without items. One block per tile.
 __device__ __forceinline__ void sum_tokens(const SumParams& p) {
     const Tile tile = read_tile(p.list, blockIdx.x);
     for (unsigned i = threadIdx.x; i < tile.tokens * SUM_QUADS; i += SUM_THREADS) {
@@ -63,7 +63,7 @@ __device__ __forceinline__ void sum_tokens(const SumParams& p) {
     }
 }
 
-// Sums over the units of a pair.
+// Sums of each pair over its units.
 __device__ __forceinline__ void sum_pairs(const SumParams& p) {
     const size_t i = size_t(blockIdx.x) * SUM_THREADS + threadIdx.x;
     if (i / SUM_QUADS >= p.count) return;
@@ -75,7 +75,7 @@ struct GradientParams {
     const float* token;      // [width, H0] a^T dZ
     const float* candidate;  // [width, H0] r^T dc
     const float* bias;       // [H0] sum of dc
-    const float* sums;       // [D H0 + H0 H1 + 2 H1], by position
+    const float* sums;       // [D H0 + H0 H1 + 2 H1] sums of weight_sums, by position
     float* w0;               // [4 width, hidden0]
     float* b0;               // [hidden0]
     float* w1;               // [hidden0, hidden1]
@@ -86,7 +86,7 @@ struct GradientParams {
 };
 static_assert(sizeof(GradientParams) == 96, "mirrored by src/device/cuda/target_attention.rs");
 
-// The weights' gradients in their own order. blockIdx.y is the weight: 0 and 1 the two matrices, 2
+// Writes the weight gradients in the layout of the weights. blockIdx.y: 0 for w0, 1 for w1, 2 for
 // the vectors.
 __device__ __forceinline__ void gradients(const GradientParams& p) {
     const unsigned i = blockIdx.x * SUM_THREADS + threadIdx.x;
@@ -108,6 +108,6 @@ __device__ __forceinline__ void gradients(const GradientParams& p) {
     } else {
         if (i < p.hidden0) p.b0[i] = p.bias[i];
         if (i < p.hidden1) p.b1[i] = vectors[position<H1>(i)], p.w2[i] = vectors[H1 + position<H1>(i)];
-        if (i == 0) *p.b2 = 0.0f;  // a softmax is invariant to a constant
+        if (i == 0) *p.b2 = 0.0f;  // softmax is invariant to a constant
     }
 }

@@ -1,6 +1,6 @@
-//! The attention operation by sequence length, fused and naive: `cargo bench --bench attention`. On
-//! the CPU, and, where there is a GPU, there too, by its own events: the host's clock does not see
-//! what runs behind it.
+//! The attention operation by sequence length, fused and naive: `cargo bench --bench attention`. It
+//! is timed on the CPU and, if there is one, on a GPU. GPU times come from CUDA events, because the
+//! host's clock does not measure work that the GPU has yet to finish.
 
 use criterion::{
     BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main,
@@ -41,11 +41,11 @@ fn cpu(c: &mut Criterion) {
     }
 }
 
-/// Tokens of a batch on a GPU: enough to fill it.
+/// Tokens per batch, enough to fill a GPU.
 const TOKENS: usize = 1 << 18;
 
 fn cuda(c: &mut Criterion) {
-    // Products of the naive form in the precision that the fused form has in its tensors.
+    // The naive form computes products in the precision of the fused form's tensors.
     for precision in [Precision::F32, Precision::Bf16] {
         let gpu = match Cuda::new(0) {
             Ok(cuda) => Gpu::new(cuda, precision),
@@ -71,7 +71,7 @@ fn on_gpu<T: Value>(
     for length in [20, 50, 100, 200, 300, 1024, 4096] {
         let host = Batch::new(FhaOptions::new(2, 16), length, TOKENS);
         let mut fused = Fused::new(gpu, &host, narrow, 0)?;
-        // All of its scores are in memory.
+        // The naive form stores all scores in memory.
         let mut naive = if length <= 1024 { Some(NaiveForm::new(gpu, &host, length)?) } else { None };
         for pass in Pass::ALL {
             let mut group = quick(c, &format!("attention/cuda/{name}/{}", pass.name()));

@@ -1,10 +1,10 @@
-//! Target attention, fused against the published way, forward and backward, on one thread.
+//! Target attention on one thread, forward and backward: fused, and unfused as published.
 //!
-//! `cargo bench --bench target_attention`. The rate is of (history token, candidate) scores.
-//! Arithmetic per score at `D = 32`, hidden `(80, 40)`, fused: forward `2 (32*80 + 80*40 + 40)` =
-//! 11.6 kFLOP; backward, which computes the activations again, `2 (3*32*80 + 3*80*40 + 2*40)` =
-//! 34.7 kFLOP; what is shared by candidates or by tokens is not counted. `peak` is the rate of this
-//! core's multiply-add units in FLOP, to compare with.
+//! `cargo bench --bench target_attention`. The unit of throughput is one (history token, candidate)
+//! score. Arithmetic per score at `D = 32`, hidden `(80, 40)`, fused: forward
+//! `2 (32*80 + 80*40 + 40)` = 11.6 kFLOP; backward, which recomputes the activations,
+//! `2 (3*32*80 + 3*80*40 + 2*40)` = 34.7 kFLOP; work shared by candidates or by tokens is not
+//! counted. `peak` measures the FLOP rate of this core's multiply-add units for comparison.
 
 #[path = "../tests/bodies/target_attention.rs"]
 #[allow(dead_code)] // what is for tests
@@ -18,7 +18,8 @@ use dfar::device::cpu::target_attention::{self, unfused::Unfused};
 use rand::{RngExt, SeedableRng};
 use std::time::Duration;
 
-/// Sequences of one length, every one with the same number of candidates, each read by one row.
+/// Sequences of equal length, each with the same number of candidates; one row reads each
+/// candidate.
 struct Workload {
     case: Case,
     out: Output<f32>,
@@ -138,7 +139,7 @@ fn benchmark(criterion: &mut Criterion) {
             group.bench_function(format!("{name} forward"), |b| {
                 b.iter(|| one.install(|| workload.forward(fused)));
             });
-            // The last forward kept what this backward reads.
+            // Reads the results of the last forward pass.
             group.bench_function(format!("{name} backward"), |b| {
                 b.iter(|| one.install(|| workload.backward(fused)));
             });

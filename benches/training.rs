@@ -1,4 +1,4 @@
-//! Training steps by what is shared: `cargo bench --bench training`.
+//! Training steps by degree of sharing: `cargo bench --bench training`.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use dfar::data::Dataset;

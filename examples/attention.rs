@@ -35,7 +35,7 @@ pub fn main() -> Result<(), AttentionError> {
     let gradients = Gradients { dq: &mut dq, dk: &mut dk, dv: &mut dv };
     backward(&options, inputs, &o, &lse, &d_o, gradients)?;
 
-    // The same by the definition.
+    // The same results from the definition.
     let expected = naive([&q, &k, &v], &cu_seqlens, &label, options.scale, &d_o);
     for (name, x, y) in [
         ("o", &o, &expected.o),
@@ -57,9 +57,9 @@ struct Naive {
     dv: Vec<f32>,
 }
 
-/// One query head per token (the one of its label) meets every key head of every token up to itself
-/// in one softmax. Of key head b, only tokens with label b are kept; each key head has an output of
-/// its own.
+/// Each token has one query head, that of its label. It attends to all key heads of all tokens up
+/// to itself in one softmax. Key head b keeps only tokens with label b; each key head has its own
+/// output.
 fn naive(qkv: [&[f32]; 3], cu_seqlens: &[u32], label: &[u8], scale: f32, d_o: &[f32]) -> Naive {
     let [q, k, v] = qkv;
     // Row of a [tokens, heads, dim] array.
@@ -79,7 +79,7 @@ fn naive(qkv: [&[f32]; 3], cu_seqlens: &[u32], label: &[u8], scale: f32, d_o: &[
                 pairs.iter().map(|&(j, b)| (scale * dot(&q[q_row.clone()], &k[row(j, b)])).exp()).collect();
             let sum: f32 = exp.iter().sum();
             let p: Vec<f32> = exp.iter().map(|x| x / sum).collect();
-            // Gradient of each probability, and their mean under the softmax.
+            // The gradient of each probability, and the mean of these under the softmax.
             let dp: Vec<f32> = pairs
                 .iter()
                 .map(|&(j, b)| if kept(j, b) { dot(&d_o[row(i, b)], &v[row(j, b)]) } else { 0.0 })

@@ -1,5 +1,5 @@
-//! A CSV log becomes a `.dfar` file, which is opened and read: users, events, the split, the
-//! evaluation groups.
+//! Imports a CSV log into a `.dfar` file and reads it: users, events, the split, the evaluation
+//! groups.
 //!
 //!     cargo run --release --example read_dfar
 
@@ -23,7 +23,7 @@ pub fn main() -> Result<(), Box<dyn Error>> {
     let (log, path) = (folder.path().join("log.csv"), folder.path().join("log.dfar"));
     std::fs::write(&log, LOG)?;
 
-    // What `dfar-data import` does.
+    // The same as `dfar-data import`.
     let mut options = ImportOptions::new(LogFormat::Csv, vec![log], path.clone());
     options.columns.user = Some("user".to_owned());
     options.columns.item = Some("item".to_owned());

@@ -1,4 +1,4 @@
-//! A log in memory becomes batches, a trained model, and a ranking for a new user.
+//! Packs a log in memory into a batch, trains a model, and ranks items for a new user.
 //!
 //!     cargo run --release --example train_and_score
 
@@ -14,8 +14,8 @@ const MAX_LENGTH: usize = 20;
 
 /// Packs, trains, ranks.
 pub fn main() -> Result<(), Box<dyn Error>> {
-    // The log: each user's events, oldest first, as (item, liked). Users like either the even or
-    // the odd items.
+    // The log: each user's events, oldest first, as (item, liked). Every user likes either the even
+    // or the odd items.
     let users: Vec<Vec<(u32, u8)>> = (0..60)
         .map(|user: u32| {
             let event = |n: u32| {
@@ -26,7 +26,7 @@ pub fn main() -> Result<(), Box<dyn Error>> {
         })
         .collect();
 
-    // One question for each liked event: that item, or one of two the user did not choose?
+    // One group per liked event: its item, and two items that the user did not choose.
     let mut histories = Vec::new();
     for events in &users {
         let (items, liked): (Vec<u32>, Vec<u8>) = events.iter().copied().unzip();
@@ -38,7 +38,7 @@ pub fn main() -> Result<(), Box<dyn Error>> {
                 targets: vec![1.0, 0.0, 0.0],
             })
             .collect();
-        // All questions about one user share one pass over the user's events.
+        // All groups of one user share one pass over the user's events.
         let view = View::new(&items, &liked, Feedback::Mixed);
         histories.extend(view.histories(questions, Cut::exact(MAX_LENGTH)));
     }
@@ -50,7 +50,7 @@ pub fn main() -> Result<(), Box<dyn Error>> {
         batch.rows()
     );
 
-    // Training: the whole log is one batch here; `train::Fit` draws batches, validates and writes
+    // Training. The whole log is one batch here; `train::Fit` draws batches, validates and writes
     // checkpoints.
     let config = ModelConfig::new(ITEMS as usize, MAX_LENGTH);
     let mut model = Model::initialized(Arc::new(Cpu::new()), config, 1, Initialization::Scaled)?;
@@ -65,7 +65,7 @@ pub fn main() -> Result<(), Box<dyn Error>> {
     println!("loss {first:.3} -> {last:.3}");
     assert!(last < 0.8 * first);
 
-    // Scoring: a new user who liked 2 and 8 and skipped 5. Even items should come first.
+    // Scoring: a new user liked 2 and 8 and skipped 5, so even items should come first.
     let candidates: Vec<u32> = (10..20).collect();
     let query = Query { items: vec![2, 5, 8], labels: vec![1, 0, 1], candidates };
     let logits = rank(&model, Feedback::Mixed, std::slice::from_ref(&query), 1)?.remove(0);

@@ -24,7 +24,8 @@ pub fn main() -> Result<(), Box<dyn Error>> {
     synthetic::write(&SyntheticOptions { users: 150, items: 30, ..SyntheticOptions::default() }, &path)?;
     let data = Dataset::open(&path)?;
 
-    // Config has the defaults of dfar-train: the model's size, the loss, how batches are drawn.
+    // Config has the defaults of dfar-train: model size, weights of the loss, options for drawing
+    // batches.
     let config = Config { width: 16, max_length: 20, batch_tokens: 128, ..Config::default() };
     let mut model =
         Model::initialized(Arc::new(Cpu::new()), config.model(data.items()), config.seed, config.init)?;
@@ -34,10 +35,10 @@ pub fn main() -> Result<(), Box<dyn Error>> {
     let epochs = 5;
     let mut aucs = vec![auc(&model, &data)?];
     for epoch in 0..epochs {
-        // The plan of an epoch, and each batch of it, follow from the seed and their numbers alone.
+        // The plan of an epoch and its batches depend only on the seed and on their numbers.
         let plan = drawer.training_plan(epoch)?;
         let adam = AdamOptions { lr: 1e-2 * 0.8f32.powi(epoch as i32), ..config.adam() };
-        // Two threads draw and pack; this one trains on the batches in order.
+        // Two threads draw and pack batches; this thread trains on them in order.
         let make = |index| Batch::pack(&drawer.draw(&plan, epoch, index));
         let mean = ahead(0..plan.size.batches, 2, make, |batches| -> Result<f64, Box<dyn Error>> {
             let mut sum = 0.0;
@@ -53,7 +54,8 @@ pub fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// How often the model scores a liked event above a sampled item, over the validation events.
+/// The AUC over the validation events: how often the model scores a liked event above a sampled
+/// item.
 fn auc(model: &Model<Cpu>, data: &Dataset) -> Result<f64, Box<dyn Error>> {
     let options =
         ScoreOptions { feedback: Feedback::Mixed, batch_tokens: 4096, batch_rows: 8192, workers: 1 };

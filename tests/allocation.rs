@@ -1,5 +1,5 @@
-//! After the first call, the attention engine does not allocate. The only test of its file, because
-//! the counter counts all threads of the process.
+//! The attention engine allocates only in its first call. This is the only test of its file,
+//! because the counter counts the allocations of all threads of the process.
 
 mod common;
 
@@ -41,7 +41,7 @@ fn a_second_call_allocates_nothing() {
         backward(&options, batch.inputs(), &o, &lse, &batch.d_o, gradients)
             .expect("inputs should be accepted");
     };
-    // One thread: with several, it is random which one grows its scratch for the longest sequence.
+    // One thread: among several, the one that grows its scratch for the longest sequence is random.
     let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread should start");
     pool.install(|| {
         call();

@@ -1,4 +1,4 @@
-//! `dfar-bench attention`: predictions, and files of results, where there is no GPU.
+//! `dfar-bench attention` without a GPU: predictions, and files of results.
 
 use std::path::Path;
 use std::process::{Command, Output};
@@ -26,9 +26,9 @@ fn predictions_need_no_gpu() {
     assert_eq!(text.lines().filter(|line| line.starts_with("backward")).count(), 2, "{text}");
 }
 
-/// Not 4, no usable GPU: none is asked for.
+/// Exit code 2, not 4 (no usable GPU): a prediction needs no GPU.
 #[test]
-fn what_has_no_kernel_is_wrong_usage() {
+fn shapes_without_a_kernel_are_wrong_usage() {
     for (arguments, says) in [
         (&["--head-dim", "12"][..], "head_dim is 12"),
         (&["--heads", "3"], "heads"),
@@ -42,7 +42,7 @@ fn what_has_no_kernel_is_wrong_usage() {
 }
 
 #[test]
-fn a_file_of_results_replaces_the_old_one_whole() {
+fn a_results_file_replaces_the_old_one_at_once() {
     let folder = tempfile::tempdir().expect("a folder should be made");
     let path = folder.path().join("rows.json");
     std::fs::write(&path, "old").expect("it is writable");

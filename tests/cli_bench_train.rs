@@ -1,4 +1,4 @@
-//! `dfar-bench train` as a user meets it.
+//! `dfar-bench train` on the command line.
 
 use dfar::data::Split;
 use dfar::data::synthetic::{self, SyntheticOptions};
@@ -21,7 +21,7 @@ fn number(value: &serde_json::Value) -> f64 {
     value.as_f64().unwrap_or_else(|| panic!("{value} is no number"))
 }
 
-/// Checks what every profile says, and returns its parts.
+/// Checks the fields of every profile, and returns its parts.
 fn parts(profile: &serde_json::Value) -> Vec<serde_json::Value> {
     let parts = profile["parts"].as_array().expect("a list of parts").clone();
     assert_eq!(parts.iter().map(|row| row["part"].as_str().unwrap()).collect::<Vec<_>>(), PARTS);
@@ -58,7 +58,7 @@ fn floors_are_predicted_without_a_gpu() {
             (&printed["steps"]["steps"], &printed["steps"]["seconds"]),
             (&3.into(), &serde_json::Value::Null)
         );
-        // Three batches of six histories: ten events, asked about once, by ten candidates.
+        // Three batches of six histories: ten events and one group of ten candidates each.
         for (name, count) in [("instances", 180), ("tokens", 180), ("scores", 1800)] {
             assert!(number(&printed["steps"][name]) <= f64::from(count), "{name}: {printed}");
         }
@@ -66,7 +66,7 @@ fn floors_are_predicted_without_a_gpu() {
         floors.inspect(|&seconds| assert!(seconds > 0.0)).collect::<Vec<_>>()
     };
     let [h100, h200, f32] = [floor("h100", "bf16"), floor("h200", "bf16"), floor("h200", "f32")];
-    // The same chip with faster memory; products take longer in f32.
+    // The H200 has the same chip with faster memory; products take longer in f32.
     assert!(h100.iter().zip(&h200).all(|(h100, h200)| h200 <= h100) && h200 != h100);
     assert!(f32[3] > h200[3]);
 
@@ -80,7 +80,7 @@ fn floors_are_predicted_without_a_gpu() {
 }
 
 #[test]
-fn made_up_batches_are_of_no_data_set() {
+fn random_batches_exclude_a_data_set() {
     let output = bench_train(&["--uniform", "--data", "x.dfar"]);
     assert_eq!(output.status.code(), Some(2));
 }

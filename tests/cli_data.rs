@@ -1,4 +1,4 @@
-//! `dfar-data` as users run it: results on stdout, messages on stderr, exit codes.
+//! `dfar-data` on the command line: results on stdout, messages on stderr, exit codes.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -50,7 +50,7 @@ impl Folder {
         self.0.path().join(name).to_str().unwrap().to_owned()
     }
 
-    /// Imports the log with these flags on top.
+    /// The arguments to import the log with these flags.
     fn import<'a>(&'a self, log: &'a str, output: &'a str, flags: &[&'a str]) -> Vec<&'a str> {
         let usual = ["import", "--format", "kuairand", "--input", log, "--output", output];
         usual.iter().chain(&["--k-core", "0", "--candidates", "1"]).chain(flags).copied().collect()
@@ -64,7 +64,7 @@ fn import_then_info() {
     let (out, err) = succeeds(&folder.import(&log, &output, &["--split", "leave-last"]));
     assert_eq!(out, "");
     assert!(err.contains("3 users, 4 items, 9 events of 9 rows"), "{err}");
-    // stderr is no terminal here, so there are no bars.
+    // stderr is not a terminal here, so there are no bars.
     assert!(!err.contains('\r') && !err.contains('\x1b'), "{err:?}");
 
     let (out, err) = succeeds(&["info", &output]);
@@ -162,7 +162,7 @@ fn exit_codes() {
     fails(&["info", &missing], 3);
     let err = fails(&["info", &log], 3);
     assert!(err.contains("not a dfar data set"), "{err}");
-    // Writing fails, the data are good: the run failed.
+    // The data are valid, but writing fails: exit code 1.
     let nowhere: PathBuf = Path::new(&missing).join("x.dfar");
     fails(&folder.import(&log, nowhere.to_str().unwrap(), &[]), 1);
     for arguments in [&["--help"][..], &["import", "--help"], &["--version"]] {
@@ -172,7 +172,7 @@ fn exit_codes() {
 
 #[cfg(unix)]
 #[test]
-fn a_reader_that_leaves_is_no_error() {
+fn a_closed_pipe_is_no_error() {
     let folder = Folder::new();
     let [log, output] = ["log.csv", "x.dfar"].map(|name| folder.path(name));
     succeeds(&folder.import(&log, &output, &[]));
@@ -189,7 +189,7 @@ fn a_reader_that_leaves_is_no_error() {
 }
 
 #[test]
-fn synth_tells_the_ceiling() {
+fn synth_prints_the_ceiling() {
     let folder = Folder::new();
     let output = folder.path("s.dfar");
     let arguments =
@@ -214,7 +214,7 @@ fn export_and_import_again_give_the_same_events() {
     let folder = Folder::new();
     let [log, output, again, export] =
         ["nasty.csv", "x.dfar", "y.dfar", "events"].map(|name| folder.path(name));
-    // Ids that a careless writer would break, and a counter whose unit cannot be guessed.
+    // Ids that need quotes or look like numbers, and a counter without a recognisable unit.
     let ids = ["\"a,b\"", "\"say \"\"hi\"\"\"", "\u{a0}x", "\"\u{feff}y\"", "007", "-1", "#c", "1e5"];
     let rows: String = (0..40)
         .map(|row| {

@@ -1,4 +1,4 @@
-//! `dfar-train score` as a user meets it.
+//! `dfar-train score` on the command line.
 
 use dfar::data::synthetic::{self, SyntheticOptions};
 use dfar::data::{Dataset, Part};
@@ -18,7 +18,7 @@ fn dfar(dir: &Path, program: &str, args: &[&str], stdin: &str) -> Output {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    // A program that does not read its input closes the pipe.
+    // A program that does not read its input closes the pipe, which is not an error here.
     let _ = child.stdin.take().unwrap().write_all(stdin.as_bytes());
     child.wait_with_output().unwrap()
 }
@@ -62,7 +62,7 @@ impl Fixture {
         Self::trained(dir)
     }
 
-    /// A run on a log of JSON lines, whose ids can hold anything.
+    /// A run on a log of JSON lines, whose ids may contain any character.
     fn with_ids(ids: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let mut log = String::new();
@@ -127,7 +127,7 @@ fn items(rows: &[Value]) -> Vec<&str> {
 }
 
 #[test]
-fn every_id_can_be_named() {
+fn every_id_can_be_given_on_the_command_line() {
     let ids = ["a,b", "c:1", "-x", "\u{a0}y", "say \"hi\"", "plain", "007"];
     let fixture = Fixture::with_ids(&ids);
     let all = fixture.json(&["--history", "plain:1", "--top", "20"]);
@@ -138,7 +138,7 @@ fn every_id_can_be_named() {
         let asked = [&["--history", &event[..], "--candidates", &quoted[..]][..], &[]].concat();
         assert_eq!(items(&fixture.json(&asked)), [id]);
     }
-    // Unquoted, where the syntax leaves no doubt; blanks after a comma are the list's.
+    // Unquoted ids, where the syntax is unambiguous; blanks after a comma are ignored.
     for (history, candidates, expected) in [
         ("-x:1", "-x", vec!["-x"]),
         ("c:1:0", "c:1", vec!["c:1"]),
@@ -152,7 +152,7 @@ fn every_id_can_be_named() {
         found.sort_by_key(|item| expected.iter().position(|e| e == item));
         assert_eq!(found, expected);
     }
-    // An id is its bytes: not what is left without a no-break space.
+    // An id is compared byte for byte: a no-break space is part of it.
     let output = fixture.score_with(&["--history", "y:1"], "");
     assert_eq!(output.status.code(), Some(3));
     assert!(stderr(&output).contains("unknown item `y` in --history"), "{}", stderr(&output));
@@ -180,7 +180,7 @@ fn a_user_is_scored_by_the_whole_history_of_the_data_set() {
     assert_eq!(fixture.json(&["--user", "7"]), expected);
     assert_eq!(expected.len(), 10);
 
-    // The same from every other way in, one user among many.
+    // All other inputs give the same scores, also for one user among many.
     let with_user = |mut row: Value| {
         row["user"] = "7".into();
         row
@@ -279,11 +279,11 @@ fn outputs_agree_and_are_complete_or_absent() {
         assert_eq!((&csv[0], &csv[2]), (json["user"].as_str().unwrap(), json["item"].as_str().unwrap()));
         assert_eq!(csv[4].parse::<f32>().unwrap(), json["logit"].as_f64().unwrap() as f32);
     }
-    // Any number of threads, the same bytes.
+    // The number of threads changes no byte.
     fixture.score(&["--all-users", "--top", "3", "--output", "again.csv", "--threads", "3"]);
     assert!(std::fs::read(path("again.csv")).unwrap() == std::fs::read(path("top.csv")).unwrap());
 
-    // A failure leaves the old file, and no other.
+    // A failure leaves the old file, and no temporary file.
     let before: Vec<_> =
         std::fs::read_dir(fixture.dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
     let bad = "{\"history\": []}\n{\"history\": [[\"nope\", 1]]}\n";

@@ -1,4 +1,4 @@
-//! The `dfar-train` command as a user meets it.
+//! `dfar-train` on the command line.
 
 use dfar::data::synthetic::{self, SyntheticOptions};
 use dfar::train::checkpoint::{Checkpoint, ModelFile};
@@ -58,7 +58,7 @@ fn the_report_is_of_the_model_in_the_file() {
     let report: serde_json::Value =
         serde_json::from_slice(&bytes(dir.path().join("run/metrics.json"))).unwrap();
     assert_eq!(report["best_epoch"].as_u64(), Some(file.info.epoch as u64));
-    // Not of the parameters after the last step.
+    // Not those of the parameters after the last step.
     assert_eq!(report["valid"]["auc"].as_f64(), file.info.valid_auc);
 }
 
@@ -72,7 +72,7 @@ fn help_lists_the_flags_and_commands() {
 }
 
 #[test]
-fn mistakes_say_what_they_are_and_leave_nothing_behind() {
+fn usage_errors_name_the_mistake_and_leave_no_files() {
     let dir = folder();
     std::fs::write(dir.path().join("bad.toml"), "pateince = 3\n").unwrap();
     std::fs::write(dir.path().join("not.dfar"), "hello").unwrap();
@@ -98,7 +98,7 @@ fn mistakes_say_what_they_are_and_leave_nothing_behind() {
 }
 
 #[test]
-fn a_device_is_chosen_and_a_missing_one_said_so() {
+fn a_device_is_chosen_and_a_missing_one_reported() {
     let dir = folder();
     let small = [&["--data", "x.dfar", "--out", "run"], &SMALL[..]].concat();
     let run = |more: &[&str]| dfar_train(dir.path(), &[&small[..], more].concat());
@@ -108,7 +108,7 @@ fn a_device_is_chosen_and_a_missing_one_said_so() {
     assert!(!dir.path().join("run").exists());
 
     let without_gpu = dfar::device::cuda::device_count().is_err();
-    // A GPU's graphs are nothing to a CPU.
+    // `--cuda-graphs` has no effect on the CPU.
     let auto = run(&["--device", "auto", "--cuda-graphs"]);
     assert_eq!(code(&auto), 0, "{}", stderr(&auto));
     assert_eq!(stderr(&auto).contains("CUDA graphs"), !without_gpu, "{}", stderr(&auto));
@@ -123,7 +123,7 @@ fn a_device_is_chosen_and_a_missing_one_said_so() {
 }
 
 #[test]
-fn a_run_leaves_what_it_promises() {
+fn a_run_leaves_the_documented_files() {
     let dir = folder();
     let output = trained(dir.path(), "run", &[]);
     let table = stdout(&output);
@@ -152,7 +152,7 @@ fn a_run_leaves_what_it_promises() {
     let log = String::from_utf8(bytes(run.join("log.jsonl"))).unwrap();
     assert!(log.lines().all(|line| serde_json::from_str::<serde_json::Value>(line).is_ok()));
 
-    // --json prints the same metrics, and nothing else on stdout; evaluate finds the same again.
+    // `--json` prints the same metrics, and nothing else on stdout; `evaluate` computes them again.
     let output = trained(dir.path(), "run2", &["--json", "--quiet"]);
     assert!(output.stderr.is_empty(), "{}", stderr(&output));
     let printed: serde_json::Value = serde_json::from_str(&stdout(&output)).unwrap();
@@ -206,7 +206,7 @@ fn score_ranks_original_ids() {
     assert!(logits.is_sorted_by(|a, b| a >= b));
     items.sort_unstable();
     assert_eq!(items, ["1", "2", "5"]);
-    // No history, no candidates: the best of all items.
+    // Neither history nor candidates: the best of all items.
     let output = score(&["--history", "", "--top", "4"]);
     assert_eq!(stdout(&output).lines().count(), 1 + 4, "{}", stderr(&output));
 
@@ -262,7 +262,7 @@ const ENDLESS: [&str; 6] = ["--data", "x.dfar", "--out", "run", "--patience", "0
 
 #[cfg(unix)]
 #[test]
-fn an_interrupt_saves_and_says_how_to_go_on() {
+fn an_interrupt_saves_and_names_the_command_to_resume() {
     let dir = folder();
     let args = [&ENDLESS[..], &SMALL[..6], &["--epochs", "100000"]].concat();
     let child = command(dir.path(), &args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
@@ -278,7 +278,7 @@ fn an_interrupt_saves_and_says_how_to_go_on() {
     assert_eq!(code(&output), 0, "{}", stderr(&output));
 }
 
-/// Killed without warning while it writes a checkpoint after every step, five times over.
+/// The run is killed five times while it writes a checkpoint after every step.
 #[cfg(unix)]
 #[test]
 fn a_killed_run_can_be_loaded_and_ends_the_same() {
@@ -309,7 +309,7 @@ fn a_killed_run_can_be_loaded_and_ends_the_same() {
     assert!(bytes(run.join("model.safetensors")) == bytes(dir.path().join("whole/model.safetensors")));
 }
 
-/// Rows of `user,item,label` as a data set; every user meets the items in order.
+/// Imports rows of `user,item,label`; every user meets the items in order.
 fn imported(dir: &Path, rows: &[(&str, &str, u8)], more: &[&str]) {
     let mut log = "user,item,label,time\n".to_owned();
     for (time, (user, item, label)) in rows.iter().enumerate() {
@@ -337,7 +337,7 @@ fn rows(label: u8) -> Vec<(&'static str, &'static str, u8)> {
 const TINY: [&str; 8] = ["--data", "small.dfar", "--out", "run", "--width", "8", "--epochs", "3"];
 
 #[test]
-fn an_epoch_that_draws_no_target_goes_on_and_says_so() {
+fn an_epoch_without_targets_trains_on_one_and_reports_it() {
     let dir = tempfile::tempdir().unwrap();
     imported(dir.path(), &rows(1), &["--candidates", "1"]);
     let output = dfar_train(dir.path(), &[&TINY[..], &["--sample-rate", "0.000001"]].concat());
@@ -348,7 +348,7 @@ fn an_epoch_that_draws_no_target_goes_on_and_says_so() {
 }
 
 #[test]
-fn a_data_set_that_cannot_train_or_be_measured_says_why() {
+fn a_data_set_without_targets_or_metrics_is_reported_with_the_reason() {
     let dir = tempfile::tempdir().unwrap();
     imported(dir.path(), &rows(0), &["--candidates", "1"]);
     let output = dfar_train(dir.path(), &TINY);
@@ -375,7 +375,7 @@ fn a_data_set_that_cannot_train_or_be_measured_says_why() {
 }
 
 #[test]
-fn a_directory_is_no_data_set_and_is_called_one() {
+fn a_directory_in_place_of_a_data_set_is_named() {
     let dir = folder();
     std::fs::create_dir(dir.path().join("folder.dfar")).unwrap();
     let output = dfar_train(dir.path(), &["--data", "folder.dfar"]);
@@ -384,7 +384,7 @@ fn a_directory_is_no_data_set_and_is_called_one() {
 }
 
 #[test]
-fn the_configuration_tells_the_seed_and_the_label_mask_that_are_used() {
+fn the_saved_configuration_has_the_seed_and_label_mask_in_use() {
     let dir = folder();
     let seed = u64::MAX.to_string();
     trained(dir.path(), "one", &["--seed", &seed, "--heads", "1"]);
@@ -401,8 +401,8 @@ fn the_configuration_tells_the_seed_and_the_label_mask_that_are_used() {
     assert_eq!(code(&output), 0, "{}", stderr(&output));
 }
 
-/// Under limits of the system a program ends with a message, not with a panic or an abort. (Root
-/// has no limit of threads, so that address space stands for them: a thread needs a stack.)
+/// Under limits of the system, a program ends with a message, without a panic or an abort. (Root
+/// has no limit on threads, so the test limits the address space: a thread needs a stack.)
 #[cfg(target_os = "linux")]
 #[test]
 fn limits_of_the_system_are_reported() {

@@ -1,4 +1,4 @@
-//! The attention operation on a GPU, where there is one; what the library says where there is none.
+//! The attention operation on a GPU, if there is one; otherwise, the library's errors.
 
 #[path = "common/gpu.rs"]
 mod common;

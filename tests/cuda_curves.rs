@@ -1,5 +1,5 @@
-//! The loss of 200 steps on a GPU, where there is one, beside the CPU's and with CUDA graphs; the
-//! body is in `bodies/curves.rs`.
+//! The losses of 200 steps on a GPU, if there is one: compared with the CPU's, and with CUDA
+//! graphs. The body is in `bodies/curves.rs`.
 
 #[path = "bodies/curves.rs"]
 mod bodies;
@@ -12,15 +12,15 @@ use dfar::device::cuda::Precision;
 use std::sync::Arc;
 
 #[test]
-fn the_loss_falls_as_on_the_cpu() {
-    let Some(gpu) = gpu("the_loss_falls_as_on_the_cpu", Precision::F32) else { return };
+fn the_loss_decreases_as_on_the_cpu() {
+    let Some(gpu) = gpu("the_loss_decreases_as_on_the_cpu", Precision::F32) else { return };
     let batches = bodies::batches();
     let reference = bodies::curve(Arc::new(Cpu::new()), &batches);
     bodies::assert_curves_agree(&bodies::curve(Arc::new(gpu), &batches), &reference);
 }
 
-/// The same losses to the last bit with CUDA graphs. The first steps run without, as they find
-/// kernels that are not loaded.
+/// CUDA graphs do not change a bit of the losses. The first steps run without a graph, because
+/// their kernels are not yet loaded.
 #[test]
 fn graphs_change_no_bit() {
     let test = "graphs_change_no_bit";

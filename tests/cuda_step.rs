@@ -1,5 +1,5 @@
-//! Every operation of a training step, and the network as a whole, on a GPU where there is one; the
-//! bodies are those that the CPU and the emulated GPU pass.
+//! All operations of a training step, and the whole network, on a GPU, if there is one. The bodies
+//! are those of the CPU and of the emulator.
 
 #[path = "common/gpu.rs"]
 mod common;
@@ -30,20 +30,20 @@ macro_rules! on_the_gpu {
         }
     )+)+};
 }
-/// One operation.
+/// Tests of single operations.
 macro_rules! operation {
     ($name:ident, $device:ident) => {
         layers::$name(&$device)
     };
 }
-/// A network, of which each call of the closure starts a fresh one.
+/// Tests of the network. Each call of the closure creates a new device.
 macro_rules! network {
     ($name:ident, $device:ident) => {{
         let device = Arc::new($device);
         model::$name(&|| device.clone())
     }};
 }
-/// The parts of a step.
+/// Tests of the parts of a step.
 macro_rules! step {
     ($name:ident, $device:ident) => {{
         let device = Arc::new($device);
@@ -90,15 +90,15 @@ fn gradients_match_finite_differences() {
 }
 
 #[test]
-fn steps_are_those_of_the_cpu() {
-    let Some(device) = gpu("steps_are_those_of_the_cpu", Precision::F32) else { return };
+fn steps_match_the_cpu() {
+    let Some(device) = gpu("steps_match_the_cpu", Precision::F32) else { return };
     let device = Arc::new(device);
     model::steps_agree(&|| Arc::new(Cpu::new()), &|| device.clone());
 }
 
 #[test]
-fn the_network_agrees_with_the_oracle() {
-    let Some(device) = gpu("the_network_agrees_with_the_oracle", Precision::F32) else { return };
+fn the_network_matches_the_golden_cases() {
+    let Some(device) = gpu("the_network_matches_the_golden_cases", Precision::F32) else { return };
     let device = Arc::new(device);
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
     for path in cases(&folder).expect("golden cases should be there") {

@@ -1,4 +1,4 @@
-//! The data set file: what is written is read back, and nothing else is ever accepted.
+//! The data set file: a written file is read back; every other file is refused.
 
 use dfar::data::format::{ENTRY_LENGTH, Entry, HEADER_LENGTH, Section};
 
@@ -65,7 +65,7 @@ fn refusal(bytes: &[u8]) -> DataError {
     open(bytes).expect_err("the file should be refused")
 }
 
-/// The file with one section's values changed and all checksums put right.
+/// The file with the values of one section changed and all checksums corrected.
 fn with<T: bytemuck::Pod>(file: &[u8], section: Section, change: impl FnOnce(&mut [T])) -> Vec<u8> {
     let mut bytes = file.to_vec();
     let entry = entry(&bytes, section);
@@ -93,8 +93,8 @@ fn assert_value_refused(bytes: &[u8], section: Section, index: u64, part_of_reas
 fn the_files_under_test_are_good() {
     for file in [small(), scored()] {
         open(file).unwrap();
-        // Putting checksums right changes nothing in a good file, so the changes below are what is
-        // refused.
+        // Correcting the checksums changes nothing in a good file, so a refusal below is due to the
+        // changed values.
         let mut signed = file.to_vec();
         sign(&mut signed);
         assert_eq!(signed, file);
@@ -126,9 +126,9 @@ fn no_prefix_is_accepted() {
 }
 
 #[test]
-fn values_that_cannot_be_never_panic() {
-    // Every byte changed, with checksums put right: most are refused, some are other good files,
-    // none panics.
+fn invalid_values_never_panic() {
+    // Changes every byte and corrects the checksums. Most files are refused, some are valid, none
+    // panics.
     for file in [small(), scored()] {
         let mut accepted = 0;
         for place in HEADER_LENGTH..file.len() {
@@ -146,7 +146,7 @@ fn values_that_cannot_be_never_panic() {
     }
 }
 
-/// Touches everything a data set gives out.
+/// Reads all values of a data set.
 fn walk(data: &Dataset) {
     for user in 0..data.users() as u32 {
         let events = data.user(user);
@@ -167,12 +167,12 @@ fn walk(data: &Dataset) {
 }
 
 #[test]
-fn foreign_files_are_told_from_damaged_ones() {
+fn foreign_files_and_damaged_files_have_different_errors() {
     for foreign in [&b"user,item,rating\n"[..], b"PK\x03\x04", b"x", &[0; 200]] {
         assert!(matches!(refusal(foreign), DataError::NotADataset { .. }), "{foreign:?}");
     }
     assert!(matches!(refusal(b""), DataError::Truncated { expected: 64, actual: 0, .. }));
-    // A transfer that changes line ends is caught by the magic.
+    // The magic reveals a transfer that changed line ends.
     let dos = small().iter().flat_map(|&byte| if byte == b'\n' { vec![b'\r', b'\n'] } else { vec![byte] });
     assert!(matches!(refusal(&dos.collect::<Vec<_>>()), DataError::NotADataset { .. }));
 }
@@ -192,7 +192,7 @@ fn trailing_bytes_are_refused() {
     let mut bytes = small().to_vec();
     bytes.push(0);
     assert!(matches!(refusal(&bytes), DataError::TrailingBytes { .. }));
-    // Nor may the header count them as its own.
+    // A header that includes them is refused too.
     let length = bytes.len() as u64;
     change_header(&mut bytes, |header| header.file_length = length);
     assert!(matches!(refusal(&bytes), DataError::SectionTable { section: "table", .. }));
@@ -222,7 +222,7 @@ fn damage_is_located() {
 }
 
 #[test]
-fn tables_that_cannot_be_are_refused() {
+fn invalid_tables_are_refused() {
     fn refuse(section: Section, change: impl FnOnce(&mut Entry)) -> (&'static str, &'static str) {
         let mut bytes = small().to_vec();
         let mut entry = entry(&bytes, section);
@@ -284,7 +284,7 @@ fn counts_must_fit_the_sections() {
 }
 
 #[test]
-fn histories_that_cannot_be_are_refused() {
+fn invalid_histories_are_refused() {
     let file = small();
     let users = open(file).unwrap().users() as u64;
     let change = |index: usize, to: u64| with(file, Section::UserOffsets, |v: &mut [u64]| v[index] = to);
@@ -312,7 +312,7 @@ fn histories_that_cannot_be_are_refused() {
 }
 
 #[test]
-fn names_that_cannot_be_are_refused() {
+fn invalid_names_are_refused() {
     let file = small();
     assert_value_refused(
         &with(file, Section::ItemNames, |v: &mut [u8]| v[1] = 0xff),
@@ -351,13 +351,13 @@ fn names_that_cannot_be_are_refused() {
         3,
         "increase",
     );
-    // Two names alike: the last letter of one is changed into the other's.
+    // Two equal names: the last letter of one is changed to that of the other.
     let twins = with(file, Section::UserNames, |v: &mut [u8]| v[4] = b'1');
     assert_value_refused(&twins, Section::UserOrder, 1, "increase");
 }
 
 #[test]
-fn groups_that_cannot_be_are_refused() {
+fn invalid_groups_are_refused() {
     let file = small();
     let data = open(file).unwrap();
     let target = data.user(1).items[data.groups(Part::Test).event[1] as usize];
@@ -426,7 +426,7 @@ fn a_failed_write_leaves_the_old_file_and_no_other() {
 }
 
 #[test]
-fn open_maps_what_from_bytes_copies() {
+fn open_and_from_bytes_give_the_same_data_set() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("x.dfar");
     std::fs::write(&path, scored()).unwrap();
@@ -453,7 +453,7 @@ fn sections_are_aligned() {
 proptest! {
     #[test]
     fn noise_is_refused(bytes in prop::collection::vec(any::<u8>(), 0..400), start in 0usize..64) {
-        // With a true beginning, so that the noise reaches further than the magic.
+        // Starts with a valid prefix, so that the noise is read beyond the magic.
         let mut file = small()[..start].to_vec();
         file.extend(bytes);
         prop_assert!(open(&file).is_err());

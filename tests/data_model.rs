@@ -1,4 +1,4 @@
-//! Importing random logs, against a naive model in memory.
+//! Imports random logs and compares them with a naive model in memory.
 
 use dfar::data::import::{LogFormat, TimeUnit};
 use dfar::data::{CountedRecords, DataError, Dataset, KCore, Part, Repeats, Split};
@@ -38,7 +38,7 @@ fn case() -> impl Strategy<Value = Case> {
         prop::option::of(k_core),
         split,
         any::<bool>(),
-        // From two events a run to all of them in one.
+        // From two events per run to all of them in one.
         prop_oneof![Just(0usize), Just(200), Just(1 << 20)],
     )
         .prop_map(|(rows, repeats, k_core, split, exclude_seen, sort_memory)| Case {
@@ -53,8 +53,7 @@ fn case() -> impl Strategy<Value = Case> {
 
 type Row = (u8, u8, i64, bool);
 
-/// What should be in the file: users in order of appearance, their events,
-/// `[train_end, valid_end]`.
+/// The expected content: users in order of appearance, their events, `[train_end, valid_end]`.
 fn model(case: &Case) -> Vec<(u8, Vec<Row>)> {
     let mut rows = case.rows.clone();
     let place = |rows: &[Row], user: u8| rows.iter().position(|row| row.0 == user);
@@ -90,7 +89,7 @@ fn check(case: &Case) -> Result<(), TestCaseError> {
     for (user, item, time, liked) in &case.rows {
         text += &format!("u{user}\ti{item}\t{time}\t{}\n", u8::from(*liked));
     }
-    // Two files, cut anywhere, are one log.
+    // Two files, divided at any line, are one log.
     let cut = text.match_indices('\n').nth(case.rows.len() / 2).map_or(text.len(), |(place, _)| place + 1);
     let header = &text[..text.find('\n').unwrap() + 1];
     let second = format!("{header}{}", &text[cut..]);

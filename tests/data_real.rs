@@ -1,4 +1,4 @@
-//! Real logs, where `../shared/data` beside the repository has them; every test says when it skips.
+//! Real logs from `../shared/data`. Without them, every test prints that it is skipped.
 
 use dfar::data::import::{ImportOptions, LogFormat, import};
 use dfar::data::statistics::statistics;
@@ -10,7 +10,7 @@ use std::path::PathBuf;
 fn log(name: &str) -> Option<PathBuf> {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../shared/data").join(name);
     if !path.exists() {
-        // Not by a macro of print: a test that passes would keep it to itself.
+        // Not `eprintln!`: the test harness hides its output if the test passes.
         let _ = writeln!(std::io::stderr(), "skipped: {} is not there", path.display());
         return None;
     }
@@ -36,8 +36,8 @@ fn movielens_100k() {
     let whole = statistics(&made(&options));
     assert_eq!((whole.users, whole.items), (distinct(0), distinct(1)));
     assert_eq!((whole.positive, whole.negative), (liked, rows.len() as u64 - liked));
-    // The set's own description: 943 users, 1,682 items, 100,000 ratings. (Copies differ by a
-    // handful of rows.)
+    // From the description of the data set: 943 users, 1,682 items, 100,000 ratings. (Copies differ
+    // by a few rows.)
     assert_eq!(whole.items, 1682);
     assert!(whole.users.abs_diff(943) <= 1 && rows.len().abs_diff(100_000) <= 10);
 

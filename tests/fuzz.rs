@@ -1,6 +1,6 @@
-//! The fuzz targets on stable: over the stored corpus (`fuzz/corpus`) and deterministic mutations
-//! of it. By default a few hundred mutations; `DFAR_FUZZ_SECONDS=60` keeps on for so many seconds a
-//! target, as `.ci/run` does.
+//! The fuzz targets on stable Rust: over the stored corpus (`fuzz/corpus`) and deterministic
+//! mutations of it. The default is a few hundred mutations; with `DFAR_FUZZ_SECONDS=60`, as in
+//! `.ci/run`, each target runs for 60 seconds.
 
 #[path = "../fuzz/bodies.rs"]
 mod bodies;
@@ -11,10 +11,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// Bytes that often decide something: separators, quotes, signs, zeros, ones.
+/// Bytes that parsers treat specially: separators, quotes, signs, zeros, ones.
 const INTERESTING: &[u8] = b"\0\x01\x7f\x80\xff\n\r\t,;:\"'|-+.eE0129{}[] ";
 
-/// One to four changes of `bytes`, the first byte (a format) mostly left alone.
+/// One to four changes of `bytes`. The first byte selects a format and is mostly kept.
 fn mutated(mut bytes: Vec<u8>, other: &[u8], rng: &mut ChaCha8Rng) -> Vec<u8> {
     for _ in 0..rng.random_range(1..=4) {
         let at = rng.random_range(0..=bytes.len());

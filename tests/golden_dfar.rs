@@ -1,4 +1,4 @@
-//! The network against the oracle's cases: loss, logits, every gradient, and the parameters after
+//! The network against the golden cases: loss, logits, all gradients, and the parameters after
 //! Adam.
 
 use dfar_tools::verify::{CpuEngine, Outcome, cases, verify};
@@ -22,14 +22,13 @@ fn check(folder: &Path) -> usize {
 }
 
 #[test]
-fn the_network_agrees_with_the_oracle() {
+fn the_network_matches_the_golden_cases() {
     assert_eq!(check(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")), 4);
 }
 
 #[test]
-fn a_wrong_reference_is_noticed() {
-    // The same case with one gradient value moved by 2e-4 of the largest: the comparison must see
-    // it.
+fn a_wrong_reference_fails_the_comparison() {
+    // One gradient value is changed by 2e-4 of the largest; the comparison must fail.
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/dfar_small.safetensors");
     let mut bytes = std::fs::read(&golden).unwrap();
     let (header, metadata) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();

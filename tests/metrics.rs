@@ -1,4 +1,4 @@
-//! Metrics against a naive computation and against cases worked by hand.
+//! Metrics against a naive computation and against cases computed by hand.
 
 use dfar::evaluate::metrics::auc;
 use dfar::evaluate::metrics::{GaucRule, ScoredGroups, expected_ndcg, expected_reciprocal_rank};
@@ -61,7 +61,7 @@ fn ranks_by_hand() {
 }
 
 #[test]
-fn one_score_for_all_is_worth_guessing() {
+fn equal_scores_have_the_metrics_of_guessing() {
     let metrics = ScoredGroups { user: &[0, 0, 1], scores: &[0.3; 30], candidates: 10 }
         .metrics(GaucRule::BothClasses)
         .unwrap();
@@ -83,7 +83,7 @@ fn gauc_by_hand() {
 }
 
 #[test]
-fn nothing_to_measure() {
+fn without_groups_or_negatives_there_are_no_metrics() {
     assert_eq!(ScoredGroups { user: &[], scores: &[], candidates: 10 }.metrics(GaucRule::BothClasses), None);
     assert_eq!(
         ScoredGroups { user: &[0], scores: &[1.0], candidates: 1 }.metrics(GaucRule::BothClasses),
@@ -93,7 +93,7 @@ fn nothing_to_measure() {
 
 proptest! {
     #[test]
-    fn auc_is_the_naive_auc(rows in prop::collection::vec(((-3i8..4).prop_map(f32::from), any::<bool>()), 0..60)) {
+    fn auc_matches_the_naive_auc(rows in prop::collection::vec(((-3i8..4).prop_map(f32::from), any::<bool>()), 0..60)) {
         let naive = naive_auc(&rows);
         let fast = auc(&mut rows.clone());
         prop_assert_eq!(naive.is_some(), fast.is_some());

@@ -1,4 +1,4 @@
-//! What a drawn epoch promises, recomputed from the data set itself.
+//! Properties of a drawn epoch, recomputed from the data set.
 
 use dfar::batch::{Batch, History};
 use dfar::batch::{Cut, Feedback};
@@ -38,7 +38,7 @@ fn epoch(data: &Dataset, options: &DrawOptions, epoch: u64) -> Vec<Vec<History>>
     (0..plan.size.batches).map(|batch| drawer.draw(&plan, epoch, batch)).collect()
 }
 
-/// (seen history, its labels, item, target) of every group's first candidate, as a multiset.
+/// The (history, labels, item, target) of the first candidate of every group, as a multiset.
 type Asked = BTreeMap<(Vec<u32>, Vec<u8>, u32, bool), usize>;
 
 fn asked(batches: &[Vec<History>]) -> Asked {
@@ -58,7 +58,7 @@ fn asked(batches: &[Vec<History>]) -> Asked {
     all
 }
 
-/// The same, written down event by event.
+/// The expected groups, event by event.
 fn expected(data: &Dataset, options: &DrawOptions) -> Asked {
     let mut all = Asked::new();
     for user in 0..data.users() as u32 {
@@ -88,7 +88,7 @@ fn expected(data: &Dataset, options: &DrawOptions) -> Asked {
 }
 
 #[test]
-fn an_epoch_asks_about_every_target_once_with_its_exact_history() {
+fn an_epoch_has_every_target_once_with_its_exact_history() {
     let data = data(60, 80);
     for targets in [TrainTargets::Positive, TrainTargets::All, TrainTargets::Feedback] {
         for feedback in [Feedback::Mixed, Feedback::PositiveOnly, Feedback::Ignored] {
@@ -103,7 +103,7 @@ fn an_epoch_asks_about_every_target_once_with_its_exact_history() {
 }
 
 #[test]
-fn the_plan_says_what_is_drawn() {
+fn the_plan_has_the_sizes_of_the_drawn_batches() {
     let data = data(60, 80);
     for (targets, negative_pool, stride) in
         [(TrainTargets::Positive, 0, 1), (TrainTargets::Positive, 12, 4), (TrainTargets::Feedback, 12, 1)]
@@ -169,7 +169,7 @@ fn a_pool_bounds_the_distinct_negatives_of_a_history() {
 }
 
 #[test]
-fn fewer_items_than_negatives() {
+fn with_too_few_items_groups_have_fewer_negatives() {
     let data = data(30, 16);
     for negative_pool in [0, 20] {
         let options = DrawOptions { negatives: 30, negative_pool, ..options() };
@@ -184,7 +184,7 @@ fn fewer_items_than_negatives() {
 }
 
 #[test]
-fn a_batch_depends_on_seed_epoch_and_place_only() {
+fn a_batch_depends_only_on_seed_epoch_and_index() {
     let data = data(60, 80);
     let options = options();
     let first = epoch(&data, &options, 2);
@@ -197,7 +197,7 @@ fn a_batch_depends_on_seed_epoch_and_place_only() {
 }
 
 #[test]
-fn an_epoch_that_draws_nothing_trains_on_one_target() {
+fn an_epoch_without_targets_trains_on_one() {
     let data = data(3, 16);
     let options = DrawOptions { sample_rate: 1e-9, ..options() };
     let drawer = Drawer::new(&data, options.clone());

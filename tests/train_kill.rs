@@ -1,5 +1,5 @@
-//! `dfar-train` killed (SIGKILL) at random moments: it can always go on, ends with the same bytes,
-//! and leaves the documented files only.
+//! `dfar-train` killed (SIGKILL) at random moments: the run can always be continued, ends with the
+//! same bytes, and leaves only the documented files.
 //!
 //! `DFAR_KILL_CHAINS=500 cargo test --test train_kill` kills for longer.
 #![cfg(unix)]
@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-/// Kills of one run before it is left to end.
+/// Number of kills of a run before it may finish.
 const KILLS: usize = 4;
 
 const RUN_FILES: [&str; 6] =
@@ -35,7 +35,7 @@ fn succeeds(dir: &Path, args: &[&str]) -> Output {
     output
 }
 
-/// Starts the command, and kills it after `delay` unless it has ended by itself.
+/// Starts the command, and kills it after `delay` unless it has finished.
 fn killed(dir: &Path, args: &[&str], delay: Duration) {
     let mut child = command(dir, args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     std::thread::sleep(delay);
@@ -44,7 +44,7 @@ fn killed(dir: &Path, args: &[&str], delay: Duration) {
     assert!(status.code().is_none_or(|code| code == 0), "{args:?} ended with {status}");
 }
 
-/// Names in a directory, sorted; none where it does not exist.
+/// Sorted names in a directory; empty if it does not exist.
 fn listing(dir: &Path) -> Vec<String> {
     let Ok(entries) = std::fs::read_dir(dir) else { return Vec::new() };
     let mut names: Vec<String> =
@@ -61,13 +61,13 @@ fn chains(default: usize) -> usize {
     std::env::var("DFAR_KILL_CHAINS").map_or(default, |chains| chains.parse().expect("a number of chains"))
 }
 
-/// A moment within the run, more often one of its first.
+/// A random moment within the run; early ones are more likely.
 fn moment(rng: &mut impl Rng, whole: Duration) -> Duration {
     let share: f64 = rng.random();
     whole.mul_f64(1.1 * share * share)
 }
 
-/// How to go on in `run`: as the program itself says.
+/// The arguments that continue `run`, as the program's own messages say.
 fn next_args<'a>(dir: &Path, start: &[&'a str]) -> Vec<&'a str> {
     let files = listing(&dir.join("run"));
     if files.iter().any(|name| name == "config.toml") {
@@ -80,7 +80,7 @@ fn next_args<'a>(dir: &Path, start: &[&'a str]) -> Vec<&'a str> {
     start.to_vec()
 }
 
-/// Chains of kills; `expected` are the files of the finished run.
+/// Runs chains of kills; `expected` are the files of the finished run.
 fn kill_in_chains(dir: &Path, start: &[&str], chains: usize, expected: &[&str]) {
     let began = Instant::now();
     succeeds(dir, start);
@@ -112,7 +112,7 @@ fn data(dir: &Path) {
 }
 
 #[test]
-fn a_run_killed_at_any_moment_goes_on_and_leaves_no_other_files() {
+fn a_run_killed_at_any_moment_continues_and_leaves_no_other_files() {
     let dir = tempfile::tempdir().unwrap();
     data(dir.path());
     let start = [
@@ -138,7 +138,7 @@ fn a_run_killed_at_any_moment_goes_on_and_leaves_no_other_files() {
 
 /// The first second of a run without `--data`, in which the synthetic set is made.
 #[test]
-fn a_run_killed_while_its_synthetic_set_is_made_goes_on() {
+fn a_run_killed_while_its_synthetic_set_is_made_continues() {
     let dir = tempfile::tempdir().unwrap();
     let start =
         ["--out", "run", "--width", "8", "--epochs", "1", "--sample-rate", "0.02", "--batch-tokens", "4096"];
@@ -146,7 +146,7 @@ fn a_run_killed_while_its_synthetic_set_is_made_goes_on() {
     kill_in_chains(dir.path(), &start, chains(3), &expected);
 }
 
-/// A directory as a kill leaves it, made by hand: the moments between two files are short.
+/// A directory as a kill leaves it, made by hand, because the moments between two files are short.
 struct Killed {
     dir: tempfile::TempDir,
     run: PathBuf,
@@ -187,7 +187,7 @@ impl Killed {
 }
 
 #[test]
-fn a_start_that_was_killed_can_be_started_again() {
+fn a_run_killed_during_its_start_can_be_started_again() {
     for files in [
         &[][..],
         &[".lock"],
@@ -195,7 +195,7 @@ fn a_start_that_was_killed_can_be_started_again() {
         &[".lock", "config.toml"],
         &[".lock", "config.toml", ".synthetic.dfar.partial/.a1B2c3.dfar-partial", "log.jsonl"],
         &[".lock", "config.toml", "log.jsonl", ".checkpoint.safetensors.partial", "synthetic.dfar"],
-        // Of version 0.1.
+        // Temporary files of version 0.1.
         &[".lock", "config.toml", "log.jsonl", ".tmpa1B2c3", ".a1B2c3.dfar-partial"],
     ] {
         let killed = Killed::new(files);
@@ -221,7 +221,7 @@ fn a_run_killed_before_its_first_checkpoint_starts_from_the_beginning() {
 }
 
 #[test]
-fn leftovers_of_version_0_1_go_when_a_run_is_resumed() {
+fn resuming_removes_leftovers_of_version_0_1() {
     let dir = tempfile::tempdir().unwrap();
     data(dir.path());
     succeeds(dir.path(), &SMALL);

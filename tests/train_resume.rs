@@ -1,5 +1,4 @@
-//! A run that is stopped, however it is stopped, and continued ends where the uninterrupted run
-//! ends: bit for bit.
+//! A stopped and resumed run ends with the same bits as an uninterrupted one.
 
 use dfar::batch::Batch;
 use dfar::batch::{Feedback, without_sharing};
@@ -55,7 +54,7 @@ fn session_with(
     let mut taken = 0;
     fit.run(&mut |event| {
         taken += u64::from(matches!(event, Event::Step { .. }));
-        // Also while scoring: an interrupt may come at any time.
+        // An interrupt may also come during scoring.
         if stop.is_some_and(|stop| taken >= stop) {
             ControlFlow::Break(())
         } else {
@@ -69,7 +68,7 @@ fn model_bytes(dir: &Path) -> Vec<u8> {
 }
 
 #[test]
-fn interrupted_and_resumed_is_uninterrupted() {
+fn a_resumed_run_equals_an_uninterrupted_one() {
     let data = data();
     let dir = tempfile::tempdir().unwrap();
     let whole = dir.path().join("whole");
@@ -78,8 +77,7 @@ fn interrupted_and_resumed_is_uninterrupted() {
     let batches = expected.info.state.history[0].size.batches as u64;
     assert!(batches >= 3, "the test should stop inside an epoch");
 
-    // Inside an epoch, at its last batch (so that validation is what is interrupted), and again and
-    // again.
+    // Inside an epoch, at its last batch (which interrupts validation), and several times.
     for stops in [vec![2], vec![batches], vec![1, 1, batches - 1, 3]] {
         let parts = dir.path().join(format!("{stops:?}"));
         for (i, stop) in stops.iter().enumerate() {
@@ -134,7 +132,8 @@ fn the_number_of_workers_changes_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let whole = dir.path().join("whole");
     session_with(1, &whole, &data, false, None).unwrap();
-    // Also where a run is stopped with batches made ahead, and goes on with another number.
+    // Also if a run is stopped with batches prepared ahead and resumed with another number of
+    // workers.
     for (name, stops) in
         [("three", vec![(3, None)]), ("changing", vec![(4, Some(2)), (2, Some(1)), (7, None)])]
     {
@@ -179,8 +178,8 @@ fn scores_depend_neither_on_workers_nor_on_batches() {
     }
 }
 
-/// A batch that cannot be used is found by a worker, ahead of its turn: the run ends at that batch,
-/// with the checkpoint of before.
+/// A worker finds an unusable batch before its turn. The run ends at that batch, with the last
+/// checkpoint.
 #[test]
 fn an_error_of_a_worker_ends_the_run_and_keeps_the_checkpoint() {
     let data = data();
@@ -188,7 +187,7 @@ fn an_error_of_a_worker_ends_the_run_and_keeps_the_checkpoint() {
         let dir = tempfile::tempdir().unwrap();
         session_with(workers, dir.path(), &data, false, Some(1)).unwrap();
         let run = Run::resume(dir.path()).unwrap();
-        // A model of too few items for the data, which only the batches show.
+        // A model with too few items for the data, which only the batches reveal.
         let mut checkpoint = Checkpoint::load(&run.checkpoint()).unwrap();
         let config = checkpoint.info.config.clone();
         checkpoint.info.model.items -= 10;
@@ -210,7 +209,7 @@ fn an_error_of_a_worker_ends_the_run_and_keeps_the_checkpoint() {
 }
 
 #[test]
-fn the_log_tells_how_busy_the_device_was() {
+fn the_log_has_the_utilisation_of_the_device() {
     let data = data();
     let dir = tempfile::tempdir().unwrap();
     let run = Run::create(dir.path()).unwrap();
@@ -230,8 +229,7 @@ fn the_log_tells_how_busy_the_device_was() {
         let utilisation = figure("utilisation");
         assert!(utilisation > 0.0 && utilisation <= 1.0 && figure("input_wait") >= 0.0, "{line}");
         if kind == 1 {
-            // What the loop waited, and what the device worked, are different times of the same
-            // epoch.
+            // Waiting and device work are different parts of the time of the same epoch.
             let (seconds, wait) = (figure("train_seconds"), figure("input_wait"));
             assert!(wait + utilisation * seconds <= seconds * (1.0 + 1e-9), "{line}");
         }
@@ -240,9 +238,9 @@ fn the_log_tells_how_busy_the_device_was() {
     assert!(seen[0] >= 1);
 }
 
-/// Checkpoints of versions that did not measure how long batches were waited for.
+/// Checkpoints of versions that did not record the waiting time.
 #[test]
-fn older_checkpoints_go_on() {
+fn older_checkpoints_can_be_resumed() {
     let sums: EpochSums =
         serde_json::from_str(r#"{"rows":4,"loss":1.0,"bce":0.5,"ibl":0.25,"idl":0.25,"seconds":2.0}"#)
             .unwrap();
@@ -305,11 +303,11 @@ fn divergence_names_its_place_and_keeps_the_checkpoint() {
     assert!(kept.parameters.iter().all(|t| t.values.iter().all(|v| v.is_finite())));
 }
 
-/// Drawn batches, windows and all, by the long way: the same loss and the same gradients. (Groups
-/// of equal size: the disentangling loss is a mean over histories, which the long way has one of a
-/// row.)
+/// Drawn batches, with windows, give the same loss and gradients without sharing. (Groups have
+/// equal size: the disentangling loss is a mean over histories, and without sharing there is one
+/// per row.)
 #[test]
-fn drawn_batches_cost_and_teach_the_same_without_sharing() {
+fn sharing_changes_neither_loss_nor_gradients_of_drawn_batches() {
     let data = data();
     let config = config();
     let drawer = Drawer::new(&data, config.draw());

@@ -1,4 +1,4 @@
-//! `dfar-bench verify`: what it says of good, bad and broken cases.
+//! `dfar-bench verify` on good, bad and broken cases.
 
 mod common;
 
@@ -46,7 +46,7 @@ fn good_cases_pass() {
     assert_eq!(names, ["o", "lse", "dq", "dk", "dv"]);
 }
 
-/// One value of the last tensor in the file off by a little: found, and the exit code says so.
+/// A small change of one value of the last tensor is detected, and the exit code is 1.
 #[test]
 fn a_wrong_result_fails() {
     let mut bytes = good();
@@ -113,7 +113,7 @@ fn errors_are_measured_as_documented() {
         assert_eq!(relative_error(&[bad, 0.0], &[1.0, 0.0], 1.0), f64::INFINITY);
         assert!(!compare("o", &[bad], &[1.0]).passes());
     }
-    // A gradient of 0 next to one of 1: rounding of 1 passes, ten times that does not.
+    // A gradient of 0 next to one of 1: a rounding error of 1 passes, ten times that does not.
     let zero = |x: f32| compare_gradients(&[("dq", &[x], &[0.0]), ("dv", &[1.0], &[1.0])])[0].passes();
     assert!(zero(1e-7) && !zero(1.2e-6));
     // A gradient of 1/100 next to one of 1 is judged by its own scale.

@@ -9,7 +9,7 @@ use dfar::train::config::Config;
 use dfar::train::draw::{Drawer, TrainTargets};
 use std::sync::Arc;
 
-/// Steps of a curve.
+/// Number of steps.
 pub const STEPS: usize = 200;
 
 /// Largest difference of two curves at any step, relative to the loss.

@@ -146,7 +146,7 @@ pub fn parts_add_up_to_the_step<D: Device>(new: &dyn Fn() -> Arc<D>) {
         );
         share = share.max(parts.total() / whole);
     }
-    // Of the best step: the thread may be preempted between two events.
+    // The best step counts: the thread may be preempted between two events.
     assert!(share >= 0.9, "parts are {share} of the step");
 }
 
@@ -210,7 +210,7 @@ pub fn sending_a_batch_ahead_does_not_change_results<D: Device>(new: &dyn Fn() -
     }
 }
 
-/// A failed step updates nothing and is not counted. The batch sent behind it remains usable.
+/// A failed step updates nothing and is not counted. The next batch, sent before, remains usable.
 pub fn a_failed_step_does_not_lose_the_next_batch<D: Device>(new: &dyn Fn() -> Arc<D>) {
     let Training { mut model, mut optimizer, adam, .. } = Training::new(new(), false);
     let send = |model: &Model<D>, seed| model.send(model.stager().stage(&batch(seed)).unwrap()).unwrap();

@@ -1,4 +1,4 @@
-//! What several test files share.
+//! Shared by several test files.
 #![allow(dead_code, reason = "each test file uses its own part")]
 
 use dfar::attention::{FhaOptions, Inputs, LabelMask};
@@ -7,12 +7,12 @@ use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::path::{Path, PathBuf};
 
-/// A folder of this package.
+/// The folder of this package.
 pub fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// The reference cases of one kind that this package carries.
+/// The golden cases of one kind.
 pub fn golden(kind: &str) -> Vec<Case> {
     let paths =
         dfar_tools::verify::cases(&root().join("tests/golden")).expect("reference cases should be there");
@@ -25,14 +25,14 @@ fn read(path: &Path) -> Case {
     Case::read(path).unwrap_or_else(|error| panic!("{error}"))
 }
 
-/// Fails, naming the tensors, when any error is out of tolerance.
+/// Fails and names the tensors if an error exceeds its tolerance.
 #[track_caller]
 pub fn assert_within(errors: &[TensorError], context: &dyn std::fmt::Debug) {
     let failed: Vec<&TensorError> = errors.iter().filter(|e| !e.passes()).collect();
     assert!(failed.is_empty(), "out of tolerance: {failed:?}\nfor {context:?}");
 }
 
-/// The same numbers for the same seed, everywhere.
+/// A random number generator: the same seed gives the same numbers on every machine.
 pub fn rng(seed: u64) -> ChaCha8Rng {
     ChaCha8Rng::seed_from_u64(seed)
 }
@@ -48,7 +48,7 @@ pub fn normals(rng: &mut impl Rng, len: usize) -> Vec<f32> {
     (0..len).map(|_| normal(rng)).collect()
 }
 
-/// A packed batch with everything forward and backward read.
+/// A packed batch with all inputs of forward and backward.
 #[derive(Clone, Debug)]
 pub struct Batch {
     pub q: Vec<f32>,
@@ -90,7 +90,7 @@ impl Batch {
         Inputs { q: &self.q, k: &self.k, v: &self.v, cu_seqlens: &self.cu_seqlens, label: &self.label }
     }
 
-    /// Sequence `index` alone.
+    /// Sequence `index` as a batch of its own.
     pub fn sequence(&self, options: &FhaOptions, index: usize) -> Self {
         let tokens = self.cu_seqlens[index] as usize..self.cu_seqlens[index + 1] as usize;
         let part = |x: &[f32], width: usize| x[tokens.start * width..tokens.end * width].to_vec();
@@ -106,7 +106,7 @@ impl Batch {
     }
 }
 
-/// Everything the operation computes.
+/// All results of the operation.
 #[derive(Clone, Debug)]
 pub struct Results {
     pub o: Vec<f32>,

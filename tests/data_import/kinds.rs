@@ -1,4 +1,4 @@
-//! The kinds of dirt that logs come with: read right, or refused with the reason.
+//! Irregular logs: read correctly, or refused with the reason.
 
 use crate::bench::Bench;
 use crate::event;
@@ -10,7 +10,7 @@ use std::io::Write;
 
 type Events = Vec<(String, String, i64, u8)>;
 
-/// A csv log whose columns have the usual names.
+/// A CSV log with the usual column names.
 fn csv(log: &[u8]) -> Bench {
     let mut bench = Bench::of_bytes(LogFormat::Csv, &[log]);
     columns(&mut bench, ["user", "item", "time", "label"]);
@@ -32,7 +32,7 @@ fn without_negatives(format: LogFormat, logs: &[&str]) -> Bench {
     bench
 }
 
-/// Two users, three events, in a csv log.
+/// Two users, three events, as CSV.
 const LOG: &str = "user,item,label,time\nu1,a,1,1\nu1,b,0,2\nu2,a,0,1\n";
 
 fn log_events() -> Events {
@@ -82,17 +82,17 @@ fn tar(members: &[(&str, &[u8])]) -> Vec<u8> {
 // --- rows ---
 
 #[test]
-fn a_stray_quote_costs_its_own_line() {
+fn a_stray_quote_damages_only_its_line() {
     let text =
         "user,item,label,time\nu1,a,1,1\nu1,\"5in nail,1,2\nu2,b,1,3\n\"u3,c,0,4\nu3,\"d\"e,0,5\nu3,a,1,6\n";
     let mut bench = csv(text.as_bytes());
     let error = refused(&bench, ":3: row");
     assert!(error.to_string().contains("a quote is not closed on this line"), "{error}");
     assert_eq!(bad_lines(&mut bench), (vec![3, 5, 6], 3));
-    // A quote that ends three lines later would be well-formed csv.
+    // A quote that closes three lines later would be valid in other CSV readers.
     let text = "user,item,label,time\nu1,\"a,1,1\nu1,b,0,2\nu2,a\",0,1\nu2,c,1,9\n";
     assert_eq!(bad_lines(&mut csv(text.as_bytes())), (vec![2], 3));
-    // Every format, the last line too, without a line end.
+    // The same in another format, and in a last line without a line end.
     let mut bench = without_negatives(LogFormat::MovieLens, &["1\t2\t3\t4\n1\t\"3\t3\t5\n1\t4\t\"4\t6"]);
     assert_eq!(bad_lines(&mut bench), (vec![2, 3], 1));
 }
@@ -117,10 +117,10 @@ fn rows_with_too_many_fields_are_bad() {
     let mut bench = csv(text.as_bytes());
     refused(&bench, ":3: row `u1,Desk, oak,i2,0,101`: 6 fields, where line 1 has 5");
     assert_eq!(bad_lines(&mut bench), (vec![3], 2));
-    // Two lines without a line end between them.
+    // Two lines joined without a line end.
     let text = "user,item,label,time\nu1,a,1,1u1,b,0,2\nu2,a,0,1\n";
     assert_eq!(bad_lines(&mut csv(text.as_bytes())), (vec![2], 1));
-    // Without a header, most rows say how many there are: here the first is the odd one.
+    // Without a header, the most common number of fields is expected; here the first row differs.
     let mut bench = without_negatives(LogFormat::MovieLens, &["1\t2\t3\t4\t5\n1\t3\t3\t5\n1\t4\t4\t6\n"]);
     refused(&bench, ":1: row `1\t2\t3\t4\t5`: 5 fields, where line 2 has 4");
     assert_eq!(bad_lines(&mut bench), (vec![1], 2));
@@ -209,7 +209,7 @@ fn a_row_is_not_taken_for_a_header() {
             let decisions = bench.run().unwrap().protocol().source.decisions.clone();
             assert!(decisions[0].contains("line 1 names the columns"), "{decisions:?}");
         }
-        // A first row that is bad is a bad row.
+        // A bad first row is a bad row, not a header.
         for row in ["u0\ti0\t\t99\n", "u0\ti0\tNaN\t99\n", "u0\ti0\tgood\t99\n", "u0\ti0\t5\tnever\n", "u0\n"]
         {
             let mut bench = without_negatives(format, &[&format!("{row}{log}")]);
@@ -269,7 +269,7 @@ fn concatenated_files_are_one_log() {
 }
 
 #[test]
-fn of_two_columns_with_one_name_neither_is_chosen() {
+fn two_columns_of_one_name_are_refused() {
     let text = "user,item,label,time,label\nu1,a,1,1,0\nu1,b,1,2,0\n";
     let mut bench = csv(text.as_bytes());
     refused(&bench, "number 2 and number 4: give --label-column 2 or 4");
@@ -346,7 +346,7 @@ fn order_below_a_millisecond_is_kept() {
 }
 
 #[test]
-fn dates_and_times_of_day_stand_in_two_columns() {
+fn dates_and_times_of_day_may_have_two_columns() {
     let text = "user,item,label,date,hourmin\nu1,a,1,20220408,400\nu1,b,0,2022-04-08,16:30:05\n";
     let mut bench = csv(text.as_bytes());
     bench.options.columns.time = Some("hourmin".to_owned());
@@ -425,22 +425,22 @@ fn json_is_read_in_every_shape() {
     ] {
         assert_eq!(csv(text.as_bytes()).events(), log_events(), "{text}");
     }
-    // Numbers are ids by their digits, numbers in quotes are numbers, and NaN may stand where it is
-    // not needed.
+    // A number is an id by its digits; a number in quotes is a number; NaN is accepted where the
+    // value is not needed.
     let text = "{\"user\": 7, \"item\": 1.50, \"label\": \"1\", \"time\": \"2\", \"price\": NaN}\n";
     assert_eq!(csv(text.as_bytes()).events(), [event("7", "1.50", 2000, 1)]);
 }
 
 #[test]
-fn json_rows_that_say_a_thing_twice() {
-    // Two generations of names in one row: the newer one counts.
+fn newer_json_keys_win_and_repeated_keys_are_bad() {
+    // Keys of two generations in one row: the newer ones count.
     let text = "{\"user_id\":\"A\",\"parent_asin\":\"B1\",\"asin\":\"B9\",\"rating\":5.0,\"overall\":5.0,\
                 \"timestamp\":1600000000000,\"unixReviewTime\":1600000000}\n";
     let expected = [event("A", "B1", 1_600_000_000_000, 1)];
     assert_eq!(without_negatives(LogFormat::Amazon, &[text]).events(), expected);
     let nulls = text.replace("\"B1\"", "null").replace("B9", "B1");
     assert_eq!(without_negatives(LogFormat::Amazon, &[&nulls]).events(), expected);
-    // One name twice is a bad row.
+    // A repeated key is a bad row.
     let bench = without_negatives(LogFormat::Amazon, &["{\"user_id\":\"A\",\"user_id\":\"B\"}\n"]);
     refused(&bench, "the key user_id occurs twice");
 }
@@ -557,7 +557,8 @@ mod columnar {
     }
 
     fn batch(columns: [(&str, ArrayRef); 4]) -> RecordBatch {
-        // A column before the others, so that numbers are not places among the needed ones.
+        // An additional first column, so that column numbers differ from the order of the needed
+        // columns.
         let filler: ArrayRef = Arc::new(StringArray::from(vec!["x"; columns[0].1.len()]));
         RecordBatch::try_from_iter([("filler", filler)].into_iter().chain(columns)).unwrap()
     }
@@ -646,7 +647,7 @@ mod columnar {
 // --- what is told ---
 
 #[test]
-fn decisions_are_told_and_stored() {
+fn decisions_are_reported_and_stored() {
     #[derive(Default)]
     struct Notes(RefCell<Vec<String>>);
     impl Progress for Notes {

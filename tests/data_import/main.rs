@@ -1,4 +1,4 @@
-//! Importing logs, format by format, and what is refused.
+//! Importing logs: each format, and all refusals.
 
 use dfar::data::import::{Liked, LogFormat, Progress, TimeUnit, import};
 use dfar::data::{BadRow, CountedRecords, DataError, KCore, Part, Split};
@@ -15,7 +15,7 @@ pub(crate) fn event(user: &str, item: &str, time: i64, feedback: u8) -> (String,
     (user.to_owned(), item.to_owned(), time, feedback)
 }
 
-/// The two events most tests below import, in whatever format.
+/// The two events that most tests below import.
 fn usual() -> Vec<(String, String, i64, u8)> {
     vec![event("196", "242", 881_250_949_000, 0), event("196", "302", 891_717_742_000, 1)]
 }
@@ -39,12 +39,12 @@ fn the_same_log_makes_the_same_bytes() {
     assert!(made.windows(2).all(|pair| pair[0] == pair[1]));
     bench.options.candidates.seed = 2;
     assert_ne!(import(&bench.options, &()).unwrap().protocol.candidates.hash, made[0].0);
-    // Nothing but the logs and the output lies about.
+    // Only the log and the output are in the folder.
     assert_eq!(std::fs::read_dir(bench.folder.path()).unwrap().count(), 2);
 }
 
-/// Groups are part of every published figure: a change here, be it by a new version of the random
-/// number crates, makes figures incomparable and must not pass unseen.
+/// Published metrics depend on the groups. A change, for example by a new version of a random
+/// number crate, makes metrics incomparable, so this test must fail.
 #[test]
 fn groups_do_not_change_with_the_program() {
     let text: String = (0..60).map(|row| format!("{}\t{}\t4\t{row}\n", row % 6, row * 7 % 25)).collect();
@@ -69,7 +69,7 @@ fn an_output_that_is_an_input_is_refused() {
 // --- format by format ---
 
 #[test]
-fn movielens_in_all_its_shapes() {
+fn all_movielens_formats_are_read() {
     for text in [
         "196\t242\t3\t881250949\n196\t302\t3.5\t891717742\n",
         "196::242::3::881250949\r\n196::302::4::891717742",
@@ -82,7 +82,7 @@ fn movielens_in_all_its_shapes() {
 }
 
 #[test]
-fn amazon_of_all_generations() {
+fn amazon_files_of_all_years_are_read() {
     let [a, b] = ["A2SUAM1J3GNN3B", "AOEAD7DPLZE53X"];
     let expected = vec![
         event(a, "0439394058", 881_250_949_000, 0),
@@ -114,7 +114,7 @@ fn amazon_of_all_generations() {
 }
 
 #[test]
-fn amazon_of_no_known_order_asks() {
+fn an_amazon_file_of_unknown_column_order_is_refused() {
     let mut bench = Bench::new(LogFormat::Amazon, &["1,2,5,100\n1,3,5,200\n"]);
     let error = bench.run().unwrap_err();
     assert!(error.to_string().contains("--user-column"), "{error}");
@@ -124,7 +124,7 @@ fn amazon_of_no_known_order_asks() {
 }
 
 #[test]
-fn kuairand_by_column_names() {
+fn kuairand_columns_are_found_by_name() {
     let full = "user_id,video_id,date,hourmin,time_ms,is_click,is_like,is_hate,long_view,tab\n\
                 196,242,20220410,1700,881250949000,1,0,0,0,1\n\
                 196,302,20220411,1600,891717742000,0,0,0,1,\"1\"\n";
@@ -144,7 +144,7 @@ fn kuairand_by_column_names() {
 }
 
 #[test]
-fn kuairec_by_watch_ratio() {
+fn kuairec_labels_come_from_the_watch_ratio() {
     let text = "user_id,video_id,play_duration,video_duration,time,date,timestamp,watch_ratio\n\
                 196,242,13838,10867,x,20200705,881250949.25,2.0\n\
                 196,302,13665,10984,x,20200705,891717742.5,2.1\n";
@@ -159,7 +159,7 @@ fn kuairec_by_watch_ratio() {
 }
 
 #[test]
-fn inter_with_typed_header() {
+fn inter_files_with_a_typed_header_are_read() {
     let rating = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n\
                   196\t242\t3\t881250949\n196\t302\t4.0\t8.91717742e8\n";
     assert_eq!(Bench::new(LogFormat::Inter, &[rating]).events(), usual());
@@ -171,7 +171,7 @@ fn inter_with_typed_header() {
 }
 
 #[test]
-fn csv_by_names_and_by_numbers() {
+fn csv_columns_are_given_by_name_or_number() {
     let columns = |bench: &mut Bench, [user, item, time, label]: [&str; 4]| {
         bench.options.columns.user = Some(user.into());
         bench.options.columns.item = Some(item.into());
@@ -200,7 +200,7 @@ fn csv_by_names_and_by_numbers() {
 }
 
 #[test]
-fn gzip_is_recognised_whatever_the_name() {
+fn gzip_is_recognised_by_its_content() {
     let text = "196\t242\t3\t881250949\n196\t302\t4\t891717742\n";
     let packed = |text: &str| {
         let mut encoder = GzEncoder::new(Vec::new(), Compression::default());
@@ -208,11 +208,11 @@ fn gzip_is_recognised_whatever_the_name() {
         encoder.finish().unwrap()
     };
     assert_eq!(Bench::of_bytes(LogFormat::MovieLens, &[&packed(text)]).events(), usual());
-    // Two members end to end, as parallel packers write them.
+    // Two gzip members end to end, as parallel compressors write them.
     let (first, second) = text.split_at(22);
     let members = [packed(first), packed(second)].concat();
     assert_eq!(Bench::of_bytes(LogFormat::MovieLens, &[&members]).events(), usual());
-    // A download that stopped half-way is an error, not a shorter log.
+    // A truncated download is an error, not a shorter log.
     let whole = packed(&text.repeat(1000));
     let error = Bench::of_bytes(LogFormat::MovieLens, &[&whole[..whole.len() - 20]]).run().unwrap_err();
     assert!(matches!(error, DataError::Read { .. }), "{error}");
@@ -244,8 +244,8 @@ fn bad_rows_are_named() {
         assert!(bad.reason.contains(reason), "{row}: {}", bad.reason);
         assert!(bad.path.ends_with("log0"));
     }
-    // The line is that of the row whatever the line ends, at the end of the file too. A quoted
-    // field ends on its line.
+    // The line number is correct with all line ends, and at the end of the file. A quoted field
+    // ends on its line.
     for (text, line) in [
         ("1\t2\t3\t4\r\n\r\n1\t2\t3\tx\r\n1\t2\t3\t4\r\n", 3),
         ("1\t2\t3\t4\n1\t2\t3\tx", 2),
@@ -284,7 +284,7 @@ fn bad_rows_are_skipped_up_to_a_number() {
             self.0.borrow_mut().push(row.line);
         }
     }
-    // The first line has no names where times and ratings stand, so it is a row, and a bad one.
+    // The first line has no names in the columns of times and ratings, so it is a bad row.
     let text = "x\n196\t242\t3\t881250949\n196\t302\t4\tnever\n196\t302\t4\t891717742\n";
     let mut bench = Bench::new(LogFormat::MovieLens, &[text]);
     bench.options.columns.delimiter = Some(b'\t');
@@ -302,7 +302,7 @@ fn bad_rows_are_skipped_up_to_a_number() {
 }
 
 #[test]
-fn an_open_quote_does_not_swallow_the_log() {
+fn an_open_quote_ends_with_its_line() {
     let row = "1,2,3,1\n";
     let text =
         format!("user_id,video_id,time_ms,long_view\n\"1,2,3,1\n{}", row.repeat((1 << 25) / row.len()));
@@ -335,7 +335,7 @@ fn filters_that_leave_nothing_are_refused() {
     }
     let mut bench = Bench::new(LogFormat::MovieLens, &["1\t2\t3\t5\n1\t3\t3\t5\n"]);
     bench.options.split = Split::Temporal { train: 0.8, valid: 0.1 };
-    // Both events stand at the cut, so none is before it.
+    // Both events are at the cut, so none is before it.
     match bench.run().unwrap_err() {
         DataError::NothingLeft { step, before: 2 } => assert!(step.contains("test"), "{step}"),
         other => panic!("{other}"),
@@ -347,7 +347,7 @@ fn too_few_items_for_the_negatives_are_refused() {
     let text = "1\t1\t3\t1\n1\t2\t3\t2\n1\t3\t3\t3\n1\t4\t3\t4\n7\t1\t3\t1\n7\t9\t3\t1\n";
     let mut bench = Bench::new(LogFormat::MovieLens, &[text]);
     bench.options.candidates.negatives = 3;
-    // Items 1, 2 and 9 are trained on, 3 and 4 are the targets.
+    // Items 1, 2 and 9 occur in training; 3 and 4 are the targets.
     assert_eq!(bench.run().unwrap().groups(Part::Test).negatives.len(), 3);
     bench.options.candidates.negatives = 4;
     match bench.run().unwrap_err() {
@@ -374,7 +374,7 @@ fn shares_outside_their_range_are_refused() {
 }
 
 #[test]
-fn a_threshold_that_is_no_number_is_refused() {
+fn a_nan_threshold_is_refused() {
     let mut bench = Bench::new(LogFormat::MovieLens, &["1\t2\t3\t4\n"]);
     bench.options.liked = Liked::Above(f64::NAN);
     assert!(matches!(bench.run(), Err(DataError::InvalidOption { option: "positive-above", .. })));

@@ -1,5 +1,5 @@
-//! Logs with damaged lines: every line is read or reported, damage stays in its line, and nothing
-//! is read wrong.
+//! Logs with damaged lines: every line is read or reported, damage is limited to its line, and no
+//! line is read wrong.
 
 use crate::bench::Bench;
 use dfar::data::import::{LogFormat, TimeUnit};
@@ -90,13 +90,13 @@ enum Damage {
     None,
     /// A quote before the field with this number.
     OpenQuote(usize),
-    /// Another field there.
+    /// An additional field before that number.
     ExtraField(usize),
     /// Empty fields at the end.
     EmptyFields(usize),
-    /// No line end behind it.
+    /// No line end after it.
     Glued,
-    /// Only so many hundredths of it.
+    /// Only this percentage of its bytes.
     Cut(usize),
     /// A blank line before it.
     BlankBefore(&'static str),
@@ -106,9 +106,9 @@ enum Damage {
     CarriageReturn,
     /// Blanks around the field with this number.
     Blanks(usize),
-    /// The field in quotes.
+    /// The field with this number in quotes.
     Quoted(usize),
-    /// The header once more before it.
+    /// Another header before it.
     Header,
 }
 
@@ -129,7 +129,7 @@ fn damage() -> impl Strategy<Value = Damage> {
     ]
 }
 
-/// The line with its damage, the lines before it included; and whether its event must still be
+/// The line with its damage, including added lines before it, and whether its event must still be
 /// read.
 fn apply(writing: &Writing, line: &str, damage: &Damage) -> (String, bool) {
     let json = line.starts_with('{');
@@ -141,7 +141,7 @@ fn apply(writing: &Writing, line: &str, damage: &Damage) -> (String, bool) {
     };
     let end = |line: String| format!("{line}\n");
     match *damage {
-        // Damage that JSON does not know.
+        // Kinds of damage that do not apply to JSON.
         Damage::EmptyFields(_) | Damage::Blanks(_) | Damage::Quoted(_) | Damage::Header if json => {
             (end(line.to_owned()), true)
         }
@@ -152,7 +152,7 @@ fn apply(writing: &Writing, line: &str, damage: &Damage) -> (String, bool) {
         }
         Damage::EmptyFields(count) => (end(format!("{line}{}", writing.delimiter.repeat(count))), true),
         Damage::Glued => (line.to_owned(), false),
-        // The last field may be the time, which is then another time.
+        // The last field may be the time; a part of it is another time.
         Damage::Cut(hundredths) => (end(line[..line.len() * hundredths / 100].to_owned()), false),
         Damage::BlankBefore(blank) => (format!("{blank}\n{line}\n"), true),
         Damage::Mark => (format!("\u{feff}{line}\n"), true),
@@ -174,7 +174,7 @@ proptest! {
         damages in prop::collection::vec(damage(), 1..12),
     ) {
         let writing = &WRITINGS[which];
-        // Clean lines first: the columns are found in them.
+        // Clean lines first, from which the reader finds the columns.
         let clean = std::iter::repeat_n(&Damage::None, 4);
         let mut text = format!("\r\n{}\n", writing.header);
         let mut undamaged = text.clone();
@@ -203,7 +203,7 @@ proptest! {
         prop_assert_eq!(read.len() as u64 + source.bad_rows, lines, "{}", text);
         let missing: Vec<_> = events.difference(&read).filter(|event| whole.contains(&event.2)).collect();
         prop_assert!(missing.is_empty(), "not read: {:?} of\n{}", missing, text);
-        // A line that is cut within its last field looks whole.
+        // A line cut within its last field looks complete.
         let cut = damages.iter().any(|damage| matches!(damage, Damage::Cut(_)));
         let invented: Vec<_> = read.difference(&events).collect();
         prop_assert!(cut || invented.is_empty(), "read: {:?} of\n{}", invented, text);
@@ -212,13 +212,13 @@ proptest! {
 
 type Events = BTreeSet<(String, String, i64, u8)>;
 
-/// The good events of a log, and what was counted.
+/// The imported events of a log, and the counts.
 fn import_all(writing: &Writing, text: &str) -> (Source, Events) {
     let mut bench = Bench::new(writing.format, &[text]);
     bench.options.skip_bad_rows = u64::MAX;
     bench.options.repeats = Repeats::Keep;
     bench.options.candidates.negatives = 0;
-    // Cut times must not make the log look mixed.
+    // A truncated time must not look like another unit.
     bench.options.time_unit = TimeUnit::Seconds;
     if writing.format == LogFormat::Csv {
         let column = |name: &str| Some(name.to_owned());

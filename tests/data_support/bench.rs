@@ -1,4 +1,4 @@
-//! Importing small logs in a test.
+//! Imports small logs in tests.
 
 use dfar::data::import::{ImportOptions, LogFormat, import};
 use dfar::data::{BadRow, DataError, Dataset, Split};
@@ -12,7 +12,7 @@ pub struct Bench {
 }
 
 impl Bench {
-    /// No filter, one negative, so that small logs pass.
+    /// No filter and one negative, so that small logs are accepted.
     pub fn new(format: LogFormat, logs: &[&str]) -> Bench {
         let bytes: Vec<&[u8]> = logs.iter().map(|log| log.as_bytes()).collect();
         Bench::of_bytes(format, &bytes)

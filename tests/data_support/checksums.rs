@@ -1,4 +1,4 @@
-//! Putting right the checksums of a changed data set file; shared with the fuzz targets.
+//! Corrects the checksums of a changed data set file; shared with the fuzz targets.
 
 use dfar::data::format::{ENTRY_LENGTH, Entry, HEADER_LENGTH, Header, Section};
 
@@ -8,8 +8,7 @@ pub fn entry(bytes: &[u8], section: Section) -> Entry {
     bytemuck::pod_read_unaligned(&bytes[start..start + ENTRY_LENGTH])
 }
 
-/// Puts right the checksums after a change: what a program with a fault, or somebody with a grudge,
-/// would write.
+/// Corrects all checksums, as a faulty program or an attacker would.
 pub fn sign(bytes: &mut [u8]) {
     for section in Section::ALL {
         let mut entry = entry(bytes, section);
@@ -23,13 +22,13 @@ pub fn sign(bytes: &mut [u8]) {
     sign_table(bytes);
 }
 
-/// As [`sign`], for a table changed on purpose.
+/// The same for a table that was changed on purpose.
 pub fn sign_table(bytes: &mut [u8]) {
     let table = crc32fast::hash(&bytes[HEADER_LENGTH..HEADER_LENGTH + ENTRY_LENGTH * Section::ALL.len()]);
     change_header(bytes, |header| header.table_checksum = table);
 }
 
-/// Changes the header and puts its checksum right.
+/// Changes the header and corrects its checksum.
 pub fn change_header(bytes: &mut [u8], change: impl FnOnce(&mut Header)) {
     let mut header: Header = bytemuck::pod_read_unaligned(&bytes[..HEADER_LENGTH]);
     change(&mut header);

@@ -9,7 +9,7 @@ use dfar_emulator::gpu;
 use std::sync::Arc;
 
 #[test]
-fn the_loss_falls_as_on_the_cpu() {
+fn the_loss_decreases_as_on_the_cpu() {
     let batches = bodies::batches();
     let reference = bodies::curve(Arc::new(Cpu::new()), &batches);
     bodies::assert_curves_agree(&bodies::curve(Arc::new(gpu(Precision::F32)), &batches), &reference);

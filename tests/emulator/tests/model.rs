@@ -31,7 +31,7 @@ on_the_emulator! {
 }
 
 #[test]
-fn the_network_agrees_with_the_oracle() {
+fn the_network_matches_the_golden_cases() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../golden");
     let mut checked = 0;
     for path in cases(&folder).expect("golden cases should be there") {
@@ -49,7 +49,7 @@ fn the_network_agrees_with_the_oracle() {
 }
 
 #[test]
-fn steps_are_those_of_the_cpu() {
+fn steps_match_the_cpu() {
     let (cpu, device) = (|| Arc::new(Cpu::new()), || Arc::new(gpu(Precision::F32)));
     bodies::steps_agree(&cpu, &device);
     // And three without a halt.

@@ -1,4 +1,4 @@
-//! The emulator as a [`Runtime`]: the library's own checks, plans and launches run on it unchanged.
+//! The emulator as a [`Runtime`]: tests run the library's own checks, plans and launches on it.
 
 use super::Device;
 use dfar::device::cuda::driver::graph::Node;
@@ -22,21 +22,21 @@ pub struct Emulated {
     to_host: AtomicUsize,
     overlapped: AtomicUsize,
     capture: Mutex<Option<Recording>>,
-    /// `Some`: what is asked for and not done yet.
+    /// `Some`: the device lags; holds the enqueued requests.
     behind: Option<Mutex<Recording>>,
-    /// Memory that a copy may be sent to: taken, and nothing sent to it so far.
+    /// Allocated landing memory without a copy so far.
     landing: Mutex<HashSet<Pointer>>,
-    /// Memory of copies that was given back, until the host has waited.
+    /// Freed landing memory, until the host synchronises.
     resting: Mutex<Landing>,
-    /// The sequences captured so far.
+    /// The node sequences captured so far.
     graphs: Mutex<HashSet<Vec<Node>>>,
 }
 
-/// What is asked for, as it is asked for, to be done later: when a capture is over, or the host waits.
+/// Requests in order, executed later: at the end of a capture, or when the host synchronises.
 #[derive(Default)]
 struct Recording {
     requests: Vec<Request>,
-    /// Memory given back, by its size: what is asked for later gets it again, as from the pool of a GPU.
+    /// Freed memory by size class. A later allocation takes it, as from the memory pool of a GPU.
     released: HashMap<usize, Vec<(Pointer, usize)>>,
 }
 
@@ -46,7 +46,7 @@ enum Request {
     Zero(Pointer, usize),
     Write(Pointer, Vec<u8>),
     Release(Pointer, usize),
-    /// The memory released last of this size, once more.
+    /// Allocates the memory released last of this size class.
     Allocate(Pointer, usize),
 }
 
@@ -61,29 +61,30 @@ impl Request {
     }
 }
 
-/// Memory of the same class is given to each other's next owner.
+/// Freed memory is reused by allocations of the same size class.
 fn size_class(bytes: usize) -> usize {
     bytes.next_multiple_of(256)
 }
 
-/// Copies between the host and the device.
+/// Numbers of copies between host and device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Copies {
-    /// From the host.
+    /// From the host to the device.
     pub to_device: usize,
-    /// From the device.
+    /// From the device to the host.
     pub to_host: usize,
-    /// Of those from the host, the ones that came before work that was asked for earlier. Only where the device lags.
+    /// Copies to the device that ran ahead of work enqueued earlier. Only a lagging device has any.
     pub overlapped: usize,
 }
 
-// SAFETY: a device may be used from any thread, by one at a time, which the mutex sees to.
+// SAFETY: any thread may use a device, one at a time; the mutex ensures that.
 unsafe impl Send for Emulated {}
 // SAFETY: as above.
 unsafe impl Sync for Emulated {}
 
 impl Default for Emulated {
-    /// With the shared memory of sm_80, the smallest of the data-centre devices, and few multiprocessors.
+    /// A device with the shared memory of sm_80, the smallest of the data-centre GPUs, and few
+    /// multiprocessors.
     fn default() -> Self {
         Self {
             device: Mutex::new(Device::new()),
@@ -100,26 +101,28 @@ impl Default for Emulated {
     }
 }
 
-/// A fresh emulated device with all the operations.
+/// A new emulated device.
 pub fn gpu(precision: Precision) -> Gpu<Emulated> {
     Gpu::new(Emulated::default(), precision)
 }
 
 impl Emulated {
-    /// One that does nothing before the host waits for it, but for what is sent, which comes at once: a GPU as far behind the
-    /// host as it can be, with copies as far ahead. It captures nothing.
+    /// A lagging device: it executes nothing until the host synchronises, except copies by
+    /// [`Runtime::send`], which it executes at once. This is the extreme of a GPU in which the
+    /// compute stream is late and the copy stream early. It supports no capture.
     pub fn lagging() -> Self {
         Self { behind: Some(Mutex::default()), ..Self::default() }
     }
 
-    /// Does what was asked for.
+    /// Executes all enqueued requests.
     fn catch_up(&self) -> Result<(), CudaError> {
         let Some(behind) = &self.behind else { return Ok(()) };
         let Recording { requests, .. } = std::mem::take(&mut *lock(behind));
         requests.into_iter().try_for_each(|request| self.carry_out(request))
     }
 
-    /// Records what is asked for, where that is done. False where it is to be done at once.
+    /// Records a request during a capture or on a lagging device. Otherwise returns false: the
+    /// caller executes the request.
     fn recording(&self, act: impl FnOnce(&mut Recording)) -> bool {
         match (&mut *lock(&self.capture), &self.behind) {
             (Some(capture), _) => act(capture),
@@ -129,21 +132,22 @@ impl Emulated {
         true
     }
 
-    /// Copies so far.
+    /// Numbers of copies so far.
     pub fn copies(&self) -> Copies {
         let counts = [&self.to_device, &self.to_host, &self.overlapped];
         let [to_device, to_host, overlapped] = counts.map(|n| n.load(Ordering::Relaxed));
         Copies { to_device, to_host, overlapped }
     }
 
-    /// Replaces bytes inside one array.
+    /// Writes bytes inside one array.
     fn put(&self, at: Pointer, bytes: &[u8], read_only: bool) -> Result<(), CudaError> {
         let device = self.device();
         let to = at as *mut u8;
         if !device.is_owned(to, bytes.len()) {
             return Err(fault("write")("a copy that is not inside one array".to_owned()));
         }
-        // SAFETY: owned, as just found; no kernel is running, and the host's memory is not the device's.
+        // SAFETY: owned, as checked above; no kernel is running; host and device memory are
+        // disjoint.
         unsafe {
             std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len());
             device.mark(to, bytes.len(), read_only);
@@ -155,12 +159,12 @@ impl Emulated {
         lock(&self.device)
     }
 
-    /// Refuses what cannot be recorded.
+    /// Rejects an action that cannot be recorded.
     fn check_no_capture(&self, action: &'static str) -> Result<(), CudaError> {
         if lock(&self.capture).is_some() { Err(CudaError::NotCaptured { action }) } else { Ok(()) }
     }
 
-    /// Records a request during a capture, or does it.
+    /// Records a request, or executes it.
     fn ask(&self, request: Request) -> Result<(), CudaError> {
         let mut request = Some(request);
         self.recording(|recording| recording.requests.extend(request.take()));
@@ -176,19 +180,19 @@ impl Emulated {
             Request::Zero(at, bytes) => self.put(at, &vec![0; bytes], false),
             Request::Write(at, bytes) => self.put(at, &bytes, false),
             Request::Release(at, bytes) => {
-                // SAFETY: recorded of `free`, whose caller promised; nothing has released it since.
+                // SAFETY: recorded by `free`, whose caller guarantees it; not released since.
                 unsafe { self.device().release(at as *mut u8, bytes) };
                 Ok(())
             }
             Request::Allocate(at, bytes) => match self.allocate(bytes)? {
                 found if found == at => Ok(()),
-                found => Err(fault("replay")(format!("memory at {found:#x}, not {at:#x} again"))),
+                found => Err(fault("replay")(format!("allocated {found:#x}, but the recording has {at:#x}"))),
             },
         }
     }
 }
 
-/// Nothing here is left half-changed by a panic.
+/// Ignores poisoning: no critical section leaves partial state on a panic.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -197,13 +201,13 @@ fn fault(action: &'static str) -> impl FnOnce(String) -> CudaError {
     move |message| CudaError::Driver { action, message }
 }
 
-/// A matrix in the device's memory; an error when it is not, or not written.
+/// A matrix in device memory. An error if it is not inside one array, or not fully written.
 fn matrix<'a>(device: &'a Device, at: Pointer, len: usize, name: &str) -> Result<&'a [f32], CudaError> {
     let (at, bytes) = (at as *const u8, len * size_of::<f32>());
     if !device.is_owned(at, bytes) {
         return Err(fault("gemm")(format!("{name} is not {len} values of one array")));
     }
-    // SAFETY: owned, as just found.
+    // SAFETY: owned, as checked above.
     let unwritten = unsafe { device.unwritten(at, bytes) };
     if unwritten > 0 {
         return Err(fault("gemm")(format!("{unwritten} bytes of {name} were never written")));
@@ -216,7 +220,7 @@ impl Runtime for Emulated {
     type Mark = Instant;
     type Pinned = Vec<u8>;
 
-    /// As between allocations.
+    /// Equal to the gap between allocations.
     const GAP: usize = 4096;
 
     fn mark(&self) -> Result<Instant, CudaError> {
@@ -258,13 +262,13 @@ impl Runtime for Emulated {
             released.entry(size_class(bytes)).or_default().push((at, bytes));
         });
         if !recorded {
-            // SAFETY: the caller's promise.
+            // SAFETY: guaranteed by the caller.
             unsafe { self.device().release(at as *mut u8, bytes) }
         }
     }
 
     fn allocate_landing(&self, bytes: usize) -> Result<Pointer, CudaError> {
-        // Not what was given back in a recording: that may still be used.
+        // Memory freed in a recording may still be in use, so it is not taken.
         let at = self.device().allocate_bytes(bytes).ok_or(CudaError::OutOfMemory { bytes })? as Pointer;
         lock(&self.landing).insert(at);
         Ok(at)
@@ -289,13 +293,13 @@ impl Runtime for Emulated {
         Ok(vec![0; bytes])
     }
 
-    /// At once, whatever else is still to be done. What is sent is input: kernels may not write it. What lies between the parts
-    /// becomes nobody's.
+    /// Executed at once, ahead of enqueued work. The parts are inputs, which kernels may not write;
+    /// the gaps between them become out of bounds.
     unsafe fn send(&self, at: Pointer, from: Vec<u8>, parts: &[Range<usize>]) -> Result<(), CudaError> {
         self.check_no_capture("copying to the device")?;
         self.to_device.fetch_add(1, Ordering::Relaxed);
         if !lock(&self.landing).remove(&at) {
-            return Err(fault("send")(format!("a copy to {at:#x}, which is not idle memory for copies")));
+            return Err(fault("send")(format!("a copy to {at:#x}, which is not idle landing memory")));
         }
         if let Some(behind) = &self.behind
             && lock(behind).requests.iter().any(|request| request.node().is_some())
@@ -305,10 +309,10 @@ impl Runtime for Emulated {
         let mut end = 0;
         for part in parts {
             if end > 0 && part.start < end + Self::GAP {
-                return Err(fault("send")(format!("{part:?} is too near to what ends at {end}")));
+                return Err(fault("send")(format!("{part:?} begins less than the gap after byte {end}")));
             }
             self.put(at + part.start as Pointer, &from[part.clone()], true)?;
-            // SAFETY: between two parts of one allocation, which were just found to be owned.
+            // SAFETY: between two parts of one allocation, which is owned as checked above.
             unsafe { self.device().disown((at + end as Pointer) as *mut u8, part.start - end) };
             end = part.end;
         }
@@ -326,7 +330,7 @@ impl Runtime for Emulated {
             resting.take_idle()
         };
         for (at, bytes) in idle {
-            // SAFETY: given back by `free_landing`, whose caller promised, and to nobody since.
+            // SAFETY: freed by `free_landing`, whose caller guarantees it; not released since.
             unsafe { self.device().release(at as *mut u8, bytes) };
         }
         let device = self.device();
@@ -334,12 +338,12 @@ impl Runtime for Emulated {
         if !device.is_owned(from, host.len()) {
             return Err(fault("read")("a copy that is not inside one array".to_owned()));
         }
-        // SAFETY: owned, as just found.
+        // SAFETY: owned, as checked above.
         let unwritten = unsafe { device.unwritten(from, host.len()) };
         if unwritten > 0 {
             return Err(fault("read")(format!("{unwritten} of {} bytes were never written", host.len())));
         }
-        // SAFETY: owned and written; the host's memory is not the device's.
+        // SAFETY: owned and written; host and device memory are disjoint.
         unsafe { std::ptr::copy_nonoverlapping(from, host.as_mut_ptr(), host.len()) };
         Ok(())
     }
@@ -355,7 +359,7 @@ impl Runtime for Emulated {
     fn begin_capture(&self) -> Result<(), CudaError> {
         self.check_no_capture("another capture")?;
         if self.behind.is_some() {
-            return Err(CudaError::NotCaptured { action: "work of a device that lags" });
+            return Err(CudaError::NotCaptured { action: "work on a lagging device" });
         }
         *lock(&self.capture) = Some(Recording::default());
         Ok(())
@@ -363,7 +367,7 @@ impl Runtime for Emulated {
 
     fn start_capture(&self) -> Result<Start, CudaError> {
         let Some(recording) = lock(&self.capture).take() else {
-            return Err(CudaError::NotCaptured { action: "the end of no capture" });
+            return Err(CudaError::NotCaptured { action: "ending a capture that was not started" });
         };
         let nodes = recording.requests.iter().filter_map(Request::node).collect();
         recording.requests.into_iter().try_for_each(|request| self.carry_out(request))?;
@@ -373,7 +377,8 @@ impl Runtime for Emulated {
     fn forget_capture(&self) {
         let recording = lock(&self.capture).take().unwrap_or_default();
         for (at, bytes) in recording.released.into_values().flatten() {
-            // SAFETY: recorded of `free`, whose caller promised; nothing has released it since, or taken it again.
+            // SAFETY: recorded by `free`, whose caller guarantees it; neither released nor
+            // allocated since.
             unsafe { self.device().release(at as *mut u8, bytes) };
         }
     }
@@ -383,7 +388,7 @@ impl Emulated {
     fn products(&self, gemm: &Gemm, count: usize) -> Result<(), CudaError> {
         let [m, n, k] = gemm.shape;
         if count != 1 && (gemm.bias != 0 || gemm.activation != Activation::None) {
-            return Err(fault("gemm")(format!("{gemm:?} is not a product that runtimes offer")));
+            return Err(fault("gemm")(format!("unsupported product: {gemm:?}")));
         }
         for i in 0..count {
             let [a, b, c] = [(gemm.a, m * k), (gemm.b, k * n), (gemm.c, m * n)]
@@ -399,7 +404,7 @@ impl Emulated {
         if m * n * k == 0
             || (gemm.store == Store::Add && (gemm.bias != 0 || gemm.activation != Activation::None))
         {
-            return Err(fault("gemm")(format!("{gemm:?} is not a product that runtimes offer")));
+            return Err(fault("gemm")(format!("unsupported product: {gemm:?}")));
         }
         let round = |x: f32| match gemm.precision {
             Precision::F32 => x,
@@ -430,7 +435,7 @@ impl Emulated {
             }
             for ((c, sum), bias) in c.iter_mut().zip(sums).zip(&bias) {
                 *c += sum + bias;
-                // Unlike f32::max, keeps a NaN.
+                // Unlike f32::max, this keeps a NaN.
                 if gemm.activation == Activation::Relu && *c < 0.0 {
                     *c = 0.0;
                 }

@@ -1,8 +1,10 @@
-// CUDA's names with CPU meaning: what primitives.cuh defines with PTX, defined here by the runtime's rendezvous.
+// CUDA's names on the CPU: the functions that primitives.cuh defines in PTX, defined here by
+// rendezvous of fibres.
 //
-// A thread of a block is a fibre. An operation of a warp suspends its 32 fibres until all have called it, from the
-// same line, and then runs once for all of them; so does a barrier for the block. Memory accesses of the kernel are
-// checked by hooks the compiler calls (see build.rs), those made here on a kernel's behalf by `access`.
+// A thread of a block is a fibre. A warp operation suspends its 32 fibres until all have called it
+// from the same line, and then runs once for all of them; a barrier does the same for the block.
+// The compiler inserts a check of each memory access of a kernel (see build.rs); accesses made here
+// on behalf of a kernel are checked by `access`.
 #pragma once
 #include <bit>
 #include <cmath>
@@ -42,24 +44,25 @@ enum class Access { read, write };
 void access(const void* at, size_t bytes, Access kind);
 void access_by(int lane, const void* at, size_t bytes, Access kind);
 
-// Suspends until the whole warp is here; `run` is called once with the arguments of all lanes.
+// Suspends the fibre until the whole warp has called. `run` is called once, with the arguments of
+// all lanes.
 void meet_warp(int line, void* argument, void (*run)(void* const (&arguments)[32]));
 void meet_block(int line);
-// The same; whether x held in any thread.
+// As `meet_block`. Returns whether x holds in any thread.
 bool meet_block_any(bool x, int line);
 
-// What kernels have done, for the counts of the cost model: exponentials of single threads, multiply-adds of tensor-core
-// products, bytes of `copy_async`.
+// Counts executed operations, for the cost model: exponentials per thread, multiply-adds of
+// tensor-core products. `start_copy` counts the bytes of `copy_async`.
 void count_exponential();
 void count_multiply_adds(size_t count);
 
-// Copies that are under way: started, and done by the thread's next wait.
+// Asynchronous copies: started here, executed by the thread's next wait.
 void start_copy(void* shared, const void* source, bool valid);
 void finish_copies();
 
 template <class A> void meet(int line, A& argument, void (*run)(void* const (&)[32])) { meet_warp(line, &argument, run); }
 
-// A kernel that can be launched by name; constructing one makes it known.
+// A kernel that can be launched by name. The constructor registers it.
 struct Entry {
     const char *module, *name;
     void (*run)(const void* params);
@@ -74,7 +77,7 @@ inline float widen(unsigned short bits, bool is_bf16) {
 
 }  // namespace emulator
 
-// DFAR_MODULE is the source's name and macros, as build.rs gives them to each copy of it.
+// DFAR_MODULE: the source's name and macros, defined by build.rs for each module.
 #define KERNEL(name, Params, ...)                                                                   \
     static void name(const Params& p);                                                              \
     static const emulator::Entry name##_entry(DFAR_MODULE, #name, [](const void* p) { name(*static_cast<const Params*>(p)); }); \
@@ -174,7 +177,7 @@ EMULATOR_PLAIN inline unsigned transpose_matrix(unsigned x, int line = __builtin
 inline float exp2_fast(float x) {
     emulator::count_exponential();
     const float y = std::exp2(x);
-    return y < 0x1p-126f ? 0.0f : y;  // .ftz; a NaN stays
+    return y < 0x1p-126f ? 0.0f : y;  // .ftz; keeps a NaN
 }
 inline float reciprocal_fast(float x) { return 1.0f / x; }
 inline float log2_fast(float x) { return std::log2(x); }
@@ -203,8 +206,9 @@ template <class E> float2 unpack(unsigned pair) {
     return {emulator::widen(pair & 0xffff, IS_BF16<E>), emulator::widen(pair >> 16, IS_BF16<E>)};
 }
 
-// The documented fragments of mma.m16n8k16 and, with K = 8, mma.m16n8k8: A holds (row, k), (row + 8, k), then both at
-// k + 8; B (k, column), then at k + 8; two elements of successive k to a register.
+// Fragments of mma.m16n8k16 and, with K = 8, mma.m16n8k8, by the PTX ISA. A holds (row, k), (row +
+// 8, k), then both at k + 8. B holds (k, column), then (k + 8, column). A register holds two
+// elements of successive k.
 namespace emulator {
 template <class E, int K> EMULATOR_PLAIN inline void multiply(float (&c)[4], const unsigned (&a)[K / 4], const unsigned (&b)[K / 8], int line) {
     struct A { float* c; const unsigned *a, *b; } mine{c, a, b};

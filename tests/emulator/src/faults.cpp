@@ -1,7 +1,8 @@
-// Kernels with one planted fault each; `data` holds 64 floats, of which the first half was filled and the second never written.
+// Kernels with one planted fault each. `data` holds 64 floats: `fill` has written the first half,
+// the second half is uninitialised.
 #include "primitives.cuh"
 
-float dfar_emulator_keep;  // visible outside, so that what is read for it is read
+float dfar_emulator_keep;  // external, so that the compiler keeps the reads
 #define keep dfar_emulator_keep
 
 static void fill(const void* p) { (*static_cast<float* const*>(p))[threadIdx.x] = float(threadIdx.x); }

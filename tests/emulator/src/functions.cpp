@@ -1,9 +1,9 @@
-// Functions of the kernels by themselves, as kernels.
+// Single functions of the kernels, as kernels of their own.
 #define DFAR_MODULE "functions"
 #include "online_softmax.cuh"
 
 struct ValuesParams {
-    const float* x;  // a value for each thread of the grid
+    const float* x;  // one value per thread of the grid
     float* y;
 };
 

@@ -1,8 +1,10 @@
-//! A GPU made of fibres: runs the sources of `kernels/` on the CPU and judges every memory access they make.
+//! An emulator of a GPU: runs the sources of `kernels/` on the CPU, one fibre per thread, and
+//! checks every memory access.
 //!
-//! A [`Device`] owns memory. A launch fails, with a message, at the first access outside a buffer, read of memory nobody
-//! wrote, misaligned access, write to an input, race in shared memory, or barrier that not all threads reach. [`Emulated`]
-//! is a device as the library's own code uses a GPU.
+//! A [`Device`] owns memory. A launch fails, with a message, at the first out-of-bounds access,
+//! read of uninitialised memory, misaligned access, write to an input, race in shared memory, or
+//! barrier that some threads do not reach. [`Emulated`] is a device behind the library's runtime
+//! interface.
 
 mod emulated;
 
@@ -41,16 +43,16 @@ unsafe extern "C" {
     ) -> *const c_char;
 }
 
-/// The kernels of `faults.cpp`, with a fault each.
+/// Kernels of `faults.cpp`, with one planted fault each.
 pub const FAULTS: Module = Module::new("faults");
 
-/// The kernels of `functions.cpp`: functions of the kernels by themselves.
+/// Kernels of `functions.cpp`: single functions of the library's kernels.
 pub const FUNCTIONS: Module = Module::new("functions");
 
-/// What a device's kernels have done since it was made.
+/// Operations executed by a device's kernels since it was created.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
-    /// Special-function exponentials, of single threads.
+    /// Special-function exponentials, counted per thread.
     pub exponentials: u64,
     /// Multiply-adds of tensor-core products.
     pub multiply_adds: u64,
@@ -58,13 +60,13 @@ pub struct Counts {
     pub copied: u64,
 }
 
-/// Memory and a single multiprocessor.
+/// Device memory and a single multiprocessor.
 pub struct Device {
     raw: NonNull<c_void>,
     not_shared: PhantomData<*mut ()>,
 }
 
-/// An array in a [`Device`]'s memory.
+/// An array in the memory of a [`Device`].
 #[derive(Clone, Copy, Debug)]
 pub struct Array<T> {
     at: *mut u8,
@@ -73,7 +75,7 @@ pub struct Array<T> {
 }
 
 impl<T> Array<T> {
-    /// Its address, for arguments of kernels.
+    /// Device address, for kernel arguments.
     pub fn pointer(&self) -> Pointer {
         self.at as Pointer
     }
@@ -86,65 +88,67 @@ impl Default for Device {
 }
 
 impl Device {
-    /// A device with 1 GiB of memory, none of it used.
+    /// A device with 1 GiB of free memory.
     pub fn new() -> Device {
-        // SAFETY: the constructor takes nothing; it aborts rather than return null.
+        // SAFETY: the constructor takes no argument, and aborts instead of returning null.
         let raw = NonNull::new(unsafe { dfar_emulator_new() }).expect("a device should be made");
         Device { raw, not_shared: PhantomData }
     }
 
-    /// Memory that nobody has written; `None` when there is not as much.
+    /// Allocates uninitialised memory; `None` if there is too little.
     fn allocate_bytes(&self, bytes: usize) -> Option<*mut u8> {
         // SAFETY: `raw` is a live device, which checks the size against its memory.
         let at = unsafe { dfar_emulator_allocate(self.raw.as_ptr(), bytes) };
         (!at.is_null()).then_some(at)
     }
 
+    /// Frees memory.
+    ///
     /// # Safety
-    /// `at` is from [`Device::allocate_bytes`] with as many bytes, and not released.
+    /// `at` is from [`Device::allocate_bytes`] with the same `bytes`, and is not released yet.
     unsafe fn release(&self, at: *mut u8, bytes: usize) {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { dfar_emulator_release(self.raw.as_ptr(), at, bytes) }
     }
 
     /// Whether all these bytes are in one allocation.
     fn is_owned(&self, at: *const u8, bytes: usize) -> bool {
-        // SAFETY: compares the address with the device's memory before it looks anything up.
+        // SAFETY: compares the address with the bounds of the device's memory first.
         unsafe { dfar_emulator_owned(self.raw.as_ptr(), at, bytes) }
     }
 
-    /// Notes that bytes hold values.
+    /// Marks bytes as written.
     ///
     /// # Safety
-    /// They lie inside one allocation.
+    /// The bytes lie inside one allocation.
     unsafe fn mark(&self, at: *mut u8, bytes: usize, read_only: bool) {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { dfar_emulator_mark(self.raw.as_ptr(), at, bytes, read_only) }
     }
 
-    /// Takes bytes out of an allocation: an access to them is one outside every array.
+    /// Removes bytes from an allocation: an access to them is then out of bounds.
     ///
     /// # Safety
-    /// They lie inside one allocation.
+    /// The bytes lie inside one allocation.
     unsafe fn disown(&self, at: *mut u8, bytes: usize) {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { dfar_emulator_disown(self.raw.as_ptr(), at, bytes) }
     }
 
-    /// How many bytes nobody has written.
+    /// Number of uninitialised bytes.
     ///
     /// # Safety
-    /// They lie inside one allocation.
+    /// The bytes lie inside one allocation.
     unsafe fn unwritten(&self, at: *const u8, bytes: usize) -> usize {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { dfar_emulator_unwritten(self.raw.as_ptr(), at, bytes) }
     }
 
-    /// What kernels have done so far.
+    /// Operations executed by kernels so far.
     pub fn counts(&self) -> Counts {
         let mut counts = Counts::default();
         let Counts { exponentials, multiply_adds, copied } = &mut counts;
-        // SAFETY: `raw` is a live device, and the three places are written once each.
+        // SAFETY: `raw` is a live device; the call writes each of the three values once.
         unsafe { dfar_emulator_counts(self.raw.as_ptr(), exponentials, multiply_adds, copied) }
         counts
     }
@@ -154,10 +158,11 @@ impl Device {
         Array { at, len, of: PhantomData }
     }
 
-    /// An array kernels may read and not write.
+    /// Allocates an array that kernels may read but not write.
     pub fn input<T: Pod>(&self, values: &[T]) -> Array<T> {
         let array = self.allocate(values.len());
-        // SAFETY: the device just allocated this many bytes, 256-byte aligned, and nothing else refers to them.
+        // SAFETY: the device just allocated this many bytes, 256-byte aligned, and no other
+        // reference to them exists.
         unsafe {
             std::slice::from_raw_parts_mut(array.at.cast::<T>(), values.len()).copy_from_slice(values);
             self.mark(array.at, size_of_val(values), true);
@@ -165,26 +170,28 @@ impl Device {
         array
     }
 
-    /// An array nobody has written.
+    /// Allocates an uninitialised array.
     pub fn output<T: Pod>(&self, len: usize) -> Array<T> {
         self.allocate(len)
     }
 
-    /// What an array holds; an error when nobody wrote a part of it.
+    /// # Errors
+    /// If a part of the array was never written.
     pub fn read<T: Pod>(&self, array: &Array<T>) -> Result<Vec<T>, String> {
-        // SAFETY: arrays stay allocated as long as the device; the length is what was allocated.
+        // SAFETY: arrays stay allocated as long as the device; the length is that of the
+        // allocation.
         let unwritten = unsafe { self.unwritten(array.at, array.len * size_of::<T>()) };
         if unwritten > 0 {
             return Err(format!("{unwritten} of {} bytes were never written", array.len * size_of::<T>()));
         }
-        // SAFETY: as above; any bytes are a T, and no kernel is running.
+        // SAFETY: as above; any bytes are a T; no kernel is running.
         Ok(unsafe { std::slice::from_raw_parts(array.at.cast::<T>(), array.len) }.to_vec())
     }
 
-    /// Runs a kernel to its end.
+    /// Runs a kernel to completion.
     ///
     /// # Errors
-    /// The first fault of any thread, in words.
+    /// A message with the first fault of any thread.
     pub fn launch<P: Pod>(&self, kernel: Kernel, launch: Launch, params: &P) -> Result<(), String> {
         self.launch_bytes(kernel, launch, bytemuck::bytes_of(params))
     }
@@ -192,7 +199,7 @@ impl Device {
     fn launch_bytes(&self, kernel: Kernel, launch: Launch, params: &[u8]) -> Result<(), String> {
         let c = |name: &str| CString::new(name).expect("names of kernels should hold no zero");
         let (module, name) = (c(&kernel.module.name()), c(kernel.entry));
-        // SAFETY: the look-up compares the names, which outlive the call.
+        // SAFETY: the lookup compares the names, which outlive the call.
         let entry = unsafe { dfar_emulator_find(module.as_ptr(), name.as_ptr()) };
         if entry.is_null() {
             return Err(format!("there is no kernel {} in {}", kernel.entry, kernel.module.name()));
@@ -201,11 +208,11 @@ impl Device {
         if x == 0 || y == 0 {
             return Ok(());
         }
-        // The kernel reads the argument in place: it has to be aligned as the struct is.
+        // The kernel reads the argument in place, so it needs the alignment of the struct.
         let mut aligned = vec![0u64; params.len().div_ceil(8)];
         bytemuck::cast_slice_mut(&mut aligned)[..params.len()].copy_from_slice(params);
-        // SAFETY: every access the kernel makes through `params` is checked against this device's arrays before it
-        // happens, and refused (the launch ends) where it is not inside one.
+        // SAFETY: each access of the kernel through `params` is checked against this device's
+        // arrays before it happens; a bad access ends the launch.
         let message = unsafe {
             let params = aligned.as_ptr().cast();
             dfar_emulator_launch(self.raw.as_ptr(), entry, params, x, y, threads, shared_bytes as usize)
@@ -213,14 +220,15 @@ impl Device {
         if message.is_null() {
             return Ok(());
         }
-        // SAFETY: not null: a zero-terminated message that lives in the device until the next launch.
+        // SAFETY: not null, so a zero-terminated message that the device keeps until its next
+        // launch.
         Err(format!("{}: {}", kernel.entry, unsafe { CStr::from_ptr(message) }.to_string_lossy()))
     }
 }
 
 impl Drop for Device {
     fn drop(&mut self) {
-        // SAFETY: made by dfar_emulator_new, and dropped once.
+        // SAFETY: from dfar_emulator_new, and freed once.
         unsafe { dfar_emulator_free(self.raw.as_ptr()) }
     }
 }

@@ -1,4 +1,5 @@
-// Runs blocks of fibres and judges every memory access. Single-threaded: one OS thread uses one device at a time.
+// Runs blocks of fibres and checks every memory access. Not thread-safe: one OS thread uses a
+// device at a time.
 #include <algorithm>
 #include <bit>
 #include <cstdarg>
@@ -7,7 +8,7 @@
 #include <map>
 #include <sys/mman.h>
 #include <vector>
-// Types of the kernels that emulator.h mentions.
+// Element types, which emulator.h needs.
 struct bf16 { unsigned short bits; };
 struct f16 { unsigned short bits; };
 #include "emulator.h"
@@ -37,7 +38,8 @@ dfar_fibre_switch:
 )");
 struct Context { void* at = nullptr; };
 static void prepare(Context& context, unsigned char* stack, size_t bytes, void (*entry)()) {
-    void** top = reinterpret_cast<void**>(stack + bytes) - 3;  // at its first instruction a function finds the stack at 8 modulo 16
+    // The ABI requires a stack pointer of 8 modulo 16 at the first instruction of a function.
+    void** top = reinterpret_cast<void**>(stack + bytes) - 3;
     *top = nullptr;
     *--top = reinterpret_cast<void*>(entry);
     for (int i = 0; i < 6; ++i) *--top = nullptr;
@@ -70,11 +72,11 @@ Entry::Entry(const char* module, const char* name, void (*run)(const void*)) : m
 // State of one byte of device memory.
 enum State : unsigned char { NONE, UNWRITTEN, WRITTEN, READ_ONLY };
 
-// Who last wrote, or last read, a byte of shared memory, and when, counted in barriers. Of several readers only the
-// last is remembered: a race with an earlier one can go unseen.
-// One word, as nearly every access compares and writes several.
+// The last write or read of a byte of shared memory: its thread, and its time in barriers. Only the
+// last of several readers is kept, so a race with an earlier reader may go undetected. One word,
+// because nearly every access compares and writes several.
 struct Touch {
-    uint64_t block_time : 32 = 0, warp_time : 21 = 0, next_thread : 11 = 0;  // next_thread 0: nobody
+    uint64_t block_time : 32 = 0, warp_time : 21 = 0, next_thread : 11 = 0;  // 0: no thread
     int thread() const { return int(next_thread) - 1; }
     bool operator==(const Touch& other) const { return std::bit_cast<uint64_t>(*this) == std::bit_cast<uint64_t>(other); }
 };
@@ -107,7 +109,7 @@ struct Device {
     unsigned char* stacks;
     uint64_t exponentials = 0, multiply_adds = 0, copied = 0;
 
-    // the running block
+    // The running block.
     std::vector<Fibre> fibres;
     Fibre* running = nullptr;
     Context scheduler;
@@ -116,7 +118,7 @@ struct Device {
     unsigned char* shared = nullptr;
     size_t shared_bytes = 0;
     unsigned block_time = 0;
-    bool vote = false, voted = false;  // of the barrier to come, and of the last
+    bool vote = false, voted = false;  // of the next barrier; of the last barrier
     std::vector<Touch> writes, reads;
     bool failed = false;
     char message[512];
@@ -133,7 +135,7 @@ struct Device {
         munmap(stacks, STACK * MAX_THREADS);
     }
 
-    // A fault of the running fibre: remembers the first, and never comes back.
+    // Records a fault of the running fibre. Only the first is kept.
     __attribute__((format(printf, 2, 3))) void fail(const char* format, ...) {
         if (!failed) {
             failed = true;
@@ -161,15 +163,15 @@ static bool ordered(Touch before, Touch now) {
     return before.thread() / 32 == now.thread() / 32 && before.warp_time != now.warp_time;
 }
 static bool ordered(const Touch* before, size_t count, Touch now) {
-    // Mostly the bytes were touched together.
+    // The last accesses of the bytes are mostly the same access.
     bool together = true;
     for (size_t i = 1; i < count; ++i) together &= before[i] == before[0];
     if (together) return ordered(before[0], now);
     return std::all_of(before, before + count, [now](Touch touch) { return ordered(touch, now); });
 }
 
-// Whether bytes may be accessed by their state: reads need WRITTEN or READ_ONLY, which share a bit; writes UNWRITTEN or
-// WRITTEN, which have one bit each.
+// Whether the state of the bytes allows the access. Reads need WRITTEN or READ_ONLY, which share a
+// bit; writes need UNWRITTEN or WRITTEN, which have one bit each.
 static_assert(NONE == 0 && UNWRITTEN == 1 && WRITTEN == 2 && READ_ONLY == 3);
 template <class Word> static bool is_sound(const unsigned char* state, Access kind) {
     constexpr Word ones = Word(0x0101010101010101);
@@ -189,7 +191,7 @@ static bool is_sound(const unsigned char* state, size_t bytes, Access kind) {
     }
 }
 
-// Whether the access was fine; otherwise the fault is recorded.
+// Whether the access is valid. If not, records the fault.
 static bool judge(Device& d, Fibre& fibre, const void* at, size_t bytes, Access kind) {
     const auto address = static_cast<const unsigned char*>(at);
     const char* verb = kind == Access::read ? "read" : "write";
@@ -197,17 +199,18 @@ static bool judge(Device& d, Fibre& fibre, const void* at, size_t bytes, Access 
         d.fail("%s of %zu bytes through a null or misaligned pointer", verb, bytes);
         return false;
     }
-    if (address < d.memory || address >= d.memory + ARENA) return true;  // the fibre's own stack, or a constant
+    if (address < d.memory || address >= d.memory + ARENA) return true;  // stack or constant
     const size_t offset = address - d.memory;
-    // Bytes of the gaps count to the nearer neighbour.
+    // The halves of a gap belong to the allocations beside it.
     const bool is_shared = d.shared && address >= d.shared - GAP / 2 && address < d.shared + d.shared_bytes + GAP / 2;
     const char* space = is_shared ? "shared" : "global";
-    // A division, which is slow, only where it is needed.
+    // Division is slow, so it is used only for odd sizes.
     if (bytes <= 16 && ((bytes & (bytes - 1)) == 0 ? offset & (bytes - 1) : offset % bytes)) {
         d.fail("misaligned %s of %zu bytes of %s memory", verb, bytes, space);
         return false;
     }
-    // Nearly every access; whatever is wrong with the others, the bytes are looked at one by one to say so.
+    // Nearly all accesses take this path. For the others, the loop below examines each byte and
+    // names the fault.
     const Touch now = touch_now(d, fibre);
     if (offset + bytes <= ARENA && is_sound(d.state + offset, bytes, kind)) {
         bool sound = true;
@@ -227,7 +230,7 @@ static bool judge(Device& d, Fibre& fibre, const void* at, size_t bytes, Access 
             return false;
         }
         if (kind == Access::read && d.state[i] == UNWRITTEN) {
-            d.fail("read of %zu bytes of %s memory nobody wrote", bytes, space);
+            d.fail("read of %zu bytes of uninitialised %s memory", bytes, space);
             return false;
         }
         if (kind == Access::write && d.state[i] == READ_ONLY) {
@@ -237,7 +240,7 @@ static bool judge(Device& d, Fibre& fibre, const void* at, size_t bytes, Access 
         if (is_shared) {
             const size_t s = address - d.shared + (i - offset);
             if (!ordered(d.writes[s], now) || (kind == Access::write && !ordered(d.reads[s], now))) {
-                d.fail("race: %s of %zu bytes of shared memory, touched by thread %d since the last barrier of both", verb,
+                d.fail("race: %s of %zu bytes of shared memory, accessed by thread %d without a barrier between", verb,
                        bytes, ordered(d.writes[s], now) ? d.reads[s].thread() : d.writes[s].thread());
                 return false;
             }
@@ -312,7 +315,7 @@ static const char* place(Wait wait) {
     return wait == Wait::warp ? "a warp operation" : wait == Wait::block ? "__syncthreads" : "its end";
 }
 
-// Runs one warp until all its threads are done or wait for the block. False on a fault.
+// Runs one warp until all its threads have finished or wait for the block. False on a fault.
 static bool run_warp(Device& d, int first) {
     for (;;) {
         for (int i = first; i < first + 32; ++i) {
@@ -397,7 +400,7 @@ extern "C" {
 Device* dfar_emulator_new() { return new Device; }
 void dfar_emulator_free(Device* d) { delete d; }
 
-// Memory between gaps that belong to nobody; null when the arena is full.
+// Allocates memory between gaps; null if the arena is full.
 static unsigned char* take(Device* d, size_t bytes) {
     const size_t at = (d->used + 255) & ~size_t(255);
     if (bytes > ARENA - GAP || at > ARENA - GAP - bytes) return nullptr;
@@ -413,12 +416,12 @@ void* dfar_emulator_allocate(Device* d, size_t bytes) {
     memset(d->state + (at - d->memory), UNWRITTEN, bytes);
     return at;
 }
-// From now on the memory is nobody's, until it is allocated again.
+// Frees memory: an access is out of bounds until the next allocation.
 void dfar_emulator_release(Device* d, void* at, size_t bytes) {
     memset(d->state + (static_cast<unsigned char*>(at) - d->memory), NONE, bytes);
     d->released[(bytes + 255) & ~size_t(255)].push_back(static_cast<unsigned char*>(at));
 }
-// Whether all the bytes lie in one piece of memory that is somebody's.
+// Whether all bytes lie in allocated memory, without a gap.
 bool dfar_emulator_owned(Device* d, const void* at, size_t bytes) {
     const auto address = static_cast<const unsigned char*>(at);
     if (address < d->memory || address + bytes > d->memory + ARENA) return false;
@@ -427,22 +430,22 @@ bool dfar_emulator_owned(Device* d, const void* at, size_t bytes) {
     }
     return true;
 }
-// The kernel of that name, or null.
+// Finds a kernel by name; null if there is none.
 const void* dfar_emulator_find(const char* module, const char* name) {
     for (const Entry* entry = entries; entry; entry = entry->next) {
         if (strcmp(entry->module, module) == 0 && strcmp(entry->name, name) == 0) return entry;
     }
     return nullptr;
 }
-// Bytes that hold values; `read_only`: which kernels may not write.
+// Marks bytes as written; `read_only`: as an input, which kernels may not write.
 void dfar_emulator_mark(Device* d, void* at, size_t bytes, bool read_only) {
     memset(d->state + (static_cast<unsigned char*>(at) - d->memory), read_only ? READ_ONLY : WRITTEN, bytes);
 }
-// Bytes inside an allocation that are nobody's from now on.
+// Removes bytes from an allocation: an access to them is out of bounds.
 void dfar_emulator_disown(Device* d, void* at, size_t bytes) {
     memset(d->state + (static_cast<unsigned char*>(at) - d->memory), NONE, bytes);
 }
-// How many of the bytes nobody has written.
+// Number of uninitialised bytes.
 size_t dfar_emulator_unwritten(Device* d, const void* at, size_t bytes) {
     size_t count = 0;
     const unsigned char* state = d->state + (static_cast<const unsigned char*>(at) - d->memory);
@@ -450,14 +453,14 @@ size_t dfar_emulator_unwritten(Device* d, const void* at, size_t bytes) {
     return count;
 }
 
-// What all launches so far have done.
+// Operations executed by all launches so far.
 void dfar_emulator_counts(const Device* d, uint64_t* exponentials, uint64_t* multiply_adds, uint64_t* copied) {
     *exponentials = d->exponentials;
     *multiply_adds = d->multiply_adds;
     *copied = d->copied;
 }
 
-// Runs a grid, block by block. Null, or what went wrong.
+// Runs a grid, block by block. Returns null, or the message of the first fault.
 const char* dfar_emulator_launch(Device* d, const Entry* entry, const void* params, unsigned grid_x, unsigned grid_y, unsigned threads,
                                  size_t shared_bytes) {
     d->failed = false;

@@ -1,4 +1,5 @@
-//! A training run sends batches ahead, and ends as one on a device that does everything at once.
+//! A training run on a lagging device sends batches ahead, and gives the same results as a run on a
+//! device that executes at once.
 
 use dfar::data::Dataset;
 use dfar::data::synthetic::{self, SyntheticOptions};
@@ -33,7 +34,7 @@ fn a_run_sends_batches_ahead_and_stays_the_same() {
                 if steps == stop {
                     return ControlFlow::Break(());
                 }
-                // Long enough for the next batches to be ready.
+                // Time for the next batches to become ready.
                 thread::sleep(Duration::from_millis(20));
             }
             ControlFlow::Continue(())
@@ -46,10 +47,11 @@ fn a_run_sends_batches_ahead_and_stays_the_same() {
     assert!(steps > 8, "{steps} steps");
     let (outcome, losses, overlapped, found) = run("behind", Emulated::lagging(), 0);
     assert!(outcome == Outcome::Finished && losses == expected && found == parameters);
-    // Every step's table, and every batch that was ready in time: each but the first, unless the machine is very busy.
+    // Each step sends a table; each batch but the first is sent ahead if it was ready in time,
+    // which a very busy machine may prevent for some.
     assert!((steps + steps / 2..2 * steps).contains(&overlapped), "{overlapped} in {steps} steps");
 
-    // Stopped when a batch was sent ahead, it has taken the steps that were told of, and no other.
+    // Interrupted after a batch was sent ahead, the run has taken exactly the reported steps.
     let (outcome, losses, ..) = run("stopped", Emulated::lagging(), 3);
     assert_eq!((outcome, losses.as_slice()), (Outcome::Interrupted, &expected[..3]));
 }

@@ -1,5 +1,5 @@
-//! The kernels of `attention/attention.cu`, every one of them, for every element type, against the golden cases and the float64
-//! reference, under the emulator's checks of every memory access.
+//! All kernels of `attention/attention.cu`, for all element types, against the golden cases and the
+//! float64 reference. The emulator checks every memory access.
 
 #[path = "../../bodies/non_finite.rs"]
 mod non_finite;
@@ -22,10 +22,10 @@ use rand_chacha::ChaCha8Rng;
 use std::ops::Range;
 use std::path::Path;
 
-/// Shared memory of a block on sm_80, the smallest of the data-centre devices.
+/// Shared memory per block on sm_80, the smallest of the data-centre GPUs.
 const SHARED_LIMIT: usize = 163 << 10;
 
-/// A type tensors are stored in.
+/// An element type of tensors.
 trait Value: bytemuck::Pod {
     const ELEMENT: Element;
     fn from_f32(x: f32) -> Self;
@@ -90,7 +90,7 @@ impl Batch {
         Batch { options, cu_seqlens, label, qkv, d_o }
     }
 
-    /// With every value rounded to `T`.
+    /// The batch with every value rounded to `T`.
     fn rounded<T: Value>(&self) -> Batch {
         let round = |x: &Vec<f32>| x.iter().map(|&x| T::from_f32(x).to_f32()).collect::<Vec<f32>>();
         Batch { qkv: self.qkv.each_ref().map(round), d_o: round(&self.d_o), ..self.clone() }
@@ -101,7 +101,7 @@ impl Batch {
         Inputs { q, k, v, cu_seqlens: &self.cu_seqlens, label: &self.label }
     }
 
-    /// Some sequences as a batch of their own.
+    /// The sequences of `range` as a batch of their own.
     fn sequences(&self, range: Range<usize>) -> Batch {
         let cu_seqlens = &self.cu_seqlens[range.start..=range.end];
         let (start, end) = (cu_seqlens[0] as usize, cu_seqlens[cu_seqlens.len() - 1] as usize);
@@ -120,12 +120,13 @@ fn run<T: Value>(batch: &Batch) -> Results {
     run_within::<T>(batch, Room::of(SHARED_LIMIT))
 }
 
-/// All passes on a fresh device.
+/// Runs all passes on a new device.
 fn run_within<T: Value>(batch: &Batch, room: Room) -> Results {
     run_variant::<T>(batch, room, 0, |_, _, _| {}).expect("the kernels should be sound")
 }
 
-/// The same, with so many of 8 exponentials as polynomials; `see` is told what each pass has executed.
+/// As [`run_within`], with `polynomial` of 8 exponentials as polynomials. `see` gets the executed
+/// operations of each pass.
 fn run_variant<T: Value>(
     batch: &Batch,
     room: Room,
@@ -199,7 +200,7 @@ fn golden() -> Vec<(String, Fha)> {
     fha
 }
 
-/// The worst errors of f32 results that are too large, in words.
+/// Descriptions of the f32 errors above tolerance.
 fn f32_failures(
     name: &str,
     results: &Results,
@@ -225,15 +226,16 @@ fn golden_cases_in_f32() {
     assert!(failures.is_empty(), "{failures:#?}");
 }
 
-/// Errors of the kernels against errors of the unfused computation, both from the reference on the same inputs. bf16 in both rooms;
-/// f16, which only differs in a few instructions, with short sequences whole.
+/// Compares the error of the kernels with that of the unfused computation, both against the
+/// reference on the same inputs. bf16 runs in both rooms. f16, which differs in a few instructions,
+/// runs with whole sequences.
 fn judge_16_bit<T: Value>(name: &str, batch: &Batch) -> Vec<String> {
     let batch = batch.rounded::<T>();
     let judge = |room| judge_rounded::<T>(&format!("{name} {room:?}"), &batch, run_within::<T>(&batch, room));
     ROOMS.into_iter().take(if T::ELEMENT == Element::Bf16 { 2 } else { 1 }).flat_map(judge).collect()
 }
 
-/// `fused` is what the kernels made of a batch of values that `T` has.
+/// `fused`: the kernels' results on `batch`, whose values are representable in `T`.
 fn judge_rounded<T: Value>(name: &str, batch: &Batch, fused: Results) -> Vec<String> {
     let exact = reference::forward(&batch.options, batch.inputs()).expect("valid inputs");
     let exact_gradients =
@@ -241,7 +243,8 @@ fn judge_rounded<T: Value>(name: &str, batch: &Batch, fused: Results) -> Vec<Str
     let unfused = unfused(&batch.options, batch.inputs(), &batch.d_o, T::ELEMENT);
     let largest = |x: &[f64]| x.iter().filter(|x| x.is_finite()).fold(0.0, |m: f64, x| m.max(x.abs()));
     let gradients = [&exact_gradients.dq, &exact_gradients.dk, &exact_gradients.dv];
-    // Gradients that are 0 but for the rounding of terms that cancel are judged by the largest gradient; see dfar_tools::verify.
+    // Gradients whose terms cancel to 0 are judged relative to the largest gradient; see
+    // dfar_tools::verify.
     let floor = gradients.iter().map(|x| largest(x)).fold(0.0, f64::max) / 400.0;
     let mut failures = vec![];
     let mut check = |tensor: &str, x: &[f32], y: &[f32], exact: &[f64], floor: f64| {
@@ -273,7 +276,8 @@ fn golden_cases_in_f16() {
     assert!(failures.is_empty(), "{failures:#?}");
 }
 
-/// Options beyond the golden cases: every width, all head counts, per-head pairing, a negative scale.
+/// Options beyond the golden cases: every width, all head counts, per-head pairing, scales of 0 and
+/// below.
 fn variants() -> Vec<FhaOptions> {
     let mut all = vec![];
     for (index, head_dim) in HEAD_DIMS.into_iter().enumerate() {
@@ -286,11 +290,11 @@ fn variants() -> Vec<FhaOptions> {
     }
     all.push(FhaOptions { scale: -0.3, ..FhaOptions::new(2, 16) });
     all.push(FhaOptions { scale: 0.0, ..FhaOptions::new(2, 16) });
-    all.push(FhaOptions::new(6, 16)); // three query rows a token: rows of a token straddle warps
+    all.push(FhaOptions::new(6, 16)); // three query rows per token: a token's rows straddle warps
     all
 }
 
-/// With short sequences whole, and with none.
+/// With short and whole sequences, and with all sequences streamed.
 const ROOMS: [Room; 2] = [Room::of(SHARED_LIMIT), Room::streamed(SHARED_LIMIT)];
 
 const LENGTHS: [usize; 7] = [0, 1, 37, 2, 0, 70, 16];
@@ -322,12 +326,13 @@ fn random_cases_in_16_bits() {
     assert!(failures.is_empty(), "{failures:#?}");
 }
 
-/// Sequences of a pass.
+/// Number of sequences of a pass over whole sequences.
 fn whole_items(plan: &Plan, pass: Pass) -> usize {
     plan.items(pass).iter().filter(|item| item.length > 0).count()
 }
 
-/// Blocks of several whole sequences, of every number of tiles, some of them empty: a launch for the sequences of each group.
+/// Blocks of several whole sequences, of every number of tiles, with empty sequences; one launch
+/// per group of sequences.
 #[test]
 fn whole_sequences_of_all_lengths() {
     fn judge<T: Value>(
@@ -372,7 +377,7 @@ fn whole_sequences_of_all_lengths() {
     assert!(whole[0] > 120 && whole[1] > 150 && whole[1] == whole[2], "only {whole:?} sequences were whole");
 }
 
-/// Whole sequences of which one side at a time has room.
+/// Whole sequences of which only one side fits shared memory.
 #[test]
 fn whole_sequences_in_two_passes() {
     let base = FhaOptions::new(2, 16);
@@ -408,7 +413,7 @@ fn whole_sequences_in_two_passes() {
     assert!(failures.is_empty(), "{failures:#?}");
 }
 
-/// Results of batches, one after the other.
+/// Concatenates the results of several batches.
 fn together(parts: impl Iterator<Item = Results>) -> Results {
     let mut all = Results { o: vec![], lse: vec![], gradients: [vec![], vec![], vec![]] };
     for part in parts {
@@ -456,12 +461,12 @@ fn non_finite_input_reaches_only_dependent_results() {
     for head_dim in [8, 16, 64] {
         for normalization in [Normalization::Joint, Normalization::Masked] {
             let options = FhaOptions { normalization, ..FhaOptions::new(2, head_dim) };
-            // In a row that shares its warp with earlier ones.
+            // In a row whose warp also holds earlier rows.
             for room in ROOMS {
                 check_propagation::<f32>(options, room, &[20, 40, 7], 1, 25);
                 check_propagation::<bf16>(options, room, &[20, 40, 7], 1, 25);
             }
-            // Whole, by four warps; streamed, beyond the first tile.
+            // Whole, shared by four warps; streamed, beyond the first tile.
             check_propagation::<bf16>(options, ROOMS[0], &[9, 80, 3], 1, 70);
             check_propagation::<bf16>(options, ROOMS[1], &[9, 100, 3], 1, 70);
         }
@@ -470,7 +475,7 @@ fn non_finite_input_reaches_only_dependent_results() {
     check_propagation::<f16>(FhaOptions::new(4, 32), ROOMS[1], &[70, 7], 0, 35);
 }
 
-/// Behind tiles that are taken without a maximum: rows of the warp keep their own references.
+/// Behind tiles that are taken without a maximum: each row of the warp keeps its own reference.
 #[test]
 fn non_finite_input_does_not_reach_other_tiles() {
     for scale in [0.25, 6.0] {
@@ -480,7 +485,7 @@ fn non_finite_input_does_not_reach_other_tiles() {
     }
 }
 
-/// Every exponential's polynomial, as `exp2_polynomial` promises, and the ends of its range.
+/// `exp2_polynomial` stays within its documented error over its range and at its ends.
 #[test]
 fn the_polynomial_is_the_exponential() {
     let device = Device::new();
@@ -497,7 +502,7 @@ fn the_polynomial_is_the_exponential() {
     assert!((7.0e-5..7.6e-5).contains(&worst), "{worst:e}");
 }
 
-/// The variant with polynomials keeps the tolerances, and takes fewer exponentials.
+/// With polynomials the results stay within tolerance, and fewer exponentials are executed.
 #[test]
 fn polynomials_keep_the_tolerances() {
     fn judge<T: Value>(options: FhaOptions, room: Room) -> Vec<String> {
@@ -523,13 +528,14 @@ fn polynomials_keep_the_tolerances() {
     assert!(failures.is_empty(), "{failures:#?}");
 }
 
-/// How often a reference moves in forward when all scores are 0: in each warp when its rows see their first keys; where these come
-/// label by label, again when rows that saw no negatives see their first positives.
+/// Number of times that references move in forward if all scores are 0: once per warp, when its
+/// rows see their first keys. With keys in label order, once more when rows without visible
+/// negatives see their first positives.
 fn first_references(batch: &Batch, plan: &Plan, pass: Pass) -> u64 {
     let options = &batch.options;
     let slots = if options.pairing == Pairing::PerHead { 1 } else { options.query_slots() };
     if pass == Pass::ForwardShort {
-        return 0; // it knows the maximum beforehand
+        return 0; // the maximum is known beforehand
     }
     let whole = matches!(pass, Pass::ForwardWhole(_));
     let by_label = options.label_mask == LabelMask::Feedback
@@ -556,7 +562,7 @@ fn first_references(batch: &Batch, plan: &Plan, pass: Pass) -> u64 {
     count * if options.pairing == Pairing::PerHead { options.heads as u64 } else { 1 }
 }
 
-/// No exponential is spent on tiles that are masked or in the future, and the cost model's counts are what runs.
+/// Masked and future tiles cost no exponentials, and the executed operations match the cost model.
 #[test]
 fn what_is_executed_is_what_is_predicted() {
     fn judge<T: Value>(options: FhaOptions, room: Room, lengths: &[usize], seed: u64) {

@@ -1,4 +1,4 @@
-//! The loss of 200 steps on the emulated GPU, beside the CPU's.
+//! The loss over 200 steps on the emulated GPU, compared with the CPU.
 
 #[path = "../../bodies/curves.rs"]
 mod bodies;

@@ -1,4 +1,4 @@
-//! The model's operations on the emulated device.
+//! Memory, copies and training steps on the emulated device.
 
 #[path = "../../bodies/model.rs"]
 mod bodies;
@@ -20,7 +20,7 @@ fn memory_given_back_is_used_again_and_counts_as_unwritten() {
     drop(first);
     let second = gpu.array::<f32>(100).expect("there is memory");
     assert_eq!(second.pointer(), at);
-    let error = second.to_vec().expect_err("nobody wrote it");
+    let error = second.to_vec().expect_err("it is uninitialised");
     assert!(error.to_string().contains("never written"), "{error}");
 }
 
@@ -46,7 +46,7 @@ fn tables_that_do_not_fit_are_refused_with_the_numbers() {
 fn staged_arrays_arrive_in_one_copy_and_apart() {
     let gpu = gpu(Precision::F32);
     let mut staging = Staging::new(gpu.runtime()).expect("there is memory");
-    // Together more than a staging begins with.
+    // Larger in total than the initial staging buffer.
     let values: Vec<u32> = (0..300_000).collect();
     let bytes = staging.add(&[1u8, 2, 3]).expect("there is memory");
     let none = staging.add::<f64>(&[]).expect("there is memory");
@@ -63,14 +63,15 @@ fn staged_arrays_arrive_in_one_copy_and_apart() {
         assert_eq!(at % 256, 0);
     }
 
-    // An access behind an array is caught as if the array were an allocation of its own.
+    // An access behind a staged array is caught as for an array with its own allocation.
     let mut host = [0; 8];
-    // SAFETY: the emulator judges the access before it makes it.
+    // SAFETY: the emulator checks the access before it executes it.
     let behind = unsafe { gpu.runtime().read(long.pointer_at(long.len()), &mut host) };
-    let error = behind.expect_err("nobody's memory").to_string();
+    let error = behind.expect_err("out of bounds").to_string();
     assert!(error.contains("not inside one array"), "{error}");
 
-    // The memory is given back with the last of them, whole, and used again when the host has waited for the device.
+    // The shared allocation is freed with the last array, and reused after the host has
+    // synchronised.
     let at = bytes.pointer();
     drop((bytes, long));
     assert_eq!(last.to_vec().expect("it is still there"), [0.5]);
@@ -87,24 +88,24 @@ fn staged_arrays_arrive_in_one_copy_and_apart() {
     assert_eq!(send_again().pointer(), at);
 }
 
-/// A copy may come before all work that is under way, so it must not go to memory that this may use.
+/// A copy may run ahead of all work in flight, so its destination must be idle landing memory.
 #[test]
 fn a_copy_goes_to_idle_memory_alone() {
     let gpu = gpu(Precision::F32);
     let runtime = gpu.runtime();
     let part = 0..4;
     let send = |at| {
-        // SAFETY: the emulator judges the copy before it makes it.
+        // SAFETY: the emulator checks the copy before it executes it.
         unsafe { runtime.send(at, vec![7; 4], std::slice::from_ref(&part)) }
     };
     let refused = |at| send(at).expect_err("it is not idle").to_string();
     let pooled = runtime.allocate(4).expect("there is memory");
-    assert!(refused(pooled).contains("not idle memory for copies"));
+    assert!(refused(pooled).contains("not idle landing memory"));
     let landing = runtime.allocate_landing(4).expect("there is memory");
     send(landing).expect("it is idle");
-    // What was asked for since may use it.
-    assert!(refused(landing).contains("not idle memory for copies"));
-    // SAFETY: allocated above with as many bytes, each in its own way.
+    // Later work may use it.
+    assert!(refused(landing).contains("not idle landing memory"));
+    // SAFETY: allocated above with the same sizes, each by the matching function.
     unsafe {
         runtime.free(pooled, 4);
         runtime.free_landing(landing, 4);
@@ -120,7 +121,7 @@ fn a_staged_array_cannot_be_used_before_it_is_sent() {
     array.pointer();
 }
 
-/// What one training step copies: the batch and the optimiser's table up, the losses down.
+/// A training step copies the batch and the optimizer's table to the device, and the losses back.
 #[test]
 fn a_step_copies_its_batch_once_and_its_losses_back() {
     let device = Arc::new(gpu(Precision::F32));
@@ -136,8 +137,8 @@ fn a_step_copies_its_batch_once_and_its_losses_back() {
     }
 }
 
-/// A device that has done nothing yet when the next batch arrives takes the same steps, to the bit: no batch is written over
-/// one that is still to be read.
+/// On a lagging device, the next batch arrives before the current step executes. The steps give the
+/// same bits, so no batch overwrites one that is still to be read.
 #[test]
 fn batches_sent_ahead_overtake_the_steps_before_and_change_nothing() {
     let batches: Vec<_> = [&[12, 3, 9][..], &[5], &[1, 1, 12, 7], &[12, 3, 9], &[5], &[2]]
@@ -158,7 +159,7 @@ fn batches_sent_ahead_overtake_the_steps_before_and_change_nothing() {
         let mut optimizer = Optimizer::new(&model).expect("there is memory");
         let stager = model.stager();
         let mut staged = batches.iter().map(|batch| stager.stage(batch).expect("the batch fits"));
-        // The first finds nothing to overtake.
+        // Synchronises, so that the first copy has no work to overtake.
         model.tensors().expect("the device works");
         let before = device.runtime().copies();
         let mut sent = staged.next().map(|batch| model.send(batch).expect("there is memory"));

@@ -1,4 +1,4 @@
-//! The emulator catches what it claims to catch: one kernel a fault, and one without.
+//! The emulator detects each kind of fault: one kernel with each fault, and one without.
 
 use dfar::device::cuda::kernel::{Kernel, Launch};
 use dfar_emulator::{Device, FAULTS};
@@ -29,12 +29,12 @@ fn planted_faults_are_caught() {
         ("global_out_of_bounds", 32, "out-of-bounds write of 4 bytes of global memory"),
         ("global_before_the_start", 32, "out-of-bounds read of 4 bytes of global memory"),
         ("shared_out_of_bounds", 64, "out-of-bounds write of 4 bytes of shared memory"),
-        ("global_unwritten", 32, "read of 4 bytes of global memory nobody wrote"),
-        ("shared_unwritten", 32, "read of 4 bytes of shared memory nobody wrote"),
-        ("copy_not_awaited", 32, "read of 4 bytes of shared memory nobody wrote"),
-        ("race_between_warps", 64, "race: read of 4 bytes of shared memory, touched by thread"),
-        ("race_inside_a_warp", 32, "race: read of 4 bytes of shared memory, touched by thread"),
-        ("write_after_read", 64, "race: write of 4 bytes of shared memory, touched by thread"),
+        ("global_unwritten", 32, "read of 4 bytes of uninitialised global memory"),
+        ("shared_unwritten", 32, "read of 4 bytes of uninitialised shared memory"),
+        ("copy_not_awaited", 32, "read of 4 bytes of uninitialised shared memory"),
+        ("race_between_warps", 64, "race: read of 4 bytes of shared memory, accessed by thread"),
+        ("race_inside_a_warp", 32, "race: read of 4 bytes of shared memory, accessed by thread"),
+        ("write_after_read", 64, "race: write of 4 bytes of shared memory, accessed by thread"),
         ("divergent_barrier", 64, "divergence: thread 32 is at __syncthreads"),
         ("divergent_barrier_of_warps", 64, "divergence: thread 0 is at __syncthreads"),
         ("divergent_warp", 32, "divergence: thread 0 is at a warp operation"),

@@ -1,4 +1,5 @@
-//! Work captured and started in one piece does what it does plainly; what cannot be captured is caught, and done plainly.
+//! CUDA graph capture: captured work gives the same bits as direct execution; work that cannot be
+//! captured is executed directly.
 
 #[path = "../../bodies/curves.rs"]
 #[allow(dead_code, reason = "only the batches and the curve are used")]
@@ -24,7 +25,8 @@ fn ramp(len: usize) -> Vec<f32> {
     (0..len).map(|i| (i as f32 * 0.37).sin()).collect()
 }
 
-/// Launches, products, fills, and memory that is given back and used again, on `rows` rows: everything that comes of it.
+/// Runs launches, products, fills and reused memory on `rows` rows. Returns the bits of all
+/// results.
 fn work(gpu: &Gpu<Emulated>, rows: usize) -> Vec<u32> {
     let (x, w) = (gpu.upload(&ramp(rows * WIDTH)).unwrap(), gpu.upload(&ramp(WIDTH * WIDTH)).unwrap());
     let (gamma, beta) = (gpu.upload(&ramp(WIDTH)).unwrap(), gpu.upload(&ramp(WIDTH)).unwrap());
@@ -47,7 +49,7 @@ fn work(gpu: &Gpu<Emulated>, rows: usize) -> Vec<u32> {
             };
             gpu.linear(layer, &norm, Output::overwrite(&mut hidden))?;
             drop(norm);
-            // In the memory of the norm, which the product above still has to read.
+            // Reuses the memory of `norm`, which the product above still has to read.
             let mut sum = gpu.zeros(rows * WIDTH)?;
             gpu.add(&hidden, &mut sum)?;
             gpu.add(&y, &mut sum)?;
@@ -86,7 +88,7 @@ fn a_captured_sequence_gives_the_same_bits() {
     for rows in [40, 7, 65, 40, 128] {
         assert_eq!(work(&captured, rows), work(&plain, rows), "{rows} rows");
     }
-    // The same nodes, whatever the number of rows; until there are so many that a segment is added up in a second launch.
+    // The node sequence is the same for all numbers of rows, until a segment needs a second launch.
     let expected = Captures { updated: 3, instantiated: 2, refused: 0, reason: None };
     assert_eq!(
         expected.to_string(),
@@ -126,7 +128,7 @@ fn what_cannot_be_captured_is_refused_and_done_plainly() {
 #[test]
 fn a_value_read_too_early_is_caught() {
     let (plain, captured) = (gpu(Precision::F32), with_graphs());
-    // The host decides by what the device has computed by then.
+    // The host branches on a value that the device computes.
     let chosen = |gpu: &Gpu<Emulated>| {
         let x = gpu.upload(&ramp(5)).unwrap();
         let work = || {
@@ -143,12 +145,12 @@ fn a_value_read_too_early_is_caught() {
     let Captures { updated, instantiated, refused, reason } = captured.captures().unwrap();
     assert_eq!((updated, instantiated, refused), (0, 0, 2));
     assert_eq!(reason.as_deref(), Some("cuda: copying from the device cannot be part of a CUDA graph"));
-    // Neither attempt has left anything behind.
+    // Neither failed capture has left any state.
     assert_eq!(work(&captured, 7), work(&plain, 7));
 }
 
-/// A kernel's argument is as it was when it was asked for, and the memory it names has to live until then in the order of
-/// the stream: what comes later is found out when the whole is started.
+/// Launches keep their recorded arguments. A fault inside the recording shows when the graph is
+/// started.
 #[test]
 fn a_fault_inside_shows_when_it_runs() {
     let gpu = with_graphs();
@@ -157,8 +159,8 @@ fn a_fault_inside_shows_when_it_runs() {
         let mut y = gpu.alloc(5)?;
         gpu.add(&x, &mut y)
     });
-    let error = result.expect_err("nobody wrote y").to_string();
-    assert!(error.contains("memory nobody wrote"), "{error}");
+    let error = result.expect_err("y is uninitialised").to_string();
+    assert!(error.contains("uninitialised global memory"), "{error}");
     assert_eq!(gpu.captures().unwrap().reason, Some(error));
 }
 
@@ -178,7 +180,8 @@ fn an_error_or_a_panic_ends_the_capture() {
     assert_eq!(work(&captured, 7), work(&plain, 7));
 }
 
-/// A timer of whole steps marks what lies around a capture, one of parts what would be inside.
+/// A timer of whole steps records events outside the capture; a timer of parts would record them
+/// inside.
 #[test]
 fn steps_are_captured_unless_they_are_timed_by_part() {
     let batch = &bodies::batches()[0];

@@ -1,4 +1,4 @@
-//! Every operation of `trait Device` on the emulated GPU; the bodies are those of the CPU's tests.
+//! Every operation of `trait Device` on the emulated GPU, with the test bodies of the CPU.
 
 #[macro_use]
 #[path = "../../bodies/layers.rs"]

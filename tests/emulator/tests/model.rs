@@ -1,5 +1,5 @@
-//! The network as a whole on the emulated GPU: the bodies of the CPU's tests, the oracle's cases, and the same steps as on the
-//! CPU.
+//! The network on the emulated GPU: the test bodies of the CPU, the golden cases, and comparison
+//! with the steps of the CPU.
 
 #[path = "../../bodies/model.rs"]
 mod bodies;
@@ -52,7 +52,7 @@ fn the_network_matches_the_golden_cases() {
 fn steps_match_the_cpu() {
     let (cpu, device) = (|| Arc::new(Cpu::new()), || Arc::new(gpu(Precision::F32)));
     bodies::steps_agree(&cpu, &device);
-    // And three without a halt.
+    // Three steps in a row, without copying the state between the devices.
     let ((losses, _), (expected, _)) = (bodies::three_steps(&device), bodies::three_steps(&cpu));
     for (found, cpu) in losses.iter().zip(&expected) {
         assert!((found - cpu).abs() < 1e-5 * cpu.abs(), "{losses:?}, but {expected:?} on the CPU");
@@ -73,7 +73,7 @@ fn a_run_goes_on_on_the_other_device() {
     }
 }
 
-/// Products in bf16 with everything else in f32: near the f32 steps, and not the same.
+/// bf16 products, everything else in f32: close to the f32 steps but not equal.
 #[test]
 fn bf16_steps_are_near() {
     let (losses, _) = bodies::three_steps(&|| Arc::new(gpu(Precision::Bf16)));

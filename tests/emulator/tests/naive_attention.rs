@@ -1,4 +1,4 @@
-//! The naive form on the device, and the kernels that measure limits: right, and sound under the emulator's checks.
+//! Naive attention and the kernels of peak rates give correct results under the emulator's checks.
 
 use dfar::attention::{FhaOptions, LabelMask, Normalization, reference};
 use dfar::device::cuda::Precision;
@@ -62,7 +62,8 @@ fn the_benchmark_runs() {
     let rows = plan.measure(&gpu, &limits, 20, half::bf16::from_f32).expect("sound");
     assert_eq!(rows.len(), 2);
     for row in rows {
-        // Emulated times mean nothing; that a prediction and its share of them are told does.
+        // Emulated times mean nothing; the test checks only that predictions and their ratios are
+        // reported.
         let json = serde_json::to_value(row).expect("numbers and strings");
         let number = |name: &str| json[name].as_f64().expect("a number");
         let ratio = number("predicted_ms") / number("fused_ms");

@@ -1,4 +1,4 @@
-//! A step by its parts on the emulated GPU; the bodies are those of the CPU.
+//! A training step timed by parts on the emulated GPU, with the test bodies of the CPU.
 
 #[macro_use]
 #[path = "../../bodies/parts.rs"]
@@ -21,7 +21,7 @@ fn parts_stand_beside_their_floors() {
     let profile = steps::measure(&device, &batches, &config, 3, Some(&peak)).expect("sound steps");
     assert_eq!((profile.steps, profile.instances, profile.tokens), (2, 2 * 20, 2 * 12));
     for row in &profile.parts {
-        // An emulator is slower than any GPU.
+        // The emulator is slower than any GPU.
         let (seconds, floor) = (row.seconds.expect("timed"), row.floor.expect("counted").seconds);
         assert!(floor > 0.0 && seconds > floor, "{row:?}");
     }

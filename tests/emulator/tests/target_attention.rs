@@ -1,4 +1,5 @@
-//! Target attention on the emulated GPU, against the definition in f64; the cases are those of the CPU's tests.
+//! Target attention on the emulated GPU, against the float64 definition, with the cases of the
+//! CPU's tests.
 
 #[path = "../../bodies/target_attention.rs"]
 #[allow(dead_code)] // cases of shapes that are not compiled here
@@ -28,7 +29,7 @@ fn in_bf16_it_is_as_exact_as_the_unfused_computation() {
     errors.assert();
 }
 
-/// The grid follows from the device, the order of all sums from the grid and the batch.
+/// The grid depends on the device only, and the order of summation on the grid and the batch.
 #[test]
 fn it_repeats_bit_for_bit() {
     let case = Case::random(32, [80, 40], &[40, 3, 70, 16], 9, 2, 7);

@@ -1,11 +1,14 @@
-//! Compiles every kernel variant through NVRTC, as the library does, and prints what it costs. Needs no GPU.
+//! Compiles every kernel variant with NVRTC, as the library does, and prints registers, spills,
+//! shared memory, occupancy and instruction counts. Needs no GPU.
 //!
-//!     kernel-table [--check FILE]
-//!     kernel-table --compile          only whether this NVRTC takes everything: its front end all variants for all machines that it
-//!                                     knows, the whole compiler one variant of each source and type for Hopper
+//!     kernel-table [--check FILE]     compiles all variants and prints the table
+//!     kernel-table --compile          compiles without a table: NVRTC's front end checks all
+//!                                     variants for all architectures that it supports, and the
+//!                                     compiler one variant per source and type for Hopper
 //!
-//! Needs NVRTC on the loader's path and NVIDIA's `cuobjdump` and `nvdisasm` on PATH; `.ci/kernels` provides them.
-//! Fails on spills, local memory, a 16-bit kernel without tensor-core instructions, or a difference from FILE.
+//! Needs NVRTC on the loader's path, and NVIDIA's `cuobjdump` and `nvdisasm` on PATH; `.ci/kernels`
+//! provides them. Fails if a kernel spills or uses local memory, if a 16-bit kernel has no
+//! tensor-core instructions, or if the table differs from FILE.
 
 use dfar::attention::{FhaOptions, LabelMask};
 use dfar::device::cuda::device::step_kernels;
@@ -23,7 +26,8 @@ use std::process::{Command, ExitCode};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// A multiprocessor: shared memory in all, and what one block may have of it, in KiB; 1 KiB of each block is the system's.
+/// Shared memory of a multiprocessor, and its limit per block, in KiB. CUDA reserves 1 KiB per
+/// block.
 struct Machine {
     arch: Arch,
     shared: usize,
@@ -35,20 +39,20 @@ static MACHINES: [Machine; 3] = [
     Machine { arch: Arch { major: 9, minor: 0 }, shared: 228, shared_per_block: 227 },
     Machine { arch: Arch { major: 10, minor: 0 }, shared: 228, shared_per_block: 227 },
 ];
-/// Kernels of target attention that multiply matrices.
+/// Kernels of target attention with matrix products.
 const MULTIPLIES: [&str; 2] = ["target_scores", "target_backward"];
 const REGISTERS: usize = 65536;
 const WARPS: usize = 64;
 const BLOCKS: usize = 32;
 
-/// Blocks that fit a multiprocessor at once. Registers are given to warps in units of 256.
+/// Resident blocks per multiprocessor. Registers are allocated to warps in units of 256.
 fn resident(machine: &Machine, registers: usize, block: Block) -> usize {
     let by_registers = REGISTERS / ((registers * 32).next_multiple_of(256) * block.warps);
     let by_shared = (machine.shared << 10) / (block.shared_bytes + 1024);
     by_registers.min(by_shared).min(WARPS / block.warps).min(BLOCKS)
 }
 
-/// Output of one of NVIDIA's tools.
+/// Output of an NVIDIA tool.
 fn tool(name: &str, arguments: &[&str]) -> Result<String, String> {
     let output =
         Command::new(name).args(arguments).output().map_err(|e| format!("cannot run {name}: {e}"))?;
@@ -58,7 +62,7 @@ fn tool(name: &str, arguments: &[&str]) -> Result<String, String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// What the tools say about one kernel.
+/// Resource usage and instruction counts of a kernel.
 #[derive(Default)]
 struct Found {
     registers: usize,
@@ -75,7 +79,7 @@ fn number(line: &str, field: &str) -> usize {
     rest.chars().take_while(char::is_ascii_digit).collect::<String>().parse().unwrap_or(0)
 }
 
-/// What one module's kernels cost, in the order of `entries`.
+/// Resource usage of the kernels of a module, in the order of `entries`.
 fn inspect(code: &[u8], entries: &[&str]) -> Result<Vec<Found>, String> {
     let file = tempfile::NamedTempFile::new().map_err(|e| e.to_string())?;
     std::fs::write(file.path(), code).map_err(|e| e.to_string())?;
@@ -106,7 +110,7 @@ fn inspect(code: &[u8], entries: &[&str]) -> Result<Vec<Found>, String> {
     found.collect()
 }
 
-/// A module for one machine, and the rows of the table that its kernels get: name of the type, width, block.
+/// A module for one machine, and the table rows of its kernels: kernel, element type, width, block.
 struct Job {
     machine: &'static Machine,
     module: Module,
@@ -120,7 +124,7 @@ impl Job {
     }
 }
 
-/// Passes that the table has a row for: one of each kernel.
+/// The passes in the table, one per kernel.
 fn table_passes(tile: &Tile) -> [Pass; 8] {
     [
         Pass::ForwardShort,
@@ -140,7 +144,7 @@ fn jobs() -> Result<Vec<Job>, String> {
     for machine in &MACHINES {
         for (element, head_dim) in Element::ALL.into_iter().flat_map(|e| HEAD_DIMS.map(|d| (e, d))) {
             let options = FhaOptions { label_mask: LabelMask::Feedback, ..FhaOptions::new(2, head_dim) };
-            // A long sequence, and two that are taken whole where they are not too wide for that.
+            // One streamed sequence, and two that are whole unless the heads are too wide.
             let tile = tile(element, &options, &[20, 160, 4096], Room::of(machine.shared_per_block << 10))
                 .map_err(|e| e.to_string())?;
             let rows = table_passes(&tile).into_iter().filter_map(|pass| {
@@ -164,7 +168,8 @@ fn jobs() -> Result<Vec<Job>, String> {
     Ok(jobs)
 }
 
-/// `work` on each of `items`, on as many threads as there are cores; results in the order of the items.
+/// Calls `work` on each of `items`, with one thread per core. Results are in the order of the
+/// items.
 fn on_all_cores<T: Sync, R: Send + Sync>(items: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
     let (next, done) = (AtomicUsize::new(0), items.iter().map(|_| OnceLock::new()).collect::<Vec<_>>());
     std::thread::scope(|scope| {
@@ -240,10 +245,11 @@ fn table() -> Result<(String, Vec<String>), String> {
     Ok((text, faults))
 }
 
-/// Sees whether this NVRTC takes everything: how many modules its front end has read, and how many it has compiled. Front ends
-/// differ, and what the assembler is given is the same few instructions in all variants of a source.
+/// Checks all modules with NVRTC's front end and compiles some: returns both numbers. The front
+/// ends of NVRTC versions differ; the assembler gets the same few instructions for all variants of
+/// a source.
 fn compile_all() -> Result<[usize; 2], CudaError> {
-    // Blackwell came with CUDA 12.8.
+    // CUDA supports Blackwell from 12.8 on.
     let known = |arch: Arch| arch.major < 10 || Nvrtc::get().is_ok_and(|nvrtc| nvrtc.version() >= (12, 8));
     let attention = Element::ALL.into_iter().flat_map(|e| HEAD_DIMS.map(|d| module(e, d)));
     let others: HashSet<Module> = step_kernels().into_iter().map(|(kernel, _)| kernel.module).collect();
@@ -273,7 +279,7 @@ fn main() -> ExitCode {
     if arguments == ["--compile"] {
         return match compile_all() {
             Ok([read, compiled]) => {
-                println!("{read} modules are understood, {compiled} of them compiled");
+                println!("NVRTC checked {read} modules and compiled {compiled} of them");
                 ExitCode::SUCCESS
             }
             Err(error) => {
@@ -300,7 +306,7 @@ fn main() -> ExitCode {
             faults.push(format!("differs from {file}:\n- {kept}\n+ {now}"));
         }
         if kept.lines().count() != text.lines().count() {
-            faults.push(format!("{file} has another number of lines"));
+            faults.push(format!("{file} has a different number of lines"));
         }
     }
     faults.iter().for_each(|fault| eprintln!("{fault}"));

@@ -1,5 +1,5 @@
-//! Compiles the kernels as C++: the runtime plainly, the kernels with every memory access announced to it. A module is a
-//! `.cu` with its macros; each becomes a source of its own, named as the library names it.
+//! Compiles the kernels as C++, with a check of every memory access. A module is a `.cu` file with
+//! its macros; each module becomes a source of its own, named as in the library.
 
 use std::collections::BTreeSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -12,7 +12,8 @@ fn main() {
     let base = || {
         let mut build = cc::Build::new();
         build.cpp(true).std("c++20").opt_level(2).include("src").include("../../kernels");
-        // Without -ffp-contract=off products would be fused into sums where the kernels say that they must not be.
+        // -ffp-contract=off: the compiler must not fuse the kernels' separate multiplications and
+        // additions.
         build
             .flag("-ffp-contract=off")
             .flag("-fno-exceptions")
@@ -21,15 +22,15 @@ fn main() {
             .warnings(true);
         build
     };
-    // -fsanitize=thread makes the compiler announce each access by a call; nothing is linked that answers those
-    // calls but runtime.cpp. Its race detector is not used.
+    // With -fsanitize=thread the compiler inserts a call before each memory access. runtime.cpp
+    // defines the called functions; the race detector of the sanitizer is not linked.
     let mut kernels = base();
     kernels.flag("-fsanitize=thread");
     for flag in ["-Wno-unknown-pragmas", "-Wno-unused-parameter", "-Wno-unused-function"] {
         kernels.flag(flag);
     }
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets it"));
-    // Not in OUT_DIR, which is another one for each of clippy, documentation and tests.
+    // Not in OUT_DIR, which differs between clippy, documentation and tests.
     let kept = out.ancestors().nth(3).expect("it is deep in target/").join("emulated-modules");
     std::fs::create_dir_all(&kept).expect("target/ should be writable");
     let compiler = kernels.get_compiler();
@@ -40,7 +41,7 @@ fn main() {
         let (text, hash) = module_text(source, &defines, &compiler);
         let stem = format!("{}_{hash:016x}", source.trim_end_matches(".cu").replace('/', "_"));
         let object = kept.join(format!("{stem}.o"));
-        // Kept from an earlier build: compiling all of them takes minutes.
+        // Reuses objects of earlier builds: compiling all of them takes minutes.
         if !object.exists() {
             let path = out.join(format!("{stem}.cpp"));
             std::fs::write(&path, text).expect("OUT_DIR should be writable");
@@ -61,12 +62,12 @@ fn main() {
         .files(["src/faults.cpp", "src/functions.cpp"]);
     objects.extend(own.compile_intermediates());
     library.objects(objects);
-    // Whole: nothing refers to the kernels, they make themselves known.
+    // Whole archive: nothing refers to the kernels; their constructors register them.
     library.link_lib_modifier("+whole-archive").compile("dfar_emulator_kernels");
     base().file("src/runtime.cpp").compile("dfar_emulator_runtime");
 }
 
-/// Every module that the library launches kernels of.
+/// All modules whose kernels the library launches.
 fn modules() -> Vec<(&'static str, Vec<(&'static str, String)>)> {
     let mut modules = vec![];
     for element in ["float", "bf16", "f16"] {
@@ -75,7 +76,7 @@ fn modules() -> Vec<(&'static str, Vec<(&'static str, String)>)> {
             modules.push(("attention/attention.cu", defines));
         }
     }
-    // The variant that takes some exponentials as polynomials, for a test.
+    // The variant with polynomials instead of some exponentials, for a test.
     for element in ["bf16", "f16"] {
         let defines = [("DFAR_ELEMENT", element), ("DFAR_HEAD_DIM", "16"), ("DFAR_POLYNOMIAL", "3")];
         modules
@@ -105,8 +106,8 @@ fn modules() -> Vec<(&'static str, Vec<(&'static str, String)>)> {
     modules
 }
 
-/// A C++ source that holds one module, in a namespace of its own (modules define the same names differently), and a hash
-/// of all it is made from.
+/// The C++ source of a module and a hash of all its inputs. Each module has its own namespace,
+/// because modules define the same names differently.
 fn module_text(source: &str, defines: &[(&str, String)], compiler: &str) -> (String, u64) {
     let mut name = source.to_owned();
     let mut text = String::new();

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""FHA by what PyTorch offers, checked against float64 and then timed. See README.md for what each row means.
+"""FHA with the attention operations of PyTorch, checked against float64 and then timed. README.md
+explains the rows.
 
     python attention.py --check [--golden DIR]         correctness only, on the CPU or the GPU
     python attention.py --out rows.jsonl               check, then time everything on the GPU
@@ -21,12 +22,13 @@ from fha.sdpa import Sdpa
 
 LENGTHS = (20, 50, 100, 200, 300, 1024, 4096)
 TOKENS = 307_200           # divisible by every length above, and by FlexAttention's block of 128
-BROKEN_DEVICE = 75         # exit code: a peer broke the CUDA context; start again with --resume
+BROKEN_DEVICE = 75         # exit code: a peer broke the CUDA context; run again with --resume
 _16_BIT = ("bf16", "f16")
 
 
 def peers(compiler):
-    """name -> (peer, may it run: (H, d, dtype, normalization, uniform lengths) -> None or the reason why not)."""
+    """name -> (peer, refusal), with refusal(H, d, dtype, normalization, uniform lengths) -> None or
+    the reason why the peer cannot run."""
     always = lambda H, d, dtype, norm, uniform: None
     ragged = lambda H, d, dtype, norm, uniform: "same as naive_padded when all lengths agree" if uniform else None
     flex = lambda H, d, dtype, norm, uniform: None if d >= 16 else "FlexAttention needs d >= 16"
@@ -53,7 +55,7 @@ def peers(compiler):
 
 
 def cpu_peers(compiler):
-    """What can be checked without a GPU: the libraries' kernels are played by stand-ins that take every precision."""
+    """The checks without a GPU: stand-ins replace the libraries' kernels, in every precision."""
     without_gpu()
     chosen = {n: p for n, p in peers(compiler).items() if n.split("_")[0] in ("naive", "flex")
               or n in ("sdpa_padded", "sdpa_bucketed")}
@@ -61,13 +63,13 @@ def cpu_peers(compiler):
 
 
 def check_cases(dtype, device, golden):
-    """(where, normalization, batch, inputs): random ones, then the golden ones rounded to `dtype`."""
+    """Yields (name, normalization, batch, inputs): random, then golden ones rounded to `dtype`."""
     for H, d in ((2, 16), (4, 16)):
         for norm in ("joint", "masked"):
             for name, batch, x in inputs.small_cases(H, d, dtype, device):
                 yield f"{name} H={H} d={d} {norm}", norm, batch, x
     for name, case, batch, t in inputs.golden_cases(golden, device) if golden else ():
-        # Scores of 1e3 are beyond unfused 16-bit products, whoever computes them.
+        # Unfused 16-bit products cannot represent scores of 1e3.
         if dtype in ("f64", "f32") or "large" not in name:
             yield name, case["normalization"], batch, inputs.golden_inputs(t, batch, dtype)
 
@@ -92,7 +94,7 @@ def check(device, compiler, golden, only):
     for name, (peer, allowed) in (cpu_peers if on_cpu else peers)(compiler).items():
         if only and name not in only:
             continue
-        # The CPU takes FlexAttention forward only.
+        # On the CPU, FlexAttention has a forward pass only.
         backward = not (on_cpu and name.startswith("flex"))
         for dtype in ("f64", "f32", "bf16") if on_cpu else ("f32", "bf16", "f16"):
             if name.startswith("flex") and dtype == "f64":
@@ -119,7 +121,7 @@ def check(device, compiler, golden, only):
 
 
 def spread(lengths, count=8):
-    """Sequences to compare on the timed batch itself: the first, the last, the longest and some between."""
+    """Sequences of the timed batch to compare: the first, the last, the longest, some between."""
     last = len(lengths) - 1
     return sorted({max(range(last + 1), key=lengths.__getitem__), *(last * i // (count - 1) for i in range(count))})
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Runs every peer once on this machine's GPU and files the results in a folder.
+"""Runs every peer once on this machine's GPU and writes the results to a folder.
 
     python run.py OUT_DIR [--golden DIR] [--limit-s 1500] [-- arguments for attention.py]
 
-OUT_DIR gets environment.json, check.txt, attention.jsonl, training.jsonl and summary.txt. A second run with the same
-OUT_DIR goes on where the first one stopped (--fresh starts over).
+OUT_DIR gets environment.json, check.txt, attention.jsonl, training.jsonl and summary.txt. A second
+run with the same OUT_DIR continues where the first one stopped (--fresh starts again).
 """
 import argparse
 import datetime
@@ -63,7 +63,7 @@ def summary(attention, training):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("out")
-    p.add_argument("--golden", help="folder of golden cases; the checks use random inputs alone without it")
+    p.add_argument("--golden", help="folder of golden cases; without it, checks use only random inputs")
     p.add_argument("--limit-s", type=float, default=1e9, help="start no new row after this many seconds")
     p.add_argument("--only", choices=["check", "attention", "training"])
     p.add_argument("--fresh", action="store_true")
@@ -89,8 +89,8 @@ def main():
     if a.only in (None, "training") and not rows(path("training.jsonl")):
         python("training.py", "--out", path("training.jsonl"), "--limit-s", left(), stdout=subprocess.DEVNULL)
     if a.only in (None, "attention"):
-        # A peer that breaks the CUDA context ends its process; its row is filed, so the next one
-        # goes on after it.
+        # A peer that breaks the CUDA context ends its process. Its row is written, so the next
+        # process continues after it.
         for _ in range(6):
             code = python("attention.py", "--resume", "--out", path("attention.jsonl"), "--limit-s", left(), *a.rest,
                           stdout=subprocess.DEVNULL).returncode

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""A DFAR training step in PyTorch: instances/s on padded batches, each candidate with its own history or shared.
+"""A DFAR training step in PyTorch on padded batches: instances/s, histories shared or not.
 
-    python training.py --check GOLDEN_DIR        losses, logits and gradients against the golden cases (CPU or GPU)
-    python training.py --out rows.jsonl          time the paper's size on the GPU
+    python training.py --check GOLDEN_DIR   compare losses, logits, gradients with golden cases
+    python training.py --out rows.jsonl     time the paper's size on the GPU
 """
 import argparse
 import json
@@ -19,7 +19,7 @@ WEIGHTS = {"bpr": 0.3, "idl": 0.2, "embed_l2": 1e-6}
 
 
 def batches(a, shared, mixed, count, device):
-    """Random batches of a.batch instances. Histories are a.events long, or of any length up to it (prefixes)."""
+    """Random batches of a.batch instances with histories of a.events events, or 1 to a.events."""
     draw = torch.Generator(device=device).manual_seed(0)
     integers = lambda high, *shape: torch.randint(0, high, shape, generator=draw, device=device)
     groups = a.batch // a.candidates
@@ -69,7 +69,8 @@ def time_step(a, shared, mixed, precision, mode, device):
     while len(times) < 5 or (time.perf_counter() - begun < a.seconds and len(times) < 50):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        for batch in data:                     # four steps in a row, so that the host runs ahead of the device
+        # Several steps in a row, so that the host runs ahead of the device.
+        for batch in data:
             last = step(batch)
         end.record()
         end.synchronize()
@@ -89,14 +90,14 @@ def main():
     p.add_argument("--candidates", type=int, default=10)
     p.add_argument("--width", type=int, default=32)
     p.add_argument("--heads", type=int, default=2)
-    p.add_argument("--batch", type=int, default=2000, help="instances, that is candidates")
+    p.add_argument("--batch", type=int, default=2000, help="instances (candidates) per step")
     p.add_argument("--items", type=int, default=100_000)
     p.add_argument("--normalization", default="joint", choices=["joint", "masked"])
     p.add_argument("--precision", nargs="+", default=["tf32", "bf16"], choices=["f32", "tf32", "bf16"])
     p.add_argument("--lengths", nargs="+", default=["full"], choices=["full", "mixed"])
     p.add_argument("--compile-mode", nargs="+", default=["default"], choices=["default", "reduce-overhead", "max-autotune"])
     p.add_argument("--no-compile", action="store_true")
-    p.add_argument("--seconds", type=float, default=5.0, help="measuring time of a row")
+    p.add_argument("--seconds", type=float, default=5.0, help="time to measure a row")
     p.add_argument("--limit-s", type=float, default=1e9, help="start no new row after this many seconds")
     a = p.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

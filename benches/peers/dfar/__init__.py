@@ -1,1 +1,1 @@
-"""DFAR in PyTorch on padded batches, as a competent user would write it after the paper."""
+"""DFAR in PyTorch on padded batches, as a competent user would write it from the paper."""

@@ -1,4 +1,4 @@
-"""The model against the golden DFAR cases: losses, logits, every gradient, and two optimiser steps."""
+"""The model against the golden DFAR cases: losses, logits, all gradients, two optimiser steps."""
 import glob
 import json
 import os
@@ -7,7 +7,7 @@ import torch
 
 from .model import Dfar, clip_each, loss
 
-# f32: the specification asks 5e-5 of one kernel's gradients; this is the whole network's.
+# f32: 5e-5 is the tolerance of one kernel's gradients; this is that of the whole network.
 TOLERANCE = {"f64": 1e-9, "f32": 1e-4}
 
 
@@ -32,7 +32,7 @@ def load(path, dtype, device):
 
 
 def share(batch, shared):
-    """As it is, or every candidate with its own copy of the history."""
+    """The batch as it is, or with a copy of the history for every candidate."""
     if shared:
         return batch
     items, labels, lengths, candidates, target = batch
@@ -41,7 +41,7 @@ def share(batch, shared):
 
 
 def compare(path, dtype, device, shared):
-    """-> {what: relative error}"""
+    """-> {name: relative error}"""
     case, model, batch, t = load(path, dtype, device)
     batch = share(batch, shared)
     error = lambda x, ref, floor=1e-30: float((x.detach().cpu().double() - ref).abs().max() / max(float(ref.abs().max()), floor))
@@ -63,7 +63,7 @@ def compare(path, dtype, device, shared):
         clip_each([p.grad for p in model.parameters()], case["clip"])
         optimizer.step()
         found[f"step {step} loss"] = error(total, t["step_losses"][step])
-    if dtype == torch.float64:      # in f32 Adam divides rounding noise by itself
+    if dtype == torch.float64:      # in f32, Adam amplifies rounding noise
         for name, p in model.named_parameters():
             found["after." + name] = error(p, t["after." + name])
     return found

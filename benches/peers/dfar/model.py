@@ -1,8 +1,9 @@
-"""The network and its loss (dense tensors, right-padded histories), for any split of instances into groups.
+"""The network and its loss on dense tensors and right-padded histories, for groups of any size.
 
-A batch is B histories of T places with C candidates each. The published code's way is C = 1: every candidate brings
-its own copy of the history. Candidates shared by hand is the same code with C = 10 and a tenth of the histories.
-Padding needs no mask in causal attention (it comes after every real token); sums over tokens leave it out.
+A batch has B histories of T positions with C candidates each. C = 1 is the layout of the published
+code: every candidate has its own copy of the history. With C = 10 and a tenth of the histories, ten
+candidates share a history. Padding needs no mask in causal attention (it follows every real token);
+sums over tokens exclude it.
 """
 import torch
 import torch.nn.functional as F
@@ -38,8 +39,9 @@ class Mlp(nn.ModuleList):
 
 
 def fha(q, k, v, visible, serves, normalization):
-    """Factorization-heads attention, all pairs of heads. q, k, v: [B, T, H, d]; visible: [B or 1, T, T];
-    serves: [B, T, H], which heads serve a token, or None without the label mask. -> [B, T, H, H, d]"""
+    """Factorization-heads attention, all pairs of heads. q, k, v: [B, T, H, d];
+    visible: [B or 1, T, T]; serves: [B, T, H], the heads that serve each token, or None without the
+    label mask. -> [B, T, H, H, d]"""
     s = torch.einsum("biad,bjcd->baicj", q, k).float() if q.dtype == torch.bfloat16 else torch.einsum("biad,bjcd->baicj", q, k)
     s = s * q.shape[-1] ** -0.5
     inside = visible[:, None, :, None, :]
@@ -109,8 +111,8 @@ class Dfar(nn.Module):
         total = lambda x, where: torch.where(where[:, :, None], x, 0.0).sum(1) / lengths[:, None]
         means = [total(seq, valid)]
         for f, block in ((1, self.positive), (0, self.negative)):
-            # Keys of the other feedback are hidden and its queries left out of the mean: the same
-            # as taking the tokens of one feedback out into a sequence of their own.
+            # Hides the keys of the other feedback and excludes its queries from the mean. The
+            # result is the same as with the tokens of one feedback in a separate sequence.
             one = valid & (labels == f)
             means.append(total(block(seq, causal & one[:, None, :], None, self.normalization), one))
         c = self.item[candidates]
@@ -144,6 +146,6 @@ def loss(model, items, labels, lengths, candidates, target, weights):
 
 
 def clip_each(grads, limit):
-    """Every tensor's gradient cut to the given norm, in place."""
+    """Clips the gradient of each tensor to the given norm, in place."""
     norms = torch._foreach_norm(grads)
     torch._foreach_mul_(grads, [(limit / n.clamp_min(limit)) for n in norms])

@@ -1,1 +1,1 @@
-"""FHA as a PyTorch user could compute it today: the alternatives that dfar's kernels are measured against."""
+"""FHA with the means of PyTorch: the alternatives that dfar's kernels are compared with."""

@@ -1,8 +1,8 @@
-"""A packed batch (dfar's layout) and the padded or length-bucketed views that dense operations need.
+"""A packed batch (dfar's layout), and padded or length-bucketed views for dense operations.
 
 Packed tensors are [N, heads, width]; sequence b owns rows cu_seqlens[b] .. cu_seqlens[b+1].
-Everything here depends on the lengths alone, so it is built once per batch and is never inside a timed region:
-a choice in favour of the peers.
+All of this depends only on the lengths. It is built once per batch, outside the timed region, which
+favours the peers.
 """
 from dataclasses import dataclass
 
@@ -13,11 +13,12 @@ BUCKET_EDGES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 
 
 @dataclass
 class Bucket:
-    """Sequences padded on the right to one length. `token[b, t]` is the packed row (any valid row where padded)."""
+    """Sequences padded on the right to one length. `token[b, t]` is the packed row (for padding,
+    any valid row)."""
     token: torch.Tensor      # [B, T] int64
     valid: torch.Tensor      # [B, T] bool
     rows: torch.Tensor       # [n] int64: packed rows of the real tokens, in the order of `valid`
-    place: torch.Tensor      # [n] int64: their places in the flattened [B * T]
+    place: torch.Tensor      # [n] int64: their positions in the flattened [B * T]
     whole: bool              # no padding and every token of the batch: padding is a reshape
 
     @property
@@ -38,7 +39,7 @@ class Batch:
         self._cache = {}
 
     def buckets(self, bucketed):
-        """One bucket of the longest length, or one per edge in use. Sequences of length 0 appear in none."""
+        """One bucket of the longest length, or one per edge in use; none for length 0."""
         if bucketed not in self._cache:
             edges = [e for e in BUCKET_EDGES if e < self.max_length] if bucketed and not self.uniform else []
             groups, low = [], 0
@@ -63,7 +64,7 @@ class Batch:
 
 
 class _Pad(torch.autograd.Function):
-    """Packed rows -> [B, T, ...]; the gradient of a padded place is dropped, so backward is a gather too."""
+    """Packed rows -> [B, T, ...]. Gradients of padding are dropped, so backward is a gather too."""
     @staticmethod
     def forward(ctx, x, bucket):
         ctx.bucket, ctx.rows = bucket, x.shape[0]
@@ -96,7 +97,7 @@ def uniform_lengths(T, tokens):
 
 
 def skewed_lengths(tokens, seed=0, longest=1024, median=60.0):
-    """Log-normal lengths (sigma 1), cut to 1..longest, adding up to exactly `tokens`."""
+    """Log-normal lengths (sigma 1), clamped to 1..longest; their sum is exactly `tokens`."""
     draw = torch.Generator().manual_seed(seed)
     lengths = []
     while tokens:

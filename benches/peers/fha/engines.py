@@ -1,12 +1,13 @@
 """Plain causal attention with its logsumexp, forward and backward, from PyTorch's own libraries.
 
-One interface over packed tensors, so that pairs.py does not know which library runs:
+One interface over packed tensors, so that pairs.py does not depend on the library:
 
-    forward(q [N, h, w], k [N, K, w], v [N, K, w], batch, scale)      -> out [N, h, w], lse [h, N] float32, saved
-    backward(do, q, k, v, out, lse, saved, batch, scale)              -> dq, dk, dv
+    forward(q [N, h, w], k [N, K, w], v [N, K, w], batch, scale)
+        -> out [N, h, w], lse [h, N] float32, saved
+    backward(do, q, k, v, out, lse, saved, batch, scale) -> dq, dk, dv
 
-Query head i attends to key head i // (h // K). `backward` takes `out` and `lse` as given and computes
-p = exp(scale * q.k - lse) and delta = <do, out> from them: the caller may pass those of a larger softmax.
+Query head i attends to key head i // (h // K). `backward` computes p = exp(scale * q.k - lse) and
+delta = <do, out> from the given `out` and `lse`, so the caller may pass those of a larger softmax.
 """
 import torch
 
@@ -24,7 +25,7 @@ def _sum_groups(x, times):
 
 
 class FlashVarlen:
-    """FlashAttention-2 as shipped with PyTorch, the kernel behind torch.nn.attention.varlen.varlen_attn."""
+    """FlashAttention-2 in PyTorch, the kernel of torch.nn.attention.varlen.varlen_attn."""
     backend = "flash2 varlen"
 
     @staticmethod
@@ -58,7 +59,8 @@ class EfficientVarlen:
     def backward(cls, do, q, k, v, out, lse, saved, batch, scale):
         cu, n, times = batch.cu_seqlens, batch.max_length, q.shape[1] // k.shape[1]
         seed, offset, shape = saved
-        padded = lse.new_full(shape, torch.inf)                      # the kernel pads rows past a sequence with +inf
+        # The kernel pads rows past a sequence with +inf.
+        padded = lse.new_full(shape, torch.inf)
         row, column = cls._places(batch)
         padded[row, :, column] = lse.t()
         dq, dk, dv, _ = aten._efficient_attention_backward(
@@ -68,7 +70,7 @@ class EfficientVarlen:
 
     @staticmethod
     def _places(batch):
-        """Sequence and position of every token: the kernel keeps its lse as [sequences, heads, positions]."""
+        """Sequence and position of every token, for the kernel's lse [sequences, heads, positions]."""
         if "places" not in batch._cache:
             row = torch.repeat_interleave(torch.arange(len(batch.lengths)), torch.tensor(batch.lengths))
             column = torch.arange(batch.tokens) - torch.tensor(batch.offsets)[row]
@@ -77,7 +79,7 @@ class EfficientVarlen:
 
 
 class CudnnDense:
-    """cuDNN's fused attention on length-bucketed batches; where all lengths agree, nothing is padded or copied."""
+    """cuDNN's fused attention on length-bucketed batches; equal lengths need no padding or copy."""
     backend = "cudnn dense causal"
 
     @staticmethod
@@ -99,7 +101,8 @@ class CudnnDense:
             grad = pad(do, b) if b.whole else pad(do, b) * b.valid[:, :, None, None].to(do.dtype)
             query, key, value, o = (pad(x, b).transpose(1, 2) for x in (q, _repeat(k, times), _repeat(v, times), out))
             stats = pad(lse.t(), b)
-            if not b.whole:      # a padded query has no softmax of its own: p = 0 there, or its p could overflow
+            # Sets p = 0 for padded queries, which have no softmax and could overflow.
+            if not b.whole:
                 stats = torch.where(b.valid[:, :, None], stats, 1e30)
             stats = stats.transpose(1, 2).contiguous().reshape(shape)
             grads.append([x.transpose(1, 2) for x in aten._scaled_dot_product_cudnn_attention_backward(
@@ -110,7 +113,7 @@ class CudnnDense:
 
 
 def without_gpu():
-    """Put the CPU stand-ins in the place of PyTorch's operations, for checking."""
+    """Replaces PyTorch's operations by the CPU stand-ins, for checks."""
     global aten
     from . import stand_ins
     aten = stand_ins

@@ -1,8 +1,9 @@
-"""(c) FlexAttention over concatenated key heads of the packed batch: document mask and causal staircase as a mask_mod.
+"""(c) FlexAttention over concatenated key heads of the packed batch. The mask_mod combines the
+document mask and the causal staircase.
 
-Query i of the packed batch meets key r = j * K + c when tokens i and j share a sequence and j <= i.
-The BlockMask is built straight from cu_seqlens (a few small tensor operations); `create_block_mask` evaluates the
-mask on every pair of tokens, which no user with 300,000 of them would accept. `cold` rebuilds it in every call.
+Query i of the packed batch attends to key r = j * K + c if tokens i and j share a sequence and
+j <= i. The BlockMask is built from cu_seqlens in a few small tensor operations; `create_block_mask`
+would evaluate the mask on every pair of 300,000 tokens. `cold` rebuilds it in every call.
 """
 import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
@@ -27,16 +28,16 @@ def documents(batch):
 
 
 def block_mask(batch, K):
-    """The BlockMask of the whole packed batch, full blocks told apart from partial ones."""
+    """The BlockMask of the whole packed batch, with full and partial blocks separate."""
     N, device = batch.tokens, batch.device
     document = documents(batch)
     rows, cols = -(-N // BLOCK), -(-N * K // BLOCK)
     first = torch.arange(rows, device=device) * BLOCK
     last = (first + BLOCK - 1).clamp(max=N - 1)
-    start = batch.cu_seqlens.long()[document]                       # first token of every token's sequence
-    # A row of blocks meets the keys from its first token's sequence start to its last token.
+    start = batch.cu_seqlens.long()[document]      # first token of every token's sequence
+    # A row of blocks sees the keys from the start of its first token's sequence to its last token.
     low, high = start[first] * K // BLOCK, (last * K + K - 1) // BLOCK
-    # A block is full when all its keys lie in the one sequence of all the row's queries, none after
+    # A block is full if all queries of the row are in one sequence, and all keys too, none after
     # the first query.
     one = document[first] == document[last]
     full_low = -(-(start[last] * K) // BLOCK)
@@ -45,7 +46,7 @@ def block_mask(batch, K):
     full_count = (full_high - full_low + 1).clamp(min=0)
     col = torch.arange(cols, device=device)
     full = full_low[:, None] + col
-    # Partial blocks are low .. high without the full range: skip it once the index reaches it.
+    # Partial blocks are low .. high without the full range, which the index skips.
     partial = low[:, None] + col
     partial = torch.where(partial >= full_low[:, None], partial + full_count[:, None], partial)
     shape = lambda x: x.to(torch.int32)[None, None]

@@ -1,8 +1,8 @@
-"""Choosing each token's heads by its label: the pointwise work every peer needs around its attention.
+"""Selects each token's heads by its label: the pointwise work around the attention of every peer.
 
-Only the heads of a token's own group matter (fha.md), so peers see `g = H/2` query heads and `K` key heads:
-K = g own heads for Masked, K = H for Joint, whose denominator runs over all key heads.
-All functions take and give packed tensors and are small enough for torch.compile to fuse into single passes.
+Only the heads of a token's own group matter, so peers have `g = H/2` query heads and `K` key heads:
+K = g own heads for Masked, K = H for Joint, whose denominator includes all key heads. All functions
+map packed tensors to packed tensors, and torch.compile can fuse each into a single pass.
 """
 import torch
 
@@ -27,7 +27,7 @@ def keep_own(x, label):
 
 
 def by_label(x, label):
-    """[N, g, d] -> [N, g, 2 * d]: the values in the half of their token's label, zero in the other."""
+    """[N, g, d] -> [N, g, 2 * d]: values in the half of their token's label, zeros in the other."""
     positive = label.bool()[:, None, None]
     zero = torch.zeros((), dtype=x.dtype, device=x.device)
     return torch.cat([torch.where(positive, zero, x), torch.where(positive, x, zero)], 2)
@@ -59,8 +59,9 @@ def slots_to_pairs(x, normalization):
 
 
 def wide_values(v, label, normalization):
-    """Values for attention over concatenated key heads, which sums over them: every key head writes its own
-    slot of a row of H * d, so that the sum keeps the pairs apart. -> [N, K, H * d]."""
+    """Values for attention over concatenated key heads, which sums over the heads: every key head
+    writes its own slot of a row of H * d, so that the sum keeps the pairs separate.
+    -> [N, K, H * d]."""
     x = pair_values(v, label, normalization)
     K = x.shape[1]
     eye = torch.eye(K, dtype=x.dtype, device=x.device)

@@ -1,4 +1,4 @@
-"""Random inputs, golden cases, and the gate: a peer that is wrong is not timed."""
+"""Random inputs, golden cases, and the comparison: a peer with a wrong result is not timed."""
 import functools
 import glob
 import json
@@ -29,7 +29,7 @@ class Inputs:
         return self.q, self.k, self.v
 
     def gradient(self, peer):
-        """What flows back into o; a peer that adds up the slots gets the sum."""
+        """The gradient of o; for a peer that adds the slots, their sum."""
         return self.do if peer.exact else self._summed
 
     @functools.cached_property
@@ -47,7 +47,7 @@ def forward(peer, x, batch, normalization):
 
 
 def forward_backward(peer, x, batch, normalization):
-    """-> o, lse, (dq, dk, dv). Fresh leaves, so that nothing of an earlier call is accumulated or kept."""
+    """-> o, lse, (dq, dk, dv). New leaves, so that no gradient of an earlier call accumulates."""
     q, k, v = (t.detach().requires_grad_() for t in x.qkv)
     o, lse = peer(q, k, v, x.label, batch, normalization)
     return o, lse, torch.autograd.grad(o, (q, k, v), x.gradient(peer))
@@ -79,7 +79,7 @@ SMALL = {"mixed": [20, 7, 1, 13], "uniform": [20] * 5, "around a tile": [63, 65,
 
 
 def small_cases(H, d, dtype, device):
-    """(name, batch, inputs): random, with one batch of each single label."""
+    """Yields (name, batch, inputs): random, and one batch for each single label."""
     for i, (name, lengths) in enumerate(SMALL.items()):
         batch = Batch(lengths, device)
         yield name, batch, Inputs(batch, H, d, dtype, seed=i)
@@ -91,7 +91,8 @@ def small_cases(H, d, dtype, device):
 
 
 def golden_cases(folder, device):
-    """(name, case, batch, tensors) of every golden FHA file that peers can express: causal, label mask on."""
+    """Yields (name, case, batch, tensors) of the golden FHA files that are causal with label mask,
+    as the peers are."""
     from safetensors import safe_open
     for path in sorted(glob.glob(os.path.join(folder, "fha_*.safetensors"))):
         with safe_open(path, "pt") as f:

@@ -1,4 +1,4 @@
-"""(a) The formula written down: products, where, softmax over keys and key heads, in torch.compile, on padded batches."""
+"""(a) The formula: products, where, softmax over keys and key heads, in torch.compile, padded."""
 import torch
 
 from . import heads
@@ -6,7 +6,8 @@ from .batch import pad, unpad
 
 
 def dense(q, k, v):
-    """q: [B, T, g, d], k: [B, T, K, d], v: [B, T, K, w] -> o [B, T, g, K, w], lse [B, T, g]; softmax in float32 at least."""
+    """q: [B, T, g, d], k: [B, T, K, d], v: [B, T, K, w] -> o [B, T, g, K, w], lse [B, T, g]. The
+    softmax is in float32 or wider."""
     s = torch.einsum("biad,bjcd->baicj", q, k)
     s = s.to(torch.promote_types(s.dtype, torch.float32)) * q.shape[-1] ** -0.5
     step = torch.arange(q.shape[1], device=q.device)

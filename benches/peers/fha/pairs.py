@@ -1,21 +1,22 @@
 """(d) The strongest alternative: plain causal attention per pair of heads, merged by logsumexp.
 
-Each query head meets each key head in ordinary causal attention: K * g heads of any fused library, query head
-c * g + a being query head a for key head c. Outputs are merged with weights exp(lse_c - lse), lse = logsumexp_c lse_c.
-Masked with H = 2 has one pair and nothing to merge: FHA *is* causal attention there, its two output slots
-(one per key head, that is, per key label) being the halves of a value of width 2d. q and k are then padded to 2d
-with zeros, which a library that pads d = 16 to 32 anyway does not notice.
+Each query head attends to each key head in ordinary causal attention, on K * g heads of any fused
+library: head c * g + a is query head a for key head c. Outputs are merged with weights
+exp(lse_c - lse), lse = logsumexp_c lse_c. Masked with H = 2 has one pair and nothing to merge: FHA is causal
+attention there, and its two output slots (one per key label) are the halves of a value of width 2d.
+q and k are then padded to 2d with zeros; a library that pads d = 16 to 32 does so anyway.
 
-Backward is exact: the library's own backward is given the *merged* out and lse. Its p = exp(s - lse) is then FHA's p.
-Its delta must be FHA's as well, sum_c <do_c, o_c>, but a head only sees <do_c, o_c>; the rest rides in 3 columns
-of 8 added ones, where do = 1, v = 0 and out = the missing part (split in three to keep it exact in 16 bits).
+Backward is exact. The library's own backward gets the *merged* out and lse, so its p = exp(s - lse)
+is FHA's p. Its delta must be FHA's too, sum_c <do_c, o_c>, but a head only has <do_c, o_c>. The
+rest is passed in 3 of 8 added columns, with do = 1, v = 0 and out = the missing part, split into
+three terms that are exact in 16 bits.
 """
 import torch
 import torch.nn.functional as F
 
 from . import heads
 
-EXTRA = 8     # libraries want widths in multiples of 8; 3 are used
+EXTRA = 8     # added columns: widths must be multiples of 8; 3 are used
 
 
 def prepare(q, k, v, label, normalization):
@@ -37,12 +38,13 @@ def merge(out, lse, K, normalization):
     return heads.pairs_to_slots(out.transpose(1, 2), normalization).contiguous(), total.t()
 
 
-LEADING_BITS = {torch.bfloat16: -0x10000, torch.float16: -0x2000}     # of a float32, as many as the type holds
+# Masks the leading bits of a float32 that the type can hold.
+LEADING_BITS = {torch.bfloat16: -0x10000, torch.float16: -0x2000}
 
 
 def split(x, dtype):
-    """x as a sum of three numbers that `dtype` holds exactly. Bits are cut by hand: the compiler takes a conversion
-    to 16 bits and back for superfluous and removes it."""
+    """x as a sum of three numbers that are exact in `dtype`. Bits are masked explicitly, because
+    the compiler removes a conversion to 16 bits and back."""
     if dtype not in LEADING_BITS:
         return x, torch.zeros_like(x), torch.zeros_like(x)
     parts = []
@@ -55,13 +57,14 @@ def split(x, dtype):
 def prepare_backward(do, o, lse, q, k, v, normalization):
     """Arguments of the library's backward from the merged o and lse and their gradient."""
     K = k.shape[1]
-    spread = lambda x: heads.slots_to_pairs(x, normalization).transpose(1, 2).flatten(1, 2)      # [N, K * g, w]
+    # [N, K * g, w]
+    spread = lambda x: heads.slots_to_pairs(x, normalization).transpose(1, 2).flatten(1, 2)
     do, o = spread(do), spread(o)
     lse = lse.t().repeat(K, 1)
     if K > 1:
         wide = torch.promote_types(o.dtype, torch.float32)
         seen = (do.to(wide) * o.to(wide)).sum(2).unflatten(1, (K, -1))
-        rest = (seen.sum(1, keepdim=True) - seen).flatten(1)                                      # [N, K * g]
+        rest = (seen.sum(1, keepdim=True) - seen).flatten(1)      # [N, K * g]
         parts = torch.stack(split(rest, o.dtype), 2).to(o.dtype)
         o = torch.cat([o, parts, o.new_zeros(*o.shape[:2], EXTRA - 3)], 2)
         do = torch.cat([do, do.new_ones(*do.shape[:2], 3), do.new_zeros(*do.shape[:2], EXTRA - 3)], 2)
@@ -114,10 +117,12 @@ class Pairs:
 
 
 class Varlen:
-    """The same for Masked with H = 2, by the public API and autograd alone: torch.nn.attention.varlen.varlen_attn.
+    """The same for Masked with H = 2, with the public API and autograd:
+    torch.nn.attention.varlen.varlen_attn.
 
-    `summed`: values of width d, so that the two output slots arrive added up. It is NOT the same function (DFAR's
-    output projection reads the slots apart); it bounds what any exact use of this library could reach."""
+    `summed`: values of width d, so that the two output slots are added. This is NOT the same
+    function (DFAR's output projection reads the slots separately); it bounds any exact use of this
+    library."""
     has_lse, backend = True, "flash2 varlen_attn"
 
     def __init__(self, compiler, summed=False):

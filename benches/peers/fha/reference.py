@@ -1,4 +1,4 @@
-"""FHA in float64, dense and literal: what every peer must equal before it is timed."""
+"""FHA in float64, dense and literal: the reference for every peer before it is timed."""
 import torch
 
 
@@ -8,7 +8,7 @@ def own_heads(H, label):
 
 
 def fha_sequence(q, k, v, label, normalization):
-    """One causal sequence, label mask on. q, k, v: [T, H, d] -> compact o [T, H/2, H, d], lse [T, H/2]."""
+    """One causal sequence with label mask. q, k, v: [T, H, d] -> o [T, H/2, H, d], lse [T, H/2]."""
     T, H, d = q.shape
     own = own_heads(H, label)
     serves = torch.zeros(T, H, dtype=torch.bool, device=q.device).scatter_(1, own, True)
@@ -30,7 +30,7 @@ def fha(q, k, v, label, batch, normalization):
 
 
 def relative_error(x, ref):
-    """max|x - ref| / max|ref|; anything not finite counts as infinitely wrong."""
+    """max|x - ref| / max|ref|; infinite if a value is non-finite."""
     if x.shape != ref.shape or not bool(torch.isfinite(x).all()):
         return float("inf")
     return float((x.double() - ref).abs().max() / ref.abs().max().clamp_min(1e-30)) if ref.numel() else 0.0

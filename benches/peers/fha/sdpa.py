@@ -1,6 +1,7 @@
-"""(b) scaled_dot_product_attention over concatenated key heads: T queries, T * K keys, an explicit staircase mask.
+"""(b) scaled_dot_product_attention over concatenated key heads: T queries, T * K keys, and an
+explicit staircase mask.
 
-The order of keys is token-major (key j, head c at j * K + c), so query i sees the first (i + 1) * K of them.
+Keys are in token-major order (key j, head c at j * K + c), so query i sees the first (i + 1) * K.
 """
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,9 @@ def staircase(T, K, device):
 
 
 class Sdpa:
-    """`bucketed`: buckets of like length and one mask [T, T * K] broadcast over the batch (padding needs no mask:
-    it comes after every real token). Otherwise as users write it: the longest length, a mask [B, 1, T, T * K]."""
+    """`bucketed`: buckets of similar length and one mask [T, T * K] broadcast over the batch
+    (padding needs no mask: it follows every real token). Otherwise the common form: the longest
+    length, and a mask [B, 1, T, T * K]."""
     exact, has_lse = True, False
 
     def __init__(self, compiler, bucketed, backend=None):
@@ -29,7 +31,7 @@ class Sdpa:
         self.masks = {}
 
     def mask(self, bucket, K, device):
-        """Kept from call to call, like FlexAttention's BlockMask."""
+        """The mask, cached between calls like FlexAttention's BlockMask."""
         key = (id(bucket), K)
         if key not in self.masks:
             T = bucket.shape[1]

@@ -1,8 +1,8 @@
 """CPU stand-ins with the signatures, layouts and contracts of PyTorch's GPU attention operations.
 
-They let `--check` run every line of engines.py and pairs.py without a GPU; whether the real operations keep these
-contracts is checked on the GPU, before each timing. Backward computes p from the lse and delta from the out it is
-given, as the libraries do.
+With them, `--check` runs every line of engines.py and pairs.py without a GPU. Before each timing,
+the real operations are checked on the GPU. Backward computes p from the given lse and delta from
+the given out, as the libraries do.
 """
 import torch
 

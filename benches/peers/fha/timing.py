@@ -1,7 +1,7 @@
-"""Times on a GPU: median of CUDA-event times over inputs that rotate past the L2 cache.
+"""GPU times: the median of CUDA-event times over sets of inputs that together exceed the L2 cache.
 
-`graph`: one CUDA graph holding a call on each set of inputs, replayed: no launch gaps, the best a peer can do.
-`eager`: calls as a Python program makes them, launch gaps included.
+`graph`: replays of one CUDA graph with a call on each set of inputs: no launch gaps.
+`eager`: calls from Python, with launch gaps.
 """
 import statistics
 
@@ -9,12 +9,12 @@ import torch
 
 
 def sets_past_cache(bytes_per_set, device):
-    """How many input sets make each call find nothing of its own left in the L2."""
+    """Number of input sets so that no call finds its own inputs in the L2 cache."""
     return max(2, -(-3 * torch.cuda.get_device_properties(device).L2_cache_size // bytes_per_set))
 
 
 def _median_ms(call, budget_ms, least=5, most=200):
-    """`call(i)` is timed alone, repeatedly, until the budget is spent."""
+    """Times single calls of `call(i)` until the budget is spent."""
     times = []
     while len(times) < least or (sum(times) < budget_ms and len(times) < most):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -36,7 +36,7 @@ impl<R: Runtime> Allocation<R> {
             true => self.runtime.allocate_landing(bytes)?,
             false => self.runtime.allocate(bytes)?,
         };
-        self.taken.set((at, bytes)).expect("memory is taken once");
+        self.taken.set((at, bytes)).expect("memory is allocated once");
         Ok(at)
     }
 

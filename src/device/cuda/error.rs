@@ -119,7 +119,7 @@ pub enum CudaError {
         action: &'static str,
     },
     /// An argument belongs to another device.
-    #[error("cuda: {name} is on another device than the call")]
+    #[error("cuda: {name} belongs to another device; pass arrays of the device that runs the call")]
     OtherDevice {
         /// Name of the argument.
         name: &'static str,
@@ -133,14 +133,14 @@ pub enum CudaError {
         given: Element,
     },
     /// No kernel is compiled for this head width.
-    #[error("cuda: head_dim is {head_dim}, but the kernels have 8, 16, 32, 64 and 128")]
+    #[error("cuda: head_dim is {head_dim}, but attention kernels exist for 8, 16, 32, 64 and 128")]
     HeadDim {
         /// Requested head width.
         head_dim: usize,
     },
     /// No target attention kernel is compiled for tokens of this width.
     #[error(
-        "cuda: tokens of width {width} are wider than target attention has a kernel for ({widest}); use --device cpu"
+        "cuda: no target attention kernel for tokens of width {width} (at most {widest}); use --device cpu"
     )]
     TargetWidth {
         /// Width `D` of the model.

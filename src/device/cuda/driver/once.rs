@@ -82,6 +82,6 @@ mod tests {
         let once = Once::<u32, u32>::default();
         assert_eq!(once.get(1, || Err("no compiler")), Err("no compiler"));
         assert_eq!(once.get(1, || Ok::<_, &str>(10)), Ok(10));
-        assert_eq!(once.get(1, || Err("nobody asks")), Ok(10));
+        assert_eq!(once.get(1, || Err("not called")), Ok(10));
     }
 }

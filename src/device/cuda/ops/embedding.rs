@@ -231,7 +231,7 @@ pub(crate) fn segmented_sum<R: Runtime>(
     let Output { values: y, store } = y;
     let SegmentedSum { sources, stride, column, width, segments, l2 } = sum;
     assert!((1..=3).contains(&sources.len()), "1 to 3 sources, not {}", sources.len());
-    assert!(column + width <= stride, "a member lies inside its row");
+    assert!(column + width <= stride, "the columns lie outside the rows");
     let count = segments.offsets.len() - 1;
     assert_eq!(y.len(), count * width, "y is not [segments, width]");
     let (mut pointers, mut ends, mut end) = ([0; 3], [u32::MAX; 3], 0);

@@ -58,7 +58,12 @@ impl<R: Runtime> Gpu<R> {
     /// # Panics
     /// If the lengths differ or are not a multiple of 4.
     pub fn copy(&self, x: &Array<R, f32>, y: &mut Array<R, f32>) -> Result<(), CudaError> {
-        assert!(x.len() == y.len() && x.len().is_multiple_of(4), "{} and {}", x.len(), y.len());
+        assert!(
+            x.len() == y.len() && x.len().is_multiple_of(4),
+            "x and y have {} and {} values",
+            x.len(),
+            y.len()
+        );
         let params =
             LimitsParams { x: x.pointer(), y: y.pointer(), len: x.len() as u64, rounds: 0, seed: 0.0 };
         let launch = Launch {
@@ -79,7 +84,11 @@ impl<R: Runtime> Gpu<R> {
     /// # Panics
     /// If the length of `out` is not a multiple of [`THREADS`].
     pub fn work(&self, rate: Rate, rounds: u32, out: &mut Array<R, f32>) -> Result<(), CudaError> {
-        assert!(out.len().is_multiple_of(THREADS), "{} threads are no whole blocks", out.len());
+        assert!(
+            out.len().is_multiple_of(THREADS),
+            "out has {} values, not whole blocks of threads",
+            out.len()
+        );
         let entry = match rate {
             Rate::Exponentials => "limits_exponentials",
             Rate::MultiplyAdds => "limits_multiply_adds",

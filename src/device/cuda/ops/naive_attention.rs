@@ -88,7 +88,7 @@ impl<R: Runtime> Gpu<R> {
         length: usize,
         label: &[u8],
     ) -> Result<Naive<R>, CudaError> {
-        assert_eq!(options.pairing, Pairing::Factorized, "the naive form is that of factorization heads");
+        assert_eq!(options.pairing, Pairing::Factorized, "naive attention supports Pairing::Factorized only");
         let tokens = sequences * length;
         let labelled = options.label_mask == LabelMask::Feedback;
         assert!(!labelled || label.len() == tokens, "{} labels for {tokens} tokens", label.len());
@@ -122,7 +122,7 @@ impl<R: Runtime> Gpu<R> {
         let [inner, outer] = if entry == "naive_split_heads" { [heads, slots] } else { [slots, heads] };
         assert!(
             x.len() == inner * tokens * d && y.len() == outer * tokens * d,
-            "{} and {}",
+            "x and y have {} and {} values",
             x.len(),
             y.len()
         );
@@ -157,7 +157,7 @@ impl<R: Runtime> Gpu<R> {
     fn softmax(&self, naive: &Naive<R>, entry: &'static str, lse: &Array<R, f32>) -> Result<(), CudaError> {
         let options = &naive.options;
         let rows = naive.sequences * naive.length * options.query_slots();
-        assert_eq!(lse.len(), rows, "lse is [N, Q]");
+        assert_eq!(lse.len(), rows, "lse is not [N, Q]");
         let params = SoftmaxParams {
             scores: naive.scores[0].pointer(),
             d_scores: naive.scores[1].pointer(),
@@ -192,7 +192,7 @@ impl<R: Runtime> Gpu<R> {
     ) -> Result<(), CudaError> {
         let ([m, n, k], count) = (shape, naive.sequences);
         let at = |x: &Array<R, f32>, index: usize, size: usize| {
-            assert!((index + 1) * count * size <= x.len(), "matrix {index} is outside");
+            assert!((index + 1) * count * size <= x.len(), "matrix {index} lies outside its array");
             x.pointer_at(index * count * size)
         };
         let gemm = Gemm {

@@ -89,15 +89,19 @@ impl<R: Runtime> Optimizer for Gpu<R> {
             assert_eq!(
                 [t.first.len(), t.second.len()],
                 [t.value.len(); 2],
-                "moments are as long as their tensor"
+                "a tensor and its moments differ in length"
             );
             let (rows, width) = match t.rows {
                 None => {
-                    assert_eq!(t.gradient.len(), t.value.len(), "a dense gradient is as long as its tensor");
+                    assert_eq!(t.gradient.len(), t.value.len(), "a tensor and its gradient differ in length");
                     (0, 1)
                 }
                 Some(AdamRows { index, width }) => {
-                    assert_eq!(t.gradient.len(), index.len() * width, "a gradient by rows is [rows, width]");
+                    assert_eq!(
+                        t.gradient.len(),
+                        index.len() * width,
+                        "a gradient by rows is not [rows, width]"
+                    );
                     (index.pointer(), width)
                 }
             };

@@ -203,7 +203,7 @@ pub(crate) fn column_sums<R: Runtime>(
     let dy = match (dy, y) {
         (Dy::Updated(dy), _) => &*dy,
         (Dy::Read(dy), None) => dy,
-        (Dy::Read(_), Some(_)) => unreachable!("a gradient that is masked is one that is updated"),
+        (Dy::Read(_), Some(_)) => unreachable!("a masked gradient is passed as Dy::Updated"),
     };
     assert!(dy.len().is_multiple_of(width), "dy is not [rows, width]");
     assert!(y.is_none_or(|y| y.len() == dy.len()), "y and dy differ in length");
@@ -309,7 +309,7 @@ fn split_params<R: Runtime>(
 ) -> SplitParams {
     let count = tokens_by_label.map(Array::len);
     let rows = count[0] + count[1];
-    assert_eq!([x.len(), y.len()], [rows * width; 2], "every row has a label");
+    assert_eq!([x.len(), y.len()], [rows * width; 2], "x or y is not [rows, width]");
     SplitParams {
         index: tokens_by_label.map(Array::pointer),
         x: x.pointer(),

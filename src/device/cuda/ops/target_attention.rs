@@ -112,9 +112,17 @@ impl<R: Runtime> TargetPlan<R> {
             (self.counts, self.width, self.hidden);
         assert_eq!([s.len(), a.len()], [tokens * d; 2], "s and a are not [N, D]");
         assert_eq!(r.len(), pairs * d, "r is not [C, D]");
-        assert_eq!([e.len(), lse.len(), att.len()], [scores, rows, rows * d], "e, lse, att");
+        assert_eq!(
+            [e.len(), lse.len(), att.len()],
+            [scores, rows, rows * d],
+            "e, lse or att is not [S], [R] or [R, D]"
+        );
         let TargetWeights { w0, b0, w1, b1, w2, b2 } = weights;
-        assert_eq!([w0, b0, w1, b1, w2, b2], [4 * d * h0, h0, h0 * h1, h1, h1, 1], "the target weights");
+        assert_eq!(
+            [w0, b0, w1, b1, w2, b2],
+            [4 * d * h0, h0, h0 * h1, h1, h1, 1],
+            "a weight has the wrong length"
+        );
     }
 }
 
@@ -159,7 +167,11 @@ impl<R: Runtime> Call<'_, R> {
         bias: Pointer,
     ) -> Result<(), CudaError> {
         let [m, n, k] = shape;
-        assert_eq!([a.len(), b.len(), c.len()], [m * k, k * n, m * n], "lengths of a product");
+        assert_eq!(
+            [a.len(), b.len(), c.len()],
+            [m * k, k * n, m * n],
+            "a, b or c is not [m, k], [k, n] or [m, n]"
+        );
         let factor = |x: &Array<R, f32>, transposed| Factor { at: x.pointer(), transposed };
         let factors = (factor(a, a_transposed), factor(b, b_transposed));
         // SAFETY: lengths are checked above; c is borrowed mutably; only `first_layer` passes a

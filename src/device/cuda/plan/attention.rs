@@ -75,7 +75,7 @@ impl Pass {
 
     /// Index in [`Pass::ALL`].
     pub fn index(self) -> usize {
-        Pass::ALL.iter().position(|&pass| pass == self).expect("all are there")
+        Pass::ALL.iter().position(|&pass| pass == self).expect("ALL has every pass")
     }
 }
 

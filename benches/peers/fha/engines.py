@@ -70,7 +70,8 @@ class EfficientVarlen:
 
     @staticmethod
     def _places(batch):
-        """Sequence and position of every token, for the kernel's lse [sequences, heads, positions]."""
+        """Sequence and position of every token, for the kernel's lse [sequences, heads,
+        positions]."""
         if "places" not in batch._cache:
             row = torch.repeat_interleave(torch.arange(len(batch.lengths)), torch.tensor(batch.lengths))
             column = torch.arange(batch.tokens) - torch.tensor(batch.offsets)[row]

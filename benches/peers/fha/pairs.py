@@ -1,8 +1,8 @@
 """(d) The strongest alternative: plain causal attention per pair of heads, merged by logsumexp.
 
 Each query head attends to each key head in ordinary causal attention, on K * g heads of any fused
-library: head c * g + a is query head a for key head c. Outputs are merged with weights
-exp(lse_c - lse), lse = logsumexp_c lse_c. Masked with H = 2 has one pair and nothing to merge: FHA is causal
+library: head c * g + a is query head a for key head c. Outputs are merged with weights exp(lse_c -
+lse), lse = logsumexp_c lse_c. Masked with H = 2 has one pair and nothing to merge: FHA is causal
 attention there, and its two output slots (one per key label) are the halves of a value of width 2d.
 q and k are then padded to 2d with zeros; a library that pads d = 16 to 32 does so anyway.
 

@@ -7,7 +7,7 @@
 //! counted. `peak` measures the FLOP rate of this core's multiply-add units for comparison.
 
 #[path = "../tests/bodies/target_attention.rs"]
-#[allow(dead_code)] // what is for tests
+#[allow(dead_code)] // used only by tests
 mod bodies;
 
 use bodies::{Case, Output};

@@ -1,5 +1,4 @@
-//! What each fuzz target does with its bytes. `cargo fuzz` and `tests/fuzz.rs` call the same
-//! functions.
+//! The bodies of the fuzz targets, for `cargo fuzz` and `tests/fuzz.rs`.
 
 use dfar::data::format::{ENTRY_LENGTH, HEADER_LENGTH, Section};
 use dfar::data::import::{ColumnOptions, ImportOptions, LogFormat, import as import_log};
@@ -10,8 +9,8 @@ use dfar::data::{DataError, Dataset, Part};
 #[allow(dead_code)]
 mod checksums;
 
-/// A data set file of any bytes opens, and then everything in it can be read, or is refused.
-/// Checksums are made right first, so that mutations reach the checks behind them.
+/// A data set file of any bytes is refused, or opens and can be read completely. The checksums are
+/// corrected first, so that mutations reach the later checks.
 pub fn dataset(bytes: &[u8]) {
     let mut bytes = bytes.to_vec();
     if bytes.len() >= HEADER_LENGTH + ENTRY_LENGTH * Section::ALL.len() {
@@ -34,7 +33,7 @@ pub fn dataset(bytes: &[u8]) {
     }
 }
 
-/// A log of any bytes imports into a file that opens, or is refused. The first byte chooses the
+/// A log of any bytes is refused, or imported into a file that opens. The first byte selects the
 /// format.
 pub fn import(bytes: &[u8]) {
     use LogFormat::*;

@@ -1,5 +1,4 @@
-//! Training and serving recommenders on **mixed feedback**: what a user liked and what they
-//! skipped.
+//! Training and serving recommenders on **mixed feedback**: likes and skips.
 //!
 //! dfar implements DFAR (Lin et al., WWW 2023): factorization-heads attention (FHA) over a user's
 //! events, a positive and a negative interest read out of it, and target attention over candidates.
@@ -17,7 +16,7 @@
 //! | module | contents |
 //! |---|---|
 //! | [`data`] | log import, the `.dfar` file, splits, evaluation candidates, synthetic logs |
-//! | [`batch`] | the events that a model sees, packed; batches made ahead by threads |
+//! | [`batch`] | the events that a model sees, packed; batches prepared ahead by threads |
 //! | [`attention`] | FHA on packed slices, and its definition in float64 |
 //! | [`device`] | the operations of the model, on buffers that a device owns |
 //! | [`model`] | the network: parameters, forward, backward, Adam |

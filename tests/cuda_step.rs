@@ -8,10 +8,10 @@ mod layers;
 #[path = "bodies/model.rs"]
 mod model;
 #[path = "bodies/parts.rs"]
-#[allow(dead_code)] // what needs two devices
+#[allow(dead_code)] // bodies for two devices
 mod parts;
 #[path = "bodies/target_attention.rs"]
-#[allow(dead_code)] // what is for the CPU
+#[allow(dead_code)] // bodies for the CPU
 mod target_attention;
 
 use common::gpu;

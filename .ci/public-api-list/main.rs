@@ -1,4 +1,5 @@
-//! Prints the public API of a crate, one item a line, from its rustdoc JSON: `public-api-list target/doc/dfar.json`.
+//! Prints the public API of a crate, one item per line, from its rustdoc JSON:
+//! `public-api-list target/doc/dfar.json`.
 
 use std::process::ExitCode;
 

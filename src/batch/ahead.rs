@@ -37,8 +37,8 @@ pub fn ahead<T: Send, R>(
         ready: Condvar::new(),
     };
     thread::scope(|scope| {
-        // Where the system allows fewer threads, those it allows do the work; without any, the
-        // consumer does.
+        // If the system refuses some of the threads, the others do the work; without any, the
+        // consumer does it.
         let start = || thread::Builder::new().spawn_scoped(scope, || line.work(&make)).is_ok();
         let started = (0..workers).take_while(|_| start()).count();
         let inline: Option<&dyn Fn(usize) -> T> = if started == 0 { Some(&make) } else { None };
@@ -49,7 +49,7 @@ pub fn ahead<T: Send, R>(
 /// The items, in order. Dropping it stops the workers.
 pub struct Made<'a, T> {
     line: &'a Line<T>,
-    /// Makes an item when it is asked for, where there is no worker.
+    /// Makes an item on request, if no worker could be started.
     inline: Option<&'a dyn Fn(usize) -> T>,
     waited: Duration,
 }

@@ -73,7 +73,7 @@ pub enum DataError {
         path: PathBuf,
         /// The section, or `table`.
         section: &'static str,
-        /// What is wrong.
+        /// The reason.
         reason: &'static str,
     },
     /// A section's length contradicts the counts of the header.
@@ -105,7 +105,7 @@ pub enum DataError {
         section: &'static str,
         /// Index of the entry within the section.
         index: u64,
-        /// What is wrong with it.
+        /// The reason.
         reason: &'static str,
     },
     /// The protocol section cannot be parsed.
@@ -221,7 +221,7 @@ pub enum DataError {
         option: &'static str,
         /// The value given.
         value: String,
-        /// What is wrong with it.
+        /// The reason.
         reason: &'static str,
     },
 }

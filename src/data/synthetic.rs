@@ -167,7 +167,7 @@ impl Process {
         }
         let mean = options.events_per_user;
         if !(mean >= SHORTEST as f64 && mean <= 1e6) {
-            return refuse("events", mean.to_string(), "events a user are below 5 or above a million");
+            return refuse("events", mean.to_string(), "events per user are below 5 or above a million");
         }
         let (exponent, offset) = ZIPF;
         let weights: Vec<f64> =

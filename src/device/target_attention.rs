@@ -76,7 +76,7 @@ pub struct TargetShape {
     pub hidden: [usize; 2],
 }
 
-/// What target attention reads beside the weights.
+/// The inputs of target attention, besides the weights.
 #[derive(Clone, Copy, Debug)]
 pub struct TargetInputs<F> {
     /// `[N, D]` history tokens, averaged by the attention weights.

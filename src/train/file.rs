@@ -42,7 +42,7 @@ pub enum FileError {
         path: PathBuf,
         /// `checkpoint` or `model`.
         kind: &'static str,
-        /// What is wrong.
+        /// The reason.
         reason: String,
     },
     /// Written by a later version of this program.

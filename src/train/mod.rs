@@ -69,7 +69,7 @@ pub enum TrainError {
     OtherData {
         /// The data set.
         path: PathBuf,
-        /// What differs.
+        /// The parts that differ.
         what: &'static str,
     },
     /// The model file is not the one in the checkpoint.
@@ -93,7 +93,7 @@ pub enum TrainError {
         file: String,
         /// Number of the line, from 1.
         line: usize,
-        /// What is wrong.
+        /// The reason.
         reason: String,
     },
     /// An item that is not in the model.
@@ -109,7 +109,7 @@ pub enum TrainError {
     Usage {
         /// The argument.
         argument: &'static str,
-        /// What is wrong with it.
+        /// The reason.
         reason: String,
     },
     /// Stopped by the user.

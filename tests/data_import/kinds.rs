@@ -644,7 +644,7 @@ mod columnar {
     }
 }
 
-// --- what is told ---
+// --- reported decisions ---
 
 #[test]
 fn decisions_are_reported_and_stored() {

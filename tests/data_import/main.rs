@@ -220,7 +220,7 @@ fn gzip_is_recognised_by_its_content() {
     assert!(error.to_string().contains("unpack"), "{error}");
 }
 
-// --- what is refused ---
+// --- refusals ---
 
 #[test]
 fn bad_rows_are_named() {

@@ -407,7 +407,7 @@ fn run_attention_on_gpu(arguments: &Attention, plan: &gpu::Plan) -> Result<()> {
     say!("{limits}");
     let (heads, d, element) = (arguments.heads, arguments.head_dim, arguments.precision.element().name());
     say!(
-        "attention in {element}, H = {heads}, d = {d}, {} tokens a batch; median of many runs",
+        "attention in {element}, H = {heads}, d = {d}, {} tokens per batch; median of many runs",
         plan.batch_tokens
     );
     say!("{}", gpu::Row::HEADER);
@@ -485,7 +485,7 @@ fn described(arguments: &Train) -> String {
         None => "a synthetic set".to_owned(),
     };
     let (events, candidates) = (arguments.max_length, arguments.negatives + 1);
-    format!("training steps on {source}, at most {events} events a history, {candidates} candidates")
+    format!("training steps on {source}, at most {events} events per history, {candidates} candidates")
 }
 
 /// Prints the lower bounds of steps without running any.

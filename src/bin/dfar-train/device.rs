@@ -35,7 +35,7 @@ macro_rules! on_device {
 }
 pub(crate) use on_device;
 
-/// Opens the device to evaluate a finished run: `asked`, or else the run's own. The CPU accepts
+/// Opens the device for a finished run: `asked` if given, or else the run's own. The CPU accepts
 /// models of any precision.
 ///
 /// # Errors

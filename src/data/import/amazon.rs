@@ -7,7 +7,7 @@
 //! - JSON lines of each: `reviewerID, asin, overall, unixReviewTime` or
 //!   `user_id, parent_asin, rating, timestamp`
 //!
-//! The files of 2014 and 2018 cannot be told apart by name (published loaders disagree), but by
+//! The files of 2014 and 2018 cannot be distinguished by name (published loaders disagree), but by
 //! their ids: an item is an ASIN of ten characters; a user begins with `A` and has twelve or more.
 
 use super::layout::{COMMA_OR_TAB, Schema};

@@ -14,7 +14,7 @@
 //! | [`attention`] | factorization-heads attention |
 //! | [`target_attention`] | target attention |
 //! | `losses`, `optimizer` | losses, Adam |
-//! | [`simd`], [`product`], `elementwise` | vector instructions, matrix products, passes over rows |
+//! | [`simd`], [`product`], `elementwise` | vector instructions, matrix products, row passes |
 //! | `scratch`, `slices` | working memory per thread, buffers as slices |
 
 pub mod attention;

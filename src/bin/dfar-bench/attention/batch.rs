@@ -208,7 +208,7 @@ impl Plan {
         let FhaOptions { heads, head_dim, normalization, .. } = self.options;
         let (simd, tokens) = (simd::name(), self.batch_tokens);
         format!(
-            "fused attention, H = {heads}, d = {head_dim}, {normalization:?}, causal, {tokens} tokens a batch; \
+            "fused attention, H = {heads}, d = {head_dim}, {normalization:?}, causal, {tokens} tokens per batch; \
              {simd}, {threads} threads; shortest of many runs"
         )
     }

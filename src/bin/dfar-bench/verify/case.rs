@@ -135,7 +135,7 @@ pub struct Case {
     pub path: PathBuf,
     /// Its name without extension.
     pub name: String,
-    /// What it is a case of.
+    /// `fha` or `dfar`.
     pub kind: String,
     metadata: serde_json::Value,
     tensors: BTreeMap<String, Tensor>,

@@ -9,4 +9,6 @@ mod history;
 mod pack;
 
 pub use history::{Cut, Feedback, Question, View, without_sharing};
+#[doc(hidden)]
+pub use pack::touched;
 pub use pack::{Batch, BatchError, Group, History, LabelSplit, Lists, Touched};

@@ -345,7 +345,7 @@ fn check(histories: &[History]) -> Result<(), BatchError> {
 }
 
 /// Distinct values of `keys`, and the indices of their occurrences.
-fn touched(keys: impl Iterator<Item = u32>) -> Touched {
+pub fn touched(keys: impl Iterator<Item = u32>) -> Touched {
     // Sorted by key, then by index: the order of the lists.
     let mut places: Vec<u64> =
         (0..).zip(keys).map(|(place, key): (u64, u32)| u64::from(key) << 32 | place).collect();

@@ -13,11 +13,39 @@ use crate::device::{
     QkvGradients, SoftmaxState,
 };
 
+/// An attention that no device has, from queries, keys and values to heads. `layer` counts the blocks
+/// of the stack from 0.
+pub trait Heads<D: Device> {
+    fn forward(
+        &self,
+        layer: usize,
+        qkv: Qkv<&Floats<D>>,
+        state: SoftmaxState<&mut Floats<D>>,
+    ) -> Result<(), DeviceError>;
+
+    /// May also write gradients of parameters to `grads`.
+    fn backward(
+        &self,
+        layer: usize,
+        grads: &mut Tensors<D>,
+        qkv: Qkv<&Floats<D>>,
+        state: SoftmaxState<&Floats<D>>,
+        d_o: &Floats<D>,
+        gradients: QkvGradients<&mut Floats<D>>,
+    ) -> Result<(), DeviceError>;
+}
+
+/// The attention of a stack: the device's, by a plan for the options of the sequences, or another.
+#[derive(Clone, Copy)]
+pub enum Attend<'a, D: Device> {
+    Plan(&'a D::AttentionPlan),
+    Other(&'a dyn Heads<D>),
+}
+
 /// The packed sequences of a block.
 pub struct Sequences<'a, D: Device> {
     pub tokens: usize,
-    /// Created for `options`.
-    pub plan: &'a D::AttentionPlan,
+    pub attend: Attend<'a, D>,
     /// Tokens of each label, read only with the label mask.
     pub tokens_by_label: [&'a Indices<D>; 2],
     pub options: &'a FhaOptions,
@@ -64,7 +92,7 @@ impl<D: Device> Encoder<'_, D> {
         device.gather_layer_norm(p.norm(&blocks[0].ln_in, self.width()), tables, &mut x, &mut u)?;
         let mut states = Vec::with_capacity(blocks.len());
         for (i, block) in blocks.iter().enumerate() {
-            let (y, state) = self.block_forward(block, x, u)?;
+            let (y, state) = self.block_forward(i, block, x, u)?;
             states.push(state);
             x = y;
             u = device.alloc(0)?;
@@ -84,8 +112,8 @@ impl<D: Device> Encoder<'_, D> {
         states: Vec<BlockState<D>>,
         mut dy: Floats<D>,
     ) -> Result<Floats<D>, DeviceError> {
-        for (block, state) in self.blocks.iter().zip(states).rev() {
-            dy = self.block_backward(block, grads, state, dy)?;
+        for ((layer, block), state) in self.blocks.iter().enumerate().zip(states).rev() {
+            dy = self.block_backward(layer, block, grads, state, dy)?;
         }
         Ok(dy)
     }
@@ -144,6 +172,7 @@ impl<D: Device> Encoder<'_, D> {
 
     fn block_forward(
         &self,
+        layer: usize,
         block: &Block,
         x: Floats<D>,
         u: Floats<D>,
@@ -156,7 +185,11 @@ impl<D: Device> Encoder<'_, D> {
         let (mut o, mut lse) =
             (device.alloc(options.output_len(tokens))?, device.alloc(options.lse_len(tokens))?);
         let qkv = Qkv { q: &q, k: &k, v: &v };
-        device.attention(sequences.plan, qkv, SoftmaxState { o: &mut o, lse: &mut lse })?;
+        let state = SoftmaxState { o: &mut o, lse: &mut lse };
+        match sequences.attend {
+            Attend::Plan(plan) => device.attention(plan, qkv, state)?,
+            Attend::Other(heads) => heads.forward(layer, qkv, state)?,
+        }
         let mut g = match options.label_mask {
             LabelMask::None => self.linear(&block.o, Activation::None, &o)?,
             LabelMask::Feedback => {
@@ -175,6 +208,7 @@ impl<D: Device> Encoder<'_, D> {
 
     fn block_backward(
         &self,
+        layer: usize,
         block: &Block,
         grads: &mut Tensors<D>,
         state: BlockState<D>,
@@ -222,7 +256,10 @@ impl<D: Device> Encoder<'_, D> {
         let (mut dq, mut dk, mut dv) = (dn, self.activation()?, self.activation()?);
         let (qkv, state) = (Qkv { q: &q, k: &k, v: &v }, SoftmaxState { o: &o, lse: &lse });
         let gradients = QkvGradients { dq: &mut dq, dk: &mut dk, dv: &mut dv };
-        device.attention_backward(sequences.plan, qkv, state, &d_o, gradients)?;
+        match sequences.attend {
+            Attend::Plan(plan) => device.attention_backward(plan, qkv, state, &d_o, gradients)?,
+            Attend::Other(heads) => heads.backward(layer, grads, qkv, state, &d_o, gradients)?,
+        }
         // `dg` is the residual part of the gradient of `u`.
         let mut du = dg;
         self.linear_backward(grads, &block.q, Activation::None, [&u, &q], &mut dq, Output::add(&mut du))?;

@@ -1,15 +1,18 @@
 //! DFAR: parameters, forward and backward pass, loss and optimiser, for every device.
 
-mod block;
+#[doc(hidden)]
+pub mod block;
 mod config;
 mod indices;
 mod network;
 mod optimizer;
-mod parameters;
+#[doc(hidden)]
+pub mod parameters;
 mod parts;
 mod staged;
 mod step;
-mod tensors;
+#[doc(hidden)]
+pub mod tensors;
 
 pub use config::{AdamOptions, Initialization, LossOptions, ModelConfig, ModelError};
 pub use optimizer::Optimizer;

@@ -9,7 +9,7 @@
 //!   logit_f = Tower_f([E_item[c], mean, mean_f, att_f])            [R]
 //! ```
 
-use super::block::{BlockState, Encoder, Sequences};
+use super::block::{Attend, BlockState, Encoder, Sequences};
 use super::indices::Indices;
 use super::parameters::{Block, Layout, Linear};
 use super::tensors::Tensors;
@@ -239,7 +239,7 @@ impl<D: Device> Network<'_, D> {
         let batch = self.batch;
         let sequences = Sequences {
             tokens: batch.tokens,
-            plan: &batch.attention,
+            attend: Attend::Plan(&batch.attention),
             tokens_by_label: [&batch.split[0].token, &batch.split[1].token],
             options,
         };
@@ -250,7 +250,7 @@ impl<D: Device> Network<'_, D> {
         let split = &self.batch.split[f];
         let sequences = Sequences {
             tokens: split.tokens,
-            plan: &split.attention,
+            attend: Attend::Plan(&split.attention),
             tokens_by_label: [&split.token, &split.token],
             options,
         };

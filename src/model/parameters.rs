@@ -230,7 +230,7 @@ fn draw(spec: &Spec, initialization: Initialization, rng: &mut impl Rng) -> Vec<
 }
 
 /// A normal value truncated at two standard deviations (Box-Muller with rejection).
-fn truncated_normal(rng: &mut impl Rng) -> f32 {
+pub fn truncated_normal(rng: &mut impl Rng) -> f32 {
     loop {
         let radius = (-2.0 * (1.0 - rng.random::<f64>()).ln()).sqrt();
         let value = radius * (std::f64::consts::TAU * rng.random::<f64>()).cos();

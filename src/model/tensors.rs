@@ -12,6 +12,11 @@ use std::ops::{Index, IndexMut};
 pub struct Tensors<D: Device>(Vec<Floats<D>>);
 
 impl<D: Device> Tensors<D> {
+    /// From one buffer per parameter.
+    pub fn new(buffers: Vec<Floats<D>>) -> Self {
+        Self(buffers)
+    }
+
     /// Uploads one slice per parameter.
     pub fn upload<'a>(device: &D, values: impl IntoIterator<Item = &'a [f32]>) -> Result<Self, DeviceError> {
         Ok(Self(values.into_iter().map(|v| device.upload(v)).collect::<Result<_, _>>()?))

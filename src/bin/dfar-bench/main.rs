@@ -24,7 +24,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use train::steps::{self, Batches, Peak};
-use verify::{CpuEngine, Engine, GpuEngine, Outcome, Report, VerifyError};
+use verify::{CpuEngine, Engine, GpuEngine, Summary, VerifyError};
 
 /// `println!` that reports a closed pipe instead of panicking.
 macro_rules! say {
@@ -293,39 +293,17 @@ fn run_verify_on<E: Engine>(arguments: &Verify, engine: &E) -> Result<bool, Veri
     for path in verify::cases(&arguments.folder)? {
         let report = verify::verify(&path, engine)?;
         if !arguments.json {
-            print_report(&report)?;
+            cli::print(&report.to_string())?;
         }
         reports.push(report);
     }
-    let failed = reports.iter().filter(|report| !report.passes()).count();
-    let skipped = reports.iter().filter(|report| matches!(report.outcome, Outcome::Skipped(_))).count();
-    let passed = reports.len() - failed - skipped;
+    let summary = Summary::new(reports);
     if arguments.json {
-        let summary = serde_json::json!({
-            "passed": passed, "failed": failed, "skipped": skipped, "cases": reports,
-        });
-        say!("{summary:#}");
+        say!("{}", serde_json::to_string_pretty(&summary).expect("numbers and strings are valid JSON"));
     } else {
-        say!("{passed} passed, {failed} failed, {skipped} skipped");
+        cli::print(&summary.to_string())?;
     }
-    Ok(failed == 0)
-}
-
-fn print_report(report: &Report) -> Result<()> {
-    match &report.outcome {
-        Outcome::Skipped(reason) => {
-            say!("{:<28} skipped: {reason}", report.case);
-        }
-        Outcome::Checked(errors) => {
-            for (index, error) in errors.iter().enumerate() {
-                let case = if index == 0 { &report.case } else { "" };
-                let verdict = if error.passes() { "ok" } else { "FAILED" };
-                let (tensor, error, tolerance) = (&error.tensor, error.error, error.tolerance);
-                say!("{case:<28} {tensor:<24} {error:>8.1e}  (tolerance {tolerance:.0e})  {verdict}");
-            }
-        }
-    }
-    Ok(())
+    Ok(summary.failed == 0)
 }
 
 fn run_attention(arguments: &Attention) -> Result<()> {

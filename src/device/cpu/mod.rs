@@ -18,17 +18,20 @@
 //! | `scratch`, `slices` | working memory per thread, buffers as slices |
 
 pub mod attention;
-mod elementwise;
+#[doc(hidden)]
+pub mod elementwise;
 mod embedding;
 mod layer_norm;
-mod linear;
+#[doc(hidden)]
+pub mod linear;
 mod losses;
 mod memory;
 mod optimizer;
 mod prefix_mean;
 pub mod product;
 mod rows;
-mod scratch;
+#[doc(hidden)]
+pub mod scratch;
 pub mod simd;
 mod slices;
 pub mod target_attention;

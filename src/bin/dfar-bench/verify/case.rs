@@ -218,7 +218,7 @@ impl Case {
     }
 
     /// The error for invalid values of `tensor`.
-    pub(super) fn invalid(&self, tensor: &'static str, reason: impl Into<String>) -> VerifyError {
+    pub fn invalid(&self, tensor: &'static str, reason: impl Into<String>) -> VerifyError {
         VerifyError::Invalid { path: self.path.clone(), tensor, reason: reason.into() }
     }
 

@@ -31,6 +31,7 @@ pub use network::verify_dfar;
 
 use dfar::attention::{FhaOptions, Inputs, LabelMask, Normalization, Pairing};
 use serde::{Deserialize, Serialize};
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 /// Largest error of a forward result in f32.
@@ -83,6 +84,50 @@ impl Report {
             Outcome::Checked(errors) => errors.iter().all(TensorError::passes),
             Outcome::Skipped(_) => true,
         }
+    }
+}
+
+/// One line for each tensor.
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match &self.outcome {
+            Outcome::Skipped(reason) => writeln!(f, "{:<28} skipped: {reason}", self.case),
+            Outcome::Checked(errors) => errors.iter().enumerate().try_for_each(|(index, error)| {
+                let case = if index == 0 { &self.case } else { "" };
+                let verdict = if error.passes() { "ok" } else { "FAILED" };
+                let (tensor, error, tolerance) = (&error.tensor, error.error, error.tolerance);
+                writeln!(f, "{case:<28} {tensor:<24} {error:>8.1e}  (tolerance {tolerance:.0e})  {verdict}")
+            }),
+        }
+    }
+}
+
+/// The results of a folder.
+#[derive(Clone, Debug, Serialize)]
+pub struct Summary {
+    /// Cases within the tolerances.
+    pub passed: usize,
+    /// Cases with a tensor beyond its tolerance.
+    pub failed: usize,
+    /// Cases that were not compared.
+    pub skipped: usize,
+    /// All of them.
+    pub cases: Vec<Report>,
+}
+
+impl Summary {
+    /// Counts the results.
+    pub fn new(cases: Vec<Report>) -> Self {
+        let failed = cases.iter().filter(|report| !report.passes()).count();
+        let skipped = cases.iter().filter(|report| matches!(report.outcome, Outcome::Skipped(_))).count();
+        Self { passed: cases.len() - failed - skipped, failed, skipped, cases }
+    }
+}
+
+/// The counts.
+impl fmt::Display for Summary {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        writeln!(f, "{} passed, {} failed, {} skipped", self.passed, self.failed, self.skipped)
     }
 }
 

@@ -1,0 +1,49 @@
+//! The systems that DFAR is compared with in Table 2 of its paper: DIN, Caser, GRU4REC, DIEN,
+//! SASRec, THA4Rec, DFN and FeedRec.
+//!
+//! All of them read the batches, draw the negatives, take the optimiser steps and answer the
+//! evaluation groups of DFAR. A [`System`] is what differs: how the history is encoded, how the
+//! candidate enters, and an auxiliary loss. The head of each file in [`systems`] states the
+//! equations of one. Gradients are derived by hand and checked against float64 cases of an
+//! independent program ([`verify`]).
+//!
+//! ```text
+//! histories -> Inputs -> System::encode -> parts -> tower -> logits -> loss
+//!                               <- backward <- d parts <-
+//! ```
+//!
+//! | module | contents |
+//! |---|---|
+//! | [`inputs`] | a packed batch, as all systems read it |
+//! | [`parameters`] | names, shapes and initial values of tensors |
+//! | [`system`] | the trait, and the systems by name |
+//! | [`systems`] | one file for each system |
+//! | [`ops`] | operations that only these systems need, on slices |
+//! | [`tower`], [`loss`] | what all systems share behind their encoders |
+//! | [`model`] | forward, backward, Adam |
+//! | [`verify`] | comparison with reference cases |
+
+pub mod inputs;
+pub mod loss;
+pub mod model;
+pub mod ops;
+pub mod parameters;
+pub mod system;
+pub mod systems;
+pub mod tower;
+pub mod verify;
+
+pub use inputs::Inputs;
+pub use model::{LossOptions, Model, Optimizer, StepLoss};
+pub use system::{Kind, Settings, System};
+
+use dfar::device::cpu::CpuBuffer;
+
+/// `f32` values in pooled memory; a slice by dereference.
+pub type Floats = CpuBuffer<f32>;
+/// Indices in pooled memory; a slice by dereference.
+pub type Indices = CpuBuffer<u32>;
+/// One buffer per parameter: values, gradients or moments.
+pub type Tensors = dfar::model::tensors::Tensors<dfar::device::cpu::Cpu>;
+/// Result of a step of a model.
+pub type Result<T> = std::result::Result<T, dfar::model::ModelError>;

@@ -1,0 +1,320 @@
+//! A system with its parameters: scores, gradients, training steps.
+
+use crate::inputs::{InputError, Inputs, Limits};
+use crate::loss::Ranking;
+use crate::parameters::{self, Names, Spec, Start};
+use crate::system::{Context, Encoded, Gradients, Kind, Settings, System, Tables};
+use crate::tower::Tower;
+use crate::{Floats, Indices, Result, Tensors};
+use dfar::batch::History;
+use dfar::device::cpu::Cpu;
+use dfar::device::{
+    AdamRows, AdamStep, AdamTensor, Embedding, Lookup, Memory, Optimizer as _, SegmentSum, Slot,
+};
+use dfar::model::parameters::Id;
+use dfar::model::{AdamOptions, HostTensor, Initialization, ModelError};
+use std::sync::Arc;
+
+/// Weights of the loss.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LossOptions {
+    /// Ranking loss.
+    pub ranking: Ranking,
+    /// L2 penalty on the embedding rows of the batch.
+    pub embed_l2: f32,
+    /// Auxiliary loss of the system, if it has one.
+    pub auxiliary: f32,
+}
+
+/// The losses of a step. The parts are without weights; `loss` is their weighted sum.
+#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
+pub struct StepLoss {
+    /// Total.
+    pub loss: f64,
+    /// Ranking loss.
+    pub ranking: f64,
+    /// Half the sum of squares of the embedding rows of the batch.
+    pub l2: f64,
+    /// Auxiliary loss.
+    pub auxiliary: f64,
+}
+
+/// A system with the values of its parameters.
+pub struct Model {
+    device: Arc<Cpu>,
+    kind: Kind,
+    settings: Settings,
+    specs: Vec<Spec>,
+    tables: Tables,
+    system: Box<dyn System>,
+    tower: Tower,
+    p: Tensors,
+}
+
+/// Moments and step count of Adam.
+pub struct Optimizer {
+    first: Tensors,
+    second: Tensors,
+    steps: u64,
+}
+
+/// Gradients of the rows of an embedding table.
+struct TableGradient<'a> {
+    id: Id,
+    row: &'a Indices,
+    values: Floats,
+}
+
+impl Model {
+    /// Initial values from `seed`.
+    ///
+    /// # Errors
+    /// Invalid settings, and failures of the device.
+    pub fn initialized(
+        device: Arc<Cpu>,
+        kind: Kind,
+        settings: Settings,
+        seed: u64,
+        initialization: Initialization,
+    ) -> Result<Self> {
+        let values = |specs: &[Spec]| Ok(parameters::initial(specs, seed, initialization));
+        Self::build(device, kind, settings, values)
+    }
+
+    /// From parameters by name.
+    ///
+    /// # Errors
+    /// Invalid settings, a missing or unknown name or a wrong shape, and failures of the device.
+    pub fn from_tensors(
+        device: Arc<Cpu>,
+        kind: Kind,
+        settings: Settings,
+        tensors: &[HostTensor],
+    ) -> Result<Self> {
+        Self::build(device, kind, settings, |specs| {
+            Ok(parameters::arrange(specs, tensors)?.into_iter().map(<[f32]>::to_vec).collect())
+        })
+    }
+
+    fn build(
+        device: Arc<Cpu>,
+        kind: Kind,
+        settings: Settings,
+        values: impl FnOnce(&[Spec]) -> Result<Vec<Vec<f32>>>,
+    ) -> Result<Self> {
+        settings.check()?;
+        let mut names = Names::default();
+        let mut table = |name, rows: usize| names.tensor(name, &[rows, settings.width], Start::Embedding);
+        let tables = Tables {
+            item: table("item", settings.items),
+            position: kind.has_positions().then(|| table("position", settings.max_length)),
+            label: kind.has_labels().then(|| table("label", 2)),
+        };
+        let built = kind.build(&mut names, &settings);
+        let tower = Tower::new(&mut names, &settings, built.parts);
+        let specs = names.specs;
+        let values = values(&specs)?;
+        let p = Tensors::upload(&device, values.iter().map(|v| &v[..]))?;
+        Ok(Self { device, kind, settings, specs, tables, system: built.system, tower, p })
+    }
+
+    /// Which system.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Its sizes.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// Names, shapes and initial distributions of the parameters.
+    pub fn specs(&self) -> &[Spec] {
+        &self.specs
+    }
+
+    /// All parameters.
+    ///
+    /// # Errors
+    /// Failures of the device.
+    pub fn tensors(&self) -> Result<Vec<HostTensor>> {
+        self.host(&self.p)
+    }
+
+    /// Packs histories for this model, see [`Inputs::new`].
+    ///
+    /// # Errors
+    /// [`InputError`].
+    pub fn inputs(
+        &self,
+        histories: &[History],
+        negatives: &[u32],
+    ) -> std::result::Result<Inputs, InputError> {
+        let positions = self.tables.position.map(|_| self.settings.max_length);
+        let limits = Limits { items: self.settings.items, positions };
+        Inputs::new(&self.device, limits, histories, negatives)
+    }
+
+    /// Logit of each row, `[R]`.
+    ///
+    /// # Errors
+    /// Failures of the device.
+    pub fn score(&self, x: &Inputs) -> Result<Vec<f32>> {
+        let cx = self.context(x, 0.0);
+        let Encoded { parts, .. } = self.system.encode(cx)?;
+        Ok(self.tower.forward(cx, &parts)?.logits.to_vec())
+    }
+
+    /// Losses, and the gradient of each parameter. Embedding rows outside the batch have gradient 0.
+    ///
+    /// # Errors
+    /// Failures of the device.
+    pub fn gradients(&self, x: &Inputs, options: &LossOptions) -> Result<(StepLoss, Vec<HostTensor>)> {
+        let (loss, mut dense, tables) = self.backward(x, options)?;
+        for TableGradient { id, row, values } in tables {
+            dense[id] = self.device.zeros(self.specs[id].len())?;
+            self.device.scatter_add(self.settings.width, &values, row, &mut dense[id])?;
+        }
+        Ok((loss, self.host(&dense)?))
+    }
+
+    /// One step of Adam.
+    ///
+    /// # Errors
+    /// [`ModelError::NonFinite`] names a non-finite loss or gradient; the parameters are unchanged
+    /// then. Failures of the device.
+    pub fn train_step(
+        &mut self,
+        x: &Inputs,
+        options: &LossOptions,
+        adam: &AdamOptions,
+        optimizer: &mut Optimizer,
+    ) -> Result<StepLoss> {
+        let (loss, mut gradients, tables) = self.backward(x, options)?;
+        let mut rows = vec![None; self.specs.len()];
+        for TableGradient { id, row, values } in tables {
+            let width = self.settings.width;
+            if adam.dense_embeddings {
+                gradients[id] = self.device.zeros(self.specs[id].len())?;
+                self.device.scatter_add(width, &values, row, &mut gradients[id])?;
+            } else {
+                gradients[id] = values;
+                rows[id] = Some(AdamRows { index: row, width });
+            }
+        }
+        let step = AdamStep {
+            lr: adam.lr,
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            step: optimizer.steps + 1,
+            clip: adam.clip,
+        };
+        let moments = optimizer.first.iter_mut().zip(optimizer.second.iter_mut());
+        let mut tensors: Vec<_> = (self.p.iter_mut().zip(moments))
+            .zip(gradients.iter().zip(rows))
+            .map(|((value, (first, second)), (gradient, rows))| AdamTensor {
+                value,
+                first,
+                second,
+                gradient,
+                rows,
+            })
+            .collect();
+        // The loss stands in front of the norm: where it is non-finite, nothing changes.
+        let mut report = self.device.upload(&[loss.loss, 0.0])?;
+        self.device.adam(&step, &mut tensors, Slot { values: &mut report, index: 1 })?;
+        if !report.iter().all(|x| x.is_finite()) {
+            let bad = |(_, gradient): &(&Spec, &Floats)| gradient.iter().any(|x| !x.is_finite());
+            let found = self.specs.iter().zip(gradients.iter()).find(bad);
+            let tensor = found.map_or("loss".to_owned(), |(spec, _)| format!("gradient of {}", spec.name));
+            return Err(ModelError::NonFinite { tensor });
+        }
+        optimizer.steps += 1;
+        Ok(loss)
+    }
+
+    fn context<'a>(&'a self, x: &'a Inputs, auxiliary: f32) -> Context<'a> {
+        let (device, p, tables) = (&*self.device, &self.p, &self.tables);
+        Context { device, p, tables, x, width: self.settings.width, auxiliary }
+    }
+
+    /// Losses, gradients of whole tensors, and those of the embedding tables by row.
+    fn backward<'a>(
+        &self,
+        x: &'a Inputs,
+        options: &LossOptions,
+    ) -> Result<(StepLoss, Tensors, Vec<TableGradient<'a>>)> {
+        let (device, width) = (&*self.device, self.settings.width);
+        let cx = self.context(x, options.auxiliary);
+        let Encoded { parts, backward } = self.system.encode(cx)?;
+        let tower = self.tower.forward(cx, &parts)?;
+        let mut d_logits: Floats = device.alloc(x.batch.rows())?;
+        let ranking = options.ranking.loss(x, &tower.logits, &mut d_logits);
+
+        let mut grads = Gradients {
+            dense: self.zero_gradients()?,
+            tokens: device.zeros(x.batch.tokens() * width)?,
+            candidates: device.zeros(x.batch.pairs() * width)?,
+            negatives: device.zeros(x.negative_item.len() * width)?,
+        };
+        let d_parts = self.tower.backward(cx, &parts, tower, d_logits, &mut grads)?;
+        let auxiliary = backward(&parts, d_parts, &mut grads)?;
+
+        let sources = [&grads.tokens, &grads.candidates, &grads.negatives];
+        let tables = [
+            (Some(self.tables.item), &x.touched_item, &sources[..]),
+            (self.tables.position, &x.touched_position, &sources[..1]),
+            (self.tables.label, &x.touched_label, &sources[..1]),
+        ];
+        let mut l2 = 0.0;
+        let mut by_row = Vec::with_capacity(tables.len());
+        for (id, touched, sources) in tables {
+            let Some(id) = id else { continue };
+            let mut values = device.alloc(touched.row.len() * width)?;
+            let rows = Lookup { table: &self.p[id], index: &touched.row };
+            let sum = SegmentSum { sources, segments: touched.segments(), l2: options.embed_l2, rows };
+            device.segment_sum(width, sum, &mut values)?;
+            let mut square = device.zeros(1)?;
+            device.half_square_sum(width, rows, Slot { values: &mut square, index: 0 })?;
+            l2 += square[0];
+            by_row.push(TableGradient { id, row: &touched.row, values });
+        }
+        let loss = ranking + f64::from(options.embed_l2) * l2 + f64::from(options.auxiliary) * auxiliary;
+        Ok((StepLoss { loss, ranking, l2, auxiliary }, grads.dense, by_row))
+    }
+
+    /// Zeros for each parameter but the embedding tables: a system whose part has no events leaves them.
+    fn zero_gradients(&self) -> Result<Tensors> {
+        let Tables { item, position, label } = self.tables;
+        let is_table = |id| id == item || Some(id) == position || Some(id) == label;
+        let len = |id: Id| if is_table(id) { 0 } else { self.specs[id].len() };
+        let zeros = (0..self.specs.len()).map(|id| self.device.zeros(len(id)));
+        Ok(Tensors::new(zeros.collect::<std::result::Result<_, _>>()?))
+    }
+
+    fn host(&self, tensors: &Tensors) -> Result<Vec<HostTensor>> {
+        let tensor = |(spec, values): (&Spec, &Floats)| HostTensor {
+            name: spec.name.clone(),
+            shape: spec.shape.clone(),
+            values: values.to_vec(),
+        };
+        Ok(self.specs.iter().zip(tensors.iter()).map(tensor).collect())
+    }
+}
+
+impl Optimizer {
+    /// Zero moments for the parameters of `model`.
+    ///
+    /// # Errors
+    /// Failures of the device.
+    pub fn new(model: &Model) -> Result<Self> {
+        let zeros = || parameters::zeros(&model.device, &model.specs);
+        Ok(Self { first: zeros()?, second: zeros()?, steps: 0 })
+    }
+
+    /// Completed steps.
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+}

@@ -1,0 +1,6 @@
+//! Operations that only the compared systems need. Work is cut into chunks that do not depend on the
+//! number of threads, so results are bitwise equal for any number of threads.
+
+pub mod lists;
+pub mod prefix;
+pub mod stack;

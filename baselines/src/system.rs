@@ -1,0 +1,277 @@
+//! A system: what differs between the compared models, and the systems by name.
+
+use crate::inputs::Inputs;
+use crate::parameters::Names;
+use crate::systems::sasrec::{Pool, Sasrec};
+use crate::{Floats, Indices, Result, Tensors};
+use dfar::batch::Feedback;
+use dfar::device::cpu::Cpu;
+use dfar::device::{Embedding, Lookup, Memory};
+use dfar::model::ModelError;
+use dfar::model::parameters::Id;
+
+/// What a system computes from.
+#[derive(Clone, Copy)]
+pub struct Context<'a> {
+    /// The engine.
+    pub device: &'a Cpu,
+    /// Values of the parameters.
+    pub p: &'a Tensors,
+    /// The embedding tables among them.
+    pub tables: &'a Tables,
+    /// The batch.
+    pub x: &'a Inputs,
+    /// Model width `D`.
+    pub width: usize,
+    /// Weight of the auxiliary loss.
+    pub auxiliary: f32,
+}
+
+/// The embedding tables of a system.
+#[derive(Clone, Copy, Debug)]
+pub struct Tables {
+    /// `[items, D]`
+    pub item: Id,
+    /// `[max_length, D]`
+    pub position: Option<Id>,
+    /// `[2, D]`
+    pub label: Option<Id>,
+}
+
+/// The granularity of a [`Part`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Per {
+    /// One row for each prefix: all its candidates share it.
+    Group,
+    /// One row for each prefix and candidate.
+    Row,
+}
+
+/// A part of the tower's input, behind the candidate `e`.
+pub struct Part {
+    /// `[G, width]` or `[R, width]`
+    pub values: Floats,
+    /// Width of a row.
+    pub width: usize,
+    /// Granularity.
+    pub per: Per,
+}
+
+/// Gradients of a batch. A backward pass writes the parameters of its system to `dense`, and adds to
+/// the others.
+pub struct Gradients {
+    /// One buffer per parameter; those of embedding tables are empty.
+    pub dense: Tensors,
+    /// `[N, D]` of the embedded events: of the rows of `item`, and of `position` and `label` where the
+    /// system has them.
+    pub tokens: Floats,
+    /// `[C, D]` of the rows of `item` as candidates.
+    pub candidates: Floats,
+    /// `[N, D]` of the rows of `item` as the events' sampled negatives; empty without such.
+    pub negatives: Floats,
+}
+
+/// The backward pass of a batch: from the parts and their gradients to [`Gradients`]. Returns the
+/// auxiliary loss without its weight, whose gradient it adds.
+pub type Backward<'a> = Box<dyn FnOnce(&[Part], Vec<Floats>, &mut Gradients) -> Result<f64> + 'a>;
+
+/// The result of a forward pass.
+pub struct Encoded<'a> {
+    /// Input of the tower, behind the candidate.
+    pub parts: Vec<Part>,
+    /// Dropped where only scores are asked for.
+    pub backward: Backward<'a>,
+}
+
+/// A history encoder, the way in which the candidate enters, and an auxiliary loss.
+pub trait System: Send + Sync {
+    /// The forward pass.
+    ///
+    /// # Errors
+    /// Failures of the device.
+    fn encode<'a>(&'a self, cx: Context<'a>) -> Result<Encoded<'a>>;
+}
+
+/// The systems.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+#[value(rename_all = "lower")]
+pub enum Kind {
+    /// Self-attention over the liked events.
+    Sasrec,
+}
+
+/// Sizes of a system. Fields that a system does not have are ignored.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
+pub struct Settings {
+    /// Rows of the item table.
+    pub items: usize,
+    /// Longest history; rows of the position table.
+    pub max_length: usize,
+    /// Model width `D`.
+    pub width: usize,
+    /// Attention heads `H`, a divisor of `D`.
+    pub heads: usize,
+    /// Blocks of each encoder.
+    pub blocks: usize,
+    /// Hidden widths of the attention MLP.
+    pub attention: [usize; 2],
+    /// Hidden widths of the tower.
+    pub tower: [usize; 2],
+    /// Caser: filters of each height.
+    pub horizontal: usize,
+    /// Caser: heights of the horizontal filters, from 1.
+    pub heights: usize,
+    /// Caser: vertical filters.
+    pub vertical: usize,
+    /// Caser: events that a vertical filter sees; 0 stands for `max_length`.
+    pub vertical_length: usize,
+    /// SASRec, THA4Rec: how a prefix becomes one vector.
+    pub pool: Pool,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            items: 1,
+            max_length: 100,
+            width: 32,
+            heads: 2,
+            blocks: 1,
+            attention: [80, 40],
+            tower: [100, 64],
+            horizontal: 128,
+            heights: 3,
+            vertical: 4,
+            vertical_length: 0,
+            pool: Pool::Mean,
+        }
+    }
+}
+
+impl Settings {
+    /// Validates the sizes.
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] names the invalid field.
+    pub fn check(&self) -> Result<()> {
+        let sizes = [
+            ("items", self.items),
+            ("max_length", self.max_length),
+            ("width", self.width),
+            ("heads", self.heads),
+            ("blocks", self.blocks),
+            ("attention", self.attention[0].min(self.attention[1])),
+            ("tower", self.tower[0].min(self.tower[1])),
+            ("horizontal", self.horizontal),
+            ("heights", self.heights),
+            ("vertical", self.vertical),
+        ];
+        if let Some((field, value)) = sizes.into_iter().find(|(_, size)| *size == 0) {
+            return Err(ModelError::Config { field, value, reason: "must be at least 1" });
+        }
+        if !self.width.is_multiple_of(self.heads) {
+            let reason = "must be a multiple of the number of heads";
+            return Err(ModelError::Config { field: "width", value: self.width, reason });
+        }
+        if u32::try_from(self.items).is_err() {
+            let reason = "item ids have 32 bits";
+            return Err(ModelError::Config { field: "items", value: self.items, reason });
+        }
+        Ok(())
+    }
+}
+
+/// A system with the parameters it named.
+pub struct Built {
+    /// The system.
+    pub system: Box<dyn System>,
+    /// Width of its parts together, without the candidate.
+    pub parts: usize,
+}
+
+impl Kind {
+    /// All of them, in the order of Table 2.
+    pub const ALL: [Self; 1] = [Self::Sasrec];
+
+    /// Name in files and on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Sasrec => "sasrec",
+        }
+    }
+
+    /// Name in tables.
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::Sasrec => "SASRec",
+        }
+    }
+
+    /// The feedback that its paper uses.
+    pub fn feedback(self) -> Feedback {
+        match self {
+            Self::Sasrec => Feedback::PositiveOnly,
+        }
+    }
+
+    /// Name and default weight of the auxiliary loss.
+    pub fn auxiliary(self) -> Option<(&'static str, f64)> {
+        match self {
+            Self::Sasrec => None,
+        }
+    }
+
+    /// Whether it has a table of positions.
+    pub fn has_positions(self) -> bool {
+        matches!(self, Self::Sasrec)
+    }
+
+    /// Whether it has a table of labels.
+    pub fn has_labels(self) -> bool {
+        false
+    }
+
+    /// Names the parameters of the system behind those of its tables.
+    pub fn build(self, names: &mut Names, settings: &Settings) -> Built {
+        let width = settings.width;
+        match self {
+            Self::Sasrec => Built { system: Box::new(Sasrec::new(names, settings)), parts: width },
+        }
+    }
+}
+
+impl<'a> Context<'a> {
+    /// The tables whose rows add up to the embedded events `[N, D]`.
+    pub fn event_tables(self) -> Vec<Lookup<&'a Floats, &'a Indices>> {
+        let Tables { item, position, label } = *self.tables;
+        let tables = [
+            Some((item, &self.x.item)),
+            position.map(|id| (id, &self.x.position)),
+            label.map(|id| (id, &self.x.label_row)),
+        ];
+        tables.into_iter().flatten().map(|(id, index)| Lookup { table: &self.p[id], index }).collect()
+    }
+
+    /// The embedded events.
+    ///
+    /// # Errors
+    /// Failures of the device.
+    pub fn events(self) -> Result<Floats> {
+        let mut events = self.device.alloc(self.x.batch.tokens() * self.width)?;
+        self.device.gather_sum(self.width, &self.event_tables(), &mut events)?;
+        Ok(events)
+    }
+
+    /// The embedded candidates `e`, one for each pair: `[C, D]`.
+    ///
+    /// # Errors
+    /// Failures of the device.
+    pub fn candidates(self) -> Result<Floats> {
+        let mut e = self.device.alloc(self.x.batch.pairs() * self.width)?;
+        let rows = Lookup { table: &self.p[self.tables.item], index: &self.x.pair_item };
+        self.device.gather_sum(self.width, &[rows], &mut e)?;
+        Ok(e)
+    }
+}

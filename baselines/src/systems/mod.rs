@@ -1,0 +1,3 @@
+//! One file for each system.
+
+pub mod sasrec;

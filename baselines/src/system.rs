@@ -2,6 +2,7 @@
 
 use crate::inputs::Inputs;
 use crate::parameters::Names;
+use crate::systems::gru4rec::Gru4rec;
 use crate::systems::sasrec::{Pool, Sasrec};
 use crate::{Floats, Indices, Result, Tensors};
 use dfar::batch::Feedback;
@@ -97,6 +98,8 @@ pub trait System: Send + Sync {
 #[serde(rename_all = "lowercase")]
 #[value(rename_all = "lower")]
 pub enum Kind {
+    /// A GRU.
+    Gru4rec,
     /// Self-attention over the liked events.
     Sasrec,
 }
@@ -193,11 +196,12 @@ pub struct Built {
 
 impl Kind {
     /// All of them, in the order of Table 2.
-    pub const ALL: [Self; 1] = [Self::Sasrec];
+    pub const ALL: [Self; 2] = [Self::Gru4rec, Self::Sasrec];
 
     /// Name in files and on the command line.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Gru4rec => "gru4rec",
             Self::Sasrec => "sasrec",
         }
     }
@@ -205,6 +209,7 @@ impl Kind {
     /// Name in tables.
     pub fn title(self) -> &'static str {
         match self {
+            Self::Gru4rec => "GRU4REC",
             Self::Sasrec => "SASRec",
         }
     }
@@ -212,14 +217,14 @@ impl Kind {
     /// The feedback that its paper uses.
     pub fn feedback(self) -> Feedback {
         match self {
-            Self::Sasrec => Feedback::PositiveOnly,
+            Self::Gru4rec | Self::Sasrec => Feedback::PositiveOnly,
         }
     }
 
     /// Name and default weight of the auxiliary loss.
     pub fn auxiliary(self) -> Option<(&'static str, f64)> {
         match self {
-            Self::Sasrec => None,
+            Self::Gru4rec | Self::Sasrec => None,
         }
     }
 
@@ -237,6 +242,7 @@ impl Kind {
     pub fn build(self, names: &mut Names, settings: &Settings) -> Built {
         let width = settings.width;
         match self {
+            Self::Gru4rec => Built { system: Box::new(Gru4rec::new(names, settings)), parts: width },
             Self::Sasrec => Built { system: Box::new(Sasrec::new(names, settings)), parts: width },
         }
     }

@@ -1,6 +1,12 @@
 //! Operations that only the compared systems need. Work is cut into chunks that do not depend on the
 //! number of threads, so results are bitwise equal for any number of threads.
 
+pub mod cell;
+pub mod gru;
 pub mod lists;
 pub mod prefix;
+mod rows;
+pub mod sequences;
 pub mod stack;
+#[cfg(test)]
+mod testing;

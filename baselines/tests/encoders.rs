@@ -1,0 +1,153 @@
+//! What every system promises about its encoder: no future, exact sharing, the same bits on any
+//! number of threads. The systems run at widths that are not whole vectors.
+
+use dfar::batch::{Group, History, without_sharing};
+use dfar::device::cpu::Cpu;
+use dfar::model::{HostTensor, Initialization};
+use dfar_baselines::loss::Ranking;
+use dfar_baselines::{Kind, LossOptions, Model, Settings};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use std::sync::Arc;
+
+const ITEMS: usize = 30;
+
+fn model(kind: Kind) -> Model {
+    let settings = Settings {
+        items: ITEMS,
+        max_length: 12,
+        width: 20,
+        attention: [7, 5],
+        tower: [9, 6],
+        horizontal: 6,
+        vertical: 3,
+        vertical_length: 5,
+        ..Settings::default()
+    };
+    let device = Arc::new(Cpu::new());
+    Model::initialized(device, kind, settings, 7, Initialization::Scaled).expect("the settings are valid")
+}
+
+/// Histories with empty, equal and full prefixes, each with `candidates` candidates.
+fn histories(candidates: usize) -> Vec<History> {
+    let mut rng = ChaCha8Rng::seed_from_u64(1);
+    let mut items = |count| (0..count).map(|_| rng.random_range(0..ITEMS as u32)).collect::<Vec<_>>();
+    let prefixes: [&[u32]; 5] = [&[0, 1, 4, 4, 12], &[7], &[0], &[2, 3, 9], &[1, 1]];
+    let history = |lengths: &[u32]| {
+        let group = |&length: &u32| Group {
+            length,
+            candidates: items(candidates),
+            targets: (0..candidates).map(|c| if c == 0 { 1.0 } else { 0.0 }).collect(),
+        };
+        let groups: Vec<Group> = lengths.iter().map(group).collect();
+        let items = items(*lengths.last().expect("a history has groups") as usize);
+        History { labels: items.iter().map(|x| (x % 2) as u8).collect(), items, groups }
+    };
+    prefixes.into_iter().map(history).collect()
+}
+
+/// An item for each event, if the system has a use for it.
+fn negatives(kind: Kind, histories: &[History]) -> Vec<u32> {
+    let sampled = |h: &History| h.items.iter().map(|x| (x + 11) % ITEMS as u32).collect::<Vec<_>>();
+    match samples(kind) {
+        true => histories.iter().flat_map(sampled).collect(),
+        false => vec![],
+    }
+}
+
+/// Whether the auxiliary loss of the system samples items.
+fn samples(kind: Kind) -> bool {
+    kind.auxiliary().is_some_and(|(name, _)| name == "aux")
+}
+
+fn gradients(
+    kind: Kind,
+    histories: &[History],
+    negatives: &[u32],
+    options: &LossOptions,
+) -> (f64, Vec<HostTensor>) {
+    let model = model(kind);
+    let x = model.inputs(histories, negatives).expect("the histories fit");
+    let (loss, gradients) = model.gradients(&x, options).expect("a step");
+    (loss.loss, gradients)
+}
+
+#[test]
+fn later_events_change_no_earlier_prefix() {
+    for kind in Kind::ALL {
+        let model = model(kind);
+        let before = histories(3);
+        let score = |histories: &[History]| {
+            model.score(&model.inputs(histories, &[]).expect("the histories fit")).expect("scores")
+        };
+        let expected = score(&before);
+        for t in 0..12 {
+            let mut after = before.clone();
+            for history in &mut after {
+                for (item, label) in history.items.iter_mut().zip(&mut history.labels).skip(t) {
+                    (*item, *label) = ((*item + 13) % ITEMS as u32, 1 - *label);
+                }
+            }
+            let found = score(&after);
+            let lengths = before.iter().flat_map(|h| &h.groups).flat_map(|g| [g.length as usize; 3]);
+            let mut changed = 0;
+            for (row, length) in lengths.enumerate() {
+                if length <= t {
+                    assert_eq!(found[row], expected[row], "{kind:?}, event {t}, row {row}");
+                } else {
+                    changed += usize::from(found[row] != expected[row]);
+                }
+            }
+            assert!(changed > 0, "{kind:?} does not read event {t}");
+        }
+    }
+}
+
+#[test]
+fn a_pass_for_each_prefix_and_candidate_has_the_same_gradients() {
+    for kind in Kind::ALL {
+        // DIEN counts its auxiliary loss once for each pass: it is left out.
+        let auxiliary = if samples(kind) { 0.0 } else { 0.3 };
+        let options = LossOptions { ranking: Ranking::Bce, embed_l2: 1e-2, auxiliary };
+        let shared = histories(4);
+        let mut alone = without_sharing(&shared);
+        let (loss, expected) = gradients(kind, &shared, &[], &options);
+        let (loss_alone, found) = gradients(kind, &alone, &[], &options);
+        assert!((loss - loss_alone).abs() < 1e-6 * loss.abs(), "{kind:?}: {loss} and {loss_alone}");
+        compare(kind, &found, &expected);
+        // One event more in one of the passes is noticed.
+        alone[0].items.push(3);
+        alone[0].labels.push(1);
+        alone[0].groups[0].length += 1;
+        let (loss_longer, _) = gradients(kind, &alone, &[], &options);
+        assert!((loss - loss_longer).abs() > 1e-6 * loss.abs(), "{kind:?}");
+    }
+}
+
+fn compare(kind: Kind, found: &[HostTensor], expected: &[HostTensor]) {
+    assert_eq!(found.len(), expected.len());
+    for (found, expected) in found.iter().zip(expected) {
+        let scale = expected.values.iter().fold(1e-4f32, |max, x| max.max(x.abs()));
+        for (x, y) in found.values.iter().zip(&expected.values) {
+            assert!((x - y).abs() <= 5e-5 * scale, "{kind:?}, {}: {x} and {y}", found.name);
+        }
+    }
+}
+
+#[test]
+fn gradients_are_bitwise_equal_for_any_number_of_threads() {
+    let options = LossOptions { ranking: Ranking::Bce, embed_l2: 1e-3, auxiliary: 0.5 };
+    // More sequences than a task of any operation has.
+    let histories: Vec<History> = (0..20).flat_map(|_| histories(10)).collect();
+    for kind in Kind::ALL {
+        let run = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
+            pool.install(|| gradients(kind, &histories, &negatives(kind, &histories), &options))
+        };
+        let ((loss, expected), (found_loss, found)) = (run(1), run(3));
+        assert_eq!(loss, found_loss, "{kind:?}");
+        for (x, y) in found.iter().zip(&expected) {
+            assert!(x.values == y.values, "{kind:?}: {}", x.name);
+        }
+    }
+}

@@ -2,6 +2,7 @@
 
 use crate::inputs::Inputs;
 use crate::parameters::Names;
+use crate::systems::caser::Caser;
 use crate::systems::gru4rec::Gru4rec;
 use crate::systems::sasrec::{Pool, Sasrec};
 use crate::{Floats, Indices, Result, Tensors};
@@ -98,6 +99,8 @@ pub trait System: Send + Sync {
 #[serde(rename_all = "lowercase")]
 #[value(rename_all = "lower")]
 pub enum Kind {
+    /// Convolutions over the latest events and over the whole history.
+    Caser,
     /// A GRU.
     Gru4rec,
     /// Self-attention over the liked events.
@@ -154,6 +157,11 @@ impl Default for Settings {
 }
 
 impl Settings {
+    /// Events that a vertical filter of Caser sees.
+    pub fn vertical_length(&self) -> usize {
+        if self.vertical_length == 0 { self.max_length } else { self.vertical_length }
+    }
+
     /// Validates the sizes.
     ///
     /// # Errors
@@ -196,11 +204,12 @@ pub struct Built {
 
 impl Kind {
     /// All of them, in the order of Table 2.
-    pub const ALL: [Self; 2] = [Self::Gru4rec, Self::Sasrec];
+    pub const ALL: [Self; 3] = [Self::Caser, Self::Gru4rec, Self::Sasrec];
 
     /// Name in files and on the command line.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Caser => "caser",
             Self::Gru4rec => "gru4rec",
             Self::Sasrec => "sasrec",
         }
@@ -209,6 +218,7 @@ impl Kind {
     /// Name in tables.
     pub fn title(self) -> &'static str {
         match self {
+            Self::Caser => "Caser",
             Self::Gru4rec => "GRU4REC",
             Self::Sasrec => "SASRec",
         }
@@ -217,14 +227,14 @@ impl Kind {
     /// The feedback that its paper uses.
     pub fn feedback(self) -> Feedback {
         match self {
-            Self::Gru4rec | Self::Sasrec => Feedback::PositiveOnly,
+            Self::Caser | Self::Gru4rec | Self::Sasrec => Feedback::PositiveOnly,
         }
     }
 
     /// Name and default weight of the auxiliary loss.
     pub fn auxiliary(self) -> Option<(&'static str, f64)> {
         match self {
-            Self::Gru4rec | Self::Sasrec => None,
+            Self::Caser | Self::Gru4rec | Self::Sasrec => None,
         }
     }
 
@@ -242,6 +252,9 @@ impl Kind {
     pub fn build(self, names: &mut Names, settings: &Settings) -> Built {
         let width = settings.width;
         match self {
+            Self::Caser => {
+                Built { system: Box::new(Caser::new(names, settings)), parts: Caser::parts(settings) }
+            }
             Self::Gru4rec => Built { system: Box::new(Gru4rec::new(names, settings)), parts: width },
             Self::Sasrec => Built { system: Box::new(Sasrec::new(names, settings)), parts: width },
         }

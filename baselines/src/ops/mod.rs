@@ -2,6 +2,7 @@
 //! number of threads, so results are bitwise equal for any number of threads.
 
 pub mod cell;
+pub mod convolution;
 pub mod gru;
 pub mod lists;
 pub mod prefix;

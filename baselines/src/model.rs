@@ -160,7 +160,7 @@ impl Model {
     /// # Errors
     /// Failures of the device.
     pub fn score(&self, x: &Inputs) -> Result<Vec<f32>> {
-        let cx = self.context(x, 0.0);
+        let cx = self.context(x, None);
         let Encoded { parts, .. } = self.system.encode(cx)?;
         Ok(self.tower.forward(cx, &parts)?.logits.to_vec())
     }
@@ -234,9 +234,12 @@ impl Model {
         Ok(loss)
     }
 
-    fn context<'a>(&'a self, x: &'a Inputs, auxiliary: f32) -> Context<'a> {
+    /// With the options of the losses if the backward pass follows.
+    fn context<'a>(&'a self, x: &'a Inputs, options: Option<&LossOptions>) -> Context<'a> {
         let (device, p, tables) = (&*self.device, &self.p, &self.tables);
-        Context { device, p, tables, x, width: self.settings.width, auxiliary }
+        let auxiliary = options.map_or(0.0, |options| options.auxiliary);
+        let gradients = options.is_some();
+        Context { device, p, tables, x, width: self.settings.width, auxiliary, gradients }
     }
 
     /// Losses, gradients of whole tensors, and those of the embedding tables by row.
@@ -246,7 +249,7 @@ impl Model {
         options: &LossOptions,
     ) -> Result<(StepLoss, Tensors, Vec<TableGradient<'a>>)> {
         let (device, width) = (&*self.device, self.settings.width);
-        let cx = self.context(x, options.auxiliary);
+        let cx = self.context(x, Some(options));
         let Encoded { parts, backward } = self.system.encode(cx)?;
         let tower = self.tower.forward(cx, &parts)?;
         let mut d_logits: Floats = device.alloc(x.batch.rows())?;

@@ -3,6 +3,7 @@
 use crate::inputs::Inputs;
 use crate::parameters::Names;
 use crate::systems::caser::Caser;
+use crate::systems::dien::Dien;
 use crate::systems::gru4rec::Gru4rec;
 use crate::systems::sasrec::{Pool, Sasrec};
 use crate::{Floats, Indices, Result, Tensors};
@@ -27,6 +28,8 @@ pub struct Context<'a> {
     pub width: usize,
     /// Weight of the auxiliary loss.
     pub auxiliary: f32,
+    /// Whether the backward pass follows. Without it, a system need not keep what only that reads.
+    pub gradients: bool,
 }
 
 /// The embedding tables of a system.
@@ -103,6 +106,8 @@ pub enum Kind {
     Caser,
     /// A GRU.
     Gru4rec,
+    /// A GRU, and a second one gated by the attention of the candidate.
+    Dien,
     /// Self-attention over the liked events.
     Sasrec,
 }
@@ -204,13 +209,14 @@ pub struct Built {
 
 impl Kind {
     /// All of them, in the order of Table 2.
-    pub const ALL: [Self; 3] = [Self::Caser, Self::Gru4rec, Self::Sasrec];
+    pub const ALL: [Self; 4] = [Self::Caser, Self::Gru4rec, Self::Dien, Self::Sasrec];
 
     /// Name in files and on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Self::Caser => "caser",
             Self::Gru4rec => "gru4rec",
+            Self::Dien => "dien",
             Self::Sasrec => "sasrec",
         }
     }
@@ -220,6 +226,7 @@ impl Kind {
         match self {
             Self::Caser => "Caser",
             Self::Gru4rec => "GRU4REC",
+            Self::Dien => "DIEN",
             Self::Sasrec => "SASRec",
         }
     }
@@ -227,13 +234,14 @@ impl Kind {
     /// The feedback that its paper uses.
     pub fn feedback(self) -> Feedback {
         match self {
-            Self::Caser | Self::Gru4rec | Self::Sasrec => Feedback::PositiveOnly,
+            Self::Caser | Self::Gru4rec | Self::Dien | Self::Sasrec => Feedback::PositiveOnly,
         }
     }
 
     /// Name and default weight of the auxiliary loss.
     pub fn auxiliary(self) -> Option<(&'static str, f64)> {
         match self {
+            Self::Dien => Some(("aux", 1.0)),
             Self::Caser | Self::Gru4rec | Self::Sasrec => None,
         }
     }
@@ -256,6 +264,7 @@ impl Kind {
                 Built { system: Box::new(Caser::new(names, settings)), parts: Caser::parts(settings) }
             }
             Self::Gru4rec => Built { system: Box::new(Gru4rec::new(names, settings)), parts: width },
+            Self::Dien => Built { system: Box::new(Dien::new(names, settings)), parts: 3 * width },
             Self::Sasrec => Built { system: Box::new(Sasrec::new(names, settings)), parts: width },
         }
     }

@@ -5,7 +5,11 @@ use crate::parameters::Names;
 use crate::systems::caser::Caser;
 use crate::systems::dien::Dien;
 use crate::systems::gru4rec::Gru4rec;
+use crate::systems::dfn::Dfn;
+use crate::systems::din::Din;
+use crate::systems::feedrec::Feedrec;
 use crate::systems::sasrec::{Pool, Sasrec};
+use crate::systems::tha4rec::tha4rec;
 use crate::{Floats, Indices, Result, Tensors};
 use dfar::batch::Feedback;
 use dfar::device::cpu::Cpu;
@@ -97,11 +101,13 @@ pub trait System: Send + Sync {
     fn encode<'a>(&'a self, cx: Context<'a>) -> Result<Encoded<'a>>;
 }
 
-/// The systems.
+/// The systems, in the order of Table 2.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 #[value(rename_all = "lower")]
 pub enum Kind {
+    /// Attention of the candidate over the liked events.
+    Din,
     /// Convolutions over the latest events and over the whole history.
     Caser,
     /// A GRU.
@@ -110,6 +116,12 @@ pub enum Kind {
     Dien,
     /// Self-attention over the liked events.
     Sasrec,
+    /// SASRec with talking heads.
+    Tha4rec,
+    /// Liked and skipped events in two transformers with the candidate.
+    Dfn,
+    /// All events in one transformer, then liked and skipped ones in their own.
+    Feedrec,
 }
 
 /// Sizes of a system. Fields that a system does not have are ignored.
@@ -208,33 +220,42 @@ pub struct Built {
 }
 
 impl Kind {
-    /// All of them, in the order of Table 2.
-    pub const ALL: [Self; 4] = [Self::Caser, Self::Gru4rec, Self::Dien, Self::Sasrec];
+    /// All of them.
+    pub const ALL: [Self; 8] = [Self::Din, Self::Caser, Self::Gru4rec, Self::Dien, Self::Sasrec, Self::Tha4rec, Self::Dfn, Self::Feedrec];
 
     /// Name in files and on the command line.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Din => "din",
             Self::Caser => "caser",
             Self::Gru4rec => "gru4rec",
             Self::Dien => "dien",
             Self::Sasrec => "sasrec",
+            Self::Tha4rec => "tha4rec",
+            Self::Dfn => "dfn",
+            Self::Feedrec => "feedrec",
         }
     }
 
     /// Name in tables.
     pub fn title(self) -> &'static str {
         match self {
+            Self::Din => "DIN",
             Self::Caser => "Caser",
             Self::Gru4rec => "GRU4REC",
             Self::Dien => "DIEN",
             Self::Sasrec => "SASRec",
+            Self::Tha4rec => "THA4Rec",
+            Self::Dfn => "DFN",
+            Self::Feedrec => "FeedRec",
         }
     }
 
     /// The feedback that its paper uses.
     pub fn feedback(self) -> Feedback {
         match self {
-            Self::Caser | Self::Gru4rec | Self::Dien | Self::Sasrec => Feedback::PositiveOnly,
+            Self::Dfn | Self::Feedrec => Feedback::Mixed,
+            _ => Feedback::PositiveOnly,
         }
     }
 
@@ -242,31 +263,45 @@ impl Kind {
     pub fn auxiliary(self) -> Option<(&'static str, f64)> {
         match self {
             Self::Dien => Some(("aux", 1.0)),
-            Self::Caser | Self::Gru4rec | Self::Sasrec => None,
+            Self::Feedrec => Some(("idl", 1e-3)),
+            _ => None,
         }
+    }
+
+    /// Whether its auxiliary loss samples an item for each event.
+    pub fn samples_items(self) -> bool {
+        self == Self::Dien
     }
 
     /// Whether it has a table of positions.
     pub fn has_positions(self) -> bool {
-        matches!(self, Self::Sasrec)
+        matches!(self, Self::Sasrec | Self::Tha4rec | Self::Dfn | Self::Feedrec)
     }
 
     /// Whether it has a table of labels.
     pub fn has_labels(self) -> bool {
-        false
+        self == Self::Feedrec
     }
 
     /// Names the parameters of the system behind those of its tables.
     pub fn build(self, names: &mut Names, settings: &Settings) -> Built {
         let width = settings.width;
         match self {
-            Self::Caser => {
-                Built { system: Box::new(Caser::new(names, settings)), parts: Caser::parts(settings) }
-            }
-            Self::Gru4rec => Built { system: Box::new(Gru4rec::new(names, settings)), parts: width },
-            Self::Dien => Built { system: Box::new(Dien::new(names, settings)), parts: 3 * width },
-            Self::Sasrec => Built { system: Box::new(Sasrec::new(names, settings)), parts: width },
+            Self::Din => Built::new(2 * width, Din::new(names, settings)),
+            Self::Caser => Built::new(Caser::parts(settings), Caser::new(names, settings)),
+            Self::Gru4rec => Built::new(width, Gru4rec::new(names, settings)),
+            Self::Dien => Built::new(3 * width, Dien::new(names, settings)),
+            Self::Sasrec => Built::new(width, Sasrec::new(names, settings)),
+            Self::Tha4rec => Built::new(width, tha4rec(names, settings)),
+            Self::Dfn => Built::new(3 * width, Dfn::new(names, settings)),
+            Self::Feedrec => Built::new(3 * width, Feedrec::new(names, settings)),
         }
+    }
+}
+
+impl Built {
+    fn new(parts: usize, system: impl System + 'static) -> Self {
+        Self { system: Box::new(system), parts }
     }
 }
 

@@ -48,3 +48,10 @@ pub fn sum_by_list(width: usize, lists: Lists, x: &[f32], y: &mut [f32]) {
 pub fn add(x: &[f32], y: &mut [f32]) {
     dfar::device::cpu::elementwise::add_assign(x, y);
 }
+
+/// `y[index[n]] += x[n]`, in order. An index may occur any number of times.
+pub fn scatter_sum(width: usize, x: &[f32], index: &[u32], y: &mut [f32]) {
+    for (x, &i) in x.chunks_exact(width).zip(index) {
+        add(x, &mut y[i as usize * width..][..width]);
+    }
+}

@@ -1,6 +1,7 @@
 //! Operations that only the compared systems need. Work is cut into chunks that do not depend on the
 //! number of threads, so results are bitwise equal for any number of threads.
 
+pub mod attentive;
 pub mod cell;
 pub mod convolution;
 pub mod gru;
@@ -11,5 +12,7 @@ pub mod prefix_attention;
 mod rows;
 pub mod sequences;
 pub mod stack;
+pub mod talking_heads;
+pub mod target;
 #[cfg(test)]
 mod testing;

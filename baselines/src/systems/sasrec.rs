@@ -29,8 +29,8 @@ pub enum Pool {
 
 /// SASRec.
 pub struct Sasrec {
-    encoder: Stack,
-    pool: Pool,
+    pub(super) encoder: Stack,
+    pub(super) pool: Pool,
 }
 
 impl Sasrec {

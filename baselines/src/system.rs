@@ -3,11 +3,11 @@
 use crate::inputs::Inputs;
 use crate::parameters::Names;
 use crate::systems::caser::Caser;
-use crate::systems::dien::Dien;
-use crate::systems::gru4rec::Gru4rec;
 use crate::systems::dfn::Dfn;
+use crate::systems::dien::Dien;
 use crate::systems::din::Din;
 use crate::systems::feedrec::Feedrec;
+use crate::systems::gru4rec::Gru4rec;
 use crate::systems::sasrec::{Pool, Sasrec};
 use crate::systems::tha4rec::tha4rec;
 use crate::{Floats, Indices, Result, Tensors};
@@ -221,7 +221,16 @@ pub struct Built {
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 8] = [Self::Din, Self::Caser, Self::Gru4rec, Self::Dien, Self::Sasrec, Self::Tha4rec, Self::Dfn, Self::Feedrec];
+    pub const ALL: [Self; 8] = [
+        Self::Din,
+        Self::Caser,
+        Self::Gru4rec,
+        Self::Dien,
+        Self::Sasrec,
+        Self::Tha4rec,
+        Self::Dfn,
+        Self::Feedrec,
+    ];
 
     /// Name in files and on the command line.
     pub fn name(self) -> &'static str {

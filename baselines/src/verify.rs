@@ -60,11 +60,7 @@ fn compare_case(case: &Case) -> Result<Vec<TensorError>, VerifyError> {
     let options = LossOptions {
         ranking: Ranking::Bce,
         embed_l2: meta.embed_l2,
-        auxiliary: if meta.system.auxiliary().is_some_and(|(name, _)| name == "aux") {
-            meta.aux
-        } else {
-            meta.idl
-        },
+        auxiliary: if meta.system.samples_items() { meta.aux } else { meta.idl },
     };
 
     let logits = model.score(&x).map_err(refused)?;
@@ -114,9 +110,9 @@ fn inputs(case: &Case, meta: &Meta, model: &Model) -> Result<Inputs, VerifyError
     let lengths = case.u32s("group_length", &[Some(groups)])?;
     let shape = [Some(groups), Some(meta.candidates)];
     let (candidates, targets) = (case.u32s("candidate", &shape)?, case.f32s("target", &shape)?);
-    let negatives = match meta.system.auxiliary() {
-        Some(("aux", _)) => case.u32s("aux_negative", &[Some(tokens)])?,
-        _ => Vec::new(),
+    let negatives = match meta.system.samples_items() {
+        true => case.u32s("aux_negative", &[Some(tokens)])?,
+        false => Vec::new(),
     };
     let mut packed: Vec<History> = Vec::new();
     let mut seen_negatives = Vec::new();

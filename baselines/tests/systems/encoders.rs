@@ -49,15 +49,10 @@ fn histories(candidates: usize) -> Vec<History> {
 /// An item for each event, if the system has a use for it.
 fn negatives(kind: Kind, histories: &[History]) -> Vec<u32> {
     let sampled = |h: &History| h.items.iter().map(|x| (x + 11) % ITEMS as u32).collect::<Vec<_>>();
-    match samples(kind) {
+    match kind.samples_items() {
         true => histories.iter().flat_map(sampled).collect(),
         false => vec![],
     }
-}
-
-/// Whether the auxiliary loss of the system samples items.
-fn samples(kind: Kind) -> bool {
-    kind.auxiliary().is_some_and(|(name, _)| name == "aux")
 }
 
 fn gradients(
@@ -107,7 +102,7 @@ fn later_events_change_no_earlier_prefix() {
 fn a_pass_for_each_prefix_and_candidate_has_the_same_gradients() {
     for kind in Kind::ALL {
         // DIEN counts its auxiliary loss once for each pass: it is left out.
-        let auxiliary = if samples(kind) { 0.0 } else { 0.3 };
+        let auxiliary = if kind.samples_items() { 0.0 } else { 0.3 };
         let options = LossOptions { ranking: Ranking::Bce, embed_l2: 1e-2, auxiliary };
         let shared = histories(4);
         let mut alone = without_sharing(&shared);
@@ -149,5 +144,44 @@ fn gradients_are_bitwise_equal_for_any_number_of_threads() {
         for (x, y) in found.iter().zip(&expected) {
             assert!(x.values == y.values, "{kind:?}: {}", x.name);
         }
+    }
+}
+
+#[test]
+fn talking_heads_that_do_not_mix_are_sasrec() {
+    let (sasrec, tha4rec) = (model(Kind::Sasrec), model(Kind::Tha4rec));
+    let mut tensors = sasrec.tensors().expect("parameters");
+    tensors.extend(tha4rec.tensors().expect("parameters").into_iter().filter(|t| t.name.contains(".mix_")));
+    let tha4rec =
+        Model::from_tensors(Arc::new(Cpu::new()), Kind::Tha4rec, sasrec.settings().clone(), &tensors)
+            .expect("the same names");
+    let options = LossOptions { ranking: Ranking::Bce, embed_l2: 1e-2, auxiliary: 0.0 };
+    let gradients = |model: &Model| {
+        let x = model.inputs(&histories(3), &[]).expect("the histories fit");
+        model.gradients(&x, &options).expect("a step")
+    };
+    let ((loss, of_sasrec), (same, of_tha4rec)) = (gradients(&sasrec), gradients(&tha4rec));
+    assert!((loss.loss - same.loss).abs() < 1e-6 * loss.loss);
+    for own in &of_sasrec {
+        let other = of_tha4rec.iter().find(|t| t.name == own.name).expect("the same names");
+        let largest = own.values.iter().fold(1e-3f32, |m, x| m.max(x.abs()));
+        for (a, b) in own.values.iter().zip(&other.values) {
+            assert!((a - b).abs() <= 2e-5 * largest, "{}: {a}, {b}", own.name);
+        }
+    }
+    assert!(of_tha4rec.iter().any(|t| t.name == "encoder.mix_weights" && t.values.iter().any(|x| *x != 0.0)));
+}
+
+#[test]
+fn a_batch_beyond_the_tables_is_refused() {
+    let model = model(Kind::Sasrec);
+    let history = |items: Vec<u32>, candidates: Vec<u32>| History {
+        labels: vec![1; items.len()],
+        groups: vec![Group { length: items.len() as u32, targets: vec![1.0; candidates.len()], candidates }],
+        items,
+    };
+    let too_long = history(vec![1; 13], vec![2]);
+    for bad in [history(vec![ITEMS as u32], vec![1]), history(vec![1], vec![ITEMS as u32]), too_long] {
+        assert!(model.inputs(&[bad], &[]).is_err());
     }
 }

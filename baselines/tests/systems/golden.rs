@@ -1,0 +1,65 @@
+//! The systems against the float64 cases of the oracle: logits, losses, every gradient, Adam.
+
+use dfar_baselines::verify::verify;
+use dfar_tools::verify::{Outcome, VerifyError, cases};
+use std::path::{Path, PathBuf};
+
+fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Number of cases, all of which pass.
+fn check(folder: &Path) -> usize {
+    let mut checked = 0;
+    for path in cases(folder).expect("there should be cases") {
+        let report = verify(&path).unwrap_or_else(|error| panic!("{error}"));
+        let Outcome::Checked(errors) = &report.outcome else { panic!("{} was not compared", report.case) };
+        assert!(errors.len() > 10, "{}: only {} tensors compared", report.case, errors.len());
+        for error in errors {
+            assert!(error.passes(), "{}: {error:?}", report.case);
+        }
+        checked += 1;
+    }
+    checked
+}
+
+#[test]
+fn the_systems_agree_with_the_oracle() {
+    assert!(check(&root().join("tests/golden")) >= 8);
+}
+
+#[test]
+fn the_systems_agree_with_all_cases_of_the_oracle() {
+    let folder = root().join("../../shared/golden/baselines");
+    if !folder.exists() {
+        println!("skipped: {} is not there", folder.display());
+        return;
+    }
+    assert!(check(&folder) >= 23);
+}
+
+#[test]
+fn a_wrong_gradient_is_noticed_and_a_broken_file_is_named() {
+    let path = root().join("tests/golden/sasrec_small.safetensors");
+    let mut bytes = std::fs::read(&path).expect("the case should be there");
+    let (header, metadata) = safetensors::SafeTensors::read_metadata(&bytes).expect("a header");
+    let (start, end) = metadata.info("grad.encoder.v.w").expect("the gradient is there").data_offsets;
+    let at = 8 + header;
+    let values: Vec<f64> = bytes[at + start..at + end]
+        .chunks_exact(8)
+        .map(|value| f64::from_le_bytes(value.try_into().expect("8 bytes")))
+        .collect();
+    let largest = values.iter().fold(0f64, |m, v| m.max(v.abs()));
+    bytes[at + start..at + start + 8].copy_from_slice(&(values[0] + 2e-4 * largest).to_le_bytes());
+    let folder = tempfile::tempdir().expect("a folder");
+    let altered = folder.path().join("altered.safetensors");
+    std::fs::write(&altered, &bytes).expect("a file");
+    let report = verify(&altered).expect("it is still a case");
+    let Outcome::Checked(errors) = &report.outcome else { panic!("not compared") };
+    let failed: Vec<_> = errors.iter().filter(|e| !e.passes()).map(|e| &e.tensor[..]).collect();
+    assert_eq!(failed, ["grad.encoder.v.w"]);
+
+    std::fs::write(&altered, &bytes[..bytes.len() / 2]).expect("a file");
+    let error = verify(&altered).expect_err("half a file is no case");
+    assert!(matches!(error, VerifyError::Format { .. }) && error.to_string().contains("altered.safetensors"));
+}

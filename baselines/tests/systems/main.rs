@@ -1,0 +1,4 @@
+//! Tests of all systems, in one program.
+
+mod encoders;
+mod golden;

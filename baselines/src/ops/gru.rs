@@ -287,7 +287,7 @@ fn take<'a>(values: &mut Option<&'a mut [f32]>, len: usize) -> Option<&'a mut [f
 
 /// `1 / (1 + e^-x)`
 #[inline(always)]
-fn sigmoid<S: Simd>(s: S, x: S::V) -> S::V {
+pub(super) fn sigmoid<S: Simd>(s: S, x: S::V) -> S::V {
     let e = s.exp2(s.mul(x, s.splat(-std::f32::consts::LOG2_E)));
     s.div(s.splat(1.0), s.add(s.splat(1.0), e))
 }

@@ -2,6 +2,8 @@
 //! number of threads, so results are bitwise equal for any number of threads.
 
 pub mod attentive;
+pub mod candidate_attention;
+pub mod candidate_stack;
 pub mod cell;
 pub mod convolution;
 pub mod gru;

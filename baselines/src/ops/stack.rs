@@ -44,6 +44,12 @@ impl Stack {
         Self { options: FhaOptions { causal: false, ..causal.options }, ..causal }
     }
 
+    /// The first block, and a stack of the others if there are any.
+    pub fn split_first(mut self) -> (Block, Option<Self>) {
+        let first = self.blocks.remove(0);
+        (first, (!self.blocks.is_empty()).then_some(self))
+    }
+
     /// Causal blocks with talking heads: also names `mix_logits` and `mix_weights`, which start as the
     /// identity.
     pub fn talking(names: &mut Names, name: &str, settings: &Settings) -> Self {

@@ -8,22 +8,26 @@
 //! parts  = [e, f_pos, f_neg, f_skip]
 //! ```
 //!
-//! The candidate inside the blocks leaves nothing to share: each (prefix, candidate) is encoded on its
-//! own. Time and memory are those of as many histories as there are rows.
+//! The candidate inside the blocks leaves little to share: each (prefix, candidate) has an encoding of
+//! its own, whose time and memory are linear in the length of the prefix.
+//! [`candidate_stack`](crate::ops::candidate_stack) says what the candidates of a prefix have in common.
 
+use crate::ops::candidate_attention::CandidateSequences;
+use crate::ops::candidate_stack::{CandidateStack, CandidateState};
 use crate::ops::lists::{add, scatter_sum};
-use crate::ops::stack::{Stack, StackState};
 use crate::ops::target::{InputGradients, Target};
 use crate::parameters::Names;
-use crate::system::{Backward, Context, Encoded, Part, Per, Settings, System};
-use crate::{Floats, Indices, Result, Tensors};
+use crate::system::{Backward, Context, Encoded, Gradients, Part, Per, Settings, System};
+use crate::{Floats, Indices, Result};
 use dfar::batch::{Batch, LabelSplit};
-use dfar::device::{Embedding, Lookup, Memory, PrefixMean, Prefixes, Segments, TargetIndex, TargetInputs};
+use dfar::device::{
+    DeviceError, Embedding, Lookup, Memory, PrefixMean, Prefixes, Segments, TargetIndex, TargetInputs,
+};
 
 /// DFN.
 pub struct Dfn {
-    positive: Stack,
-    negative: Stack,
+    positive: CandidateStack,
+    negative: CandidateStack,
     cross: Target,
 }
 
@@ -31,17 +35,20 @@ impl Dfn {
     /// Names the parameters `positive.*`, `negative.*`, `cross.*`.
     pub fn new(names: &mut Names, settings: &Settings) -> Self {
         Self {
-            positive: Stack::bidirectional(names, "positive", settings),
-            negative: Stack::bidirectional(names, "negative", settings),
+            positive: CandidateStack::new(names, "positive", settings),
+            negative: CandidateStack::new(names, "negative", settings),
             cross: Target::new(names, "cross", settings),
         }
     }
 }
 
 /// For each row, the candidate and the tokens of one label in its prefix, as a sequence.
-struct RowSequences {
-    /// Rows of `[z; e]`.
-    index: Indices,
+struct Side {
+    /// `[N_f]` the tokens of the label.
+    token: Indices,
+    /// `[N_f + C, D]` these tokens, and the candidates.
+    x: Floats,
+    sequences: CandidateSequences,
     /// `[R + 1]`
     cu_seqlens: Indices,
     /// `[R]`
@@ -50,26 +57,32 @@ struct RowSequences {
     one_each: Indices,
 }
 
-impl RowSequences {
-    fn new(cx: Context, split: &LabelSplit) -> Result<Self> {
-        let batch = &cx.x.batch;
-        let (mut index, mut cu_seqlens) = (Vec::new(), vec![0]);
-        let mut length = Vec::with_capacity(batch.rows());
+impl Side {
+    fn new(cx: Context, split: &LabelSplit, z: &Floats, e: &Floats) -> Result<Self> {
+        let (device, batch) = (cx.device, &cx.x.batch);
+        let token = device.upload(&split.token)?;
+        let mut own = device.alloc(token.len() * cx.width)?;
+        device.gather_sum(cx.width, &[Lookup { table: z, index: &token }], &mut own)?;
+        let mut sequences = CandidateSequences::default();
         for (b, groups) in batch.group_offsets.windows(2).enumerate() {
-            let tokens = &split.token[split.cu_seqlens[b] as usize..];
+            let start = split.cu_seqlens[b] as usize;
             for group in groups[0] as usize..groups[1] as usize {
-                for row in batch.row_offsets[group]..batch.row_offsets[group + 1] {
-                    index.push(batch.tokens() as u32 + batch.row_pair[row as usize]);
-                    index.extend(&tokens[..split.count[group] as usize]);
-                    cu_seqlens.push(index.len() as u32);
-                    length.push(1 + split.count[group]);
-                }
+                sequences.tokens.push(start..start + split.count[group] as usize);
+                sequences.rows.push(batch.row_offsets[group] as usize..batch.row_offsets[group + 1] as usize);
             }
         }
+        sequences.candidate = batch.row_pair.iter().map(|&pair| token.len() + pair as usize).collect();
+        let length: Vec<u32> = batch.row_group.iter().map(|&g| 1 + split.count[g as usize]).collect();
+        let mut cu_seqlens = vec![0u32];
+        for length in &length {
+            let end = cu_seqlens[cu_seqlens.len() - 1].checked_add(*length);
+            cu_seqlens.push(end.ok_or(DeviceError::Memory { bytes: usize::MAX })?);
+        }
         let one_each: Vec<u32> = (0..=batch.rows() as u32).collect();
-        let device = cx.device;
         Ok(Self {
-            index: device.upload(&index)?,
+            x: device.upload(&[&own[..], e].concat())?,
+            token,
+            sequences,
             cu_seqlens: device.upload(&cu_seqlens)?,
             length: device.upload(&length)?,
             one_each: device.upload(&one_each)?,
@@ -86,28 +99,28 @@ impl RowSequences {
     }
 
     /// `[R, D]` means of the encoded sequences.
-    fn encode(&self, cx: Context, stack: &Stack, z_and_e: &Floats) -> Result<(Floats, StackState)> {
-        let rows = [Lookup { table: z_and_e, index: &self.index }];
-        let (y, state) = stack.forward(cx, &rows, &self.cu_seqlens)?;
+    fn encode(&self, cx: Context, stack: &CandidateStack) -> Result<(Floats, CandidateState)> {
+        let (y, state) = stack.forward(cx, &self.x, &self.sequences, &self.cu_seqlens)?;
         let mut mean = cx.device.alloc(cx.x.batch.rows() * cx.width)?;
         cx.device.prefix_mean(cx.width, self.means(), &y, &mut mean)?;
         Ok((mean, state))
     }
 
-    /// Adds the gradient of `[z; e]`.
+    /// Adds the gradients of tokens and candidates.
     fn backward(
         &self,
         cx: Context,
-        stack: &Stack,
-        state: StackState,
+        stack: &CandidateStack,
+        state: CandidateState,
         d_mean: &Floats,
-        grads: &mut Tensors,
-        d_z_and_e: &mut Floats,
+        grads: &mut Gradients,
     ) -> Result<()> {
-        let mut dy = cx.device.alloc(self.index.len() * cx.width)?;
+        let mut dy = cx.device.alloc(self.sequences.len() * cx.width)?;
         cx.device.prefix_mean_backward(cx.width, self.means(), d_mean, &mut dy)?;
-        let dx = stack.backward(cx, grads, state, dy)?;
-        scatter_sum(cx.width, &dx, &self.index, d_z_and_e);
+        let dx = stack.backward(cx, &mut grads.dense, &self.x, &self.sequences, state, dy)?;
+        let (of_tokens, of_candidates) = dx.split_at(self.token.len() * cx.width);
+        scatter_sum(cx.width, of_tokens, &self.token, &mut grads.tokens);
+        add(of_candidates, &mut grads.candidates);
         Ok(())
     }
 }
@@ -155,13 +168,11 @@ impl System for Dfn {
         let (device, batch, width) = (cx.device, &cx.x.batch, cx.width);
         let [skipped, liked] = &batch.split;
         let z = cx.events()?;
-        let z_and_e: Floats = device.upload(&[&z[..], &cx.candidates()?].concat())?;
-        let (of_liked, of_skipped) = (RowSequences::new(cx, liked)?, RowSequences::new(cx, skipped)?);
-        let (f_pos, positive_state) = of_liked.encode(cx, &self.positive, &z_and_e)?;
-        let (f_neg, negative_state) = of_skipped.encode(cx, &self.negative, &z_and_e)?;
-        let skipped_token = device.upload(&skipped.token)?;
-        let mut z_skipped: Floats = device.alloc(skipped.token.len() * width)?;
-        device.gather_sum(width, &[Lookup { table: &z, index: &skipped_token }], &mut z_skipped)?;
+        let e = cx.candidates()?;
+        let (of_liked, of_skipped) = (Side::new(cx, liked, &z, &e)?, Side::new(cx, skipped, &z, &e)?);
+        let (f_pos, positive_state) = of_liked.encode(cx, &self.positive)?;
+        let (f_neg, negative_state) = of_skipped.encode(cx, &self.negative)?;
+        let z_skipped = device.upload(&of_skipped.x[..skipped.token.len() * width])?;
         let index = CrossIndex::new(batch, skipped);
         let inputs = TargetInputs { s: &z_skipped, a: &z_skipped, r: &f_pos };
         let pass = self.cross.forward(cx, index.target_index(skipped), inputs)?;
@@ -173,19 +184,15 @@ impl System for Dfn {
             let InputGradients { mut ds, da, dr } =
                 self.cross.backward(cx, inputs, &pass, &d_parts[2], &mut grads.dense)?;
             add(&da, &mut ds);
-            device.scatter_add(width, &ds, &skipped_token, &mut grads.tokens)?;
+            device.scatter_add(width, &ds, &of_skipped.token, &mut grads.tokens)?;
             add(&dr, &mut d_parts[0]);
-            let mut d_z_and_e: Floats = device.zeros(z_and_e.len())?;
             let sides = [
                 (of_liked, &self.positive, positive_state, &d_parts[0]),
                 (of_skipped, &self.negative, negative_state, &d_parts[1]),
             ];
-            for (rows, stack, state, d_mean) in sides {
-                rows.backward(cx, stack, state, d_mean, &mut grads.dense, &mut d_z_and_e)?;
+            for (side, stack, state, d_mean) in sides {
+                side.backward(cx, stack, state, d_mean, grads)?;
             }
-            let (d_z, d_e) = d_z_and_e.split_at(grads.tokens.len());
-            add(d_z, &mut grads.tokens);
-            add(d_e, &mut grads.candidates);
             Ok(0.0)
         });
         Ok(Encoded { parts, backward })

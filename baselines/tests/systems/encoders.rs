@@ -12,8 +12,8 @@ use std::sync::Arc;
 
 const ITEMS: usize = 30;
 
-fn model(kind: Kind) -> Model {
-    let settings = Settings {
+fn settings() -> Settings {
+    Settings {
         items: ITEMS,
         max_length: 12,
         width: 20,
@@ -23,7 +23,14 @@ fn model(kind: Kind) -> Model {
         vertical: 3,
         vertical_length: 5,
         ..Settings::default()
-    };
+    }
+}
+
+fn model(kind: Kind) -> Model {
+    initialized(kind, settings())
+}
+
+fn initialized(kind: Kind, settings: Settings) -> Model {
     let device = Arc::new(Cpu::new());
     Model::initialized(device, kind, settings, 7, Initialization::Scaled).expect("the settings are valid")
 }
@@ -183,5 +190,44 @@ fn a_batch_beyond_the_tables_is_refused() {
     let too_long = history(vec![1; 13], vec![2]);
     for bad in [history(vec![ITEMS as u32], vec![1]), history(vec![1], vec![ITEMS as u32]), too_long] {
         assert!(model.inputs(&[bad], &[]).is_err());
+    }
+}
+
+/// The reference cases have one block.
+#[test]
+fn every_gradient_of_two_blocks_is_the_slope_of_the_loss() {
+    let options = LossOptions { ranking: Ranking::Bce, embed_l2: 1e-3, auxiliary: 0.5 };
+    let settings = Settings { blocks: 2, ..settings() };
+    let histories = histories(3);
+    for kind in [Kind::Sasrec, Kind::Tha4rec, Kind::Dfn, Kind::Feedrec] {
+        let start = initialized(kind, settings.clone());
+        let loss_and_gradients = |model: &Model| {
+            let x = model.inputs(&histories, &[]).expect("the histories fit");
+            model.gradients(&x, &options).expect("a step")
+        };
+        let (_, gradients) = loss_and_gradients(&start);
+        let mut checked = 0;
+        for (i, gradient) in gradients.iter().enumerate() {
+            let norm = gradient.values.iter().map(|&d| f64::from(d).powi(2)).sum::<f64>().sqrt();
+            // A smaller slope drowns in the rounding of f32: that of a bias of the keys is 0.
+            if norm < 5e-3 {
+                continue;
+            }
+            // Small enough that hardly any ReLU bends within it.
+            let step = 2e-4;
+            let moved = |by: f64| {
+                let mut tensors = start.tensors().expect("tensors");
+                for (x, &d) in tensors[i].values.iter_mut().zip(&gradient.values) {
+                    *x += (by * f64::from(d) / norm) as f32;
+                }
+                let device = Arc::new(Cpu::new());
+                let model = Model::from_tensors(device, kind, settings.clone(), &tensors).expect("a model");
+                loss_and_gradients(&model).0.loss
+            };
+            let slope = (moved(step) - moved(-step)) / (2.0 * step);
+            assert!((slope - norm).abs() < 0.01 * norm, "{kind:?}, {}: {slope}, {norm}", gradient.name);
+            checked += 1;
+        }
+        assert!(checked > gradients.len() / 2, "{kind:?}: {checked} of {}", gradients.len());
     }
 }

@@ -7,8 +7,10 @@
 use crate::{Indices, Result};
 use dfar::batch::{Batch, BatchError, History, Touched, touched};
 use dfar::device::cpu::Cpu;
-use dfar::device::{DeviceError, Memory, Prefixes, Segments};
+use dfar::device::{Memory, Prefixes, Segments};
+use dfar::evaluate::EvaluateError;
 use dfar::model::ModelError;
+use dfar::train::TrainError;
 
 /// Rows of an embedding table, and the places of their gradients, as device buffers.
 pub struct TouchedRows {
@@ -161,28 +163,30 @@ fn touched_items(batch: &Batch, negatives: &[u32]) -> Touched {
 }
 
 /// A batch that cannot be packed or does not fit the model.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
 pub enum InputError {
     /// Not a batch.
-    Batch(BatchError),
+    #[error(transparent)]
+    Batch(#[from] BatchError),
     /// Beyond the limits of the model, or no memory.
-    Model(ModelError),
+    #[error(transparent)]
+    Model(#[from] ModelError),
 }
 
-impl From<BatchError> for InputError {
-    fn from(error: BatchError) -> Self {
-        Self::Batch(error)
+impl From<InputError> for TrainError {
+    fn from(error: InputError) -> Self {
+        match error {
+            InputError::Batch(error) => error.into(),
+            InputError::Model(error) => error.into(),
+        }
     }
 }
 
-impl From<ModelError> for InputError {
-    fn from(error: ModelError) -> Self {
-        Self::Model(error)
-    }
-}
-
-impl From<DeviceError> for InputError {
-    fn from(error: DeviceError) -> Self {
-        Self::Model(error.into())
+impl From<InputError> for EvaluateError {
+    fn from(error: InputError) -> Self {
+        match error {
+            InputError::Batch(error) => error.into(),
+            InputError::Model(error) => error.into(),
+        }
     }
 }

@@ -21,15 +21,21 @@
 //! | [`ops`] | operations that only these systems need, on slices |
 //! | [`tower`], [`loss`] | what all systems share behind their encoders |
 //! | [`model`] | forward, backward, Adam |
+//! | [`learner`], [`fit`] | a model to train, and the training loop: that of DFAR, for all |
+//! | [`results`], [`table`] | the results of runs in files, and Table 2 from them |
 //! | [`verify`] | comparison with reference cases |
 
+pub mod fit;
 pub mod inputs;
+pub mod learner;
 pub mod loss;
 pub mod model;
 pub mod ops;
 pub mod parameters;
+pub mod results;
 pub mod system;
 pub mod systems;
+pub mod table;
 pub mod tower;
 pub mod verify;
 

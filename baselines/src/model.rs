@@ -141,6 +141,12 @@ impl Model {
         self.host(&self.p)
     }
 
+    /// What its tables allow.
+    pub fn limits(&self) -> Limits {
+        let positions = self.tables.position.map(|_| self.settings.max_length);
+        Limits { items: self.settings.items, positions }
+    }
+
     /// Packs histories for this model, see [`Inputs::new`].
     ///
     /// # Errors
@@ -150,9 +156,17 @@ impl Model {
         histories: &[History],
         negatives: &[u32],
     ) -> std::result::Result<Inputs, InputError> {
-        let positions = self.tables.position.map(|_| self.settings.max_length);
-        let limits = Limits { items: self.settings.items, positions };
-        Inputs::new(&self.device, limits, histories, negatives)
+        Inputs::new(&self.device, self.limits(), histories, negatives)
+    }
+
+    /// The device of the parameters.
+    pub fn device(&self) -> &Arc<Cpu> {
+        &self.device
+    }
+
+    /// Number of trainable values.
+    pub fn parameters(&self) -> usize {
+        self.specs.iter().map(Spec::len).sum()
     }
 
     /// Logit of each row, `[R]`.

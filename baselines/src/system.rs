@@ -282,6 +282,11 @@ impl Kind {
         self == Self::Dien
     }
 
+    /// Whether it encodes each (prefix, candidate) on its own.
+    pub fn shares_nothing(self) -> bool {
+        self == Self::Dfn
+    }
+
     /// Whether it has a table of positions.
     pub fn has_positions(self) -> bool {
         matches!(self, Self::Sasrec | Self::Tha4rec | Self::Dfn | Self::Feedrec)

@@ -80,20 +80,34 @@ pub fn score_part<D: Device>(
     options: &ScoreOptions,
     progress: &mut dyn FnMut(usize) -> ControlFlow<()>,
 ) -> Result<Vec<f32>, EvaluateError> {
+    let stager = model.stager();
+    let make = |histories: &[History]| Ok(stager.stage(&Batch::pack(histories)?)?);
+    let score = |staged: StagedBatch<D>| Ok(model.score_staged(staged)?);
+    score_histories(data, part, model.config().max_length, options, make, score, progress)
+}
+
+/// [`score_part`] for any model: `make` prepares the histories of a batch on another thread, `score`
+/// returns the score of each candidate, in order.
+#[doc(hidden)]
+pub fn score_histories<B: Send>(
+    data: &Dataset,
+    part: Part,
+    max_length: usize,
+    options: &ScoreOptions,
+    make: impl Fn(&[History]) -> Result<B, EvaluateError> + Sync,
+    mut score: impl FnMut(B) -> Result<Vec<f32>, EvaluateError>,
+    progress: &mut dyn FnMut(usize) -> ControlFlow<()>,
+) -> Result<Vec<f32>, EvaluateError> {
     let groups = data.groups(part);
     let candidates = 1 + groups.negatives_per_group;
-    let cut = Cut::exact(model.config().max_length);
+    let cut = Cut::exact(max_length);
     let batches = batches(data, &groups, cut, options);
-    let stager = model.stager();
-    let make = |batch: usize| -> Result<StagedBatch<D>, EvaluateError> {
-        let histories = histories(data, &groups, batches[batch].clone(), cut, options.feedback);
-        Ok(stager.stage(&Batch::pack(&histories)?)?)
-    };
+    let make = |batch: usize| make(&histories(data, &groups, batches[batch].clone(), cut, options.feedback));
     let mut scores = Vec::with_capacity(groups.len() * candidates);
-    ahead::ahead(0..batches.len(), options.workers, make, |staged| {
-        for batch in staged {
+    ahead::ahead(0..batches.len(), options.workers, make, |made| {
+        for batch in made {
             let first = scores.len();
-            scores.extend(model.score_staged(batch?)?);
+            scores.extend(score(batch?)?);
             if let Some(at) = scores[first..].iter().position(|s| !s.is_finite()) {
                 let (group, candidate) = ((first + at) / candidates, (first + at) % candidates);
                 let (user, event) = (groups.user[group], groups.event[group]);

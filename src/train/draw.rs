@@ -110,6 +110,7 @@ pub struct Drawer<'a> {
 enum Purpose {
     Shuffle = 1,
     Negatives = 2,
+    EventNegatives = 3,
 }
 
 fn rng(seed: u64, purpose: Purpose, epoch: u64, batch: u64) -> ChaCha8Rng {
@@ -242,12 +243,7 @@ impl<'a> Drawer<'a> {
     /// If there is no such batch.
     pub fn draw(&self, plan: &Plan, epoch: u64, batch: usize) -> Vec<History> {
         let passes = &plan.passes[plan.range(batch)];
-        let asked: Vec<Vec<usize>> = passes.iter().map(|pass| self.asked(plan.share, epoch, pass)).collect();
-        let mut targets = BatchTargets::default();
-        for (pass, asked) in passes.iter().zip(&asked) {
-            let items = self.data.user(pass.user).items;
-            targets.targets.extend(asked.iter().map(|&event| (pass.user, items[event])));
-        }
+        let (asked, targets) = self.targets_of(plan, epoch, passes);
         let mut rng = rng(self.options.seed, Purpose::Negatives, epoch, batch as u64);
         let mut histories = Vec::with_capacity(passes.len());
         for (pass, asked) in passes.iter().zip(asked) {
@@ -286,6 +282,38 @@ impl<'a> Drawer<'a> {
             histories.extend(view.histories(questions, self.options.cut));
         }
         histories
+    }
+
+    /// An item for each event of the histories of [`Drawer::draw`], drawn as the negatives of a
+    /// candidate: never the item of the event, unless there is no other.
+    ///
+    /// # Panics
+    /// If there is no such batch, or if its histories are not `histories`.
+    #[doc(hidden)]
+    pub fn event_negatives(&self, plan: &Plan, epoch: u64, batch: usize, histories: &[History]) -> Vec<u32> {
+        let passes = &plan.passes[plan.range(batch)];
+        assert_eq!(passes.len(), histories.len(), "a pass is a history");
+        let (_, targets) = self.targets_of(plan, epoch, passes);
+        let mut rng = rng(self.options.seed, Purpose::EventNegatives, epoch, batch as u64);
+        let mut negatives = Vec::with_capacity(histories.iter().map(|h| h.items.len()).sum());
+        for (pass, history) in passes.iter().zip(histories) {
+            for &item in &history.items {
+                let drawn = self.sampler.draw(&mut rng, &targets, pass.user, Some(item), 1);
+                negatives.push(drawn.first().copied().unwrap_or(item));
+            }
+        }
+        negatives
+    }
+
+    /// The events that each pass asks about, and the target items of the batch.
+    fn targets_of(&self, plan: &Plan, epoch: u64, passes: &[Pass]) -> (Vec<Vec<usize>>, BatchTargets) {
+        let asked: Vec<Vec<usize>> = passes.iter().map(|pass| self.asked(plan.share, epoch, pass)).collect();
+        let mut targets = BatchTargets::default();
+        for (pass, asked) in passes.iter().zip(&asked) {
+            let items = self.data.user(pass.user).items;
+            targets.targets.extend(asked.iter().map(|&event| (pass.user, items[event])));
+        }
+        (asked, targets)
     }
 
     /// The targets of an epoch among the training events `range` of a user, ascending. Event 0 has

@@ -1,0 +1,345 @@
+//! Runs of a comparison, and their results in files: one for each (system, setting, seed). A finished
+//! run is not repeated.
+
+use crate::fit::{Epoch, Fitted, fit};
+use crate::learner::{Baseline, Dfar};
+use crate::loss::Ranking;
+use crate::system::{Kind, Settings};
+use crate::systems::sasrec::Pool;
+use crate::{LossOptions, Model};
+use dfar::batch::Feedback;
+use dfar::data::Dataset;
+use dfar::device::cpu::Cpu;
+use dfar::model;
+use dfar::train::checkpoint::DataInfo;
+use dfar::train::file::{FileError, replace_bytes};
+use dfar::train::{Config, TrainError, score_options};
+use serde::{Deserialize, Serialize};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use thiserror::Error;
+
+/// A row of Table 2.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Row {
+    /// A compared system.
+    Baseline(Kind),
+    /// DFAR.
+    Dfar(DfarName),
+}
+
+/// `dfar` in files and on the command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DfarName {
+    /// The only one.
+    Dfar,
+}
+
+impl Row {
+    /// All of them, in the order of Table 2.
+    pub fn all() -> Vec<Self> {
+        Kind::ALL.into_iter().map(Self::Baseline).chain([Self::Dfar(DfarName::Dfar)]).collect()
+    }
+
+    /// Name in files and on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Baseline(kind) => kind.name(),
+            Self::Dfar(_) => "dfar",
+        }
+    }
+
+    /// Name in tables.
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::Baseline(kind) => kind.title(),
+            Self::Dfar(_) => "DFAR",
+        }
+    }
+
+    /// From [`Row::name`].
+    ///
+    /// # Errors
+    /// The names that there are.
+    pub fn parse(name: &str) -> Result<Self, String> {
+        let all = Self::all();
+        let names: Vec<&str> = all.iter().map(|row| row.name()).collect();
+        let found = all.iter().find(|row| row.name() == name.to_lowercase());
+        found.copied().ok_or_else(|| format!("there are {}", names.join(", ")))
+    }
+}
+
+/// Options of a comparison beside [`Config`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Options {
+    /// Feedback that all systems read; `None` for that of each system's paper.
+    pub feedback: Option<Feedback>,
+    /// Ranking loss of the compared systems.
+    pub ranking: Ranking,
+    /// Pooling of SASRec and THA4Rec.
+    pub pool: Pool,
+    /// Weight of the auxiliary loss of DIEN. That of FeedRec is [`Config::idl`].
+    pub aux: f64,
+}
+
+impl Options {
+    /// The feedback that a system reads.
+    pub fn feedback_of(&self, system: Row) -> Feedback {
+        self.feedback.unwrap_or(match system {
+            Row::Baseline(kind) => kind.feedback(),
+            Row::Dfar(_) => Feedback::Mixed,
+        })
+    }
+}
+
+/// What determines a result.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Identity {
+    /// The system.
+    pub system: Row,
+    /// Configuration, without what does not change a result.
+    pub config: Config,
+    /// Sizes of a compared system.
+    pub settings: Option<Settings>,
+    /// Ranking loss.
+    pub ranking: Ranking,
+    /// Weight of the auxiliary loss.
+    pub auxiliary: f64,
+    /// The data set.
+    pub data: DataInfo,
+}
+
+impl Identity {
+    /// One run of a comparison.
+    pub fn new(system: Row, config: &Config, options: &Options, data: &DataInfo) -> Self {
+        let defaults = Config::default();
+        let mut config = Config {
+            data: None,
+            threads: defaults.threads,
+            workers: defaults.workers,
+            checkpoint_seconds: defaults.checkpoint_seconds,
+            ..config.clone()
+        };
+        config.feedback = options.feedback_of(system);
+        let Row::Baseline(kind) = system else {
+            let ranking = Ranking::Bce;
+            return Self { system, config, settings: None, ranking, auxiliary: 0.0, data: data.clone() };
+        };
+        let settings = Settings {
+            items: data.items,
+            max_length: config.max_length,
+            width: config.width,
+            heads: config.heads,
+            blocks: config.blocks,
+            pool: options.pool,
+            ..Settings::default()
+        };
+        let auxiliary = match kind {
+            Kind::Dien => options.aux,
+            Kind::Feedrec => config.idl,
+            _ => 0.0,
+        };
+        Self {
+            system,
+            config,
+            settings: Some(settings),
+            ranking: options.ranking,
+            auxiliary,
+            data: data.clone(),
+        }
+    }
+
+    /// What distinguishes it from the default run of the system, in words for file names and tables:
+    /// the feedback, then what was changed.
+    pub fn setting(&self) -> String {
+        let config = &self.config;
+        let feedback = match config.feedback {
+            Feedback::Mixed => "mixed",
+            Feedback::PositiveOnly => "positive-only",
+            Feedback::Ignored => "ignored",
+        };
+        let pools = matches!(self.system, Row::Baseline(Kind::Sasrec | Kind::Tha4rec));
+        let last = self.settings.as_ref().is_some_and(|settings| settings.pool == Pool::Last);
+        let is_dfar = self.settings.is_none();
+        let words = [
+            (true, feedback),
+            (self.ranking == Ranking::Softmax, "softmax"),
+            (pools && last, "last"),
+            (is_dfar && !config.fha, "no-fha"),
+            (is_dfar && config.fha && !config.label_mask, "no-label-mask"),
+        ];
+        let words: Vec<&str> = words.into_iter().filter(|(holds, _)| *holds).map(|(_, word)| word).collect();
+        words.join(" ")
+    }
+
+    /// Its file in the directory of a comparison.
+    pub fn path(&self, out: &Path) -> PathBuf {
+        let setting = self.setting().replace(' ', "-");
+        out.join("results").join(format!("{}-{setting}-{}.json", self.system.name(), self.config.seed))
+    }
+
+    /// Trains and tests.
+    ///
+    /// # Errors
+    /// As [`fit`], and invalid settings.
+    pub fn run(
+        &self,
+        data: &Dataset,
+        workers: usize,
+        observe: &mut dyn FnMut(&Epoch),
+    ) -> Result<Fitted, TrainError> {
+        let (device, config) = (Arc::new(Cpu::new()), &self.config);
+        let mut scoring = score_options(config, &*device);
+        if workers > 0 {
+            scoring.workers = workers;
+        }
+        match (self.system, &self.settings) {
+            (Row::Baseline(kind), Some(settings)) => {
+                if kind.shares_nothing() {
+                    // Memory grows with the rows, not with the histories.
+                    scoring.batch_tokens = config.batch_tokens;
+                }
+                let loss = LossOptions {
+                    ranking: self.ranking,
+                    embed_l2: config.embed_l2 as f32,
+                    auxiliary: self.auxiliary as f32,
+                };
+                let model = Model::initialized(device, kind, settings.clone(), config.seed, config.init)?;
+                let mut learner = Baseline::new(model, loss, config.adam())?;
+                fit(&mut learner, data, config, &scoring, observe)
+            }
+            _ => {
+                let network = config.model(data.items());
+                let model = model::Model::initialized(device, network, config.seed, config.init)?;
+                let mut learner = Dfar::new(model, config.loss(), config.adam())?;
+                fit(&mut learner, data, config, &scoring, observe)
+            }
+        }
+    }
+}
+
+/// The content of a result file.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RunResult {
+    /// Version of this program.
+    pub version: String,
+    /// What was run.
+    pub run: Identity,
+    /// [`Identity::setting`].
+    pub setting: String,
+    /// Threads.
+    pub threads: usize,
+    /// Seconds in all.
+    pub seconds: f64,
+    /// What it came to.
+    pub fitted: Fitted,
+}
+
+/// A result file that cannot be used.
+#[derive(Debug, Error)]
+pub enum ResultError {
+    /// It cannot be read, or the directory cannot be listed or made.
+    #[error("cannot read or make {}: {source}", path.display())]
+    Io {
+        /// The file or directory.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It cannot be written.
+    #[error(transparent)]
+    Write(#[from] FileError),
+    /// Not a result.
+    #[error("{} is not a result of dfar-compare: {source}; remove it", path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: serde_json::Error,
+    },
+    /// Of another run.
+    #[error("{} has another {what}; choose another --out, or remove it", path.display())]
+    Other {
+        /// The file.
+        path: PathBuf,
+        /// What differs.
+        what: String,
+    },
+}
+
+impl RunResult {
+    /// The result of `run` in `out`, if it is finished.
+    ///
+    /// # Errors
+    /// A file that cannot be read, or that is of another run.
+    pub fn load(run: &Identity, out: &Path) -> Result<Option<Self>, ResultError> {
+        let path = run.path(out);
+        if !path.exists() {
+            return Ok(None);
+        }
+        let found = Self::read(&path)?;
+        match difference(run, &found.run) {
+            None => Ok(Some(found)),
+            Some(what) => Err(ResultError::Other { path, what }),
+        }
+    }
+
+    /// All results in `out`, in the order of their files.
+    ///
+    /// # Errors
+    /// A file that cannot be read.
+    pub fn all(out: &Path) -> Result<Vec<Self>, ResultError> {
+        let folder = out.join("results");
+        let io = |source| ResultError::Io { path: folder.clone(), source };
+        let mut paths = Vec::new();
+        for entry in std::fs::read_dir(&folder).map_err(io)? {
+            let path = entry.map_err(io)?.path();
+            let hidden = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
+            if !hidden && path.extension().is_some_and(|extension| extension == "json") {
+                paths.push(path);
+            }
+        }
+        paths.sort();
+        paths.iter().map(|path| Self::read(path)).collect()
+    }
+
+    fn read(path: &Path) -> Result<Self, ResultError> {
+        let io = |source| ResultError::Io { path: path.to_owned(), source };
+        let text = std::fs::read_to_string(path).map_err(io)?;
+        serde_json::from_str(&text).map_err(|source| ResultError::Format { path: path.to_owned(), source })
+    }
+
+    /// Writes the file, under a temporary name first.
+    ///
+    /// # Errors
+    /// As for any file.
+    pub fn save(&self, out: &Path) -> Result<(), ResultError> {
+        let path = self.run.path(out);
+        let folder = path.parent().expect("a result has a directory");
+        let io = |source| ResultError::Io { path: folder.to_owned(), source };
+        std::fs::create_dir_all(folder).map_err(io)?;
+        let text = serde_json::to_string_pretty(self).expect("numbers and strings are valid JSON");
+        Ok(replace_bytes(&path, (text + "\n").as_bytes())?)
+    }
+}
+
+/// The first field that differs.
+fn difference(expected: &Identity, found: &Identity) -> Option<String> {
+    let value = |identity: &Identity| serde_json::to_value(identity).expect("plain fields are valid JSON");
+    let (expected, found) = (value(expected), value(found));
+    fn first(name: &str, a: &serde_json::Value, b: &serde_json::Value) -> Option<String> {
+        match (a, b) {
+            (serde_json::Value::Object(a), serde_json::Value::Object(b)) => {
+                let keys = a.keys().chain(b.keys());
+                let null = serde_json::Value::Null;
+                keys.into_iter()
+                    .find_map(|key| first(key, a.get(key).unwrap_or(&null), b.get(key).unwrap_or(&null)))
+            }
+            _ => (a != b).then(|| name.to_owned()),
+        }
+    }
+    first("run", &expected, &found)
+}

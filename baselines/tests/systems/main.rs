@@ -1,4 +1,5 @@
 //! Tests of all systems, in one program.
 
+mod compare;
 mod encoders;
 mod golden;

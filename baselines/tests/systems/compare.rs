@@ -1,0 +1,170 @@
+//! `dfar-compare`: the protocol of DFAR for all, and result files that survive an interruption.
+
+use dfar::batch::Feedback;
+use dfar::data::Dataset;
+use dfar::data::synthetic::{self, SyntheticOptions};
+use dfar::device::cpu::Cpu;
+use dfar::train::checkpoint::DataInfo;
+use dfar::train::draw::Drawer;
+use dfar::train::run::Run;
+use dfar::train::{Config, Fit};
+use dfar_baselines::Kind;
+use dfar_baselines::loss::Ranking;
+use dfar_baselines::results::{Identity, Options, Row};
+use dfar_baselines::systems::sasrec::Pool;
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::process::{Command, Output};
+use std::sync::Arc;
+
+const SMALL: [&str; 10] =
+    ["--data", "x.dfar", "--width", "8", "--max-length", "10", "--batch-tokens", "150", "--epochs", "2"];
+
+fn folder() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().expect("a folder");
+    let options =
+        SyntheticOptions { users: 30, items: 40, events_per_user: 12.0, ..SyntheticOptions::default() };
+    synthetic::write(&options, dir.path().join("x.dfar")).expect("a data set");
+    dir
+}
+
+fn compare(dir: &Path, more: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dfar-compare"));
+    command.current_dir(dir).args(SMALL).args(more).output().expect("dfar-compare should start")
+}
+
+#[track_caller]
+fn finished(output: &Output) -> String {
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{stderr}");
+    stderr.into_owned()
+}
+
+fn text(path: &Path) -> String {
+    std::fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// A result file without what depends on the machine.
+fn figures(path: &Path) -> serde_json::Value {
+    let mut result: serde_json::Value = serde_json::from_str(&text(path)).expect("a result is JSON");
+    result["seconds"] = 0.into();
+    result["threads"] = 0.into();
+    for epoch in result["fitted"]["epochs"].as_array_mut().expect("epochs") {
+        epoch["train_seconds"] = 0.into();
+        epoch["valid_seconds"] = 0.into();
+    }
+    result
+}
+
+#[test]
+fn a_comparison_continues_where_it_stopped_and_does_not_depend_on_threads() {
+    let dir = folder();
+    let out = dir.path().join("out");
+    let all = ["--out", "out", "--seeds", "2", "--seed", "7"];
+    let systems = |list| [&all[..], &["--systems", list]].concat();
+    finished(&compare(dir.path(), &systems("din,gru4rec,dien,dfn")));
+    let said = finished(&compare(dir.path(), &systems("dien,sasrec,dfar")));
+    assert!(said.contains("DIEN (positive-only), seed 7: finished before"), "{said}");
+    assert!(said.contains("DFAR (mixed), seed 8, epoch 2: loss "), "{said}");
+    let markdown = text(&out.join("table.md"));
+    let rows: Vec<&str> = markdown.lines().skip(4).map(|l| l.split(" | ").next().expect("a cell")).collect();
+    assert_eq!(rows, ["| popularity", "| DIN", "| GRU4REC", "| DIEN", "| SASRec", "| DFN", "| DFAR"]);
+    assert!(markdown.contains("**") && markdown.contains("<u>") && markdown.contains(" ± "), "{markdown}");
+    let table: serde_json::Value = serde_json::from_str(&text(&out.join("table.json"))).expect("JSON");
+    assert_eq!(table["lines"][2]["seeds"], serde_json::json!([7, 8]));
+    assert_eq!(text(&out.join("table.csv")).lines().count(), 7);
+
+    // As if killed before the last file: what is missing is made again, with the same bits.
+    let missing = out.join("results/dien-positive-only-8.json");
+    let (before, others) = (figures(&missing), text(&out.join("results/dien-positive-only-7.json")));
+    std::fs::remove_file(&missing).expect("the file is there");
+    std::fs::write(out.join("results/.dien-positive-only-8.json.partial"), "{").expect("a leftover");
+    finished(&compare(dir.path(), &[&systems("dien")[..], &["--threads", "1"]].concat()));
+    assert_eq!(figures(&missing), before);
+    assert_eq!(text(&out.join("results/dien-positive-only-7.json")), others);
+    assert_eq!(text(&out.join("table.md")), markdown);
+}
+
+#[test]
+fn wrong_usage_is_named() {
+    let dir = folder();
+    let one = ["--out", "out", "--seeds", "1", "--systems", "gru4rec"];
+    finished(&compare(dir.path(), &one));
+    let fails = |more: &[&str], code: i32, reason: &str| {
+        let output = compare(dir.path(), &[&one[..4], more].concat());
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(code) && stderr.contains(reason), "{code}, {reason}: {stderr}");
+    };
+    fails(&["--systems", "gru4rec", "--lr", "0.5"], 1, "gru4rec-positive-only-2020.json has another lr");
+    fails(&["--systems", "gru4rec,bert"], 2, "there are din, caser, gru4rec");
+    fails(&["--systems", "dfar,din", "--train-targets", "feedback"], 2, "DIN does not read skipped events");
+    fails(&["--systems", "din", "--device", "cuda"], 2, "on the CPU only");
+    fails(&["--systems", "din", "--heads", "3"], 2, "must be a multiple of the number of heads");
+    std::fs::write(dir.path().join("out/results/gru4rec-positive-only-2020.json"), "{").expect("a file");
+    fails(&["--systems", "gru4rec"], 1, "is not a result of dfar-compare");
+}
+
+fn options() -> Options {
+    Options { feedback: None, ranking: Ranking::Bce, pool: Pool::Mean, aux: 1.0 }
+}
+
+fn small(data: &Dataset) -> (Config, DataInfo) {
+    let config = Config { width: 8, max_length: 10, batch_tokens: 150, epochs: 3, ..Config::default() };
+    (config, DataInfo::of(data))
+}
+
+#[test]
+fn dfar_is_trained_as_by_dfar_train() {
+    let dir = folder();
+    let data = Dataset::open(dir.path().join("x.dfar")).expect("a data set");
+    let (config, info) = small(&data);
+    let dfar = Row::parse("dfar").expect("a system");
+    let found = Identity::new(dfar, &config, &options(), &info).run(&data, 0, &mut |_| {}).expect("a run");
+    let run = Run::create(&dir.path().join("run")).expect("a directory");
+    let mut fit = Fit::start(Arc::new(Cpu::new()), &data, config, &run).expect("a run");
+    fit.run(&mut |_| ControlFlow::Continue(())).expect("training");
+    let expected: Vec<_> = fit.state().history.iter().map(|e| (e.epoch, e.loss, e.valid_auc)).collect();
+    let epochs: Vec<_> = found.epochs.iter().map(|e| (e.epoch, e.loss, e.valid_auc)).collect();
+    assert_eq!(epochs, expected);
+    assert_eq!(found.best_epoch, fit.state().best.as_ref().expect("a best model").epoch);
+}
+
+/// The losses, poolings and feedback that are no default.
+#[test]
+fn every_switch_trains() {
+    let dir = folder();
+    let data = Dataset::open(dir.path().join("x.dfar")).expect("a data set");
+    let (config, info) = small(&data);
+    for (kind, feedback) in [(Kind::Caser, Feedback::Ignored), (Kind::Feedrec, Feedback::PositiveOnly)] {
+        let options = Options { feedback: Some(feedback), ranking: Ranking::Softmax, ..options() };
+        let run = Identity::new(Row::Baseline(kind), &config, &options, &info);
+        let fitted = run.run(&data, 0, &mut |_| {}).expect("a run");
+        assert!(fitted.epochs[2].loss < fitted.epochs[0].loss, "{kind:?}: {:?}", fitted.epochs);
+        assert!(run.setting().ends_with(" softmax"), "{}", run.setting());
+    }
+    let options = Options { pool: Pool::Last, ..options() };
+    let run = Identity::new(Row::Baseline(Kind::Tha4rec), &config, &options, &info);
+    let fitted = run.run(&data, 0, &mut |_| {}).expect("a run");
+    assert!(fitted.epochs[2].loss < fitted.epochs[0].loss, "{:?}", fitted.epochs);
+    assert_eq!(run.setting(), "positive-only last");
+}
+
+#[test]
+fn an_event_is_never_its_own_negative() {
+    let dir = folder();
+    let data = Dataset::open(dir.path().join("x.dfar")).expect("a data set");
+    let (config, _) = small(&data);
+    let drawer = Drawer::new(&data, config.draw());
+    let plan = drawer.plan(0);
+    let mut seen = std::collections::HashSet::new();
+    for batch in 0..plan.size.batches {
+        let histories = drawer.draw(&plan, 0, batch);
+        let negatives = drawer.event_negatives(&plan, 0, batch, &histories);
+        assert_eq!(negatives, drawer.event_negatives(&plan, 0, batch, &histories));
+        let items: Vec<u32> = histories.iter().flat_map(|history| history.items.clone()).collect();
+        assert_eq!(items.len(), negatives.len());
+        assert!(items.iter().zip(&negatives).all(|(item, negative)| item != negative));
+        seen.extend(negatives);
+    }
+    assert!(seen.len() > data.items() / 2, "only {} of {} items", seen.len(), data.items());
+}

@@ -32,7 +32,7 @@ pub struct Spec {
 }
 
 impl Spec {
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.shape.iter().product()
     }
 }

@@ -199,6 +199,11 @@ impl Settings {
         if let Some((field, value)) = sizes.into_iter().find(|(_, size)| *size == 0) {
             return Err(ModelError::Config { field, value, reason: "must be at least 1" });
         }
+        for (field, value) in [("blocks", self.blocks), ("heights", self.heights)] {
+            if value > 1024 {
+                return Err(ModelError::Config { field, value, reason: "must be at most 1024" });
+            }
+        }
         if !self.width.is_multiple_of(self.heads) {
             let reason = "must be a multiple of the number of heads";
             return Err(ModelError::Config { field: "width", value: self.width, reason });

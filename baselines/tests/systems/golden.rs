@@ -63,3 +63,27 @@ fn a_wrong_gradient_is_noticed_and_a_broken_file_is_named() {
     let error = verify(&altered).expect_err("half a file is no case");
     assert!(matches!(error, VerifyError::Format { .. }) && error.to_string().contains("altered.safetensors"));
 }
+
+/// Sizes of untrusted files: refused, with the name of the field.
+#[test]
+fn impossible_sizes_are_refused() {
+    let bytes =
+        std::fs::read(root().join("tests/golden/caser_small.safetensors")).expect("the case is there");
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("x.safetensors");
+    for (from, to, reason) in [
+        ("heights\\\": 3", "heights\\\": 0", "heights = 0"),
+        ("heads\\\": 2", "heads\\\": 3", "width = 8: must be a multiple of the number of heads"),
+        ("items\\\": 40", "items\\\": 41", "tensor item: expected shape [41, 8]"),
+        ("steps\\\": 2", "steps\\\": 9", "step_losses"),
+        ("candidates\\\": 3", "candidates\\\": 4", "candidate"),
+    ] {
+        let mut bytes = bytes.clone();
+        let at = bytes.windows(from.len()).position(|w| w == from.as_bytes());
+        let at = at.unwrap_or_else(|| panic!("{from} should be in the file"));
+        bytes[at..at + to.len()].copy_from_slice(to.as_bytes());
+        std::fs::write(&path, bytes).expect("a file");
+        let error = verify(&path).expect_err(to).to_string();
+        assert!(error.contains(reason) && error.contains("x.safetensors"), "{to}: {error}");
+    }
+}

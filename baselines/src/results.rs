@@ -20,35 +20,40 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use thiserror::Error;
 
-/// A row of Table 2.
+/// A row of Table 2. Its name stands for it in files and on the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(try_from = "String", into = "String")]
 pub enum Row {
     /// A compared system.
     Baseline(Kind),
     /// DFAR.
-    Dfar(DfarName),
+    Dfar,
 }
 
-/// `dfar` in files and on the command line.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum DfarName {
-    /// The only one.
-    Dfar,
+impl From<Row> for String {
+    fn from(row: Row) -> Self {
+        row.name().to_owned()
+    }
+}
+
+impl TryFrom<String> for Row {
+    type Error = String;
+    fn try_from(name: String) -> Result<Self, String> {
+        Self::parse(&name)
+    }
 }
 
 impl Row {
     /// All of them, in the order of Table 2.
     pub fn all() -> Vec<Self> {
-        Kind::ALL.into_iter().map(Self::Baseline).chain([Self::Dfar(DfarName::Dfar)]).collect()
+        Kind::ALL.into_iter().map(Self::Baseline).chain([Self::Dfar]).collect()
     }
 
     /// Name in files and on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Self::Baseline(kind) => kind.name(),
-            Self::Dfar(_) => "dfar",
+            Self::Dfar => "dfar",
         }
     }
 
@@ -56,7 +61,7 @@ impl Row {
     pub fn title(self) -> &'static str {
         match self {
             Self::Baseline(kind) => kind.title(),
-            Self::Dfar(_) => "DFAR",
+            Self::Dfar => "DFAR",
         }
     }
 
@@ -90,7 +95,7 @@ impl Options {
     pub fn feedback_of(&self, system: Row) -> Feedback {
         self.feedback.unwrap_or(match system {
             Row::Baseline(kind) => kind.feedback(),
-            Row::Dfar(_) => Feedback::Mixed,
+            Row::Dfar => Feedback::Mixed,
         })
     }
 }

@@ -1,6 +1,6 @@
-//! The training loop of DFAR, for every model: the batches of [`Drawer`], validation after each epoch,
-//! early stopping, the test groups with the best epoch. A run depends on its configuration alone, not on
-//! threads.
+//! The training loop of DFAR, for every model: the batches of [`Drawer`], validation after each
+//! epoch, early stopping, the test groups with the best epoch. A run depends on its configuration
+//! alone, not on threads.
 
 use crate::learner::{Learner, evaluation_error};
 use dfar::batch::ahead;

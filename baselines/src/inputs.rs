@@ -71,8 +71,8 @@ pub struct Limits {
 }
 
 impl Inputs {
-    /// Packs histories. `negatives` holds an item for each event of the histories (that of a history's
-    /// first event is not used), or nothing.
+    /// Packs histories. `negatives` holds an item for each event of the histories (that of a
+    /// history's first event is not used), or nothing.
     ///
     /// # Errors
     /// [`InputError`].

@@ -10,8 +10,8 @@ pub enum Ranking {
     /// Binary cross-entropy: mean over rows of `softplus(logit) - z logit`.
     #[default]
     Bce,
-    /// Softmax over the candidates of a group, as the published experiment used for these systems: mean
-    /// over groups of `-sum_c z_c log softmax_c(logit)`.
+    /// Softmax over the candidates of a group, as the published experiment used for these systems:
+    /// mean over groups of `-sum_c z_c log softmax_c(logit)`.
     Softmax,
 }
 

@@ -5,7 +5,7 @@ mod cli;
 #[path = "../../src/bin/dfar-train/flags.rs"]
 mod flags;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use dfar::batch::Feedback;
 use dfar::data::{Dataset, Part};
 use dfar::evaluate::{part_report, popularity_scores};
@@ -26,12 +26,13 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
-/// Train DIN, Caser, GRU4REC, DIEN, SASRec, THA4Rec, DFN, FeedRec and DFAR on a data set, and compare
-/// them on its test groups (Table 2 of the paper).
+/// Train DIN, Caser, GRU4REC, DIEN, SASRec, THA4Rec, DFN, FeedRec and DFAR on a data set, and
+/// compare them on its test groups (Table 2 of the paper).
 ///
 /// All systems read the same events, targets and negatives, and are scored on the same groups. Each
 /// finished run is a file in `DIR/results`; the same command continues an interrupted comparison.
-/// The table goes to stdout and to `DIR/table.md`, `table.csv` and `table.json`, progress to stderr.
+/// The table goes to stdout and to `DIR/table.md`, `table.csv` and `table.json`, progress to
+/// stderr.
 #[derive(Parser)]
 #[command(name = "dfar-compare", version, args_conflicts_with_subcommands = true)]
 struct Cli {
@@ -82,7 +83,7 @@ struct Compare {
 }
 
 fn main() -> ExitCode {
-    let Cli { command, compare } = Cli::parse();
+    let Cli { command, compare } = parse();
     match command {
         Some(Command::Verify { folder, json }) => run_verify(&folder, json),
         None => match run_comparison(&compare) {
@@ -91,6 +92,24 @@ fn main() -> ExitCode {
             Err(Failure::Other(error)) => cli::exit(Err(error)),
         },
     }
+}
+
+/// The flags of `dfar-train`, some of which mean something else here.
+fn parse() -> Cli {
+    let differs = [
+        ("data", "Data set made by `dfar-data`"),
+        ("seed", "First seed of initial values, shuffles and negatives [default: 2020]"),
+        ("feedback", "Feedback that all systems read [default: that of each system's paper]"),
+        ("idl", "Weight of the disentangling loss of DFAR and FeedRec [default: 0.001]"),
+        ("bpr", "Weight of the interest-wise BPR loss of DFAR [default: 0.1]"),
+    ];
+    let command = differs.iter().fold(Cli::command(), |command, (flag, help)| {
+        command.mut_arg(flag, |argument| argument.help(*help).long_help(*help))
+    });
+    let unused = ["device", "precision", "cuda_graphs", "checkpoint_seconds"];
+    let command =
+        unused.iter().fold(command, |command, flag| command.mut_arg(flag, |argument| argument.hide(true)));
+    Cli::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit())
 }
 
 fn run_verify(folder: &Path, json: bool) -> ExitCode {
@@ -105,8 +124,8 @@ fn run_verify(folder: &Path, json: bool) -> ExitCode {
     }
 }
 
-/// Whether every case passes. The outer error is a case that cannot be read, the inner one a failure to
-/// print.
+/// Whether every case passes. The outer error is a case that cannot be read, the inner one a
+/// failure to print.
 fn reports(folder: &Path, json: bool) -> Result<dfar::Result<bool>, VerifyError> {
     let mut reports = Vec::new();
     for path in cases(folder)? {
@@ -160,6 +179,9 @@ fn run_comparison(arguments: &Compare) -> Result<(), Failure> {
     };
     if config.device == DeviceChoice::Cuda {
         return Err(usage("--device", "the compared systems run on the CPU only").into());
+    }
+    if !arguments.aux.is_finite() {
+        return Err(usage("--aux", "it must be a number").into());
     }
     cli::start_threads(config.threads)?;
     let data = Dataset::open(path).map_err(dfar::Error::from)?;

@@ -179,7 +179,8 @@ impl Model {
         Ok(self.tower.forward(cx, &parts)?.logits.to_vec())
     }
 
-    /// Losses, and the gradient of each parameter. Embedding rows outside the batch have gradient 0.
+    /// Losses, and the gradient of each parameter. Embedding rows outside the batch have gradient
+    /// 0.
     ///
     /// # Errors
     /// Failures of the device.
@@ -301,7 +302,8 @@ impl Model {
         Ok((StepLoss { loss, ranking, l2, auxiliary }, grads.dense, by_row))
     }
 
-    /// Zeros for each parameter but the embedding tables: a system whose part has no events leaves them.
+    /// Zeros for each parameter but the embedding tables: a system whose part has no events leaves
+    /// them.
     fn zero_gradients(&self) -> Result<Tensors> {
         let Tables { item, position, label } = self.tables;
         let is_table = |id| id == item || Some(id) == position || Some(id) == label;

@@ -1,5 +1,5 @@
-//! Runs of a comparison, and their results in files: one for each (system, setting, seed). A finished
-//! run is not repeated.
+//! Runs of a comparison, and their results in files: one for each (system, setting, seed). A
+//! finished run is not repeated.
 
 use crate::fit::{Epoch, Fitted, fit};
 use crate::learner::{Baseline, Dfar};
@@ -157,8 +157,8 @@ impl Identity {
         }
     }
 
-    /// What distinguishes it from the default run of the system, in words for file names and tables:
-    /// the feedback, then what was changed.
+    /// What distinguishes it from the default run of the system, in words for file names and
+    /// tables: the feedback, then what was changed.
     pub fn setting(&self) -> String {
         let config = &self.config;
         let feedback = match config.feedback {

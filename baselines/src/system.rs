@@ -66,13 +66,13 @@ pub struct Part {
     pub per: Per,
 }
 
-/// Gradients of a batch. A backward pass writes the parameters of its system to `dense`, and adds to
-/// the others.
+/// Gradients of a batch. A backward pass writes the parameters of its system to `dense`, and adds
+/// to the others.
 pub struct Gradients {
     /// One buffer per parameter; those of embedding tables are empty.
     pub dense: Tensors,
-    /// `[N, D]` of the embedded events: of the rows of `item`, and of `position` and `label` where the
-    /// system has them.
+    /// `[N, D]` of the embedded events: of the rows of `item`, and of `position` and `label` where
+    /// the system has them.
     pub tokens: Floats,
     /// `[C, D]` of the rows of `item` as candidates.
     pub candidates: Floats,

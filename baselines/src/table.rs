@@ -1,5 +1,5 @@
-//! Table 2 from the results in a directory: mean and standard deviation over seeds, as Markdown, CSV
-//! and JSON. In each column the best mean is bold and the second is underlined.
+//! Table 2 from the results in a directory: mean and standard deviation over seeds, as Markdown,
+//! CSV and JSON. In each column the best mean is bold and the second is underlined.
 
 use crate::results::{Row, RunResult};
 use dfar::evaluate::PartReport;
@@ -51,7 +51,8 @@ pub fn values(metrics: &Metrics) -> [Option<f64>; 4] {
 }
 
 impl Table {
-    /// From results of one data set. `popularity` holds the metrics of the test and validation parts.
+    /// From results of one data set. `popularity` holds the metrics of the test and validation
+    /// parts.
     pub fn new(results: &[RunResult], popularity: [Option<PartReport>; 2]) -> Self {
         let tested = results.iter().all(|result| result.fitted.test.is_some());
         let report = |result: &RunResult| match tested {

@@ -1,8 +1,8 @@
 //! The tower: `logit = MLP([e, parts..])`, ReLU between its layers.
 //!
-//! A first layer over concatenated parts is a sum: `[e, g] W = e W_e + g W_g`. Each term is computed
-//! once for each row of its part: that of `e` once for each (history, candidate), that of a history's
-//! vector once for each prefix.
+//! A first layer over concatenated parts is a sum: `[e, g] W = e W_e + g W_g`. Each term is
+//! computed once for each row of its part: that of `e` once for each (history, candidate), that of
+//! a history's vector once for each prefix.
 
 use crate::ops::lists::{Lists, add, sum_by_list};
 use crate::parameters::Names;

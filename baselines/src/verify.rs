@@ -1,10 +1,11 @@
-//! Cases of kind `baseline`: a system's logits, losses and gradients on one batch, and the losses of
-//! Adam steps on it. Tensors and errors: [`dfar_tools::verify`].
+//! Cases of kind `baseline`: a system's logits, losses and gradients on one batch, and the losses
+//! of Adam steps on it. Tensors and errors: [`dfar_tools::verify`].
 //!
-//! A case has `cu_seqlens [B + 1]`, `history_item [N]`, `history_label [N]`: raw events, oldest first;
-//! `group_offsets [B + 1]`, `group_length [G]`: prefixes of raw events; `candidate`, `target [G, C]`; for
-//! DIEN `aux_negative [N]`; `param.*`, and the results `grad.*`, `logits [G * C]`, `loss`, `loss.*`,
-//! `step_losses`. Its metadata has the fields of [`Settings`], the feedback and the weights of the losses.
+//! A case has `cu_seqlens [B + 1]`, `history_item [N]`, `history_label [N]`: raw events, oldest
+//! first; `group_offsets [B + 1]`, `group_length [G]`: prefixes of raw events; `candidate`, `target
+//! [G, C]`; for DIEN `aux_negative [N]`; `param.*`, and the results `grad.*`, `logits [G * C]`,
+//! `loss`, `loss.*`, `step_losses`. Its metadata has the fields of [`Settings`], the feedback and
+//! the weights of the losses.
 
 use crate::inputs::InputError;
 use crate::loss::Ranking;

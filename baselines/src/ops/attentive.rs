@@ -12,7 +12,8 @@
 //! dx_t = S_t      de_t = S_t . x_t - sum over the same g of e^(e_t - lse_g) (datt_g . att_g)
 //! ```
 //!
-//! `S_t` is kept relative to the `lse` of the shortest prefix with `t`, so every factor is at most 1.
+//! `S_t` is kept relative to the `lse` of the shortest prefix with `t`, so every factor is at most
+//! 1.
 
 use crate::parameters::{Names, Start, glorot};
 use crate::system::Context;

@@ -1,4 +1,5 @@
-//! One vector for each prefix from the vectors of its tokens: mean, sum, last. 0 for an empty prefix.
+//! One vector for each prefix from the vectors of its tokens: mean, sum, last. 0 for an empty
+//! prefix.
 
 use crate::system::Context;
 use crate::{Floats, Result};

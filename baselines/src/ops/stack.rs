@@ -50,8 +50,8 @@ impl Stack {
         (first, (!self.blocks.is_empty()).then_some(self))
     }
 
-    /// Causal blocks with talking heads: also names `mix_logits` and `mix_weights`, which start as the
-    /// identity.
+    /// Causal blocks with talking heads: also names `mix_logits` and `mix_weights`, which start as
+    /// the identity.
     pub fn talking(names: &mut Names, name: &str, settings: &Settings) -> Self {
         let plain = Self::new(names, name, settings);
         let shape = [settings.heads; 2];

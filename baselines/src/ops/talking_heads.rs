@@ -11,9 +11,10 @@
 //! Backward, from `do`:
 //!
 //! ```text
-//! dw'_h = do_h v_h^T      dv_h = w'_h^T do_h                         dMW[g, h] = sum w_g dw'_h
+//! dw'_h = do_h v_h^T               dv_h = w'_h^T do_h
 //! dw_g  = sum_h dw'_h MW[g, h]     dl'_g = w_g (dw_g - sum_j w_g dw_g)
-//! dl_h  = sum_g dl'_g ML[h, g]     dq_h = dl_h k_h / sqrt(d)   dk_h = dl_h^T q_h / sqrt(d)   dML[h, g] = sum l_h dl'_g
+//! dl_h  = sum_g dl'_g ML[h, g]     dq_h = dl_h k_h / sqrt(d)     dk_h = dl_h^T q_h / sqrt(d)
+//! dMW[g, h] = sum w_g dw'_h        dML[h, g] = sum l_h dl'_g
 //! ```
 //!
 //! A tile of queries keeps the `[rows, keys]` matrices of all heads in the first cache levels. The

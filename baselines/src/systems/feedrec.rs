@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! seq   = Block(item[x_t] + position[t] + label[y_t])           causal
-//! P     = Block_pos(seq, y = 1)     N = Block_neg(seq, y = 0)   each over its own packed sequence, causal
+//! P     = Block_pos(seq, y = 1)     N = Block_neg(seq, y = 0)   causal, each over its own events
 //! parts = [e, mean of seq, att_pos(P), att_neg(N)]
 //! loss.idl = mean over prefixes of cos(att_pos(P), att_neg(N))
 //! ```

@@ -4,8 +4,8 @@
 //! l'_g = sum_h l_h ML[h, g]      w_g = softmax over j <= i of l'_g      w'_h = sum_g w_g MW[g, h]
 //! ```
 //!
-//! `l_h` are the logits of head `h`, and `w'_h` weighs its values. `ML` and `MW` start as the identity,
-//! with which it is SASRec. [`crate::ops::talking_heads`] computes it.
+//! `l_h` are the logits of head `h`, and `w'_h` weighs its values. `ML` and `MW` start as the
+//! identity, with which it is SASRec. [`crate::ops::talking_heads`] computes it.
 
 use super::sasrec::Sasrec;
 use crate::ops::stack::Stack;

@@ -9,12 +9,12 @@ use dfar::evaluate::{self, PartReport, ScoreOptions};
 use dfar::model::{HostTensor, ModelError};
 use dfar::train::draw::{Drawer, Plan};
 use dfar::train::{Config, TrainError};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use std::ops::ControlFlow;
 use std::time::Instant;
 
 /// One epoch.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Epoch {
     /// From 1.
     pub epoch: usize,
@@ -33,7 +33,7 @@ pub struct Epoch {
 }
 
 /// A trained model's figures.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Fitted {
     /// Number of trainable values.
     pub parameters: usize,

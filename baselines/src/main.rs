@@ -16,7 +16,7 @@ use dfar::train::file::replace_bytes;
 use dfar::train::{Config, TrainError, draw};
 use dfar_baselines::fit::Epoch;
 use dfar_baselines::loss::Ranking;
-use dfar_baselines::results::{Identity, Options, ResultError, Row, RunResult};
+use dfar_baselines::results::{Identity, Options, ResultError, Row, RunResult, to_json};
 use dfar_baselines::systems::sasrec::Pool;
 use dfar_baselines::table::Table;
 use dfar_baselines::verify::verify;
@@ -137,7 +137,7 @@ fn reports(folder: &Path, json: bool) -> Result<dfar::Result<bool>, VerifyError>
     }
     let summary = Summary::new(reports);
     let text = match json {
-        true => serde_json::to_string_pretty(&summary).expect("numbers and strings are valid JSON") + "\n",
+        true => format!("{:#}\n", to_json(&summary)),
         false => summary.to_string(),
     };
     Ok(cli::print(&text).map(|()| summary.failed == 0))
@@ -210,13 +210,13 @@ fn run_comparison(arguments: &Compare) -> Result<(), Failure> {
                 eprintln!("{} ({}), seed {seed}: finished before", system.title(), run.setting());
                 continue;
             }
-            run_one(run, &data, config.workers)?.save(&arguments.out)?;
+            run_one(&run, &data, config.workers)?.save(&run.path(&arguments.out))?;
         }
     }
     write_table(&arguments.out, &data, &info, &config)
 }
 
-fn run_one(run: Identity, data: &Dataset, workers: usize) -> Result<RunResult, Failure> {
+fn run_one(run: &Identity, data: &Dataset, workers: usize) -> Result<RunResult, Failure> {
     let (title, setting, seed) = (run.system.title(), run.setting(), run.config.seed);
     let mut observe = |epoch: &Epoch| {
         let auc = epoch.valid_auc.map_or("-".to_owned(), |auc| format!("{auc:.4}"));
@@ -229,28 +229,24 @@ fn run_one(run: Identity, data: &Dataset, workers: usize) -> Result<RunResult, F
     };
     let start = Instant::now();
     let fitted = run.run(data, workers, &mut observe)?;
-    Ok(RunResult {
-        version: env!("CARGO_PKG_VERSION").to_owned(),
-        run,
-        setting,
-        threads: rayon::current_num_threads(),
-        seconds: start.elapsed().as_secs_f64(),
-        fitted,
-    })
+    Ok(RunResult::new(run, &fitted, rayon::current_num_threads(), start.elapsed().as_secs_f64()))
 }
 
 /// The table of all results in `out` that are of this data set.
 fn write_table(out: &Path, data: &Dataset, info: &DataInfo, config: &Config) -> Result<(), Failure> {
     let mut results = RunResult::all(out)?;
-    results.retain(|result| result.run.data == *info);
+    let own = to_json(info);
+    results.retain(|result| result.data == own);
     let popularity = [Part::Test, Part::Valid].map(|part| {
         part_report(data, part, &popularity_scores(data, part), config.gauc_compat, &config.length_edges)
     });
     let table = Table::new(&results, popularity);
-    let json = serde_json::to_string_pretty(&table).expect("numbers and strings are valid JSON");
     let markdown = table.markdown();
-    for (name, text) in [("table.md", &markdown), ("table.csv", &table.csv()), ("table.json", &(json + "\n"))]
-    {
+    for (name, text) in [
+        ("table.md", &markdown),
+        ("table.csv", &table.csv()),
+        ("table.json", &format!("{:#}\n", to_json(&table))),
+    ] {
         replace_bytes(&out.join(name), text.as_bytes()).map_err(TrainError::from)?;
     }
     Ok(cli::print(&markdown)?)

@@ -14,15 +14,16 @@ use dfar::model;
 use dfar::train::checkpoint::DataInfo;
 use dfar::train::file::{FileError, replace_bytes};
 use dfar::train::{Config, TrainError, score_options};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
+use serde_json::{Value, json};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use thiserror::Error;
 
 /// A row of Table 2. Its name stands for it in files and on the command line.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(into = "String")]
 pub enum Row {
     /// A compared system.
     Baseline(Kind),
@@ -33,13 +34,6 @@ pub enum Row {
 impl From<Row> for String {
     fn from(row: Row) -> Self {
         row.name().to_owned()
-    }
-}
-
-impl TryFrom<String> for Row {
-    type Error = String;
-    fn try_from(name: String) -> Result<Self, String> {
-        Self::parse(&name)
     }
 }
 
@@ -101,7 +95,7 @@ impl Options {
 }
 
 /// What determines a result.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Identity {
     /// The system.
     pub system: Row,
@@ -226,21 +220,32 @@ impl Identity {
     }
 }
 
-/// The content of a result file.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// A finished run: the content of a result file.
+#[derive(Clone, Debug, PartialEq)]
 pub struct RunResult {
-    /// Version of this program.
-    pub version: String,
-    /// What was run.
-    pub run: Identity,
+    /// The system.
+    pub system: Row,
     /// [`Identity::setting`].
     pub setting: String,
-    /// Threads.
-    pub threads: usize,
-    /// Seconds in all.
-    pub seconds: f64,
-    /// What it came to.
-    pub fitted: Fitted,
+    /// The seed.
+    pub seed: u64,
+    /// The data set, as JSON.
+    pub data: Value,
+    /// Liked test events; none without any.
+    pub test: Option<Figures>,
+    /// Liked validation events; none without any.
+    pub valid: Option<Figures>,
+    /// All of the file.
+    file: Value,
+}
+
+/// Metrics of a part of the data.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Figures {
+    /// Groups scored.
+    pub groups: u64,
+    /// In the order of [`crate::table::METRICS`]; none where no user has both classes.
+    pub values: [Option<f64>; 4],
 }
 
 /// A result file that cannot be used.
@@ -258,12 +263,12 @@ pub enum ResultError {
     #[error(transparent)]
     Write(#[from] FileError),
     /// Not a result.
-    #[error("{} is not a result of dfar-compare: {source}; remove it", path.display())]
+    #[error("{} is not a result of dfar-compare: {reason}; remove it", path.display())]
     Format {
         /// The file.
         path: PathBuf,
         /// Why.
-        source: serde_json::Error,
+        reason: String,
     },
     /// Of another run.
     #[error("{} has another {what}; choose another --out, or remove it", path.display())]
@@ -276,6 +281,48 @@ pub enum ResultError {
 }
 
 impl RunResult {
+    /// The content of the file of a finished run.
+    ///
+    /// # Panics
+    /// Never: what is written can be read.
+    pub fn new(run: &Identity, fitted: &Fitted, threads: usize, seconds: f64) -> Self {
+        let file = json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "run": to_json(run),
+            "setting": run.setting(),
+            "threads": threads,
+            "seconds": seconds,
+            "fitted": to_json(fitted),
+        });
+        Self::parse(file).expect("what is written can be read")
+    }
+
+    /// Takes apart the content of a file. JSON by hand: deriving it for every type that a result
+    /// holds costs more compile time than all systems together.
+    fn parse(file: Value) -> Result<Self, String> {
+        let field = |pointer: &str| file.pointer(pointer).ok_or_else(|| format!("it has no {pointer}"));
+        let text = |pointer: &str| {
+            let found = field(pointer)?.as_str();
+            found.map(str::to_owned).ok_or_else(|| format!("{pointer} is not a text"))
+        };
+        let seed = field("/run/config/seed")?;
+        // A seed beyond 63 bits is a text, see `dfar::train::config::seed`.
+        let seed = seed.as_u64().or_else(|| seed.as_str()?.parse().ok());
+        let figures = |pointer: &str| match field(pointer)? {
+            Value::Null => Ok(None),
+            part => Figures::parse(part).map(Some).ok_or_else(|| format!("{pointer} has no metrics")),
+        };
+        Ok(Self {
+            system: Row::parse(&text("/run/system")?)?,
+            setting: text("/setting")?,
+            seed: seed.ok_or("the seed is not a number")?,
+            data: field("/run/data")?.clone(),
+            test: figures("/fitted/test")?,
+            valid: figures("/fitted/valid")?,
+            file,
+        })
+    }
+
     /// The result of `run` in `out`, if it is finished.
     ///
     /// # Errors
@@ -286,7 +333,7 @@ impl RunResult {
             return Ok(None);
         }
         let found = Self::read(&path)?;
-        match difference(run, &found.run) {
+        match difference("run", &to_json(run), &found.file["run"]) {
             None => Ok(Some(found)),
             Some(what) => Err(ResultError::Other { path, what }),
         }
@@ -314,37 +361,43 @@ impl RunResult {
     fn read(path: &Path) -> Result<Self, ResultError> {
         let io = |source| ResultError::Io { path: path.to_owned(), source };
         let text = std::fs::read_to_string(path).map_err(io)?;
-        serde_json::from_str(&text).map_err(|source| ResultError::Format { path: path.to_owned(), source })
+        let bad = |reason| ResultError::Format { path: path.to_owned(), reason };
+        let file = serde_json::from_str(&text).map_err(|error| bad(error.to_string()))?;
+        Self::parse(file).map_err(bad)
     }
 
     /// Writes the file, under a temporary name first.
     ///
     /// # Errors
     /// As for any file.
-    pub fn save(&self, out: &Path) -> Result<(), ResultError> {
-        let path = self.run.path(out);
+    pub fn save(&self, path: &Path) -> Result<(), ResultError> {
         let folder = path.parent().expect("a result has a directory");
         let io = |source| ResultError::Io { path: folder.to_owned(), source };
         std::fs::create_dir_all(folder).map_err(io)?;
-        let text = serde_json::to_string_pretty(self).expect("numbers and strings are valid JSON");
-        Ok(replace_bytes(&path, (text + "\n").as_bytes())?)
+        Ok(replace_bytes(path, format!("{:#}\n", self.file).as_bytes())?)
     }
 }
 
-/// The first field that differs.
-fn difference(expected: &Identity, found: &Identity) -> Option<String> {
-    let value = |identity: &Identity| serde_json::to_value(identity).expect("plain fields are valid JSON");
-    let (expected, found) = (value(expected), value(found));
-    fn first(name: &str, a: &serde_json::Value, b: &serde_json::Value) -> Option<String> {
-        match (a, b) {
-            (serde_json::Value::Object(a), serde_json::Value::Object(b)) => {
-                let keys = a.keys().chain(b.keys());
-                let null = serde_json::Value::Null;
-                keys.into_iter()
-                    .find_map(|key| first(key, a.get(key).unwrap_or(&null), b.get(key).unwrap_or(&null)))
-            }
-            _ => (a != b).then(|| name.to_owned()),
-        }
+impl Figures {
+    fn parse(part: &Value) -> Option<Self> {
+        let groups = part.get("groups")?.as_u64()?;
+        let [auc, mrr, ndcg, gauc] = ["auc", "mrr", "ndcg", "gauc"].map(|metric| part.get(metric)?.as_f64());
+        Some(Self { groups, values: [Some(auc?), Some(mrr?), Some(ndcg?), gauc] })
     }
-    first("run", &expected, &found)
+}
+
+/// As JSON.
+pub fn to_json(value: &impl Serialize) -> Value {
+    serde_json::to_value(value).expect("plain fields are valid JSON")
+}
+
+/// The first field that differs; `name` is that of the whole.
+fn difference(name: &str, a: &Value, b: &Value) -> Option<String> {
+    let (Value::Object(of_a), Value::Object(of_b)) = (a, b) else {
+        return (a != b).then(|| name.to_owned());
+    };
+    let field = |key: &String| difference(key, of_a.get(key)?, of_b.get(key)?);
+    let lacks = |key: &&String| !(of_a.contains_key(*key) && of_b.contains_key(*key));
+    let mut keys = of_a.keys().chain(of_b.keys());
+    keys.clone().find(lacks).cloned().or_else(|| keys.find_map(field))
 }

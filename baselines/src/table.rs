@@ -1,9 +1,8 @@
 //! Table 2 from the results in a directory: mean and standard deviation over seeds, as Markdown,
 //! CSV and JSON. In each column the best mean is bold and the second is underlined.
 
-use crate::results::{Row, RunResult};
+use crate::results::{Figures, Row, RunResult};
 use dfar::evaluate::PartReport;
-use dfar::evaluate::metrics::Metrics;
 use serde::Serialize;
 use std::fmt::Write;
 
@@ -36,7 +35,7 @@ pub struct Line {
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Table {
     /// Liked events of the part whose groups were scored.
-    pub groups: usize,
+    pub groups: u64,
     /// `test`, or `validation` for a data set without liked test events.
     pub part: &'static str,
     /// Popularity, not ranked.
@@ -45,43 +44,36 @@ pub struct Table {
     pub lines: Vec<Line>,
 }
 
-/// Values in the order of [`METRICS`].
-pub fn values(metrics: &Metrics) -> [Option<f64>; 4] {
-    [Some(metrics.auc), Some(metrics.mrr), Some(metrics.ndcg), metrics.gauc]
-}
-
 impl Table {
     /// From results of one data set. `popularity` holds the metrics of the test and validation
     /// parts.
     pub fn new(results: &[RunResult], popularity: [Option<PartReport>; 2]) -> Self {
-        let tested = results.iter().all(|result| result.fitted.test.is_some());
-        let report = |result: &RunResult| match tested {
-            true => result.fitted.test.clone(),
-            false => result.fitted.valid.clone(),
-        };
+        let tested = results.iter().all(|result| result.test.is_some());
+        let figures = |result: &RunResult| if tested { result.test } else { result.valid };
         let [of_test, of_valid] = popularity;
         let popularity = if tested { of_test } else { of_valid };
         let mut lines = Vec::new();
         for system in Row::all() {
-            let mut own: Vec<&RunResult> = results.iter().filter(|r| r.run.system == system).collect();
-            own.sort_by_key(|result| (result.setting.clone(), result.run.config.seed));
+            let mut own: Vec<&RunResult> = results.iter().filter(|r| r.system == system).collect();
+            own.sort_by(|a, b| (&a.setting, a.seed).cmp(&(&b.setting, b.seed)));
             for of_setting in own.chunk_by(|a, b| a.setting == b.setting) {
-                let figures: Vec<[Option<f64>; 4]> = of_setting
-                    .iter()
-                    .map(|result| report(result).map_or([None; 4], |report| values(&report.liked)))
-                    .collect();
+                let value = |result: &&RunResult, metric: usize| figures(result)?.values[metric];
                 lines.push(Line {
                     system: system.title().to_owned(),
                     setting: of_setting[0].setting.clone(),
-                    seeds: of_setting.iter().map(|result| result.run.config.seed).collect(),
-                    cells: std::array::from_fn(|metric| cell(figures.iter().map(|f| f[metric]))),
+                    seeds: of_setting.iter().map(|result| result.seed).collect(),
+                    cells: std::array::from_fn(|metric| {
+                        cell(of_setting.iter().map(|result| value(result, metric)))
+                    }),
                 });
             }
         }
         Self {
-            groups: results.iter().find_map(report).map_or(0, |report| report.liked.groups),
+            groups: results.iter().find_map(figures).map_or(0, |Figures { groups, .. }| groups),
             part: if tested { "test" } else { "validation" },
-            popularity: popularity.map(|report| values(&report.liked)),
+            popularity: popularity.map(|PartReport { liked, .. }| {
+                [Some(liked.auc), Some(liked.mrr), Some(liked.ndcg), liked.gauc]
+            }),
             lines,
         }
     }

@@ -418,3 +418,73 @@ impl Heads<Cpu> for BlockHeads<'_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{assert_close, differences, random, wide};
+    use super::*;
+
+    const HEADS: usize = 2;
+
+    /// The definition, from `[q, k, v, ML, MW]`.
+    fn naive(head_dim: usize, cu_seqlens: &[u32], at: &[Vec<f64>]) -> Vec<f64> {
+        let [q, k, v, mix_logits, mix_weights] = at else { panic!("five inputs") };
+        let width = HEADS * head_dim;
+        let mut o = vec![0.0; q.len()];
+        let place = |token: usize, head: usize, j: usize| token * width + head * head_dim + j;
+        for bounds in cu_seqlens.windows(2) {
+            for i in bounds[0] as usize..bounds[1] as usize {
+                let seen = bounds[0] as usize..i + 1;
+                let logit = |h: usize, t: usize| {
+                    let dot = |j| q[place(i, h, j)] * k[place(t, h, j)];
+                    (0..head_dim).map(dot).sum::<f64>() / (head_dim as f64).sqrt()
+                };
+                for g in 0..HEADS {
+                    let mixed = |t| (0..HEADS).map(|h| logit(h, t) * mix_logits[h * HEADS + g]).sum::<f64>();
+                    let e: Vec<f64> = seen.clone().map(|t| mixed(t).exp()).collect();
+                    let sum: f64 = e.iter().sum();
+                    for (h, (t, e)) in (0..HEADS).flat_map(|h| seen.clone().zip(&e).map(move |te| (h, te))) {
+                        let weight = e / sum * mix_weights[g * HEADS + h];
+                        (0..head_dim).for_each(|j| o[place(i, h, j)] += weight * v[place(t, h, j)]);
+                    }
+                }
+            }
+        }
+        o
+    }
+
+    /// Sequences of several tiles, of one, and of none.
+    #[test]
+    fn output_and_gradients_agree_with_the_definition() {
+        for (head_dim, cu_seqlens) in [(3, vec![0, 37, 37, 38, 54]), (17, vec![0, 16, 33])] {
+            let len = cu_seqlens[cu_seqlens.len() - 1] as usize * HEADS * head_dim;
+            let [q, k, v, d_o] = [1, 2, 3, 4].map(|seed| random(len, seed));
+            let [mix_logits, mix_weights] = [5, 6].map(|seed| random(HEADS * HEADS, seed));
+            let heads = TalkingHeads {
+                heads: HEADS,
+                head_dim,
+                cu_seqlens: &cu_seqlens,
+                mix_logits: &mix_logits,
+                mix_weights: &mix_weights,
+            };
+            let qkv = Qkv { q: &q[..], k: &k[..], v: &v[..] };
+            let (mut o, mut lse) = (vec![f32::NAN; len], vec![f32::NAN; len / head_dim]);
+            heads.forward(qkv, &mut o, &mut lse);
+            let at = [&q, &k, &v, &mix_logits, &mix_weights].map(|x| wide(x));
+            assert_close("o", &o, &naive(head_dim, &cu_seqlens, &at), 1e-5);
+
+            let mut found = [len, len, len, mix_logits.len(), mix_weights.len()].map(|n| vec![f32::NAN; n]);
+            let [dq, dk, dv, d_mix_logits, d_mix_weights] = found.each_mut().map(|x| &mut x[..]);
+            let gradients = TalkingGradients { dq, dk, dv, d_mix_logits, d_mix_weights };
+            heads.backward(qkv, &lse, &d_o, gradients);
+            let loss = |at: &[Vec<f64>]| {
+                let o = naive(head_dim, &cu_seqlens, at);
+                o.iter().zip(&d_o).map(|(o, &d)| o * f64::from(d)).sum()
+            };
+            let names = ["dq", "dk", "dv", "d_mix_logits", "d_mix_weights"];
+            for ((name, found), want) in names.iter().zip(&found).zip(differences(&loss, &at)) {
+                assert_close(name, found, &want, 5e-5);
+            }
+        }
+    }
+}

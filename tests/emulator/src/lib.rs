@@ -11,7 +11,8 @@ mod emulated;
 pub use emulated::{Copies, Emulated, gpu};
 
 use bytemuck::Pod;
-use dfar::device::cuda::kernel::{Kernel, Launch, Module, Pointer};
+use dfar::device::cuda::kernel::{Element, Kernel, Launch, Module, Pointer};
+use dfar::device::cuda::plan::tile::HEAD_DIMS;
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::marker::PhantomData;
 use std::ptr::NonNull;
@@ -48,6 +49,17 @@ pub const FAULTS: Module = Module::new("faults");
 
 /// Kernels of `functions.cpp`: single functions of the library's kernels.
 pub const FUNCTIONS: Module = Module::new("functions");
+
+/// Head widths for which the attention kernels of an element type are compiled: all with the
+/// feature `sweep`, the widths of common models without. `modules` in build.rs compiles them.
+pub fn head_dims(element: Element) -> &'static [usize] {
+    match element {
+        _ if cfg!(feature = "sweep") => &HEAD_DIMS,
+        Element::F32 => &[8, 16],
+        Element::Bf16 => &[16],
+        Element::F16 => &[],
+    }
+}
 
 /// Operations executed by a device's kernels since it was created.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

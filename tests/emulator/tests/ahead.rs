@@ -13,6 +13,7 @@ use std::thread;
 use std::time::Duration;
 
 #[test]
+#[cfg_attr(not(feature = "sweep"), ignore = "takes long: --features sweep")]
 fn a_run_sends_batches_ahead_and_stays_the_same() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("x.dfar");

@@ -10,7 +10,7 @@ use dfar::device::cuda::kernel::{Kernel, Launch};
 use dfar::device::cuda::plan::attention::{Pass, Plan};
 use dfar::device::cuda::plan::params::{AttentionParams, Item};
 use dfar::device::cuda::plan::tile::{HEAD_DIMS, Room};
-use dfar_emulator::{Counts, Device, FUNCTIONS};
+use dfar_emulator::{Counts, Device, FUNCTIONS, head_dims};
 use dfar_tools::attention::predict;
 use dfar_tools::verify::{
     Case, Fha, cases, compare, compare_gradients, half_precision::unfused, relative_error,
@@ -187,16 +187,17 @@ fn q_len(options: &FhaOptions, n: usize) -> usize {
     n * options.heads * options.head_dim
 }
 
-fn golden() -> Vec<(String, Fha)> {
+/// The golden cases of compiled head widths.
+fn golden(element: Element) -> Vec<(String, Fha)> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../golden");
     let all = cases(&folder).expect("golden cases should be there");
     let read = all.iter().map(|path| Case::read(path).expect("a case should be readable"));
     let fha: Vec<_> = read
         .filter(|case| case.kind == "fha")
         .map(|case| (case.name.clone(), Fha::new(&case).expect("a case should be complete")))
-        .filter(|(_, fha)| HEAD_DIMS.contains(&fha.options.head_dim))
+        .filter(|(_, fha)| head_dims(element).contains(&fha.options.head_dim))
         .collect();
-    assert!(fha.len() >= 16, "only {} cases", fha.len());
+    assert!(fha.len() >= if cfg!(feature = "sweep") { 16 } else { 9 }, "only {} cases", fha.len());
     fha
 }
 
@@ -218,7 +219,7 @@ fn f32_failures(
 #[test]
 fn golden_cases_in_f32() {
     let mut failures = vec![];
-    for (name, fha) in golden() {
+    for (name, fha) in golden(Element::F32) {
         let results = run::<f32>(&Batch::golden(&fha));
         let gradients = fha.gradients.each_ref().map(|x| &x[..]);
         failures.extend(f32_failures(&name, &results, &fha.o, &fha.lse, gradients));
@@ -265,20 +266,21 @@ fn judge_rounded<T: Value>(name: &str, batch: &Batch, fused: Results) -> Vec<Str
 #[test]
 fn golden_cases_in_bf16() {
     let failures: Vec<String> =
-        golden().iter().flat_map(|(n, fha)| judge_16_bit::<bf16>(n, &Batch::golden(fha))).collect();
+        golden(Element::Bf16).iter().flat_map(|(n, fha)| judge_16_bit::<bf16>(n, &Batch::golden(fha))).collect();
     assert!(failures.is_empty(), "{failures:#?}");
 }
 
 #[test]
+#[cfg_attr(not(feature = "sweep"), ignore = "takes long: --features sweep")]
 fn golden_cases_in_f16() {
     let failures: Vec<String> =
-        golden().iter().flat_map(|(n, fha)| judge_16_bit::<f16>(n, &Batch::golden(fha))).collect();
+        golden(Element::F16).iter().flat_map(|(n, fha)| judge_16_bit::<f16>(n, &Batch::golden(fha))).collect();
     assert!(failures.is_empty(), "{failures:#?}");
 }
 
-/// Options beyond the golden cases: every width, all head counts, per-head pairing, scales of 0 and
-/// below.
-fn variants() -> Vec<FhaOptions> {
+/// Options beyond the golden cases: every compiled width, all head counts, per-head pairing, scales
+/// of 0 and below.
+fn variants(element: Element) -> Vec<FhaOptions> {
     let mut all = vec![];
     for (index, head_dim) in HEAD_DIMS.into_iter().enumerate() {
         let heads = [2, 4, 8, 2, 4][index];
@@ -291,6 +293,7 @@ fn variants() -> Vec<FhaOptions> {
     all.push(FhaOptions { scale: -0.3, ..FhaOptions::new(2, 16) });
     all.push(FhaOptions { scale: 0.0, ..FhaOptions::new(2, 16) });
     all.push(FhaOptions::new(6, 16)); // three query rows per token: a token's rows straddle warps
+    all.retain(|options| head_dims(element).contains(&options.head_dim));
     all
 }
 
@@ -302,7 +305,7 @@ const LENGTHS: [usize; 7] = [0, 1, 37, 2, 0, 70, 16];
 #[test]
 fn random_cases_in_f32() {
     let mut failures = vec![];
-    for (seed, options) in variants().into_iter().enumerate() {
+    for (seed, options) in variants(Element::F32).into_iter().enumerate() {
         let batch = Batch::random(options, &LENGTHS, seed as u64);
         let exact = reference::forward(&options, batch.inputs()).expect("valid inputs");
         let gradients = reference::backward(&options, batch.inputs(), &batch.d_o).expect("valid inputs");
@@ -317,12 +320,14 @@ fn random_cases_in_f32() {
 
 #[test]
 fn random_cases_in_16_bits() {
-    let mut failures = vec![];
-    for (seed, options) in variants().into_iter().enumerate() {
-        let batch = Batch::random(options, &LENGTHS, seed as u64);
-        failures.extend(judge_16_bit::<bf16>(&format!("bf16 {options:?}"), &batch));
-        failures.extend(judge_16_bit::<f16>(&format!("f16 {options:?}"), &batch));
+    fn judge<T: Value>() -> Vec<String> {
+        let judge = |(seed, options): (usize, FhaOptions)| {
+            let batch = Batch::random(options, &LENGTHS, seed as u64);
+            judge_16_bit::<T>(&format!("{:?} {options:?}", T::ELEMENT), &batch)
+        };
+        variants(T::ELEMENT).into_iter().enumerate().flat_map(judge).collect()
     }
+    let failures = [judge::<bf16>(), judge::<f16>()].concat();
     assert!(failures.is_empty(), "{failures:#?}");
 }
 
@@ -334,6 +339,7 @@ fn whole_items(plan: &Plan, pass: Pass) -> usize {
 /// Blocks of several whole sequences, of every number of tiles, with empty sequences; one launch
 /// per group of sequences.
 #[test]
+#[cfg_attr(not(feature = "sweep"), ignore = "takes long: --features sweep")]
 fn whole_sequences_of_all_lengths() {
     fn judge<T: Value>(
         options: FhaOptions,
@@ -364,7 +370,7 @@ fn whole_sequences_of_all_lengths() {
         whole
     }
     let (mut failures, mut whole) = (vec![], [0; 3]);
-    for (seed, options) in variants().into_iter().enumerate() {
+    for (seed, options) in variants(Element::F16).into_iter().enumerate() {
         let longest = 64 / options.query_slots();
         let groups =
             [[64, 33, 1, 48], [17, 32, 0, 31], [16, 1, 2, 15]].map(|x| x.map(|l: usize| l.min(longest)));
@@ -393,6 +399,7 @@ fn whole_sequences_in_two_passes() {
         (FhaOptions::new(4, 16), [75, 3, 82]),
     ]
     .into_iter()
+    .filter(|(options, _)| head_dims(Element::Bf16).contains(&options.head_dim))
     .enumerate()
     {
         let batch = Batch::random(options, &lengths, 300 + seed as u64);
@@ -425,6 +432,7 @@ fn together(parts: impl Iterator<Item = Results>) -> Results {
 }
 
 #[test]
+#[cfg_attr(not(feature = "sweep"), ignore = "takes long: --features sweep")]
 fn a_sequence_does_not_see_its_batch() {
     for options in [FhaOptions::new(2, 16), FhaOptions::new(4, 32)] {
         let batch = Batch::random(options, &LENGTHS, 20);
@@ -434,6 +442,7 @@ fn a_sequence_does_not_see_its_batch() {
 }
 
 #[test]
+#[cfg_attr(not(feature = "sweep"), ignore = "takes long: --features sweep")]
 fn less_shared_memory_gives_the_same_bits() {
     let batch = Batch::random(FhaOptions::new(8, 64), &[90], 21);
     let one = run_within::<bf16>(&batch, Room::of(227 << 10));
@@ -458,8 +467,9 @@ fn check_propagation<T: Value>(
 
 #[test]
 fn non_finite_input_reaches_only_dependent_results() {
-    for head_dim in [8, 16, 64] {
-        for normalization in [Normalization::Joint, Normalization::Masked] {
+    let (dims, normalizations) = if cfg!(feature = "sweep") { (&[8, 16, 64][..], 2) } else { (&[16][..], 1) };
+    for &head_dim in dims {
+        for normalization in [Normalization::Joint, Normalization::Masked].into_iter().take(normalizations) {
             let options = FhaOptions { normalization, ..FhaOptions::new(2, head_dim) };
             // In a row whose warp also holds earlier rows.
             for room in ROOMS {
@@ -471,12 +481,16 @@ fn non_finite_input_reaches_only_dependent_results() {
             check_propagation::<bf16>(options, ROOMS[1], &[9, 100, 3], 1, 70);
         }
     }
+    if head_dims(Element::F16).is_empty() {
+        return;
+    }
     check_propagation::<f16>(FhaOptions::new(4, 16), ROOMS[0], &[20, 30, 7], 1, 13);
     check_propagation::<f16>(FhaOptions::new(4, 32), ROOMS[1], &[70, 7], 0, 35);
 }
 
 /// Behind tiles that are taken without a maximum: each row of the warp keeps its own reference.
 #[test]
+#[cfg_attr(not(feature = "sweep"), ignore = "takes long: --features sweep")]
 fn non_finite_input_does_not_reach_other_tiles() {
     for scale in [0.25, 6.0] {
         let options = FhaOptions { scale, ..FhaOptions::new(2, 16) };
@@ -504,6 +518,7 @@ fn the_polynomial_is_the_exponential() {
 
 /// With polynomials the results stay within tolerance, and fewer exponentials are executed.
 #[test]
+#[cfg_attr(not(feature = "sweep"), ignore = "takes long: --features sweep")]
 fn polynomials_keep_the_tolerances() {
     fn judge<T: Value>(options: FhaOptions, room: Room) -> Vec<String> {
         let batch = Batch::random(options, &[300, 200], 41).rounded::<T>();
@@ -584,7 +599,7 @@ fn what_is_executed_is_what_is_predicted() {
         });
         run.expect("the kernels should be sound");
     }
-    for (seed, options) in variants().into_iter().enumerate() {
+    for (seed, options) in variants(Element::Bf16).into_iter().enumerate() {
         for (room, lengths) in
             [(ROOMS[0], &LENGTHS[..]), (ROOMS[0], &[64, 33, 1, 160]), (ROOMS[1], &[200, 65])]
         {

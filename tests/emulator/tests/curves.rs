@@ -9,6 +9,7 @@ use dfar_emulator::gpu;
 use std::sync::Arc;
 
 #[test]
+#[cfg_attr(not(feature = "sweep"), ignore = "takes long: --features sweep")]
 fn the_loss_decreases_as_on_the_cpu() {
     let batches = bodies::batches();
     let reference = bodies::curve(Arc::new(Cpu::new()), &batches);

@@ -12,8 +12,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 macro_rules! on_the_emulator {
-    ($($name:ident($($argument:expr)?))+) => {$(
+    ($($(#[$attribute:meta])? $name:ident($($argument:expr)?))+) => {$(
         #[test]
+        $(#[$attribute])?
         fn $name() {
             bodies::$name(&|| Arc::new(gpu(Precision::F32)) $(, $argument)?);
         }
@@ -21,9 +22,12 @@ macro_rules! on_the_emulator {
 }
 
 on_the_emulator! {
+    #[cfg_attr(not(feature = "sweep"), ignore = "takes long: --features sweep")]
     shared_prefixes_and_candidates_do_not_change_results()
+    #[cfg_attr(not(feature = "sweep"), ignore = "takes long: --features sweep")]
     gradients_match_finite_differences(3)
     lazy_and_dense_adam_agree_while_every_row_is_touched()
+    #[cfg_attr(not(feature = "sweep"), ignore = "takes long: --features sweep")]
     steps_are_deterministic()
     a_non_finite_value_stops_the_step_and_is_named()
     errors_name_the_index_beyond_the_model()
@@ -49,6 +53,7 @@ fn the_network_matches_the_golden_cases() {
 }
 
 #[test]
+#[cfg_attr(not(feature = "sweep"), ignore = "takes long: --features sweep")]
 fn steps_match_the_cpu() {
     let (cpu, device) = (|| Arc::new(Cpu::new()), || Arc::new(gpu(Precision::F32)));
     bodies::steps_agree(&cpu, &device);

@@ -70,6 +70,8 @@ pub mod device;
 pub mod error;
 pub mod evaluate;
 pub mod model;
+#[doc(hidden)]
+pub mod replacement;
 pub mod train;
 
 pub use error::{Error, Result};

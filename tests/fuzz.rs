@@ -75,3 +75,20 @@ fn a_data_set_of_any_bytes_is_read_or_refused() {
 fn a_log_of_any_bytes_is_imported_or_refused() {
     run("import", 200, bodies::import);
 }
+
+#[test]
+fn json_of_any_bytes_is_imported_or_refused() {
+    run("json", 200, bodies::import);
+}
+
+#[test]
+fn an_archive_of_any_bytes_is_imported_or_refused() {
+    run("archive", 200, bodies::import);
+}
+
+/// Parquet and Arrow IPC.
+#[cfg(feature = "parquet")]
+#[test]
+fn a_columnar_file_of_any_bytes_is_imported_or_refused() {
+    run("columnar", 200, bodies::import);
+}

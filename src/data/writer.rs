@@ -3,6 +3,7 @@
 use super::format::{self, ALIGNMENT, ENTRY_LENGTH, Entry, FLAG_CEILING, HEADER_LENGTH, Header, Section};
 use super::names::Names;
 use super::{DataError, Protocol};
+use crate::replacement::Replacement;
 use bytemuck::{Pod, Zeroable};
 use rayon::prelude::*;
 use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
@@ -118,7 +119,7 @@ impl Writer {
     }
 
     fn assemble(self, path: &Path, header: &[u8], table: &[u8]) -> std::io::Result<()> {
-        let mut out = BufWriter::with_capacity(1 << 20, temporary_beside(path)?);
+        let mut out = Replacement::new(path)?;
         out.write_all(header)?;
         out.write_all(table)?;
         let mut end = (header.len() + table.len()) as u64;
@@ -130,30 +131,6 @@ impl Writer {
             std::io::copy(&mut section.take(spool.length), &mut out)?;
             end += padding + spool.length;
         }
-        let file = out.into_inner().map_err(|error| error.into_error())?;
-        file.as_file().sync_all()?;
-        file.persist(path).map_err(|error| error.error)?;
-        Ok(())
-    }
-}
-
-/// A temporary file in the same folder as `path`, with the permissions of an ordinary new file.
-fn temporary_beside(path: &Path) -> std::io::Result<tempfile::NamedTempFile> {
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".").suffix(".dfar-partial");
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        // The umask restricts this, as for any new file.
-        builder.permissions(std::fs::Permissions::from_mode(0o666));
-    }
-    builder.tempfile_in(folder_of(path))
-}
-
-/// The folder of a file.
-pub(super) fn folder_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
+        out.finish()
     }
 }

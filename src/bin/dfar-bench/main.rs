@@ -5,6 +5,8 @@ mod attention;
 #[path = "../shared/cli.rs"]
 mod cli;
 mod limits;
+#[path = "../shared/manual.rs"]
+mod manual;
 mod timing;
 mod train;
 mod verify;
@@ -58,6 +60,8 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    #[command(flatten)]
+    Manual(manual::Manual),
 }
 
 #[derive(clap::Args)]
@@ -254,6 +258,7 @@ fn main() -> ExitCode {
         Command::Attention(arguments) => run_attention(&arguments),
         Command::Train(arguments) => run_train(&arguments),
         Command::Limits { threads, json } => run_limits(threads, json),
+        Command::Manual(manual) => manual.run(Arguments::command()),
     })
 }
 

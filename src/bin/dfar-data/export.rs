@@ -1,9 +1,9 @@
 //! `dfar-data export`: writes the events of a data set for other programs.
 
-use crate::replacement::Replacement;
 use clap::{Args, ValueEnum};
 use dfar::Error;
 use dfar::data::Dataset;
+use dfar::replacement::Replacement;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 

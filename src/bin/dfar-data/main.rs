@@ -2,14 +2,14 @@
 
 #[path = "../shared/cli.rs"]
 mod cli;
-#[path = "../shared/replacement.rs"]
-mod replacement;
+#[path = "../shared/manual.rs"]
+mod manual;
 
 mod export;
 mod import;
 mod info;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use dfar::data::synthetic::{self, SyntheticOptions};
 use dfar::data::{Made, Split};
 use std::path::{Path, PathBuf};
@@ -36,6 +36,8 @@ enum Command {
     Export(export::Export),
     /// Generate a synthetic data set whose best possible AUC is known.
     Synth(Synth),
+    #[command(flatten)]
+    Manual(manual::Manual),
 }
 
 #[derive(Args)]
@@ -93,6 +95,7 @@ fn main() -> ExitCode {
         Command::Info(args) => info::info(&args),
         Command::Export(args) => export::export(&args),
         Command::Synth(args) => synth(args),
+        Command::Manual(manual) => manual.run(Cli::command()),
     }))
 }
 

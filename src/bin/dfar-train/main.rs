@@ -4,9 +4,9 @@
 mod cli;
 mod device;
 mod flags;
+#[path = "../shared/manual.rs"]
+mod manual;
 mod progress;
-#[path = "../shared/replacement.rs"]
-mod replacement;
 mod report;
 mod score;
 
@@ -47,6 +47,8 @@ enum Command {
     Evaluate(Evaluate),
     /// Rank items after a history; items have their original ids.
     Score(Box<score::Score>),
+    #[command(flatten)]
+    Manual(manual::Manual),
 }
 
 #[derive(Args)]
@@ -127,6 +129,7 @@ fn main() -> ExitCode {
         None => train(cli.train),
         Some(Command::Evaluate(args)) => evaluate(args),
         Some(Command::Score(args)) => score::score(*args),
+        Some(Command::Manual(manual)) => manual.run(Cli::command()),
     };
     cli::exit(result)
 }

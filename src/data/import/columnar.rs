@@ -53,12 +53,13 @@ pub(super) use with_arrow::read;
 
 #[cfg(feature = "parquet")]
 mod with_arrow {
+    use super::super::arrow_claims;
     use super::super::fields::SLOTS;
     use super::super::layout::{Columns, Role};
     use super::super::rows::{Cell, Reading};
     use super::super::time::RawTime;
     use super::*;
-    use crate::data::writer::folder_of;
+    use crate::replacement::folder_of;
     use arrow_array::cast::AsArray;
     use arrow_array::types::*;
     use arrow_array::{Array, ArrayRef, RecordBatch};
@@ -67,13 +68,13 @@ mod with_arrow {
     use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
     use std::borrow::Cow;
     use std::collections::BTreeSet;
-    use std::io::BufReader;
+    use std::io::{BufReader, Seek};
 
     /// Rows decoded at a time.
     const BATCH_ROWS: usize = 8192;
 
-    /// Reads all rows. A compressed log is first unpacked to a temporary file, because its end must
-    /// be read before the rest.
+    /// Reads all rows. A compressed log is first unpacked to a temporary file, because it is read
+    /// twice, a Parquet or Arrow file from its end.
     pub(in super::super) fn read(
         rows: &mut Rows,
         context: &Context,
@@ -92,7 +93,7 @@ mod with_arrow {
                 let folder = rows.options.temporary.as_deref().unwrap_or(folder_of(&rows.options.output));
                 let mut copy = tempfile::tempfile_in(folder).map_err(DataError::write(folder))?;
                 io::copy(&mut bytes, &mut copy).map_err(DataError::read(context.name))?;
-                io::Seek::rewind(&mut copy).map_err(DataError::read(folder))?;
+                copy.rewind().map_err(DataError::read(folder))?;
                 Ok(copy)
             }
         };
@@ -109,16 +110,19 @@ mod with_arrow {
                 (columns, Box::new(move || decode(|| reader.next().transpose())))
             }
             Kind::ArrowFile => {
-                let file = BufReader::new(seekable(bytes, file)?);
+                let mut file = BufReader::new(seekable(bytes, file)?);
+                decode(|| arrow_claims::check_file(&mut file)).map_err(damaged)?;
                 let mut reader =
                     decode(|| arrow_ipc::reader::FileReader::try_new(file, None)).map_err(damaged)?;
                 let columns = columns(context, &reader.schema())?;
                 (columns, Box::new(move || decode(|| reader.next().transpose())))
             }
             Kind::ArrowStream => {
-                let bytes = BufReader::new(bytes);
+                let mut file = BufReader::new(seekable(bytes, file)?);
+                decode(|| arrow_claims::check_stream(&mut file)).map_err(damaged)?;
+                file.rewind().map_err(DataError::read(context.name))?;
                 let mut reader =
-                    decode(|| arrow_ipc::reader::StreamReader::try_new(bytes, None)).map_err(damaged)?;
+                    decode(|| arrow_ipc::reader::StreamReader::try_new(file, None)).map_err(damaged)?;
                 let columns = columns(context, &reader.schema())?;
                 (columns, Box::new(move || decode(|| reader.next().transpose())))
             }

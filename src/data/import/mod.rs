@@ -5,6 +5,8 @@
 //! numbered in order of appearance, and events are sorted by user and time on disk.
 
 mod amazon;
+#[cfg(feature = "parquet")]
+mod arrow_claims;
 mod columnar;
 mod csv;
 mod fields;
@@ -26,10 +28,10 @@ use super::external_sort::{ExternalSorter, RecordWriter};
 use super::k_core::{self, RepeatFilter};
 use super::log::Event;
 use super::names::Names;
-use super::writer::folder_of;
 use super::{
     Candidates, CountedRecords, DataError, KCore, Made, Protocol, Repeats, Source, Split, Weighting,
 };
+use crate::replacement::folder_of;
 use layout::Schema;
 use rows::Rows;
 use std::path::{Path, PathBuf};

@@ -265,16 +265,20 @@ fn judge_rounded<T: Value>(name: &str, batch: &Batch, fused: Results) -> Vec<Str
 
 #[test]
 fn golden_cases_in_bf16() {
-    let failures: Vec<String> =
-        golden(Element::Bf16).iter().flat_map(|(n, fha)| judge_16_bit::<bf16>(n, &Batch::golden(fha))).collect();
+    let failures: Vec<String> = golden(Element::Bf16)
+        .iter()
+        .flat_map(|(n, fha)| judge_16_bit::<bf16>(n, &Batch::golden(fha)))
+        .collect();
     assert!(failures.is_empty(), "{failures:#?}");
 }
 
 #[test]
 #[cfg_attr(not(feature = "sweep"), ignore = "takes long: --features sweep")]
 fn golden_cases_in_f16() {
-    let failures: Vec<String> =
-        golden(Element::F16).iter().flat_map(|(n, fha)| judge_16_bit::<f16>(n, &Batch::golden(fha))).collect();
+    let failures: Vec<String> = golden(Element::F16)
+        .iter()
+        .flat_map(|(n, fha)| judge_16_bit::<f16>(n, &Batch::golden(fha)))
+        .collect();
     assert!(failures.is_empty(), "{failures:#?}");
 }
 

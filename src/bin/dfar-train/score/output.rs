@@ -1,9 +1,9 @@
 //! Scores as a table, CSV, JSON lines or Parquet.
 
-use crate::replacement::Replacement;
 use crate::report;
 use clap::ValueEnum;
 use dfar::Error;
+use dfar::replacement::Replacement;
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 

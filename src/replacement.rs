@@ -1,31 +1,32 @@
 //! Output files that are complete or absent.
 
-use std::fs::Permissions;
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use tempfile::NamedTempFile;
 
-/// A file that appears under its name once complete: written under another name, then renamed.
+/// A file under construction. It has a temporary name in the folder of `path`, where
+/// [`finish`](Self::finish) moves it; dropped before, it is deleted.
 pub struct Replacement {
     file: BufWriter<NamedTempFile>,
     path: PathBuf,
 }
 
 impl Replacement {
+    /// Creates the temporary file, with the permissions of an ordinary new file.
     pub fn new(path: &Path) -> io::Result<Replacement> {
-        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
         let mut builder = tempfile::Builder::new();
-        builder.prefix(".").suffix(".partial");
+        builder.prefix(".").suffix(".dfar-partial");
         #[cfg(unix)]
         {
             use std::os::unix::fs::PermissionsExt;
             // The umask restricts this, as for any new file.
-            builder.permissions(Permissions::from_mode(0o666));
+            builder.permissions(std::fs::Permissions::from_mode(0o666));
         }
-        let file = builder.tempfile_in(folder.unwrap_or(Path::new(".")))?;
-        Ok(Replacement { file: BufWriter::new(file), path: path.to_owned() })
+        let file = builder.tempfile_in(folder_of(path))?;
+        Ok(Replacement { file: BufWriter::with_capacity(1 << 20, file), path: path.to_owned() })
     }
 
+    /// Flushes the file to the disk and renames it.
     pub fn finish(self) -> io::Result<()> {
         let file = self.file.into_inner().map_err(|error| error.into_error())?;
         file.as_file().sync_all()?;
@@ -41,5 +42,13 @@ impl Write for Replacement {
 
     fn flush(&mut self) -> io::Result<()> {
         self.file.flush()
+    }
+}
+
+/// The folder of a file.
+pub fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
     }
 }

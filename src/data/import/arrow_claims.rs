@@ -1,0 +1,151 @@
+//! Compressed buffers of Arrow IPC say how long they are unpacked, and the decoder allocates that
+//! much before it unpacks (arrow 60). A damaged file could thereby abort the program, so these
+//! lengths are checked first. The decoder itself reports all other damage.
+
+use arrow_ipc::{CompressionType, Message, root_as_footer, root_as_message};
+use std::io::{self, Read, Seek, SeekFrom};
+
+/// Length of the prefix with the unpacked length (i64) in a compressed buffer.
+const PREFIX: i64 = 8;
+/// Before the length of a message; absent in files older than Arrow 0.15.
+const CONTINUATION: [u8; 4] = [0xff; 4];
+/// No claims to check, or none that can be read: the decoder decides.
+const PASS: Result<(), String> = Ok(());
+
+/// Checks the buffers of an Arrow IPC file, whose footer lists its messages. The position of `file`
+/// afterwards is arbitrary.
+pub(super) fn check_file(file: &mut (impl Read + Seek)) -> Result<(), String> {
+    let footer = (|| {
+        let mut end = [0; 10];
+        file.seek(SeekFrom::End(-10))?;
+        file.read_exact(&mut end)?;
+        let length = arrow_ipc::reader::read_footer_length(end).map_err(io::Error::other)?;
+        let start = file.seek(SeekFrom::End(-10 - length as i64))?;
+        read_at(file, start, length as u64)
+    })();
+    let Ok(footer) = footer else { return PASS };
+    let Ok(footer) = root_as_footer(&footer) else { return PASS };
+    for block in footer.dictionaries().iter().chain(&footer.recordBatches()).flatten() {
+        let Ok(start) = u64::try_from(block.offset()) else { return PASS };
+        let Ok(length) = u64::try_from(block.metaDataLength()) else { return PASS };
+        let Ok(metadata) = read_at(file, start, length) else { return PASS };
+        let prefix = if metadata.starts_with(&CONTINUATION) { 8 } else { 4 };
+        let Some(Ok(message)) = metadata.get(prefix..).map(root_as_message) else { return PASS };
+        check_message(file, start + length, message)?;
+    }
+    PASS
+}
+
+/// Checks the buffers of an Arrow IPC stream, message by message.
+pub(super) fn check_stream(file: &mut (impl Read + Seek)) -> Result<(), String> {
+    let mut start = 0;
+    loop {
+        let Ok(prefix) = read_at(file, start, 8) else { return PASS };
+        let (length, prefix) = match prefix.strip_prefix(&CONTINUATION) {
+            Some(length) => (length, 8),
+            None => (&prefix[..4], 4),
+        };
+        let length = u64::from(u32::from_le_bytes(length.try_into().expect("4 bytes")));
+        let Ok(metadata) = read_at(file, start + prefix, length) else { return PASS };
+        let Ok(message) = root_as_message(&metadata) else { return PASS };
+        let body = start + prefix + length;
+        check_message(file, body, message)?;
+        let Ok(length) = u64::try_from(message.bodyLength()) else { return PASS };
+        let Some(next) = body.checked_add(length) else { return PASS };
+        start = next;
+    }
+}
+
+/// Checks the buffers of the message whose body begins at `body`.
+fn check_message(file: &mut (impl Read + Seek), body: u64, message: Message) -> Result<(), String> {
+    let dictionary = || message.header_as_dictionary_batch()?.data();
+    let Some(batch) = message.header_as_record_batch().or_else(dictionary) else { return PASS };
+    let Some(compression) = batch.compression() else { return PASS };
+    for buffer in batch.buffers().iter().flatten().filter(|buffer| buffer.length() > PREFIX) {
+        let Some(start) = body.checked_add_signed(buffer.offset()) else { return PASS };
+        let Ok(prefix) = read_at(file, start, PREFIX as u64) else { return PASS };
+        let claimed = i64::from_le_bytes(prefix.try_into().expect("8 bytes"));
+        let stored = buffer.length() - PREFIX;
+        // A byte of LZ4 stands for at most 255; a block of zstd has at least 3 bytes and at most
+        // 128 KiB unpacked.
+        let most = match compression.codec() {
+            CompressionType::LZ4_FRAME => stored.saturating_mul(255),
+            _ => (stored / 3 + 1).saturating_mul(128 << 10),
+        };
+        let problem = if claimed > most {
+            "which is impossible"
+        } else if Vec::<u8>::new().try_reserve_exact(usize::try_from(claimed).unwrap_or(0)).is_err() {
+            "which is more memory than there is"
+        } else {
+            continue;
+        };
+        return Err(format!(
+            "its buffer of {stored} compressed bytes claims to unpack to {claimed} bytes, {problem}"
+        ));
+    }
+    PASS
+}
+
+/// Reads these bytes. An end of the file before them is an error, and costs no memory.
+fn read_at(file: &mut (impl Read + Seek), start: u64, length: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    file.seek(SeekFrom::Start(start))?;
+    file.take(length).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 == length { Ok(bytes) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use arrow_array::{Int64Array, RecordBatch};
+    use arrow_ipc::writer::{FileWriter, IpcWriteOptions, StreamWriter};
+    use std::io::Cursor;
+    use std::sync::Arc;
+
+    const ROWS: usize = 1000;
+
+    fn written(codec: CompressionType, stream: bool) -> Vec<u8> {
+        let column = Int64Array::from_iter_values((0..ROWS as i64).map(|row| row % 7));
+        let batch = RecordBatch::try_from_iter([("user", Arc::new(column) as _)]).unwrap();
+        let options = IpcWriteOptions::default().try_with_compression(Some(codec)).unwrap();
+        let mut bytes = Vec::new();
+        if stream {
+            let mut writer =
+                StreamWriter::try_new_with_options(&mut bytes, &batch.schema(), options).unwrap();
+            writer.write(&batch).and_then(|()| writer.write(&batch)).and_then(|()| writer.finish()).unwrap();
+        } else {
+            let mut writer = FileWriter::try_new_with_options(&mut bytes, &batch.schema(), options).unwrap();
+            writer.write(&batch).and_then(|()| writer.write(&batch)).and_then(|()| writer.finish()).unwrap();
+        }
+        bytes
+    }
+
+    #[test]
+    fn impossible_unpacked_lengths_are_refused() {
+        for codec in [CompressionType::LZ4_FRAME, CompressionType::ZSTD] {
+            for stream in [false, true] {
+                let check = |bytes: &[u8]| match stream {
+                    true => check_stream(&mut Cursor::new(bytes)),
+                    false => check_file(&mut Cursor::new(bytes)),
+                };
+                let sound = written(codec, stream);
+                assert_eq!(check(&sound), PASS);
+                let claim = (8 * ROWS as i64).to_le_bytes();
+                let places: Vec<usize> =
+                    (0..sound.len() - 8).filter(|&at| sound[at..at + 8] == claim).collect();
+                assert!(places.len() >= 2, "one for each batch");
+                for place in [places[0], places[places.len() - 1]] {
+                    for claimed in [i64::MAX, 1 << 50] {
+                        let mut damaged = sound.clone();
+                        damaged[place..place + 8].copy_from_slice(&claimed.to_le_bytes());
+                        let error = check(&damaged).expect_err("the claim is false");
+                        assert!(error.contains(&format!("unpack to {claimed} bytes")), "{error}");
+                    }
+                }
+                for length in 0..sound.len() {
+                    assert_eq!(check(&sound[..length]), PASS, "the decoder reports a file that is cut");
+                }
+            }
+        }
+    }
+}

@@ -13,8 +13,8 @@ mod bodies;
 use bodies::{Case, Output};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use dfar::device::TargetState;
-use dfar::device::cpu::simd::{Kernel, Simd, dispatch};
 use dfar::device::cpu::target_attention::{self, unfused::Unfused};
+use dfar::simd::{Kernel, Simd, dispatch};
 use rand::{RngExt, SeedableRng};
 use std::time::Duration;
 

@@ -72,6 +72,8 @@ pub mod evaluate;
 pub mod model;
 #[doc(hidden)]
 pub mod replacement;
+#[doc(hidden)]
+pub mod simd;
 pub mod train;
 
 pub use error::{Error, Result};

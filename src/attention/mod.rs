@@ -30,11 +30,14 @@
 //! ```
 
 mod check;
+mod engine;
 pub mod reference;
 
-pub use crate::device::cpu::attention::{backward, forward};
 pub use check::AttentionError;
 pub(crate) use check::length;
+#[doc(hidden)]
+pub use engine::scratch_bytes;
+pub use engine::{backward, forward};
 
 /// The softmax denominator of a row under the label mask.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, serde::Serialize, serde::Deserialize)]

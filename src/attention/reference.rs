@@ -8,7 +8,7 @@
 use super::{
     AttentionError, FhaOptions, Gradients, Inputs, LabelMask, Normalization, Pairing, check::length,
 };
-use crate::device::cpu::simd::{Kernel, Simd, dispatch};
+use crate::simd::{Kernel, Simd, dispatch};
 use rayon::prelude::*;
 
 /// A floating-point type of the reference.

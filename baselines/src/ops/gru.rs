@@ -27,7 +27,7 @@ use super::lists::add;
 use super::rows::{pad_columns, padded, transpose_padded, unpad_columns};
 use super::sequences::{RangeSums, Sequences};
 use dfar::device::cpu::product::{Finish, Left, product};
-use dfar::device::cpu::simd::{Kernel, Simd, dispatch};
+use dfar::simd::{Kernel, Simd, dispatch};
 use rayon::prelude::*;
 use std::borrow::Cow;
 use std::ops::Range;

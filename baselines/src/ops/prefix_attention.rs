@@ -13,7 +13,7 @@
 
 use super::rows::{pad_columns, padded, unpad_columns};
 use super::sequences::{RangeSums, Sequences};
-use dfar::device::cpu::simd::{Kernel, Simd, dispatch};
+use dfar::simd::{Kernel, Simd, dispatch};
 use rayon::prelude::*;
 use std::borrow::Cow;
 use std::ops::Range;

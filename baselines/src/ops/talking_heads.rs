@@ -25,10 +25,10 @@ use dfar::device::cpu::Cpu;
 use dfar::device::cpu::elementwise::exp_sum;
 use dfar::device::cpu::product::{Finish, Left, product};
 use dfar::device::cpu::scratch::{padded, with_scratch};
-use dfar::device::cpu::simd::{Kernel, Simd, dispatch};
 use dfar::device::{DeviceError, Qkv, QkvGradients, SoftmaxState};
 use dfar::model::block::Heads;
 use dfar::model::parameters::Id;
+use dfar::simd::{Kernel, Simd, dispatch};
 use rayon::prelude::*;
 
 /// Queries of a tile.

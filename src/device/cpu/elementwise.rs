@@ -1,6 +1,6 @@
 //! Vectorised, memory-bound passes over rows of f32.
 
-use super::simd::{Kernel, Simd, dispatch};
+use crate::simd::{Kernel, Simd, dispatch};
 
 /// Runs a block for each group of column vectors of rows of `$width` values, a multiple of 16.
 /// `$columns` is the number of vectors, a constant, and `$first` the first column. Factors and

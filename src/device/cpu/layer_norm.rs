@@ -6,10 +6,10 @@
 
 use super::elementwise::pad_rows;
 use super::scratch::{LINE, carve, carved_len, padded, with_scratch};
-use super::simd::{Kernel, Simd, dispatch};
 use super::slices::Slices;
 use super::{Cpu, Done, Floats};
 use crate::device::{LayerNorm, LayerNormGradients, Norm, Output, Store};
+use crate::simd::{Kernel, Simd, dispatch};
 use rayon::prelude::*;
 
 /// Added to the variance, inside the root.

@@ -7,12 +7,12 @@
 use super::elementwise::{add_assign, add_column_sums, pad_rows, relu_backward, transpose};
 use super::product::{Finish, Left, product};
 use super::scratch::{carve, carved_len, padded, with_scratch};
-use super::simd::{Kernel, Simd, dispatch};
 use super::slices::Slices;
 use super::{Cpu, Done, Floats, Indices};
 use crate::device::{
     Activation, Dense, LabelLinear, LabelLinearGradients, Linear, LinearGradients, Output, Store,
 };
+use crate::simd::{Kernel, Simd, dispatch};
 use rayon::prelude::*;
 use std::ops::Range;
 

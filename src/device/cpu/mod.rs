@@ -11,13 +11,13 @@
 //! | `embedding` | gather, scatter, segmented sums |
 //! | `rows`, `prefix_mean` | addition and concatenation; prefix means |
 //! | `linear`, `layer_norm` | linear layers; layer norm |
-//! | [`attention`] | factorization-heads attention |
-//! | [`target_attention`] | target attention |
+//! | `attention` | factorization-heads attention, by [`crate::attention`] |
+//! | `target_attention` | target attention |
 //! | `losses`, `optimizer` | losses, Adam |
-//! | [`simd`], [`product`], `elementwise` | vector instructions, matrix products, row passes |
+//! | `product`, `elementwise` | matrix products, row passes, on the vectors of [`crate::simd`] |
 //! | `scratch`, `slices` | working memory per thread, buffers as slices |
 
-pub mod attention;
+mod attention;
 #[doc(hidden)]
 pub mod elementwise;
 mod embedding;
@@ -28,17 +28,19 @@ mod losses;
 mod memory;
 mod optimizer;
 mod prefix_mean;
+#[doc(hidden)]
 pub mod product;
 mod rows;
 #[doc(hidden)]
 pub mod scratch;
-pub mod simd;
 mod slices;
+#[doc(hidden)]
 pub mod target_attention;
 
 pub use memory::CpuBuffer;
 
 use super::{DeviceError, Execution};
+use crate::simd;
 use std::sync::Arc;
 use std::time::Instant;
 

@@ -5,7 +5,7 @@
 //! output value is one running sum in the order of the inner dimension, so it does not depend on
 //! its position in a tile.
 
-use super::simd::{Kernel, Simd, dispatch};
+use crate::simd::{Kernel, Simd, dispatch};
 
 /// The left factor `[m, k]`: entry `(i, l)` is `values[i * row + l * step]`. A transpose needs no
 /// copy.

@@ -28,13 +28,13 @@ pub use backward::backward;
 use super::elementwise::{add_assign, exp_sum, for_columns, load_columns, pad_rows};
 use super::product::{Finish, Left, product};
 use super::scratch::{carve, carved_len, padded, with_scratch};
-use super::simd::{Kernel, Simd, dispatch};
 use crate::device::cpu::slices::Slices;
 use crate::device::cpu::{Cpu, Done, Floats, Indices};
 use crate::device::{
     DeviceError, Memory, Segments, TargetAttention, TargetCounts, TargetGradients, TargetIndex, TargetInputs,
     TargetShape, TargetState, TargetWeights,
 };
+use crate::simd::{Kernel, Simd, dispatch};
 use rayon::prelude::*;
 use std::ops::Range;
 

@@ -4,7 +4,7 @@ use crate::timing::shortest;
 use dfar::attention::{
     self, AttentionError, FhaOptions, Gradients, Inputs, LabelMask, Normalization, reference,
 };
-use dfar::device::cpu::{attention::scratch_bytes, simd};
+use dfar::{attention::scratch_bytes, simd};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;

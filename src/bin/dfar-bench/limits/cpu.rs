@@ -2,7 +2,7 @@
 //! all threads.
 
 use crate::timing::shortest;
-use dfar::device::cpu::simd::{self, Kernel, Simd, dispatch};
+use dfar::simd::{self, Kernel, Simd, dispatch};
 use rayon::prelude::*;
 use serde::Serialize;
 use std::fmt;

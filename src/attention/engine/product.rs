@@ -3,7 +3,7 @@
 //! Row operands are interleaved, `rows[x * R + r]`: the `R` factors of one feature of the keys are
 //! adjacent.
 
-use crate::device::cpu::simd::Simd;
+use crate::simd::Simd;
 
 /// `out[r][c] = sum over x < d of rows[x][r] * panel[x][c-th vector]`: scores of `R` rows with `C`
 /// vectors of keys.

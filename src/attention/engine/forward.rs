@@ -3,7 +3,7 @@
 use super::pack::{ALIGN, Buffer, KeyOrder, Piece, QueryOrder, Row, STRIDE, Scratch, Tile, cut};
 use super::product::{accumulate_rows, dots, exact_score, score};
 use super::{Group, Sequence};
-use crate::device::cpu::simd::{Kernel, Simd};
+use crate::simd::{Kernel, Simd};
 use std::f32::consts::LOG2_E;
 use std::ops::Range;
 

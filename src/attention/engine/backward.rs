@@ -20,7 +20,7 @@ use super::forward::{KeyPanels, Queries, Softmax, interleave_row, stretches};
 use super::pack::{Buffer, KeyOrder, Piece, QueryOrder, Row, STRIDE, Scratch, Tile, cut};
 use super::product::{accumulate_panel, accumulate_rows, dots, exact_score, score};
 use super::{Group, Saved, Sequence, Shape};
-use crate::device::cpu::simd::{Kernel, Simd};
+use crate::simd::{Kernel, Simd};
 use std::f32::consts::{LN_2, LOG2_E};
 use std::ops::Range;
 

@@ -419,6 +419,14 @@ fn limits_of_the_system_are_reported() {
     assert_eq!(code(&output), 1, "{}", stderr(&output));
     assert!(stderr(&output).contains("cannot start threads"), "{}", stderr(&output));
     assert!(!dir.path().join("run").exists());
+    let many = "RAYON_NUM_THREADS=1000"; // these programs have no flag, or not for all they do
+    for (program, args) in
+        [(env!("CARGO_BIN_EXE_dfar-data"), "info x.dfar"), (env!("CARGO_BIN_EXE_dfar-bench"), "verify .")]
+    {
+        let output = limited(&format!("env {many} {program}"), 400_000, args);
+        assert_eq!(code(&output), 1, "{}", stderr(&output));
+        assert!(stderr(&output).contains("cannot start threads"), "{}", stderr(&output));
+    }
     let wide = format!("{train} 1 --width 4096 --batch-tokens 100000");
     let output = limited(env!("CARGO_BIN_EXE_dfar-train"), 400_000, &wide);
     assert_eq!(code(&output), 1, "{}", stderr(&output));

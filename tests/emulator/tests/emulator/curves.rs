@@ -1,6 +1,6 @@
 //! The loss over 200 steps on the emulated GPU, compared with the CPU.
 
-#[path = "../../bodies/curves.rs"]
+#[path = "../../../bodies/curves.rs"]
 mod bodies;
 
 use dfar::device::cpu::Cpu;

@@ -1,7 +1,7 @@
 //! A training step timed by parts on the emulated GPU, with the test bodies of the CPU.
 
 #[macro_use]
-#[path = "../../bodies/parts.rs"]
+#[path = "../../../bodies/parts.rs"]
 mod bodies;
 
 use dfar::device::cuda::Precision;

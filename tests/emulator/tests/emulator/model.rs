@@ -1,7 +1,7 @@
 //! The network on the emulated GPU: the test bodies of the CPU, the golden cases, and comparison
 //! with the steps of the CPU.
 
-#[path = "../../bodies/model.rs"]
+#[path = "../../../bodies/model.rs"]
 mod bodies;
 
 use dfar::device::cpu::Cpu;

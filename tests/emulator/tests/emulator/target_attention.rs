@@ -1,7 +1,7 @@
 //! Target attention on the emulated GPU, against the float64 definition, with the cases of the
 //! CPU's tests.
 
-#[path = "../../bodies/target_attention.rs"]
+#[path = "../../../bodies/target_attention.rs"]
 #[allow(dead_code)] // cases of shapes that are not compiled here
 mod bodies;
 

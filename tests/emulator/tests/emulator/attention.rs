@@ -1,7 +1,7 @@
 //! All kernels of `attention/attention.cu`, for all element types, against the golden cases and the
 //! float64 reference. The emulator checks every memory access.
 
-#[path = "../../bodies/non_finite.rs"]
+#[path = "../../../bodies/non_finite.rs"]
 mod non_finite;
 
 use dfar::attention::{FhaOptions, Inputs, LabelMask, Normalization, Pairing, reference};

@@ -1,6 +1,6 @@
 //! Memory, copies and training steps on the emulated device.
 
-#[path = "../../bodies/model.rs"]
+#[path = "../../../bodies/model.rs"]
 mod bodies;
 
 use dfar::batch::Batch;

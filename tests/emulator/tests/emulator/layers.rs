@@ -1,7 +1,7 @@
 //! Every operation of `trait Device` on the emulated GPU, with the test bodies of the CPU.
 
 #[macro_use]
-#[path = "../../bodies/layers.rs"]
+#[path = "../../../bodies/layers.rs"]
 mod bodies;
 
 use dfar::device::cuda::Precision;

@@ -28,7 +28,7 @@ use super::gru::sigmoid;
 use super::lists::add;
 use super::rows::{pad_columns, padded, transpose_padded, unpad_columns};
 use dfar::device::cpu::product::{Finish, Left, product};
-use dfar::device::cpu::simd::{Kernel, Simd, dispatch};
+use dfar::simd::{Kernel, Simd, dispatch};
 use rayon::prelude::*;
 use std::borrow::Cow;
 use std::ops::Range;

@@ -1,7 +1,6 @@
 //! The loss over 200 steps on the emulated GPU, compared with the CPU.
 
-#[path = "../../../bodies/curves.rs"]
-mod bodies;
+use crate::curves_bodies as bodies;
 
 use dfar::device::cpu::Cpu;
 use dfar::device::cuda::Precision;

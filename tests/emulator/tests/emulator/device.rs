@@ -1,7 +1,6 @@
 //! Memory, copies and training steps on the emulated device.
 
-#[path = "../../../bodies/model.rs"]
-mod bodies;
+use crate::model_bodies as bodies;
 
 use dfar::batch::Batch;
 use dfar::device::DeviceError;

@@ -1,9 +1,7 @@
 //! CUDA graph capture: captured work gives the same bits as direct execution; work that cannot be
 //! captured is executed directly.
 
-#[path = "../../../bodies/curves.rs"]
-#[allow(dead_code, reason = "only the batches and the curve are used")]
-mod bodies;
+use crate::curves_bodies as bodies;
 
 use dfar::device::cuda::array::Staging;
 use dfar::device::cuda::runtime::Runtime;

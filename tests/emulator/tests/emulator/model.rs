@@ -1,8 +1,7 @@
 //! The network on the emulated GPU: the test bodies of the CPU, the golden cases, and comparison
 //! with the steps of the CPU.
 
-#[path = "../../../bodies/model.rs"]
-mod bodies;
+use crate::model_bodies as bodies;
 
 use dfar::device::cpu::Cpu;
 use dfar::device::cuda::Precision;

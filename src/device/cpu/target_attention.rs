@@ -325,7 +325,7 @@ fn padded_rows_len(rows: usize, width: usize) -> usize {
     if width == padded(width) { 0 } else { rows * padded(width) }
 }
 
-/// The packed batch as [`forward`] and [`backward`] read it.
+/// The packed batch as [`forward`] and `backward` read it.
 pub struct TargetPlan {
     shape: TargetShape,
     cu_seqlens: Indices,

@@ -1,10 +1,12 @@
 //! Compiles every kernel variant with NVRTC, as the library does, and prints registers, spills,
 //! shared memory, occupancy and instruction counts. Needs no GPU.
 //!
-//!     kernel-table [--check FILE]     compiles all variants and prints the table
-//!     kernel-table --compile          compiles without a table: NVRTC's front end checks all
-//!                                     variants for all architectures that it supports, and the
-//!                                     compiler one variant per source and type for Hopper
+//! ```text
+//! kernel-table [--check FILE]     compiles all variants and prints the table
+//! kernel-table --compile          compiles without a table: NVRTC's front end checks all
+//!                                 variants for all architectures that it supports, and the
+//!                                 compiler one variant per source and type for Hopper
+//! ```
 //!
 //! Needs NVRTC on the loader's path, and NVIDIA's `cuobjdump` and `nvdisasm` on PATH; `.ci/kernels`
 //! provides them. Fails if a kernel spills or uses local memory, if a 16-bit kernel has no

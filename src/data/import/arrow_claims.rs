@@ -61,10 +61,14 @@ fn check_message(file: &mut (impl Read + Seek), body: u64, message: Message) -> 
     let dictionary = || message.header_as_dictionary_batch()?.data();
     let Some(batch) = message.header_as_record_batch().or_else(dictionary) else { return PASS };
     let Some(compression) = batch.compression() else { return PASS };
+    let Ok(end) = file.seek(SeekFrom::End(0)) else { return PASS };
     for buffer in batch.buffers().iter().flatten().filter(|buffer| buffer.length() > PREFIX) {
         let Some(start) = body.checked_add_signed(buffer.offset()) else { return PASS };
         let Ok(prefix) = read_at(file, start, PREFIX as u64) else { return PASS };
         let claimed = i64::from_le_bytes(prefix.try_into().expect("8 bytes"));
+        if start.saturating_add_signed(buffer.length()) > end {
+            return Err(format!("its buffer of {} bytes extends beyond the end", buffer.length()));
+        }
         let stored = buffer.length() - PREFIX;
         // A byte of LZ4 stands for at most 255; a block of zstd has at least 3 bytes and at most
         // 128 KiB unpacked.
@@ -74,7 +78,7 @@ fn check_message(file: &mut (impl Read + Seek), body: u64, message: Message) -> 
         };
         let problem = if claimed > most {
             "which is impossible"
-        } else if Vec::<u8>::new().try_reserve_exact(usize::try_from(claimed).unwrap_or(0)).is_err() {
+        } else if !fits_memory(claimed) {
             "which is more memory than there is"
         } else {
             continue;
@@ -84,6 +88,15 @@ fn check_message(file: &mut (impl Read + Seek), body: u64, message: Message) -> 
         ));
     }
     PASS
+}
+
+/// Whether the system gives this many bytes.
+fn fits_memory(bytes: i64) -> bool {
+    let mut memory = Vec::<u8>::new();
+    let given = memory.try_reserve_exact(usize::try_from(bytes).unwrap_or(0)).is_ok();
+    // Memory that nothing uses would not be allocated at all.
+    std::hint::black_box(memory.as_ptr());
+    given
 }
 
 /// Reads these bytes. An end of the file before them is an error, and costs no memory.
@@ -118,6 +131,12 @@ mod tests {
             writer.write(&batch).and_then(|()| writer.write(&batch)).and_then(|()| writer.finish()).unwrap();
         }
         bytes
+    }
+
+    #[test]
+    fn memory_beyond_the_machine_does_not_fit() {
+        assert!(fits_memory(0) && fits_memory(1 << 20) && fits_memory(-1));
+        assert!(!fits_memory(1 << 50) && !fits_memory(i64::MAX));
     }
 
     #[test]

@@ -49,6 +49,7 @@ fn run(target: &str, mutations: u64, body: fn(&[u8])) {
         body(bytes);
     }
     let seconds = std::env::var("DFAR_FUZZ_SECONDS").ok().and_then(|text| text.parse().ok());
+    let kept = std::env::temp_dir().join(format!("dfar-fuzz-{target}-{}", std::process::id()));
     let (start, budget) = (Instant::now(), seconds.map(Duration::from_secs));
     for seed in 0u64.. {
         if budget.map_or(seed >= mutations, |budget| start.elapsed() >= budget) {
@@ -58,12 +59,13 @@ fn run(target: &str, mutations: u64, body: fn(&[u8])) {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let (first, second) = (rng.random_range(0..corpus.len()), rng.random_range(0..corpus.len()));
         let bytes = mutated(corpus[first].clone(), &corpus[second], &mut rng);
+        // Written before: an abort ends the process.
+        std::fs::write(&kept, &bytes).unwrap();
         if catch_unwind(AssertUnwindSafe(|| body(&bytes))).is_err() {
-            let path = std::env::temp_dir().join(format!("dfar-fuzz-{target}-{seed}"));
-            std::fs::write(&path, &bytes).unwrap();
-            panic!("{target}, mutation {seed}: a panic; the bytes are in {}", path.display());
+            panic!("{target}, mutation {seed}: a panic; the bytes are in {}", kept.display());
         }
     }
+    let _ = std::fs::remove_file(kept);
 }
 
 #[test]

@@ -96,7 +96,11 @@ impl Memory for Cpu {
     /// model is created.
     fn check_room(&self, parameters: usize, copies: usize) -> Done {
         let bytes = parameters.saturating_mul((copies + 1) * size_of::<f32>());
-        Vec::<u8>::new().try_reserve_exact(bytes).map_err(|_| DeviceError::Memory { bytes })
+        let mut memory = Vec::<u8>::new();
+        let room = memory.try_reserve_exact(bytes).map_err(|_| DeviceError::Memory { bytes });
+        // Memory that nothing uses would not be allocated at all.
+        std::hint::black_box(memory.as_ptr());
+        room
     }
     fn alloc<T: Element>(&self, len: usize) -> Result<CpuBuffer<T>, DeviceError> {
         self.pool.take(len)

@@ -26,11 +26,11 @@ pub(super) fn check_file(file: &mut (impl Read + Seek)) -> Result<(), String> {
     let Ok(footer) = footer else { return PASS };
     let Ok(footer) = root_as_footer(&footer) else { return PASS };
     for block in footer.dictionaries().iter().chain(&footer.recordBatches()).flatten() {
-        let Ok(start) = u64::try_from(block.offset()) else { return PASS };
-        let Ok(length) = u64::try_from(block.metaDataLength()) else { return PASS };
-        let Ok(metadata) = read_at(file, start, length) else { return PASS };
+        let Ok(start) = u64::try_from(block.offset()) else { continue };
+        let Ok(length) = u64::try_from(block.metaDataLength()) else { continue };
+        let Ok(metadata) = read_at(file, start, length) else { continue };
         let prefix = if metadata.starts_with(&CONTINUATION) { 8 } else { 4 };
-        let Some(Ok(message)) = metadata.get(prefix..).map(root_as_message) else { return PASS };
+        let Some(Ok(message)) = metadata.get(prefix..).map(root_as_message) else { continue };
         check_message(file, start + length, message)?;
     }
     PASS
@@ -63,8 +63,8 @@ fn check_message(file: &mut (impl Read + Seek), body: u64, message: Message) -> 
     let Some(compression) = batch.compression() else { return PASS };
     let Ok(end) = file.seek(SeekFrom::End(0)) else { return PASS };
     for buffer in batch.buffers().iter().flatten().filter(|buffer| buffer.length() > PREFIX) {
-        let Some(start) = body.checked_add_signed(buffer.offset()) else { return PASS };
-        let Ok(prefix) = read_at(file, start, PREFIX as u64) else { return PASS };
+        let Some(start) = body.checked_add_signed(buffer.offset()) else { continue };
+        let Ok(prefix) = read_at(file, start, PREFIX as u64) else { continue };
         let claimed = i64::from_le_bytes(prefix.try_into().expect("8 bytes"));
         if start.saturating_add_signed(buffer.length()) > end {
             return Err(format!("its buffer of {} bytes extends beyond the end", buffer.length()));

@@ -91,7 +91,6 @@ fn an_archive_of_any_bytes_is_imported_or_refused() {
 /// Parquet and Arrow IPC.
 #[cfg(feature = "parquet")]
 #[test]
-#[ignore = "after some minutes: a damaged Arrow file still aborts the decoder by its claims of memory"]
 fn a_columnar_file_of_any_bytes_is_imported_or_refused() {
     run("columnar", 200, bodies::import);
 }

@@ -3,6 +3,7 @@
 //! alone, not on threads.
 
 use crate::learner::{Learner, evaluation_error};
+use crate::users::{UserFigures, user_figures};
 use dfar::batch::ahead;
 use dfar::data::{Dataset, Part};
 use dfar::evaluate::{self, PartReport, ScoreOptions};
@@ -45,6 +46,8 @@ pub struct Fitted {
     pub test: Option<PartReport>,
     /// Liked validation events; none without any.
     pub valid: Option<PartReport>,
+    /// Liked test events by user; none without any.
+    pub test_users: Option<UserFigures>,
 }
 
 /// Trains and tests a model. `observe` is told of each epoch.
@@ -59,9 +62,8 @@ pub fn fit<L: Learner + Sync>(
     observe: &mut dyn FnMut(&Epoch),
 ) -> Result<Fitted, TrainError> {
     let drawer = Drawer::new(data, config.draw());
-    let report = |part, scores: &[f32]| {
-        evaluate::part_report(data, part, scores, config.gauc_compat, &config.length_edges)
-    };
+    let edges = length_edges(data, config);
+    let report = |part, scores: &[f32]| evaluate::part_report(data, part, scores, config.gauc_compat, &edges);
     let mut epochs: Vec<Epoch> = Vec::new();
     let mut best: Option<Best> = None;
     let mut stale = 0;
@@ -96,8 +98,18 @@ pub fn fit<L: Learner + Sync>(
     }
     let Best { epoch: best_epoch, valid, tensors, .. } = best.expect("a configuration has an epoch");
     learner.restore(&tensors)?;
-    let test = report(Part::Test, &score(learner, data, Part::Test, scoring)?);
-    Ok(Fitted { parameters: learner.parameters(), epochs, best_epoch, test, valid })
+    let scores = score(learner, data, Part::Test, scoring)?;
+    let (test, test_users) = (report(Part::Test, &scores), user_figures(data, Part::Test, &scores));
+    Ok(Fitted { parameters: learner.parameters(), epochs, best_epoch, test, valid, test_users })
+}
+
+/// Upper edges of the history lengths by which the test AUC is reported: the given ones, or
+/// quartiles.
+pub fn length_edges(data: &Dataset, config: &Config) -> Vec<u32> {
+    match config.length_edges.is_empty() {
+        true => evaluate::quartile_edges(data, Part::Test),
+        false => config.length_edges.clone(),
+    }
 }
 
 struct Best {

@@ -22,21 +22,27 @@
 //! | [`tower`], [`loss`] | what all systems share behind their encoders |
 //! | [`model`] | forward, backward, Adam |
 //! | [`learner`], [`fit`] | a model to train, and the training loop: that of DFAR, for all |
-//! | [`results`], [`table`] | the results of runs in files, and Table 2 from them |
+//! | [`plan`], [`tune`] | the runs of a comparison, and the settings that are tried |
+//! | [`results`], [`users`], [`machine`] | the results of runs in files |
+//! | [`table`] | Tables 2 and 3 from them |
 //! | [`verify`] | comparison with reference cases |
 
 pub mod fit;
 pub mod inputs;
 pub mod learner;
 pub mod loss;
+pub mod machine;
 pub mod model;
 pub mod ops;
 pub mod parameters;
+pub mod plan;
 pub mod results;
 pub mod system;
 pub mod systems;
 pub mod table;
 pub mod tower;
+pub mod tune;
+pub mod users;
 pub mod verify;
 
 pub use inputs::Inputs;

@@ -2,16 +2,17 @@
 //! finished run is not repeated.
 
 use crate::fit::{Epoch, Fitted, fit};
-use crate::learner::{Baseline, Dfar};
+use crate::learner::{Baseline, Dfar, Learner};
 use crate::loss::Ranking;
 use crate::system::{Kind, Settings};
 use crate::systems::sasrec::Pool;
+use crate::users::UserFigures;
 use crate::{LossOptions, Model};
 use dfar::batch::Feedback;
 use dfar::data::Dataset;
 use dfar::device::cpu::Cpu;
-use dfar::model;
-use dfar::train::checkpoint::DataInfo;
+use dfar::model::{self, HostTensor};
+use dfar::train::checkpoint::{DataInfo, ModelFile, ModelInfo};
 use dfar::train::file::{FileError, replace_bytes};
 use dfar::train::{Config, TrainError, score_options};
 use serde::Serialize;
@@ -107,6 +108,8 @@ pub struct Identity {
     pub ranking: Ranking,
     /// Weight of the auxiliary loss.
     pub auxiliary: f64,
+    /// Number of the setting in the search of [`crate::tune`]; 0 for the given configuration.
+    pub tuned: usize,
     /// The data set.
     pub data: DataInfo,
 }
@@ -125,7 +128,8 @@ impl Identity {
         config.feedback = options.feedback_of(system);
         let Row::Baseline(kind) = system else {
             let ranking = Ranking::Bce;
-            return Self { system, config, settings: None, ranking, auxiliary: 0.0, data: data.clone() };
+            let data = data.clone();
+            return Self { system, config, settings: None, ranking, auxiliary: 0.0, tuned: 0, data };
         };
         let settings = Settings {
             items: data.items,
@@ -147,6 +151,7 @@ impl Identity {
             settings: Some(settings),
             ranking: options.ranking,
             auxiliary,
+            tuned: 0,
             data: data.clone(),
         }
     }
@@ -169,15 +174,26 @@ impl Identity {
             (pools && last, "last"),
             (is_dfar && !config.fha, "no-fha"),
             (is_dfar && config.fha && !config.label_mask, "no-label-mask"),
+            (is_dfar && config.idl == 0.0, "no-idl"),
+            (is_dfar && config.bpr == 0.0, "no-ibl"),
         ];
-        let words: Vec<&str> = words.into_iter().filter(|(holds, _)| *holds).map(|(_, word)| word).collect();
-        words.join(" ")
+        let words = words.into_iter().filter(|(holds, _)| *holds).map(|(_, word)| word.to_owned());
+        let tuned = (self.tuned > 0).then(|| format!("tuned-{}", self.tuned));
+        words.chain(tuned).collect::<Vec<_>>().join(" ")
+    }
+
+    fn name(&self) -> String {
+        format!("{}-{}-{}", self.system.name(), self.setting().replace(' ', "-"), self.config.seed)
     }
 
     /// Its file in the directory of a comparison.
     pub fn path(&self, out: &Path) -> PathBuf {
-        let setting = self.setting().replace(' ', "-");
-        out.join("results").join(format!("{}-{setting}-{}.json", self.system.name(), self.config.seed))
+        out.join("results").join(format!("{}.json", self.name()))
+    }
+
+    /// The file of its model in the directory of a comparison. DFAR only.
+    pub fn model_path(&self, out: &Path) -> PathBuf {
+        out.join("models").join(format!("{}.safetensors", self.name()))
     }
 
     /// Trains and tests.
@@ -189,7 +205,7 @@ impl Identity {
         data: &Dataset,
         workers: usize,
         observe: &mut dyn FnMut(&Epoch),
-    ) -> Result<Fitted, TrainError> {
+    ) -> Result<Trained, TrainError> {
         let (device, config) = (Arc::new(Cpu::new()), &self.config);
         let mut scoring = score_options(config, &*device);
         if workers > 0 {
@@ -208,16 +224,64 @@ impl Identity {
                 };
                 let model = Model::initialized(device, kind, settings.clone(), config.seed, config.init)?;
                 let mut learner = Baseline::new(model, loss, config.adam())?;
-                fit(&mut learner, data, config, &scoring, observe)
+                let fitted = fit(&mut learner, data, config, &scoring, observe)?;
+                Ok(Trained { fitted, model: None })
             }
             _ => {
                 let network = config.model(data.items());
                 let model = model::Model::initialized(device, network, config.seed, config.init)?;
                 let mut learner = Dfar::new(model, config.loss(), config.adam())?;
-                fit(&mut learner, data, config, &scoring, observe)
+                let fitted = fit(&mut learner, data, config, &scoring, observe)?;
+                Ok(Trained { fitted, model: Some(learner.tensors()?) })
             }
         }
     }
+
+    /// Writes the model of a run of DFAR, as `dfar-train` does.
+    ///
+    /// # Errors
+    /// As for any file.
+    pub fn save_model(&self, out: &Path, data: &Dataset, trained: &Trained) -> Result<(), ResultError> {
+        let Some(tensors) = &trained.model else { return Ok(()) };
+        let best = trained.fitted.best_epoch;
+        let info = ModelInfo {
+            model: self.config.model(data.items()),
+            feedback: self.config.feedback,
+            data: self.data.clone(),
+            epoch: best,
+            valid_auc: trained.fitted.epochs[best - 1].valid_auc,
+        };
+        let path = self.model_path(out);
+        make_folder_of(&path)?;
+        ModelFile::save(&path, &info, tensors.clone(), data)?;
+        Ok(())
+    }
+}
+
+/// A trained model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Trained {
+    /// Its figures.
+    pub fitted: Fitted,
+    /// The parameters of the best epoch; for DFAR.
+    pub model: Option<Vec<HostTensor>>,
+}
+
+/// Where and how long a run was computed.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Provenance {
+    /// Threads of the run.
+    pub threads: usize,
+    /// Runs at the same time.
+    pub jobs: usize,
+    /// Seconds of the run.
+    pub seconds: f64,
+    /// The machine.
+    pub machine: crate::machine::Machine,
+    /// Commit of the program, if it knows it.
+    pub commit: Option<String>,
+    /// Version of the program.
+    pub version: &'static str,
 }
 
 /// A finished run: the content of a result file.
@@ -229,6 +293,16 @@ pub struct RunResult {
     pub setting: String,
     /// The seed.
     pub seed: u64,
+    /// [`Identity::tuned`].
+    pub tuned: usize,
+    /// Seconds of the run.
+    pub seconds: f64,
+    /// Loss and validation AUC of each epoch.
+    pub curve: Vec<CurvePoint>,
+    /// Liked test events by the number of events before them.
+    pub by_length: Vec<Bucket>,
+    /// Liked test events by user; none without any.
+    pub users: Option<UserFigures>,
     /// The data set, as JSON.
     pub data: Value,
     /// Liked test events; none without any.
@@ -237,6 +311,28 @@ pub struct RunResult {
     pub valid: Option<Figures>,
     /// All of the file.
     file: Value,
+}
+
+/// An epoch of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct CurvePoint {
+    /// Mean training loss.
+    pub loss: f64,
+    /// Validation AUC; none without liked validation events.
+    pub valid_auc: Option<f64>,
+}
+
+/// The test AUC of events with `from..=to` events before them.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Bucket {
+    /// Shortest history.
+    pub from: u64,
+    /// Longest history; none for the last bucket.
+    pub to: Option<u64>,
+    /// Groups.
+    pub groups: u64,
+    /// AUC over all their rows.
+    pub auc: f64,
 }
 
 /// Metrics of a part of the data.
@@ -285,13 +381,11 @@ impl RunResult {
     ///
     /// # Panics
     /// Never: what is written can be read.
-    pub fn new(run: &Identity, fitted: &Fitted, threads: usize, seconds: f64) -> Self {
+    pub fn new(run: &Identity, fitted: &Fitted, provenance: &Provenance) -> Self {
         let file = json!({
-            "version": env!("CARGO_PKG_VERSION"),
             "run": to_json(run),
             "setting": run.setting(),
-            "threads": threads,
-            "seconds": seconds,
+            "provenance": to_json(provenance),
             "fitted": to_json(fitted),
         });
         Self::parse(file).expect("what is written can be read")
@@ -305,6 +399,10 @@ impl RunResult {
             let found = field(pointer)?.as_str();
             found.map(str::to_owned).ok_or_else(|| format!("{pointer} is not a text"))
         };
+        let number =
+            |pointer: &str| field(pointer)?.as_f64().ok_or_else(|| format!("{pointer} is not a number"));
+        let list =
+            |pointer: &str| field(pointer)?.as_array().ok_or_else(|| format!("{pointer} is not a list"));
         let seed = field("/run/config/seed")?;
         // A seed beyond 63 bits is a text, see `dfar::train::config::seed`.
         let seed = seed.as_u64().or_else(|| seed.as_str()?.parse().ok());
@@ -316,6 +414,25 @@ impl RunResult {
             system: Row::parse(&text("/run/system")?)?,
             setting: text("/setting")?,
             seed: seed.ok_or("the seed is not a number")?,
+            tuned: number("/run/tuned")? as usize,
+            seconds: number("/provenance/seconds")?,
+            curve: list("/fitted/epochs")?
+                .iter()
+                .map(CurvePoint::parse)
+                .collect::<Option<_>>()
+                .ok_or("an epoch has no loss")?,
+            by_length: match field("/fitted/test")? {
+                Value::Null => Vec::new(),
+                _ => list("/fitted/test/by_length")?
+                    .iter()
+                    .map(Bucket::parse)
+                    .collect::<Option<_>>()
+                    .ok_or("a history length has no metrics")?,
+            },
+            users: match field("/fitted/test_users")? {
+                Value::Null => None,
+                users => Some(UserFigures::parse(users).ok_or("/fitted/test_users has no metrics")?),
+            },
             data: field("/run/data")?.clone(),
             test: figures("/fitted/test")?,
             valid: figures("/fitted/valid")?,
@@ -371,10 +488,53 @@ impl RunResult {
     /// # Errors
     /// As for any file.
     pub fn save(&self, path: &Path) -> Result<(), ResultError> {
-        let folder = path.parent().expect("a result has a directory");
-        let io = |source| ResultError::Io { path: folder.to_owned(), source };
-        std::fs::create_dir_all(folder).map_err(io)?;
-        Ok(replace_bytes(path, format!("{:#}\n", self.file).as_bytes())?)
+        make_folder_of(path)?;
+        let mut text = String::new();
+        write_json(&self.file, 2, 0, &mut text);
+        text.push('\n');
+        Ok(replace_bytes(path, text.as_bytes())?)
+    }
+
+    /// All of the file.
+    pub fn file(&self) -> &Value {
+        &self.file
+    }
+}
+
+fn make_folder_of(path: &Path) -> Result<(), ResultError> {
+    let folder = path.parent().expect("a file of a comparison has a directory");
+    std::fs::create_dir_all(folder).map_err(|source| ResultError::Io { path: folder.to_owned(), source })
+}
+
+/// Objects down to `levels`, one field a line; what is deeper on one line, which keeps lists of
+/// thousands of users short.
+fn write_json(value: &Value, levels: usize, indent: usize, text: &mut String) {
+    let Value::Object(fields) = value else { return text.push_str(&value.to_string()) };
+    if levels == 0 || fields.is_empty() {
+        return text.push_str(&value.to_string());
+    }
+    for (i, (name, field)) in fields.iter().enumerate() {
+        text.push_str(if i == 0 { "{\n" } else { ",\n" });
+        text.extend(std::iter::repeat_n(' ', indent + 2));
+        text.push_str(&format!("{}: ", Value::from(name.as_str())));
+        write_json(field, levels - 1, indent + 2, text);
+    }
+    text.push('\n');
+    text.extend(std::iter::repeat_n(' ', indent));
+    text.push('}');
+}
+
+impl CurvePoint {
+    fn parse(epoch: &Value) -> Option<Self> {
+        Some(Self { loss: epoch.get("loss")?.as_f64()?, valid_auc: epoch.get("valid_auc")?.as_f64() })
+    }
+}
+
+impl Bucket {
+    fn parse(bucket: &Value) -> Option<Self> {
+        let whole = |name| bucket.get(name)?.as_u64();
+        let auc = bucket.get("auc")?.as_f64()?;
+        Some(Self { from: whole("from")?, to: whole("to"), groups: whole("groups")?, auc })
     }
 }
 

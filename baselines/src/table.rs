@@ -2,6 +2,7 @@
 //! CSV and JSON. In each column the best mean is bold and the second is underlined.
 
 use crate::results::{Figures, Row, RunResult};
+use crate::tune::Search;
 use dfar::evaluate::PartReport;
 use serde::Serialize;
 use std::fmt::Write;
@@ -31,6 +32,15 @@ pub struct Line {
     pub cells: [Option<Cell>; 4],
 }
 
+/// Metrics of the test and validation parts by scores that no system learned.
+#[derive(Clone, Debug)]
+pub struct References {
+    /// Number of training events of the candidate.
+    pub popularity: [Option<PartReport>; 2],
+    /// The generating process's own scores; synthetic data only.
+    pub ceiling: [Option<PartReport>; 2],
+}
+
 /// The table.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Table {
@@ -40,18 +50,23 @@ pub struct Table {
     pub part: &'static str,
     /// Popularity, not ranked.
     pub popularity: Option<[Option<f64>; 4]>,
+    /// What the generating process itself reaches, not ranked. Synthetic data only.
+    pub ceiling: Option<[Option<f64>; 4]>,
+    /// Searches for a setting.
+    pub searches: Vec<Search>,
     /// In the order of Table 2.
     pub lines: Vec<Line>,
 }
 
 impl Table {
-    /// From results of one data set. `popularity` holds the metrics of the test and validation
-    /// parts.
-    pub fn new(results: &[RunResult], popularity: [Option<PartReport>; 2]) -> Self {
+    /// From results of one data set.
+    pub fn new(results: &[RunResult], references: References, searches: Vec<Search>) -> Self {
         let tested = results.iter().all(|result| result.test.is_some());
         let figures = |result: &RunResult| if tested { result.test } else { result.valid };
-        let [of_test, of_valid] = popularity;
-        let popularity = if tested { of_test } else { of_valid };
+        let reference = |[of_test, of_valid]: [Option<PartReport>; 2]| {
+            let PartReport { liked, .. } = if tested { of_test } else { of_valid }?;
+            Some([Some(liked.auc), Some(liked.mrr), Some(liked.ndcg), liked.gauc])
+        };
         let mut lines = Vec::new();
         for system in Row::all() {
             let mut own: Vec<&RunResult> = results.iter().filter(|r| r.system == system).collect();
@@ -71,9 +86,9 @@ impl Table {
         Self {
             groups: results.iter().find_map(figures).map_or(0, |Figures { groups, .. }| groups),
             part: if tested { "test" } else { "validation" },
-            popularity: popularity.map(|PartReport { liked, .. }| {
-                [Some(liked.auc), Some(liked.mrr), Some(liked.ndcg), liked.gauc]
-            }),
+            popularity: reference(references.popularity),
+            ceiling: reference(references.ceiling),
+            searches,
             lines,
         }
     }
@@ -96,9 +111,10 @@ impl Table {
         );
         let _ = writeln!(text, "| | feedback, setting | {} | seeds |", METRICS.join(" | "));
         text.push_str("|---|---|---|---|---|---|---|\n");
-        if let Some(popularity) = self.popularity {
-            let cells = popularity.map(|value| value.map_or("-".to_owned(), |value| format!("{value:.4}")));
-            let _ = writeln!(text, "| popularity | | {} | |", cells.join(" | "));
+        for (name, values) in [("popularity", self.popularity), ("ceiling", self.ceiling)] {
+            let Some(values) = values else { continue };
+            let cells = values.map(|value| value.map_or("-".to_owned(), |value| format!("{value:.4}")));
+            let _ = writeln!(text, "| {name} | | {} | |", cells.join(" | "));
         }
         let places: [Vec<Option<usize>>; 4] = std::array::from_fn(|metric| self.places(metric));
         for (i, line) in self.lines.iter().enumerate() {
@@ -165,7 +181,14 @@ mod tests {
     #[test]
     fn the_best_is_bold_and_the_second_underlined() {
         let lines = vec![line("A", [0.5, 0.7]), line("B", [0.8, 0.8]), line("C", [0.1, 0.3])];
-        let table = Table { groups: 9, part: "test", popularity: Some([Some(0.9); 4]), lines };
+        let table = Table {
+            groups: 9,
+            part: "test",
+            popularity: Some([Some(0.9); 4]),
+            ceiling: None,
+            searches: Vec::new(),
+            lines,
+        };
         let text = table.markdown();
         let rows: Vec<&str> = text.lines().skip(4).collect();
         assert_eq!(rows[0], "| popularity | | 0.9000 | 0.9000 | 0.9000 | 0.9000 | |");

@@ -47,8 +47,9 @@ fn text(path: &Path) -> String {
 /// A result file without what depends on the machine.
 fn figures(path: &Path) -> serde_json::Value {
     let mut result: serde_json::Value = serde_json::from_str(&text(path)).expect("a result is JSON");
-    result["seconds"] = 0.into();
-    result["threads"] = 0.into();
+    for field in ["seconds", "threads", "jobs"] {
+        result["provenance"][field] = 0.into();
+    }
     for epoch in result["fitted"]["epochs"].as_array_mut().expect("epochs") {
         epoch["train_seconds"] = 0.into();
         epoch["valid_seconds"] = 0.into();
@@ -68,7 +69,10 @@ fn a_comparison_continues_where_it_stopped_and_does_not_depend_on_threads() {
     assert!(said.contains("DFAR (mixed), seed 8, epoch 2: loss "), "{said}");
     let markdown = text(&out.join("table.md"));
     let rows: Vec<&str> = markdown.lines().skip(4).map(|l| l.split(" | ").next().expect("a cell")).collect();
-    assert_eq!(rows, ["| popularity", "| DIN", "| GRU4REC", "| DIEN", "| SASRec", "| DFN", "| DFAR"]);
+    assert_eq!(
+        rows,
+        ["| popularity", "| ceiling", "| DIN", "| GRU4REC", "| DIEN", "| SASRec", "| DFN", "| DFAR"]
+    );
     assert!(markdown.contains("**") && markdown.contains("<u>") && markdown.contains(" ± "), "{markdown}");
     let table: serde_json::Value = serde_json::from_str(&text(&out.join("table.json"))).expect("JSON");
     assert_eq!(table["lines"][2]["seeds"], serde_json::json!([7, 8]));
@@ -83,6 +87,45 @@ fn a_comparison_continues_where_it_stopped_and_does_not_depend_on_threads() {
     assert_eq!(figures(&missing), before);
     assert_eq!(text(&out.join("results/dien-positive-only-7.json")), others);
     assert_eq!(text(&out.join("table.md")), markdown);
+}
+
+/// All result files of a directory, by name.
+fn results(out: &Path) -> std::collections::BTreeMap<String, serde_json::Value> {
+    let files = std::fs::read_dir(out.join("results")).expect("results");
+    let paths = files.map(|entry| entry.expect("an entry").path());
+    paths.map(|path| (path.file_name().expect("a name").to_string_lossy().into(), figures(&path))).collect()
+}
+
+#[test]
+fn searches_and_ablations_do_not_depend_on_jobs_and_add_only_their_runs() {
+    let dir = folder();
+    let study = ["--tune", "2", "--ablations", "--seeds", "2", "--systems", "sasrec,dfar", "--threads", "2"];
+    let run = |out: &str, more: &[&str]| {
+        finished(&compare(dir.path(), &[&["--out", out], more].concat()));
+        results(&dir.path().join(out))
+    };
+    let one = run("one", &study);
+    let said = compare(dir.path(), &[&["--out", "two", "--jobs", "2"], &study[..]].concat());
+    assert!(finished(&said).contains("18 of 18 runs done"));
+    assert_eq!(results(&dir.path().join("two")), one);
+    // Eight rows with two seeds, and with the first seed the other setting of each system.
+    assert_eq!(one.len(), 18, "{:?}", one.keys());
+    assert!(one.contains_key("sasrec-positive-only-tuned-1-2020.json"), "{:?}", one.keys());
+    let model = |name: &str| std::fs::read(dir.path().join(name).join("models/dfar-mixed-2020.safetensors"));
+    assert!(model("one").expect("a model") == model("two").expect("a model"));
+    let table: serde_json::Value =
+        serde_json::from_str(&text(&dir.path().join("one/table.json"))).expect("JSON");
+    for search in table["searches"].as_array().expect("searches") {
+        let auc = |number: usize| search["settings"][number]["valid_auc"].as_f64().expect("an AUC");
+        assert_eq!(search["chosen"], u64::from(auc(1) > auc(0)), "{search}");
+    }
+
+    // Without a search, the runs of setting 0 are there already.
+    let files = |out: &str| std::fs::read_dir(dir.path().join(out).join("results")).expect("results").count();
+    let before = files("one");
+    let said = finished(&compare(dir.path(), &["--out", "one", "--systems", "sasrec", "--seeds", "1"]));
+    assert!(said.contains("SASRec (positive-only), seed 2020: finished before"), "{said}");
+    assert_eq!(files("one"), before);
 }
 
 #[test]
@@ -119,7 +162,8 @@ fn dfar_is_trained_as_by_dfar_train() {
     let data = Dataset::open(dir.path().join("x.dfar")).expect("a data set");
     let (config, info) = small(&data);
     let dfar = Row::parse("dfar").expect("a system");
-    let found = Identity::new(dfar, &config, &options(), &info).run(&data, 0, &mut |_| {}).expect("a run");
+    let found =
+        Identity::new(dfar, &config, &options(), &info).run(&data, 0, &mut |_| {}).expect("a run").fitted;
     let run = Run::create(&dir.path().join("run")).expect("a directory");
     let mut fit = Fit::start(Arc::new(Cpu::new()), &data, config, &run).expect("a run");
     fit.run(&mut |_| ControlFlow::Continue(())).expect("training");
@@ -138,13 +182,13 @@ fn every_switch_trains() {
     for (kind, feedback) in [(Kind::Caser, Feedback::Ignored), (Kind::Feedrec, Feedback::PositiveOnly)] {
         let options = Options { feedback: Some(feedback), ranking: Ranking::Softmax, ..options() };
         let run = Identity::new(Row::Baseline(kind), &config, &options, &info);
-        let fitted = run.run(&data, 0, &mut |_| {}).expect("a run");
+        let fitted = run.run(&data, 0, &mut |_| {}).expect("a run").fitted;
         assert!(fitted.epochs[2].loss < fitted.epochs[0].loss, "{kind:?}: {:?}", fitted.epochs);
         assert!(run.setting().ends_with(" softmax"), "{}", run.setting());
     }
     let options = Options { pool: Pool::Last, ..options() };
     let run = Identity::new(Row::Baseline(Kind::Tha4rec), &config, &options, &info);
-    let fitted = run.run(&data, 0, &mut |_| {}).expect("a run");
+    let fitted = run.run(&data, 0, &mut |_| {}).expect("a run").fitted;
     assert!(fitted.epochs[2].loss < fitted.epochs[0].loss, "{:?}", fitted.epochs);
     assert_eq!(run.setting(), "positive-only last");
 }

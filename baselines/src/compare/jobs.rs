@@ -1,0 +1,89 @@
+//! Executes runs, several at once. A run depends on its identity alone, so the number of jobs
+//! changes no result.
+
+use super::Failure;
+use super::progress::Progress;
+use dfar::data::Dataset;
+use dfar_baselines::machine::Machine;
+use dfar_baselines::results::{Identity, Provenance, RunResult};
+use std::path::Path;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+
+/// How runs are executed.
+pub struct Jobs<'a> {
+    /// The data set.
+    pub data: &'a Dataset,
+    /// Directory of the results.
+    pub out: &'a Path,
+    /// Runs at once.
+    pub jobs: usize,
+    /// Threads of each.
+    pub threads: usize,
+    /// Threads that pack batches for each.
+    pub workers: usize,
+}
+
+impl Jobs<'_> {
+    /// Executes all runs and files each result when it is finished. After a failure, no further run
+    /// starts.
+    pub fn execute(&self, runs: &[Identity], progress: &Progress) -> Result<(), Failure> {
+        let next = AtomicUsize::new(0);
+        let failure = Mutex::new(None);
+        std::thread::scope(|scope| {
+            for job in 0..self.jobs {
+                let (next, failure) = (&next, &failure);
+                scope.spawn(move || {
+                    let outcome = self.work(job, runs, next, progress);
+                    if let Err(error) = outcome {
+                        next.store(runs.len(), Ordering::SeqCst);
+                        failure.lock().expect("no job panics while it stores its error").get_or_insert(error);
+                    }
+                });
+            }
+        });
+        progress.clear();
+        failure.into_inner().expect("all jobs have ended").map_or(Ok(()), Err)
+    }
+
+    fn work(
+        &self,
+        job: usize,
+        runs: &[Identity],
+        next: &AtomicUsize,
+        progress: &Progress,
+    ) -> Result<(), Failure> {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(self.threads).build();
+        let pool = pool.map_err(|error| dfar::Error::Threads { reason: error.to_string() })?;
+        while let Some(run) = runs.get(next.fetch_add(1, Ordering::SeqCst)) {
+            progress.begin(job, run);
+            let result = pool.install(|| self.one(job, run, progress))?;
+            progress.end(job, run, &result);
+        }
+        Ok(())
+    }
+
+    /// One run. Its model is written before its result, with which the run is finished.
+    fn one(&self, job: usize, run: &Identity, progress: &Progress) -> Result<RunResult, Failure> {
+        let start = Instant::now();
+        let trained = run.run(self.data, self.workers, &mut |epoch| progress.epoch(job, run, epoch))?;
+        let provenance = Provenance {
+            threads: rayon::current_num_threads(),
+            jobs: self.jobs,
+            seconds: start.elapsed().as_secs_f64(),
+            machine: Machine::here(),
+            commit: commit(),
+            version: env!("CARGO_PKG_VERSION"),
+        };
+        let result = RunResult::new(run, &trained.fitted, &provenance);
+        run.save_model(self.out, self.data, &trained)?;
+        result.save(&run.path(self.out))?;
+        Ok(result)
+    }
+}
+
+/// The commit of the program: `DFAR_COMMIT` in the environment, or when it was built.
+fn commit() -> Option<String> {
+    std::env::var("DFAR_COMMIT").ok().or_else(|| option_env!("DFAR_COMMIT").map(str::to_owned))
+}

@@ -1,0 +1,265 @@
+//! `dfar-compare` without a subcommand: from arguments to results and tables.
+
+mod jobs;
+mod progress;
+
+use crate::cli;
+use crate::flags::Flags;
+use clap::Args;
+use dfar::batch::Feedback;
+use dfar::data::{Dataset, Part};
+use dfar::evaluate::{part_report, popularity_scores};
+use dfar::train::checkpoint::DataInfo;
+use dfar::train::config::DeviceChoice;
+use dfar::train::draw::TrainTargets;
+use dfar::train::file::replace_bytes;
+use dfar::train::{Config, TrainError, draw};
+use dfar_baselines::fit::length_edges;
+use dfar_baselines::loss::Ranking;
+use dfar_baselines::plan::{Study, Variant};
+use dfar_baselines::results::{Identity, Options, ResultError, Row, RunResult, to_json};
+use dfar_baselines::systems::sasrec::Pool;
+use dfar_baselines::table::{References, Table};
+use dfar_baselines::tune::Search;
+use jobs::Jobs;
+use progress::Progress;
+use std::path::{Path, PathBuf};
+
+#[derive(Args)]
+pub struct Compare {
+    /// Directory of the results.
+    #[arg(long, short, value_name = "DIR", default_value = "runs/compare")]
+    out: PathBuf,
+    /// Systems: din, caser, gru4rec, dien, sasrec, tha4rec, dfn, feedrec, dfar, in the order of
+    /// their runs; `all` or nothing for all.
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = systems)]
+    systems: Vec<Systems>,
+    /// Number of seeds, from --seed on.
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..))]
+    seeds: u64,
+    /// Try N settings of each system with the first seed: the given one, and N - 1 drawn at random
+    /// (learning rate, embedding L2, the system's own weights). The one with the best validation
+    /// AUC runs with all seeds, and is in the tables.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    tune: usize,
+    /// Add Table 3 (DFAR without FHA, MO, IDL, IBL), and each system with `--feedback ignored`.
+    #[arg(long)]
+    ablations: bool,
+    /// Runs at once; they share the threads. Results do not depend on it.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    jobs: usize,
+    /// Ranking loss of the compared systems; DFAR always has its own.
+    #[arg(long, value_enum, default_value_t, help_heading = "Loss")]
+    loss: Ranking,
+    /// Weight of the auxiliary loss of DIEN; that of FeedRec is --idl.
+    #[arg(long, default_value_t = 1.0, help_heading = "Loss")]
+    aux: f64,
+    /// Pooling of SASRec and THA4Rec.
+    #[arg(long, value_enum, default_value_t, help_heading = "Model")]
+    pool: Pool,
+    /// Configuration file of a run of dfar-train; flags override it.
+    #[arg(long, value_name = "FILE.toml")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    flags: Flags,
+}
+
+/// An entry of `--systems`.
+#[derive(Clone)]
+enum Systems {
+    All,
+    One(Row),
+}
+
+fn systems(name: &str) -> Result<Systems, String> {
+    if name == "all" { Ok(Systems::All) } else { Row::parse(name).map(Systems::One) }
+}
+
+/// Why a comparison ended.
+pub enum Failure {
+    /// A result file.
+    Result(ResultError),
+    /// Everything else, with its exit code.
+    Other(dfar::Error),
+}
+
+impl From<ResultError> for Failure {
+    fn from(error: ResultError) -> Self {
+        Self::Result(error)
+    }
+}
+
+impl From<dfar::Error> for Failure {
+    fn from(error: dfar::Error) -> Self {
+        Self::Other(error)
+    }
+}
+
+impl From<TrainError> for Failure {
+    fn from(error: TrainError) -> Self {
+        Self::Other(error.into())
+    }
+}
+
+pub fn run(arguments: &Compare) -> Result<(), Failure> {
+    let usage = |argument, reason: &str| TrainError::Usage { argument, reason: reason.to_owned() };
+    let flags = arguments.flags.table()?;
+    let reads_own_feedback = !flags.contains_key("feedback");
+    let config = Config::layered(arguments.config.as_deref(), flags).map_err(TrainError::from)?;
+    let Some(path) = &config.data else {
+        return Err(usage("--data", "a data set is needed; dfar-data makes one").into());
+    };
+    if config.device == DeviceChoice::Cuda {
+        return Err(usage("--device", "the compared systems run on the CPU only").into());
+    }
+    if !arguments.aux.is_finite() {
+        return Err(usage("--aux", "it must be a number").into());
+    }
+    cli::start_threads(config.threads)?;
+    let data = Dataset::open(path).map_err(dfar::Error::from)?;
+    draw::require_targets(&data, config.train_targets)?;
+    let options = Options {
+        feedback: if reads_own_feedback { None } else { Some(config.feedback) },
+        ranking: arguments.loss,
+        pool: arguments.pool,
+        aux: arguments.aux,
+    };
+    let study = Study {
+        systems: arguments.systems(),
+        seeds: (0..arguments.seeds).map(|i| config.seed.wrapping_add(i)).collect(),
+        ablations: arguments.ablations,
+        settings: arguments.tune,
+        config,
+        options,
+        data: DataInfo::of(&data),
+    };
+    check_targets(&study)?;
+    let searches = execute(&study, &data, arguments)?;
+    write_tables(&arguments.out, &data, &study, &searches)
+}
+
+impl Compare {
+    fn systems(&self) -> Vec<Row> {
+        let mut systems = Vec::new();
+        let listed = self.systems.iter().flat_map(|entry| match entry {
+            Systems::All => Row::all(),
+            Systems::One(row) => vec![*row],
+        });
+        for row in listed {
+            if !systems.contains(&row) {
+                systems.push(row);
+            }
+        }
+        if systems.is_empty() { Row::all() } else { systems }
+    }
+}
+
+/// A system that does not read skipped events is not trained on them.
+fn check_targets(study: &Study) -> Result<(), TrainError> {
+    let runs = study.runs(|_| 0);
+    let blind = |run: &&Identity| run.config.feedback != Feedback::Mixed;
+    match runs.iter().find(blind) {
+        Some(run) if study.config.train_targets == TrainTargets::Feedback => Err(TrainError::Usage {
+            argument: "--train-targets",
+            reason: format!(
+                "feedback: {} does not read skipped events ({}); use positive or all",
+                run.system.title(),
+                run.setting()
+            ),
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// Executes the search and then the runs of the tables. Returns the searches.
+fn execute(study: &Study, data: &Dataset, arguments: &Compare) -> Result<Vec<Search>, Failure> {
+    let out = &arguments.out;
+    let jobs = arguments.jobs.max(1);
+    let threads = (rayon::current_num_threads() / jobs).max(1);
+    let jobs = Jobs { data, out, jobs, threads, workers: study.config.workers };
+    let search = study.search();
+    // The settings are not chosen yet, but the number of runs is nearly known.
+    let later = study.runs(|_| 0);
+    let (_, planned) = unfinished(search.iter().chain(&later), out)?;
+    let (finished, mut left) = unfinished(search.iter(), out)?;
+    let known = if out.join("results").exists() { RunResult::all(out)? } else { Vec::new() };
+    let progress = Progress::new(jobs.jobs, &planned, &known);
+    finished.iter().for_each(|run| progress.line(&format!("{}: finished before", progress::name(run))));
+    jobs.execute(&left, &progress)?;
+
+    let searches = searches(study, out)?;
+    let chosen = |system| chosen(&searches, system);
+    let (finished, runs) = unfinished(study.runs(chosen).iter(), out)?;
+    left = runs;
+    if search.is_empty() {
+        finished.iter().for_each(|run| progress.line(&format!("{}: finished before", progress::name(run))));
+    }
+    jobs.execute(&left, &progress)?;
+    Ok(searches)
+}
+
+/// The finished and the other ones of some runs, each once.
+fn unfinished<'a>(
+    runs: impl Iterator<Item = &'a Identity>,
+    out: &Path,
+) -> Result<(Vec<Identity>, Vec<Identity>), ResultError> {
+    let (mut finished, mut left) = (Vec::<Identity>::new(), Vec::<Identity>::new());
+    for run in runs {
+        if finished.contains(run) || left.contains(run) {
+            continue;
+        }
+        match RunResult::load(run, out)? {
+            Some(_) => finished.push(run.clone()),
+            None => left.push(run.clone()),
+        }
+    }
+    Ok((finished, left))
+}
+
+/// The finished searches; none without `--tune`.
+fn searches(study: &Study, out: &Path) -> Result<Vec<Search>, ResultError> {
+    if study.settings < 2 {
+        return Ok(Vec::new());
+    }
+    let seed = study.seeds[0];
+    let of_system = |&system: &Row| {
+        let valid_auc = (0..study.settings)
+            .map(|number| {
+                let run = study.run(system, Variant::Full, number, seed);
+                let result = RunResult::load(&run, out)?;
+                Ok(result.and_then(|result| result.valid).and_then(|valid| valid.values[0]))
+            })
+            .collect::<Result<Vec<_>, ResultError>>()?;
+        Ok(Search::new(system, seed, &study.config, study.options.aux, &valid_auc))
+    };
+    study.systems.iter().map(of_system).collect()
+}
+
+/// The setting of a system in the tables.
+fn chosen(searches: &[Search], system: Row) -> usize {
+    searches.iter().find(|search| search.system == system).map_or(0, |search| search.chosen)
+}
+
+/// The tables of all results in `out` that are of this data set.
+fn write_tables(out: &Path, data: &Dataset, study: &Study, searches: &[Search]) -> Result<(), Failure> {
+    let mut results = RunResult::all(out)?;
+    let own = to_json(&study.data);
+    results.retain(|result| result.data == own && result.tuned == chosen(searches, result.system));
+    let edges = length_edges(data, &study.config);
+    let report = |part, scores: &[f32]| part_report(data, part, scores, study.config.gauc_compat, &edges);
+    let parts = [Part::Test, Part::Valid];
+    let references = References {
+        popularity: parts.map(|part| report(part, &popularity_scores(data, part))),
+        ceiling: parts.map(|part| report(part, data.groups(part).ceiling?)),
+    };
+    let table = Table::new(&results, references, searches.to_vec());
+    let markdown = table.markdown();
+    for (name, text) in [
+        ("table.md", &markdown),
+        ("table.csv", &table.csv()),
+        ("table.json", &format!("{:#}\n", to_json(&table))),
+    ] {
+        replace_bytes(&out.join(name), text.as_bytes()).map_err(TrainError::from)?;
+    }
+    Ok(cli::print(&markdown)?)
+}

@@ -1,0 +1,349 @@
+"""Factorization-heads attention on PyTorch tensors, on the CPU.
+
+:func:`fha` is a custom operator (``torch.ops.dfar.fha``) with a derivative and a fake
+implementation, so ``torch.compile`` takes it as one operation. Tensors are read in place, through
+NumPy views of their memory, and results are tensors over the engine's memory: nothing is copied
+except ``cu_seqlens`` and ``label``.
+
+Tensors on a GPU raise ``NotImplementedError``: this package computes on the CPU. float32 only.
+
+:class:`FactorizationHeadsAttention` has the projections; :func:`pack_padded`, :func:`unpack_padded`,
+:func:`pack_nested` and :func:`unpack_nested` convert batches.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor, nn
+
+from . import _dfar
+
+__all__ = [
+    "FactorizationHeadsAttention",
+    "Packed",
+    "fha",
+    "pack_nested",
+    "pack_padded",
+    "unpack_nested",
+    "unpack_padded",
+]
+
+Normalization = Literal["joint", "masked"]
+
+
+def _numpy(name: str, x: Tensor) -> Any:
+    """The tensor's memory as a NumPy array."""
+    if x.device.type != "cpu":
+        raise NotImplementedError(
+            f"{name} is on {x.device}: dfar.torch computes on the CPU; pass {name}.cpu()"
+        )
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} has layout {x.layout}, but must be a dense tensor")
+    if x.is_conj() or x.is_neg():
+        x = x.resolve_conj().resolve_neg()
+    if x.dtype == torch.bfloat16:
+        raise TypeError(f"{name} has dtype bfloat16, but must be float32")
+    return x.detach().numpy()
+
+
+def _contiguous(*named: tuple[str, Tensor]) -> None:
+    for name, x in named:
+        if not x.is_contiguous():
+            raise ValueError(f"{name} is not contiguous; pass {name}.contiguous()")
+
+
+@torch.library.custom_op("dfar::fha", mutates_args=(), device_types="cpu")
+def _fha(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    label: Tensor | None,
+    normalization: str,
+    causal: bool,
+    label_mask: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    o, lse = _dfar.fha(
+        _numpy("q", q), _numpy("k", k), _numpy("v", v), _numpy("cu_seqlens", cu_seqlens),
+        None if label is None else _numpy("label", label), normalization, causal, label_mask, scale,
+    )
+    return torch.from_numpy(o), torch.from_numpy(lse)
+
+
+@torch.library.custom_op("dfar::fha_backward", mutates_args=(), device_types="cpu")
+def _fha_backward(
+    d_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    label: Tensor | None,
+    normalization: str,
+    causal: bool,
+    label_mask: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = _dfar.fha_backward(
+        _numpy("d_o", d_o), _numpy("q", q), _numpy("k", k), _numpy("v", v), _numpy("o", o),
+        _numpy("lse", lse), _numpy("cu_seqlens", cu_seqlens),
+        None if label is None else _numpy("label", label), normalization, causal, label_mask, scale,
+    )
+    return torch.from_numpy(dq), torch.from_numpy(dk), torch.from_numpy(dv)
+
+
+@_fha.register_fake
+def _(q, k, v, cu_seqlens, label, normalization, causal, label_mask, scale):  # type: ignore[no-untyped-def]
+    tokens, heads, width = q.shape
+    slots = heads // 2 if label_mask else heads
+    return q.new_empty(tokens, slots, heads, width), q.new_empty(tokens, slots)
+
+
+@_fha_backward.register_fake
+def _(d_o, q, k, v, o, lse, cu_seqlens, label, normalization, causal, label_mask, scale):  # type: ignore[no-untyped-def]
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cu_seqlens, label, *options = inputs
+    o, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, o, lse, cu_seqlens, label)
+    ctx.options = options
+
+
+def _differentiate(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    if d_o is None:
+        return (None,) * 9
+    q, k, v, o, lse, cu_seqlens, label = ctx.saved_tensors
+    gradients = torch.ops.dfar.fha_backward(
+        d_o.contiguous(), q, k, v, o, lse, cu_seqlens, label, *ctx.options
+    )
+    return (*gradients, *(None,) * 6)
+
+
+_fha.register_autograd(_differentiate, setup_context=_save)
+
+
+@overload
+def fha(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, label: Tensor | None, *,
+    normalization: Normalization = ..., causal: bool = ..., label_mask: bool = ...,
+    scale: float | None = ..., return_lse: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def fha(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, label: Tensor | None, *,
+    normalization: Normalization = ..., causal: bool = ..., label_mask: bool = ...,
+    scale: float | None = ..., return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def fha(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, label: Tensor | None, *,
+    normalization: Normalization = ..., causal: bool = ..., label_mask: bool = ...,
+    scale: float | None = ..., return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def fha(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    label: Tensor | None,
+    *,
+    normalization: Normalization = "joint",
+    causal: bool = True,
+    label_mask: bool = True,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Factorization-heads attention over packed sequences, with gradients.
+
+    Arguments, shapes and results are those of :func:`dfar.fha`, as tensors on the CPU. ``q``, ``k``
+    and ``v`` are float32 and contiguous, and receive gradients; ``lse`` has none. The derivative is
+    itself not differentiable.
+
+    Raises:
+        TypeError, ValueError: as :func:`dfar.fha`.
+        NotImplementedError: a tensor is on a GPU.
+    """
+    named = [("q", q), ("k", k), ("v", v), ("cu_seqlens", cu_seqlens)]
+    named += [] if label is None else [("label", label)]
+    for name, x in named:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor like q, not {type(x).__name__}")
+        if x.device.type not in ("cpu", "meta"):
+            raise NotImplementedError(
+                f"{name} is on {x.device}: dfar.torch computes on the CPU; pass {name}.cpu()"
+            )
+    if q.dim() != 3:
+        raise ValueError(f"q has shape {tuple(q.shape)}, but must be [N, H, d]")
+    _contiguous(*named[:3])
+    if scale is None:
+        scale = 1.0 / math.sqrt(q.shape[-1]) if q.shape[-1] else 1.0
+    o, lse = torch.ops.dfar.fha(
+        q, k, v, cu_seqlens, label, normalization, causal, label_mask, float(scale)
+    )
+    return (o, lse) if return_lse else o
+
+
+class Packed(NamedTuple):
+    """Sequences end to end."""
+
+    values: Tensor
+    """``[N, ...]``: the tokens of all sequences."""
+    cu_seqlens: Tensor
+    """``[B + 1]`` int32: prefix sums of the lengths."""
+
+
+def _starts(lengths: Tensor) -> Tensor:
+    return nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+
+
+def pack_padded(padded: Tensor, lengths: Tensor) -> Packed:
+    """Removes the padding behind each sequence.
+
+    Args:
+        padded: ``[B, T, ...]``; tokens from ``lengths[b]`` on are padding.
+        lengths: ``[B]`` integers, 0 to ``T``.
+
+    Raises:
+        ValueError: a length is negative or above ``T``, or their number is not ``B``.
+    """
+    batch, longest = padded.shape[:2]
+    if lengths.shape != (batch,):
+        raise ValueError(f"lengths has shape {tuple(lengths.shape)}, but must be ({batch},)")
+    if batch and not (0 <= int(lengths.min()) and int(lengths.max()) <= longest):
+        raise ValueError(f"lengths must be 0 to {longest}, the second dimension of padded")
+    kept = torch.arange(longest, device=padded.device) < lengths[:, None]
+    return Packed(padded[kept], _starts(lengths))
+
+
+def unpack_padded(packed: Tensor, cu_seqlens: Tensor, longest: int | None = None) -> Tensor:
+    """The inverse of :func:`pack_padded`: ``[B, T, ...]``, with zeros as padding.
+
+    Args:
+        packed: ``[N, ...]``.
+        cu_seqlens: ``[B + 1]`` integers.
+        longest: ``T``; ``None``: the longest sequence.
+    """
+    lengths = cu_seqlens.diff()
+    if longest is None:
+        longest = int(lengths.max()) if len(lengths) else 0
+    kept = torch.arange(longest, device=packed.device) < lengths[:, None]
+    padded = packed.new_zeros(len(lengths), longest, *packed.shape[1:])
+    return padded.masked_scatter(kept.reshape(kept.shape + (1,) * (packed.dim() - 1)), packed)
+
+
+def pack_nested(nested: Tensor) -> Packed:
+    """The values and offsets of a jagged nested tensor (``layout=torch.jagged``), without a copy.
+
+    Raises:
+        TypeError: the tensor is not nested, or has another layout.
+    """
+    if not (nested.is_nested and nested.layout == torch.jagged):
+        raise TypeError("nested must be a nested tensor with layout=torch.jagged")
+    if nested.lengths() is not None:
+        raise ValueError("nested has holes between its sequences; pass nested.contiguous()")
+    return Packed(nested.values(), nested.offsets().to(torch.int32))
+
+
+def unpack_nested(packed: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The inverse of :func:`pack_nested`: a jagged nested tensor over ``packed``, without a copy."""
+    return torch.nested.nested_tensor_from_jagged(packed, cu_seqlens.to(torch.int64))
+
+
+class FactorizationHeadsAttention(nn.Module):
+    """Factorization-heads attention with its projections: for users of ``nn.MultiheadAttention``.
+
+    Self-attention over sequences of ``[.., embed_dim]`` tokens with a feedback label each. There
+    are projections of queries, keys and values, as in ``nn.MultiheadAttention``, and an output
+    projection for each label, from the ``num_heads / 2 * embed_dim`` values of a token's heads
+    (docs/mathematics.md) to ``embed_dim``.
+
+    Args:
+        embed_dim: width of a token.
+        num_heads: even; a divisor of ``embed_dim``.
+        bias: whether the projections have offsets.
+        normalization, causal: as for :func:`dfar.fha`.
+
+    Inputs of a call, in one of two forms:
+
+    - ``x: [N, embed_dim]``, ``label: [N]``, ``cu_seqlens: [B + 1]``: packed;
+    - ``x: [B, T, embed_dim]``, ``label: [B, T]``, ``lengths: [B]`` (``None``: all ``T``): padded.
+      The result is 0 at padding.
+
+    The result has the shape of ``x``. float32, on the CPU.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        bias: bool = True,
+        normalization: Normalization = "joint",
+        causal: bool = True,
+    ) -> None:
+        super().__init__()
+        if num_heads < 2 or num_heads % 2:
+            raise ValueError(f"num_heads is {num_heads}, but must be even")
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim is {embed_dim}, but must be a multiple of num_heads")
+        self.embed_dim, self.num_heads = embed_dim, num_heads
+        self.normalization: Normalization = normalization
+        self.causal = causal
+        self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
+        self.k_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
+        self.v_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
+        self.out_proj = nn.ModuleList(
+            nn.Linear(num_heads // 2 * embed_dim, embed_dim, bias=bias) for _ in range(2)
+        )
+        for linear in (self.q_proj, self.k_proj, self.v_proj, *self.out_proj):
+            nn.init.xavier_uniform_(linear.weight)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+
+    def extra_repr(self) -> str:
+        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, causal={self.causal}"
+
+    def forward(
+        self,
+        x: Tensor,
+        label: Tensor,
+        cu_seqlens: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        if x.dim() == 2:
+            if cu_seqlens is None:
+                raise ValueError("cu_seqlens is missing: x is packed, [N, embed_dim]")
+            return self._packed(x, label, cu_seqlens)
+        if x.dim() != 3:
+            raise ValueError(f"x has shape {tuple(x.shape)}, but must be [N, D] or [B, T, D]")
+        if cu_seqlens is not None:
+            raise ValueError("cu_seqlens is for packed x; x is padded, so give lengths")
+        batch, longest = x.shape[:2]
+        if label.shape != (batch, longest):
+            raise ValueError(f"label has shape {tuple(label.shape)}, but must be ({batch}, {longest})")
+        if lengths is None:
+            lengths = torch.full((batch,), longest, device=x.device)
+        packed = pack_padded(x, lengths)
+        labels = pack_padded(label, lengths).values
+        result = self._packed(packed.values, labels, packed.cu_seqlens)
+        return unpack_padded(result, packed.cu_seqlens, longest)
+
+    def _packed(self, x: Tensor, label: Tensor, cu_seqlens: Tensor) -> Tensor:
+        heads = (-1, self.num_heads, self.embed_dim // self.num_heads)
+        q, k, v = (p(x).view(heads) for p in (self.q_proj, self.k_proj, self.v_proj))
+        o = fha(
+            q, k, v, cu_seqlens, label, normalization=self.normalization, causal=self.causal
+        ).flatten(1)
+        # The two projections of all tokens cost less than sorting tokens by label at this width.
+        skipped, liked = (p(o) for p in self.out_proj)
+        return torch.where(label.bool()[:, None], liked, skipped)

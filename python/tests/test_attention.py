@@ -81,7 +81,7 @@ def test_inputs_are_read_in_place() -> None:
     for place, x in enumerate((q, k, v)):
         whole[place, 50:550] = x
         view = whole[place, 50:550]
-        view.flags.writeable = False
+        view.setflags(write=False)
         views.append(view)
     before = [view.ctypes.data for view in views]
     found = dfar.fha(*views, cu_seqlens, label)

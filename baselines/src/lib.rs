@@ -24,7 +24,8 @@
 //! | [`learner`], [`fit`] | a model to train, and the training loop: that of DFAR, for all |
 //! | [`plan`], [`tune`] | the runs of a comparison, and the settings that are tried |
 //! | [`results`], [`users`], [`machine`] | the results of runs in files |
-//! | [`table`] | Tables 2 and 3 from them |
+//! | [`table`], [`statistics`] | Tables 2 and 3 from them |
+//! | [`markdown`] | the tables as text |
 //! | [`verify`] | comparison with reference cases |
 
 pub mod fit;
@@ -32,11 +33,13 @@ pub mod inputs;
 pub mod learner;
 pub mod loss;
 pub mod machine;
+pub mod markdown;
 pub mod model;
 pub mod ops;
 pub mod parameters;
 pub mod plan;
 pub mod results;
+pub mod statistics;
 pub mod system;
 pub mod systems;
 pub mod table;

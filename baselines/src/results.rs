@@ -495,9 +495,20 @@ impl RunResult {
         Ok(replace_bytes(path, text.as_bytes())?)
     }
 
-    /// All of the file.
-    pub fn file(&self) -> &Value {
-        &self.file
+    /// Machine, threads and commit, in words.
+    pub fn origin(&self) -> String {
+        let field = |name: &str| self.file.pointer(&format!("/provenance/{name}"));
+        let text = |name: &str| field(name).and_then(Value::as_str).map(str::to_owned);
+        let number = |name: &str| field(name).map_or("?".to_owned(), Value::to_string);
+        let words = [
+            text("machine/processor").unwrap_or("unknown processor".to_owned()),
+            format!("{} cores", number("machine/cores")),
+            format!("{} GiB", number("machine/memory_gib")),
+            format!("{} threads a run", number("threads")),
+            format!("{} runs at once", number("jobs")),
+            format!("commit {}", text("commit").unwrap_or("unknown".to_owned())),
+        ];
+        words.join(", ")
     }
 }
 

@@ -1,35 +1,79 @@
-//! Table 2 from the results in a directory: mean and standard deviation over seeds, as Markdown,
-//! CSV and JSON. In each column the best mean is bold and the second is underlined.
+//! The tables of a comparison from the results in its directory: Table 2, Table 3, the blind rows,
+//! AUC by history length, learning curves. [`crate::markdown`] prints them.
 
 use crate::results::{Figures, Row, RunResult};
+use crate::statistics::{Cell, cell, holm, signed_rank};
 use crate::tune::Search;
 use dfar::evaluate::PartReport;
 use serde::Serialize;
-use std::fmt::Write;
+use std::collections::BTreeMap;
 
 /// Titles of the metrics.
 pub const METRICS: [&str; 4] = ["AUC", "MRR", "NDCG@10", "GAUC"];
 
-/// Mean and deviation of a metric.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Cell {
-    /// Mean over the seeds.
-    pub mean: f64,
-    /// Sample standard deviation; none for one seed.
-    pub deviation: Option<f64>,
+/// The table that a line belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Section {
+    /// Table 2.
+    Systems,
+    /// Table 3: DFAR without one of its parts.
+    Ablations,
+    /// Systems that read all events as if they were liked.
+    Blind,
 }
 
 /// A system in a setting.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Line {
+    /// Its table.
+    pub section: Section,
     /// The system.
-    pub system: String,
+    pub system: Row,
+    /// Its name in the table.
+    pub title: String,
     /// See [`crate::results::Identity::setting`].
     pub setting: String,
     /// Its seeds, ascending.
     pub seeds: Vec<u64>,
     /// In the order of [`METRICS`]; none where a run has no such metric.
     pub cells: [Option<Cell>; 4],
+    /// AUC by history length.
+    pub by_length: Vec<LengthCell>,
+    /// Against the reference: DFAR, and for a blind line the same system with feedback.
+    pub against: Option<Comparison>,
+    /// Mean seconds of a run.
+    pub seconds: f64,
+    /// Epochs of the first seed.
+    pub curve: Vec<crate::results::CurvePoint>,
+}
+
+/// AUC of the events with `from..=to` events before them.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct LengthCell {
+    /// Shortest history.
+    pub from: u64,
+    /// Longest; none for the last.
+    pub to: Option<u64>,
+    /// Groups.
+    pub groups: u64,
+    /// Over the seeds.
+    pub auc: Option<Cell>,
+}
+
+/// The paired test of a line against its reference over users.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Comparison {
+    /// Users in both.
+    pub users: usize,
+    /// Of them, users with a difference.
+    pub differing: usize,
+    /// Mean over users of the AUC of the reference less that of the line.
+    pub difference: f64,
+    /// p-value of [`signed_rank`].
+    pub p: Option<f64>,
+    /// Corrected by [`holm`] for the lines of the section.
+    pub p_holm: Option<f64>,
 }
 
 /// Metrics of the test and validation parts by scores that no system learned.
@@ -41,7 +85,18 @@ pub struct References {
     pub ceiling: [Option<PartReport>; 2],
 }
 
-/// The table.
+/// How many of the runs a machine, a commit and a number of threads computed.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Origin {
+    /// In words.
+    pub words: String,
+    /// Runs.
+    pub runs: usize,
+    /// Their seconds together.
+    pub seconds: f64,
+}
+
+/// The tables.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Table {
     /// Liked events of the part whose groups were scored.
@@ -54,154 +109,265 @@ pub struct Table {
     pub ceiling: Option<[Option<f64>; 4]>,
     /// Searches for a setting.
     pub searches: Vec<Search>,
-    /// In the order of Table 2.
+    /// By section, in each in the order of Table 2.
     pub lines: Vec<Line>,
+    /// DFAR over the best other system, in percent, in the order of [`METRICS`].
+    pub improvement: [Option<Improvement>; 4],
+    /// Where the runs were computed.
+    pub origins: Vec<Origin>,
+}
+
+/// DFAR against the best other system.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Improvement {
+    /// The other one.
+    pub over: String,
+    /// Of the mean, in percent.
+    pub percent: f64,
 }
 
 impl Table {
     /// From results of one data set.
     pub fn new(results: &[RunResult], references: References, searches: Vec<Search>) -> Self {
         let tested = results.iter().all(|result| result.test.is_some());
-        let figures = |result: &RunResult| if tested { result.test } else { result.valid };
         let reference = |[of_test, of_valid]: [Option<PartReport>; 2]| {
             let PartReport { liked, .. } = if tested { of_test } else { of_valid }?;
             Some([Some(liked.auc), Some(liked.mrr), Some(liked.ndcg), liked.gauc])
         };
-        let mut lines = Vec::new();
-        for system in Row::all() {
-            let mut own: Vec<&RunResult> = results.iter().filter(|r| r.system == system).collect();
-            own.sort_by(|a, b| (&a.setting, a.seed).cmp(&(&b.setting, b.seed)));
-            for of_setting in own.chunk_by(|a, b| a.setting == b.setting) {
-                let value = |result: &&RunResult, metric: usize| figures(result)?.values[metric];
-                lines.push(Line {
-                    system: system.title().to_owned(),
-                    setting: of_setting[0].setting.clone(),
-                    seeds: of_setting.iter().map(|result| result.seed).collect(),
-                    cells: std::array::from_fn(|metric| {
-                        cell(of_setting.iter().map(|result| value(result, metric)))
-                    }),
-                });
-            }
+        let mut by_line: BTreeMap<(usize, &str), Vec<&RunResult>> = BTreeMap::new();
+        for result in results {
+            let place = Row::all().iter().position(|row| *row == result.system).unwrap_or(usize::MAX);
+            by_line.entry((place, &result.setting)).or_default().push(result);
         }
+        let mut runs: Vec<Vec<&RunResult>> = by_line.into_values().collect();
+        runs.iter_mut().for_each(|runs| runs.sort_by_key(|run| run.seed));
+        let mut lines: Vec<Line> = runs.iter().map(|runs| Line::new(runs, tested)).collect();
+        if lines.iter().all(|line| line.section == Section::Blind) {
+            lines.iter_mut().for_each(|line| line.section = Section::Systems);
+        }
+        compare(&mut lines, &runs);
+        lines.sort_by_key(|line| line.section as u8);
+        let figures = |result: &RunResult| if tested { result.test } else { result.valid };
         Self {
             groups: results.iter().find_map(figures).map_or(0, |Figures { groups, .. }| groups),
             part: if tested { "test" } else { "validation" },
             popularity: reference(references.popularity),
             ceiling: reference(references.ceiling),
             searches,
+            improvement: std::array::from_fn(|metric| improvement(&lines, metric)),
             lines,
+            origins: origins(results),
         }
     }
 
-    /// Place of each line by the mean of a metric: 0 for the best. Equal means share a place.
-    fn places(&self, metric: usize) -> Vec<Option<usize>> {
-        let mean = |line: &Line| line.cells[metric].map(|cell| cell.mean);
-        let mut means: Vec<f64> = self.lines.iter().filter_map(mean).collect();
-        means.sort_by(|a, b| b.total_cmp(a));
-        means.dedup();
-        let place = |line: &Line| means.iter().position(|other| Some(*other) == mean(line));
-        self.lines.iter().map(place).collect()
+    /// The lines of a section.
+    pub fn section(&self, section: Section) -> Vec<&Line> {
+        self.lines.iter().filter(|line| line.section == section).collect()
     }
 
-    /// As Markdown.
-    pub fn markdown(&self) -> String {
-        let mut text = format!(
-            "{} liked {} events. Mean and standard deviation over seeds; best in bold, second underlined.\n\n",
-            self.groups, self.part
-        );
-        let _ = writeln!(text, "| | feedback, setting | {} | seeds |", METRICS.join(" | "));
-        text.push_str("|---|---|---|---|---|---|---|\n");
-        for (name, values) in [("popularity", self.popularity), ("ceiling", self.ceiling)] {
-            let Some(values) = values else { continue };
-            let cells = values.map(|value| value.map_or("-".to_owned(), |value| format!("{value:.4}")));
-            let _ = writeln!(text, "| {name} | | {} | |", cells.join(" | "));
-        }
-        let places: [Vec<Option<usize>>; 4] = std::array::from_fn(|metric| self.places(metric));
-        for (i, line) in self.lines.iter().enumerate() {
-            let cell = |metric: usize| {
-                let Some(Cell { mean, deviation }) = line.cells[metric] else { return "-".to_owned() };
-                let mean = match places[metric][i] {
-                    Some(0) => format!("**{mean:.4}**"),
-                    Some(1) => format!("<u>{mean:.4}</u>"),
-                    _ => format!("{mean:.4}"),
-                };
-                deviation.map_or(mean.clone(), |deviation| format!("{mean} ± {deviation:.4}"))
-            };
-            let cells: [String; 4] = std::array::from_fn(cell);
-            let (system, setting, seeds) = (&line.system, &line.setting, line.seeds.len());
-            let _ = writeln!(text, "| {system} | {setting} | {} | {seeds} |", cells.join(" | "));
-        }
-        text
-    }
-
-    /// As CSV, one line for each system and setting; an empty field where there is no value.
-    pub fn csv(&self) -> String {
-        let mut text = "system,setting,seeds".to_owned();
-        METRICS.iter().for_each(|metric| {
-            let _ = write!(text, ",{metric},{metric} deviation");
-        });
-        text.push('\n');
-        let field = |value: Option<f64>| value.map_or(String::new(), |value| value.to_string());
-        for line in &self.lines {
-            let _ = write!(text, "{},{},{}", line.system, line.setting, line.seeds.len());
-            for cell in line.cells {
-                let (mean, deviation) = (cell.map(|c| c.mean), cell.and_then(|c| c.deviation));
-                let _ = write!(text, ",{},{}", field(mean), field(deviation));
-            }
-            text.push('\n');
-        }
-        text
+    /// The line of DFAR in Table 2.
+    pub fn dfar(&self) -> Option<&Line> {
+        self.lines.iter().find(|line| line.is_dfar())
     }
 }
 
-/// `None` where a value is missing.
-fn cell(values: impl Iterator<Item = Option<f64>>) -> Option<Cell> {
-    let values: Vec<f64> = values.collect::<Option<_>>()?;
-    let n = values.len() as f64;
-    let mean = values.iter().sum::<f64>() / n;
-    let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
-    let deviation = (values.len() > 1).then(|| (squares / (n - 1.0)).sqrt());
-    Some(Cell { mean, deviation })
+impl Line {
+    fn new(runs: &[&RunResult], tested: bool) -> Self {
+        let first = runs[0];
+        let figures = |run: &&RunResult| if tested { run.test } else { run.valid };
+        let metric = |metric: usize| cell(runs.iter().map(|run| figures(run)?.values[metric]));
+        let (section, title) = place(first.system, &first.setting);
+        Self {
+            section,
+            system: first.system,
+            title,
+            setting: first.setting.clone(),
+            seeds: runs.iter().map(|run| run.seed).collect(),
+            cells: std::array::from_fn(metric),
+            by_length: by_length(runs),
+            against: None,
+            seconds: runs.iter().map(|run| run.seconds).sum::<f64>() / runs.len() as f64,
+            curve: first.curve.clone(),
+        }
+    }
+
+    /// Whether it is the DFAR of Table 2.
+    pub fn is_dfar(&self) -> bool {
+        self.section == Section::Systems && self.system == Row::Dfar && self.setting.starts_with("mixed")
+    }
+}
+
+/// The table of a line and its name there.
+fn place(system: Row, setting: &str) -> (Section, String) {
+    let without: Vec<&str> = setting
+        .split(' ')
+        .filter_map(|word| match word {
+            "no-fha" => Some("FHA"),
+            "no-label-mask" => Some("MO"),
+            "no-idl" => Some("IDL"),
+            "no-ibl" => Some("IBL"),
+            _ => None,
+        })
+        .collect();
+    let title = system.title().to_owned();
+    match (without.is_empty(), setting.starts_with("ignored")) {
+        (false, _) => (Section::Ablations, format!("{title} w/o {}", without.join(", "))),
+        (true, true) => (Section::Blind, title),
+        (true, false) => (Section::Systems, title),
+    }
+}
+
+/// Over the lengths of the first run; those of all runs of a comparison are the same.
+fn by_length(runs: &[&RunResult]) -> Vec<LengthCell> {
+    let of_bucket = |bucket: &crate::results::Bucket| {
+        let same = |run: &RunResult| {
+            run.by_length.iter().find(|other| (other.from, other.to) == (bucket.from, bucket.to)).copied()
+        };
+        let auc = cell(runs.iter().map(|run| same(run).map(|other| other.auc)));
+        LengthCell { from: bucket.from, to: bucket.to, groups: bucket.groups, auc }
+    };
+    runs[0].by_length.iter().map(of_bucket).collect()
+}
+
+/// Adds the paired tests: of Tables 2 and 3 against DFAR, of a blind line against its system.
+fn compare(lines: &mut [Line], runs: &[Vec<&RunResult>]) {
+    let dfar = lines.iter().position(Line::is_dfar);
+    for section in [Section::Systems, Section::Ablations, Section::Blind] {
+        let of_section: Vec<usize> = (0..lines.len()).filter(|&i| lines[i].section == section).collect();
+        for &i in &of_section {
+            let own = |line: &Line| line.section == Section::Systems && line.system == lines[i].system;
+            let reference = if section == Section::Blind { lines.iter().position(own) } else { dfar };
+            let against = reference.filter(|&reference| reference != i);
+            lines[i].against = against.and_then(|reference| compared(&runs[reference], &runs[i]));
+        }
+        let p = |i: &usize| lines[*i].against.and_then(|against| against.p);
+        let tested: Vec<usize> = of_section.into_iter().filter(|i| p(i).is_some()).collect();
+        let corrected = holm(&tested.iter().filter_map(p).collect::<Vec<_>>());
+        for (i, p) in tested.into_iter().zip(corrected) {
+            lines[i].against.as_mut().expect("it has a p-value").p_holm = Some(p);
+        }
+    }
+}
+
+/// The test over the users of two lines: AUC of each user, mean over the seeds of both.
+fn compared(reference: &[&RunResult], other: &[&RunResult]) -> Option<Comparison> {
+    let common: Vec<u64> = reference
+        .iter()
+        .map(|run| run.seed)
+        .filter(|seed| other.iter().any(|run| run.seed == *seed))
+        .collect();
+    let (of_reference, of_other) = (user_auc(reference, &common), user_auc(other, &common));
+    let paired = of_reference.iter().filter_map(|(user, auc)| Some(auc - of_other.get(user)?));
+    let differences: Vec<f64> = paired.collect();
+    if differences.is_empty() {
+        return None;
+    }
+    let test = signed_rank(&differences);
+    let difference = differences.iter().sum::<f64>() / differences.len() as f64;
+    Some(Comparison { users: differences.len(), differing: test.n, difference, p: test.p, p_holm: None })
+}
+
+/// Mean AUC over the runs with these seeds, of each user that all of them have.
+fn user_auc(runs: &[&RunResult], seeds: &[u64]) -> BTreeMap<u32, f64> {
+    let mut sums: BTreeMap<u32, (f64, usize)> = BTreeMap::new();
+    for run in runs.iter().filter(|run| seeds.contains(&run.seed)) {
+        if let Some(users) = &run.users {
+            for (&user, &auc) in users.user.iter().zip(&users.auc) {
+                let sum = sums.entry(user).or_default();
+                *sum = (sum.0 + auc, sum.1 + 1);
+            }
+        }
+    }
+    sums.retain(|_, (_, count)| *count == seeds.len());
+    sums.into_iter().map(|(user, (sum, count))| (user, sum / count as f64)).collect()
+}
+
+fn improvement(lines: &[Line], metric: usize) -> Option<Improvement> {
+    let mean = |line: &Line| line.cells[metric].map(|cell| cell.mean);
+    let own = mean(lines.iter().find(|line| line.is_dfar())?)?;
+    let others = lines.iter().filter(|line| line.section == Section::Systems && line.system != Row::Dfar);
+    let (over, best) = others
+        .filter_map(|line| Some((line.title.clone(), mean(line)?)))
+        .max_by(|(_, a), (_, b)| a.total_cmp(b))?;
+    Some(Improvement { over, percent: 100.0 * (own - best) / best })
+}
+
+/// Place of each line by the mean of a metric: 0 for the best. Equal means share a place.
+pub fn places(lines: &[&Line], metric: usize) -> Vec<Option<usize>> {
+    let mean = |line: &&Line| line.cells[metric].map(|cell| cell.mean);
+    let mut means: Vec<f64> = lines.iter().filter_map(mean).collect();
+    means.sort_by(|a, b| b.total_cmp(a));
+    means.dedup();
+    let place = |line: &&Line| means.iter().position(|other| Some(*other) == mean(line));
+    lines.iter().map(place).collect()
+}
+
+fn origins(results: &[RunResult]) -> Vec<Origin> {
+    let mut found: BTreeMap<String, (usize, f64)> = BTreeMap::new();
+    for result in results {
+        let origin = found.entry(result.origin()).or_default();
+        *origin = (origin.0 + 1, origin.1 + result.seconds);
+    }
+    found.into_iter().map(|(words, (runs, seconds))| Origin { words, runs, seconds }).collect()
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+    use crate::results::CurvePoint;
+    use crate::system::Kind;
 
-    fn line(system: &str, auc: [f64; 2]) -> Line {
+    /// A line of Table 2 with these AUCs, and a table of lines.
+    pub(crate) fn line(system: Row, setting: &str, auc: [f64; 2]) -> Line {
         let values = || cell(auc.into_iter().map(Some));
+        let (section, title) = place(system, setting);
+        let bucket = |from, to| LengthCell { from, to, groups: 5, auc: values() };
         Line {
-            system: system.to_owned(),
-            setting: "mixed".to_owned(),
+            section,
+            system,
+            title,
+            setting: setting.to_owned(),
             seeds: vec![1, 2],
             cells: [values(), values(), values(), None],
+            by_length: vec![bucket(0, Some(9)), bucket(10, None)],
+            against: None,
+            seconds: 1.5,
+            curve: [0.6, 0.7].map(|auc| CurvePoint { loss: 1.0 - auc, valid_auc: Some(auc) }).to_vec(),
         }
     }
 
-    #[test]
-    fn the_best_is_bold_and_the_second_underlined() {
-        let lines = vec![line("A", [0.5, 0.7]), line("B", [0.8, 0.8]), line("C", [0.1, 0.3])];
-        let table = Table {
+    pub(crate) fn table(lines: Vec<Line>) -> Table {
+        Table {
             groups: 9,
             part: "test",
             popularity: Some([Some(0.9); 4]),
             ceiling: None,
             searches: Vec::new(),
+            improvement: std::array::from_fn(|metric| improvement(&lines, metric)),
             lines,
-        };
-        let text = table.markdown();
-        let rows: Vec<&str> = text.lines().skip(4).collect();
-        assert_eq!(rows[0], "| popularity | | 0.9000 | 0.9000 | 0.9000 | 0.9000 | |");
-        let a = "<u>0.6000</u> ± 0.1414";
-        assert_eq!(rows[1], format!("| A | mixed | {a} | {a} | {a} | - | 2 |"));
-        assert!(rows[2].starts_with("| B | mixed | **0.8000** ± 0.0000 |"), "{}", rows[2]);
-        assert!(rows[3].starts_with("| C | mixed | 0.2000 ± 0.1414 |"), "{}", rows[3]);
-        assert!(table.csv().lines().nth(2).is_some_and(|line| line.starts_with("B,mixed,2,0.8,0,")));
+            origins: vec![Origin { words: "a machine".to_owned(), runs: 3, seconds: 7200.0 }],
+        }
     }
 
     #[test]
-    fn one_seed_has_no_deviation_and_a_missing_value_no_cell() {
-        assert_eq!(cell([Some(0.5)].into_iter()), Some(Cell { mean: 0.5, deviation: None }));
-        assert_eq!(cell([Some(0.5), None].into_iter()), None);
+    fn lines_belong_to_their_tables() {
+        let din = Row::Baseline(Kind::Din);
+        assert_eq!(place(din, "positive-only"), (Section::Systems, "DIN".to_owned()));
+        assert_eq!(place(din, "ignored tuned-2"), (Section::Blind, "DIN".to_owned()));
+        let (section, title) = place(Row::Dfar, "mixed no-label-mask no-idl tuned-2");
+        assert_eq!((section, &title[..]), (Section::Ablations, "DFAR w/o MO, IDL"));
+    }
+
+    #[test]
+    fn the_improvement_is_over_the_best_other_system() {
+        let lines = vec![
+            line(Row::Baseline(Kind::Din), "positive-only", [0.4, 0.4]),
+            line(Row::Baseline(Kind::Caser), "positive-only", [0.5, 0.5]),
+            line(Row::Dfar, "mixed", [0.6, 0.6]),
+            line(Row::Dfar, "mixed no-fha", [0.9, 0.9]),
+        ];
+        let found = improvement(&lines, 0).expect("an improvement");
+        assert!(found.over == "Caser" && (found.percent - 20.0).abs() < 1e-9, "{found:?}");
+        assert_eq!(improvement(&lines[..2], 0), None);
     }
 }

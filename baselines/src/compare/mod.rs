@@ -16,6 +16,7 @@ use dfar::train::file::replace_bytes;
 use dfar::train::{Config, TrainError, draw};
 use dfar_baselines::fit::length_edges;
 use dfar_baselines::loss::Ranking;
+use dfar_baselines::markdown::{csv, markdown};
 use dfar_baselines::plan::{Study, Variant};
 use dfar_baselines::results::{Identity, Options, ResultError, Row, RunResult, to_json};
 use dfar_baselines::systems::sasrec::Pool;
@@ -253,10 +254,10 @@ fn write_tables(out: &Path, data: &Dataset, study: &Study, searches: &[Search]) 
         ceiling: parts.map(|part| report(part, data.groups(part).ceiling?)),
     };
     let table = Table::new(&results, references, searches.to_vec());
-    let markdown = table.markdown();
+    let markdown = markdown(&table);
     for (name, text) in [
         ("table.md", &markdown),
-        ("table.csv", &table.csv()),
+        ("table.csv", &csv(&table)),
         ("table.json", &format!("{:#}\n", to_json(&table))),
     ] {
         replace_bytes(&out.join(name), text.as_bytes()).map_err(TrainError::from)?;

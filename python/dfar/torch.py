@@ -240,7 +240,7 @@ def unpack_padded(packed: Tensor, cu_seqlens: Tensor, longest: int | None = None
     return padded.masked_scatter(kept.reshape(kept.shape + (1,) * (packed.dim() - 1)), packed)
 
 
-def pack_nested(nested: Tensor) -> Packed:
+def pack_nested(nested: Any) -> Packed:
     """The values and offsets of a jagged nested tensor (``layout=torch.jagged``), without a copy.
 
     Raises:

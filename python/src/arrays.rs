@@ -1,10 +1,10 @@
-//! NumPy arguments, checked by name, and new arrays.
+//! NumPy arguments, checked by name, and views of a data set's memory map.
 //!
 //! Large arrays of floats are read in place. Index arrays (`cu_seqlens`, `label`) are copied before
 //! they are checked: another Python thread may write to them during the call, and the engine trusts
 //! checked indices. They take at most a few bytes a token.
 
-use numpy::ndarray::Dimension;
+use numpy::ndarray::{ArrayView, Dimension};
 use numpy::{
     Element, PyArray, PyArrayDescrMethods, PyArrayDyn, PyArrayMethods, PyReadonlyArray1, PyReadonlyArrayDyn,
     PyUntypedArray, PyUntypedArrayMethods,
@@ -144,4 +144,17 @@ fn words(shape: &[usize]) -> String {
 pub fn unset<'py, D: Dimension>(py: Python<'py>, shape: D) -> Bound<'py, PyArray<f32, D>> {
     // SAFETY: the array owns its memory, and every bit pattern of it is an f32.
     unsafe { PyArray::<f32, D>::new(py, shape, false) }
+}
+
+/// A read-only array over memory of a data set, which it keeps alive.
+pub fn view<'py, T: Element, D: Dimension>(
+    owner: &Bound<'py, crate::data::Dataset>,
+    values: ArrayView<'_, T, D>,
+) -> Bound<'py, PyArray<T, D>> {
+    // SAFETY: `values` points into the map of the data set `owner`, which never moves or changes and
+    // is unmapped when `owner` is dropped; the array holds a reference to `owner`. The array is made
+    // read-only before Python sees it.
+    let array = unsafe { PyArray::borrow_from_array(&values, owner.clone().into_any()) };
+    array.readwrite().make_nonwriteable();
+    array
 }

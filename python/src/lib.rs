@@ -7,23 +7,44 @@
 //! |---|---|
 //! | `arrays` | checks of NumPy arguments, and the only views of memory that Rust does not own |
 //! | `attention` | `fha`, `fha_backward` |
-//! | `threads` | the thread pool of this process |
-//! | `errors` | exceptions |
+//! | `threads` | the thread pool of this process; long calls that Ctrl-C can stop |
+//! | `data`, `import_log` | data sets and their making |
+//! | `train`, `run` | training, scoring |
+//! | `errors`, `values` | exceptions; configuration and JSON as Python objects |
 
 mod arrays;
 mod attention;
+mod data;
+#[path = "../../src/bin/dfar-train/device.rs"]
+#[allow(dead_code, reason = "the command also counts graph captures")]
+mod device;
 mod errors;
+mod import_log;
+// The command's own report, so that `metrics.json` and `curves.svg` are the same.
+#[path = "../../src/bin/dfar-train/report/mod.rs"]
+#[allow(dead_code, unused_imports, reason = "the command also prints tables")]
+mod report;
+mod run;
 mod threads;
+mod train;
+mod values;
 
 use pyo3::prelude::*;
 
 #[pymodule]
 fn _dfar(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add("DataError", module.py().get_type::<errors::DataError>())?;
+    module.add_class::<data::Dataset>()?;
+    module.add_class::<run::Run>()?;
     module.add_function(wrap_pyfunction!(attention::address, module)?)?;
     module.add_function(wrap_pyfunction!(attention::fha, module)?)?;
     module.add_function(wrap_pyfunction!(attention::fha_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(data::make_synthetic, module)?)?;
+    module.add_function(wrap_pyfunction!(import_log::import_log, module)?)?;
     module.add_function(wrap_pyfunction!(threads::set_threads, module)?)?;
     module.add_function(wrap_pyfunction!(threads::threads, module)?)?;
+    module.add_function(wrap_pyfunction!(train::train, module)?)?;
+    module.add_function(wrap_pyfunction!(train::resume, module)?)?;
     Ok(())
 }

@@ -1,13 +1,18 @@
-//! The threads of this process.
+//! The threads of this process, and long calls that Ctrl-C can stop.
 
 use crate::errors;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 /// Calls on at most this many tokens run on the calling thread: the engine does not divide them.
 const SMALL: usize = 256;
+/// Longest time until a Ctrl-C is noticed.
+const POLL: Duration = Duration::from_millis(50);
 
 /// The pool, with the id of the process that started its threads. After `fork` the child has a copy
 /// of the pool without its threads, and starts its own.
@@ -30,11 +35,17 @@ fn pool() -> PyResult<Arc<ThreadPool>> {
     if let Some(pool) = &state.pool {
         return Ok(pool.clone());
     }
-    let started = ThreadPoolBuilder::new().num_threads(state.threads).build();
-    let pool = Arc::new(
-        started.map_err(|error| errors::python(dfar::Error::Threads { reason: error.to_string() }))?,
-    );
+    let pool = start(state.threads)?;
     Ok(state.pool.insert(pool).clone())
+}
+
+fn start(threads: usize) -> PyResult<Arc<ThreadPool>> {
+    let started = ThreadPoolBuilder::new().num_threads(threads).build();
+    Ok(Arc::new(started.map_err(|error| refused(&error))?))
+}
+
+fn refused(error: &dyn std::error::Error) -> PyErr {
+    errors::python(dfar::Error::Threads { reason: error.to_string() })
 }
 
 /// Sets the number of threads of later calls; 0: one per core.
@@ -60,4 +71,83 @@ pub fn threads() -> PyResult<usize> {
 /// Computes on the pool's threads. Call it without the GIL.
 pub fn compute<T: Send>(tokens: usize, work: impl FnOnce() -> T + Send) -> PyResult<T> {
     if tokens <= SMALL { Ok(work()) } else { Ok(pool()?.install(work)) }
+}
+
+/// How the work of [`interruptible`] talks to the thread that called it.
+pub struct Link<M> {
+    stop: Arc<AtomicBool>,
+    messages: SyncSender<M>,
+    answers: Receiver<()>,
+}
+
+impl<M> Link<M> {
+    /// Whether to stop as soon as possible.
+    pub fn stopped(&self) -> bool {
+        self.stop.load(Ordering::SeqCst)
+    }
+
+    /// Hands a message to the calling thread and waits until it is dealt with.
+    pub fn tell(&self, message: M) {
+        // If the caller is gone, `stopped` says so.
+        if self.messages.send(message).is_ok() {
+            let _ = self.answers.recv();
+        }
+    }
+}
+
+/// Runs any work on the pool's threads. Call it without the GIL.
+pub fn install<T: Send>(work: impl FnOnce() -> T + Send) -> PyResult<T> {
+    Ok(pool()?.install(work))
+}
+
+/// Runs `work` on the pool while the calling thread deals with its messages, with the GIL, and checks
+/// for signals, without holding the GIL between the two.
+///
+/// If `deal` returns `false` or fails, or a signal handler raises, the work is told to stop. Returns
+/// the result of the work and the exception, if there was one. `threads` other than 0 start a pool
+/// for this call only.
+pub fn interruptible<T: Send, M: Send>(
+    py: Python<'_>,
+    threads: usize,
+    work: impl FnOnce(Link<M>) -> T + Send,
+    mut deal: impl FnMut(Python<'_>, M) -> PyResult<bool>,
+) -> PyResult<(T, Option<PyErr>)> {
+    let pool = if threads == 0 { pool()? } else { start(threads)? };
+    let stop = Arc::new(AtomicBool::new(false));
+    let (messages, mut inbox) = sync_channel(0);
+    let (answer, answers) = sync_channel(1);
+    let link = Link { stop: stop.clone(), messages, answers };
+    let mut raised = None;
+    let mut refuse = |error: PyErr| {
+        stop.store(true, Ordering::SeqCst);
+        raised.get_or_insert(error);
+    };
+    let result = std::thread::scope(|scope| {
+        // `link` is moved, so that the channel closes when the work is done, or has panicked.
+        let spawn = std::thread::Builder::new().spawn_scoped(scope, move || pool.install(|| work(link)));
+        let worker = spawn.map_err(|error| refused(&error))?;
+        loop {
+            let inbox = &mut inbox;
+            match py.detach(move || inbox.recv_timeout(POLL)) {
+                Ok(message) => {
+                    match deal(py, message) {
+                        Ok(true) => {}
+                        Ok(false) => stop.store(true, Ordering::SeqCst),
+                        Err(error) => refuse(error),
+                    }
+                    let _ = answer.send(());
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+            if let Err(error) = py.check_signals() {
+                refuse(error);
+            }
+        }
+        Ok::<_, PyErr>(py.detach(|| worker.join()))
+    })?;
+    match result {
+        Ok(result) => Ok((result, raised)),
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
 }

@@ -32,6 +32,21 @@ pub struct UserEvents<'a> {
     pub valid_end: usize,
 }
 
+/// The events of all users, end to end; those of user `u` are at `offsets[u]..offsets[u + 1]`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Histories<'a> {
+    /// `[users + 1]`, from 0 to the number of events.
+    pub offsets: &'a [u64],
+    /// `[events]` items.
+    pub items: &'a [u32],
+    /// `[events]` 0 skipped, 1 liked.
+    pub feedback: &'a [u8],
+    /// `[events]` milliseconds since 1970.
+    pub times: &'a [i64],
+    /// `[users]` of `[train_end, valid_end]`, counted from the first event of the user.
+    pub split: &'a [[u32; 2]],
+}
+
 /// The evaluation groups of a part, G of them: one for every event of the part, liked or skipped,
 /// by user and event. The history of a group is all events of the user before its event; it is
 /// empty where `event` is 0.
@@ -134,6 +149,17 @@ impl Dataset {
             times: &self.slice(Section::Times)[own],
             train_end: train_end as usize,
             valid_end: valid_end as usize,
+        }
+    }
+
+    /// The events of all users.
+    pub fn histories(&self) -> Histories<'_> {
+        Histories {
+            offsets: self.slice(Section::UserOffsets),
+            items: self.slice(Section::Items),
+            feedback: self.slice(Section::Feedback),
+            times: self.slice(Section::Times),
+            split: self.slice(Section::Split),
         }
     }
 

@@ -29,7 +29,7 @@ pub mod synthetic;
 mod validate;
 mod writer;
 
-pub use dataset::{Dataset, EvaluationGroups, Group, UserEvents};
+pub use dataset::{Dataset, EvaluationGroups, Group, Histories, UserEvents};
 pub use error::{BadRow, DataError, TimeSighting};
 pub use protocol::{Candidates, CountedRecords, KCore, Made, Protocol, Repeats, Source, Weighting};
 pub use split::{Part, Split};

@@ -1,0 +1,162 @@
+//! Data sets: views of the memory map, names, and the synthetic log.
+
+use crate::arrays::view;
+use crate::errors::python;
+use crate::threads;
+use crate::values::from_json;
+use dfar::data::synthetic::{self, SyntheticOptions};
+use dfar::data::{Part, Split};
+use numpy::ndarray::{ArrayView1, ArrayView2};
+use numpy::{PyArray1, PyArray2};
+use pyo3::exceptions::{PyIndexError, PyValueError};
+use pyo3::prelude::*;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// A validated data set, mapped from its file.
+#[pyclass(frozen, module = "dfar._dfar")]
+pub struct Dataset {
+    data: Arc<dfar::data::Dataset>,
+}
+
+type Array1<'py, T> = Bound<'py, PyArray1<T>>;
+type Array2<'py, T> = Bound<'py, PyArray2<T>>;
+type Histories<'py> =
+    (Array1<'py, u64>, Array1<'py, u32>, Array1<'py, u8>, Array1<'py, i64>, Array2<'py, u32>);
+type Groups<'py> = (Array1<'py, u32>, Array1<'py, u32>, Array2<'py, u32>, Option<Array2<'py, f32>>);
+
+impl Dataset {
+    /// The engine's data set.
+    pub fn engine(&self) -> &Arc<dfar::data::Dataset> {
+        &self.data
+    }
+
+    /// Opens a file, without the GIL.
+    pub fn read(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
+        let data = py.detach(|| threads::install(|| dfar::data::Dataset::open(&path)))?;
+        Ok(Self { data: Arc::new(data.map_err(python)?) })
+    }
+}
+
+#[pymethods]
+impl Dataset {
+    #[staticmethod]
+    fn open(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
+        Self::read(py, path)
+    }
+
+    /// The path, and the numbers of users, items and events.
+    fn counts(&self) -> (PathBuf, usize, usize, usize) {
+        (self.data.path().to_owned(), self.data.users(), self.data.items(), self.data.events())
+    }
+
+    /// Offsets, items, labels, times, split.
+    fn histories<'py>(this: &Bound<'py, Self>) -> Histories<'py> {
+        let data = &this.get().data;
+        let histories = data.histories();
+        (
+            view(this, ArrayView1::from(histories.offsets)),
+            view(this, ArrayView1::from(histories.items)),
+            view(this, ArrayView1::from(histories.feedback)),
+            view(this, ArrayView1::from(histories.times)),
+            view(this, ArrayView2::from(histories.split)),
+        )
+    }
+
+    /// Users, events, negatives, ceiling of a part.
+    fn groups<'py>(this: &Bound<'py, Self>, part: &str) -> PyResult<Groups<'py>> {
+        let part = match part {
+            "valid" => Part::Valid,
+            "test" => Part::Test,
+            other => {
+                return Err(PyValueError::new_err(format!(
+                    "part is '{other}', but must be 'valid' or 'test'"
+                )));
+            }
+        };
+        let data = &this.get().data;
+        let groups = data.groups(part);
+        let (count, negatives) = (groups.len(), groups.negatives_per_group);
+        let rows = |values, columns| {
+            ArrayView2::from_shape((count, columns), values).expect("the file's lengths are validated")
+        };
+        let scores = |values| {
+            let rows = ArrayView2::from_shape((count, 1 + negatives), values);
+            view(this, rows.expect("the file's lengths are validated"))
+        };
+        Ok((
+            view(this, ArrayView1::from(groups.user)),
+            view(this, ArrayView1::from(groups.event)),
+            view(this, rows(groups.negatives, negatives)),
+            groups.ceiling.map(scores),
+        ))
+    }
+
+    fn item_id(&self, item: usize) -> PyResult<&str> {
+        Ok(self.data.item_name(index("item", item, self.data.items())?))
+    }
+
+    fn user_id(&self, user: usize) -> PyResult<&str> {
+        Ok(self.data.user_name(index("user", user, self.data.users())?))
+    }
+
+    fn item_ids(&self) -> Vec<&str> {
+        (0..self.data.items() as u32).map(|item| self.data.item_name(item)).collect()
+    }
+
+    fn user_ids(&self) -> Vec<&str> {
+        (0..self.data.users() as u32).map(|user| self.data.user_name(user)).collect()
+    }
+
+    fn find_item(&self, id: &str) -> Option<u32> {
+        self.data.find_item(id)
+    }
+
+    fn find_user(&self, id: &str) -> Option<u32> {
+        self.data.find_user(id)
+    }
+
+    fn protocol(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
+        let json = serde_json::to_value(self.data.protocol()).expect("a protocol is plain data");
+        from_json(py, &json)
+    }
+}
+
+fn index(name: &str, value: usize, count: usize) -> PyResult<u32> {
+    if value < count {
+        return Ok(value as u32);
+    }
+    Err(PyIndexError::new_err(format!("{name} is {value}, but there are {count}")))
+}
+
+/// Reads `kind`, `train_share` and `valid_share`.
+pub fn split(kind: &str, train: f64, valid: f64) -> PyResult<Split> {
+    match kind {
+        "leave-last" => Ok(Split::LeaveLast),
+        "temporal" => Ok(Split::Temporal { train, valid }),
+        "by-user" => Ok(Split::ByUser { train, valid }),
+        other => Err(PyValueError::new_err(format!(
+            "split is '{other}', but must be 'leave-last', 'temporal' or 'by-user'"
+        ))),
+    }
+}
+
+/// Writes a synthetic data set.
+#[pyfunction]
+#[pyo3(name = "synthetic", signature = (path, users, items, events_per_user, seed, candidates, split))]
+#[expect(clippy::too_many_arguments, reason = "the arguments of the Python function")]
+pub fn make_synthetic(
+    py: Python<'_>,
+    path: PathBuf,
+    users: usize,
+    items: usize,
+    events_per_user: f64,
+    seed: u64,
+    candidates: usize,
+    split: &str,
+) -> PyResult<()> {
+    let split = self::split(split, 0.8, 0.1)?;
+    let options = SyntheticOptions { users, items, events_per_user, seed, negatives: candidates, split };
+    py.detach(|| threads::install(|| synthetic::write(&options, &path)))?.map_err(python)?;
+    Ok(())
+}

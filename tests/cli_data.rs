@@ -72,6 +72,13 @@ fn import_then_info() {
     for words in ["leave-last", "long_view = 1", "kuairand log.csv", "1 by training popularity"] {
         assert!(out.contains(words), "no {words:?} in {out}");
     }
+    // Every user likes the first event, skips the second, and likes the third.
+    let rows: Vec<Vec<&str>> = out.lines().map(|line| line.split_whitespace().collect()).collect();
+    for row in
+        [["liked", "0", "3", "0.0", "%"], ["skipped", "3", "0", "100.0", "%"], ["2-3", "3", "3", "50.0", "%"]]
+    {
+        assert!(rows.contains(&row.to_vec()), "no {row:?} in {out}");
+    }
 
     let (out, _) = succeeds(&["info", "--json", &output]);
     let json: serde_json::Value = serde_json::from_str(&out).unwrap();
@@ -83,6 +90,8 @@ fn import_then_info() {
     assert_eq!(json["train"], serde_json::json!({"liked": 3, "skipped": 0}));
     assert_eq!(json["valid"], serde_json::json!({"liked": 0, "skipped": 3}));
     assert_eq!(json["test"], serde_json::json!({"liked": 3, "skipped": 0}));
+    assert_eq!(json["transitions"], serde_json::json!([[0, 3], [3, 0]]));
+    assert_eq!(json["by_position"][1], serde_json::json!({"from": 2, "to": 3, "liked": 3, "skipped": 3}));
     assert_eq!(json["history_length"][0], serde_json::json!({"share": 0.0, "events": 3}));
     assert_eq!(json["times"], serde_json::json!([1_000_000_000_001_i64, 1_000_000_000_009_i64]));
     assert_eq!(json["protocol"]["split"]["kind"], "leave-last");

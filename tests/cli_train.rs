@@ -432,3 +432,26 @@ fn limits_of_the_system_are_reported() {
     assert_eq!(code(&output), 1, "{}", stderr(&output));
     assert!(stderr(&output).contains("memory"), "{}", stderr(&output));
 }
+
+#[test]
+fn evaluate_adds_attention_by_feedback_and_chosen_history_lengths() {
+    let dir = folder();
+    trained(dir.path(), "run", &[]);
+    let evaluate = |more: &[&str]| {
+        let output = dfar_train(dir.path(), &[&["evaluate", "--run", "run"], more].concat());
+        assert_eq!(code(&output), 0, "{}", stderr(&output));
+        stdout(&output)
+    };
+    let text = evaluate(&["--head-pairs", "--length-edges", "5,10"]);
+    for words in ["to skipped", "from liked", "0-5", "6-10", "11-", "label mask drops weights"] {
+        assert!(text.contains(words), "no {words} in {text}");
+    }
+    let json = evaluate(&["--head-pairs", "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    for pair in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+        let field = |name: &str| json["head_pairs"][name][pair.0][pair.1].as_f64().unwrap();
+        let mean = field("weight") / field("pairs");
+        assert!(mean > 0.0 && mean < 1.0 && (mean - field("mean")).abs() < 1e-12, "{pair:?} {mean}");
+    }
+    assert!(!evaluate(&["--json"]).contains("head_pairs"));
+}

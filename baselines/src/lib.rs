@@ -25,7 +25,7 @@
 //! | [`plan`], [`tune`] | the runs of a comparison, and the settings that are tried |
 //! | [`results`], [`users`], [`machine`] | the results of runs in files |
 //! | [`table`], [`statistics`] | Tables 2 and 3 from them |
-//! | [`markdown`] | the tables as text |
+//! | [`markdown`], [`page`], [`svg`] | the tables as text and as a page |
 //! | [`verify`] | comparison with reference cases |
 
 pub mod fit;
@@ -36,10 +36,12 @@ pub mod machine;
 pub mod markdown;
 pub mod model;
 pub mod ops;
+pub mod page;
 pub mod parameters;
 pub mod plan;
 pub mod results;
 pub mod statistics;
+pub mod svg;
 pub mod system;
 pub mod systems;
 pub mod table;

@@ -5,6 +5,8 @@ mod cli;
 mod compare;
 #[path = "../../src/bin/dfar-train/flags.rs"]
 mod flags;
+#[path = "../../src/bin/shared/manual.rs"]
+mod manual;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use compare::{Compare, Failure};
@@ -19,8 +21,9 @@ use std::process::ExitCode;
 ///
 /// All systems read the same events, targets and negatives, and are scored on the same groups. Each
 /// finished run is a file in `DIR/results`; the same command continues an interrupted comparison.
-/// The table goes to stdout and to `DIR/table.md`, `table.csv` and `table.json`, progress to
-/// stderr.
+/// The tables go to stdout and to `DIR/table.md`, `table.csv`, `table.json` and the page
+/// `index.html`, progress to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 bad input, 5
+/// non-finite loss.
 #[derive(Parser)]
 #[command(name = "dfar-compare", version, args_conflicts_with_subcommands = true)]
 struct Cli {
@@ -41,12 +44,15 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    #[command(flatten)]
+    Manual(manual::Manual),
 }
 
 fn main() -> ExitCode {
     let Cli { command, compare } = parse();
     match command {
         Some(Command::Verify { folder, json }) => run_verify(&folder, json),
+        Some(Command::Manual(manual)) => cli::exit(manual.run(command_line())),
         None => match compare::run(&compare) {
             Ok(()) => ExitCode::SUCCESS,
             Err(Failure::Result(error)) => cli::fail(&error, 1),
@@ -55,8 +61,12 @@ fn main() -> ExitCode {
     }
 }
 
-/// The flags of `dfar-train`, some of which mean something else here.
 fn parse() -> Cli {
+    Cli::from_arg_matches(&command_line().get_matches()).unwrap_or_else(|error| error.exit())
+}
+
+/// The command line: flags of `dfar-train`, some of which mean something else here.
+fn command_line() -> clap::Command {
     let differs = [
         ("data", "Data set made by `dfar-data`"),
         ("seed", "First seed of initial values, shuffles and negatives [default: 2020]"),
@@ -70,7 +80,7 @@ fn parse() -> Cli {
     let unused = ["device", "precision", "cuda_graphs", "checkpoint_seconds"];
     let command =
         unused.iter().fold(command, |command, flag| command.mut_arg(flag, |argument| argument.hide(true)));
-    Cli::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit())
+    command
 }
 
 fn run_verify(folder: &Path, json: bool) -> ExitCode {

@@ -32,6 +32,7 @@ pub fn markdown(table: &Table) -> String {
         let _ = write!(text, "\n{heading}\n{}", rows("setting", &blind, &[], "with feedback less it"));
     }
     lengths(&mut text, &systems);
+    head_pairs(&mut text, table);
     searches(&mut text, table);
     origins(&mut text, table);
     text
@@ -114,6 +115,24 @@ fn lengths(text: &mut String, lines: &[&Line]) {
 /// A history length: `0-9`, `10-`.
 pub fn range(from: u64, to: Option<u64>) -> String {
     to.map_or(format!("{from}-"), |to| format!("{from}-{to}"))
+}
+
+/// Figure 4 as a table.
+fn head_pairs(text: &mut String, table: &Table) {
+    if table.head_pairs.is_empty() {
+        return;
+    }
+    text.push_str("\n## Attention weight by feedback\n\n");
+    text.push_str(
+        "Mean weight of a pair of events in the history encoder, all heads together, over the test\n",
+    );
+    text.push_str("histories and the seeds. Weights that the label mask drops count as 0.\n\n");
+    text.push_str("| | skipped to skipped | skipped to liked | liked to skipped | liked to liked |\n");
+    text.push_str("|---|---|---|---|---|\n");
+    for pairs in &table.head_pairs {
+        let [[a, b], [c, d]] = pairs.mean;
+        let _ = writeln!(text, "| {} | {a:.5} | {b:.5} | {c:.5} | {d:.5} |", pairs.title);
+    }
 }
 
 fn searches(text: &mut String, table: &Table) {
@@ -213,6 +232,7 @@ mod tests {
         has("| DFAR w/o FHA | mixed no-fha | **0.9000** ± 0.0000 |");
         has("AUC +33.33 % (DIN)");
         has("| | setting | 0-9 (5) | 10- (5) |\n");
+        has("| DFAR | 0.10000 | 0.20000 | 0.30000 | 0.40000 |\n");
         has("3 runs, 2.00 h together: a machine.\n");
         let csv = csv(&table);
         assert!(csv.lines().nth(1).is_some_and(|line| line.ends_with(",30,0.2,0.01,0.02,1.5")), "{csv}");

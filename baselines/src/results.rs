@@ -495,6 +495,12 @@ impl RunResult {
         Ok(replace_bytes(path, text.as_bytes())?)
     }
 
+    /// [`Identity::model_path`].
+    pub fn model_path(&self, out: &Path) -> PathBuf {
+        let name = format!("{}-{}-{}", self.system.name(), self.setting.replace(' ', "-"), self.seed);
+        out.join("models").join(format!("{name}.safetensors"))
+    }
+
     /// Machine, threads and commit, in words.
     pub fn origin(&self) -> String {
         let field = |name: &str| self.file.pointer(&format!("/provenance/{name}"));

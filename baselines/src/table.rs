@@ -1,9 +1,10 @@
 //! The tables of a comparison from the results in its directory: Table 2, Table 3, the blind rows,
-//! AUC by history length, learning curves. [`crate::markdown`] prints them.
+//! AUC by history length, learning curves. [`crate::markdown`] and [`crate::page`] print them.
 
 use crate::results::{Figures, Row, RunResult};
 use crate::statistics::{Cell, cell, holm, signed_rank};
 use crate::tune::Search;
+use dfar::attention::head_pairs::HeadPairs;
 use dfar::evaluate::PartReport;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -96,6 +97,27 @@ pub struct Origin {
     pub seconds: f64,
 }
 
+/// Attention weight by feedback of a row of DFAR.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct PairsCell {
+    /// The row.
+    pub title: String,
+    /// Mean weight of a pair of events, `[from][to]`, 0 skipped, 1 liked; mean over the seeds.
+    pub mean: [[f64; 2]; 2],
+    /// Seeds.
+    pub seeds: usize,
+}
+
+impl PairsCell {
+    /// From the sums of each seed; `None` without any.
+    pub fn new(setting: &str, of_seeds: &[HeadPairs]) -> Option<Self> {
+        let seeds = of_seeds.len();
+        let mean = |from, to| of_seeds.iter().map(|sums| sums.mean(from, to)).sum::<f64>() / seeds as f64;
+        let mean = [0, 1].map(|from| [0, 1].map(|to| mean(from, to)));
+        (seeds > 0).then(|| Self { title: place(Row::Dfar, setting).1, mean, seeds })
+    }
+}
+
 /// The tables.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Table {
@@ -113,6 +135,8 @@ pub struct Table {
     pub lines: Vec<Line>,
     /// DFAR over the best other system, in percent, in the order of [`METRICS`].
     pub improvement: [Option<Improvement>; 4],
+    /// Attention weight by feedback.
+    pub head_pairs: Vec<PairsCell>,
     /// Where the runs were computed.
     pub origins: Vec<Origin>,
 }
@@ -128,7 +152,12 @@ pub struct Improvement {
 
 impl Table {
     /// From results of one data set.
-    pub fn new(results: &[RunResult], references: References, searches: Vec<Search>) -> Self {
+    pub fn new(
+        results: &[RunResult],
+        references: References,
+        searches: Vec<Search>,
+        head_pairs: Vec<PairsCell>,
+    ) -> Self {
         let tested = results.iter().all(|result| result.test.is_some());
         let reference = |[of_test, of_valid]: [Option<PartReport>; 2]| {
             let PartReport { liked, .. } = if tested { of_test } else { of_valid }?;
@@ -156,6 +185,7 @@ impl Table {
             searches,
             improvement: std::array::from_fn(|metric| improvement(&lines, metric)),
             lines,
+            head_pairs,
             origins: origins(results),
         }
     }
@@ -345,6 +375,11 @@ pub(crate) mod tests {
             searches: Vec::new(),
             improvement: std::array::from_fn(|metric| improvement(&lines, metric)),
             lines,
+            head_pairs: vec![PairsCell {
+                title: "DFAR".to_owned(),
+                mean: [[0.1, 0.2], [0.3, 0.4]],
+                seeds: 3,
+            }],
             origins: vec![Origin { words: "a machine".to_owned(), runs: 3, seconds: 7200.0 }],
         }
     }

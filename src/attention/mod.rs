@@ -31,6 +31,8 @@
 
 mod check;
 mod engine;
+#[doc(hidden)]
+pub mod head_pairs;
 pub mod reference;
 
 pub use check::AttentionError;

@@ -19,6 +19,11 @@ pub struct Statistics {
     pub mean_records_per_user: f64,
     /// Quantiles of the number of events of a user.
     pub history_length: Vec<Quantile>,
+    /// Events by their position in the history of their user.
+    pub by_position: Vec<PositionSize>,
+    /// Neighbouring events of a user by their feedback, `[before][after]`; 0 is a skipped event, 1
+    /// a liked one.
+    pub transitions: [[u64; 2]; 2],
     /// Training events.
     pub train: PartSize,
     /// Validation events, each with an evaluation group.
@@ -45,6 +50,18 @@ pub struct Quantile {
     pub events: usize,
 }
 
+/// Events at positions `from..=to` of the histories.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct PositionSize {
+    /// First position, from 1.
+    pub from: usize,
+    /// Last position.
+    pub to: usize,
+    /// The events.
+    #[serde(flatten)]
+    pub size: PartSize,
+}
+
 /// Number of events of a part by feedback.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 pub struct PartSize {
@@ -62,17 +79,35 @@ impl PartSize {
     }
 }
 
+/// Adds the events of a history, in ranges of positions that double in length: 1, 2-3, 4-7, ..
+fn add_positions(by_position: &mut Vec<PositionSize>, feedback: &[u8]) {
+    let (mut from, mut place) = (1, 0);
+    while from <= feedback.len() {
+        let to = 2 * from - 1;
+        if by_position.len() == place {
+            by_position.push(PositionSize { from, to, size: PartSize::default() });
+        }
+        by_position[place].size.add(&feedback[from - 1..to.min(feedback.len())]);
+        (from, place) = (to + 1, place + 1);
+    }
+}
+
 /// Computes the statistics in one pass over a data set.
 pub fn statistics(data: &Dataset) -> Statistics {
     let [mut train, mut valid, mut test] = [PartSize::default(); 3];
     let mut lengths = Vec::with_capacity(data.users());
     let mut times = [i64::MAX, i64::MIN];
+    let (mut by_position, mut transitions) = (Vec::new(), [[0; 2]; 2]);
     for user in 0..data.users() as u32 {
         let events = data.user(user);
         train.add(&events.feedback[..events.train_end]);
         valid.add(&events.feedback[events.train_end..events.valid_end]);
         test.add(&events.feedback[events.valid_end..]);
         lengths.push(events.items.len());
+        add_positions(&mut by_position, events.feedback);
+        for pair in events.feedback.windows(2) {
+            transitions[usize::from(pair[0])][usize::from(pair[1])] += 1;
+        }
         if let (Some(&first), Some(&last)) = (events.times.first(), events.times.last()) {
             times = [times[0].min(first), times[1].max(last)];
         }
@@ -94,6 +129,8 @@ pub fn statistics(data: &Dataset) -> Statistics {
         negative: train.skipped + valid.skipped + test.skipped,
         mean_records_per_user: data.events() as f64 / data.users().max(1) as f64,
         history_length: [0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0].map(quantile).to_vec(),
+        by_position,
+        transitions,
         train,
         valid,
         test,

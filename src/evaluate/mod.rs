@@ -4,9 +4,12 @@
 //! when the data set was made. Every model is therefore scored on the same rows. The main metrics
 //! are those of the groups of liked events; groups of skipped events are reported separately.
 
+mod head_pairs;
 pub mod metrics;
 mod rank;
 
+#[doc(hidden)]
+pub use head_pairs::head_pairs;
 pub use rank::{Query, rank, top};
 
 use crate::batch::ahead;

@@ -79,6 +79,11 @@ impl<D: Device> BlockState<D> {
     pub fn input(&self) -> &Floats<D> {
         &self.x
     }
+
+    /// Queries, keys and logarithms of the softmax denominators of the attention.
+    pub fn attended(&self) -> [&Floats<D>; 3] {
+        [&self.q, &self.k, &self.lse]
+    }
 }
 
 impl<D: Device> Encoder<'_, D> {

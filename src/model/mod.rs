@@ -20,8 +20,10 @@ pub use parts::{PartSeconds, PartTimer, StepObserver, StepPart, StepTimer};
 pub use staged::{SentBatch, StagedBatch, Stager};
 pub use step::PendingStep;
 
+use crate::attention::head_pairs::{Attended, HeadPairs, head_pairs};
 use crate::batch::Batch;
 use crate::device::Device;
+use crate::device::cpu::Cpu;
 use indices::Indices;
 use network::{Gradients, Network};
 use parameters::Layout;
@@ -284,5 +286,22 @@ impl<D: Device> Model<D> {
             self.device.scatter_add(self.config.width, &rows, &touched.row, &mut dense[id])?;
         }
         Ok(dense)
+    }
+}
+
+impl Model<Cpu> {
+    /// Attention weight of the history encoder by feedback, see [`head_pairs`].
+    #[doc(hidden)]
+    pub fn head_pairs(&self, batch: &Batch) -> Result<HeadPairs, ModelError> {
+        let options = self.config.encoder_attention();
+        self.with_network(self.stager().stage(batch)?, |network| {
+            let mut sum = HeadPairs::default();
+            for state in network.encoder_states()? {
+                let [q, k, lse] = state.attended();
+                let (cu_seqlens, label) = (&batch.cu_seqlens[..], &batch.label[..]);
+                sum += head_pairs(&options, Attended { q, k, lse, cu_seqlens, label });
+            }
+            Ok(sum)
+        })
     }
 }

@@ -153,6 +153,11 @@ impl<D: Device> Network<'_, D> {
         Ok([logit(NEGATIVE)?, logit(POSITIVE)?])
     }
 
+    /// The states of the blocks of the history encoder.
+    pub fn encoder_states(&self) -> Result<Vec<BlockState<D>>, DeviceError> {
+        Ok(self.encode(&mut ())?.blocks)
+    }
+
     /// Loss and gradients. `observer` follows the parts.
     pub fn gradients(
         &self,

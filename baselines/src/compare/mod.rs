@@ -8,23 +8,28 @@ use crate::flags::Flags;
 use clap::Args;
 use dfar::batch::Feedback;
 use dfar::data::{Dataset, Part};
-use dfar::evaluate::{part_report, popularity_scores};
-use dfar::train::checkpoint::DataInfo;
+use dfar::device::cpu::Cpu;
+use dfar::evaluate::{self, part_report, popularity_scores};
+use dfar::model::Model;
+use dfar::train::checkpoint::{DataInfo, ModelFile};
 use dfar::train::config::DeviceChoice;
 use dfar::train::draw::TrainTargets;
 use dfar::train::file::replace_bytes;
-use dfar::train::{Config, TrainError, draw};
+use dfar::train::{Config, TrainError, draw, score_options};
 use dfar_baselines::fit::length_edges;
 use dfar_baselines::loss::Ranking;
 use dfar_baselines::markdown::{csv, markdown};
+use dfar_baselines::page::page;
 use dfar_baselines::plan::{Study, Variant};
 use dfar_baselines::results::{Identity, Options, ResultError, Row, RunResult, to_json};
 use dfar_baselines::systems::sasrec::Pool;
-use dfar_baselines::table::{References, Table};
+use dfar_baselines::table::{PairsCell, References, Table};
 use dfar_baselines::tune::Search;
 use jobs::Jobs;
 use progress::Progress;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 #[derive(Args)]
 pub struct Compare {
@@ -253,14 +258,53 @@ fn write_tables(out: &Path, data: &Dataset, study: &Study, searches: &[Search]) 
         popularity: parts.map(|part| report(part, &popularity_scores(data, part))),
         ceiling: parts.map(|part| report(part, data.groups(part).ceiling?)),
     };
-    let table = Table::new(&results, references, searches.to_vec());
+    let head_pairs = head_pairs(out, data, &study.config, &results)?;
+    let table = Table::new(&results, references, searches.to_vec(), head_pairs);
     let markdown = markdown(&table);
+    let (title, about) = about(data, &study.data);
     for (name, text) in [
         ("table.md", &markdown),
         ("table.csv", &csv(&table)),
         ("table.json", &format!("{:#}\n", to_json(&table))),
+        ("index.html", &page(&table, &title, &about)),
     ] {
         replace_bytes(&out.join(name), text.as_bytes()).map_err(TrainError::from)?;
     }
     Ok(cli::print(&markdown)?)
+}
+
+/// Figure 4: the attention of DFAR and of DFAR without FHA, from the models of their runs.
+fn head_pairs(
+    out: &Path,
+    data: &Dataset,
+    config: &Config,
+    results: &[RunResult],
+) -> Result<Vec<PairsCell>, Failure> {
+    let device = Arc::new(Cpu::new());
+    let mut sums: BTreeMap<(usize, &str), Vec<_>> = BTreeMap::new();
+    for result in results {
+        let words: Vec<&str> = result.setting.split(' ').filter(|word| !word.starts_with("tuned")).collect();
+        let place = [&["mixed"][..], &["mixed", "no-fha"]].iter().position(|setting| *setting == words);
+        let (Some(place), true) = (place, result.system == Row::Dfar) else { continue };
+        let path = result.model_path(out);
+        // Result files may have been copied without the models.
+        if !path.exists() {
+            continue;
+        }
+        let file = ModelFile::load(&path).map_err(TrainError::from)?;
+        let model = Model::from_tensors(device.clone(), file.info.model, &file.parameters)
+            .map_err(TrainError::from)?;
+        let config = Config { feedback: file.info.feedback, ..config.clone() };
+        let of_run = evaluate::head_pairs(&model, data, Part::Test, &score_options(&config, &*device))
+            .map_err(TrainError::from)?;
+        sums.entry((place, &result.setting)).or_default().push(of_run);
+    }
+    Ok(sums.iter().filter_map(|((_, setting), of_seeds)| PairsCell::new(setting, of_seeds)).collect())
+}
+
+/// The name of a data set and a sentence about it.
+fn about(data: &Dataset, info: &DataInfo) -> (String, String) {
+    let title = data.path().file_stem().map_or_else(String::new, |stem| stem.to_string_lossy().into_owned());
+    let about = format!("{} users, {} items, {} events.", info.users, info.items, info.events);
+    (title, about)
 }

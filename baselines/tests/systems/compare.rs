@@ -131,6 +131,90 @@ fn searches_and_ablations_do_not_depend_on_jobs_and_add_only_their_runs() {
 }
 
 #[test]
+fn a_comparison_killed_at_any_moment_ends_with_the_same_results() {
+    let dir = folder();
+    let study = ["--systems", "gru4rec,dfn,dfar", "--seeds", "2", "--epochs", "20", "--threads", "1"];
+    let arguments = |out: &'static str| [&["--out", out], &study[..]].concat();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dfar-compare"));
+    command.current_dir(dir.path()).args(SMALL).args(arguments("killed")).stderr(std::process::Stdio::null());
+    let mut child = command.spawn().expect("dfar-compare should start");
+    let first = dir.path().join("killed/results/gru4rec-positive-only-2020.json");
+    while !first.exists() {
+        assert!(child.try_wait().expect("a child").is_none(), "it ended without a result");
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    child.kill().expect("it can be killed");
+    child.wait().expect("a child");
+    let before = text(&first);
+    assert!(results(&dir.path().join("killed")).len() < 6, "it was killed too late");
+
+    let said = finished(&compare(dir.path(), &arguments("killed")));
+    assert!(said.contains("GRU4REC (positive-only), seed 2020: finished before"), "{said}");
+    finished(&compare(dir.path(), &arguments("whole")));
+    assert_eq!(text(&first), before);
+    assert_eq!(results(&dir.path().join("killed")), results(&dir.path().join("whole")));
+}
+
+#[test]
+fn seeds_and_systems_added_later_add_only_their_runs() {
+    let dir = folder();
+    let files = || {
+        let folder = std::fs::read_dir(dir.path().join("out/results")).expect("results");
+        folder
+            .map(|entry| entry.expect("an entry").path())
+            .map(|path| (text(&path), path))
+            .collect::<Vec<_>>()
+    };
+    let run = |systems, seeds| {
+        finished(&compare(dir.path(), &["--out", "out", "--systems", systems, "--seeds", seeds]))
+    };
+    run("sasrec", "1");
+    let first = files();
+    let said = run("sasrec,caser", "2");
+    assert!(said.contains("3 of 3 runs done"), "{said}");
+    let second = files();
+    assert_eq!(second.len(), 4);
+    assert!(first.iter().all(|file| second.contains(file)));
+}
+
+#[test]
+fn the_page_and_the_tables_have_every_system() {
+    let dir = folder();
+    let all = ["--out", "out", "--seeds", "2", "--ablations", "--systems", "caser,sasrec,dfar"];
+    finished(&compare(dir.path(), &all));
+    let (page, markdown) = (text(&dir.path().join("out/index.html")), text(&dir.path().join("out/table.md")));
+    for words in ["Caser", "SASRec", "DFAR w/o FHA", "DFAR w/o MO", "DFAR w/o IDL", "DFAR w/o IBL"] {
+        assert!(page.contains(words) && markdown.contains(words), "no {words}");
+    }
+    for words in ["Attention weight by feedback", "AUC by history length", "ceiling", "popularity"] {
+        assert!(page.contains(words) && markdown.contains(words), "no {words}");
+    }
+    // Ten rows: three systems, four ablations, and the three without feedback.
+    assert_eq!(text(&dir.path().join("out/table.csv")).lines().count(), 11);
+}
+
+#[test]
+fn completions_and_man_pages_are_written() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let run = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_dfar-compare"));
+        command.current_dir(dir.path()).args(arguments).output().expect("dfar-compare should start")
+    };
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let output = run(&["completions", shell]);
+        let script = String::from_utf8(output.stdout).expect("text");
+        assert!(output.status.success(), "{shell}");
+        for word in ["verify", "ablations", "tune"] {
+            assert!(script.contains(word), "{word} in {shell}");
+        }
+    }
+    assert!(run(&["man", "man1"]).status.success());
+    let page = text(&dir.path().join("man1/dfar-compare.1"));
+    assert!(page.contains("Exit codes") && page.contains("ablations"), "{page}");
+    assert!(text(&dir.path().join("man1/dfar-compare-verify.1")).contains(".SH OPTIONS"));
+}
+
+#[test]
 fn wrong_usage_is_named() {
     let dir = folder();
     let one = ["--out", "out", "--seeds", "1", "--systems", "gru4rec"];

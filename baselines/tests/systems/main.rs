@@ -3,3 +3,4 @@
 mod compare;
 mod encoders;
 mod golden;
+mod overfit;

@@ -2,7 +2,7 @@
 
 use crate::cli;
 use clap::Args;
-use dfar::data::statistics::{Statistics, statistics};
+use dfar::data::statistics::{PositionSize, Statistics, statistics};
 use dfar::data::{CountedRecords, Dataset, KCore, Protocol, Split};
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -35,7 +35,7 @@ fn table(file: &Path, s: &Statistics) -> String {
     line(format_args!(""));
     line(format_args!(
         "  {:>10} {:>10} {:>12} {:>12} {:>14}",
-        "users", "items", "positive", "negative", "mean per user"
+        "users", "items", "positive", "negative", "records/user"
     ));
     line(format_args!(
         "  {:>10} {:>10} {:>12} {:>12} {:>14.2}",
@@ -51,6 +51,8 @@ fn table(file: &Path, s: &Statistics) -> String {
         };
         line(format_args!("  {name:>10} {:>10}", quantile.events));
     }
+    feedback_by_position(&mut line, s);
+    transitions(&mut line, s);
     line(format_args!(""));
     line(format_args!("  {:>10} {:>10} {:>12}", "", "liked", "skipped"));
     for (name, part) in [("train", s.train), ("valid", s.valid), ("test", s.test)] {
@@ -91,6 +93,32 @@ fn table(file: &Path, s: &Statistics) -> String {
         line(format_args!("  ceiling     test AUC {auc:.4} by the generating process's own probabilities"));
     }
     text
+}
+
+fn feedback_by_position(line: &mut dyn FnMut(std::fmt::Arguments), s: &Statistics) {
+    line(format_args!(""));
+    line(format_args!("  feedback by position in the history"));
+    line(format_args!("  {:>10} {:>10} {:>12} {:>14}", "", "liked", "skipped", "share liked"));
+    for PositionSize { from, to, size } in &s.by_position {
+        let name = if from == to { from.to_string() } else { format!("{from}-{to}") };
+        let share = percent(size.liked, size.liked + size.skipped);
+        line(format_args!("  {name:>10} {:>10} {:>12} {share:>14}", size.liked, size.skipped));
+    }
+}
+
+/// How feedback follows on feedback.
+fn transitions(line: &mut dyn FnMut(std::fmt::Arguments), s: &Statistics) {
+    line(format_args!(""));
+    line(format_args!("  feedback after feedback"));
+    line(format_args!("  {:>10} {:>10} {:>12} {:>14}", "", "then liked", "then skipped", "share liked"));
+    for (name, [skipped, liked]) in [("liked", s.transitions[1]), ("skipped", s.transitions[0])] {
+        let share = percent(liked, liked + skipped);
+        line(format_args!("  {name:>10} {liked:>10} {skipped:>12} {share:>14}"));
+    }
+}
+
+fn percent(part: u64, whole: u64) -> String {
+    if whole == 0 { "-".to_owned() } else { format!("{:.1} %", 100.0 * part as f64 / whole as f64) }
 }
 
 fn k_core_words(protocol: &Protocol) -> String {

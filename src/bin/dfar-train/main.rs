@@ -11,7 +11,7 @@ mod report;
 mod score;
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
-use device::on_device;
+use device::{Chosen, on_device};
 use dfar::data::synthetic::{self, SyntheticOptions};
 use dfar::data::{Dataset, Split};
 use dfar::device::Device;
@@ -95,6 +95,10 @@ struct Evaluate {
     /// quartiles].
     #[arg(long, value_name = "EVENTS", value_delimiter = ',')]
     length_edges: Option<Vec<u32>>,
+    /// Add the attention weight of the history encoder by the feedback of the two events (Figure 4
+    /// of the paper). On the CPU only.
+    #[arg(long)]
+    head_pairs: bool,
     /// Users that count in GAUC [default: the run's].
     #[arg(long, value_enum)]
     gauc_compat: Option<dfar::evaluate::metrics::GaucRule>,
@@ -261,6 +265,14 @@ fn evaluate(args: Evaluate) -> dfar::Result<()> {
     config.gauc_compat = args.gauc_compat.unwrap_or(config.gauc_compat);
     config.length_edges = args.length_edges.unwrap_or(config.length_edges);
     let chosen = device::open_for(&config, args.device, &|line| progress.line(line))?;
+    let head_pairs = match (args.head_pairs, &chosen) {
+        (false, _) => None,
+        (true, Chosen::Cpu(device)) => Some(report::HeadPairsReport::of(device, &file, &data, &config)?),
+        (true, Chosen::Cuda(_)) => {
+            let reason = "computed on the CPU only so far; add --device cpu".to_owned();
+            return Err(TrainError::Usage { argument: "--head-pairs", reason }.into());
+        }
+    };
     let evaluation = on_device!(chosen, |device| {
         let model = Model::from_tensors(device, file.info.model, &file.parameters)?;
         report::evaluate_model(&model, &data, &config, &mut |event| progress.observe(event))
@@ -272,9 +284,15 @@ fn evaluate(args: Evaluate) -> dfar::Result<()> {
             let mut json = serde_json::to_value(&evaluation).expect("an evaluation is plain numbers");
             json["data"] = serde_json::to_value(&info).expect("plain data");
             json["best_epoch"] = file.info.epoch.into();
+            if let Some(head_pairs) = &head_pairs {
+                json["head_pairs"] = serde_json::to_value(head_pairs).expect("plain numbers");
+            }
             format!("{}\n", serde_json::to_string_pretty(&json).expect("plain JSON"))
         }
-        false => report::evaluation_text(&evaluation, info.protocol.candidates.negatives),
+        false => {
+            let text = report::evaluation_text(&evaluation, info.protocol.candidates.negatives);
+            head_pairs.map_or(text.clone(), |head_pairs| format!("{text}\n{head_pairs}"))
+        }
     })
 }
 

@@ -2,10 +2,12 @@
 
 mod curves;
 mod finish;
+mod head_pairs;
 mod table;
 
 pub use curves::{CurvePoint, Reference, curves_svg};
 pub use finish::{evaluate_model, finish};
+pub use head_pairs::HeadPairsReport;
 pub use table::{count, evaluation_text, table};
 
 use dfar::batch::Feedback;

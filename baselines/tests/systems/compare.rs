@@ -133,7 +133,7 @@ fn searches_and_ablations_do_not_depend_on_jobs_and_add_only_their_runs() {
 #[test]
 fn a_comparison_killed_at_any_moment_ends_with_the_same_results() {
     let dir = folder();
-    let study = ["--systems", "gru4rec,dfn,dfar", "--seeds", "2", "--epochs", "20", "--threads", "1"];
+    let study = ["--systems", "gru4rec,dfn,dfar", "--seeds", "2", "--batch-rows", "100"];
     let arguments = |out: &'static str| [&["--out", out], &study[..]].concat();
     let mut command = Command::new(env!("CARGO_BIN_EXE_dfar-compare"));
     command.current_dir(dir.path()).args(SMALL).args(arguments("killed")).stderr(std::process::Stdio::null());

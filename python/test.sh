@@ -18,13 +18,17 @@ say() { printf -- '-- %s (%s s)\n' "$1" "$SECONDS"; }
 mkdir -p "$folder"
 [ -x "$python" ] || python3 -m venv "$folder/venv"
 say "packages"
-"$python" -m pip install --quiet maturin numpy pytest
-# Each is optional: its tests are skipped, by name, without it.
-for package in hypothesis pyarrow pandas polars "fastapi uvicorn httpx" "nbclient nbformat ipykernel" \
-    "tensorboardX tqdm" mypy; do
-    # shellcheck disable=SC2086  # several packages
-    "$python" -m pip install --quiet $package 2>/dev/null || echo "SKIPPED: $package cannot be installed"
-done
+needed=(maturin numpy pytest)
+# Without one of these, its tests are skipped, by name.
+optional=(hypothesis pyarrow pandas polars fastapi uvicorn httpx nbclient nbformat ipykernel
+    tensorboardX tqdm mypy)
+if ! "$python" -m pip install --quiet "${needed[@]}" "${optional[@]}" 2>/dev/null; then
+    "$python" -m pip install --quiet "${needed[@]}"
+    for package in "${optional[@]}"; do
+        "$python" -m pip install --quiet "$package" 2>/dev/null ||
+            echo "SKIPPED: $package cannot be installed"
+    done
+fi
 if [ "${DFAR_TORCH:-1}" = 0 ]; then
     echo "SKIPPED: torch, because DFAR_TORCH=0"
 elif ! "$python" -c 'import torch' 2>/dev/null; then
@@ -61,5 +65,7 @@ if "$python" -c 'import mypy, torch' 2>/dev/null; then
 fi
 
 say "tests"
-DFAR_BIN=$bin "$python" -m pytest -p no:cacheprovider -rs
+# From another folder: here, `import dfar` finds the sources without the extension module.
+tests=$PWD/tests
+(cd "$folder" && DFAR_BIN=$bin "$python" -m pytest -p no:cacheprovider -rs "$tests")
 say "done"

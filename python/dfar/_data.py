@@ -55,7 +55,7 @@ class History(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """The evaluation groups of a part, ``G`` of them, one for each of its events: views of the file.
+    """The ``G`` evaluation groups of a part, one for each of its events: views of the file.
 
     The history of a group is all events of the user before its event.
     """
@@ -201,8 +201,8 @@ def import_log(
 ) -> Dataset:
     """Makes a data set file from a log of (user, item, time, feedback), and opens it.
 
-    The same as ``dfar-data import``, with its checks; keyword arguments are its flags, with ``user``
-    for ``--user-column`` and so on. docs/data-format.md describes them.
+    The same as ``dfar-data import``, with its checks; keyword arguments are its flags, with
+    ``user`` for ``--user-column`` and so on. docs/data-format.md describes them.
 
     Args:
         table: a table of pandas, polars, pyarrow or another library with ``__arrow_c_stream__``; or
@@ -262,6 +262,6 @@ def synthetic(
     candidates: int = 9,
     split: Split = "temporal",
 ) -> Dataset:
-    """Generates a data set whose best possible AUC is known, as ``dfar-data synth``, and opens it."""
+    """Makes a data set whose best possible AUC is known, as ``dfar-data synth``, and opens it."""
     _dfar.synthetic(output, users, items, events_per_user, seed, candidates, split)
     return Dataset.open(output)

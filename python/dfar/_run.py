@@ -86,7 +86,7 @@ class Run:
         return metrics
 
     def curves(self) -> dict[str, npt.NDArray[np.float64]]:
-        """Loss, validation AUC and times by epoch: ``[epochs]`` arrays by name, NaN where absent."""
+        """Loss, validation AUC, times by epoch: ``[epochs]`` arrays by name, NaN where absent."""
         import json
 
         import numpy as np

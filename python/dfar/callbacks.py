@@ -4,7 +4,7 @@ A callback for Weights & Biases or MLflow is one method::
 
     class ToWandb(dfar.callbacks.Callback):
         def on_epoch_end(self, record):
-            wandb.log({k: v for k, v in record.items() if isinstance(v, float)}, step=record["epoch"])
+            wandb.log({"loss": record["loss"], "auc": record["valid_auc"]}, step=record["epoch"])
 """
 
 from __future__ import annotations
@@ -44,7 +44,12 @@ class Callback:
         """The run is over, or was stopped by a callback; not called after an exception."""
 
 
-METHODS = {"epoch": "on_epoch", "step": "on_step", "scored": "on_scored", "epoch_end": "on_epoch_end"}
+METHODS = {
+    "epoch": "on_epoch",
+    "step": "on_step",
+    "scored": "on_scored",
+    "epoch_end": "on_epoch_end",
+}
 
 
 class Dispatch:
@@ -100,7 +105,9 @@ class TensorBoard(Callback):
                 continue
             self.writer: Any = module.SummaryWriter(dir)
             return
-        raise ImportError("TensorBoard events need tensorboardX, or torch with tensorboard; install one")
+        raise ImportError(
+            "TensorBoard events need tensorboardX, or torch with tensorboard; install one"
+        )
 
     def on_epoch_end(self, record: dict[str, Any]) -> None:
         for name, value in record.items():

@@ -7,8 +7,8 @@ except ``cu_seqlens`` and ``label``.
 
 Tensors on a GPU raise ``NotImplementedError``: this package computes on the CPU. float32 only.
 
-:class:`FactorizationHeadsAttention` has the projections; :func:`pack_padded`, :func:`unpack_padded`,
-:func:`pack_nested` and :func:`unpack_nested` convert batches.
+:class:`FactorizationHeadsAttention` has the projections; :func:`pack_padded`,
+:func:`unpack_padded`, :func:`pack_nested` and :func:`unpack_nested` convert batches.
 """
 
 from __future__ import annotations
@@ -98,14 +98,18 @@ def _fha_backward(
 
 
 @_fha.register_fake
-def _(q, k, v, cu_seqlens, label, normalization, causal, label_mask, scale):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    q, k, v, cu_seqlens, label, normalization, causal, label_mask, scale
+):
     tokens, heads, width = q.shape
     slots = heads // 2 if label_mask else heads
     return q.new_empty(tokens, slots, heads, width), q.new_empty(tokens, slots)
 
 
 @_fha_backward.register_fake
-def _(d_o, q, k, v, o, lse, cu_seqlens, label, normalization, causal, label_mask, scale):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    d_o, q, k, v, o, lse, cu_seqlens, label, normalization, causal, label_mask, scale
+):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
@@ -254,7 +258,7 @@ def pack_nested(nested: Any) -> Packed:
 
 
 def unpack_nested(packed: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The inverse of :func:`pack_nested`: a jagged nested tensor over ``packed``, without a copy."""
+    """The inverse of :func:`pack_nested`: a nested tensor over ``packed``, without a copy."""
     return torch.nested.nested_tensor_from_jagged(packed, cu_seqlens.to(torch.int64))
 
 
@@ -330,7 +334,9 @@ class FactorizationHeadsAttention(nn.Module):
             raise ValueError("cu_seqlens is for packed x; x is padded, so give lengths")
         batch, longest = x.shape[:2]
         if label.shape != (batch, longest):
-            raise ValueError(f"label has shape {tuple(label.shape)}, but must be ({batch}, {longest})")
+            raise ValueError(
+                f"label has shape {tuple(label.shape)}, but must be ({batch}, {longest})"
+            )
         if lengths is None:
             lengths = torch.full((batch,), longest, device=x.device)
         packed = pack_padded(x, lengths)

@@ -2,6 +2,7 @@
 
 use crate::attention::AttentionError;
 use crate::data::DataError;
+use crate::device::cuda::CudaError;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
@@ -29,7 +30,7 @@ pub enum Error {
     Train(#[from] crate::train::TrainError),
     /// A GPU that is missing, unusable or failing.
     #[error(transparent)]
-    Cuda(#[from] crate::device::cuda::CudaError),
+    Cuda(#[from] CudaError),
     /// The operating system refused threads.
     #[error(
         "cannot start threads: {reason}; raise the limit (ulimit -u, ulimit -v), or use fewer (--threads 1)"
@@ -64,8 +65,8 @@ impl Error {
             Error::Data(error) => error.exit_code(),
             Error::Train(error) => error.exit_code(),
             Error::Cuda(error) => error.exit_code(),
-            Error::Model(crate::model::ModelError::Device(crate::device::DeviceError::Cuda(error))) => {
-                error.exit_code()
+            Error::Model(crate::model::ModelError::Device(error)) => {
+                CudaError::of(error).map_or(1, CudaError::exit_code)
             }
             Error::Model(crate::model::ModelError::NonFinite { .. }) => 5,
             Error::Attention(_)

@@ -62,7 +62,6 @@
 //! # Ok::<(), dfar::Error>(())
 //! ```
 
-pub mod attention;
 mod auc;
 pub mod batch;
 pub mod data;
@@ -72,8 +71,10 @@ pub mod evaluate;
 pub mod model;
 #[doc(hidden)]
 pub mod replacement;
-#[doc(hidden)]
-pub mod simd;
 pub mod train;
 
+#[doc(inline)]
+pub use dfar_engine::attention;
+#[doc(hidden)]
+pub use dfar_engine::simd;
 pub use error::{Error, Result};

@@ -13,7 +13,7 @@ pub use config::Config;
 pub use fit::{Event, Fit, Outcome, check_data, score_options};
 
 use crate::batch::BatchError;
-use crate::device::DeviceError;
+use crate::device::cuda::CudaError;
 use crate::evaluate::EvaluateError;
 use crate::model::ModelError;
 use std::path::PathBuf;
@@ -141,9 +141,9 @@ impl TrainError {
                 | EvaluateError::NonFiniteScore { .. }
                 | EvaluateError::Model(ModelError::NonFinite { .. }),
             ) => 5,
-            TrainError::Model(ModelError::Device(DeviceError::Cuda(error)))
-            | TrainError::Evaluate(EvaluateError::Model(ModelError::Device(DeviceError::Cuda(error)))) => {
-                error.exit_code()
+            TrainError::Model(ModelError::Device(error))
+            | TrainError::Evaluate(EvaluateError::Model(ModelError::Device(error))) => {
+                CudaError::of(error).map_or(1, CudaError::exit_code)
             }
             TrainError::Interrupted | TrainError::Evaluate(EvaluateError::Interrupted) => 130,
             TrainError::Run(_) | TrainError::Model(_) | TrainError::Batch(_) | TrainError::Evaluate(_) => 1,

@@ -2,6 +2,7 @@
 
 use super::kernel::{Arch, Element};
 use crate::attention::AttentionError;
+use crate::device::DeviceError;
 use cudarc::driver::{DriverError, sys::CUresult};
 use thiserror::Error;
 
@@ -181,6 +182,14 @@ impl CudaError {
         }
     }
 
+    /// The CUDA error that `error` holds, if any.
+    pub fn of(error: &DeviceError) -> Option<&CudaError> {
+        match error {
+            DeviceError::Backend(error) => error.downcast_ref(),
+            _ => None,
+        }
+    }
+
     /// Exit code of the binaries: 1 for invalid arguments, 4 for an unusable GPU.
     pub fn exit_code(&self) -> u8 {
         if self.is_argument() { 1 } else { 4 }
@@ -189,5 +198,11 @@ impl CudaError {
     /// Whether invalid arguments of the caller caused the error.
     pub fn is_argument(&self) -> bool {
         matches!(self, CudaError::Attention(_) | CudaError::OtherDevice { .. } | CudaError::Element { .. })
+    }
+}
+
+impl From<CudaError> for DeviceError {
+    fn from(error: CudaError) -> Self {
+        DeviceError::Backend(Box::new(error))
     }
 }

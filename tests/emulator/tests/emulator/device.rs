@@ -3,7 +3,6 @@
 use crate::model_bodies as bodies;
 
 use dfar::batch::Batch;
-use dfar::device::DeviceError;
 use dfar::device::cuda::array::Staging;
 use dfar::device::cuda::runtime::Runtime;
 use dfar::device::cuda::{CudaError, Gpu, Precision};
@@ -28,8 +27,9 @@ fn tables_that_do_not_fit_are_refused_with_the_numbers() {
     let device = Arc::new(gpu(Precision::F32));
     let config = ModelConfig::new(20_000_000, 100);
     let check = |result: Result<(), ModelError>, copies: usize| match result {
-        Err(ModelError::Device(DeviceError::Cuda(error))) => {
-            let CudaError::NoRoom { parameters, needed, free, .. } = error else { panic!("{error}") };
+        Err(ModelError::Device(error)) => {
+            let error = CudaError::of(&error).expect("an error of CUDA");
+            let CudaError::NoRoom { parameters, needed, free, .. } = *error else { panic!("{error}") };
             assert!(parameters > 20_000_000 * 32 && needed == parameters * 4 * copies && free == 1 << 30);
             assert!(error.to_string().contains("of the device's 1.00 GiB are free"), "{error}");
             assert_eq!(error.exit_code(), 4);

@@ -167,7 +167,8 @@ fn an_error_or_a_panic_ends_the_capture() {
     let (plain, captured) = (gpu(Precision::F32), with_graphs());
     let error =
         captured.captured(|| -> Result<(), DeviceError> { Err(CudaError::HeadDim { head_dim: 3 }.into()) });
-    assert!(matches!(error, Err(DeviceError::Cuda(CudaError::HeadDim { head_dim: 3 }))));
+    let error = error.expect_err("the closure failed");
+    assert!(matches!(CudaError::of(&error), Some(CudaError::HeadDim { head_dim: 3 })));
     let panic = catch_unwind(AssertUnwindSafe(|| {
         captured.captured(|| -> Result<(), DeviceError> {
             let _unfinished = captured.zeros::<f32>(100)?;

@@ -14,6 +14,7 @@
 //! implementation in f64.
 //!
 //! ```
+//! # use dfar_engine as dfar;
 //! use dfar::attention::{FhaOptions, Inputs, forward};
 //!
 //! let options = FhaOptions::new(2, 4);
@@ -36,7 +37,8 @@ pub mod head_pairs;
 pub mod reference;
 
 pub use check::AttentionError;
-pub(crate) use check::length;
+#[doc(hidden)]
+pub use check::length;
 #[doc(hidden)]
 pub use engine::scratch_bytes;
 pub use engine::{backward, forward};

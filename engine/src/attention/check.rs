@@ -77,7 +77,8 @@ pub enum AttentionError {
     },
 }
 
-pub(crate) fn length(
+/// A typed error unless `found == expected`.
+pub fn length(
     name: &'static str,
     shape: &'static str,
     found: usize,
@@ -142,7 +143,8 @@ impl FhaOptions {
     }
 
     /// As [`check`](Self::check), with the lengths of `o` and `lse`.
-    pub(crate) fn check_outputs<T>(
+    #[doc(hidden)]
+    pub fn check_outputs<T>(
         &self,
         inputs: &Inputs<T>,
         o: usize,

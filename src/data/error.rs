@@ -24,6 +24,17 @@ pub enum DataError {
         source: std::io::Error,
     },
 
+    /// The operating system refused memory.
+    #[error(
+        "cannot allocate {bytes} bytes of memory for the ids of the {what}; free memory or raise the limit"
+    )]
+    Memory {
+        /// Users or items.
+        what: &'static str,
+        /// Bytes needed.
+        bytes: usize,
+    },
+
     /// The magic bytes are missing: some other kind of file.
     #[error("{} is not a dfar data set (its first bytes are not the magic of one)", path.display())]
     NotADataset {
@@ -258,7 +269,7 @@ impl DataError {
     /// Exit code of the binaries: 3 for bad input, 1 if only writing failed.
     pub fn exit_code(&self) -> u8 {
         match self {
-            DataError::Write { .. } => 1,
+            DataError::Write { .. } | DataError::Memory { .. } => 1,
             _ => 3,
         }
     }

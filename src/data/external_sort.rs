@@ -155,6 +155,10 @@ impl<R: Record> ExternalSorter<R> {
     pub(super) fn push(&mut self, record: R) -> Result<(), DataError> {
         if self.buffer.len() == self.capacity {
             self.spill()?;
+        } else if self.buffer.try_reserve(1).is_err() && self.buffer.len() > 1 {
+            // The operating system refused a larger buffer: sorts on disk with this one.
+            self.capacity = self.buffer.len();
+            self.spill()?;
         }
         self.buffer.push(record);
         Ok(())

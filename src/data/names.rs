@@ -39,7 +39,7 @@ impl Names {
     pub(super) fn intern(&mut self, name: &str) -> Result<u32, DataError> {
         // At most half full, so that probes stay short.
         if self.slots.len() < 2 * (self.len() + 1) {
-            self.grow();
+            self.grow()?;
         }
         let slot = self.slot(name);
         if self.slots[slot] != FREE {
@@ -49,6 +49,10 @@ impl Names {
         if id == FREE {
             return Err(DataError::TooMany { what: self.what, limit: u64::from(FREE) });
         }
+        let (what, bytes) = (self.what, self.text.len() + name.len());
+        let refused = |_| DataError::Memory { what, bytes };
+        self.text.try_reserve(name.len()).map_err(refused)?;
+        self.ends.try_reserve(1).map_err(refused)?;
         self.slots[slot] = id;
         self.text.push_str(name);
         self.ends.push(self.text.len() as u64);
@@ -76,12 +80,18 @@ impl Names {
         slot
     }
 
-    fn grow(&mut self) {
-        self.slots = vec![FREE; (4 * (self.len() + 1)).next_power_of_two().max(64)];
+    fn grow(&mut self) -> Result<(), DataError> {
+        let count = (4 * (self.len() + 1)).next_power_of_two().max(64);
+        self.slots = Vec::new();
+        self.slots
+            .try_reserve_exact(count)
+            .map_err(|_| DataError::Memory { what: self.what, bytes: 4 * count })?;
+        self.slots.resize(count, FREE);
         for id in 0..self.len() as u32 {
             let slot = self.slot(self.get(id));
             self.slots[slot] = id;
         }
+        Ok(())
     }
 }
 

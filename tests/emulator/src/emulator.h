@@ -62,12 +62,17 @@ void finish_copies();
 
 template <class A> void meet(int line, A& argument, void (*run)(void* const (&)[32])) { meet_warp(line, &argument, run); }
 
+// __launch_bounds__: maximum threads per block (0: any), minimum resident blocks.
+struct Bounds { int threads = 0, blocks = 1; };
+
 // A kernel that can be launched by name. The constructor registers it.
 struct Entry {
     const char *module, *name;
     void (*run)(const void* params);
+    size_t params_bytes;
+    Bounds bounds;
     const Entry* next;
-    Entry(const char* module, const char* name, void (*run)(const void* params));
+    Entry(const char* module, const char* name, void (*run)(const void* params), size_t params_bytes = 0, Bounds bounds = {});
 };
 
 inline float widen(unsigned short bits, bool is_bf16) {
@@ -80,7 +85,7 @@ inline float widen(unsigned short bits, bool is_bf16) {
 // DFAR_MODULE: the source's name and macros, defined by build.rs for each module.
 #define KERNEL(name, Params, ...)                                                                   \
     static void name(const Params& p);                                                              \
-    static const emulator::Entry name##_entry(DFAR_MODULE, #name, [](const void* p) { name(*static_cast<const Params*>(p)); }); \
+    static const emulator::Entry name##_entry(DFAR_MODULE, #name, [](const void* p) { name(*static_cast<const Params*>(p)); }, sizeof(Params), {__VA_ARGS__}); \
     static void name(const Params& p)
 
 #define threadIdx (emulator::self->thread_index)

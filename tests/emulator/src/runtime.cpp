@@ -64,7 +64,8 @@ namespace emulator {
 constinit thread_local Thread* self = nullptr;
 
 static constinit const Entry* entries = nullptr;
-Entry::Entry(const char* module, const char* name, void (*run)(const void*)) : module(module), name(name), run(run), next(entries) {
+Entry::Entry(const char* module, const char* name, void (*run)(const void*), size_t params_bytes, Bounds bounds)
+    : module(module), name(name), run(run), params_bytes(params_bytes), bounds(bounds), next(entries) {
     entries = this;
 }
 
@@ -82,7 +83,10 @@ struct Touch {
 };
 static_assert(sizeof(Touch) == 8);
 
-constexpr size_t ARENA = size_t(1) << 30, GAP = 4096, STACK = 256 << 10;
+#ifndef DFAR_EMULATOR_ARENA
+#define DFAR_EMULATOR_ARENA (size_t(1) << 30)
+#endif
+constexpr size_t ARENA = DFAR_EMULATOR_ARENA, PAGE = 256, GAP = 4096, STACK = 256 << 10;
 constexpr int MAX_THREADS = 1024;
 
 using Kernel = void (*)(const void* params);
@@ -108,6 +112,9 @@ struct Device {
     std::map<size_t, std::vector<unsigned char*>> released;  // by size
     unsigned char* stacks;
     uint64_t exponentials = 0, multiply_adds = 0, copied = 0;
+    // Pages of global memory that the launch has accessed, if asked for: bit 0 read, bit 1 written.
+    unsigned char* touched = nullptr;
+    std::vector<uint32_t> pages;
 
     // The running block.
     std::vector<Fibre> fibres;
@@ -132,6 +139,7 @@ struct Device {
     ~Device() {
         munmap(memory, ARENA);
         munmap(state, ARENA);
+        if (touched) munmap(touched, ARENA / PAGE);
         munmap(stacks, STACK * MAX_THREADS);
     }
 
@@ -191,6 +199,14 @@ static bool is_sound(const unsigned char* state, size_t bytes, Access kind) {
     }
 }
 
+static void touch(Device& d, size_t offset, size_t bytes, Access kind) {
+    const unsigned char bit = kind == Access::read ? 1 : 2;
+    for (size_t page = offset / PAGE; page <= (offset + bytes - 1) / PAGE; ++page) {
+        if (d.touched[page] == 0) d.pages.push_back(uint32_t(page));
+        d.touched[page] |= bit;
+    }
+}
+
 // Whether the access is valid. If not, records the fault.
 static bool judge(Device& d, Fibre& fibre, const void* at, size_t bytes, Access kind) {
     const auto address = static_cast<const unsigned char*>(at);
@@ -220,6 +236,7 @@ static bool judge(Device& d, Fibre& fibre, const void* at, size_t bytes, Access 
             if (sound) std::fill_n(&(kind == Access::read ? d.reads : d.writes)[s], bytes, now);
         }
         if (sound) {
+            if (d.touched && !is_shared) touch(d, offset, bytes, kind);
             if (kind == Access::write) memset(d.state + offset, WRITTEN, bytes);
             return true;
         }
@@ -460,11 +477,39 @@ void dfar_emulator_counts(const Device* d, uint64_t* exponentials, uint64_t* mul
     *copied = d->copied;
 }
 
+// Size of the parameter struct, and __launch_bounds__.
+void dfar_emulator_entry(const Entry* entry, size_t* params_bytes, int* threads, int* blocks) {
+    *params_bytes = entry->params_bytes;
+    *threads = entry->bounds.threads;
+    *blocks = entry->bounds.blocks;
+}
+
+// First byte of the device's memory.
+void* dfar_emulator_base(const Device* d) { return d->memory; }
+
+// From now on, launches note which pages of 256 bytes they access.
+void dfar_emulator_track(Device* d) {
+    if (!d->touched) d->touched = Device::reserve(ARENA / PAGE);
+}
+// Calls `visit` for each page that the last launch accessed, and forgets them. `kinds`: bit 0 read,
+// bit 1 written.
+void dfar_emulator_touched(Device* d, void* context, void (*visit)(void* context, uint32_t page, unsigned char kinds)) {
+    for (const uint32_t page : d->pages) {
+        visit(context, page, d->touched[page]);
+        d->touched[page] = 0;
+    }
+    d->pages.clear();
+}
+
 // Runs a grid, block by block. Returns null, or the message of the first fault.
 const char* dfar_emulator_launch(Device* d, const Entry* entry, const void* params, unsigned grid_x, unsigned grid_y, unsigned threads,
                                  size_t shared_bytes) {
     d->failed = false;
     d->message[0] = 0;
+    if (entry->bounds.threads && threads > unsigned(entry->bounds.threads)) {
+        snprintf(d->message, sizeof d->message, "a block of %u threads; __launch_bounds__ allows %d", threads, entry->bounds.threads);
+        return d->message;
+    }
     if (threads == 0 || threads % 32 || threads > MAX_THREADS) {
         snprintf(d->message, sizeof d->message, "a block of %u threads", threads);
         return d->message;

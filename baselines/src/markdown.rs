@@ -17,7 +17,7 @@ pub fn markdown(table: &Table) -> String {
     improvement(&mut text, table);
     if systems.iter().any(|line| line.against.is_some()) {
         text.push_str(
-            "\n`DFAR less it`: mean over users of the difference in AUC; p: two-sided Wilcoxon signed-rank \
+            "\n`DFAR less it`: mean over users of the difference in AUC; p: two-sided Wilcoxon signed-rank\n\
              test over users (AUC of a user, mean over seeds), corrected by Holm's method.\n",
         );
     }
@@ -84,15 +84,16 @@ pub fn p_value(against: &Comparison) -> String {
     }
 }
 
+/// DFAR over the best other system, as the last row.
 fn improvement(text: &mut String, table: &Table) {
-    let words = METRICS.iter().zip(&table.improvement).filter_map(|(metric, improvement)| {
-        let improvement = improvement.as_ref()?;
-        Some(format!("{metric} {:+.2} % ({})", improvement.percent, improvement.over))
-    });
-    let words: Vec<String> = words.collect();
-    if !words.is_empty() {
-        let _ = writeln!(text, "\nDFAR over the best other system: {}.", words.join(", "));
+    if table.improvement.iter().all(Option::is_none) {
+        return;
     }
+    let cells = table.improvement.each_ref().map(|improvement| match improvement {
+        Some(improvement) => format!("{:+.2} % ({})", improvement.percent, improvement.over),
+        None => "-".to_owned(),
+    });
+    let _ = writeln!(text, "| DFAR over the best other | | {} | | | |", cells.join(" | "));
 }
 
 /// Figure 5 as a table.
@@ -167,7 +168,7 @@ fn origins(text: &mut String, table: &Table) {
     text.push('\n');
     for origin in &table.origins {
         let hours = origin.seconds / 3600.0;
-        let _ = writeln!(text, "{} runs, {hours:.2} h together: {}.", origin.runs, origin.words);
+        let _ = writeln!(text, "- {} runs, {hours:.2} h together:\n  {}.", origin.runs, origin.words);
     }
 }
 
@@ -230,10 +231,10 @@ mod tests {
         has("| DFN | mixed | 0.2000 ± 0.1414 |");
         has("## Ablations\n\n");
         has("| DFAR w/o FHA | mixed no-fha | **0.9000** ± 0.0000 |");
-        has("AUC +33.33 % (DIN)");
+        has("| DFAR over the best other | | +33.33 % (DIN) | +33.33 % (DIN) | +33.33 % (DIN) | - | | | |\n");
         has("| | setting | 0-9 (5) | 10- (5) |\n");
         has("| DFAR | 0.10000 | 0.20000 | 0.30000 | 0.40000 |\n");
-        has("3 runs, 2.00 h together: a machine.\n");
+        has("- 3 runs, 2.00 h together:\n  a machine.\n");
         let csv = csv(&table);
         assert!(csv.lines().nth(1).is_some_and(|line| line.ends_with(",30,0.2,0.01,0.02,1.5")), "{csv}");
         assert!(

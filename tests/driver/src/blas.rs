@@ -395,6 +395,7 @@ pub unsafe extern "C" fn cublasLtMatmul(
             count: counts,
             workspace: (workspace, workspace_bytes),
         };
+        state.memory.check("the workspace", workspace, workspace_bytes)?;
         for (name, at, bytes, _) in product.accesses() {
             state.memory.check(name, at, bytes)?;
         }

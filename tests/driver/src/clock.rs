@@ -1,7 +1,7 @@
 //! Vector clocks: which work is behind which, by stream order, events and synchronisation.
 //!
-//! Work gets its clock when it is enqueued, so the verdict does not depend on when it runs. The host
-//! counts as one timeline: all its threads are in the order of their calls.
+//! Work gets its clock when it is enqueued, so the verdict does not depend on when it runs. The
+//! host counts as one timeline: all its threads are in the order of their calls.
 
 /// Times by timeline. Timeline 0 is the host's.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -44,27 +44,30 @@ impl Clock {
 #[derive(Clone, Debug, Default)]
 pub struct Touch {
     written: Moment,
-    /// The last read of each timeline since then.
-    read: Vec<Moment>,
+    /// The last read of each timeline since then; `more` is rarely needed.
+    read: Moment,
+    more: Vec<Moment>,
 }
 
 impl Touch {
     /// Notes an access. Returns whether an earlier access conflicts with it: (moment, written).
     pub fn access(&mut self, clock: &Clock, now: Moment, writes: bool) -> Option<(Moment, bool)> {
+        let mut reads = std::iter::once(&self.read).chain(&self.more);
         let conflict = if !clock.is_behind(self.written) {
             Some((self.written, true))
         } else if writes {
-            self.read.iter().find(|&&read| !clock.is_behind(read)).map(|&read| (read, false))
+            reads.find(|&&read| !clock.is_behind(read)).map(|&read| (read, false))
         } else {
             None
         };
         if writes {
-            self.written = now;
-            self.read.clear();
+            *self = Self { written: now, ..Self::default() };
+        } else if self.read.time == 0 || self.read.timeline == now.timeline {
+            self.read = now;
         } else {
-            match self.read.iter_mut().find(|read| read.timeline == now.timeline) {
+            match self.more.iter_mut().find(|read| read.timeline == now.timeline) {
                 Some(read) => *read = now,
-                None => self.read.push(now),
+                None => self.more.push(now),
             }
         }
         conflict

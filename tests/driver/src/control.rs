@@ -42,8 +42,8 @@ pub unsafe extern "C" fn dfar_driver_calls(entry: *const c_char) -> u64 {
     lock().as_mut().and_then(|state| state.calls.get(&name).copied()).unwrap_or(0)
 }
 
-/// Takes the oldest fault: copies it to `buffer`, at most `bytes` with a zero behind it, and returns
-/// its length. 0: there is none.
+/// Takes the oldest fault: copies it to `buffer`, at most `bytes` with a zero behind it, and
+/// returns its length. 0: there is none.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dfar_driver_fault(buffer: *mut u8, bytes: usize) -> usize {
     let mut faults = FAULTS.lock().unwrap_or_else(PoisonError::into_inner);

@@ -13,7 +13,7 @@ use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 const NAME: &str = "dfar test driver (no GPU)";
 
 // Limits of an H100 (CUDA programming guide, compute capability 9.0).
-const SHARED_OPTIN: usize = 227 << 10;
+const SHARED_LIMIT: usize = 227 << 10;
 const SHARED_PER_MULTIPROCESSOR: usize = 228 << 10;
 /// Shared memory of a block that the system takes.
 const SHARED_RESERVED: usize = 1 << 10;
@@ -42,7 +42,8 @@ fn device_exists(device: c_int) -> Done {
     if device == 0 { Ok(()) } else { Err(Failure::Answer(Code::INVALID_DEVICE)) }
 }
 
-// ------------------------------------------------------------------------------------------- device
+// -------------------------------------------------------------------------------------------
+// device
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuInit(flags: c_uint) -> c_int {
@@ -112,7 +113,7 @@ pub unsafe extern "C" fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_in
             76 => 0,                                  // and minor
             81 => SHARED_PER_MULTIPROCESSOR as c_int, // shared memory per multiprocessor
             82 => REGISTERS,                          // registers per multiprocessor
-            97 => SHARED_OPTIN as c_int,              // shared memory per block, opted in
+            97 => SHARED_LIMIT as c_int,              // shared memory per block, opted in
             115 => 1,                                 // memory pools
             _ => {
                 return fault(
@@ -298,7 +299,8 @@ pub extern "C" fn cuMemsetD8Async(at: u64, value: u8, bytes: usize, stream: u64)
     })
 }
 
-// ------------------------------------------------------------------------------- streams and events
+// ------------------------------------------------------------------------------- streams and
+// events
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuStreamCreate(stream: *mut u64, _flags: c_uint) -> c_int {
@@ -440,7 +442,7 @@ pub extern "C" fn cuFuncSetAttribute(function: u64, attribute: c_int, value: c_i
     enter("cuFuncSetAttribute", Needs::Context, |state| {
         let held = state.functions.get(function).map_err(handle)?;
         // 8: the largest dynamic shared memory.
-        if attribute != 8 || !(0..=SHARED_OPTIN as c_int).contains(&value) {
+        if attribute != 8 || !(0..=SHARED_LIMIT as c_int).contains(&value) {
             return fault(Code::INVALID_VALUE, format!("function attribute {attribute} set to {value}"));
         }
         held.shared_limit = value as usize;

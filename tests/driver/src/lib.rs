@@ -1,25 +1,27 @@
 //! A CUDA driver for tests: stands for `libcuda`, NVRTC and cuBLASLt on a machine without a GPU.
 //!
-//! One library under several file names (`tests/driver/run` makes them), found by the loader like the
-//! real ones. The host code of `src/device/cuda` and cudarc run unchanged; kernels run in the emulator
-//! of `tests/emulator`. A *fault* is a use that a real driver need not notice: it is printed, and ends
-//! the process, unless `DFAR_DRIVER_FAULTS=return`; the call then returns a code. Faults are
+//! One library under several file names (`tests/driver/run` makes them), found by the loader like
+//! the real ones. The host code of `src/device/cuda` and cudarc run unchanged; kernels run in the
+//! emulator of `tests/emulator`. A *fault* is a use that a real driver need not notice: it is
+//! printed, and ends the process, unless `DFAR_DRIVER_FAULTS=return`; the call then returns a code.
+//! Faults are
 //! - a handle of the wrong kind, or of an object that was destroyed, and what is left over when the
 //!   context is released;
 //! - a call on a thread without a current context;
-//! - a launch beyond the limits of the device, the kernel's `__launch_bounds__`, or the dynamic shared
-//!   memory that was opted into;
-//! - an access out of bounds or to freed memory, by a kernel, a copy, a fill or a product; a read of
-//!   memory that nothing has written;
+//! - a launch beyond the limits of the device, the kernel's `__launch_bounds__`, or the dynamic
+//!   shared memory that was opted into;
+//! - an access out of bounds or to freed memory, by a kernel, a copy, a fill or a product; a read
+//!   of memory that nothing has written;
 //! - an access that no stream order, event or synchronisation puts behind an earlier one;
 //! - pinned memory changed or freed before its copy has run;
 //! - a call that a capture does not allow.
 //!
 //! **What it cannot show:** which products the real cuBLASLt supports; the order of memory accesses
-//! on the chip, inside a kernel; what ptxas makes of the kernels (registers, spills); any speed. Its
-//! device has the limits of an H100 and no other likeness to one; the name says that it is no GPU.
+//! on the chip, inside a kernel; what ptxas makes of the kernels (registers, spills); any speed.
+//! Its device has the limits of an H100 and no other likeness to one; the name says that it is no
+//! GPU.
 //!
-//! Variables: `DFAR_DRIVER_SEED` (when work runs: see [`state`]), `DFAR_DRIVER_FAULTS`,
+//! Variables: `DFAR_DRIVER_SEED` (when work runs: `state.rs`), `DFAR_DRIVER_FAULTS`,
 //! `DFAR_DRIVER_MEMORY_MIB`, `DFAR_DRIVER_VERSION` (12090), `DFAR_DRIVER_CACHE`, `CXX`.
 
 #![allow(clippy::missing_safety_doc, reason = "the contracts are those of NVIDIA's headers")]

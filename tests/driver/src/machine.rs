@@ -60,7 +60,6 @@ struct Functions {
     find: unsafe extern "C" fn(*const c_char, *const c_char) -> *const c_void,
     entry: unsafe extern "C" fn(*const c_void, *mut usize, *mut c_int, *mut c_int),
     touched: unsafe extern "C" fn(Raw, *mut c_void, extern "C" fn(*mut c_void, u32, u8)),
-    #[expect(clippy::type_complexity, reason = "the signature in runtime.cpp")]
     launch: unsafe extern "C" fn(Raw, *const c_void, *const c_void, u32, u32, u32, usize) -> *const c_char,
 }
 

@@ -136,7 +136,8 @@ impl Memory {
         Ok(())
     }
 
-    /// Whether the bytes lie inside one allocation that is not freed. Checked when work is enqueued.
+    /// Whether the bytes lie inside one allocation that is not freed. Checked when work is
+    /// enqueued.
     pub fn check(&self, what: &str, at: u64, bytes: usize) -> Done {
         let inside = self.live.range(..=at).next_back().is_some_and(|(&start, allocation)| {
             !allocation.freed && (at - start) as usize + bytes <= allocation.bytes

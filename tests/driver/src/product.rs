@@ -1,6 +1,6 @@
 //! A matrix product as cuBLASLt defines it: column-major, f32 in memory, sums in f32.
 
-use crate::machine::Machine;
+use crate::machine::{Machine, PAGE};
 
 /// A matrix: address, rows, columns, leading dimension, stride between products.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -54,7 +54,8 @@ impl Product {
         }
         all.push(("D", self.d.at, bytes(&self.d), true));
         if self.workspace.1 > 0 {
-            all.push(("the workspace", self.workspace.0, self.workspace.1, true));
+            // Its first page stands for all: every product uses the workspace from its start.
+            all.push(("the workspace", self.workspace.0, self.workspace.1.min(PAGE), true));
         }
         all
     }

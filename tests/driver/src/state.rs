@@ -1,8 +1,8 @@
 //! The state of the driver: contexts, streams, events, graphs, and the order in which work runs.
 //!
 //! Work waits in the queue of its stream. `DFAR_DRIVER_SEED` chooses when it runs: 0 (or unset) at
-//! once; any other seed as late as a synchronisation allows, or earlier, in an order drawn from the
-//! seed among those that streams and events allow.
+//! once; 1 when something waits for it; any other seed at some time between, in an order drawn from
+//! the seed among those that streams and events allow.
 
 use crate::clock::{Clock, Moment};
 use crate::code::{Code, Done, Failure, fault, handle};
@@ -119,6 +119,7 @@ pub struct State {
     timelines: u32,
     random: u64,
     late: bool,
+    latest: bool,
     began: Instant,
     /// The error of a kernel that ended badly: every later call returns it.
     sticky: Option<Code>,
@@ -152,6 +153,7 @@ impl State {
             timelines: 0,
             random: u64::wrapping_mul(seed, 0x9e37_79b9_7f4a_7c15) | 1,
             late: seed != 0,
+            latest: seed == 1,
             began: Instant::now(),
             sticky: None,
             calls: HashMap::new(),
@@ -261,7 +263,8 @@ impl State {
     /// Runs work that nobody waits for: all of it without a seed, some of it with one.
     fn run_some(&mut self) -> Done {
         if self.late {
-            for _ in 0..self.draw(3) {
+            let count = if self.latest { 0 } else { self.draw(3) };
+            for _ in 0..count {
                 self.run_any(None)?;
             }
             return Ok(());
@@ -299,7 +302,7 @@ impl State {
         while !self.stream(stream)?.queue.is_empty() {
             // Streams that it waits for must run too; others may.
             let own = self.run_any(Some(stream));
-            if self.late && self.draw(2) == 0 {
+            if self.late && !self.latest && self.draw(2) == 0 {
                 self.run_any(None)?;
             }
             if !own? && !self.run_any(None)? {

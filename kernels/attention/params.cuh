@@ -31,8 +31,8 @@ struct AttentionParams {
     unsigned slot_share;       // 2^31 / query rows per token, rounded up: see Problem::position
 };
 
-static_assert(sizeof(AttentionParams) == 152, "AttentionParams is mirrored by src/device/cuda/params.rs");
+static_assert(sizeof(AttentionParams) == 152, "AttentionParams is mirrored by src/device/cuda/plan/params.rs");
 #ifdef DFAR_EMULATOR  // NVRTC knows no offsetof before CUDA 13
-static_assert(__builtin_offsetof(AttentionParams, items) == 104, "mirrored by src/device/cuda/params.rs");
-static_assert(__builtin_offsetof(AttentionParams, scale) == 136, "mirrored by src/device/cuda/params.rs");
+static_assert(__builtin_offsetof(AttentionParams, items) == 104, "mirrored by src/device/cuda/plan/params.rs");
+static_assert(__builtin_offsetof(AttentionParams, scale) == 136, "mirrored by src/device/cuda/plan/params.rs");
 #endif

@@ -9,7 +9,7 @@ struct Item {
     unsigned negatives;  // tokens of label 0; without labels, all tokens
     unsigned first;      // first query row; dk_dv: first key in label order; whole: 0
 };
-static_assert(sizeof(Item) == 16, "Item is mirrored by src/device/cuda/params.rs");
+static_assert(sizeof(Item) == 16, "Item is mirrored by src/device/cuda/plan/params.rs");
 
 // Reads an item in one 16-byte load.
 __device__ __forceinline__ Item load_item(const AttentionParams& p, unsigned index) {

@@ -7,7 +7,7 @@ use crate::model::{Model, StagedBatch};
 use std::ops::Range;
 
 /// Largest number of candidates of a history in one batch. A history with more candidates is
-/// encoded once per block; for 100 events this costs less than 1 % of the work on the block.
+/// encoded once per block: for 100 events less than 1 % of the multiplications on the block.
 const BLOCK: usize = 4096;
 /// Most rows and tokens of a batch, unless a single block exceeds them.
 const BATCH_ROWS: usize = 4 * BLOCK;

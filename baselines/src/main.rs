@@ -78,9 +78,7 @@ fn command_line() -> clap::Command {
         command.mut_arg(flag, |argument| argument.help(*help).long_help(*help))
     });
     let unused = ["device", "precision", "cuda_graphs", "checkpoint_seconds"];
-    let command =
-        unused.iter().fold(command, |command, flag| command.mut_arg(flag, |argument| argument.hide(true)));
-    command
+    unused.iter().fold(command, |command, flag| command.mut_arg(flag, |argument| argument.hide(true)))
 }
 
 fn run_verify(folder: &Path, json: bool) -> ExitCode {

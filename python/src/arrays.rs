@@ -4,6 +4,7 @@
 //! they are checked: another Python thread may write to them during the call, and the engine trusts
 //! checked indices. They take at most a few bytes a token.
 
+use crate::data::Dataset;
 use numpy::ndarray::{ArrayView, Dimension};
 use numpy::{
     Element, PyArray, PyArrayDescrMethods, PyArrayDyn, PyArrayMethods, PyReadonlyArray1, PyReadonlyArrayDyn,
@@ -61,6 +62,12 @@ impl<'py> Floats<'py> {
     pub fn values(&self) -> &[f32] {
         self.0.as_slice().expect("contiguity and alignment are checked in `new`")
     }
+}
+
+/// Copies a contiguous one-dimensional array of this type; `None` for any other object.
+pub fn exact<T: Element + Copy>(value: &Bound<'_, PyAny>) -> Option<Vec<T>> {
+    let array = value.cast::<PyArray<T, numpy::Ix1>>().ok()?.try_readonly().ok()?;
+    Some(array.as_slice().ok()?.to_vec())
 }
 
 /// Copies a one-dimensional array of integers. `convert` returns `None` for a value out of range.
@@ -146,14 +153,15 @@ pub fn unset<'py, D: Dimension>(py: Python<'py>, shape: D) -> Bound<'py, PyArray
     unsafe { PyArray::<f32, D>::new(py, shape, false) }
 }
 
-/// A read-only array over memory of a data set, which it keeps alive.
+/// A read-only array over a part of a data set, which it keeps alive.
 pub fn view<'py, T: Element, D: Dimension>(
-    owner: &Bound<'py, crate::data::Dataset>,
-    values: ArrayView<'_, T, D>,
+    owner: &Bound<'py, Dataset>,
+    part: impl for<'a> FnOnce(&'a dfar::data::Dataset) -> ArrayView<'a, T, D>,
 ) -> Bound<'py, PyArray<T, D>> {
-    // SAFETY: `values` points into the map of the data set `owner`, which never moves or changes and
-    // is unmapped when `owner` is dropped; the array holds a reference to `owner`. The array is made
-    // read-only before Python sees it.
+    let values = part(owner.get().engine());
+    // SAFETY: `part` can only return memory of the data set. The data set never moves its map, and
+    // unmaps it when the last `Dataset` is dropped; the array holds a reference to `owner`. The
+    // array is made read-only before Python sees it.
     let array = unsafe { PyArray::borrow_from_array(&values, owner.clone().into_any()) };
     array.readwrite().make_nonwriteable();
     array

@@ -1,6 +1,6 @@
 //! `fha` and `fha_backward` on NumPy arrays.
 
-use crate::arrays::{Floats, integers, unset};
+use crate::arrays::{Floats, exact, integers, unset};
 use crate::threads;
 use dfar::attention::{self, AttentionError, FhaOptions, Gradients, Inputs, LabelMask, Normalization};
 use numpy::ndarray::{Ix2, Ix3, Ix4};
@@ -38,13 +38,21 @@ impl<'py> Arguments<'py> {
         let (k, v) = (Floats::new(k, "k", &shape)?, Floats::new(v, "v", &shape)?);
         k.require_shape("k", q.shape(), "q")?;
         v.require_shape("v", q.shape(), "q")?;
-        let cu_seqlens =
-            integers(cu_seqlens, "cu_seqlens", "0 to 4294967295", |length| u32::try_from(length).ok())?;
+        // The engine's own types first: one copy, without a conversion.
+        let cu_seqlens = match exact::<u32>(cu_seqlens) {
+            Some(lengths) => lengths,
+            None => {
+                integers(cu_seqlens, "cu_seqlens", "0 to 4294967295", |length| u32::try_from(length).ok())?
+            }
+        };
         let label = match label {
-            Some(label) => integers(label, "label", "0 (skipped) or 1 (liked)", |label| match label {
-                0 | 1 => Some(label as u8),
-                _ => None,
-            })?,
+            Some(label) => match exact::<u8>(label) {
+                Some(labels) if labels.iter().all(|&label| label <= 1) => labels,
+                _ => integers(label, "label", "0 (skipped) or 1 (liked)", |label| match label {
+                    0 | 1 => Some(label as u8),
+                    _ => None,
+                })?,
+            },
             None if given.label_mask => {
                 return Err(PyTypeError::new_err("label is None, but label_mask is True"));
             }

@@ -52,14 +52,12 @@ impl Dataset {
 
     /// Offsets, items, labels, times, split.
     fn histories<'py>(this: &Bound<'py, Self>) -> Histories<'py> {
-        let data = &this.get().data;
-        let histories = data.histories();
         (
-            view(this, ArrayView1::from(histories.offsets)),
-            view(this, ArrayView1::from(histories.items)),
-            view(this, ArrayView1::from(histories.feedback)),
-            view(this, ArrayView1::from(histories.times)),
-            view(this, ArrayView2::from(histories.split)),
+            view(this, |data| ArrayView1::from(data.histories().offsets)),
+            view(this, |data| ArrayView1::from(data.histories().items)),
+            view(this, |data| ArrayView1::from(data.histories().feedback)),
+            view(this, |data| ArrayView1::from(data.histories().times)),
+            view(this, |data| ArrayView2::from(data.histories().split)),
         )
     }
 
@@ -74,21 +72,16 @@ impl Dataset {
                 )));
             }
         };
-        let data = &this.get().data;
-        let groups = data.groups(part);
+        let groups = this.get().data.groups(part);
         let (count, negatives) = (groups.len(), groups.negatives_per_group);
-        let rows = |values, columns| {
-            ArrayView2::from_shape((count, columns), values).expect("the file's lengths are validated")
-        };
-        let scores = |values| {
-            let rows = ArrayView2::from_shape((count, 1 + negatives), values);
-            view(this, rows.expect("the file's lengths are validated"))
-        };
+        let ceiling = groups.ceiling.is_some().then(|| {
+            view(this, |data| table(data.groups(part).ceiling.unwrap_or_default(), count, 1 + negatives))
+        });
         Ok((
-            view(this, ArrayView1::from(groups.user)),
-            view(this, ArrayView1::from(groups.event)),
-            view(this, rows(groups.negatives, negatives)),
-            groups.ceiling.map(scores),
+            view(this, |data| ArrayView1::from(data.groups(part).user)),
+            view(this, |data| ArrayView1::from(data.groups(part).event)),
+            view(this, |data| table(data.groups(part).negatives, count, negatives)),
+            ceiling,
         ))
     }
 
@@ -120,6 +113,10 @@ impl Dataset {
         let json = serde_json::to_value(self.data.protocol()).expect("a protocol is plain data");
         from_json(py, &json)
     }
+}
+
+fn table<T>(values: &[T], rows: usize, columns: usize) -> ArrayView2<'_, T> {
+    ArrayView2::from_shape((rows, columns), values).expect("the file's lengths are validated")
 }
 
 fn index(name: &str, value: usize, count: usize) -> PyResult<u32> {

@@ -77,8 +77,8 @@ fn train(error: &TrainError, message: String) -> PyErr {
     }
 }
 
-/// An `OSError`, which Python turns into the subclass of its number. `None` for an error that has no
-/// number: the engine's own.
+/// An `OSError`, which Python turns into the subclass of its number. `None` for an error of the
+/// engine, which has no number.
 fn system(path: &Path, source: &io::Error) -> Option<PyErr> {
     let number = source.raw_os_error()?;
     let words = source.to_string();

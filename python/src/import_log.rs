@@ -17,8 +17,8 @@ use std::io::{BufWriter, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::PathBuf;
 
-/// Imports logs into the data set file `output` and opens it. `observe` is called with each decision
-/// of the reader and each row that it skips.
+/// Imports logs into the data set file `output` and opens it. `observe` is called with each
+/// decision of the reader and each row that it skips.
 #[pyfunction]
 #[pyo3(signature = (
     source, output, *, format, user, item, time, date, label, delimiter, time_unit, positive_above,

@@ -1,7 +1,7 @@
 //! The extension module `dfar._dfar`: what the Python package needs of the engine.
 //!
-//! Everything here is plumbing: it takes Python objects apart, releases the GIL, calls the engine, and
-//! gives NumPy arrays back. Documentation for users, defaults and types are in `python/dfar/*.py`.
+//! Everything here takes Python objects apart, releases the GIL, calls the engine, and gives NumPy
+//! arrays back. Documentation for users, defaults and types are in `python/dfar/*.py`.
 //!
 //! | file | contents |
 //! |---|---|

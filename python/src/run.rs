@@ -152,8 +152,8 @@ impl Run {
         Ok(scores.into_iter().map(|logits| logits.into_pyarray(py)).collect())
     }
 
-    /// The best items of users of a data set: their ids, items `[users, k]` and logits `[users, k]`.
-    /// Places beyond the candidates have item 2^32 - 1 and logit NaN.
+    /// The best items of users of a data set: ids of the users, items `[users, k]` and logits
+    /// `[users, k]`. Places beyond the candidates have item 2^32 - 1 and logit NaN.
     #[expect(clippy::type_complexity, reason = "three results")]
     fn recommend<'py>(
         &self,

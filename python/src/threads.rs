@@ -100,12 +100,12 @@ pub fn install<T: Send>(work: impl FnOnce() -> T + Send) -> PyResult<T> {
     Ok(pool()?.install(work))
 }
 
-/// Runs `work` on the pool while the calling thread deals with its messages, with the GIL, and checks
-/// for signals, without holding the GIL between the two.
+/// Runs `work` on the pool. Meanwhile the calling thread deals with its messages and checks for
+/// signals; it holds the GIL only for these.
 ///
-/// If `deal` returns `false` or fails, or a signal handler raises, the work is told to stop. Returns
-/// the result of the work and the exception, if there was one. `threads` other than 0 start a pool
-/// for this call only.
+/// If `deal` returns `false` or fails, or a signal handler raises, the work is told to stop.
+/// Returns the result of the work and the exception, if there was one. `threads` other than 0 start
+/// a pool for this call only.
 pub fn interruptible<T: Send, M: Send>(
     py: Python<'_>,
     threads: usize,

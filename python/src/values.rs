@@ -31,8 +31,8 @@ pub fn from_json(py: Python<'_>, value: &Json) -> PyResult<Py<PyAny>> {
     }
 }
 
-/// A configuration: a flat dictionary of strings, numbers, `bool` and lists of numbers. `None` leaves
-/// a key out.
+/// A configuration: a flat dictionary of strings, numbers, `bool` and lists of numbers. A key with
+/// `None` is left out.
 pub fn table(config: &Bound<'_, PyDict>) -> PyResult<toml::Table> {
     let mut table = toml::Table::new();
     for (key, value) in config {

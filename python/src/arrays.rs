@@ -21,7 +21,7 @@ impl<'py> Floats<'py> {
     pub fn new(value: &Bound<'py, PyAny>, name: &str, shape: &[&str]) -> PyResult<Self> {
         let untyped = untyped(value, name)?;
         let array = value.cast::<PyArrayDyn<f32>>().map_err(|_| {
-            PyTypeError::new_err(format!("{name} has dtype {}, but must be float32", dtype(&untyped)))
+            PyTypeError::new_err(format!("{name} has dtype {}, but must be float32", dtype(untyped)))
         })?;
         if untyped.ndim() != shape.len() {
             return Err(PyValueError::new_err(format!(
@@ -97,7 +97,7 @@ pub fn integers<T>(
         ))),
         None => Err(PyTypeError::new_err(format!(
             "{name} has dtype {}, but must be an integer type (uint32, int32, int64, uint8, bool)",
-            dtype(&untyped)
+            dtype(untyped)
         ))),
     }
 }

@@ -37,7 +37,7 @@ pub struct Run {
 }
 
 enum Loaded {
-    Cpu(Model<Cpu>),
+    Cpu(Box<Model<Cpu>>),
     Cuda(Box<Model<Gpu<Cuda>>>),
 }
 
@@ -58,6 +58,8 @@ impl Id {
 }
 
 type History = Vec<(Id, i64)>;
+/// A name, and values.
+type Parameter<'a, 'py> = (&'a str, Bound<'py, PyArrayDyn<f32>>);
 
 #[pymethods]
 impl Run {
@@ -100,7 +102,7 @@ impl Run {
     }
 
     /// Name and values of each parameter; new arrays.
-    fn parameters<'py>(&self, py: Python<'py>) -> PyResult<Vec<(&str, Bound<'py, PyArrayDyn<f32>>)>> {
+    fn parameters<'py>(&self, py: Python<'py>) -> PyResult<Vec<Parameter<'_, 'py>>> {
         let array =
             |tensor: &'_ dfar::model::HostTensor| tensor.values.to_pyarray(py).reshape(tensor.shape.clone());
         self.file.parameters.iter().map(|tensor| Ok((tensor.name.as_str(), array(tensor)?))).collect()
@@ -238,7 +240,7 @@ impl Run {
         let file = ModelFile::load(&run::model_path(&dir)).map_err(TrainError::from)?;
         let network = file.info.model.clone();
         let model = match device::open_for(&config, device, &|_| ())? {
-            Chosen::Cpu(cpu) => Loaded::Cpu(Model::from_tensors(cpu, network, &file.parameters)?),
+            Chosen::Cpu(cpu) => Loaded::Cpu(Box::new(Model::from_tensors(cpu, network, &file.parameters)?)),
             Chosen::Cuda(gpu) => Loaded::Cuda(Box::new(Model::from_tensors(gpu, network, &file.parameters)?)),
         };
         let index = file.items.iter().cloned().zip(0..).collect();
@@ -303,7 +305,7 @@ impl Run {
     fn logits(&self, feedback: Feedback, queries: &[Query]) -> Result<Vec<Vec<f32>>, TrainError> {
         Ok(match &self.model {
             Loaded::Cpu(model) => {
-                evaluate::rank(model, feedback, queries, self.config.workers_for(&**model.device()))?
+                evaluate::rank(&**model, feedback, queries, self.config.workers_for(&**model.device()))?
             }
             Loaded::Cuda(model) => {
                 evaluate::rank(&**model, feedback, queries, self.config.workers_for(&**model.device()))?

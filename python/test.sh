@@ -45,7 +45,8 @@ cargo build --quiet --locked --profile "$profile" -p dfar -p dfar-python --bin d
 wheel=$(ls "$folder"/wheels/*.whl)
 size=$(stat -c %s "$wheel")
 echo "$(basename "$wheel"): $size bytes"
-[ "$size" -lt 15000000 ] || { echo "the wheel is larger than 15 MB"; exit 1; }
+# The limits of size and import time are those of a release.
+[ "$profile" != release ] || [ "$size" -lt 15000000 ] || { echo "the wheel is larger than 15 MB"; exit 1; }
 "$python" -m pip install --quiet --no-deps --force-reinstall "$wheel"
 
 say "import time"
@@ -57,7 +58,7 @@ best = min(float(subprocess.check_output([sys.executable, "-c", program])) for _
 print(f"import dfar: {1e3 * best:.1f} ms")
 sys.exit(best > 0.05)
 PYTHON
-) || { echo "importing dfar takes more than 50 ms"; exit 1; }
+) || [ "$profile" != release ] || { echo "importing dfar takes more than 50 ms"; exit 1; }
 
 if "$python" -c 'import mypy, torch' 2>/dev/null; then
     say "types"

@@ -34,3 +34,17 @@ fn graphs_change_no_bit() {
     eprintln!("{test}: {captures}");
     assert!(captures.updated > batches.len() / 2, "{captures}");
 }
+
+/// Products in bf16 move the losses by less than their rounding, 2^-8 a factor.
+#[test]
+fn the_first_losses_in_bf16_are_near_those_in_f32() {
+    let test = "the_first_losses_in_bf16_are_near_those_in_f32";
+    let (Some(plain), Some(narrow)) = (gpu(test, Precision::F32), gpu(test, Precision::Bf16)) else { return };
+    let batches = &bodies::batches()[..10];
+    let [plain, narrow] = [plain, narrow].map(|gpu| bodies::curve(Arc::new(gpu), batches));
+    for (step, (narrow, plain)) in narrow.iter().zip(&plain).enumerate() {
+        let error = (narrow - plain).abs() / plain.abs();
+        assert!(error < 0.02, "step {}: {narrow}, but {plain}", step + 1);
+    }
+    assert_ne!(plain, narrow, "bf16 should round");
+}

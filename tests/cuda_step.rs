@@ -16,7 +16,9 @@ mod target_attention;
 
 use common::gpu;
 use dfar::device::cpu::Cpu;
-use dfar::device::cuda::Precision;
+use dfar::device::cuda::runtime::{Gemm, Runtime};
+use dfar::device::cuda::{Cuda, Gpu, Precision};
+use dfar::device::{Activation, Store};
 use dfar_tools::verify::{Case, cases, verify_dfar};
 use std::path::Path;
 use std::sync::Arc;
@@ -110,4 +112,50 @@ fn the_network_matches_the_golden_cases() {
         let failed: Vec<_> = errors.iter().filter(|e| !e.passes()).collect();
         assert!(failed.is_empty(), "{}: {failed:?}", case.name);
     }
+}
+
+/// Products in both precisions with a row, a column or a sum of one, at addresses that are only
+/// 4-byte aligned.
+#[test]
+fn products_of_any_shape_and_alignment() {
+    for precision in [Precision::F32, Precision::Bf16] {
+        let Some(gpu) = gpu("products_of_any_shape_and_alignment", precision) else { return };
+        for shape in [[1, 1, 1], [5, 1, 3], [3, 7, 1], [1, 9, 33], [17, 1, 64], [300, 5, 2]] {
+            for [a_transposed, b_transposed] in [[false, false], [false, true], [true, false], [true, true]] {
+                check_product(&gpu, precision, shape, a_transposed, b_transposed);
+            }
+        }
+    }
+}
+
+/// Compares one product with its definition. Values are small integers, exact also in bf16.
+fn check_product(gpu: &Gpu<Cuda>, precision: Precision, shape: [usize; 3], at: bool, bt: bool) {
+    let [m, n, k] = shape;
+    // One value more at the start: the matrices begin 4 bytes later.
+    let values =
+        |len: usize, step: usize| -> Vec<f32> { (0..=len).map(|i| ((i * step) % 11) as f32 - 5.0).collect() };
+    let (a, b) = (values(m * k, 7), values(k * n, 5));
+    let [da, db, dc] = [&a, &b, &vec![9.0; m * n + 1]].map(|x| gpu.copy_of(x).expect("there is memory"));
+    let gemm = Gemm {
+        shape,
+        a: da.pointer() + 4,
+        a_transposed: at,
+        b: db.pointer() + 4,
+        b_transposed: bt,
+        c: dc.pointer() + 4,
+        store: Store::Overwrite,
+        bias: 0,
+        activation: Activation::None,
+        precision,
+    };
+    // SAFETY: each array has one value more than its matrix.
+    unsafe { gpu.runtime().gemm(&gemm) }.expect("a product should run");
+    let found = dc.to_vec().expect("readable");
+    for (row, column) in (0..m).flat_map(|row| (0..n).map(move |column| (row, column))) {
+        let a = |i: usize| a[1 + if at { i * m + row } else { row * k + i }];
+        let b = |i: usize| b[1 + if bt { column * k + i } else { i * n + column }];
+        let expected: f32 = (0..k).map(|i| a(i) * b(i)).sum();
+        assert_eq!(found[1 + row * n + column], expected, "{precision:?} {shape:?} {at} {bt}");
+    }
+    assert_eq!(found[0], 9.0, "nothing before the matrix should be written");
 }

@@ -17,7 +17,8 @@ pub const TOLERANCE: f64 = 1e-3;
 
 const ITEMS: usize = 40;
 
-fn config() -> Config {
+/// The configuration of the run.
+pub fn config() -> Config {
     Config {
         max_length: 10,
         width: 16,
@@ -58,12 +59,16 @@ pub fn batches() -> Vec<Batch> {
     batches
 }
 
+/// The sizes of the model.
+pub fn network() -> ModelConfig {
+    ModelConfig { attention: [12, 7], tower: [20, 12], ..config().model(ITEMS) }
+}
+
 /// The loss of each step.
 pub fn curve<D: Device>(device: Arc<D>, batches: &[Batch]) -> Vec<f64> {
     let config = config();
-    let network = ModelConfig { attention: [12, 7], tower: [20, 12], ..config.model(ITEMS) };
     let mut model =
-        Model::initialized(device, network, config.seed, config.init).expect("a model should be made");
+        Model::initialized(device, network(), config.seed, config.init).expect("a model should be made");
     let mut optimizer = Optimizer::new(&model).expect("there is memory");
     let (loss, adam) = (config.loss(), config.adam());
     let step = |batch: &Batch| model.train_step(batch, &loss, &adam, &mut optimizer).expect("a step").loss;

@@ -90,9 +90,10 @@ struct Attention {
     /// Width of a head
     #[arg(long, default_value_t = 16)]
     head_dim: usize,
-    /// Tokens of a batch, rounded down to whole sequences but at least one
-    #[arg(long, default_value_t = 16384)]
-    batch_tokens: usize,
+    /// Tokens of a batch, rounded down to whole sequences but at least one [default: 16384; with
+    /// --device cuda 1048576]
+    #[arg(long)]
+    batch_tokens: Option<usize>,
     /// Passes to time
     #[arg(long, value_enum, default_value_t = Pass::Both)]
     pass: Pass,
@@ -102,9 +103,9 @@ struct Attention {
     /// Device to run on
     #[arg(long, value_enum, default_value_t = Device::Cpu)]
     device: Device,
-    /// Element type of the tensors
-    #[arg(long, value_enum, default_value_t = Precision::F32)]
-    precision: Precision,
+    /// Element type of the tensors [default: f32; with --device cuda bf16]
+    #[arg(long, value_enum)]
+    precision: Option<Precision>,
     /// Measure nothing: print lower bounds of the kernels' time on this GPU, by its datasheet
     #[arg(long, value_enum, value_name = "GPU")]
     predict: Option<Card>,
@@ -120,6 +121,26 @@ struct Attention {
     /// Also write the rows to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Measure as little as possible, to see that the command works on a GPU
+    #[arg(long, hide = true)]
+    quick: bool,
+}
+
+impl Attention {
+    fn precision(&self) -> Precision {
+        let default = if self.device == Device::Cuda { Precision::Bf16 } else { Precision::F32 };
+        self.precision.unwrap_or(default)
+    }
+
+    /// A GPU needs many tokens: with fewer, the launch takes longer than the kernel.
+    fn batch_tokens(&self) -> usize {
+        self.batch_tokens.unwrap_or(if self.device == Device::Cuda { 1 << 20 } else { 1 << 14 })
+    }
+}
+
+/// How much is measured on a GPU.
+fn effort(quick: bool) -> Effort {
+    if quick { Effort::QUICK } else { Effort::FULL }
 }
 
 #[derive(clap::Args)]
@@ -176,6 +197,9 @@ struct Train {
     /// Print JSON
     #[arg(long)]
     json: bool,
+    /// Measure the limits of the GPU as little as possible, to see that the command works
+    #[arg(long, hide = true)]
+    quick: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -313,7 +337,7 @@ fn run_verify_on<E: Engine>(arguments: &Verify, engine: &E) -> Result<bool, Veri
 
 fn run_attention(arguments: &Attention) -> Result<()> {
     if arguments.predict.is_none() {
-        check_precision(arguments.device, arguments.precision);
+        check_precision(arguments.device, arguments.precision());
     }
     let options = FhaOptions {
         normalization: match arguments.normalization {
@@ -322,7 +346,7 @@ fn run_attention(arguments: &Attention) -> Result<()> {
         },
         ..FhaOptions::new(arguments.heads, arguments.head_dim)
     };
-    let (batch_tokens, naive) = (arguments.batch_tokens, !arguments.no_naive);
+    let (batch_tokens, naive) = (arguments.batch_tokens(), !arguments.no_naive);
     let forward = !matches!(arguments.pass, Pass::Backward);
     let backward = !matches!(arguments.pass, Pass::Forward);
     if let Some(card) = arguments.predict {
@@ -330,7 +354,15 @@ fn run_attention(arguments: &Attention) -> Result<()> {
     }
     if arguments.device == Device::Cuda {
         let polynomial = arguments.polynomial;
-        let plan = gpu::Plan { options, batch_tokens, forward, backward, naive, polynomial, repeats: 101 };
+        let plan = gpu::Plan {
+            options,
+            batch_tokens,
+            forward,
+            backward,
+            naive,
+            polynomial,
+            repeats: if arguments.quick { 1 } else { 101 },
+        };
         return run_attention_on_gpu(arguments, &plan);
     }
     let plan = batch::Plan { options, batch_tokens, forward, backward, naive };
@@ -361,7 +393,7 @@ fn write_json(arguments: &Attention, table: &impl serde::Serialize) -> Result<()
 /// Prints the table of predictions; with `--json`, writes its rows too.
 fn run_prediction(arguments: &Attention, options: &FhaOptions, card: Card) -> Result<()> {
     let limits = card.datasheet();
-    let (element, tokens) = (arguments.precision.element(), arguments.batch_tokens);
+    let (element, tokens) = (arguments.precision().element(), arguments.batch_tokens());
     let (heads, d, normalization) = (options.heads, options.head_dim, options.normalization);
     say!("PREDICTIONS, not measurements: the largest of three lower bounds for the work of the kernels.");
     say!("{limits}");
@@ -385,10 +417,10 @@ fn run_prediction(arguments: &Attention, options: &FhaOptions, card: Card) -> Re
 }
 
 fn run_attention_on_gpu(arguments: &Attention, plan: &gpu::Plan) -> Result<()> {
-    let gpu = open_gpu(arguments.precision)?;
-    let limits = limits::gpu::measure(&gpu, Effort::FULL)?;
+    let gpu = open_gpu(arguments.precision())?;
+    let limits = limits::gpu::measure(&gpu, effort(arguments.quick))?;
     say!("{limits}");
-    let (heads, d, element) = (arguments.heads, arguments.head_dim, arguments.precision.element().name());
+    let (heads, d, element) = (arguments.heads, arguments.head_dim, arguments.precision().element().name());
     say!(
         "attention in {element}, H = {heads}, d = {d}, {} tokens per batch; median of many runs",
         plan.batch_tokens
@@ -396,7 +428,7 @@ fn run_attention_on_gpu(arguments: &Attention, plan: &gpu::Plan) -> Result<()> {
     say!("{}", gpu::Row::HEADER);
     let mut rows = Vec::new();
     for &length in &arguments.seq_lens {
-        let measured = match arguments.precision {
+        let measured = match arguments.precision() {
             Precision::F32 => plan.measure(&gpu, &limits, length, |x| x)?,
             Precision::Bf16 => plan.measure(&gpu, &limits, length, half::bf16::from_f32)?,
             Precision::F16 => plan.measure(&gpu, &limits, length, half::f16::from_f32)?,
@@ -444,7 +476,7 @@ fn run_train(arguments: &Train) -> Result<()> {
         Device::Cuda => {
             let gpu = open_gpu(arguments.precision)?;
             let gpu = Arc::new(if arguments.cuda_graphs { gpu.with_graphs() } else { gpu });
-            let limits = limits::gpu::measure(&gpu, Effort::FULL)?;
+            let limits = limits::gpu::measure(&gpu, effort(arguments.quick))?;
             let peak = Peak { limits, precision: arguments.precision.products() };
             pool.install(|| time_steps(arguments, &config, data, &gpu, Some(&peak)))?;
             if let Some(captures) = gpu.captures() {

@@ -34,8 +34,8 @@ pub enum CudaError {
     },
     /// The NVRTC library cannot be loaded.
     #[error(
-        "cuda: NVRTC cannot be loaded (tried {}); \
-         install the CUDA toolkit or put its libraries on the loader's path",
+        "cuda: NVRTC cannot be loaded (tried {} on the loader's path, in the active Python, $CUDA_HOME and \
+         /usr/local/cuda); install the CUDA toolkit of the driver's major version, or pip's package",
         tried.join(", ")
     )]
     NoNvrtc {
@@ -66,8 +66,8 @@ pub enum CudaError {
     },
     /// The cuBLASLt library cannot be loaded.
     #[error(
-        "cuda: cuBLASLt cannot be loaded (tried {}); \
-         install the CUDA toolkit or put its libraries on the loader's path",
+        "cuda: cuBLASLt cannot be loaded (tried {} on the loader's path, in the active Python, $CUDA_HOME and \
+         /usr/local/cuda); install the CUDA toolkit of the driver's major version, or pip's package",
         tried.join(", ")
     )]
     NoBlas {
@@ -112,6 +112,16 @@ pub enum CudaError {
         action: &'static str,
         /// The driver's error message.
         message: String,
+    },
+    /// A launch's argument has another size than the kernel's parameter: a fault of this library.
+    #[error("cuda: {kernel} takes {needed} bytes of parameters, but the library passes {given}")]
+    Parameter {
+        /// The kernel.
+        kernel: &'static str,
+        /// Bytes that the library passes.
+        given: usize,
+        /// Bytes that the kernel declares.
+        needed: usize,
     },
     /// The action cannot be recorded during a CUDA graph capture.
     #[error("cuda: {action} cannot be part of a CUDA graph")]
@@ -177,7 +187,7 @@ impl CudaError {
     /// A driver error during `action`. `bytes` is the size of a requested allocation, otherwise 0.
     pub(crate) fn driver(action: &'static str, error: DriverError, bytes: usize) -> CudaError {
         match error.0 {
-            CUresult::CUDA_ERROR_OUT_OF_MEMORY => CudaError::OutOfMemory { bytes },
+            CUresult::CUDA_ERROR_OUT_OF_MEMORY if bytes > 0 => CudaError::OutOfMemory { bytes },
             _ => CudaError::Driver { action, message: error.to_string() },
         }
     }

@@ -212,6 +212,13 @@ pub trait Runtime: Send + Sync + 'static {
     /// grid, each pointer in it refers to memory of the shape that the kernel documents.
     unsafe fn launch(&self, kernel: Kernel, launch: Launch, params: &[u8]) -> Result<(), CudaError>;
 
+    /// Blocks of a kernel that a multiprocessor holds at once: by its registers, threads and shared
+    /// memory.
+    ///
+    /// # Errors
+    /// As [`Runtime::launch`].
+    fn resident_blocks(&self, kernel: Kernel, threads: u32, shared_bytes: u32) -> Result<usize, CudaError>;
+
     /// Enqueues a matrix product.
     ///
     /// # Errors

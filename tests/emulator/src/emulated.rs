@@ -240,6 +240,11 @@ impl Runtime for Emulated {
         self.limits
     }
 
+    /// By shared memory; registers allow two, as `__launch_bounds__` says of the kernels that ask.
+    fn resident_blocks(&self, _: Kernel, _: u32, shared_bytes: u32) -> Result<usize, CudaError> {
+        Ok(((self.limits.shared_per_block + 1024) / (shared_bytes as usize + 1024)).clamp(1, 2))
+    }
+
     fn memory(&self) -> Result<Memory, CudaError> {
         Ok(Memory { free: 1 << 30, total: 1 << 30 })
     }

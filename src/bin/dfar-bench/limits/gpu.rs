@@ -45,6 +45,8 @@ pub struct Effort {
 impl Effort {
     /// For a real GPU: copies of 1 GiB, kernels of about a millisecond.
     pub const FULL: Self = Self { copied: 1 << 28, rounds: 4096, repeats: 25 };
+    /// To see that the command works: its rates are not those of the GPU.
+    pub const QUICK: Self = Self { copied: 1 << 10, rounds: 1, repeats: 1 };
 }
 
 /// Seconds of `count` calls of `run`, between two CUDA events.
@@ -64,15 +66,28 @@ pub fn time<R: Runtime>(
     gpu.runtime().seconds_between(&start, &end)
 }
 
-/// Median seconds of `run` over `repeats` measurements, after a warm-up run.
+/// Seconds between two events of a measurement, at least. Less would time the launch, and the clock of
+/// the events, which ticks every half a microsecond.
+const LEAST_SECONDS: f64 = 2e-3;
+/// Most runs of a measurement.
+const MOST_RUNS: f64 = 1000.0;
+
+/// Number of runs that take [`LEAST_SECONDS`] if one takes `once`.
+fn runs(once: f64) -> u64 {
+    (LEAST_SECONDS / once.max(1e-9)).ceil().clamp(1.0, MOST_RUNS) as u64
+}
+
+/// Median seconds of `run` over `repeats` measurements, after a warm-up run. A measurement has enough
+/// runs to take two milliseconds.
 pub fn median<R: Runtime>(
     gpu: &Gpu<R>,
     repeats: usize,
     mut run: impl FnMut() -> Result<(), CudaError>,
 ) -> Result<f64, CudaError> {
     run()?;
-    let times = (0..repeats).map(|_| time(gpu, 1, &mut run));
-    let mut times = times.collect::<Result<Vec<f64>, _>>()?;
+    let count = runs(time(gpu, 1, &mut run)?);
+    let times = (0..repeats).map(|_| Ok(time(gpu, count, &mut run)? / count as f64));
+    let mut times = times.collect::<Result<Vec<f64>, CudaError>>()?;
     times.sort_unstable_by(f64::total_cmp);
     Ok(times[times.len() / 2])
 }
@@ -129,5 +144,16 @@ impl Card {
             multiply_adds: 128.0 * clocks,
             products: 0.6 * 989e12,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::runs;
+
+    #[test]
+    fn a_measurement_takes_two_milliseconds() {
+        assert_eq!([5e-3, 2e-3, 1.9e-3, 7e-4, 3e-6].map(runs), [1, 1, 2, 3, 667]);
+        assert_eq!([1e-9, 0.0].map(runs), [1000, 1000]);
     }
 }

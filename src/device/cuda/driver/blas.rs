@@ -1,10 +1,11 @@
 //! cuBLASLt, loaded on first use: matrix products with bias and activation.
 //!
-//! cudarc is not used, for the reason given in [`nvrtc`](super::nvrtc). cuBLASLt is column-major,
-//! so it computes the transposed product, `c^T = b^T a^T`, which needs no copies. Its heuristics
-//! choose an algorithm once per rounded shape: batches of nearly equal size use the same algorithm
-//! and give the same bits.
+//! cuBLASLt is column-major, so it computes the transposed product, `c^T = b^T a^T`, which needs no
+//! copies. Its heuristics choose an algorithm once per rounded shape: batches of nearly equal size
+//! use the same algorithm and give the same bits. If a product fails with it, an algorithm for the
+//! exact shape takes its place; the last resort of a bf16 product is one in f32.
 
+use super::{launch, library};
 use crate::device::cuda::error::CudaError;
 use crate::device::cuda::kernel::Pointer;
 use crate::device::cuda::runtime::{Gemm, Precision};
@@ -12,13 +13,24 @@ use crate::device::{Activation, Store};
 use libloading::Library;
 use std::collections::HashMap;
 use std::ffi::{c_int, c_void};
+use std::path::Path;
 
-/// Library names, latest first.
+/// Library names, latest first; those above the driver's version are not tried.
 const NAMES: &[&str] = if cfg!(windows) {
     &["cublasLt64_13.dll", "cublasLt64_12.dll"]
 } else {
     &["libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"]
 };
+
+/// File name of a major version.
+fn file_name(major: Option<i32>) -> String {
+    match major {
+        Some(major) if cfg!(windows) => format!("cublasLt64_{major}.dll"),
+        None if cfg!(windows) => "cublasLt64.dll".to_owned(),
+        Some(major) => format!("libcublasLt.so.{major}"),
+        None => "libcublasLt.so".to_owned(),
+    }
+}
 
 /// `cublasStatus_t`
 type Status = c_int;
@@ -109,11 +121,11 @@ struct Functions {
 }
 
 impl Functions {
-    fn load(name: &str) -> Result<Functions, libloading::Error> {
+    fn load(path: &Path) -> Result<Functions, libloading::Error> {
         // SAFETY: the library's initialisers only set up the library. The function types are those
         // of cublasLt.h, unchanged since CUDA 11. The struct owns the library.
         unsafe {
-            let library = Library::new(name)?;
+            let library = Library::new(path)?;
             Ok(Functions {
                 create: *library.get(b"cublasLtCreate\0")?,
                 destroy: *library.get(b"cublasLtDestroy\0")?,
@@ -139,15 +151,22 @@ pub struct Blas {
     functions: Functions,
     handle: Opaque,
     workspace: Pointer,
-    algorithms: HashMap<Key, Algorithm>,
+    algorithms: HashMap<Key, Chosen>,
 }
 
 // SAFETY: any thread may use a cuBLASLt handle, one at a time; `&mut` ensures that.
 unsafe impl Send for Blas {}
 
-/// Key of an algorithm: rounded shape, number of products, transposes, compute type, epilogue,
-/// whether it adds to `c`, and the common alignment in bytes.
-type Key = ([u64; 3], usize, [bool; 2], c_int, u32, bool, u32);
+/// Key of an algorithm: rounded shape, number of products, transposes, precision, epilogue, whether
+/// it adds to `c`, and the common alignment in bytes.
+type Key = ([u64; 3], usize, [bool; 2], Precision, u32, bool, u32);
+
+/// An algorithm that has worked, and its compute type.
+#[derive(Clone, Copy)]
+struct Chosen {
+    algorithm: Algorithm,
+    compute: c_int,
+}
 
 /// A cuBLASLt descriptor and the function that destroys it on drop.
 struct Descriptor(Opaque, Destroy);
@@ -177,12 +196,18 @@ impl Blas {
     /// # Errors
     /// [`CudaError::NoBlas`] or [`CudaError::Blas`].
     pub fn new(workspace: Pointer) -> Result<Blas, CudaError> {
-        let functions = NAMES.iter().find_map(|name| Functions::load(name).ok());
-        let functions = functions.ok_or(CudaError::NoBlas { tried: NAMES })?;
-        let mut handle = std::ptr::null_mut();
-        // SAFETY: writes a handle.
-        check(unsafe { (functions.create)(&mut handle) }, || "opening the library".to_owned())?;
-        Ok(Blas { functions, handle, workspace, algorithms: HashMap::new() })
+        let mut refused = CudaError::NoBlas { tried: NAMES };
+        for path in library::candidates(file_name, launch::driver_version()) {
+            let Ok(functions) = Functions::load(&path) else { continue };
+            let mut handle = std::ptr::null_mut();
+            // SAFETY: writes a handle.
+            match unsafe { (functions.create)(&mut handle) } {
+                0 => return Ok(Blas { functions, handle, workspace, algorithms: HashMap::new() }),
+                // An earlier version may work with this driver.
+                status => refused = CudaError::Blas { action: format!("opening {}", path.display()), status },
+            }
+        }
+        Err(refused)
     }
 
     /// Address of the workspace.
@@ -204,19 +229,26 @@ impl Blas {
             Precision::F32 => COMPUTE_32F,
             Precision::Bf16 => COMPUTE_32F_FAST_16BF,
         };
-        // SAFETY: guaranteed by the caller.
-        unsafe {
-            let status = self.run(gemm, count, exact.map(rounded), compute, stream.cast());
-            if status == Err(NOT_SUPPORTED) {
-                // The algorithm of the rounded shape may not support the exact shape.
-                let status = self.run(gemm, count, exact, compute, stream.cast());
-                return check(status.err().unwrap_or(0), || format!("{gemm:?}"));
+        let attempts = [
+            (exact.map(rounded), compute, false),
+            // The algorithm of the rounded shape may not support the exact shape.
+            (exact, compute, true),
+            (exact, COMPUTE_32F, true),
+        ];
+        let attempts = &attempts[..if compute == COMPUTE_32F { 2 } else { 3 }];
+        let mut first = None;
+        for &(shape, compute, chooses) in attempts {
+            // SAFETY: guaranteed by the caller.
+            match unsafe { self.run(gemm, count, shape, compute, chooses, stream.cast()) } {
+                Ok(()) => return Ok(()),
+                Err(status) => first = first.or(Some(status)),
             }
-            check(status.err().unwrap_or(0), || format!("{gemm:?}"))
         }
+        Err(CudaError::Blas { action: format!("{gemm:?}"), status: first.unwrap_or(NOT_SUPPORTED) })
     }
 
-    /// Enqueues the products with the algorithm chosen for `shape`.
+    /// Enqueues the products with the algorithm chosen for `shape`. `chooses`: with one chosen now;
+    /// if it succeeds, it replaces the algorithm of the rounded shape.
     ///
     /// # Safety
     /// As [`Blas::gemm`].
@@ -226,6 +258,7 @@ impl Blas {
         count: usize,
         shape: [u64; 3],
         compute: c_int,
+        chooses: bool,
         stream: Stream,
     ) -> Result<(), Status> {
         let epilogue = match (gemm.bias != 0, gemm.activation) {
@@ -237,14 +270,14 @@ impl Blas {
         let bits = gemm.a | gemm.b | gemm.c;
         let alignment = 1u32 << bits.trailing_zeros().min(8);
         let adds = gemm.store == Store::Add;
-        let key = (shape, count, [gemm.a_transposed, gemm.b_transposed], compute, epilogue, adds, alignment);
-        let algorithm = match self.algorithms.get(&key) {
-            Some(&algorithm) => algorithm,
+        let transposed = [gemm.a_transposed, gemm.b_transposed];
+        let key = (shape.map(rounded), count, transposed, gemm.precision, epilogue, adds, alignment);
+        let kept = self.algorithms.get(&key).copied().filter(|_| !chooses);
+        let Chosen { algorithm, compute } = match kept {
+            Some(chosen) => chosen,
             None => {
                 let call = self.describe(gemm, count, shape, compute, epilogue)?;
-                let algorithm = self.choose(&call, alignment)?;
-                self.algorithms.insert(key, algorithm);
-                algorithm
+                Chosen { algorithm: self.choose(&call, alignment)?, compute }
             }
         };
         let call = self.describe(gemm, count, gemm.shape.map(|n| n as u64), compute, epilogue)?;
@@ -252,7 +285,7 @@ impl Blas {
         let c = gemm.c as *mut c_void;
         // SAFETY: the caller guarantees the matrices; the descriptors have the same shapes; alpha
         // and beta are read before the call returns.
-        status(unsafe {
+        let done = status(unsafe {
             (self.functions.matmul)(
                 self.handle,
                 call.desc.0,
@@ -271,7 +304,11 @@ impl Blas {
                 Self::WORKSPACE,
                 stream,
             )
-        })
+        });
+        if done.is_ok() && kept.is_none() {
+            self.algorithms.insert(key, Chosen { algorithm, compute });
+        }
+        done
     }
 
     /// Descriptors of a product of this shape. cuBLASLt's A is `b`, and its B is `a`.
@@ -376,8 +413,4 @@ fn set<T>(set: Set, descriptor: &Descriptor, attribute: c_int, value: &T) -> Res
 
 fn status(status: Status) -> Result<(), Status> {
     if status == 0 { Ok(()) } else { Err(status) }
-}
-
-fn check(status: Status, action: impl FnOnce() -> String) -> Result<(), CudaError> {
-    if status == 0 { Ok(()) } else { Err(CudaError::Blas { action: action(), status }) }
 }

@@ -39,7 +39,9 @@ pub struct Cuda {
     cache: Cache,
     /// Loaded modules. Compiling one takes seconds.
     modules: Once<Module, Arc<CudaModule>>,
-    kernels: Once<Kernel, CudaFunction>,
+    kernels: Once<Kernel, LoadedKernel>,
+    /// Blocks that a multiprocessor holds at once, by kernel, threads and shared memory.
+    resident: Once<(Kernel, u32, u32), usize>,
     /// Memory pool by size class. A driver allocation takes microseconds, and a step makes a few
     /// hundred.
     pool: Mutex<BTreeMap<usize, Vec<Pointer>>>,
@@ -52,6 +54,14 @@ pub struct Cuda {
     capture: Mutex<Option<Vec<Node>>>,
     /// Graph executable cache, keyed by the recorded requests and the number of graph nodes.
     graphs: Mutex<Recent<(Vec<Node>, usize), launch::Executable>>,
+}
+
+/// A kernel ready to launch.
+#[derive(Clone)]
+struct LoadedKernel {
+    function: CudaFunction,
+    /// Size of its parameter, if the driver can tell.
+    parameter_bytes: Option<usize>,
 }
 
 /// Maximum copies in flight; the next one waits for the oldest. Two steps need four: a batch and an
@@ -118,6 +128,10 @@ impl Cuda {
             cache_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize,
         };
         launch::keep_freed_memory(&context).map_err(failed("setting up the memory pool"))?;
+        // With event tracking, cudarc would synchronise the context when it makes the first stream, and
+        // so invalidate a capture of another `Cuda` in this process.
+        // SAFETY: no `CudaSlice` is made; this module orders all uses of memory itself.
+        unsafe { context.disable_event_tracking() };
         // The default stream cannot be captured.
         let stream = || context.new_stream().map_err(failed("creating a stream"));
         let (stream, allocations, copies) = (stream()?, stream()?, stream()?);
@@ -132,6 +146,7 @@ impl Cuda {
             cache,
             modules: Once::default(),
             kernels: Once::default(),
+            resident: Once::default(),
             pool: Mutex::default(),
             landing: Mutex::default(),
             sent: Mutex::default(),
@@ -222,12 +237,15 @@ impl Cuda {
     fn new_memory(&self, bytes: usize) -> Result<Pointer, CudaError> {
         self.bind()?;
         let at = launch::allocate(&self.allocations, bytes)?;
-        self.allocations.synchronize().map_err(|error| CudaError::driver("allocating", error, bytes))?;
-        Ok(at)
+        self.allocations.synchronize().map(|()| at).map_err(|error| {
+            // SAFETY: just allocated, and not shared.
+            let _ = unsafe { launch::free(&self.allocations, at) };
+            CudaError::driver("allocating", error, bytes)
+        })
     }
 
     /// A loaded kernel. Compiles its module or reads it from the disk cache if necessary.
-    fn kernel(&self, kernel: Kernel) -> Result<CudaFunction, CudaError> {
+    fn kernel(&self, kernel: Kernel) -> Result<LoadedKernel, CudaError> {
         self.kernels.get(kernel, || {
             // Loading may synchronise with the device.
             self.check_no_capture("loading a kernel")?;
@@ -236,7 +254,9 @@ impl Cuda {
                 let code = self.cache.load(kernel.module, self.arch)?;
                 launch::load(&self.context, code).map_err(failed)
             })?;
-            launch::function(&module, kernel.entry, self.limits.shared_per_block).map_err(failed)
+            let function = launch::function(&module, kernel.entry, self.limits.shared_per_block);
+            let function = function.map_err(failed)?;
+            Ok(LoadedKernel { parameter_bytes: launch::parameter_bytes(&function), function })
         })
     }
 
@@ -405,11 +425,23 @@ impl Runtime for Cuda {
 
     unsafe fn launch(&self, kernel: Kernel, launch: Launch, params: &[u8]) -> Result<(), CudaError> {
         self.bind()?;
-        let function = self.kernel(kernel)?;
+        let LoadedKernel { function, parameter_bytes } = self.kernel(kernel)?;
+        if let Some(needed) = parameter_bytes.filter(|&needed| needed != params.len()) {
+            return Err(CudaError::Parameter { kernel: kernel.entry, given: params.len(), needed });
+        }
         // SAFETY: guaranteed by the caller.
         unsafe { launch::launch(&self.stream, &function, launch, params) }.map_err(failed(kernel.entry))?;
         self.note(Node::Kernel(kernel));
         Ok(())
+    }
+
+    fn resident_blocks(&self, kernel: Kernel, threads: u32, shared_bytes: u32) -> Result<usize, CudaError> {
+        self.bind()?;
+        let LoadedKernel { function, .. } = self.kernel(kernel)?;
+        self.resident.get((kernel, threads, shared_bytes), || {
+            launch::resident_blocks(&function, threads, shared_bytes)
+                .map_err(failed("querying how many blocks fit"))
+        })
     }
 
     unsafe fn gemm_batch(&self, gemm: &Gemm, count: usize) -> Result<(), CudaError> {

@@ -1,20 +1,35 @@
 //! Unsafe driver calls: memory, modules, launches, graphs.
 
+use super::library;
 use crate::device::cuda::error::CudaError;
 use crate::device::cuda::kernel::{Launch, Pointer};
 use cudarc::driver::{
     CudaContext, CudaEvent, CudaFunction, CudaModule, CudaStream, DriverError, result, sys,
 };
 use cudarc::nvrtc::Ptx;
-use std::ffi::c_void;
+use std::ffi::{c_int, c_void};
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-/// Whether libcuda can be loaded. cudarc panics without it.
+/// Whether libcuda can be loaded, and is not the toolkit's library for linking. cudarc panics without
+/// it.
 pub(crate) fn driver_is_present() -> bool {
     // SAFETY: loads libcuda, whose initialisers do nothing before cuInit.
-    unsafe { sys::is_culib_present() }
+    let present = unsafe { sys::is_culib_present() };
+    // SAFETY: as above; present, so that this does not panic.
+    present && {
+        unsafe { sys::culib() };
+        !library::driver_is_a_stub()
+    }
+}
+
+/// Latest CUDA version that the driver supports, e.g. 12090; `None` without a driver.
+pub(crate) fn driver_version() -> Option<i32> {
+    let mut version = 0;
+    // SAFETY: writes an int; allowed before cuInit.
+    let known = driver_is_present() && unsafe { sys::cuDriverGetVersion(&mut version) }.result().is_ok();
+    known.then_some(version)
 }
 
 /// Configures the driver's memory pool to keep freed memory, so that a step allocates none from the
@@ -254,6 +269,32 @@ pub(crate) fn function(
     let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
     function.set_attribute(attribute, bytes as i32)?;
     Ok(function)
+}
+
+/// Size in bytes of a kernel's parameter; `None` if the driver is older than CUDA 12.4.
+pub(crate) fn parameter_bytes(function: &CudaFunction) -> Option<usize> {
+    type Info = unsafe extern "C" fn(sys::CUfunction, usize, *mut usize, *mut usize) -> c_int;
+    let (mut offset, mut bytes) = (0, 0);
+    // SAFETY: the type is that of cuda.h; writes two sizes; the function is alive.
+    let code = unsafe {
+        let info = *sys::culib().get::<Info>(b"cuFuncGetParamInfo\0").ok()?;
+        info(function.cu_function(), 0, &mut offset, &mut bytes)
+    };
+    (code == 0).then_some(bytes)
+}
+
+/// Blocks of this size that a multiprocessor holds at once.
+pub(crate) fn resident_blocks(
+    function: &CudaFunction,
+    threads: u32,
+    shared_bytes: u32,
+) -> Result<usize, DriverError> {
+    let (mut blocks, threads, shared) = (0, threads as c_int, shared_bytes as usize);
+    let function = function.cu_function();
+    // SAFETY: writes an int; the function is alive.
+    unsafe { sys::cuOccupancyMaxActiveBlocksPerMultiprocessor(&mut blocks, function, threads, shared) }
+        .result()?;
+    Ok(usize::try_from(blocks).unwrap_or(0))
 }
 
 /// Launches a kernel on the stream.

@@ -7,5 +7,6 @@ pub(crate) mod context;
 pub mod graph;
 pub mod landing;
 mod launch;
+mod library;
 pub mod nvrtc;
 mod once;

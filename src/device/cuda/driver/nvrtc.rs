@@ -1,19 +1,30 @@
 //! NVRTC, loaded on first use, with typed errors.
 //!
-//! cudarc is not used here: it looks for the library name of the CUDA version it was built for, and
-//! would miss the library of a later major version.
+//! `library.rs` says where it is looked for, and which versions fit the driver.
 
+use super::{launch, library};
 use crate::device::cuda::error::CudaError;
 use libloading::Library;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::path::Path;
 use std::sync::OnceLock;
 
-/// Library names, latest first.
+/// Library names, latest first; those above the driver's version are not tried.
 const NAMES: &[&str] = if cfg!(windows) {
     &["nvrtc64_130_0.dll", "nvrtc64_120_0.dll"]
 } else {
     &["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"]
 };
+
+/// File name of a major version.
+fn file_name(major: Option<i32>) -> String {
+    match major {
+        Some(major) if cfg!(windows) => format!("nvrtc64_{major}0_0.dll"),
+        None if cfg!(windows) => "nvrtc64.dll".to_owned(),
+        Some(major) => format!("libnvrtc.so.{major}"),
+        None => "libnvrtc.so".to_owned(),
+    }
+}
 
 /// Oldest version that compiles the kernels with their options.
 const OLDEST: (i32, i32) = (12, 4);
@@ -59,7 +70,10 @@ impl Nvrtc {
     /// [`CudaError::NoNvrtc`] and [`CudaError::OldNvrtc`].
     pub fn get() -> Result<&'static Nvrtc, CudaError> {
         static NVRTC: OnceLock<Option<Nvrtc>> = OnceLock::new();
-        let found = NVRTC.get_or_init(|| NAMES.iter().find_map(|name| Nvrtc::load(name).ok()));
+        let found = NVRTC.get_or_init(|| {
+            let paths = library::candidates(file_name, launch::driver_version());
+            paths.iter().find_map(|path| Nvrtc::load(path).ok())
+        });
         let nvrtc = found.as_ref().ok_or(CudaError::NoNvrtc { tried: NAMES })?;
         if nvrtc.version < OLDEST {
             return Err(CudaError::OldNvrtc { found: nvrtc.version, oldest: OLDEST });
@@ -67,11 +81,11 @@ impl Nvrtc {
         Ok(nvrtc)
     }
 
-    fn load(name: &str) -> Result<Nvrtc, libloading::Error> {
+    fn load(path: &Path) -> Result<Nvrtc, libloading::Error> {
         // SAFETY: NVRTC's initialisers only set up the library. The function types are those of
         // nvrtc.h, unchanged since CUDA 11. `version` writes two ints. The struct owns the library.
         unsafe {
-            let library = Library::new(name)?;
+            let library = Library::new(path)?;
             let version: unsafe extern "C" fn(*mut c_int, *mut c_int) -> c_int =
                 *library.get(b"nvrtcVersion\0")?;
             let (mut major, mut minor) = (0, 0);

@@ -10,7 +10,7 @@ use crate::device::cuda::plan::rows::blocks;
 use crate::device::cuda::plan::target::{Item, Pair, Row, TargetLists, Tile};
 use crate::device::cuda::plan::target_params::*;
 use crate::device::cuda::plan::target_shape::{ROW_THREADS, Shape, WARPS};
-use crate::device::cuda::runtime::{Limits, Precision, Runtime};
+use crate::device::cuda::runtime::{Precision, Runtime};
 use crate::device::{
     Activation, DeviceError, Store, TargetAttention, TargetCounts, TargetGradients, TargetIndex,
     TargetInputs, TargetShape, TargetState, TargetWeights,
@@ -142,6 +142,11 @@ struct FirstLayer<R: Runtime> {
 }
 
 impl<R: Runtime> Call<'_, R> {
+    /// A kernel of the plan's module.
+    fn kernel(&self, entry: &'static str) -> Kernel {
+        Kernel { module: self.plan.shape.module(element(self.gpu.precision())), entry }
+    }
+
     /// Launches a kernel of the plan's module.
     ///
     /// # Safety
@@ -152,9 +157,8 @@ impl<R: Runtime> Call<'_, R> {
         launch: Launch,
         params: &P,
     ) -> Result<(), CudaError> {
-        let module = self.plan.shape.module(element(self.gpu.precision()));
         // SAFETY: guaranteed by the caller.
-        unsafe { self.gpu.launch(Kernel { module, entry }, launch, params) }
+        unsafe { self.gpu.launch(self.kernel(entry), launch, params) }
     }
 
     /// `c (+)= a b`, or `a b + bias`, for packed matrices; `shape = [m, n, k]`.
@@ -273,12 +277,18 @@ impl<R: Runtime> Call<'_, R> {
 }
 
 /// Number of blocks of a perceptron pass over `items`: as many as are resident on the device at
-/// once; each takes items in turn. The number of blocks determines the order of summation of the
-/// weight gradients, so it depends on the batch and the device only.
-fn resident(limits: &Limits, block: Block, items: usize) -> usize {
-    // CUDA reserves 1 KiB of shared memory per block. Registers allow at least four blocks.
-    let at_once = (limits.shared_per_block + 1024) / (block.shared_bytes + 1024);
-    items.min(limits.multiprocessors * at_once.clamp(1, 4))
+/// once; each takes items in turn. More would wait for a second wave. The number of blocks determines
+/// the order of summation of the weight gradients, so it depends on the batch, the device and the
+/// compiled kernel only.
+fn resident<R: Runtime>(
+    gpu: &Gpu<R>,
+    kernel: Kernel,
+    block: Block,
+    items: usize,
+) -> Result<usize, CudaError> {
+    let Launch { threads, shared_bytes, .. } = launch_of(block, 1);
+    let at_once = gpu.runtime().resident_blocks(kernel, threads, shared_bytes)?;
+    Ok(items.min(gpu.runtime().limits().multiprocessors * at_once.max(1)))
 }
 
 fn launch_of(block: Block, count: usize) -> Launch {
@@ -314,7 +324,8 @@ impl<R: Runtime> TargetAttention for Gpu<R> {
         let (gpu, call, e) = (self, Call { gpu: self, plan }, state.e);
         let first = call.first_layer(a, r, &weights)?;
         let block = plan.shape.scores(element(gpu.precision()));
-        let count = resident(&gpu.runtime().limits(), block, plan.items.len().div_ceil(WARPS));
+        let kernel = call.kernel("target_scores");
+        let count = resident(gpu, kernel, block, plan.items.len().div_ceil(WARPS))?;
         let params = PerceptronParams { e: e.pointer(), ..call.perceptron([a, r], &first, &weights, count) };
         // SAFETY: `check` and `first_layer` have checked the shapes; the plan's lists stay inside
         // them; e is borrowed mutably.
@@ -355,7 +366,7 @@ impl<R: Runtime> TargetAttention for Gpu<R> {
 
         let first = call.first_layer(a, r, &weights)?;
         let block = shape.backward(element(gpu.precision()));
-        let count = resident(&gpu.runtime().limits(), block, plan.items.len());
+        let count = resident(gpu, call.kernel("target_backward"), block, plan.items.len())?;
         let token_sums = gpu.array::<f32>(plan.items.len() * 16 * shape.sums())?;
         let pair_sums = gpu.array::<f32>(plan.units * shape.sums())?;
         let weight_sums = gpu.array::<f32>(count * shape.weight_sums())?;

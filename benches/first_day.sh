@@ -1,0 +1,115 @@
+#!/usr/bin/env bash
+# The first hour on a GPU: checks, then measurements, the most telling first.
+#   benches/first_day.sh OUT            about 25 minutes; a step that is complete is not run again
+#   DFAR_FIRST_DAY=small benches/first_day.sh OUT    tiny sizes, for the test driver
+# OUT gets environment.txt, one NAME.txt (and .json) for each step, and steps.tsv: name, exit status,
+# seconds. A step that fails or takes too long is filed, and the next one runs. Exits with 1 if a step
+# failed. DFAR_BUILT=1: the programs are built already. SKIPPED steps say why in steps.tsv.
+set -uo pipefail
+root=$(realpath "$(dirname "$0")/..")
+out=$(realpath -m "${1:?usage: benches/first_day.sh OUT}")
+small=$([ "${DFAR_FIRST_DAY:-full}" = small ] && echo 1 || echo 0)
+profile=${DFAR_PROFILE:-$([ "$small" = 1 ] && echo dev || echo release)}
+programs=${CARGO_TARGET_DIR:-$root/target}/$([ "$profile" = dev ] && echo debug || echo "$profile")
+mkdir -p "$out"
+cd "$root"
+failures=0
+
+# step NAME SECONDS COMMAND...: runs a command, at most so long, unless OUT has its result.
+step() {
+    local name=$1 limit=$2 status began=$SECONDS
+    shift 2
+    if grep -q "^$name	0	" "$out/steps.tsv" 2>/dev/null; then return 0; fi
+    printf '== %s (at most %s s)\n' "$name" "$limit"
+    timeout --kill-after=10 "$limit" "$@" >"$out/$name.part" 2>&1
+    status=$?
+    mv "$out/$name.part" "$out/$name.txt"
+    printf '%s\t%s\t%s\n' "$name" "$status" "$((SECONDS - began))" >>"$out/steps.tsv"
+    if [ "$status" != 0 ]; then
+        failures=$((failures + 1))
+        printf '   FAILED with %s:\n' "$status"
+        tail -n 5 "$out/$name.txt" | cut -c1-200
+    fi
+}
+
+skip() { printf '%s\tSKIPPED\t%s\n' "$1" "$2" >>"$out/steps.tsv"; printf '== %s: SKIPPED: %s\n' "$1" "$2"; }
+
+# repeat COUNT PROGRAM...: the same bytes on every run.
+repeat() {
+    local count=$1 first again
+    shift
+    first=$("$@") || return 1
+    for _ in $(seq 2 "$count"); do
+        again=$("$@") || return 1
+        [ "$first" = "$again" ] || { printf 'differs:\n%s\n%s\n' "$first" "$again"; return 1; }
+    done
+    printf '%s runs agree\n%s\n' "$count" "$first"
+}
+export -f repeat
+
+# The test program of tests/NAME.rs.
+test_program() {
+    cargo test --quiet --profile "$profile" --no-run --message-format=json --test "$1" 2>/dev/null |
+        sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -n 1
+}
+
+if [ "${DFAR_BUILT:-0}" != 1 ]; then
+    step build 900 cargo build --profile "$profile" -p dfar --bins
+fi
+bench=$programs/dfar-bench
+
+{
+    date -u +%FT%TZ
+    git rev-parse HEAD
+    nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv,noheader 2>&1 | head -n 4
+} >"$out/environment.txt"
+
+if [ "$small" = 1 ]; then
+    tests="" repeats=2 cases=$(mktemp -d) lengths=20
+    trap 'rm -rf "$cases"' EXIT
+    cp tests/golden/fha_paper.safetensors tests/golden/dfar_small.safetensors "$cases"
+    attention=(--quick --batch-tokens 40 --seq-lens "$lengths")
+    steps=(--quick --batches 1 --batch-tokens 24 --batch-rows 64 --max-length 8 --negatives 2)
+else
+    tests="cuda_attention cuda_step cuda_curves" repeats=100 cases=tests/golden
+    attention=() steps=()
+fi
+
+# -------------------------------------------------------------------------------------------- checks
+for precision in f32 bf16 f16; do
+    step "verify_$precision" 120 "$bench" verify "$cases" --device cuda --precision "$precision"
+done
+for name in $tests; do
+    program=$(test_program "$name")
+    if [ -n "$program" ]; then step "$name" 240 "$program"; else skip "$name" "it does not build"; fi
+done
+sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
+for tool in memcheck racecheck; do
+    if [ -x "$sanitizer" ]; then
+        step "sanitizer_$tool" 240 "$sanitizer" --tool "$tool" --error-exitcode 9 "$bench" verify "$cases" --device cuda
+    else
+        skip "sanitizer_$tool" "compute-sanitizer is not installed"
+    fi
+done
+step repeat 180 bash -c 'repeat "$@"' repeat "$repeats" "$bench" verify "$cases" --device cuda --json
+
+# -------------------------------------------------------------------------------------- measurements
+step attention_bf16 240 "$bench" attention --device cuda "${attention[@]}" --json "$out/attention_bf16.json"
+step attention_f32 180 "$bench" attention --device cuda --precision f32 "${attention[@]}" --json "$out/attention_f32.json"
+step attention_masked 180 "$bench" attention --device cuda --normalization masked "${attention[@]}" --json "$out/attention_masked.json"
+step train_bf16 120 "$bench" train --device cuda --precision bf16 "${steps[@]}"
+step train_f32 120 "$bench" train --device cuda "${steps[@]}"
+step train_graphs 120 "$bench" train --device cuda --precision bf16 --cuda-graphs "${steps[@]}"
+if [ "$small" = 0 ]; then
+    step train_paper 180 "$bench" train --device cuda --precision bf16 --uniform --batch-rows 4096 --max-length 20
+    step train_paper_graphs 180 "$bench" train --device cuda --precision bf16 --uniform --batch-rows 4096 --max-length 20 --cuda-graphs
+fi
+if python3 -c 'import torch; raise SystemExit(not torch.cuda.is_available())' 2>/dev/null; then
+    step peers 560 python3 benches/peers/run.py "$out/peers" --golden tests/golden --only attention --limit-s 540
+else
+    skip peers "PyTorch with CUDA is not installed"
+fi
+
+printf '\n'
+column -t -s '	' "$out/steps.tsv"
+[ "$failures" = 0 ]

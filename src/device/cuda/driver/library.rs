@@ -1,0 +1,126 @@
+//! Where NVIDIA's libraries are, and which version fits the driver.
+//!
+//! NVRTC and cuBLASLt of a major version above the driver's do not work with it: the driver does
+//! not load the code, or the library fails to open. Their versions are tried latest first, from the
+//! one that the driver supports; first on the loader's path, then where pip and the CUDA toolkit
+//! put them.
+
+use std::path::{Path, PathBuf};
+
+/// Major versions of CUDA that the library works with, latest first.
+const MAJORS: [i32; 2] = [13, 12];
+
+/// Paths to try for a library, best first. `name` gives the file name of a major version; without a
+/// version, the name that a toolkit links. `driver`: the driver's version, e.g. 12090; `None` for
+/// no limit.
+pub(crate) fn candidates(name: impl Fn(Option<i32>) -> String, driver: Option<i32>) -> Vec<PathBuf> {
+    candidates_in(name, driver, &folders())
+}
+
+fn candidates_in(
+    name: impl Fn(Option<i32>) -> String,
+    driver: Option<i32>,
+    folders: &[PathBuf],
+) -> Vec<PathBuf> {
+    let fits = |major: &i32| driver.is_none_or(|driver| *major <= driver / 1000);
+    let names: Vec<String> = MAJORS.into_iter().filter(fits).map(|major| name(Some(major))).collect();
+    let on_path = names.iter().map(PathBuf::from);
+    let in_folders = names.iter().flat_map(|name| folders.iter().map(move |folder| folder.join(name)));
+    on_path.chain(in_folders).chain([PathBuf::from(name(None))]).collect()
+}
+
+/// Folders of pip's packages in the active Python, and of the CUDA toolkit.
+fn folders() -> Vec<PathBuf> {
+    let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let mut folders: Vec<PathBuf> = vec![];
+    let on_path = variable("PATH").and_then(|path| {
+        std::env::split_paths(&path)
+            .find(|folder| folder.join("python3").exists())?
+            .parent()
+            .map(Path::to_owned)
+    });
+    for prefix in [variable("VIRTUAL_ENV"), variable("CONDA_PREFIX"), on_path].into_iter().flatten() {
+        folders.extend(pip_folders(&prefix));
+        folders.push(prefix.join("lib")); // of a conda environment
+    }
+    let toolkits = [variable("CUDA_HOME"), variable("CUDA_PATH"), Some("/usr/local/cuda".into())];
+    folders.extend(toolkits.into_iter().flatten().map(|toolkit| toolkit.join("lib64")));
+    folders
+}
+
+/// `lib/python3.*/site-packages/nvidia/*/lib` below a prefix, in the order of their names.
+fn pip_folders(prefix: &Path) -> Vec<PathBuf> {
+    let below = |folder: &Path| -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+        let mut paths: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
+        paths.sort();
+        paths
+    };
+    let pythons = below(&prefix.join("lib"))
+        .into_iter()
+        .filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("python3")));
+    pythons
+        .flat_map(|python| below(&python.join("site-packages/nvidia")))
+        .map(|package| package.join("lib"))
+        .filter(|folder| folder.is_dir())
+        .collect()
+}
+
+/// Whether the process has opened only the `stubs/libcuda.so` that a toolkit has for linking: all its
+/// functions fail. Linux names the files that a process has mapped.
+pub(crate) fn driver_is_a_stub() -> bool {
+    only_stubs(&std::fs::read_to_string("/proc/self/maps").unwrap_or_default())
+}
+
+/// Whether every mapped libcuda is one for linking, and there is one.
+fn only_stubs(maps: &str) -> bool {
+    let mut libraries = maps.lines().filter_map(|line| {
+        let path = line.split_whitespace().nth(5)?;
+        Path::new(path).file_name()?.to_str()?.starts_with("libcuda.so").then_some(path)
+    });
+    let stub = |path: &str| path.contains("/stubs/");
+    libraries.next().is_some_and(|first| stub(first) && libraries.all(stub))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name(major: Option<i32>) -> String {
+        major.map_or("libx.so".to_owned(), |major| format!("libx.so.{major}"))
+    }
+
+    #[test]
+    fn a_library_of_a_later_major_version_than_the_drivers_is_not_tried() {
+        let of = |driver| candidates_in(name, driver, &["/a".into()]);
+        let paths = |names: &[&str]| names.iter().map(PathBuf::from).collect::<Vec<_>>();
+        assert_eq!(of(Some(12_040)), paths(&["libx.so.12", "/a/libx.so.12", "libx.so"]));
+        let all = ["libx.so.13", "libx.so.12", "/a/libx.so.13", "/a/libx.so.12", "libx.so"];
+        assert_eq!(of(Some(13_010)), paths(&all));
+        assert_eq!(of(None), paths(&all));
+    }
+
+    #[test]
+    fn pips_packages_are_found_below_the_active_python() {
+        let prefix = tempfile::tempdir().expect("a folder");
+        let site = prefix.path().join("lib/python3.11/site-packages/nvidia");
+        for package in ["cublas/lib", "cuda_nvrtc/lib", "cublas_headers/include"] {
+            std::fs::create_dir_all(site.join(package)).expect("writable");
+        }
+        assert_eq!(pip_folders(prefix.path()), [site.join("cublas/lib"), site.join("cuda_nvrtc/lib")]);
+        assert_eq!(pip_folders(Path::new("/nowhere")), Vec::<PathBuf>::new());
+    }
+
+    #[test]
+    fn the_library_for_linking_is_not_the_driver() {
+        let line = |path: &str| format!("7f00-7f01 r-xp 00000000 08:01 123 {path}\n");
+        let stub = line("/usr/local/cuda/targets/x86_64-linux/lib/stubs/libcuda.so");
+        let real = line("/usr/lib/x86_64-linux-gnu/libcuda.so.550.54");
+        assert!(only_stubs(&(line("/usr/lib/libc.so.6") + &stub)));
+        assert!(
+            !only_stubs(&(stub.clone() + &real))
+                && !only_stubs(&real)
+                && !only_stubs(&line("/lib/libcudart.so.12"))
+        );
+    }
+}

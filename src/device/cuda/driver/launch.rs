@@ -17,11 +17,12 @@ use std::sync::Arc;
 pub(crate) fn driver_is_present() -> bool {
     // SAFETY: loads libcuda, whose initialisers do nothing before cuInit.
     let present = unsafe { sys::is_culib_present() };
-    // SAFETY: as above; present, so that this does not panic.
-    present && {
-        unsafe { sys::culib() };
-        !library::driver_is_a_stub()
+    if !present {
+        return false;
     }
+    // SAFETY: as above; it is present, so that this does not panic.
+    unsafe { sys::culib() };
+    !library::driver_is_a_stub()
 }
 
 /// Latest CUDA version that the driver supports, e.g. 12090; `None` without a driver.

@@ -112,6 +112,12 @@ fn copy_as<S: Element + Copy + ToString + TryInto<i64>, T>(
     convert: &impl Fn(i64) -> Option<T>,
 ) -> Option<PyResult<Converted<T>>> {
     let array = value.cast::<PyArray<S, numpy::Ix1>>().ok()?;
+    // A field of packed records: a Rust view of it would be misaligned, or have the wrong stride.
+    let packed = array.strides().iter().any(|stride| stride.unsigned_abs() % size_of::<S>() != 0);
+    if packed || !array.data().is_aligned() {
+        let message = format!("{name} is not aligned for its dtype; pass a copy of it");
+        return Some(Err(PyValueError::new_err(message)));
+    }
     let copy = |array: PyReadonlyArray1<S>| {
         let convert = |(place, &found): (usize, &S)| {
             found.try_into().ok().and_then(convert).ok_or_else(|| (place, found.to_string()))

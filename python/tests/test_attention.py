@@ -103,6 +103,13 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
     assert np.array_equal(found[1], found[2]) and np.array_equal(found[1], found[3])
 
 
+def packed(x: np.ndarray) -> np.ndarray:
+    """The values of ``x`` as a field of 9-byte records."""
+    records = np.zeros(len(x), dtype=[("before", "u1"), ("x", "<i8")])
+    records["x"] = x
+    return records["x"]
+
+
 BAD = [
     # (argument, its value from the good one, the exception, words of the message)
     ("q", lambda x: x.astype(np.float64), TypeError, "q has dtype float64, but must be float32"),
@@ -123,6 +130,8 @@ BAD = [
     ("cu_seqlens", lambda x: np.array([0, 5, 4, 7]), ValueError, "cu_seqlens decreases at sequence 1"),
     ("cu_seqlens", lambda x: np.array([0, -1, 7]), ValueError, r"cu_seqlens\[1\] is -1"),
     ("cu_seqlens", lambda x: np.array([0, 8]), ValueError, "cu_seqlens ends at 8, but q, k and v"),
+    ("cu_seqlens", packed, ValueError, "cu_seqlens is not aligned for its dtype"),
+    ("label", packed, ValueError, "label is not aligned for its dtype"),
     ("label", lambda x: x + 1, ValueError, r"label\[.\] is 2, but must be 0 \(skipped\) or 1"),
     ("label", lambda x: x[:-1], ValueError, "label has 6 values"),
     ("label", lambda x: x.astype(np.float32), TypeError, "label has dtype float32"),

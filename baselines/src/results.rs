@@ -183,7 +183,7 @@ impl Identity {
     }
 
     fn name(&self) -> String {
-        format!("{}-{}-{}", self.system.name(), self.setting().replace(' ', "-"), self.config.seed)
+        run_name(self.system, &self.setting(), self.config.seed)
     }
 
     /// Its file in the directory of a comparison.
@@ -193,7 +193,7 @@ impl Identity {
 
     /// The file of its model in the directory of a comparison. DFAR only.
     pub fn model_path(&self, out: &Path) -> PathBuf {
-        out.join("models").join(format!("{}.safetensors", self.name()))
+        model_path(out, &self.name())
     }
 
     /// Trains and tests.
@@ -497,8 +497,7 @@ impl RunResult {
 
     /// [`Identity::model_path`].
     pub fn model_path(&self, out: &Path) -> PathBuf {
-        let name = format!("{}-{}-{}", self.system.name(), self.setting.replace(' ', "-"), self.seed);
-        out.join("models").join(format!("{name}.safetensors"))
+        model_path(out, &run_name(self.system, &self.setting, self.seed))
     }
 
     /// Machine, threads and commit, in words.
@@ -516,6 +515,15 @@ impl RunResult {
         ];
         words.join(", ")
     }
+}
+
+/// The stem of the files of a run.
+fn run_name(system: Row, setting: &str, seed: u64) -> String {
+    format!("{}-{}-{seed}", system.name(), setting.replace(' ', "-"))
+}
+
+fn model_path(out: &Path, name: &str) -> PathBuf {
+    out.join("models").join(format!("{name}.safetensors"))
 }
 
 fn make_folder_of(path: &Path) -> Result<(), ResultError> {

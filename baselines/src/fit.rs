@@ -62,7 +62,7 @@ pub fn fit<L: Learner + Sync>(
     observe: &mut dyn FnMut(&Epoch),
 ) -> Result<Fitted, TrainError> {
     let drawer = Drawer::new(data, config.draw());
-    let edges = length_edges(data, config);
+    let edges = evaluate::length_edges(data, &config.length_edges);
     let report = |part, scores: &[f32]| evaluate::part_report(data, part, scores, config.gauc_compat, &edges);
     let mut epochs: Vec<Epoch> = Vec::new();
     let mut best: Option<Best> = None;
@@ -101,15 +101,6 @@ pub fn fit<L: Learner + Sync>(
     let scores = score(learner, data, Part::Test, scoring)?;
     let (test, test_users) = (report(Part::Test, &scores), user_figures(data, Part::Test, &scores));
     Ok(Fitted { parameters: learner.parameters(), epochs, best_epoch, test, valid, test_users })
-}
-
-/// Upper edges of the history lengths by which the test AUC is reported: the given ones, or
-/// quartiles.
-pub fn length_edges(data: &Dataset, config: &Config) -> Vec<u32> {
-    match config.length_edges.is_empty() {
-        true => evaluate::quartile_edges(data, Part::Test),
-        false => config.length_edges.clone(),
-    }
 }
 
 struct Best {

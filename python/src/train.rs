@@ -84,31 +84,21 @@ fn configuration(file: Option<&Path>, config: &Bound<'_, PyDict>, data: &Path) -
     let data = data.into_os_string().into_string().map_err(|path| {
         PyValueError::new_err(format!("{} is not UTF-8 and cannot be written to config.toml", path.display()))
     })?;
-    let data = toml::Table::from_iter([("data".to_owned(), toml::Value::from(data))]);
-    let layered = |file, flags| Config::layered(file, flags).map_err(TrainError::from).map_err(python);
-    if flags.is_empty() {
-        return layered(file, data);
+    let layered = |flags| Config::layered(file, flags).map_err(TrainError::from);
+    if file.is_some() {
+        // Alone first, so that an error names the file.
+        layered(toml::Table::new()).map_err(python)?;
     }
-    // As a file, so that keys are checked and other frameworks' spellings are understood as in one.
-    let mut all = match file {
-        // Checked alone first, so that an error names the file.
-        Some(path) => {
-            layered(Some(path), toml::Table::new())?;
-            std::fs::read_to_string(path)?.parse().map_err(|_| PyValueError::new_err("config: not TOML"))?
-        }
-        None => toml::Table::new(),
-    };
-    all.extend(flags);
-    let file = tempfile::NamedTempFile::new()?;
-    std::fs::write(file.path(), all.to_string())?;
-    let named = |error| match error {
-        ConfigError::UnknownKey { key, suggestion, .. } => {
-            ConfigError::UnknownKey { origin: "config".into(), key, suggestion }
-        }
-        ConfigError::Syntax { reason, .. } => ConfigError::Syntax { origin: "config".into(), reason },
-        other => other,
-    };
-    Config::layered(Some(file.path()), data).map_err(|error| python(TrainError::from(named(error))))
+    let mut flags = Config::resolve_keys(flags, "config").map_err(TrainError::from).map_err(python)?;
+    flags.insert("data".to_owned(), data.into());
+    layered(flags).map_err(|error| {
+        python(match error {
+            TrainError::Config(ConfigError::Syntax { reason, .. }) => {
+                TrainError::Config(ConfigError::Syntax { origin: "config".into(), reason })
+            }
+            other => other,
+        })
+    })
 }
 
 /// A run to start or to continue.

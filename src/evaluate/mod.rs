@@ -235,6 +235,11 @@ pub fn quartile_edges(data: &Dataset, part: Part) -> Vec<u32> {
     edges
 }
 
+/// The given edges, or the quartiles of the test groups where none are given.
+pub fn length_edges(data: &Dataset, given: &[u32]) -> Vec<u32> {
+    if given.is_empty() { quartile_edges(data, Part::Test) } else { given.to_vec() }
+}
+
 /// The metrics of a part from its scores `[G, 1 + negatives]`; `None` if no target of the part was
 /// liked. `edges` are the upper edges of the length buckets, ascending.
 pub fn part_report(

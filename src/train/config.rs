@@ -270,6 +270,24 @@ impl Config {
         Ok(config)
     }
 
+    /// The table with the spellings of other frameworks replaced. `origin` is for messages.
+    ///
+    /// # Errors
+    /// [`ConfigError::UnknownKey`].
+    pub fn resolve_keys(table: toml::Table, origin: &str) -> Result<toml::Table, ConfigError> {
+        let known = known_keys();
+        let mut out = toml::Table::new();
+        for (key, value) in table {
+            let name = ALIASES.iter().find(|(alias, _)| *alias == key).map_or(key.as_str(), |(_, name)| name);
+            if !known.iter().any(|k| k == name) {
+                let suggestion = nearest(&key, &known);
+                return Err(ConfigError::UnknownKey { origin: origin.to_owned(), suggestion, key });
+            }
+            out.insert(name.to_owned(), value);
+        }
+        Ok(out)
+    }
+
     /// This configuration with the keys of `flags` replaced; only [`RESUME_KEYS`] may differ.
     pub fn resumed(&self, flags: toml::Table) -> Result<Self, ConfigError> {
         let mut table = toml::Table::try_from(self).expect("a config is a table");
@@ -449,16 +467,7 @@ fn read_table(path: &Path) -> Result<toml::Table, ConfigError> {
         origin: origin.clone(),
         reason: e.to_string(),
     })?;
-    let known = known_keys();
-    let mut out = toml::Table::new();
-    for (key, value) in table {
-        let name = ALIASES.iter().find(|(alias, _)| *alias == key).map_or(key.as_str(), |(_, name)| name);
-        if !known.iter().any(|k| k == name) {
-            return Err(ConfigError::UnknownKey { origin, suggestion: nearest(&key, &known), key });
-        }
-        out.insert(name.to_owned(), value);
-    }
-    Ok(out)
+    Config::resolve_keys(table, &origin)
 }
 
 fn known_keys() -> Vec<String> {

@@ -16,7 +16,6 @@ use dfar::train::config::DeviceChoice;
 use dfar::train::draw::TrainTargets;
 use dfar::train::file::replace_bytes;
 use dfar::train::{Config, TrainError, draw, score_options};
-use dfar_baselines::fit::length_edges;
 use dfar_baselines::loss::Ranking;
 use dfar_baselines::markdown::{csv, markdown};
 use dfar_baselines::page::page;
@@ -187,20 +186,19 @@ fn execute(study: &Study, data: &Dataset, arguments: &Compare) -> Result<Vec<Sea
     // The settings are not chosen yet, but the number of runs is nearly known.
     let later = study.runs(|_| 0);
     let (_, planned) = unfinished(search.iter().chain(&later), out)?;
-    let (finished, mut left) = unfinished(search.iter(), out)?;
     let known = if out.join("results").exists() { RunResult::all(out)? } else { Vec::new() };
     let progress = Progress::new(jobs.jobs, &planned, &known);
-    finished.iter().for_each(|run| progress.line(&format!("{}: finished before", progress::name(run))));
-    jobs.execute(&left, &progress)?;
-
+    let execute = |runs: &[Identity], names_finished: bool| -> Result<(), Failure> {
+        let (finished, left) = unfinished(runs.iter(), out)?;
+        for run in finished.iter().filter(|_| names_finished) {
+            progress.line(&format!("{}: finished before", progress::name(run)));
+        }
+        jobs.execute(&left, &progress)
+    };
+    execute(&search, true)?;
     let searches = searches(study, out)?;
-    let chosen = |system| chosen(&searches, system);
-    let (finished, runs) = unfinished(study.runs(chosen).iter(), out)?;
-    left = runs;
-    if search.is_empty() {
-        finished.iter().for_each(|run| progress.line(&format!("{}: finished before", progress::name(run))));
-    }
-    jobs.execute(&left, &progress)?;
+    // After a search, some of the runs have just finished.
+    execute(&study.runs(|system| chosen(&searches, system)), search.is_empty())?;
     Ok(searches)
 }
 
@@ -251,7 +249,7 @@ fn write_tables(out: &Path, data: &Dataset, study: &Study, searches: &[Search]) 
     let mut results = RunResult::all(out)?;
     let own = to_json(&study.data);
     results.retain(|result| result.data == own && result.tuned == chosen(searches, result.system));
-    let edges = length_edges(data, &study.config);
+    let edges = evaluate::length_edges(data, &study.config.length_edges);
     let report = |part, scores: &[f32]| part_report(data, part, scores, study.config.gauc_compat, &edges);
     let parts = [Part::Test, Part::Valid];
     let references = References {

@@ -291,7 +291,10 @@ fn evaluate(args: Evaluate) -> dfar::Result<()> {
         }
         false => {
             let text = report::evaluation_text(&evaluation, info.protocol.candidates.negatives);
-            head_pairs.map_or(text.clone(), |head_pairs| format!("{text}\n{head_pairs}"))
+            match head_pairs {
+                Some(head_pairs) => format!("{text}\n{head_pairs}"),
+                None => text,
+            }
         }
     })
 }

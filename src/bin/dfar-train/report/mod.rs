@@ -43,8 +43,7 @@ pub struct Baseline {
 impl Evaluation {
     /// Metrics from the scores of both parts. Empty `edges`: quartiles of the test groups.
     pub fn new(data: &Dataset, test: &[f32], valid: &[f32], rule: GaucRule, edges: &[u32]) -> Self {
-        let edges =
-            if edges.is_empty() { evaluate::quartile_edges(data, Part::Test) } else { edges.to_vec() };
+        let edges = evaluate::length_edges(data, edges);
         let liked =
             |part, scores: &[f32]| evaluate::part_report(data, part, scores, rule, &[]).map(|r| r.liked);
         let popularity = |part| liked(part, &evaluate::popularity_scores(data, part));

@@ -76,5 +76,5 @@ pub mod train;
 #[doc(inline)]
 pub use dfar_engine::attention;
 #[doc(hidden)]
-pub use dfar_engine::simd;
+pub use dfar_engine::{memory, simd};
 pub use error::{Error, Result};

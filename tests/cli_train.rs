@@ -431,6 +431,41 @@ fn limits_of_the_system_are_reported() {
     let output = limited(env!("CARGO_BIN_EXE_dfar-train"), 400_000, &wide);
     assert_eq!(code(&output), 1, "{}", stderr(&output));
     assert!(stderr(&output).contains("memory"), "{}", stderr(&output));
+
+    // Wherever memory ends, from the first allocations of a program to its last.
+    let rows = (0..100_000).map(|row| format!("u{},i{},{},{row}\n", row % 5000, row % 20_011, row % 2));
+    let log = format!("user,item,label,time\n{}", rows.collect::<String>());
+    std::fs::write(dir.path().join("log.csv"), log).unwrap();
+    let import = "import --format csv --user-column user --item-column item --label-column label \
+                  --time-column time --k-core 0 --candidates 1 --input log.csv --output log.dfar";
+    let one = "env RAYON_NUM_THREADS=1";
+    for (program, args) in [
+        (env!("CARGO_BIN_EXE_dfar-data"), import),
+        (env!("CARGO_BIN_EXE_dfar-train"), "--data x.dfar --out limited --epochs 1 --threads 1"),
+    ] {
+        // With less, the loader fails before the program begins.
+        let starts = |kilobytes: &usize| {
+            let script = format!("ulimit -v {kilobytes}; exec {program} --version");
+            Command::new("sh").args(["-c", &script]).output().unwrap().status.success()
+        };
+        let least = (4_000..).step_by(1_000).find(starts).unwrap();
+        let (mut refused, mut done) = (0, false);
+        for kilobytes in (least..400_000).step_by(1_000) {
+            let _ = std::fs::remove_dir_all(dir.path().join("limited"));
+            let output = limited(&format!("{one} {program}"), kilobytes, args);
+            let message = stderr(&output);
+            match code(&output) {
+                0 => done = true,
+                1 => assert!(message.contains("memory") || message.contains("threads"), "{message}"),
+                other => panic!("exit code {other} with {kilobytes} KiB: {message}"),
+            }
+            refused += usize::from(message.contains("out of memory"));
+            if done {
+                break;
+            }
+        }
+        assert!(refused > 0 && done, "{args}: refused {refused} times, done: {done}");
+    }
 }
 
 #[test]

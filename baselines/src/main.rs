@@ -1,5 +1,7 @@
 //! `dfar-compare`: trains the systems of Table 2 on a data set, under one protocol.
 
+#[path = "../../src/bin/shared/allocator.rs"]
+mod allocator;
 #[path = "../../src/bin/shared/cli.rs"]
 mod cli;
 mod compare;

@@ -11,4 +11,6 @@
 pub mod attention;
 pub mod device;
 #[doc(hidden)]
+pub mod memory;
+#[doc(hidden)]
 pub mod simd;

@@ -3,6 +3,7 @@
 //! The sort is stable: records with equal keys keep the order in which they were pushed.
 
 use super::DataError;
+use crate::memory::fallible;
 use bytemuck::Pod;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -155,7 +156,7 @@ impl<R: Record> ExternalSorter<R> {
     pub(super) fn push(&mut self, record: R) -> Result<(), DataError> {
         if self.buffer.len() == self.capacity {
             self.spill()?;
-        } else if self.buffer.try_reserve(1).is_err() && self.buffer.len() > 1 {
+        } else if fallible(|| self.buffer.try_reserve(1)).is_err() && self.buffer.len() > 1 {
             // The operating system refused a larger buffer: sorts on disk with this one.
             self.capacity = self.buffer.len();
             self.spill()?;

@@ -1,6 +1,7 @@
 //! Original ids: each distinct id is stored once and numbered in order of first appearance.
 
 use super::DataError;
+use crate::memory::fallible;
 use std::hash::{BuildHasher, RandomState};
 
 /// Marks a free slot; hence ids go up to `u32::MAX - 1`.
@@ -51,8 +52,8 @@ impl Names {
         }
         let (what, bytes) = (self.what, self.text.len() + name.len());
         let refused = |_| DataError::Memory { what, bytes };
-        self.text.try_reserve(name.len()).map_err(refused)?;
-        self.ends.try_reserve(1).map_err(refused)?;
+        fallible(|| self.text.try_reserve(name.len())).map_err(refused)?;
+        fallible(|| self.ends.try_reserve(1)).map_err(refused)?;
         self.slots[slot] = id;
         self.text.push_str(name);
         self.ends.push(self.text.len() as u64);
@@ -83,8 +84,7 @@ impl Names {
     fn grow(&mut self) -> Result<(), DataError> {
         let count = (4 * (self.len() + 1)).next_power_of_two().max(64);
         self.slots = Vec::new();
-        self.slots
-            .try_reserve_exact(count)
+        fallible(|| self.slots.try_reserve_exact(count))
             .map_err(|_| DataError::Memory { what: self.what, bytes: 4 * count })?;
         self.slots.resize(count, FREE);
         for id in 0..self.len() as u32 {

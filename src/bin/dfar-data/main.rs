@@ -1,5 +1,7 @@
 //! `dfar-data`: makes, describes and exports data set files.
 
+#[path = "../shared/allocator.rs"]
+mod allocator;
 #[path = "../shared/cli.rs"]
 mod cli;
 #[path = "../shared/manual.rs"]

@@ -1,5 +1,7 @@
 //! `dfar-train`: train, evaluate and score.
 
+#[path = "../shared/allocator.rs"]
+mod allocator;
 #[path = "../shared/cli.rs"]
 mod cli;
 mod device;

@@ -2,6 +2,7 @@
 //! much before it unpacks (arrow 60). A damaged file could thereby abort the program, so these
 //! lengths are checked first. The decoder itself reports all other damage.
 
+use crate::memory::fallible;
 use arrow_ipc::{CompressionType, Message, root_as_footer, root_as_message};
 use std::io::{self, Read, Seek, SeekFrom};
 
@@ -101,7 +102,8 @@ fn check_message(file: &mut (impl Read + Seek), body: u64, message: Message) -> 
 /// Whether the system gives this many bytes.
 fn fits_memory(bytes: i64) -> bool {
     let mut memory = Vec::<u8>::new();
-    let given = memory.try_reserve_exact(usize::try_from(bytes).unwrap_or(0)).is_ok();
+    let bytes = usize::try_from(bytes).unwrap_or(0);
+    let given = fallible(|| memory.try_reserve_exact(bytes)).is_ok();
     // Memory that nothing uses would not be allocated at all.
     std::hint::black_box(memory.as_ptr());
     given

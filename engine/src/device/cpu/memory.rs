@@ -2,6 +2,7 @@
 
 use super::{Cpu, Done};
 use crate::device::{Buffer, DeviceError, Element, Memory};
+use crate::memory::fallible;
 use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex};
@@ -38,7 +39,7 @@ impl Pool {
             Some(lines) => lines,
             None => {
                 let mut lines = Vec::new();
-                lines.try_reserve_exact(count).map_err(|_| DeviceError::Memory { bytes })?;
+                fallible(|| lines.try_reserve_exact(count)).map_err(|_| DeviceError::Memory { bytes })?;
                 lines.resize(count, bytemuck::Zeroable::zeroed());
                 lines
             }
@@ -97,7 +98,7 @@ impl Memory for Cpu {
     fn check_room(&self, parameters: usize, copies: usize) -> Done {
         let bytes = parameters.saturating_mul((copies + 1) * size_of::<f32>());
         let mut memory = Vec::<u8>::new();
-        let room = memory.try_reserve_exact(bytes).map_err(|_| DeviceError::Memory { bytes });
+        let room = fallible(|| memory.try_reserve_exact(bytes)).map_err(|_| DeviceError::Memory { bytes });
         // Memory that nothing uses would not be allocated at all.
         std::hint::black_box(memory.as_ptr());
         room

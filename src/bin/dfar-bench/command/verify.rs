@@ -1,0 +1,72 @@
+//! `dfar-bench verify`: the error of each tensor of the reference cases.
+
+use super::{Device, Precision, check_precision, open_gpu};
+use crate::verify::{self, CpuEngine, Engine, GpuEngine, Summary, VerifyError};
+use crate::{cli, say};
+use dfar::{Error, Result};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+#[derive(clap::Args)]
+pub struct Verify {
+    /// Folder of case files (*.safetensors)
+    folder: PathBuf,
+    /// Device to run on
+    #[arg(long, value_enum, default_value_t = Device::Cpu)]
+    device: Device,
+    /// Element type of the attention tensors
+    #[arg(long, value_enum, default_value_t = Precision::F32)]
+    precision: Precision,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// A failure of `verify`.
+pub enum Failure {
+    /// A case could not be read or computed.
+    Case(VerifyError),
+    Other(Error),
+}
+
+impl From<VerifyError> for Failure {
+    fn from(error: VerifyError) -> Self {
+        Self::Case(error)
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self::Other(error)
+    }
+}
+
+/// Verifies all cases; returns whether all passed.
+pub fn run(arguments: &Verify) -> Result<bool, Failure> {
+    check_precision(arguments.device, arguments.precision);
+    match arguments.device {
+        Device::Cpu => run_on(arguments, &CpuEngine),
+        Device::Cuda => {
+            let element = arguments.precision.element();
+            run_on(arguments, &GpuEngine { gpu: Arc::new(open_gpu(arguments.precision)?), element })
+        }
+    }
+}
+
+fn run_on<E: Engine>(arguments: &Verify, engine: &E) -> Result<bool, Failure> {
+    let mut reports = Vec::new();
+    for path in verify::cases(&arguments.folder)? {
+        let report = verify::verify(&path, engine)?;
+        if !arguments.json {
+            cli::print(&report.to_string())?;
+        }
+        reports.push(report);
+    }
+    let summary = Summary::new(reports);
+    if arguments.json {
+        say!("{}", serde_json::to_string_pretty(&summary).expect("numbers and strings are valid JSON"));
+    } else {
+        cli::print(&summary.to_string())?;
+    }
+    Ok(summary.failed == 0)
+}

@@ -2,9 +2,10 @@
 # The first hour on a GPU: checks, then measurements, the most telling first.
 #   benches/first_day.sh OUT            about 25 minutes; a step that is complete is not run again
 #   DFAR_FIRST_DAY=small benches/first_day.sh OUT    tiny sizes, for the test driver
-# OUT gets environment.txt, one NAME.txt (and .json) for each step, and steps.tsv: name, exit status,
-# seconds. A step that fails or takes too long is filed, and the next one runs. Exits with 1 if a step
-# failed. DFAR_BUILT=1: the programs are built already. SKIPPED steps say why in steps.tsv.
+# OUT gets environment.txt, one NAME.txt (and .json) for each step, and steps.tsv: name, exit
+# status, seconds. A step that fails or takes too long is filed, and the next one runs. Exits with 1
+# if a step failed. DFAR_BUILT=1: the programs are built already. SKIPPED steps say why in
+# steps.tsv.
 set -uo pipefail
 root=$(realpath "$(dirname "$0")/..")
 out=$(realpath -m "${1:?usage: benches/first_day.sh OUT}")

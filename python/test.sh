@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds the wheel, installs it in a virtual environment of its own, and runs the tests of the package.
+# Builds the wheel, installs it in a virtual environment of its own, and runs the tests of the
+# package.
 #   python/test.sh FOLDER      the environment and the wheel go to FOLDER, and are used again there
 #
 # DFAR_FUZZ=10000    calls of the fuzz test (default 300)
@@ -40,7 +41,8 @@ say "wheel, $profile profile"
 rm -f "$folder"/wheels/*.whl
 "$folder/venv/bin/maturin" build --quiet --locked --profile "$profile" --interpreter "$python" \
     --out "$folder/wheels"
-# With the same features as the wheel, so that they share its dependencies. The tests compare with them.
+# With the same features as the wheel, so that they share its dependencies. The tests compare with
+# them.
 cargo build --quiet --locked --profile "$profile" -p dfar -p dfar-python --bin dfar-train --bin dfar-data
 wheel=$(ls "$folder"/wheels/*.whl)
 size=$(stat -c %s "$wheel")

@@ -89,8 +89,8 @@ pub fn score_part<D: Device>(
     score_histories(data, part, model.config().max_length, options, make, score, progress)
 }
 
-/// [`score_part`] for any model: `make` prepares the histories of a batch on another thread, `score`
-/// returns the score of each candidate, in order.
+/// [`score_part`] for any model: `make` prepares the histories of a batch on another thread,
+/// `score` returns the score of each candidate, in order.
 #[doc(hidden)]
 pub fn score_histories<B: Send>(
     data: &Dataset,

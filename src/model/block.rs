@@ -13,8 +13,8 @@ use crate::device::{
     QkvGradients, SoftmaxState,
 };
 
-/// An attention that no device has, from queries, keys and values to heads. `layer` counts the blocks
-/// of the stack from 0.
+/// An attention that no device has, from queries, keys and values to heads. `layer` counts the
+/// blocks of the stack from 0.
 pub trait Heads<D: Device> {
     fn forward(
         &self,

@@ -1,5 +1,5 @@
-//! The modules of `dfar-bench` as a library: tests, benches and `dfar-compare` judge and measure with
-//! the command's own code.
+//! The modules of `dfar-bench` as a library: tests, benches and `dfar-compare` judge and measure
+//! with the command's own code.
 
 #[path = "../../src/bin/dfar-bench/attention/mod.rs"]
 pub mod attention;

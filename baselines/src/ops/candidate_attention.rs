@@ -1,26 +1,27 @@
-//! Attention, not causal, within the sequences `[candidate; tokens of a prefix]`, for all candidates
-//! of a prefix at once.
+//! Attention, not causal, within the sequences `[candidate; tokens of a prefix]`, for all
+//! candidates of a prefix at once.
 //!
-//! The candidates of a prefix stand beside the same tokens. With `p`, `lse` and `h` the weights, the
-//! log-sum-exp and the result of attention among the tokens alone, a candidate `c` adds one key to
-//! each query `i`, and one query:
+//! The candidates of a prefix stand beside the same tokens. With `p`, `lse` and `h` the weights,
+//! the log-sum-exp and the result of attention among the tokens alone, a candidate `c` adds one key
+//! to each query `i`, and one query:
 //!
 //! ```text
 //! w_i = sigmoid(q_i . k_c - lse_i)                       o_i = h_i + w_i (v_c - h_i)
 //! a   = softmax over (c, tokens j) of q_c . k            o_c = a_c v_c + sum_j a_j v_j
 //! ```
 //!
-//! Logits are scaled by `1 / sqrt(head_dim)`. Backward, from `do`, first for each candidate, with sums
-//! over the candidates of the prefix in `dh` and `dlse`:
+//! Logits are scaled by `1 / sqrt(head_dim)`. Backward, from `do`, first for each candidate, with
+//! sums over the candidates of the prefix in `dh` and `dlse`:
 //!
 //! ```text
 //! dl  = w_i (1 - w_i) do_i . (v_c - h_i)                 dq_i += dl k_c     dk_c += dl q_i
 //! dh_i += (1 - w_i) do_i     dlse_i -= dl                dv_c += w_i do_i
 //! ```
 //!
-//! then once for the prefix: `dl_ij = p_ij (dh_i . v_j - dh_i . h_i + dlse_i)`, and `dv_j += p_ij dh_i`.
-//! The query of the candidate is that of plain attention. So the cost of a (prefix, candidate) is
-//! linear in its length, and queries, keys and values are made once for each event and candidate.
+//! then once for the prefix: `dl_ij = p_ij (dh_i . v_j - dh_i . h_i + dlse_i)`, and
+//! `dv_j += p_ij dh_i`. The query of the candidate is that of plain attention. So the cost of a
+//! (prefix, candidate) is linear in its length, and queries, keys and values are made once for each
+//! event and candidate.
 //!
 //! A prefix is a task. Nothing but the inputs is kept for the backward pass.
 

@@ -5,10 +5,10 @@
 //! n = LN(g);  y = LN(ReLU(n W1 + b1) W2 + b2 + n)
 //! ```
 //!
-//! In the first block the input of a token does not depend on its sequence. Its first layer norm and
-//! its query, key and value are therefore made once for each event and candidate, and
-//! [`candidate_attention`](super::candidate_attention) shares most of the attention. From `h` on, every
-//! sequence has its own tokens; so have the blocks behind the first.
+//! In the first block the input of a token does not depend on its sequence. Its first layer norm
+//! and its query, key and value are therefore made once for each event and candidate, and
+//! [`candidate_attention`](super::candidate_attention) shares most of the attention. From `h`
+//! on, every sequence has its own tokens; so have the blocks behind the first.
 
 use super::candidate_attention::{CandidateAttention, CandidateSequences};
 use super::stack::{Stack, StackState};
@@ -49,8 +49,8 @@ impl CandidateStack {
         Self { first, rest, heads: settings.heads, head_dim: settings.width / settings.heads }
     }
 
-    /// Encodes the sequences of `x: [events and candidates, D]`: `[T, D]`. `cu_seqlens: [R + 1]` are
-    /// the tokens of each sequence.
+    /// Encodes the sequences of `x: [events and candidates, D]`: `[T, D]`. `cu_seqlens: [R + 1]`
+    /// are the tokens of each sequence.
     ///
     /// # Errors
     /// Failures of the device.

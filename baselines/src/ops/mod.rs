@@ -1,5 +1,5 @@
-//! Operations that only the compared systems need. Work is cut into chunks that do not depend on the
-//! number of threads, so results are bitwise equal for any number of threads.
+//! Operations that only the compared systems need. Work is cut into chunks that do not depend on
+//! the number of threads, so results are bitwise equal for any number of threads.
 
 pub mod attentive;
 pub mod candidate_attention;

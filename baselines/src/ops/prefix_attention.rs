@@ -50,7 +50,8 @@ impl PrefixAttention<'_> {
         jobs.into_par_iter().for_each(|(weights, task)| dispatch(Forward(&padded, task, weights)));
     }
 
-    /// Gradients of keys `[N, D]` and queries `[S, D]`, both overwritten, from those of the weights.
+    /// Gradients of keys `[N, D]` and queries `[S, D]`, both overwritten, from those of the
+    /// weights.
     ///
     /// # Panics
     /// If a length contradicts the width or the sequences.

@@ -7,9 +7,9 @@
 //! parts = [e, v_0, .., v_3, o_1, o_2, o_3]
 //! ```
 //!
-//! Both convolutions are causal: one pass serves all prefixes of a history, for which the maximum is
-//! a running one. The candidate enters in the tower alone. [`convolution`](crate::ops::convolution)
-//! has the operations.
+//! Both convolutions are causal: one pass serves all prefixes of a history, for which the maximum
+//! is a running one. The candidate enters in the tower alone.
+//! [`convolution`](crate::ops::convolution) has the operations.
 
 use crate::ops::convolution::{
     Prefixes, Vertical, running_max, running_max_backward, windows, windows_backward,

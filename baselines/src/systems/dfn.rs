@@ -8,9 +8,10 @@
 //! parts  = [e, f_pos, f_neg, f_skip]
 //! ```
 //!
-//! The candidate inside the blocks leaves little to share: each (prefix, candidate) has an encoding of
-//! its own, whose time and memory are linear in the length of the prefix.
-//! [`candidate_stack`](crate::ops::candidate_stack) says what the candidates of a prefix have in common.
+//! The candidate inside the blocks leaves little to share: each (prefix, candidate) has an encoding
+//! of its own, whose time and memory are linear in the length of the prefix.
+//! [`candidate_stack`](crate::ops::candidate_stack) says what the candidates of a prefix have in
+//! common.
 
 use crate::ops::candidate_attention::CandidateSequences;
 use crate::ops::candidate_stack::{CandidateStack, CandidateState};

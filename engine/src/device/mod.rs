@@ -93,7 +93,8 @@ pub enum DeviceError {
         /// Bytes requested.
         bytes: usize,
     },
-    /// A failure of a device that another crate implements: of CUDA, `dfar::device::cuda::CudaError`.
+    /// A failure of a device that another crate implements: of CUDA,
+    /// `dfar::device::cuda::CudaError`.
     #[error(transparent)]
     Backend(Box<dyn std::error::Error + Send + Sync>),
 }

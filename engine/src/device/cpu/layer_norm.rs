@@ -1,8 +1,8 @@
 //! Layer norm over rows.
 //!
-//! A sum over a row is sixteen interleaved partial sums, added in order. This addition is a chain of
-//! dependent steps, longer than all other work on a short row. [`TOGETHER`] rows therefore advance
-//! together, one step of each chain after the other.
+//! A sum over a row is sixteen interleaved partial sums, added in order. This addition is a chain
+//! of dependent steps, longer than all other work on a short row. [`TOGETHER`] rows therefore
+//! advance together, one step of each chain after the other.
 
 use super::elementwise::pad_rows;
 use super::scratch::{LINE, carve, carved_len, padded, with_scratch};
@@ -16,8 +16,8 @@ use rayon::prelude::*;
 const EPS: f32 = 1e-8;
 /// Rows per task. It fixes the order of summation, so it must not depend on the number of threads.
 const ROWS: usize = 128;
-/// Rows whose sums advance together: eight chains of additions, each four cycles long, keep both adders
-/// busy.
+/// Rows whose sums advance together: eight chains of additions, each four cycles long, keep both
+/// adders busy.
 const TOGETHER: usize = 8;
 
 impl Norm for Cpu {
@@ -58,8 +58,8 @@ impl Norm for Cpu {
     }
 }
 
-// The working memory is taken outside of `dispatch`: a closure in a kernel may not be inlined, and is
-// then compiled without the kernel's instructions.
+// The working memory is taken outside of `dispatch`: a closure in a kernel may not be inlined, and
+// is then compiled without the kernel's instructions.
 
 fn forward(norm: LayerNorm<&[f32]>, x: &[f32], y: &mut [f32]) {
     let LayerNorm { width, gamma, beta } = norm;
@@ -339,8 +339,8 @@ mod tests {
     use super::*;
     use rand::{RngExt, SeedableRng};
 
-    /// The definition, one row at a time, in the same order of additions: results must have the same
-    /// bits, whatever the instruction set and the number of rows together.
+    /// The definition, one row at a time, in the same order of additions: results must have the
+    /// same bits, whatever the instruction set and the number of rows together.
     struct OneRow {
         normal: Vec<f32>,
         inverse: f32,

@@ -66,8 +66,8 @@ pub fn time<R: Runtime>(
     gpu.runtime().seconds_between(&start, &end)
 }
 
-/// Seconds between two events of a measurement, at least. Less would time the launch, and the clock of
-/// the events, which ticks every half a microsecond.
+/// Seconds between two events of a measurement, at least. Less would time the launch, and the clock
+/// of the events, which ticks every half a microsecond.
 const LEAST_SECONDS: f64 = 2e-3;
 /// Most runs of a measurement.
 const MOST_RUNS: f64 = 1000.0;
@@ -77,8 +77,8 @@ fn runs(once: f64) -> u64 {
     (LEAST_SECONDS / once.max(1e-9)).ceil().clamp(1.0, MOST_RUNS) as u64
 }
 
-/// Median seconds of `run` over `repeats` measurements, after a warm-up run. A measurement has enough
-/// runs to take two milliseconds.
+/// Median seconds of `run` over `repeats` measurements, after a warm-up run. A measurement has
+/// enough runs to take two milliseconds.
 pub fn median<R: Runtime>(
     gpu: &Gpu<R>,
     repeats: usize,

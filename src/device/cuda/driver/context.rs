@@ -128,8 +128,8 @@ impl Cuda {
             cache_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize,
         };
         launch::keep_freed_memory(&context).map_err(failed("setting up the memory pool"))?;
-        // With event tracking, cudarc would synchronise the context when it makes the first stream, and
-        // so invalidate a capture of another `Cuda` in this process.
+        // With event tracking, cudarc would synchronise the context when it makes the first stream,
+        // and so invalidate a capture of another `Cuda` in this process.
         // SAFETY: no `CudaSlice` is made; this module orders all uses of memory itself.
         unsafe { context.disable_event_tracking() };
         // The default stream cannot be captured.

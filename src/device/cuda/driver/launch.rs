@@ -12,8 +12,8 @@ use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-/// Whether libcuda can be loaded, and is not the toolkit's library for linking. cudarc panics without
-/// it.
+/// Whether libcuda can be loaded, and is not the toolkit's library for linking. cudarc panics
+/// without it.
 pub(crate) fn driver_is_present() -> bool {
     // SAFETY: loads libcuda, whose initialisers do nothing before cuInit.
     let present = unsafe { sys::is_culib_present() };

@@ -66,8 +66,8 @@ fn pip_folders(prefix: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-/// Whether the process has opened only the `stubs/libcuda.so` that a toolkit has for linking: all its
-/// functions fail. Linux names the files that a process has mapped.
+/// Whether the process has opened only the `stubs/libcuda.so` that a toolkit has for linking: all
+/// its functions fail. Linux names the files that a process has mapped.
 pub(crate) fn driver_is_a_stub() -> bool {
     only_stubs(&std::fs::read_to_string("/proc/self/maps").unwrap_or_default())
 }

@@ -277,9 +277,9 @@ impl<R: Runtime> Call<'_, R> {
 }
 
 /// Number of blocks of a perceptron pass over `items`: as many as are resident on the device at
-/// once; each takes items in turn. More would wait for a second wave. The number of blocks determines
-/// the order of summation of the weight gradients, so it depends on the batch, the device and the
-/// compiled kernel only.
+/// once; each takes items in turn. More would wait for a second wave. The number of blocks
+/// determines the order of summation of the weight gradients, so it depends on the batch, the
+/// device and the compiled kernel only.
 fn resident<R: Runtime>(
     gpu: &Gpu<R>,
     kernel: Kernel,

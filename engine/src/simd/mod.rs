@@ -19,6 +19,9 @@ pub(crate) use portable::Portable;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use x86::{Avx2, Avx512};
 
+/// The largest [`Simd::LANES`].
+pub const MAX_LANES: usize = 16;
+
 /// Vectors of [`Simd::LANES`] f32 values.
 pub trait Simd: Copy + Send + Sync + 'static {
     /// Number of f32 values in a vector.
@@ -42,6 +45,19 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `out` must be valid for writing `LANES` values.
     unsafe fn store_ptr(self, v: Self::V, out: *mut f32);
+    /// The `n` values at `x`, at most `LANES`, and 0 in the other lanes.
+    ///
+    /// # Safety
+    /// `x` must be valid for reading `n` values, and `n` at most `LANES`.
+    unsafe fn load_first_ptr(self, n: usize, x: *const f32) -> Self::V;
+    /// Writes the first `n` lanes of `v` to `out`.
+    ///
+    /// # Safety
+    /// `out` must be valid for writing `n` values, and `n` at most `LANES`.
+    unsafe fn store_first_ptr(self, n: usize, v: Self::V, out: *mut f32);
+    /// Transposes the square of the first `LANES` vectors: exchanges lane `r` of vector `x` and lane
+    /// `x` of vector `r`.
+    fn transpose(self, square: &mut [Self::V; MAX_LANES]);
     /// `a + b`
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a - b`
@@ -59,14 +75,16 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn mul_add_one(self, a: f32, b: f32, c: f32) -> f32;
     /// Lane-wise maximum. Keeps a NaN in `b`.
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
-    /// `value` where `condition > 0`, else 0: the derivative mask of ReLU.
-    fn where_positive(self, condition: Self::V, value: Self::V) -> Self::V;
+    /// `a` where `condition > 0`, else `b`, also where `condition` is NaN.
+    fn select_positive(self, condition: Self::V, a: Self::V, b: Self::V) -> Self::V;
     /// Lanes `0..n` of `a` and the other lanes of `otherwise`. `n` may exceed [`Simd::LANES`].
     fn first(self, n: usize, a: Self::V, otherwise: Self::V) -> Self::V;
     /// Nearest integer.
     fn round(self, a: Self::V) -> Self::V;
     /// `a * 2^n` for whole `n`; underflows to 0, overflows to infinity.
     fn scale_by_power(self, a: Self::V, n: Self::V) -> Self::V;
+    /// The exponent of a positive normal number: the largest whole `n` with `2^n <= a`.
+    fn exponent(self, a: Self::V) -> Self::V;
     /// Sum of the lanes.
     fn sum(self, a: Self::V) -> f32;
     /// Largest lane.
@@ -94,6 +112,12 @@ pub trait Simd: Copy + Send + Sync + 'static {
         unsafe { self.store_ptr(v, out.as_mut_ptr()) }
     }
 
+    /// `value` where `condition > 0`, else 0: the derivative mask of ReLU.
+    #[inline(always)]
+    fn where_positive(self, condition: Self::V, value: Self::V) -> Self::V {
+        self.select_positive(condition, value, self.zero())
+    }
+
     /// `2^x` to about 1 ulp; 0 for `x = -inf`, infinity for finite `x >= 128`, NaN for NaN and
     /// infinity.
     ///
@@ -113,6 +137,37 @@ pub trait Simd: Copy + Send + Sync + 'static {
         p = self.mul_add(p, f, self.splat(1.0));
         self.scale_by_power(p, n)
     }
+
+    /// The natural logarithm of a positive normal number to about 1 ulp, or to 1e-7 near 1; -inf for
+    /// 0, NaN for NaN.
+    ///
+    /// Degree 8 polynomial (Cephes `logf`) on [sqrt(1/2), sqrt(2)], after dividing by a power of two.
+    #[inline(always)]
+    fn ln(self, x: Self::V) -> Self::V {
+        let n = self.exponent(self.mul(x, self.splat(std::f32::consts::SQRT_2)));
+        let f = self.sub(self.scale_by_power(x, self.sub(self.zero(), n)), self.splat(1.0));
+        let square = self.mul(f, f);
+        let mut p = self.splat(7.037_683_6e-2);
+        for coefficient in [
+            -1.151_461e-1,
+            1.167_699_9e-1,
+            -1.242_014_1e-1,
+            1.424_932_3e-1,
+            -1.666_805_7e-1,
+            2.000_071_5e-1,
+            -2.499_999_4e-1,
+            3.333_333e-1,
+        ] {
+            p = self.mul_add(p, f, self.splat(coefficient));
+        }
+        // ln 2 in two parts, of which the first times n is exact.
+        let mut small = self.mul(self.mul(p, f), square);
+        small = self.mul_add(n, self.splat(-2.121_944_4e-4), small);
+        small = self.mul_add(square, self.splat(-0.5), small);
+        let y = self.mul_add(n, self.splat(0.693_359_4), self.add(small, f));
+        // Other x are 0 or NaN.
+        self.select_positive(x, y, self.sub(x, self.splat(f32::INFINITY)))
+    }
 }
 
 /// An algorithm, generic over the instruction set.
@@ -128,15 +183,7 @@ pub trait Kernel {
 /// ignored.
 #[inline]
 pub fn dispatch<K: Kernel>(kernel: K) -> K::Output {
-    match best() {
-        #[cfg(target_arch = "x86_64")]
-        Set::Avx512(simd) => simd.vectorize(kernel),
-        #[cfg(target_arch = "x86_64")]
-        Set::Avx2(simd) => simd.vectorize(kernel),
-        #[cfg(target_arch = "aarch64")]
-        Set::Neon(simd) => kernel.run(simd),
-        Set::Portable(simd) => kernel.run(simd),
-    }
+    best().run(kernel)
 }
 
 /// Name of the instruction set of [`dispatch`].
@@ -152,8 +199,9 @@ pub fn name() -> &'static str {
     dispatch(Name)
 }
 
+/// An instruction set of the processor.
 #[derive(Clone, Copy)]
-enum Set {
+pub(crate) enum Set {
     #[cfg(target_arch = "x86_64")]
     Avx512(Avx512),
     #[cfg(target_arch = "x86_64")]
@@ -161,6 +209,21 @@ enum Set {
     #[cfg(target_arch = "aarch64")]
     Neon(Neon),
     Portable(Portable),
+}
+
+impl Set {
+    #[inline]
+    pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(simd) => simd.vectorize(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(simd) => simd.vectorize(kernel),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon(simd) => kernel.run(simd),
+            Self::Portable(simd) => kernel.run(simd),
+        }
+    }
 }
 
 fn best() -> Set {
@@ -174,7 +237,7 @@ fn best() -> Set {
 }
 
 /// The instruction sets of the processor, widest first.
-fn available() -> Vec<(&'static str, Set)> {
+pub(crate) fn available() -> Vec<(&'static str, Set)> {
     let mut sets = Vec::new();
     #[cfg(target_arch = "x86_64")]
     {
@@ -228,6 +291,52 @@ mod tests {
                     assert_eq!(out[i], if i < n { a[i] } else { b[i] }, "{} first {n}, lane {i}", S::NAME);
                 }
             }
+            check(s.select_positive(va, va, vb), &|a, b| if a > 0.0 { a } else { b });
+            check(s.select_positive(s.splat(f32::NAN), va, vb), &|_, b| b);
+            for n in 0..=S::LANES {
+                let mut out = vec![7.0; S::LANES + 1];
+                // SAFETY: both slices hold at least n values.
+                unsafe {
+                    check(s.load_first_ptr(n, a[S::LANES - n..].as_ptr()), &|x, _| {
+                        let i = a.iter().position(|&a| a == x).expect("the values differ");
+                        if i < n { a[S::LANES - n + i] } else { 0.0 }
+                    });
+                    s.store_first_ptr(n, va, out.as_mut_ptr());
+                }
+                assert_eq!(out[..n], a[..n], "{} store {n}", S::NAME);
+                assert!(out[n..].iter().all(|&x| x == 7.0), "{} store {n}", S::NAME);
+            }
+            let square: Vec<f32> = (0..S::LANES * S::LANES).map(|i| i as f32).collect();
+            let mut vectors = [s.zero(); MAX_LANES];
+            for r in 0..S::LANES {
+                vectors[r] = s.load(&square[r * S::LANES..]);
+            }
+            s.transpose(&mut vectors);
+            for x in 0..S::LANES {
+                let mut out = vec![0.0; S::LANES];
+                s.store(vectors[x], &mut out);
+                let want: Vec<f32> = (0..S::LANES).map(|r| square[r * S::LANES + x]).collect();
+                assert_eq!(out, want, "{} line {x}", S::NAME);
+            }
+            for (x, n) in
+                [(1.0f32, 0.0), (1.99, 0.0), (2.0, 1.0), (0.4, -2.0), (1e-37, -123.0), (3e38, 127.0)]
+            {
+                check(s.exponent(s.splat(x)), &|_, _| n);
+            }
+            for x in [1e-37f32, 1e-20, 0.3, 0.70, 0.71, 0.999, 1.0, 1.001, 1.41, 1.42, 2.0, 9.7, 6e9, 1e37] {
+                let mut out = vec![0.0; S::LANES];
+                s.store(s.ln(s.splat(x)), &mut out);
+                let want = f64::from(x).ln();
+                let error = (f64::from(out[0]) - want).abs();
+                assert!(error <= 1.2e-7 * want.abs().max(0.5), "{}: ln({x}) = {}", S::NAME, out[0]);
+            }
+            let logarithm = |x: f32| {
+                let mut out = vec![0.0; S::LANES];
+                s.store(s.ln(s.splat(x)), &mut out);
+                out[0]
+            };
+            assert_eq!(logarithm(0.0), f32::NEG_INFINITY, "{}", S::NAME);
+            assert!(logarithm(f32::NAN).is_nan(), "{}", S::NAME);
             assert_eq!(s.sum(va), a.iter().sum::<f32>());
             assert_eq!(s.max_lane(vb), 2.5);
             for x in
@@ -253,15 +362,7 @@ mod tests {
     fn every_instruction_set_agrees_with_scalar_arithmetic() {
         for (name, set) in available() {
             println!("checking {name}");
-            match set {
-                #[cfg(target_arch = "x86_64")]
-                Set::Avx512(s) => s.vectorize(Check),
-                #[cfg(target_arch = "x86_64")]
-                Set::Avx2(s) => s.vectorize(Check),
-                #[cfg(target_arch = "aarch64")]
-                Set::Neon(s) => Check.run(s),
-                Set::Portable(s) => Check.run(s),
-            }
+            set.run(Check);
         }
     }
 }

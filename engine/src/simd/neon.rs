@@ -1,6 +1,6 @@
 //! NEON, part of every aarch64 processor.
 
-use super::Simd;
+use super::{MAX_LANES, Simd};
 use std::arch::aarch64::*;
 
 /// Proof that the processor has NEON.
@@ -63,17 +63,47 @@ impl Simd for Neon {
         unsafe { vst1q_f32(out, v) }
     }
     #[inline(always)]
+    unsafe fn load_first_ptr(self, n: usize, x: *const f32) -> float32x4_t {
+        let mut values = [0.0; 4];
+        // SAFETY: the caller guarantees n readable values, at most 4.
+        unsafe {
+            std::ptr::copy_nonoverlapping(x, values.as_mut_ptr(), n);
+            vld1q_f32(values.as_ptr())
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_first_ptr(self, n: usize, v: float32x4_t, out: *mut f32) {
+        let mut values = [0.0; 4];
+        // SAFETY: the caller guarantees n writable values, at most 4.
+        unsafe {
+            vst1q_f32(values.as_mut_ptr(), v);
+            std::ptr::copy_nonoverlapping(values.as_ptr(), out, n);
+        }
+    }
+    #[inline(always)]
+    fn transpose(self, square: &mut [float32x4_t; MAX_LANES]) {
+        let [a, b, c, d, ..] = *square;
+        // SAFETY: NEON is part of aarch64.
+        unsafe {
+            let ab_even = vreinterpretq_f64_f32(vtrn1q_f32(a, b));
+            let ab_odd = vreinterpretq_f64_f32(vtrn2q_f32(a, b));
+            let cd_even = vreinterpretq_f64_f32(vtrn1q_f32(c, d));
+            let cd_odd = vreinterpretq_f64_f32(vtrn2q_f32(c, d));
+            square[0] = vreinterpretq_f32_f64(vtrn1q_f64(ab_even, cd_even));
+            square[1] = vreinterpretq_f32_f64(vtrn1q_f64(ab_odd, cd_odd));
+            square[2] = vreinterpretq_f32_f64(vtrn2q_f64(ab_even, cd_even));
+            square[3] = vreinterpretq_f32_f64(vtrn2q_f64(ab_odd, cd_odd));
+        }
+    }
+    #[inline(always)]
     fn mul_add(self, a: float32x4_t, b: float32x4_t, c: float32x4_t) -> float32x4_t {
         // SAFETY: NEON is part of aarch64.
         unsafe { vfmaq_f32(c, a, b) }
     }
     #[inline(always)]
-    fn where_positive(self, condition: float32x4_t, value: float32x4_t) -> float32x4_t {
+    fn select_positive(self, condition: float32x4_t, a: float32x4_t, b: float32x4_t) -> float32x4_t {
         // SAFETY: NEON is part of aarch64.
-        unsafe {
-            let mask = vcgtzq_f32(condition);
-            vreinterpretq_f32_u32(vandq_u32(mask, vreinterpretq_u32_f32(value)))
-        }
+        unsafe { vbslq_f32(vcgtzq_f32(condition), a, b) }
     }
     #[inline(always)]
     fn first(self, n: usize, a: float32x4_t, otherwise: float32x4_t) -> float32x4_t {
@@ -93,6 +123,14 @@ impl Simd for Neon {
             let half = vshrq_n_s32::<1>(n);
             let power = |n| vreinterpretq_f32_s32(vshlq_n_s32::<23>(vaddq_s32(n, vdupq_n_s32(127))));
             vmulq_f32(vmulq_f32(a, power(half)), power(vsubq_s32(n, half)))
+        }
+    }
+    #[inline(always)]
+    fn exponent(self, a: float32x4_t) -> float32x4_t {
+        // SAFETY: NEON is part of aarch64.
+        unsafe {
+            let exponent = vshrq_n_s32::<23>(vreinterpretq_s32_f32(a));
+            vcvtq_f32_s32(vsubq_s32(exponent, vdupq_n_s32(127)))
         }
     }
     #[inline(always)]

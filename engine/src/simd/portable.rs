@@ -1,6 +1,6 @@
 //! Plain Rust for all other processors; the compiler may vectorise it.
 
-use super::Simd;
+use super::{MAX_LANES, Simd};
 
 /// Eight lanes in an array.
 #[derive(Clone, Copy, Debug)]
@@ -32,6 +32,25 @@ impl Simd for Portable {
     unsafe fn store_ptr(self, v: Self::V, out: *mut f32) {
         // SAFETY: the caller guarantees LANES writable values; an array of f32 has f32's alignment.
         unsafe { *out.cast() = v }
+    }
+    #[inline(always)]
+    unsafe fn load_first_ptr(self, n: usize, x: *const f32) -> Self::V {
+        // SAFETY: the caller guarantees n readable values.
+        map(|i| if i < n { unsafe { *x.add(i) } } else { 0.0 })
+    }
+    #[inline(always)]
+    unsafe fn store_first_ptr(self, n: usize, v: Self::V, out: *mut f32) {
+        for (i, x) in v.into_iter().enumerate().take(n) {
+            // SAFETY: the caller guarantees n writable values.
+            unsafe { *out.add(i) = x };
+        }
+    }
+    #[inline(always)]
+    fn transpose(self, square: &mut [Self::V; MAX_LANES]) {
+        let rows = *square;
+        for (x, v) in square.iter_mut().enumerate().take(LANES) {
+            *v = map(|r| rows[r][x]);
+        }
     }
     #[inline(always)]
     fn add(self, a: Self::V, b: Self::V) -> Self::V {
@@ -68,8 +87,8 @@ impl Simd for Portable {
         map(|i| if a[i] > b[i] { a[i] } else { b[i] })
     }
     #[inline(always)]
-    fn where_positive(self, condition: Self::V, value: Self::V) -> Self::V {
-        map(|i| if condition[i] > 0.0 { value[i] } else { 0.0 })
+    fn select_positive(self, condition: Self::V, a: Self::V, b: Self::V) -> Self::V {
+        map(|i| if condition[i] > 0.0 { a[i] } else { b[i] })
     }
     #[inline(always)]
     fn first(self, n: usize, a: Self::V, otherwise: Self::V) -> Self::V {
@@ -88,6 +107,10 @@ impl Simd for Portable {
             let half = (n * 0.5).trunc();
             if n.is_nan() { f32::NAN } else { a[i] * power(half) * power(n - half) }
         })
+    }
+    #[inline(always)]
+    fn exponent(self, a: Self::V) -> Self::V {
+        map(|i| (a[i].to_bits() >> 23) as f32 - 127.0)
     }
     #[inline(always)]
     fn sum(self, a: Self::V) -> f32 {

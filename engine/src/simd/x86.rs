@@ -1,6 +1,6 @@
 //! AVX2 with FMA, and AVX-512F.
 
-use super::{Kernel, Simd};
+use super::{Kernel, MAX_LANES, Simd};
 use std::arch::x86_64::*;
 
 /// Proof that the processor has AVX-512F, AVX2 and FMA.
@@ -97,11 +97,50 @@ impl Simd for Avx512 {
         unsafe { _mm512_storeu_ps(out, v) }
     }
     #[inline(always)]
-    fn where_positive(self, condition: __m512, value: __m512) -> __m512 {
+    unsafe fn load_first_ptr(self, n: usize, x: *const f32) -> __m512 {
+        // SAFETY: features as above; the caller guarantees n readable values, at most 16, and lanes
+        // without a mask bit are not read.
+        unsafe { _mm512_maskz_loadu_ps(((1u32 << n) - 1) as __mmask16, x) }
+    }
+    #[inline(always)]
+    unsafe fn store_first_ptr(self, n: usize, v: __m512, out: *mut f32) {
+        // SAFETY: features as above; the caller guarantees n writable values, at most 16, and lanes
+        // without a mask bit are not written.
+        unsafe { _mm512_mask_storeu_ps(out, ((1u32 << n) - 1) as __mmask16, v) }
+    }
+    #[inline(always)]
+    fn transpose(self, square: &mut [__m512; MAX_LANES]) {
+        // SAFETY: `self` exists, so `new` detected the features.
+        unsafe {
+            // Of vectors g..g + 4: block k of vector g + e gets element 4k + e of each.
+            for g in [0, 4, 8, 12] {
+                let ab_low = _mm512_castps_pd(_mm512_unpacklo_ps(square[g], square[g + 1]));
+                let ab_high = _mm512_castps_pd(_mm512_unpackhi_ps(square[g], square[g + 1]));
+                let cd_low = _mm512_castps_pd(_mm512_unpacklo_ps(square[g + 2], square[g + 3]));
+                let cd_high = _mm512_castps_pd(_mm512_unpackhi_ps(square[g + 2], square[g + 3]));
+                square[g] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab_low, cd_low));
+                square[g + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(ab_low, cd_low));
+                square[g + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab_high, cd_high));
+                square[g + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(ab_high, cd_high));
+            }
+            for e in 0..4 {
+                let ab_low = _mm512_shuffle_f32x4::<0x44>(square[e], square[e + 4]);
+                let ab_high = _mm512_shuffle_f32x4::<0xee>(square[e], square[e + 4]);
+                let cd_low = _mm512_shuffle_f32x4::<0x44>(square[e + 8], square[e + 12]);
+                let cd_high = _mm512_shuffle_f32x4::<0xee>(square[e + 8], square[e + 12]);
+                square[e] = _mm512_shuffle_f32x4::<0x88>(ab_low, cd_low);
+                square[e + 4] = _mm512_shuffle_f32x4::<0xdd>(ab_low, cd_low);
+                square[e + 8] = _mm512_shuffle_f32x4::<0x88>(ab_high, cd_high);
+                square[e + 12] = _mm512_shuffle_f32x4::<0xdd>(ab_high, cd_high);
+            }
+        }
+    }
+    #[inline(always)]
+    fn select_positive(self, condition: __m512, a: __m512, b: __m512) -> __m512 {
         // SAFETY: `self` exists, so `new` detected the features.
         unsafe {
             let mask = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(condition, _mm512_setzero_ps());
-            _mm512_maskz_mov_ps(mask, value)
+            _mm512_mask_mov_ps(b, mask, a)
         }
     }
     #[inline(always)]
@@ -115,6 +154,11 @@ impl Simd for Avx512 {
         unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
     }
     #[inline(always)]
+    fn exponent(self, a: __m512) -> __m512 {
+        // SAFETY: `self` exists, so `new` detected the features.
+        unsafe { _mm512_getexp_ps(a) }
+    }
+    #[inline(always)]
     fn sum(self, a: __m512) -> f32 {
         // SAFETY: `self` exists, so `new` detected the features.
         unsafe { _mm512_reduce_add_ps(a) }
@@ -124,6 +168,14 @@ impl Simd for Avx512 {
         // SAFETY: `self` exists, so `new` detected the features.
         unsafe { _mm512_reduce_max_ps(a) }
     }
+}
+
+/// All bits of lanes `0..n`.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn below(n: usize) -> __m256i {
+    let lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    _mm256_cmpgt_epi32(_mm256_set1_epi32(n.min(8) as i32), lane)
 }
 
 impl Simd for Avx2 {
@@ -161,18 +213,51 @@ impl Simd for Avx2 {
         unsafe { _mm256_storeu_ps(out, v) }
     }
     #[inline(always)]
-    fn where_positive(self, condition: __m256, value: __m256) -> __m256 {
+    unsafe fn load_first_ptr(self, n: usize, x: *const f32) -> __m256 {
+        // SAFETY: features as above; the caller guarantees n readable values, at most 8, and masked
+        // lanes are not read.
+        unsafe { _mm256_maskload_ps(x, below(n)) }
+    }
+    #[inline(always)]
+    unsafe fn store_first_ptr(self, n: usize, v: __m256, out: *mut f32) {
+        // SAFETY: features as above; the caller guarantees n writable values, at most 8, and masked
+        // lanes are not written.
+        unsafe { _mm256_maskstore_ps(out, below(n), v) }
+    }
+    #[inline(always)]
+    fn transpose(self, square: &mut [__m256; MAX_LANES]) {
         // SAFETY: `self` exists, so `new` detected the features.
-        unsafe { _mm256_and_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(condition, _mm256_setzero_ps()), value) }
+        unsafe {
+            // Of vectors g..g + 4: half k of vector g + e gets element 4k + e of each.
+            for g in [0, 4] {
+                let ab_low = _mm256_castps_pd(_mm256_unpacklo_ps(square[g], square[g + 1]));
+                let ab_high = _mm256_castps_pd(_mm256_unpackhi_ps(square[g], square[g + 1]));
+                let cd_low = _mm256_castps_pd(_mm256_unpacklo_ps(square[g + 2], square[g + 3]));
+                let cd_high = _mm256_castps_pd(_mm256_unpackhi_ps(square[g + 2], square[g + 3]));
+                square[g] = _mm256_castpd_ps(_mm256_unpacklo_pd(ab_low, cd_low));
+                square[g + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(ab_low, cd_low));
+                square[g + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(ab_high, cd_high));
+                square[g + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(ab_high, cd_high));
+            }
+            for e in 0..4 {
+                let (low, high) = (square[e], square[e + 4]);
+                square[e] = _mm256_permute2f128_ps::<0x20>(low, high);
+                square[e + 4] = _mm256_permute2f128_ps::<0x31>(low, high);
+            }
+        }
+    }
+    #[inline(always)]
+    fn select_positive(self, condition: __m256, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: `self` exists, so `new` detected the features.
+        unsafe {
+            let above = _mm256_cmp_ps::<_CMP_GT_OQ>(condition, _mm256_setzero_ps());
+            _mm256_blendv_ps(b, a, above)
+        }
     }
     #[inline(always)]
     fn first(self, n: usize, a: __m256, otherwise: __m256) -> __m256 {
         // SAFETY: `self` exists, so `new` detected the features.
-        unsafe {
-            let lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-            let below = _mm256_cmpgt_epi32(_mm256_set1_epi32(n.min(8) as i32), lane);
-            _mm256_blendv_ps(otherwise, a, _mm256_castsi256_ps(below))
-        }
+        unsafe { _mm256_blendv_ps(otherwise, a, _mm256_castsi256_ps(below(n))) }
     }
     #[inline(always)]
     fn round(self, a: __m256) -> __m256 {
@@ -192,6 +277,14 @@ impl Simd for Avx2 {
             let power =
                 |n| _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(n, _mm256_set1_epi32(127))));
             _mm256_mul_ps(_mm256_mul_ps(a, power(half)), power(_mm256_sub_epi32(n, half)))
+        }
+    }
+    #[inline(always)]
+    fn exponent(self, a: __m256) -> __m256 {
+        // SAFETY: `self` exists, so `new` detected the features.
+        unsafe {
+            let exponent = _mm256_srli_epi32::<23>(_mm256_castps_si256(a));
+            _mm256_cvtepi32_ps(_mm256_sub_epi32(exponent, _mm256_set1_epi32(127)))
         }
     }
     #[inline(always)]

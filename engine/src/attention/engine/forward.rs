@@ -184,7 +184,7 @@ impl<'a> KeyPanels<'a> {
 
 /// Bound on scores (in base 2, by Cauchy-Schwarz) above which they are computed with
 /// [`exact_score`]. Rounding an f32 of this size errs by 2^-18, which leaves `p` accurate to 4e-6.
-const EXACT_ABOVE: f32 = 64.0;
+pub(super) const EXACT_ABOVE: f32 = 64.0;
 
 /// Queries of `R` rows, interleaved.
 pub(super) struct Queries<'a, const R: usize> {

@@ -16,6 +16,7 @@
 //! | `pack` | label order, visible counts, packed keys and values |
 //! | `product` | the three matrix products in registers |
 //! | `forward`, `backward` | a tile of rows over all its keys |
+//! | `short/` | the forward pass of sequences of up to 320 tokens with small scores |
 //! | `non_finite` | non-finite propagation in the backward pass |
 //!
 //! **Threads.** Work is halved by tokens, at sequence boundaries and inside sequences longer than
@@ -31,6 +32,7 @@ mod forward;
 mod non_finite;
 mod pack;
 mod product;
+mod short;
 
 use super::{AttentionError, FhaOptions, Gradients, Inputs, LabelMask, Normalization, Pairing, length};
 use crate::simd::dispatch;
@@ -53,13 +55,14 @@ const PIECE: usize = 256;
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch::default());
+    static SHORT: RefCell<short::Scratch> = RefCell::new(short::Scratch::default());
     /// Of the long sequence in the backward pass of this thread.
     static NORMALIZERS: RefCell<Vec<Normalizer>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Bytes of scratch of the calling thread.
 pub fn scratch_bytes() -> usize {
-    SCRATCH.with_borrow(Scratch::bytes)
+    SCRATCH.with_borrow(Scratch::bytes) + SHORT.with_borrow(short::Scratch::bytes)
 }
 
 /// Computes `o` (`[N, Q, K, d]`) and `lse` (`[N, Q]`); both are overwritten.
@@ -284,8 +287,16 @@ fn forward_sequences(
         let sequence = Sequence::new(shape, inputs, index);
         let here = o.split_off_mut(..sequence.tokens * shape.output_width()).expect("o has N rows");
         let lse = lse.split_off_mut(..sequence.tokens * shape.query_slots).expect("lse has N rows");
-        forward_chunks(sequence, 0..sequence.tokens, here, lse);
+        if !forward_short(sequence, here, lse) {
+            forward_chunks(sequence, 0..sequence.tokens, here, lse);
+        }
     }
+}
+
+/// Computes a short sequence of small scores. `false` for another sequence.
+fn forward_short(sequence: Sequence, o: &mut [f32], lse: &mut [f32]) -> bool {
+    short::covers(sequence.shape, sequence.tokens)
+        && SHORT.with_borrow_mut(|scratch| dispatch(short::Forward { sequence, o, lse, scratch }))
 }
 
 fn forward_chunks(sequence: Sequence, queries: Range<usize>, o: &mut [f32], lse: &mut [f32]) {

@@ -1,0 +1,145 @@
+//! Attention of short sequences with small scores.
+//!
+//! **Contract.** [`Forward`] computes one sequence, as the general kernel does, or returns `false`:
+//! the general kernel must then compute it. [`covers`] decides by shape and length,
+//! [`keys::scores_are_small`] by the size of the scores. Neither depends on other sequences, on
+//! threads, or on whether a value is non-finite. The backward pass is that of the general kernels.
+//!
+//! **No maximum.** By Cauchy-Schwarz, scores in base 2 are at most `EXACT_ABOVE = 64` in absolute
+//! value here. So no exponential overflows or underflows without a maximum subtracted, and no sum of
+//! them: scores become probabilities in registers, in a single pass.
+//!
+//! **Layout.** Keys are transposed in registers, a vector of positions at a time, and multiplied by
+//! `log2(e) * scale`: panel `[column, d, LANES]`, column `vector * K + key head` of `K` key heads.
+//! Positions follow time: all tokens with the joint softmax, the tokens of the key head's label with
+//! the masked one. A row therefore sees a prefix of the positions of a key head, and a tile of rows
+//! a prefix of the columns. Values stay in their `[T, H, d]` layout: their product with
+//! probabilities runs over a list of tokens ([`keys::Term`]), with features in lanes. So only tokens
+//! that the label mask keeps are multiplied with values.
+//!
+//! | file | contents |
+//! |---|---|
+//! | `keys` | order of the positions, transposed keys, bound on the scores |
+//! | `products` | the two products in registers |
+//! | `forward` | a tile of rows over all its keys |
+
+mod forward;
+mod keys;
+mod products;
+#[cfg(test)]
+mod tests;
+
+pub(super) use forward::Forward;
+
+use super::pack::Buffer;
+use super::{Sequence, Shape};
+use keys::Order;
+use std::ops::Range;
+
+/// Longest sequence of the short path. Beyond, the packed keys of a key head leave the first-level
+/// cache between tiles, and the general kernel is as fast.
+const LONGEST: usize = 320;
+
+/// Widest head of the short path. Wider heads have not been measured; bookkeeping, which this path
+/// saves, is a small part of their time.
+const WIDEST: usize = 64;
+
+/// Whether the short path has kernels for sequences of this shape and length.
+pub(super) fn covers(shape: &Shape, tokens: usize) -> bool {
+    (1..=LONGEST).contains(&tokens) && shape.d <= WIDEST
+}
+
+/// Scratch of a thread.
+#[derive(Default)]
+pub(super) struct Scratch {
+    order: Order,
+    rows: Vec<Row>,
+    k_panel: Buffer,
+    p: Buffer,
+    totals: Buffer,
+}
+
+impl Scratch {
+    pub(super) fn bytes(&self) -> usize {
+        let buffers = [&self.k_panel, &self.p, &self.totals];
+        buffers.into_iter().map(Buffer::bytes).sum::<usize>()
+            + self.order.bytes()
+            + self.rows.capacity() * size_of::<Row>()
+    }
+}
+
+/// Query slots that attend to the same key heads: all, or one with per-head pairing.
+struct Heads {
+    slots: Range<usize>,
+    key_heads: Range<usize>,
+}
+
+impl Heads {
+    fn of(shape: &Shape) -> impl Iterator<Item = Self> {
+        let (heads, slots, per_head) = (shape.heads, shape.query_slots, shape.per_head);
+        (0..if per_head { heads } else { 1 }).map(move |h| {
+            if per_head {
+                Self { slots: h..h + 1, key_heads: h..h + 1 }
+            } else {
+                Self { slots: 0..slots, key_heads: 0..heads }
+            }
+        })
+    }
+}
+
+/// One query row: a token and a query head that serves it.
+#[derive(Clone, Copy)]
+struct Row {
+    /// Start of the query in `q`.
+    query: u32,
+    /// Index in `[T, Q]`.
+    place: u32,
+    /// Number of positions that the row sees in key heads of each list.
+    scored: [u32; 2],
+    /// Number of kept tokens of each list that the row sees.
+    kept: [u32; 2],
+}
+
+/// The rows of a sequence for `heads`, by token and slot. Returns their number; copies of the last
+/// row fill the last tile.
+#[inline(always)]
+fn arrange_rows(rows: &mut Vec<Row>, sequence: &Sequence, heads: &Heads, order: &Order) -> usize {
+    let shape = sequence.shape;
+    rows.clear();
+    for token in 0..sequence.tokens {
+        let first_head = sequence.list(token) * shape.query_slots;
+        let (scored, kept) = (order.scored_by(token), order.kept_by(token));
+        for slot in heads.slots.clone() {
+            let query = (token * shape.width() + (first_head + slot) * shape.d) as u32;
+            let place = (token * shape.query_slots + slot) as u32;
+            rows.push(Row { query, place, scored, kept });
+        }
+    }
+    let count = rows.len();
+    rows.resize(count + MOST_ROWS, rows[count - 1]);
+    count
+}
+
+/// Most rows of a tile.
+const MOST_ROWS: usize = 8;
+
+/// Runs `$tile::<S, R>` over `$rows` rows, in tiles of 8 if there are registers for it.
+macro_rules! for_each_tile {
+    ($S:ident, $rows:expr, |$first:ident, $count:ident| $full:expr, $small:expr) => {
+        let rows: std::ops::Range<usize> = $rows;
+        let mut $first = rows.start;
+        while $first < rows.end {
+            // A tile computes all its rows, so a small remainder takes the small tile.
+            if $S::REGISTERS >= 32 && rows.end - $first > 4 {
+                let $count = (rows.end - $first).min(8);
+                $full;
+                $first += 8;
+            } else {
+                let $count = (rows.end - $first).min(4);
+                $small;
+                $first += 4;
+            }
+        }
+    };
+}
+use for_each_tile;

@@ -179,6 +179,22 @@ fn a_saved_configuration_repeats_the_run_and_flags_win_over_it() {
 }
 
 #[test]
+fn tensorboard_events_follow_the_log_and_change_no_result() {
+    let dir = folder();
+    trained(dir.path(), "plain", &[]);
+    trained(dir.path(), "run", &["--tensorboard"]);
+    let model = |run: &str| bytes(dir.path().join(run).join("model.safetensors"));
+    assert!(model("plain") == model("run"));
+    let output = dfar_train(dir.path(), &["--resume", "run", "--epochs", "3"]);
+    assert_eq!(code(&output), 0, "{}", stderr(&output));
+    for session in 1..=2 {
+        let events = bytes(dir.path().join(format!("run/events.out.tfevents.{session:04}.dfar")));
+        let contains = |text: &str| events.windows(text.len()).any(|window| window == text.as_bytes());
+        assert!(contains("brain.Event:2") && contains("epoch/valid_auc"), "session {session}");
+    }
+}
+
+#[test]
 fn runs_are_not_overwritten() {
     let dir = folder();
     trained(dir.path(), "run", &[]);

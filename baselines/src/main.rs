@@ -79,7 +79,7 @@ fn command_line() -> clap::Command {
     let command = differs.iter().fold(Cli::command(), |command, (flag, help)| {
         command.mut_arg(flag, |argument| argument.help(*help).long_help(*help))
     });
-    let unused = ["device", "precision", "cuda_graphs", "checkpoint_seconds"];
+    let unused = ["device", "precision", "cuda_graphs", "checkpoint_seconds", "tensorboard"];
     unused.iter().fold(command, |command, flag| command.mut_arg(flag, |argument| argument.hide(true)))
 }
 

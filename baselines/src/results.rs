@@ -123,6 +123,7 @@ impl Identity {
             threads: defaults.threads,
             workers: defaults.workers,
             checkpoint_seconds: defaults.checkpoint_seconds,
+            tensorboard: defaults.tensorboard,
             ..config.clone()
         };
         config.feedback = options.feedback_of(system);

@@ -122,6 +122,8 @@ pub struct Config {
     pub precision: Precision,
     /// Launch steps as CUDA graphs, on a GPU.
     pub cuda_graphs: bool,
+    /// Also write the numbers of the log as TensorBoard events.
+    pub tensorboard: bool,
 }
 
 impl Default for Config {
@@ -163,6 +165,7 @@ impl Default for Config {
             device: DeviceChoice::Cpu,
             precision: Precision::F32,
             cuda_graphs: false,
+            tensorboard: false,
         }
     }
 }
@@ -238,7 +241,7 @@ const ALIASES: [(&str, &str); 10] = [
 pub const SYNTHETIC_MAX_LENGTH: i64 = 20;
 
 /// Keys that may change when a run is resumed: its duration and its machine, not its result.
-pub const RESUME_KEYS: [&str; 9] = [
+pub const RESUME_KEYS: [&str; 10] = [
     "epochs",
     "patience",
     "checkpoint_seconds",
@@ -247,6 +250,7 @@ pub const RESUME_KEYS: [&str; 9] = [
     "device",
     "precision",
     "cuda_graphs",
+    "tensorboard",
     "data",
 ];
 

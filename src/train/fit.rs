@@ -6,8 +6,10 @@ use super::checkpoint::{
 };
 use super::config::Config;
 use super::draw::{Drawer, Plan, PlanSize};
+use super::file::FileError;
 use super::log::Log;
 use super::run::Run;
+use super::tensorboard::EventFile;
 use crate::batch::Batch;
 use crate::batch::ahead;
 use crate::data::{Dataset, Part};
@@ -92,6 +94,11 @@ pub struct Fit<'a, D: Device> {
     saved: Instant,
 }
 
+/// Events for TensorBoard, if the configuration says so. `step` is the first step to come.
+fn events(config: &Config, run: &Run, step: u64) -> Result<Option<EventFile>, FileError> {
+    config.tensorboard.then(|| EventFile::begin(run.dir(), step)).transpose()
+}
+
 impl<'a, D: Device> Fit<'a, D> {
     /// Starts a run. Writes `config.toml` and a first checkpoint, so that it can be resumed at any
     /// time.
@@ -106,7 +113,7 @@ impl<'a, D: Device> Fit<'a, D> {
         let model = Model::initialized(device.clone(), network, config.seed, config.init)?;
         let optimizer = Optimizer::new(&model)?;
         run.write_config(&config.to_toml())?;
-        let log = Log::open(&run.log(), 0)?;
+        let log = Log::open(&run.log(), 0, events(&config, run, 1)?)?;
         let now = Instant::now();
         let (info, state) = (DataInfo::of(data), State::default());
         let mut fit =
@@ -143,7 +150,7 @@ impl<'a, D: Device> Fit<'a, D> {
             }
         }
         run.write_config(&config.to_toml())?;
-        let mut log = Log::open(&run.log(), state.log_bytes)?;
+        let mut log = Log::open(&run.log(), state.log_bytes, events(&config, run, state.steps + 1)?)?;
         log.line(&json!({ "event": "resume", "epoch": state.epoch + 1, "batch": state.batch }))?;
         let now = Instant::now();
         Ok(Self { device, data, config, run, model, optimizer, info, state, log, session: now, saved: now })

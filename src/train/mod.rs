@@ -8,6 +8,7 @@ mod fit;
 mod log;
 pub mod negatives;
 pub mod run;
+mod tensorboard;
 
 pub use config::Config;
 pub use fit::{Event, Fit, Outcome, check_data, score_options};

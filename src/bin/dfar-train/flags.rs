@@ -40,6 +40,9 @@ pub struct Flags {
     /// Launch each step as one CUDA graph, on a GPU.
     #[arg(long, num_args = 0, default_missing_value = "true")]
     cuda_graphs: Option<bool>,
+    /// Also write the numbers of log.jsonl as TensorBoard events, to the directory of the run.
+    #[arg(long, num_args = 0, default_missing_value = "true")]
+    tensorboard: Option<bool>,
 
     /// Largest number of epochs [default: 100].
     #[arg(long, help_heading = "Training")]

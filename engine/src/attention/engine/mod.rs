@@ -16,7 +16,7 @@
 //! | `pack` | label order, visible counts, packed keys and values |
 //! | `product` | the three matrix products in registers |
 //! | `forward`, `backward` | a tile of rows over all its keys |
-//! | `short/` | the forward pass of sequences of up to 320 tokens with small scores |
+//! | `short/` | sequences of up to 320 tokens with small scores, forward and backward |
 //! | `non_finite` | non-finite propagation in the backward pass |
 //!
 //! **Threads.** Work is halved by tokens, at sequence boundaries and inside sequences longer than
@@ -338,26 +338,40 @@ fn backward_sequences(
         let [dq, dk, dv] = gradients
             .each_mut()
             .map(|x| x.split_off_mut(..sequence.tokens * shape.width()).expect("gradients have N rows"));
-        backward_sequence(sequence, &saved, [&mut *dq, &mut *dk, &mut *dv]);
+        let finite = backward_sequence(sequence, &saved, [&mut *dq, &mut *dk, &mut *dv]);
         // Without causality every row reads every key.
-        if shape.causal && !non_finite::is_finite(dq) {
+        if shape.causal && !finite {
             non_finite::confine(sequence, &saved, [dq, dk, dv], backward_sequence);
         }
     }
 }
 
-fn backward_sequence(sequence: Sequence, saved: &Saved, [dq, dk, dv]: [&mut [f32]; 3]) {
+/// Returns whether `dq` is finite.
+fn backward_sequence(sequence: Sequence, saved: &Saved, [dq, dk, dv]: [&mut [f32]; 3]) -> bool {
+    if let Some(finite) = backward_short(sequence, saved, [&mut *dq, &mut *dk, &mut *dv]) {
+        return finite;
+    }
     let all = 0..sequence.tokens;
     if sequence.tokens <= SINGLE_PASS {
-        run_backward(sequence, saved, all.clone(), all, Normalizers::Find, Some(dq), Some([dk, dv]));
+        run_backward(sequence, saved, all.clone(), all, Normalizers::Find, Some(&mut *dq), Some([dk, dv]));
     } else {
         // Taken, not borrowed: a thread that waits in `join` may start another long sequence.
         let mut normalizers = NORMALIZERS.take();
         normalizers.resize(all.len() * sequence.shape.query_slots, Normalizer::default());
-        backward_queries(sequence, saved, all.clone(), &mut normalizers, dq);
+        backward_queries(sequence, saved, all.clone(), &mut normalizers, &mut *dq);
         backward_keys(sequence, saved, all, &normalizers, dk, dv);
         NORMALIZERS.set(normalizers);
     }
+    non_finite::is_finite(dq)
+}
+
+/// Computes a short sequence of small scores and returns whether `dq` is finite. `None` for another
+/// sequence.
+fn backward_short(sequence: Sequence, saved: &Saved, gradients: [&mut [f32]; 3]) -> Option<bool> {
+    if !short::covers(sequence.shape, sequence.tokens) {
+        return None;
+    }
+    SHORT.with_borrow_mut(|scratch| dispatch(short::Backward { sequence, saved, gradients, scratch }))
 }
 
 /// `dq` of a range of queries, and their normalizers.

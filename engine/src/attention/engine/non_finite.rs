@@ -27,7 +27,7 @@ pub(super) fn confine(
     sequence: Sequence,
     saved: &Saved,
     gradients: [&mut [f32]; 3],
-    backward: impl Fn(Sequence, &Saved, [&mut [f32]; 3]),
+    backward: impl Fn(Sequence, &Saved, [&mut [f32]; 3]) -> bool,
 ) {
     let shape = sequence.shape;
     let (width, tokens) = (shape.width(), sequence.tokens);

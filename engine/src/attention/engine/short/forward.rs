@@ -30,7 +30,7 @@ impl Kernel for Forward<'_> {
             if !scores_are_small(s, &sequence, &heads, order, &rows[..count], largest_key) {
                 return false;
             }
-            let stride = order.vectors(s) * heads.key_heads.len() * S::LANES + ALIGN;
+            let stride = order.columns(s, &heads) * S::LANES + ALIGN;
             let p = p.take(MOST_ROWS * stride);
             let totals = totals.take(rows.len());
             let mut context = Context { sequence, heads, order, k_panel, finite, p, stride, totals, o };
@@ -144,7 +144,7 @@ impl Context<'_> {
         let d = shape.d;
         let last = S::LANES.min(d - from - (C - 1) * S::LANES);
         for (index, head) in self.heads.key_heads.clone().enumerate() {
-            let list = self.order.list(shape, head);
+            let list = Order::list(shape, head);
             let terms = &self.order.kept(list)[..rows[R - 1].kept[list] as usize];
             let mut p = [std::ptr::null(); R];
             for r in 0..R {
@@ -203,7 +203,7 @@ impl Context<'_> {
     /// if the row has several keys.
     fn single_score<S: Simd>(&self, s: S, row: &Row) -> Option<f32> {
         let shape = self.sequence.shape;
-        let seen = |head| row.scored[self.order.list(shape, head)];
+        let seen = |head| row.scored[Order::list(shape, head)];
         let mut heads = self.heads.key_heads.clone().enumerate().filter(|&(_, head)| seen(head) > 0);
         let (Some((column, head)), None) = (heads.next(), heads.next()) else { return None };
         (seen(head) == 1).then(|| {

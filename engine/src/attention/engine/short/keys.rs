@@ -1,4 +1,4 @@
-//! The keys of a short sequence: the order of their positions, and their transposed copy.
+//! The keys of a short sequence: the order of their positions, and their transposed copies.
 
 use super::super::forward::EXACT_ABOVE;
 use super::super::pack::Buffer;
@@ -18,63 +18,72 @@ pub(super) struct Term {
 /// Positions of the keys. List `l` has the tokens of label `l`; without label mask, list 0 has all.
 #[derive(Default)]
 pub(super) struct Order {
+    tokens: usize,
+    labelled: bool,
+    /// Whether rows read all tokens in all key heads: the joint softmax under the label mask.
+    joint: bool,
+    /// What `all` and `columns` were made for: values per token, lanes, key heads, lists.
+    made_for: [usize; 4],
     /// Terms (in `k` or `v`, and in a row of probabilities, both of the first key head) of the
     /// tokens, if their positions follow time.
     all: Vec<Term>,
-    /// What `all` was made for: values per token, lanes, key heads.
-    all_for: [usize; 3],
-    /// Terms of the tokens of each list, and their number.
-    kept: [Vec<Term>; 2],
-    lengths: [usize; 2],
-    /// Tokens of each list that the row of a token sees.
-    seen: Vec<[u32; 2]>,
-    /// Whether rows read all tokens in all key heads: the joint softmax under the label mask.
-    joint: bool,
-    tokens: usize,
     /// First position and list of each column.
     columns: Vec<(u32, u32)>,
+    /// Under the label mask: terms of the tokens of each list, and their number.
+    kept: [Vec<Term>; 2],
+    lengths: [usize; 2],
+    /// Under the label mask: tokens of each list that the row of a token sees.
+    seen: Vec<[u32; 2]>,
 }
 
 impl Order {
     #[inline(always)]
     pub(super) fn arrange<S: Simd>(&mut self, s: S, sequence: &Sequence, heads: &Heads) {
         let (shape, tokens) = (sequence.shape, sequence.tokens);
-        self.joint = shape.lists == 2 && !shape.masked;
         self.tokens = tokens;
-        self.reserve(s, shape, heads.key_heads.len(), tokens);
-        let mut lengths = [0; 2];
-        for token in 0..tokens {
-            let list = sequence.list(token);
-            let term = self.all[if self.joint { token } else { lengths[list] }];
-            let term = Term { x: self.all[token].x, ..term };
-            self.kept[list][lengths[list]] = term;
-            lengths[list] += 1;
-            self.seen[token] = lengths.map(|len| len as u32);
-        }
-        self.lengths = lengths;
-        if !shape.causal {
-            self.seen[..tokens].fill(lengths.map(|len| len as u32));
-        }
-        self.columns.clear();
-        for vector in 0..self.vectors(s) {
-            for head in heads.key_heads.clone() {
-                let column = ((vector * S::LANES) as u32, self.list(shape, head) as u32);
-                self.columns.push(column);
+        self.labelled = shape.lists == 2;
+        self.joint = self.labelled && !shape.masked;
+        self.reserve(s, shape, heads, tokens);
+        if self.labelled {
+            let (all, seen) = (&self.all[..tokens], &mut self.seen[..tokens]);
+            let [negative, positive] = self.kept.each_mut().map(|kept| &mut kept[..tokens]);
+            let mut positives = 0;
+            for (token, (&label, seen)) in sequence.label.iter().zip(seen).enumerate() {
+                let list = usize::from(label);
+                let index = if list == 1 { positives } else { token - positives };
+                let term = all[if self.joint { token } else { index }];
+                let kept = if list == 1 { &mut *positive } else { &mut *negative };
+                kept[index] = Term { x: all[token].x, ..term };
+                positives += list;
+                *seen = [(token + 1 - positives) as u32, positives as u32];
             }
+            self.lengths = [tokens - positives, positives];
+            if !shape.causal {
+                self.seen[..tokens].fill(self.lengths.map(|len| len as u32));
+            }
+        } else {
+            self.lengths = [tokens, 0];
         }
     }
 
-    /// Makes `all` and room for `tokens` tokens.
+    /// Makes `all`, `columns` and room for the rest.
     #[inline(always)]
-    fn reserve<S: Simd>(&mut self, _: S, shape: &Shape, key_heads: usize, tokens: usize) {
-        let all_for = [shape.width(), S::LANES, key_heads];
-        if self.all_for != all_for {
+    fn reserve<S: Simd>(&mut self, _: S, shape: &Shape, heads: &Heads, tokens: usize) {
+        let key_heads = heads.key_heads.len();
+        let made_for = [shape.width(), S::LANES, key_heads, shape.lists];
+        if self.made_for != made_for {
+            self.made_for = made_for;
             self.all.clear();
-            self.all_for = all_for;
+            self.columns.clear();
         }
         for token in self.all.len()..tokens {
-            let weight = token / S::LANES * S::LANES * key_heads + token % S::LANES;
+            let first = token / S::LANES * S::LANES;
+            let weight = first * key_heads + token % S::LANES;
             self.all.push(Term { x: (token * shape.width()) as u32, weight: weight as u32 });
+            if token == first {
+                let lists = heads.key_heads.clone().map(|head| Self::list(shape, head) as u32);
+                self.columns.extend(lists.map(|list| (first as u32, list)));
+            }
         }
         if self.seen.len() < tokens {
             self.seen.resize(tokens, [0; 2]);
@@ -90,8 +99,8 @@ impl Order {
 
     /// The list of a key head.
     #[inline(always)]
-    pub(super) fn list(&self, shape: &Shape, key_head: usize) -> usize {
-        if shape.lists == 1 { 0 } else { key_head / (shape.heads / 2) }
+    pub(super) fn list(shape: &Shape, key_head: usize) -> usize {
+        usize::from(shape.lists == 2 && key_head >= shape.heads / 2)
     }
 
     /// The first position of a column, and its list.
@@ -110,19 +119,24 @@ impl Order {
     /// Tokens whose values the label mask keeps in key heads of a list.
     #[inline(always)]
     pub(super) fn kept(&self, list: usize) -> &[Term] {
-        &self.kept[list][..self.lengths[list]]
+        let terms = if self.labelled { &self.kept[list] } else { &self.all };
+        &terms[..self.lengths[list]]
     }
 
     /// Number of [`kept`](Self::kept) tokens of each list that a token sees, a prefix.
     #[inline(always)]
-    pub(super) fn kept_by(&self, token: usize) -> [u32; 2] {
-        self.seen[token]
+    pub(super) fn kept_by(&self, shape: &Shape, token: usize) -> [u32; 2] {
+        if self.labelled {
+            self.seen[token]
+        } else {
+            [if shape.causal { token + 1 } else { self.tokens } as u32, 0]
+        }
     }
 
     /// Number of [`scored`](Self::scored) tokens of each list that a token sees, a prefix.
     #[inline(always)]
-    pub(super) fn scored_by(&self, token: usize) -> [u32; 2] {
-        let [a, b] = self.seen[token];
+    pub(super) fn scored_by(&self, shape: &Shape, token: usize) -> [u32; 2] {
+        let [a, b] = self.kept_by(shape, token);
         if self.joint { [a + b; 2] } else { [a, b] }
     }
 
@@ -132,6 +146,12 @@ impl Order {
         self.scored(0).len().max(self.scored(1).len()).div_ceil(S::LANES)
     }
 
+    /// Columns of all positions: [`vectors`](Self::vectors) of each key head.
+    #[inline(always)]
+    pub(super) fn columns<S: Simd>(&self, s: S, heads: &Heads) -> usize {
+        self.vectors(s) * heads.key_heads.len()
+    }
+
     pub(super) fn bytes(&self) -> usize {
         let [a, b] = &self.kept;
         (a.capacity() + b.capacity() + self.all.capacity()) * size_of::<Term>()
@@ -139,7 +159,7 @@ impl Order {
     }
 }
 
-/// Transposed keys, `[column, d, LANES]`.
+/// Transposed keys or values, `[column, d, LANES]`.
 #[derive(Clone, Copy)]
 pub(super) struct Panel<'a> {
     panel: &'a [f32],
@@ -160,20 +180,51 @@ impl<'a> Panel<'a> {
         order: &Order,
         buffer: &'a mut Buffer,
     ) -> (Self, S::V) {
-        let (shape, d) = (sequence.shape, sequence.shape.d);
-        let factor = s.splat(shape.scale * LOG2_E);
+        let factor = sequence.shape.scale * LOG2_E;
+        Self::pack(s, sequence.k, factor, sequence, heads, order, buffer, |_, _| true)
+    }
+
+    /// Packs the values; those that the label mask drops are 0.
+    #[inline(always)]
+    pub(super) fn values<S: Simd>(
+        s: S,
+        sequence: &Sequence,
+        heads: &Heads,
+        order: &Order,
+        buffer: &'a mut Buffer,
+    ) -> Self {
+        let kept = |position, list| !order.joint || sequence.list(position) == list;
+        Self::pack(s, sequence.v, 1.0, sequence, heads, order, buffer, kept).0
+    }
+
+    /// Packs `x` times `factor`, 0 for positions that are not `kept`. Returns as [`Panel::keys`].
+    #[inline(always)]
+    #[expect(clippy::too_many_arguments, reason = "two callers, inlined")]
+    fn pack<S: Simd>(
+        s: S,
+        x: &[f32],
+        factor: f32,
+        sequence: &Sequence,
+        heads: &Heads,
+        order: &Order,
+        buffer: &'a mut Buffer,
+        kept: impl Fn(usize, usize) -> bool,
+    ) -> (Self, S::V) {
+        let (shape, d, factor) = (sequence.shape, sequence.shape.d, s.splat(factor));
         let size = d * S::LANES;
-        let panel = buffer.take(order.vectors(s) * heads.key_heads.len() * size);
+        let panel = buffer.take(order.columns(s, heads) * size);
         let mut columns = panel.chunks_exact_mut(size);
         let mut largest = s.zero();
         for first in (0..order.vectors(s)).map(|vector| vector * S::LANES) {
             for head in heads.key_heads.clone() {
                 let column = columns.next().expect("a chunk for each vector and key head");
-                let list = order.list(shape, head);
+                let list = Order::list(shape, head);
                 let terms = order.scored(list);
                 let mut rows = [ZEROS.as_ptr(); MAX_LANES];
                 for lane in 0..S::LANES.min(terms.len().saturating_sub(first)) {
-                    rows[lane] = sequence.k[terms[first + lane].x as usize + head * d..][..d].as_ptr();
+                    if kept(first + lane, list) {
+                        rows[lane] = x[terms[first + lane].x as usize + head * d..][..d].as_ptr();
+                    }
                 }
                 let mut squares = s.zero();
                 for from in (0..d).step_by(S::LANES) {
@@ -272,7 +323,7 @@ fn exact_bound(sequence: &Sequence, heads: &Heads, order: &Order, rows: &[Row]) 
     };
     let queries = rows.iter().map(|row| norm(&sequence.q[row.query as usize..][..shape.d]));
     let keys = heads.key_heads.clone().flat_map(|head| {
-        let terms = order.scored(order.list(shape, head)).iter();
+        let terms = order.scored(Order::list(shape, head)).iter();
         terms.map(move |term| norm(&sequence.k[term.x as usize + head * shape.d..][..shape.d]))
     });
     let factor = f64::from(shape.scale * LOG2_E).abs();

@@ -1,39 +1,42 @@
-//! Attention of short sequences with small scores.
+//! Attention of short sequences with small scores, forward and backward.
 //!
-//! **Contract.** [`Forward`] computes one sequence, as the general kernel does, or returns `false`:
-//! the general kernel must then compute it. [`covers`] decides by shape and length,
-//! [`keys::scores_are_small`] by the size of the scores. Neither depends on other sequences, on
-//! threads, or on whether a value is non-finite. The backward pass is that of the general kernels.
+//! **Contract.** [`Forward`] and [`Backward`] compute one sequence, as the general kernels do, or say
+//! that these must compute it. [`covers`] decides by shape and length, [`keys::scores_are_small`] by
+//! the size of the scores. Neither depends on other sequences, on threads, or on whether a value is
+//! non-finite. `Backward` does not read `o`.
 //!
 //! **No maximum.** By Cauchy-Schwarz, scores in base 2 are at most `EXACT_ABOVE = 64` in absolute
 //! value here. So no exponential overflows or underflows without a maximum subtracted, and no sum of
 //! them: scores become probabilities in registers, in a single pass.
 //!
-//! **Layout.** Keys are transposed in registers, a vector of positions at a time, and multiplied by
-//! `log2(e) * scale`: panel `[column, d, LANES]`, column `vector * K + key head` of `K` key heads.
-//! Positions follow time: all tokens with the joint softmax, the tokens of the key head's label with
-//! the masked one. A row therefore sees a prefix of the positions of a key head, and a tile of rows
-//! a prefix of the columns. Values stay in their `[T, H, d]` layout: their product with
-//! probabilities runs over a list of tokens ([`keys::Term`]), with features in lanes. So only tokens
-//! that the label mask keeps are multiplied with values.
+//! **Layout.** Keys (in the backward pass: and values) are transposed in registers, a vector of
+//! positions at a time: panels `[column, d, LANES]`, column `vector * K + key head` of `K` key heads.
+//! The keys carry `log2(e) * scale`. Positions follow time: all tokens with the joint softmax, the
+//! tokens of the key head's label with the masked one. A row therefore sees a prefix of the positions
+//! of a key head, and a tile of rows a prefix of the columns. All other operands stay in their
+//! `[T, H, d]` layout: sums over tokens have features in lanes and one weight for all lanes, and run
+//! over a list of tokens or rows ([`keys::Term`]). So only tokens that the label mask keeps are
+//! multiplied with values.
 //!
 //! | file | contents |
 //! |---|---|
-//! | `keys` | order of the positions, transposed keys, bound on the scores |
+//! | `keys` | order of the positions, transposed keys and values, bound on the scores |
 //! | `products` | the two products in registers |
-//! | `forward` | a tile of rows over all its keys |
+//! | `forward`, `backward` | tiles of rows over their keys, and of keys over their rows |
 
+mod backward;
 mod forward;
 mod keys;
 mod products;
 #[cfg(test)]
 mod tests;
 
+pub(super) use backward::Backward;
 pub(super) use forward::Forward;
 
 use super::pack::Buffer;
 use super::{Sequence, Shape};
-use keys::Order;
+use keys::{Order, Term};
 use std::ops::Range;
 
 /// Longest sequence of the short path. Beyond, the packed keys of a key head leave the first-level
@@ -55,16 +58,22 @@ pub(super) struct Scratch {
     order: Order,
     rows: Vec<Row>,
     k_panel: Buffer,
+    v_panel: Buffer,
     p: Buffer,
+    ds: Buffer,
     totals: Buffer,
+    /// Rows of a block as terms of `dk` and `dv`.
+    queries: Vec<Term>,
+    outputs: Vec<Term>,
 }
 
 impl Scratch {
     pub(super) fn bytes(&self) -> usize {
-        let buffers = [&self.k_panel, &self.p, &self.totals];
+        let buffers = [&self.k_panel, &self.v_panel, &self.p, &self.ds, &self.totals];
         buffers.into_iter().map(Buffer::bytes).sum::<usize>()
             + self.order.bytes()
             + self.rows.capacity() * size_of::<Row>()
+            + (self.queries.capacity() + self.outputs.capacity()) * size_of::<Term>()
     }
 }
 
@@ -88,7 +97,7 @@ impl Heads {
 }
 
 /// One query row: a token and a query head that serves it.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 struct Row {
     /// Start of the query in `q`.
     query: u32,
@@ -101,22 +110,25 @@ struct Row {
 }
 
 /// The rows of a sequence for `heads`, by token and slot. Returns their number; copies of the last
-/// row fill the last tile.
+/// row follow, to fill the last tile.
 #[inline(always)]
 fn arrange_rows(rows: &mut Vec<Row>, sequence: &Sequence, heads: &Heads, order: &Order) -> usize {
     let shape = sequence.shape;
-    rows.clear();
-    for token in 0..sequence.tokens {
-        let first_head = sequence.list(token) * shape.query_slots;
-        let (scored, kept) = (order.scored_by(token), order.kept_by(token));
-        for slot in heads.slots.clone() {
-            let query = (token * shape.width() + (first_head + slot) * shape.d) as u32;
-            let place = (token * shape.query_slots + slot) as u32;
-            rows.push(Row { query, place, scored, kept });
+    let slots = heads.slots.len();
+    let count = sequence.tokens * slots;
+    rows.resize(count + MOST_ROWS, Row::default());
+    for (token, rows) in rows[..count].chunks_exact_mut(slots).enumerate() {
+        let first_head = sequence.list(token) * shape.query_slots + heads.slots.start;
+        let query = token * shape.width() + first_head * shape.d;
+        let place = token * shape.query_slots + heads.slots.start;
+        let (scored, kept) = (order.scored_by(shape, token), order.kept_by(shape, token));
+        for (slot, row) in rows.iter_mut().enumerate() {
+            let (query, place) = ((query + slot * shape.d) as u32, (place + slot) as u32);
+            *row = Row { query, place, scored, kept };
         }
     }
-    let count = rows.len();
-    rows.resize(count + MOST_ROWS, rows[count - 1]);
+    let last = rows[count - 1];
+    rows[count..].fill(last);
     count
 }
 

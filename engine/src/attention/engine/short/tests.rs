@@ -1,7 +1,7 @@
 //! Short sequences against the float64 reference and the general kernels, for every instruction set.
 
-use super::super::{Sequence, Shape, forward as general};
-use super::{Forward, Scratch, covers};
+use super::super::{Normalizers, Saved, Sequence, Shape, backward, forward};
+use super::{Backward, Forward, Scratch, covers};
 use crate::attention::{FhaOptions, Inputs, LabelMask, Normalization, Pairing, reference};
 use crate::simd::{Set, available};
 use rand::{Rng, RngExt, SeedableRng};
@@ -16,7 +16,11 @@ struct Problem {
     k: Vec<f32>,
     v: Vec<f32>,
     label: Vec<u8>,
+    d_o: Vec<f32>,
 }
+
+/// `o`, `lse`, `dq`, `dk`, `dv`
+type Results = [Vec<f32>; 5];
 
 impl Problem {
     fn random(options: FhaOptions, tokens: usize, seed: u64) -> Self {
@@ -24,8 +28,9 @@ impl Problem {
         let mut values = |len| (0..len).map(|_| rng.random_range(-1.5f32..1.5)).collect::<Vec<f32>>();
         let width = options.heads * options.head_dim;
         let [q, k, v] = [(); 3].map(|()| values(tokens * width));
+        let d_o = values(options.output_len(tokens));
         let label = (0..tokens).map(|_| rng.random_range(0..2)).collect();
-        Self { options, tokens, q, k, v, label }
+        Self { options, tokens, q, k, v, label, d_o }
     }
 
     fn sequence<'a>(&'a self, shape: &'a Shape) -> Sequence<'a> {
@@ -33,30 +38,62 @@ impl Problem {
         Sequence { shape, tokens: self.tokens, q: &self.q, k: &self.k, v: &self.v, label }
     }
 
-    /// `o` and `lse`; `None` if the short path leaves the sequence to the general kernels.
-    fn forward(&self, set: Set) -> Option<[Vec<f32>; 2]> {
+    /// `None` if the short path leaves the sequence to the general kernels.
+    fn run(&self, set: Set) -> Option<Results> {
         let shape = Shape::new(&self.options);
-        let mut o = vec![7e7; self.options.output_len(self.tokens)];
-        let mut lse = vec![7e7; self.options.lse_len(self.tokens)];
-        let (sequence, scratch) = (self.sequence(&shape), &mut Scratch::default());
-        let done =
-            covers(&shape, self.tokens) && set.run(Forward { sequence, o: &mut o, lse: &mut lse, scratch });
-        done.then_some([o, lse])
+        let (sequence, mut scratch) = (self.sequence(&shape), Scratch::default());
+        let [mut o, mut lse] = self.outputs();
+        let forward = Forward { sequence, o: &mut o, lse: &mut lse, scratch: &mut scratch };
+        if !covers(&shape, self.tokens) || !set.run(forward) {
+            return None;
+        }
+        let mut gradients = [(); 3].map(|()| vec![7e7; self.q.len()]);
+        let saved = &Saved { o: &o, lse: &lse, d_o: &self.d_o };
+        let done = set.run(Backward {
+            sequence,
+            saved,
+            gradients: gradients.each_mut().map(|x| &mut x[..]),
+            scratch: &mut scratch,
+        });
+        let finite = done.expect("both passes take the same path");
+        assert_eq!(finite, gradients[0].iter().all(|x| x.is_finite()));
+        let [dq, dk, dv] = gradients;
+        Some([o, lse, dq, dk, dv])
     }
 
-    /// As [`Problem::forward`], by the general kernels.
-    fn general_forward(&self, set: Set) -> [Vec<f32>; 2] {
+    /// As [`Problem::run`], by the general kernels.
+    fn run_general(&self, set: Set) -> Results {
         let shape = Shape::new(&self.options);
-        let mut o = vec![7e7; self.options.output_len(self.tokens)];
-        let mut lse = vec![7e7; self.options.lse_len(self.tokens)];
         let (sequence, scratch) = (self.sequence(&shape), &mut super::super::Scratch::default());
-        let (queries, out) = (0..self.tokens, (&mut o[..], &mut lse[..]));
-        set.run(general::Forward { sequence, queries, o: out.0, lse: out.1, scratch });
-        [o, lse]
+        let [mut o, mut lse] = self.outputs();
+        let all = 0..self.tokens;
+        let queries = all.clone();
+        set.run(forward::Forward { sequence, queries, o: &mut o, lse: &mut lse, scratch: &mut *scratch });
+        let [mut dq, mut dk, mut dv] = [(); 3].map(|()| vec![7e7; self.q.len()]);
+        set.run(backward::Backward {
+            sequence,
+            saved: &Saved { o: &o, lse: &lse, d_o: &self.d_o },
+            keys: all.clone(),
+            queries: all,
+            normalizers: Normalizers::Find,
+            dq: Some(&mut dq),
+            dkv: Some([&mut dk, &mut dv]),
+            scratch,
+        });
+        [o, lse, dq, dk, dv]
     }
 
-    fn inputs<'a>(&'a self, cu_seqlens: &'a [u32]) -> Inputs<'a> {
-        Inputs { q: &self.q, k: &self.k, v: &self.v, cu_seqlens, label: &self.label }
+    fn outputs(&self) -> [Vec<f32>; 2] {
+        [self.options.output_len(self.tokens), self.options.lse_len(self.tokens)].map(|len| vec![7e7; len])
+    }
+
+    fn reference(&self) -> [Vec<f64>; 5] {
+        let cu_seqlens = [0, self.tokens as u32];
+        let inputs =
+            Inputs { q: &self.q, k: &self.k, v: &self.v, cu_seqlens: &cu_seqlens, label: &self.label };
+        let output = reference::forward(&self.options, inputs).expect("valid inputs");
+        let gradients = reference::backward(&self.options, inputs, &self.d_o).expect("valid inputs");
+        [output.o, output.lse, gradients.dq, gradients.dk, gradients.dv]
     }
 }
 
@@ -76,16 +113,18 @@ fn every_option(heads: usize, d: usize) -> Vec<FhaOptions> {
     all
 }
 
-/// Largest error, as a share of the largest value. `absolute` is allowed besides.
-fn assert_close(name: &str, x: &[f32], expected: &[f64], tolerance: f64, absolute: f64) {
-    let largest = expected.iter().fold(0.0, |m: f64, x| m.max(x.abs()));
-    let error = x.iter().zip(expected).fold(0.0, |m: f64, (x, e)| m.max((f64::from(*x) - e).abs()));
-    assert_eq!(x.len(), expected.len(), "{name}");
-    assert!(error <= tolerance * largest + absolute, "{name}: {error:e} of {largest:e}");
-}
-
-fn wide(x: &[f32]) -> Vec<f64> {
-    x.iter().map(|&x| f64::from(x)).collect()
+/// Errors as a share of the largest value of a tensor: at most 1e-5 forward, 5e-5 for gradients.
+/// Besides, roundings of values of about 1 are allowed for an `lse`, the logarithm of a sum near 1,
+/// and for the gradients of scores of a row with one key, which cancel.
+fn assert_close(results: &Results, expected: &[Vec<f64>; 5], case: &str) {
+    let limits = [(1e-5, 0.0), (1e-5, 4e-7), (5e-5, 2e-6), (5e-5, 2e-6), (5e-5, 0.0)];
+    for (i, name) in ["o", "lse", "dq", "dk", "dv"].into_iter().enumerate() {
+        let (x, expected, (share, absolute)) = (&results[i], &expected[i], limits[i]);
+        let largest = expected.iter().fold(0.0, |m: f64, x| m.max(x.abs()));
+        let error = x.iter().zip(expected).fold(0.0, |m: f64, (x, e)| m.max((f64::from(*x) - e).abs()));
+        assert_eq!(x.len(), expected.len(), "{name}, {case}");
+        assert!(error <= share * largest + absolute, "{name}, {case}: {error:e} of {largest:e}");
+    }
 }
 
 /// Lengths around multiples of the vectors and tiles of every instruction set.
@@ -95,42 +134,104 @@ fn lengths(rng: &mut impl Rng) -> [usize; 4] {
 }
 
 #[test]
-fn outputs_match_the_reference_and_the_general_kernels() {
+fn results_match_the_reference_and_the_general_kernels() {
     let mut rng = ChaCha8Rng::seed_from_u64(1);
     for (heads, d) in [(2, 16), (2, 1), (4, 3), (2, 8), (4, 16), (2, 17), (2, 32), (2, 64), (4, 20)] {
         for options in every_option(heads, d) {
             for tokens in lengths(&mut rng) {
                 let problem = Problem::random(options, tokens, rng.random());
-                let cu_seqlens = [0, tokens as u32];
-                let expected = reference::forward(&options, problem.inputs(&cu_seqlens)).expect("valid");
+                let expected = problem.reference();
                 for (name, set) in available() {
-                    let name = format!("{name}, {tokens} tokens, {options:?}");
-                    let [o, lse] = problem.forward(set).expect("short, with small scores");
-                    assert_close(&format!("o, {name}"), &o, &expected.o, 1e-5, 0.0);
-                    // An `lse` near 0 is the logarithm of a sum near 1.
-                    assert_close(&format!("lse, {name}"), &lse, &expected.lse, 1e-5, 4e-7);
-                    let general = problem.general_forward(set).map(|x| wide(&x));
-                    assert_close(&format!("o, {name}, general"), &o, &general[0], 1e-5, 0.0);
-                    assert_close(&format!("lse, {name}, general"), &lse, &general[1], 1e-5, 4e-7);
+                    let case = format!("{name}, {tokens} tokens, {options:?}");
+                    let results = problem.run(set).expect("short, with small scores");
+                    assert_close(&results, &expected, &case);
+                    let general = problem.run_general(set).map(|x| x.into_iter().map(f64::from).collect());
+                    assert_close(&results, &general, &format!("{case}, general"));
                 }
             }
         }
     }
 }
 
-/// Without a maximum subtracted: scores up to the bound have accurate results.
+/// Longer than a block of rows of the backward pass.
+#[test]
+fn the_longest_sequences_match_the_reference() {
+    for (tokens, heads, options) in
+        [(320, 2, 0), (100, 4, 0), (200, 2, 1), (130, 2, 2), (300, 2, 3), (65, 2, 5)]
+    {
+        let problem = Problem::random(every_option(heads, 8)[options], tokens, 2);
+        for (name, set) in available() {
+            let results = problem.run(set).expect("short, with small scores");
+            assert_close(&results, &problem.reference(), &format!("{name}, {:?}", problem.options));
+        }
+    }
+}
+
+/// Without a maximum subtracted. Many rows have a dominant key.
 #[test]
 fn scores_up_to_the_bound_match_the_reference() {
     for (seed, factor) in [(5, 2.0f32), (6, 2.9)] {
-        let options = FhaOptions::new(2, 16);
-        let mut problem = Problem::random(options, 60, seed);
-        problem.q.iter_mut().chain(&mut problem.k).for_each(|x| *x *= factor);
-        let cu_seqlens = [0, 60];
-        let expected = reference::forward(&options, problem.inputs(&cu_seqlens)).expect("valid inputs");
+        for options in every_option(2, 16) {
+            let mut problem = Problem::random(options, 60, seed);
+            problem.q.iter_mut().chain(&mut problem.k).for_each(|x| *x *= factor);
+            let expected = problem.reference();
+            for (name, set) in available() {
+                let results = problem.run(set).expect("scores below the bound");
+                assert_close(&results, &expected, &format!("{name}, times {factor}, {options:?}"));
+            }
+        }
+    }
+}
+
+/// A probability of 1 up to rounding: the gradients of the scores are tiny, but accurate.
+#[test]
+fn a_dominant_key_leaves_accurate_gradients() {
+    for options in every_option(2, 16) {
+        let mut problem = Problem::random(options, 7, 9);
+        // Every query points to the first token's keys.
+        for row in problem.q.chunks_mut(16) {
+            row.copy_from_slice(&[1.0; 16]);
+        }
+        for (i, row) in problem.k.chunks_mut(16).enumerate() {
+            let towards = if i < 2 { 1.9 + 0.3 * i as f32 } else { -2.0 };
+            row.iter_mut().for_each(|x| *x = towards + 0.05 * *x);
+        }
+        let expected = problem.reference();
         for (name, set) in available() {
-            let [o, lse] = problem.forward(set).expect("scores below the bound");
-            assert_close(&format!("o, {name}, times {factor}"), &o, &expected.o, 1e-5, 0.0);
-            assert_close(&format!("lse, {name}, times {factor}"), &lse, &expected.lse, 1e-5, 0.0);
+            let results = problem.run(set).expect("scores below the bound");
+            for (i, gradient) in [(2, "dq"), (3, "dk")] {
+                let largest = expected[i].iter().fold(0.0, |m: f64, x| m.max(x.abs()));
+                let errors = results[i].iter().zip(&expected[i]).map(|(x, e)| (f64::from(*x) - e).abs());
+                let error = errors.fold(0.0, f64::max);
+                assert!(error <= 5e-5 * largest, "{gradient}, {name}, {options:?}: {error:e} of {largest:e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn gradients_match_finite_differences() {
+    for options in every_option(2, 3) {
+        let problem = Problem::random(options, 9, 3);
+        let loss = |problem: &Problem| -> f64 {
+            let [o, ..] = problem.reference();
+            o.iter().zip(&problem.d_o).map(|(o, d)| o * f64::from(*d)).sum()
+        };
+        for (name, set) in available() {
+            let results = problem.run(set).expect("short, with small scores");
+            for tensor in 0..3 {
+                for index in (0..problem.q.len()).step_by(7) {
+                    let at = |step: f32| {
+                        let mut moved = problem.clone();
+                        let x = [&mut moved.q, &mut moved.k, &mut moved.v][tensor].get_mut(index).expect("x");
+                        *x += step;
+                        (f64::from(*x), loss(&moved))
+                    };
+                    let ((high, up), (low, down)) = (at(1e-3), at(-1e-3));
+                    let (slope, found) = ((up - down) / (high - low), f64::from(results[2 + tensor][index]));
+                    assert!((slope - found).abs() < 1e-5, "{name}, tensor {tensor}: {found}, not {slope}");
+                }
+            }
         }
     }
 }
@@ -147,9 +248,9 @@ fn large_scores_long_sequences_and_wide_heads_are_left_to_the_general_kernels() 
     let other = 1 - usize::from(problem.label[3]);
     unread.q[(3 * 2 + other) * 16..][..16].fill(1e6);
     for (name, set) in available() {
-        assert!(problem.forward(set).is_some(), "{name}");
-        assert!(large.forward(set).is_none(), "{name}");
-        assert!(unread.forward(set).is_some(), "{name}");
+        assert!(problem.run(set).is_some(), "{name}");
+        assert!(large.run(set).is_none(), "{name}");
+        assert!(unread.run(set).is_some(), "{name}");
     }
     assert!(!covers(&Shape::new(&options), 0) && covers(&Shape::new(&options), 300));
     assert!(!covers(&Shape::new(&options), 321) && !covers(&Shape::new(&FhaOptions::new(2, 65)), 20));
@@ -167,15 +268,12 @@ fn a_non_finite_value_does_not_change_the_path() {
             others[1].k[5 * 32..6 * 32].fill(bad);
             others[2].v[5 * 32..6 * 32].fill(bad);
             for (name, set) in available() {
-                let Some([clean, _]) = problem.forward(set) else {
-                    assert!(
-                        factor > 1.0 && others.iter().all(|other| other.forward(set).is_none()),
-                        "{name}"
-                    );
+                let Some([clean, ..]) = problem.run(set) else {
+                    assert!(factor > 1.0 && others.iter().all(|other| other.run(set).is_none()), "{name}");
                     continue;
                 };
                 for other in &others {
-                    let [o, _] = other.forward(set).expect("as without the value");
+                    let [o, ..] = other.run(set).expect("as without the value");
                     assert!(o[..5 * 32] == clean[..5 * 32], "{name}: earlier rows do not read it");
                     assert!(o[5 * 32..6 * 32].iter().any(|x| !x.is_finite()), "{name}: its own row does");
                 }

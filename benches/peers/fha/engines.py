@@ -113,11 +113,41 @@ class CudnnDense:
         return dq, _sum_groups(dk, times), _sum_groups(dv, times)
 
 
+class FlashCpu:
+    """The flash kernel of scaled_dot_product_attention on the CPU, on length-bucketed batches."""
+    backend = "flash cpu"
+
+    @staticmethod
+    def forward(q, k, v, batch, scale):
+        times, buckets, outs, lses = q.shape[1] // k.shape[1], batch.buckets(True), [], []
+        for b in buckets:
+            args = [pad(x, b).transpose(1, 2) for x in (q, _repeat(k, times), _repeat(v, times))]
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, 0.0, True, scale=scale)
+            outs.append(out.transpose(1, 2))
+            lses.append(lse.transpose(1, 2))
+        return unpad(outs, buckets, batch.tokens), unpad(lses, buckets, batch.tokens).t(), None
+
+    @staticmethod
+    def backward(do, q, k, v, out, lse, saved, batch, scale):
+        times, buckets, grads = q.shape[1] // k.shape[1], batch.buckets(True), []
+        for b in buckets:
+            grad = pad(do, b) if b.whole else pad(do, b) * b.valid[:, :, None, None].to(do.dtype)
+            args = [pad(x, b).transpose(1, 2) for x in (q, _repeat(k, times), _repeat(v, times), out)]
+            stats = pad(lse.t(), b)
+            # As for cuDNN.
+            if not b.whole:
+                stats = torch.where(b.valid[:, :, None], stats, 1e30)
+            grads.append([x.transpose(1, 2) for x in torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad.transpose(1, 2), *args, stats.transpose(1, 2), 0.0, True, scale=scale)])
+        dq, dk, dv = (unpad(list(parts), buckets, batch.tokens) for parts in zip(*grads))
+        return dq, _sum_groups(dk, times), _sum_groups(dv, times)
+
+
 def without_gpu():
-    """Replaces PyTorch's operations by the CPU stand-ins, for checks."""
+    """Replaces the GPU's operations by the CPU stand-ins, for checks."""
     global aten
     from . import stand_ins
     aten = stand_ins
 
 
-ENGINES = {"flash": FlashVarlen, "cudnn": CudnnDense, "efficient": EfficientVarlen}
+ENGINES = {"flash": FlashVarlen, "cudnn": CudnnDense, "efficient": EfficientVarlen, "flash_cpu": FlashCpu}

@@ -22,11 +22,13 @@ def staircase(T, K, device):
 class Sdpa:
     """`bucketed`: buckets of similar length and one mask [T, T * K] broadcast over the batch
     (padding needs no mask: it follows every real token). Otherwise the common form: the longest
-    length, and a mask [B, 1, T, T * K]."""
+    length, and a mask [B, 1, T, T * K]. `one_width` pads queries and keys with zeros to the width of
+    the values: PyTorch's flash kernel for the CPU takes one width only."""
     exact, has_lse = True, False
 
-    def __init__(self, compiler, bucketed, backend=None):
+    def __init__(self, compiler, bucketed, backend=None, one_width=False):
         self.glue, self.values = compiler(heads.queries_keys), compiler(heads.wide_values)
+        self.one_width = one_width
         self.bucketed, self.forced, self.backend = bucketed, backend, backend or "unknown"
         self.masks = {}
 
@@ -45,17 +47,19 @@ class Sdpa:
         g, H, d = q.shape[1] // 2, q.shape[1], q.shape[2]
         q, k = self.glue(q, k, label, normalization)
         v = self.values(v, label, normalization)
+        if self.one_width:
+            q, k = (F.pad(x, (0, v.shape[2] - d)) for x in (q, k))
         buckets, outs = batch.buckets(self.bucketed), []
         for b in buckets:
             query = pad(q, b).transpose(1, 2)
             key, value = (pad(x, b).flatten(1, 2)[:, None].expand(-1, g, -1, -1) for x in (k, v))
-            outs.append(self.attend(query, key, value, self.mask(b, k.shape[1], q.device)).transpose(1, 2))
+            outs.append(self.attend(query, key, value, self.mask(b, k.shape[1], q.device), d ** -0.5).transpose(1, 2))
         return unpad(outs, buckets, batch.tokens).unflatten(2, (H, d)), None
 
-    def attend(self, q, k, v, mask):
+    def attend(self, q, k, v, mask, scale):
         if self.forced:
             with sdpa_kernel(BACKENDS[self.forced]):
-                return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+                return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         if q.is_cuda and self.backend == "unknown":
             self.backend = "auto:" + SDPBackend(torch._fused_sdp_choice(q, k, v, mask)).name.lower()
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)

@@ -13,6 +13,7 @@ mod bodies;
 use bodies::{Case, Output};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use dfar::device::TargetState;
+use dfar::device::cpu::product::F32;
 use dfar::device::cpu::target_attention::{self, unfused::Unfused};
 use dfar::simd::{Kernel, Simd, dispatch};
 use rand::{RngExt, SeedableRng};
@@ -80,7 +81,7 @@ impl Workload {
         let (index, inputs, weights) = (case.index(), case.inputs(), case.weights());
         let (state, _) = out.buffers();
         if fused {
-            target_attention::forward(case.shape(), index, inputs, weights, state);
+            target_attention::forward(F32, case.shape(), index, inputs, weights, state);
         } else {
             unfused.forward(index, inputs, weights, state);
         }
@@ -92,7 +93,8 @@ impl Workload {
         let (TargetState { e, lse, att }, gradients) = out.buffers();
         let state = TargetState { e: &*e, lse: &*lse, att: &*att };
         if fused {
-            target_attention::backward(case.shape(), index, inputs, weights, state, &case.datt, gradients);
+            let shape = case.shape();
+            target_attention::backward(F32, shape, index, inputs, weights, state, &case.datt, gradients);
         } else {
             unfused.backward(index, inputs, weights, state, &case.datt, gradients);
         }

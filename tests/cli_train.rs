@@ -102,9 +102,13 @@ fn a_device_is_chosen_and_a_missing_one_reported() {
     let dir = folder();
     let small = [&["--data", "x.dfar", "--out", "run"], &SMALL[..]].concat();
     let run = |more: &[&str]| dfar_train(dir.path(), &[&small[..], more].concat());
-    let refused = run(&["--device", "cpu", "--precision", "bf16"]);
+    // Without AVX-512 there is no bf16.
+    let bf16 = [&small[..], &["--device", "cpu", "--precision", "bf16"]].concat();
+    let refused = command(dir.path(), &bf16).env("DFAR_SIMD", "portable").output().unwrap();
     assert_eq!(code(&refused), 2);
-    assert!(stderr(&refused).contains("--precision: bf16 needs a GPU"), "{}", stderr(&refused));
+    for words in ["--precision: products in bf16 on the CPU need AMX-BF16", "use --precision f32"] {
+        assert!(stderr(&refused).contains(words), "{}", stderr(&refused));
+    }
     assert!(!dir.path().join("run").exists());
 
     let without_gpu = dfar::device::cuda::device_count().is_err();
@@ -120,6 +124,42 @@ fn a_device_is_chosen_and_a_missing_one_reported() {
         assert!(!dir.path().join("run").exists());
         assert!(stderr(&output).contains("no NVIDIA driver found"), "{}", stderr(&output));
     }
+}
+
+#[test]
+fn a_run_in_bf16_resumes_in_bf16_and_is_evaluated_in_f32_where_bf16_is_missing() {
+    if let Err(error) = dfar::device::cpu::Cpu::bf16() {
+        println!(
+            "a_run_in_bf16_resumes_in_bf16_and_is_evaluated_in_f32_where_bf16_is_missing is SKIPPED: {error}"
+        );
+        return;
+    }
+    let dir = folder();
+    let bf16 = ["--precision", "bf16"];
+    trained(dir.path(), "whole", &bf16);
+    let short = [&["--data", "x.dfar", "--out", "parts", "--epochs", "1"], &SMALL[..6], &bf16[..]].concat();
+    assert_eq!(code(&dfar_train(dir.path(), &short)), 0);
+    trained(dir.path(), "f32", &[]);
+    let resumed = dfar_train(dir.path(), &["--resume", "parts", "--epochs", "2"]);
+    assert_eq!(code(&resumed), 0, "{}", stderr(&resumed));
+    let model = |run: &str| bytes(dir.path().join(run).join("model.safetensors"));
+    assert!(model("parts") == model("whole") && model("f32") != model("whole"));
+
+    let evaluate = |run: &str, simd: Option<&str>| {
+        let mut command = command(dir.path(), &["evaluate", "--run", run, "--json"]);
+        let output = command.envs(simd.map(|simd| ("DFAR_SIMD", simd))).output().unwrap();
+        assert_eq!(code(&output), 0, "{}", stderr(&output));
+        let report: serde_json::Value = serde_json::from_str(&stdout(&output)).unwrap();
+        (report["test"]["auc"].as_f64().expect("an AUC"), stderr(&output))
+    };
+    let report: serde_json::Value =
+        serde_json::from_slice(&bytes(dir.path().join("whole/metrics.json"))).unwrap();
+    let (in_bf16, note) = evaluate("whole", None);
+    assert!(!note.contains("computing in f32"), "{note}");
+    assert_eq!(Some(in_bf16), report["test"]["auc"].as_f64());
+    let (in_f32, note) = evaluate("whole", Some("portable"));
+    assert!(note.contains("computing in f32 (products in bf16"), "{note}");
+    assert!((in_f32 - in_bf16).abs() < 0.02, "{in_f32} and {in_bf16}");
 }
 
 #[test]

@@ -34,3 +34,37 @@ fn steps_are_bitwise_equal_for_any_number_of_threads() {
     let one = run(1);
     assert!(one == run(2) && one == run(5));
 }
+
+/// The CPU in bf16; `None`, with a line that says so, where the processor lacks it.
+fn bf16(test: &str) -> Option<impl Fn() -> Arc<Cpu>> {
+    if let Err(error) = Cpu::bf16() {
+        println!("{test} is SKIPPED: {error}");
+        return None;
+    }
+    Some(|| Arc::new(Cpu::bf16().expect("bf16 is available")))
+}
+
+/// bf16 products, everything else in f32: close to the f32 steps but not equal.
+#[test]
+fn bf16_steps_are_near_and_the_same_for_any_number_of_threads() {
+    let Some(bf16) = bf16("bf16_steps_are_near_and_the_same_for_any_number_of_threads") else { return };
+    let run = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| bodies::three_steps(&bf16))
+    };
+    let found = run(1);
+    assert!(found == run(2) && found == run(5));
+    let (exact, _) = bodies::three_steps(&|| Arc::new(Cpu::new()));
+    for (found, exact) in found.0.iter().zip(&exact) {
+        let error = (found - exact).abs() / exact.abs();
+        assert!(error > 0.0 && error < 2e-2, "{found} in bf16, {exact} in f32");
+    }
+}
+
+#[test]
+fn in_bf16_a_non_finite_value_stops_the_step_and_empty_histories_score_finitely() {
+    let test = "in_bf16_a_non_finite_value_stops_the_step_and_empty_histories_score_finitely";
+    let Some(bf16) = bf16(test) else { return };
+    bodies::a_non_finite_value_stops_the_step_and_is_named(&bf16);
+    bodies::histories_without_events_or_of_one_label_score_finitely(&bf16);
+}

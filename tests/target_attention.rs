@@ -1,12 +1,12 @@
 //! Target attention on the CPU: fused and unfused against the definition in f64, and determinism.
 
 #[path = "bodies/target_attention.rs"]
-#[allow(dead_code)] // helpers for devices that round to bf16
 mod bodies;
 
-use bodies::{Case, NAMES, Output, assert_close, cases, ds_before, error, last, wide};
+use bodies::{Case, InBf16, NAMES, Output, assert_close, cases, ds_before, error, kernel_cases, last, wide};
 use dfar::device::TargetState;
 use dfar::device::cpu::Cpu;
+use dfar::device::cpu::product::F32;
 use dfar::device::cpu::target_attention::{backward, forward, unfused::Unfused};
 
 /// Runs one of the two implementations, forward and backward. Outputs start as NaN, so an unwritten
@@ -29,9 +29,9 @@ fn run(case: &Case, fused: bool) -> Output<f32> {
     let TargetState { e, lse, att } = state;
     let state = TargetState { e: &mut *e, lse: &mut *lse, att: &mut *att };
     if fused {
-        forward(shape, index, inputs, weights, state);
+        forward(F32, shape, index, inputs, weights, state);
         let state = TargetState { e: &*e, lse: &*lse, att: &*att };
-        backward(shape, index, inputs, weights, state, &case.datt, gradients);
+        backward(F32, shape, index, inputs, weights, state, &case.datt, gradients);
     } else {
         unfused.forward(index, inputs, weights, state);
         let state = TargetState { e: &*e, lse: &*lse, att: &*att };
@@ -126,6 +126,33 @@ fn results_are_bitwise_equal_for_any_number_of_threads() {
     let run = |threads| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
         pool.install(|| run(&case, true))
+    };
+    assert!(run(1) == run(3));
+}
+
+/// The CPU in bf16; `None`, with a line that says so, where the processor lacks it.
+fn bf16(test: &str) -> Option<Cpu> {
+    Cpu::bf16().map_err(|error| println!("{test} is SKIPPED: {error}")).ok()
+}
+
+#[test]
+fn in_bf16_it_is_as_exact_as_the_unfused_computation() {
+    let Some(cpu) = bf16("in_bf16_it_is_as_exact_as_the_unfused_computation") else { return };
+    let mut errors = InBf16::default();
+    for (name, case) in cases().into_iter().chain(kernel_cases()) {
+        errors.add(&name, &case.run_on(&cpu), &case.reference(), &case.in_bf16());
+    }
+    errors.assert();
+}
+
+#[test]
+fn in_bf16_results_are_bitwise_equal_for_any_number_of_threads() {
+    let Some(cpu) = bf16("in_bf16_results_are_bitwise_equal_for_any_number_of_threads") else { return };
+    let lengths: Vec<u32> = (0..120).map(|i| (i * 37) % 90).collect();
+    let case = Case::random(32, [80, 40], &lengths, 12, 3, 3);
+    let run = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
+        pool.install(|| case.run_on(&cpu))
     };
     assert!(run(1) == run(3));
 }

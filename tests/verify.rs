@@ -12,9 +12,14 @@ fn golden(name: &str) -> PathBuf {
     common::root().join(format!("tests/golden/{name}.safetensors"))
 }
 
-fn run(arguments: &[&str], folder: &Path) -> Output {
+fn command(arguments: &[&str], folder: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_dfar-bench"));
-    command.arg("verify").arg(folder).args(arguments).output().expect("dfar-bench should start")
+    command.arg("verify").arg(folder).args(arguments);
+    command
+}
+
+fn run(arguments: &[&str], folder: &Path) -> Output {
+    command(arguments, folder).output().expect("dfar-bench should start")
 }
 
 fn folder_with(files: &[(&str, &[u8])]) -> tempfile::TempDir {
@@ -44,6 +49,30 @@ fn good_cases_pass() {
     let tensors = json["cases"][0]["outcome"]["checked"].as_array().expect("a checked case lists tensors");
     let names: Vec<&str> = tensors.iter().filter_map(|t| t["tensor"].as_str()).collect();
     assert_eq!(names, ["o", "lse", "dq", "dk", "dv"]);
+}
+
+#[test]
+fn in_bf16_a_case_is_judged_by_the_unfused_computation_in_bf16() {
+    let folder = folder_with(&[("a.safetensors", &good())]);
+    let arguments = ["--precision", "bf16"];
+    let mut refused = command(&arguments, folder.path());
+    let refused = refused.env("DFAR_SIMD", "portable").output().expect("dfar-bench should start");
+    let text = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(2), "{text}");
+    assert!(text.contains("need AMX-BF16") && text.contains("use --precision f32"), "{text}");
+    if let Err(error) = dfar::device::cpu::Cpu::bf16() {
+        let test = "in_bf16_a_case_is_judged_by_the_unfused_computation_in_bf16";
+        return println!("{test} is SKIPPED from here on: {error}");
+    }
+    for name in ["fha_tiny", "fha_masked", "fha_paper", "dfar_small"] {
+        let bytes = std::fs::read(golden(name)).expect("the case should be there");
+        let folder = folder_with(&[("a.safetensors", &bytes)]);
+        let output = run(&arguments, folder.path());
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert_eq!(output.status.code(), Some(0), "{name}: {text}");
+        let summary = if name == "dfar_small" { "0 passed, 0 failed, 1" } else { "1 passed, 0 failed, 0" };
+        assert!(text.ends_with(&format!("{summary} skipped\n")), "{name}: {text}");
+    }
 }
 
 /// A small change of one value of the last tensor is detected, and the exit code is 1.

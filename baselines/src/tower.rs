@@ -10,6 +10,7 @@ use crate::system::{Context, Gradients, Part, Per, Settings};
 use crate::{Floats, Result};
 use dfar::device::cpu::elementwise::relu_backward;
 use dfar::device::cpu::linear;
+use dfar::device::cpu::product::F32;
 use dfar::device::{Activation, Dense, Linear, LinearGradients, Memory, Output};
 use dfar::model::parameters;
 use rayon::prelude::*;
@@ -56,7 +57,12 @@ impl Tower {
         for term in terms(cx, &e, parts) {
             let n = term.lists.len(batch.rows());
             let mut y = device.alloc(n * first.outputs)?;
-            linear::forward(self.slice(cx, from, term.width), term.values, Output::overwrite(&mut y[..]));
+            linear::forward(
+                F32,
+                self.slice(cx, from, term.width),
+                term.values,
+                Output::overwrite(&mut y[..]),
+            );
             let index = match term.lists {
                 Lists::Same => None,
                 Lists::Ranges(_) => Some(&batch.row_group[..]),
@@ -136,7 +142,7 @@ impl Tower {
             };
             // `y` is not read without an activation.
             let y: Floats = device.alloc(dy.len())?;
-            linear::backward(self.slice(cx, from, term.width), term.values, &y, &mut dy, gradients);
+            linear::backward(F32, self.slice(cx, from, term.width), term.values, &y, &mut dy, gradients);
             if i == 0 {
                 add(&dx, &mut grads.candidates);
             } else {

@@ -4,6 +4,9 @@
 //! [CUDA](cuda). The traits, their conventions and the CPU engine are the crate `dfar-engine`.
 
 pub mod cuda;
+mod precision;
+
+pub use precision::Precision;
 
 #[doc(inline)]
 pub use dfar_engine::device::*;

@@ -4,7 +4,7 @@ use super::draw::{DrawOptions, TrainTargets};
 use super::negatives::NegativeSource;
 use crate::attention::Normalization;
 use crate::batch::{Cut, Feedback};
-use crate::device::cuda::Precision;
+use crate::device::Precision;
 use crate::device::{Clip, Device};
 use crate::evaluate::metrics::GaucRule;
 use crate::model::{AdamOptions, Initialization, LossOptions, ModelConfig};
@@ -118,7 +118,7 @@ pub struct Config {
     pub workers: usize,
     /// Device.
     pub device: DeviceChoice,
-    /// Precision of matrix products, on a GPU.
+    /// Precision of matrix products.
     pub precision: Precision,
     /// Launch steps as CUDA graphs, on a GPU.
     pub cuda_graphs: bool,

@@ -93,6 +93,12 @@ pub enum DeviceError {
         /// Bytes requested.
         bytes: usize,
     },
+    /// The CPU cannot compute in bf16.
+    #[error("products in bf16 on the CPU need AMX-BF16: {reason}; use --precision f32, or a GPU")]
+    Bf16 {
+        /// What is missing.
+        reason: String,
+    },
     /// A failure of a device that another crate implements: of CUDA,
     /// `dfar::device::cuda::CudaError`.
     #[error(transparent)]

@@ -7,6 +7,8 @@
 //! All methods must be `#[inline(always)]`: a method that is not inlined into the
 //! `#[target_feature]` entry point is compiled without its instructions.
 
+#[cfg(target_arch = "x86_64")]
+pub mod amx;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod portable;

@@ -1,7 +1,8 @@
 //! `--device`, `--precision` and `--cuda-graphs`: opens the device of a command.
 
 use dfar::device::cpu::Cpu;
-use dfar::device::cuda::{Captures, Cuda, CudaError, Gpu, Precision};
+use dfar::device::cuda::{Captures, Cuda, CudaError, Gpu};
+use dfar::device::{DeviceError, Precision};
 use dfar::train::TrainError;
 use dfar::train::config::{Config, DeviceChoice};
 use std::sync::Arc;
@@ -35,22 +36,23 @@ macro_rules! on_device {
 }
 pub(crate) use on_device;
 
-/// Opens the device for a finished run: `asked` if given, or else the run's own. The CPU accepts
-/// models of any precision.
+/// Opens the device for a finished run: `asked` if given, or else the run's own. A CPU that lacks the
+/// run's precision computes in f32, which accepts any model; `note` receives the reason.
 ///
 /// # Errors
-/// As [`open`].
+/// `cuda` without a usable GPU.
 pub fn open_for(config: &Config, asked: Option<DeviceChoice>, note: &dyn Fn(&str)) -> dfar::Result<Chosen> {
-    let choice = asked.unwrap_or(config.device);
-    let precision = if choice == DeviceChoice::Cpu { Precision::F32 } else { config.precision };
-    open(choice, precision, false, note)
+    match asked.unwrap_or(config.device) {
+        DeviceChoice::Cpu => Ok(cpu_or_f32(config.precision, note)),
+        choice => open(choice, config.precision, false, note),
+    }
 }
 
 /// Opens the device; `graphs` applies only to a GPU. `note` receives the reason when `auto` selects
-/// the CPU.
+/// the CPU, or f32.
 ///
 /// # Errors
-/// `cuda` without a usable GPU, or a precision that the CPU does not support.
+/// `cuda` without a usable GPU, or `cpu` with a precision that this CPU does not support.
 pub fn open(
     choice: DeviceChoice,
     precision: Precision,
@@ -63,17 +65,28 @@ pub fn open(
         let gpu = Gpu::new(cuda, precision);
         Ok(Chosen::Cuda(Arc::new(if graphs { gpu.with_graphs() } else { gpu })))
     };
-    let cpu = || Chosen::Cpu(Arc::new(Cpu::new()));
     match choice {
         DeviceChoice::Cuda => Ok(cuda()?),
-        DeviceChoice::Cpu if precision != Precision::F32 => {
-            let reason = format!("{} needs a GPU: the CPU computes in f32", precision.name());
-            Err(TrainError::Usage { argument: "--precision", reason }.into())
-        }
-        DeviceChoice::Cpu => Ok(cpu()),
+        DeviceChoice::Cpu => Ok(cpu(precision)
+            .map_err(|error| TrainError::Usage { argument: "--precision", reason: error.to_string() })?),
         DeviceChoice::Auto => Ok(cuda().unwrap_or_else(|error| {
-            note(&format!("computing on the CPU, in f32 ({error})"));
-            cpu()
+            note(&format!("computing on the CPU ({error})"));
+            cpu_or_f32(precision, note)
         })),
     }
+}
+
+fn cpu(precision: Precision) -> Result<Chosen, DeviceError> {
+    Ok(Chosen::Cpu(Arc::new(match precision {
+        Precision::F32 => Cpu::new(),
+        Precision::Bf16 => Cpu::bf16()?,
+    })))
+}
+
+/// The CPU in f32 if it lacks the precision.
+fn cpu_or_f32(precision: Precision, note: &dyn Fn(&str)) -> Chosen {
+    cpu(precision).unwrap_or_else(|error| {
+        note(&format!("computing in f32 ({error})"));
+        Chosen::Cpu(Arc::new(Cpu::new()))
+    })
 }

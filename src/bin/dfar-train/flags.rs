@@ -4,7 +4,7 @@
 use clap::Args;
 use dfar::attention::Normalization;
 use dfar::batch::Feedback;
-use dfar::device::cuda::Precision;
+use dfar::device::Precision;
 use dfar::evaluate::metrics::GaucRule;
 use dfar::model::Initialization;
 use dfar::train::TrainError;
@@ -34,7 +34,8 @@ pub struct Flags {
     /// Device [default: cpu].
     #[arg(long, value_enum)]
     device: Option<DeviceChoice>,
-    /// Precision of matrix products on a GPU; values in memory are always f32 [default: f32].
+    /// Precision of matrix products; values in memory are always f32. bf16 needs a GPU, or a CPU
+    /// with AMX [default: f32].
     #[arg(long, value_enum)]
     precision: Option<Precision>,
     /// Launch each step as one CUDA graph, on a GPU.

@@ -5,8 +5,9 @@ use super::array::Array;
 use super::capture::{self, Captures};
 use super::error::CudaError;
 use super::kernel::{Kernel, Launch};
-use super::runtime::{Precision, Runtime};
+use super::runtime::Runtime;
 use crate::device::DeviceError;
+use crate::device::Precision;
 use bytemuck::Pod;
 use std::sync::{Arc, Mutex, PoisonError};
 

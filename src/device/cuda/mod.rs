@@ -33,9 +33,9 @@ pub mod ops;
 pub mod plan;
 pub mod runtime;
 
+pub use crate::device::Precision;
 pub use capture::Captures;
 pub use driver::context::{Cuda, device_count};
 pub use error::CudaError;
 pub use gpu::Gpu;
 pub use kernel::Element;
-pub use runtime::Precision;

@@ -9,30 +9,8 @@
 
 use super::error::CudaError;
 use super::kernel::{Kernel, Launch, Pointer};
-use crate::device::{Activation, Store};
-use serde::{Deserialize, Serialize};
+use crate::device::{Activation, Precision, Store};
 use std::ops::{DerefMut, Range};
-
-/// Precision of the factors of matrix products. Sums are f32.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Precision {
-    /// f32 factors.
-    #[default]
-    F32,
-    /// Factors rounded to bf16, on the tensor cores.
-    Bf16,
-}
-
-impl Precision {
-    /// Name in the `--precision` flag.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Precision::F32 => "f32",
-            Precision::Bf16 => "bf16",
-        }
-    }
-}
 
 /// A matrix product `c = activation(a b + bias)`. All matrices are f32, row-major and packed: `a:
 /// [m, k]`, `b: [k, n]`, `c: [m, n]`.

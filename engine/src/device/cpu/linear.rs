@@ -4,11 +4,11 @@
 //! in the order of its rows, and the partials are added in the order of the chunks. Results are
 //! bitwise equal for any number of threads.
 
-use super::elementwise::{add_assign, add_column_sums, pad_rows, relu_backward, transpose};
-use super::product::{Finish, Left, product};
+use super::elementwise::{add_assign, add_column_sums, pad_rows, relu_backward};
+use super::product::{Finish, Products};
 use super::scratch::{carve, carved_len, padded, with_scratch};
 use super::slices::Slices;
-use super::{Cpu, Done, Floats, Indices};
+use super::{Cpu, Done, Floats, Indices, with_products};
 use crate::device::{
     Activation, Dense, LabelLinear, LabelLinearGradients, Linear, LinearGradients, Output, Store,
 };
@@ -26,7 +26,7 @@ fn chunk_rows(rows: usize) -> usize {
 
 impl Dense for Cpu {
     fn linear(&self, layer: Linear<&Floats>, x: &Floats, y: Output<&mut Floats>) -> Done {
-        forward(layer.slices(), x, y.slices());
+        with_products!(self, |products| forward(products, layer.slices(), x, y.slices()));
         Ok(())
     }
     fn linear_backward(
@@ -37,7 +37,7 @@ impl Dense for Cpu {
         dy: &mut Floats,
         gradients: LinearGradients<&mut Floats>,
     ) -> Done {
-        backward(layer.slices(), x, y, dy, gradients.slices());
+        with_products!(self, |products| backward(products, layer.slices(), x, y, dy, gradients.slices()));
         Ok(())
     }
     fn label_linear(
@@ -46,7 +46,7 @@ impl Dense for Cpu {
         x: &Floats,
         y: Output<&mut Floats>,
     ) -> Done {
-        label_forward(layer.slices(), x, y.slices());
+        with_products!(self, |products| label_forward(products, layer.slices(), x, y.slices()));
         Ok(())
     }
     fn label_linear_backward(
@@ -56,7 +56,7 @@ impl Dense for Cpu {
         dy: &Floats,
         gradients: LabelLinearGradients<&mut Floats>,
     ) -> Done {
-        label_backward(layer.slices(), x, dy, gradients.slices());
+        with_products!(self, |products| label_backward(products, layer.slices(), x, dy, gradients.slices()));
         Ok(())
     }
 }
@@ -65,16 +65,17 @@ impl Dense for Cpu {
 ///
 /// # Panics
 /// If a length contradicts the widths of the layer.
-pub fn forward(layer: Linear<&[f32]>, x: &[f32], y: Output<&mut [f32]>) {
+pub fn forward<P: Products>(products: P, layer: Linear<&[f32]>, x: &[f32], y: Output<&mut [f32]>) {
     let Linear { w, bias, activation, inputs, outputs } = layer;
     let Output { values: y, store } = y;
     check_rows(x.len(), y.len(), inputs, outputs);
     assert_eq!(w.len(), inputs * outputs, "w is not [inputs, outputs]");
     let rows = chunk_rows(y.len() / outputs);
     let wide = padded(outputs);
-    with_scratch(carved_len(&[inputs * wide, wide]), |memory| {
-        let [packed, bias_padded] = carve(&mut { memory }, [inputs * wide, wide]);
-        pad_rows(w, outputs, wide, packed);
+    let lens = [products.packed_len([inputs, outputs]), wide];
+    with_scratch(carved_len(&lens), |memory| {
+        let [packed, bias_padded] = carve(&mut { memory }, lens);
+        products.pack([inputs, outputs], (w, outputs), packed);
         pad_rows(bias.unwrap_or_default(), outputs, wide, bias_padded);
         bias_padded[bias.map_or(0, <[f32]>::len)..].fill(0.0);
         let finish = match activation {
@@ -83,7 +84,7 @@ pub fn forward(layer: Linear<&[f32]>, x: &[f32], y: Output<&mut [f32]>) {
         };
         let chunks = x.par_chunks(rows * inputs).zip(y.par_chunks_mut(rows * outputs));
         chunks.for_each(|(x, y)| {
-            if outputs == 1 && store == Store::Overwrite {
+            if outputs == 1 && store == Store::Overwrite && !P::ROUNDS {
                 dot_rows(x, w, bias.map_or(0.0, |bias| bias[0]), y);
                 if activation == Activation::Relu {
                     // Keeps a NaN, unlike f32::max.
@@ -93,8 +94,7 @@ pub fn forward(layer: Linear<&[f32]>, x: &[f32], y: Output<&mut [f32]>) {
             }
             for (x, y) in x.chunks(BLOCK * inputs).zip(y.chunks_mut(BLOCK * outputs)) {
                 let shape = [y.len() / outputs, outputs, inputs];
-                let x = Left::rows(x, inputs);
-                product_to(shape, x, packed, (y, store), finish);
+                product_to(products, shape, x, packed, (y, store), finish);
             }
         });
     });
@@ -104,7 +104,8 @@ pub fn forward(layer: Linear<&[f32]>, x: &[f32], y: Output<&mut [f32]>) {
 ///
 /// # Panics
 /// If a length contradicts the widths of the layer.
-pub fn backward(
+pub fn backward<P: Products>(
+    products: P,
     layer: Linear<&[f32]>,
     x: &[f32],
     y: &[f32],
@@ -119,14 +120,14 @@ pub fn backward(
     let rows = chunk_rows(dy.len() / outputs);
     let chunks = dy.len().div_ceil(rows * outputs);
     let partials = Partials { chunks, inputs, outputs, swapped: outputs == 1 };
-    let wide_inputs = padded(inputs);
+    let transposed_len = products.packed_len([outputs, inputs]);
     let (mut dx, dx_store) = dx.map_or((None, Store::Overwrite), |dx| (Some(dx.values), dx.store));
     if let Some(dx) = &dx {
         assert_eq!(dx.len(), x.len(), "dx and x differ in length");
     }
-    with_scratch(partials.len() + outputs * wide_inputs, |memory| {
+    with_scratch(partials.len() + transposed_len, |memory| {
         let (partial, transposed) = memory.split_at_mut(partials.len());
-        transpose(w, outputs, wide_inputs, transposed);
+        products.pack_transposed([outputs, inputs], (w, outputs), transposed);
         let chunks: Vec<_> = partial
             .chunks_mut(partials.each())
             .zip(x.chunks(rows * inputs))
@@ -143,11 +144,11 @@ pub fn backward(
                 if activation == Activation::Relu {
                     relu_backward(y, dy);
                 }
-                partials.add(x, dy, partial);
+                partials.add(products, x, dy, partial);
                 if let Some(dx) = &mut dx {
                     let dx = dx.split_off_mut(..x.len()).expect("dx is as long as x");
                     let shape = [dx.len() / inputs, inputs, outputs];
-                    product_to(shape, Left::rows(dy, outputs), transposed, (dx, dx_store), Finish::Store);
+                    product_to(products, shape, dy, transposed, (dx, dx_store), Finish::Store);
                 }
             }
         });
@@ -159,28 +160,35 @@ pub fn backward(
 ///
 /// # Panics
 /// If a length contradicts the widths of the layer, or a token is out of range.
-pub fn label_forward(layer: LabelLinear<&[f32], &[u32]>, x: &[f32], y: Output<&mut [f32]>) {
+pub fn label_forward<P: Products>(
+    products: P,
+    layer: LabelLinear<&[f32], &[u32]>,
+    x: &[f32],
+    y: Output<&mut [f32]>,
+) {
     let LabelLinear { w, bias, tokens_by_label, inputs, outputs } = layer;
     let Output { values: y, store } = y;
     check_rows(x.len(), y.len(), inputs, outputs);
     assert_eq!(w.len(), 2 * inputs * outputs, "w is not [2 * inputs, outputs]");
     let (rows, wide) = (chunk_rows(y.len() / outputs), padded(outputs));
-    with_scratch(carved_len(&[2 * inputs * wide, wide]), |memory| {
-        let [packed, bias_padded] = carve(&mut { memory }, [2 * inputs * wide, wide]);
-        pad_rows(w, outputs, wide, packed);
+    let lens = [products.packed_len([inputs, outputs]), products.packed_len([inputs, outputs]), wide];
+    with_scratch(carved_len(&lens), |memory| {
+        let [negative, positive, bias_padded] = carve(&mut { memory }, lens);
+        let halves = w.split_at(inputs * outputs);
+        products.pack([inputs, outputs], (halves.0, outputs), negative);
+        products.pack([inputs, outputs], (halves.1, outputs), positive);
         pad_rows(bias, outputs, wide, bias_padded);
-        let packed = packed.split_at(inputs * wide);
         let chunks = x.par_chunks(rows * inputs).zip(y.par_chunks_mut(rows * outputs));
         chunks.enumerate().for_each(|(chunk, (x, y))| {
             with_scratch(carved_len(&[BLOCK * inputs, BLOCK * wide]), |memory| {
                 let [gathered, result] = carve(&mut { memory }, [BLOCK * inputs, BLOCK * wide]);
                 let here = chunk * rows..chunk * rows + y.len() / outputs;
-                for (tokens, w) in tokens_by_label.into_iter().zip([packed.0, packed.1]) {
+                for (tokens, w) in tokens_by_label.into_iter().zip([&*negative, &*positive]) {
                     for tokens in tokens_in(tokens, &here).chunks(BLOCK) {
                         gather(x, inputs, inputs, tokens, here.start, gathered);
                         let shape = [tokens.len(), outputs, inputs];
                         let finish = Finish::Bias(bias_padded);
-                        product(shape, Left::rows(gathered, inputs), (w, wide), (result, wide), finish);
+                        products.product(shape, (gathered, inputs), w, (result, wide), finish);
                         for (token, result) in tokens.iter().zip(result.chunks_exact(wide)) {
                             let row = (*token as usize - here.start) * outputs;
                             put(&result[..outputs], &mut y[row..row + outputs], store);
@@ -196,7 +204,8 @@ pub fn label_forward(layer: LabelLinear<&[f32], &[u32]>, x: &[f32], y: Output<&m
 ///
 /// # Panics
 /// If a length contradicts the widths of the layer, or a token is out of range.
-pub fn label_backward(
+pub fn label_backward<P: Products>(
+    products: P,
     layer: LabelLinear<&[f32], &[u32]>,
     x: &[f32],
     dy: &[f32],
@@ -211,12 +220,13 @@ pub fn label_backward(
     let (wide, wide_inputs) = (padded(outputs), padded(inputs));
     let chunks = dy.len().div_ceil(rows * outputs);
     let partials = Partials { chunks, inputs: 2 * inputs, outputs, swapped: false };
-    with_scratch(partials.len() + 2 * outputs * wide_inputs, |memory| {
+    let transposed_len = products.packed_len([outputs, inputs]);
+    with_scratch(partials.len() + 2 * transposed_len, |memory| {
         let (partial, transposed) = memory.split_at_mut(partials.len());
         for (w, transposed) in
-            w.chunks_exact(inputs * outputs).zip(transposed.chunks_exact_mut(outputs * wide_inputs))
+            w.chunks_exact(inputs * outputs).zip(transposed.chunks_exact_mut(transposed_len))
         {
-            transpose(w, outputs, wide_inputs, transposed);
+            products.pack_transposed([outputs, inputs], (w, outputs), transposed);
         }
         let chunks = partial.par_chunks_mut(partials.each()).zip(x.par_chunks(rows * inputs));
         let chunks = chunks.zip(dy.par_chunks(rows * outputs).zip(dx.par_chunks_mut(rows * inputs)));
@@ -227,19 +237,17 @@ pub fn label_backward(
                 partial.fill(0.0);
                 let here = chunk * rows..chunk * rows + dy.len() / outputs;
                 let (dw, dbias) = partial.split_at_mut(2 * inputs * wide);
-                let halves =
-                    dw.chunks_exact_mut(inputs * wide).zip(transposed.chunks_exact(outputs * wide_inputs));
+                let halves = dw.chunks_exact_mut(inputs * wide).zip(transposed.chunks_exact(transposed_len));
                 for (tokens, (dw, w)) in tokens_by_label.into_iter().zip(halves) {
                     for tokens in tokens_in(tokens, &here).chunks(BLOCK) {
                         let n = tokens.len();
                         gather(x, inputs, inputs, tokens, here.start, x_rows);
                         gather(dy, outputs, wide, tokens, here.start, dy_rows);
-                        let x_rows = Left::transposed(x_rows, inputs);
-                        product([inputs, outputs, n], x_rows, (dy_rows, wide), (dw, wide), Finish::Add);
+                        let shape = [inputs, outputs, n];
+                        products.add_transposed(shape, (x_rows, inputs), (dy_rows, wide), (dw, wide));
                         add_column_sums(&dy_rows[..n * wide], dbias);
-                        let dy_rows = Left::rows(dy_rows, wide);
-                        let out = (&mut *dx_rows, wide_inputs);
-                        product([n, inputs, outputs], dy_rows, (w, wide_inputs), out, Finish::Store);
+                        let (shape, out) = ([n, inputs, outputs], (&mut *dx_rows, wide_inputs));
+                        products.product(shape, (dy_rows, wide), w, out, Finish::Store);
                         for (token, row) in tokens.iter().zip(dx_rows.chunks_exact(wide_inputs)) {
                             let at = (*token as usize - here.start) * inputs;
                             dx[at..at + inputs].copy_from_slice(&row[..inputs]);
@@ -282,13 +290,13 @@ impl Partials {
     }
 
     /// Adds `x^T dy` and the column sums of `dy` for one block of rows.
-    fn add(&self, x: &[f32], dy: &[f32], partial: &mut [f32]) {
+    fn add<P: Products>(&self, products: P, x: &[f32], dy: &[f32], partial: &mut [f32]) {
         let ((rows, columns), n) = (self.shape(), dy.len() / self.outputs);
         let wide = padded(columns);
         let (left, right) = if self.swapped { (dy, x) } else { (x, dy) };
         let (dw, dbias) = partial.split_at_mut(rows * wide);
         let mut add = |right: &[f32]| {
-            product([rows, columns, n], Left::transposed(left, rows), (right, wide), (dw, wide), Finish::Add);
+            products.add_transposed([rows, columns, n], (left, rows), (right, wide), (dw, wide));
             if self.swapped {
                 dbias[0] += dy.iter().sum::<f32>();
             } else {
@@ -348,21 +356,23 @@ fn dot_rows(x: &[f32], w: &[f32], bias: f32, y: &mut [f32]) {
     dispatch(DotRows(x, w, bias, y));
 }
 
-/// `y = finish(left right)` with padded rows of `right` and packed rows of `y`.
-fn product_to(
+/// `y = finish(left right)` for a packed right factor; rows of `left` and `y` are contiguous.
+fn product_to<P: Products>(
+    products: P,
     [m, n, k]: [usize; 3],
-    left: Left,
+    left: &[f32],
     right: &[f32],
     (y, store): (&mut [f32], Store),
     finish: Finish,
 ) {
-    let wide = padded(n);
-    let right = (right, wide);
+    let (wide, left) = (padded(n), (left, k));
     match (store, finish) {
-        (Store::Overwrite, _) if n == wide => product([m, n, k], left, right, (y, n), finish),
-        (Store::Add, Finish::Store) if n == wide => product([m, n, k], left, right, (y, n), Finish::Add),
+        (Store::Overwrite, _) if n == wide => products.product([m, n, k], left, right, (y, n), finish),
+        (Store::Add, Finish::Store) if n == wide => {
+            products.product([m, n, k], left, right, (y, n), Finish::Add);
+        }
         _ => with_scratch(m * wide, |result| {
-            product([m, n, k], left, right, (result, wide), finish);
+            products.product([m, n, k], left, right, (result, wide), finish);
             for (result, y) in result.chunks_exact(wide).zip(y.chunks_exact_mut(n)) {
                 put(&result[..n], y, store);
             }
@@ -400,11 +410,32 @@ fn check_rows(x: usize, y: usize, inputs: usize, outputs: usize) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::product::F32;
     use super::*;
     use rand::{RngExt, SeedableRng};
 
     fn random(len: usize, rng: &mut impl RngExt) -> Vec<f32> {
         (0..len).map(|_| rng.random_range(-1.0..1.0)).collect()
+    }
+
+    /// Values that bf16 represents exactly.
+    fn coarse(len: usize, rng: &mut impl RngExt) -> Vec<f32> {
+        (0..len).map(|_| rng.random_range(-128..129) as f32 / 128.0).collect()
+    }
+
+    /// Runs `$check` with f32 products of any values, and with bf16 products of values that bf16
+    /// represents.
+    macro_rules! in_every_precision {
+        ($name:ident, $check:ident) => {
+            #[test]
+            fn $name() {
+                $check(F32, random);
+                #[cfg(target_arch = "x86_64")]
+                if let Some(bf16) = super::super::bf16::tests::bf16(stringify!($name)) {
+                    $check(bf16, coarse);
+                }
+            }
+        };
     }
 
     #[track_caller]
@@ -439,8 +470,11 @@ mod tests {
         (1000, 1, 3),
     ];
 
-    #[test]
-    fn layer_and_gradients_agree_with_f64() {
+    in_every_precision!(layer_and_gradients_agree_with_f64, check_layer);
+    in_every_precision!(label_layer_and_gradients_agree_with_f64, check_label_layer);
+    in_every_precision!(gradients_are_bitwise_equal_for_any_number_of_threads, check_threads);
+
+    fn check_layer<P: Products>(p: P, random: fn(usize, &mut rand_chacha::ChaCha8Rng) -> Vec<f32>) {
         let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(7);
         for (n, inputs, outputs) in SHAPES {
             let (x, w) = (random(n * inputs, &mut rng), random(inputs * outputs, &mut rng));
@@ -456,7 +490,7 @@ mod tests {
                 let mut y = start.clone();
                 let given = with_bias.then_some(&bias[..]);
                 let layer = Linear { w: &w[..], bias: given, activation, inputs, outputs };
-                forward(layer, &x, Output { values: &mut y, store });
+                forward(p, layer, &x, Output { values: &mut y, store });
                 let mut want =
                     naive([n, outputs, inputs], |i, l| x[i * inputs + l], |l, j| w[l * outputs + j]);
                 for (i, want) in want.iter_mut().enumerate() {
@@ -476,7 +510,7 @@ mod tests {
                     dw: &mut dw[..],
                     dbias: Some(&mut dbias[..]),
                 };
-                backward(layer, &x, &y, &mut dy_given, gradients);
+                backward(p, layer, &x, &y, &mut dy_given, gradients);
                 assert!(dy_given.iter().enumerate().all(|(i, dy)| *dy == masked(i)));
                 let shape = [n, inputs, outputs];
                 let mut want = naive(shape, |i, l| masked(i * outputs + l), |l, j| w[j * outputs + l]);
@@ -496,8 +530,7 @@ mod tests {
         }
     }
 
-    #[test]
-    fn label_layer_and_gradients_agree_with_f64() {
+    fn check_label_layer<P: Products>(p: P, random: fn(usize, &mut rand_chacha::ChaCha8Rng) -> Vec<f32>) {
         let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(8);
         for (n, inputs, outputs) in SHAPES {
             let (x, w) = (random(n * inputs, &mut rng), random(2 * inputs * outputs, &mut rng));
@@ -510,7 +543,7 @@ mod tests {
             let layer = LabelLinear { w: &w[..], bias: &bias[..], tokens_by_label: tokens, inputs, outputs };
             for store in [Store::Overwrite, Store::Add] {
                 let mut y = start.clone();
-                label_forward(layer, &x, Output { values: &mut y, store });
+                label_forward(p, layer, &x, Output { values: &mut y, store });
                 let mut want = Vec::new();
                 for (i, j) in (0..n).flat_map(|i| (0..outputs).map(move |j| (i, j))) {
                     let sum = naive([1, 1, inputs], |_, l| x[i * inputs + l], |l, _| weight(i, l, j))[0];
@@ -523,7 +556,7 @@ mod tests {
             let mut dx = vec![f32::NAN; x.len()];
             let (mut dw, mut dbias) = (vec![f32::NAN; w.len()], vec![f32::NAN; outputs]);
             let gradients = LabelLinearGradients { dx: &mut dx[..], dw: &mut dw[..], dbias: &mut dbias[..] };
-            label_backward(layer, &x, &dy, gradients);
+            label_backward(p, layer, &x, &dy, gradients);
             let mut want = Vec::new();
             for (i, l) in (0..n).flat_map(|i| (0..inputs).map(move |l| (i, l))) {
                 want.push(naive([1, 1, outputs], |_, j| dy[i * outputs + j], |j, _| weight(i, l, j))[0]);
@@ -537,8 +570,7 @@ mod tests {
         }
     }
 
-    #[test]
-    fn gradients_are_bitwise_equal_for_any_number_of_threads() {
+    fn check_threads<P: Products>(p: P, random: fn(usize, &mut rand_chacha::ChaCha8Rng) -> Vec<f32>) {
         let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(9);
         let (n, inputs, outputs) = (3000, 40, 24);
         let (x, w) = (random(n * inputs, &mut rng), random(2 * inputs * outputs, &mut rng));
@@ -553,11 +585,11 @@ mod tests {
                 let w1 = &w[..inputs * outputs];
                 let layer = Linear { w: w1, bias: None, activation: Activation::None, inputs, outputs };
                 let gradients = LinearGradients { dx: None, dw, dbias: Some(dbias) };
-                backward(layer, &x, &dy, &mut dy.clone(), gradients);
+                backward(p, layer, &x, &dy, &mut dy.clone(), gradients);
                 let tokens_by_label = [&even_odd[0][..], &even_odd[1][..]];
                 let layer = LabelLinear { w: &w[..], bias: &[], tokens_by_label, inputs, outputs };
                 let gradients = LabelLinearGradients { dx: &mut x.clone()[..], dw: dw2, dbias: dbias2 };
-                label_backward(layer, &x, &dy, gradients);
+                label_backward(p, layer, &x, &dy, gradients);
                 out
             })
         };

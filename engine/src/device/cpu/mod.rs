@@ -15,9 +15,12 @@
 //! | `target_attention` | target attention |
 //! | `losses`, `optimizer` | losses, Adam |
 //! | `product`, `elementwise` | matrix products, row passes, on the vectors of [`crate::simd`] |
+//! | `bf16` | matrix products of factors in bf16, on the tiles of AMX |
 //! | `scratch`, `slices` | working memory per thread, buffers as slices |
 
 mod attention;
+#[cfg(target_arch = "x86_64")]
+mod bf16;
 #[doc(hidden)]
 pub mod elementwise;
 mod embedding;
@@ -49,16 +52,61 @@ type Indices = CpuBuffer<u32>;
 type Doubles = CpuBuffer<f64>;
 type Done = Result<(), DeviceError>;
 
+/// The precision of the factors of matrix products.
+#[derive(Clone, Copy, Default)]
+enum Chosen {
+    #[default]
+    F32,
+    #[cfg(target_arch = "x86_64")]
+    Bf16(bf16::Bf16),
+}
+
+/// Evaluates an expression with `$products` bound to the [`Products`](product::Products) of a
+/// [`Cpu`].
+macro_rules! with_products {
+    ($cpu:expr, |$products:ident| $run:expr) => {
+        match $cpu.products {
+            $crate::device::cpu::Chosen::F32 => {
+                let $products = $crate::device::cpu::product::F32;
+                $run
+            }
+            #[cfg(target_arch = "x86_64")]
+            $crate::device::cpu::Chosen::Bf16($products) => $run,
+        }
+    };
+}
+use with_products;
+
 /// The host processor, on rayon's threads.
 #[derive(Default)]
 pub struct Cpu {
     pool: Arc<memory::Pool>,
+    products: Chosen,
 }
 
 impl Cpu {
-    /// A CPU with an empty memory pool.
+    /// A CPU with an empty memory pool, which computes in f32.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// A CPU that rounds the factors of matrix products to bf16, on the tiles of AMX. Sums and
+    /// values in memory are f32.
+    ///
+    /// # Errors
+    /// [`DeviceError::Bf16`] without AMX-BF16.
+    pub fn bf16() -> Result<Self, DeviceError> {
+        #[cfg(target_arch = "x86_64")]
+        return Self::on_tiles(simd::amx::Amx::new());
+        #[cfg(not(target_arch = "x86_64"))]
+        Err(DeviceError::Bf16 { reason: "this is no x86-64 processor".to_owned() })
+    }
+
+    /// [`bf16`](Self::bf16) from the result of the probe.
+    #[cfg(target_arch = "x86_64")]
+    fn on_tiles(amx: Result<simd::amx::Amx, simd::amx::AmxError>) -> Result<Self, DeviceError> {
+        let amx = amx.map_err(|missing| DeviceError::Bf16 { reason: missing.to_string() })?;
+        Ok(Self { products: Chosen::Bf16(bf16::Bf16(amx)), ..Self::default() })
     }
 }
 
@@ -67,7 +115,12 @@ impl Execution for Cpu {
     type Event = Instant;
 
     fn name(&self) -> String {
-        format!("cpu ({}, {} threads)", simd::name(), rayon::current_num_threads())
+        let products = match self.products {
+            Chosen::F32 => "",
+            #[cfg(target_arch = "x86_64")]
+            Chosen::Bf16(_) => ", bf16 on amx",
+        };
+        format!("cpu ({}{products}, {} threads)", simd::name(), rayon::current_num_threads())
     }
     /// One: more would take cores from the computation.
     fn default_workers(&self) -> usize {
@@ -78,5 +131,26 @@ impl Execution for Cpu {
     }
     fn seconds_between(&self, from: &Instant, to: &Instant) -> Result<f64, DeviceError> {
         Ok((*to - *from).as_secs_f64())
+    }
+}
+
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests {
+    use super::*;
+    use crate::simd::amx::AmxError;
+
+    #[test]
+    fn bf16_is_refused_with_what_is_missing_and_what_to_do() {
+        let refused = |missing| Cpu::on_tiles(Err(missing)).map(|_| ()).expect_err("it is missing");
+        for (missing, words) in [
+            (AmxError::Processor("AMX-BF16 (flags amx_tile and amx_bf16)"), "amx_bf16"),
+            (AmxError::Selected("portable"), "DFAR_SIMD selects portable"),
+            (AmxError::System, "Linux does from version 5.16 on"),
+        ] {
+            let error = refused(missing);
+            assert!(matches!(error, DeviceError::Bf16 { .. }));
+            let message = error.to_string();
+            assert!(message.contains(words) && message.contains("--precision f32"), "{message}");
+        }
     }
 }

@@ -5,7 +5,91 @@
 //! output value is one running sum in the order of the inner dimension, so it does not depend on
 //! its position in a tile.
 
+use super::elementwise::{pad_rows, transpose};
+use super::scratch::padded;
 use crate::simd::{Kernel, Simd, dispatch};
+
+/// Matrix products in one precision of the factors; values in memory are f32. A matrix comes with
+/// the distance between its rows. Columns of outputs are processed in whole vectors, as in
+/// [`product`].
+pub trait Products: Copy + Send + Sync {
+    /// Whether factors are rounded.
+    const ROUNDS: bool;
+
+    /// Copies values as the products see them.
+    fn round(self, x: &[f32], out: &mut [f32]);
+    /// Values in memory of a packed right factor `[k, n]`.
+    fn packed_len(self, shape: [usize; 2]) -> usize;
+    /// Packs the right factor `[k, n]`.
+    fn pack(self, shape: [usize; 2], right: (&[f32], usize), out: &mut [f32]);
+    /// Packs the right factor `[k, n]`, the transpose of `right: [n, k]`.
+    fn pack_transposed(self, shape: [usize; 2], right: (&[f32], usize), out: &mut [f32]);
+    /// `out = finish(left right)` for `left: [m, k]`, a packed right factor `[k, n]` and
+    /// `out: [m, n]`.
+    fn product(
+        self,
+        shape: [usize; 3],
+        left: (&[f32], usize),
+        packed: &[f32],
+        out: (&mut [f32], usize),
+        finish: Finish,
+    );
+    /// `out += left^T right` for `left: [k, m]`, `right: [k, n]` with rows of whole vectors, and
+    /// `out: [m, n]`.
+    fn add_transposed(
+        self,
+        shape: [usize; 3],
+        left: (&[f32], usize),
+        right: (&[f32], usize),
+        out: (&mut [f32], usize),
+    );
+}
+
+/// Products in f32, by [`product`].
+#[derive(Clone, Copy, Debug)]
+pub struct F32;
+
+impl Products for F32 {
+    const ROUNDS: bool = false;
+
+    fn round(self, x: &[f32], out: &mut [f32]) {
+        out.copy_from_slice(x);
+    }
+    fn packed_len(self, [k, n]: [usize; 2]) -> usize {
+        k * padded(n)
+    }
+    fn pack(self, [k, n]: [usize; 2], (right, row): (&[f32], usize), out: &mut [f32]) {
+        let out = &mut out[..k * padded(n)];
+        if row == n {
+            return pad_rows(right, n, padded(n), out);
+        }
+        for (right, out) in right.chunks(row).zip(out.chunks_exact_mut(padded(n))) {
+            pad_rows(&right[..n], n, padded(n), out);
+        }
+    }
+    fn pack_transposed(self, [k, n]: [usize; 2], (right, row): (&[f32], usize), out: &mut [f32]) {
+        transpose(&right[..n * row], row, padded(n), &mut out[..k * padded(n)]);
+    }
+    fn product(
+        self,
+        shape: [usize; 3],
+        (left, row): (&[f32], usize),
+        packed: &[f32],
+        out: (&mut [f32], usize),
+        finish: Finish,
+    ) {
+        product(shape, Left::rows(left, row), (packed, padded(shape[1])), out, finish);
+    }
+    fn add_transposed(
+        self,
+        shape: [usize; 3],
+        (left, row): (&[f32], usize),
+        right: (&[f32], usize),
+        out: (&mut [f32], usize),
+    ) {
+        product(shape, Left::transposed(left, row), right, out, Finish::Add);
+    }
+}
 
 /// The left factor `[m, k]`: entry `(i, l)` is `values[i * row + l * step]`. A transpose needs no
 /// copy.

@@ -21,27 +21,28 @@
 //! results are bitwise equal for any number of threads.
 
 mod backward;
+#[cfg(target_arch = "x86_64")]
+mod bf16;
+mod perceptron;
 pub mod unfused;
 
 pub use backward::backward;
+#[allow(unused_imports)]
+use backward::{Sums, Transposed};
 
 use super::elementwise::{add_assign, exp_sum, for_columns, load_columns, pad_rows};
-use super::product::{Finish, Left, product};
+use super::product::{Finish, Left, Products, product};
 use super::scratch::{carve, carved_len, padded, with_scratch};
 use crate::device::cpu::slices::Slices;
-use crate::device::cpu::{Cpu, Done, Floats, Indices};
+use crate::device::cpu::{Cpu, Done, Floats, Indices, with_products};
 use crate::device::{
     DeviceError, Memory, Segments, TargetAttention, TargetCounts, TargetGradients, TargetIndex, TargetInputs,
     TargetShape, TargetState, TargetWeights,
 };
 use crate::simd::{Kernel, Simd, dispatch};
+use perceptron::{Perceptron, TileInputs};
 use rayon::prelude::*;
 use std::ops::Range;
-
-/// Scores per tile: a compromise between activations that fit the first-level cache together with
-/// one weight, and few passes over the weight gradients. A multiple of 5 and 8, the rows of the
-/// register tiles of [`product`].
-const TILE: usize = 80;
 
 /// Widths of the MLP, and distances between rows in scratch memory (suffix `_wide`).
 #[derive(Clone, Copy)]
@@ -56,6 +57,12 @@ impl Shape {
     fn new(TargetShape { width, hidden }: TargetShape) -> Self {
         assert!(width > 0 && hidden[0] > 0 && hidden[1] > 0, "an MLP layer of width 0");
         Self { width, hidden, width_wide: padded(width), hidden_wide: hidden.map(padded) }
+    }
+
+    /// Row block `i` of `w0`: `A, R, S, P`.
+    fn block<'a>(&self, weights: &TargetWeights<&'a [f32]>, i: usize) -> &'a [f32] {
+        let len = self.width * self.hidden[0];
+        &weights.w0[i * len..(i + 1) * len]
     }
 
     /// Panics if the length of a weight contradicts the widths.
@@ -113,8 +120,40 @@ fn check_index(index: &TargetIndex<&[u32]>, shape: Shape, inputs: &TargetInputs<
     assert_eq!(e.len(), scores, "e is not [score_offsets[C]]");
 }
 
-/// The weights in the layout of the tiles: combined blocks, rows padded with zeros.
-struct Packed<'a> {
+/// Combined weights, `[D, hidden0]`, rows padded with zeros.
+struct Combined<'a> {
+    /// `A + S`
+    token: &'a [f32],
+    /// `R - S`
+    candidate: &'a [f32],
+}
+
+impl Combined<'_> {
+    fn lens(shape: Shape) -> [usize; 2] {
+        [shape.width * shape.hidden_wide[0]; 2]
+    }
+
+    fn new<'a>(
+        shape: Shape,
+        weights: &TargetWeights<&[f32]>,
+        [token, candidate]: [&'a mut [f32]; 2],
+    ) -> Combined<'a> {
+        let (h0, h0_wide) = (shape.hidden[0], shape.hidden_wide[0]);
+        let combine = |out: &mut [f32], i: usize, j: usize, sign: f32| {
+            pad_rows(shape.block(weights, i), h0, h0_wide, out);
+            for (out, x) in out.chunks_exact_mut(h0_wide).zip(shape.block(weights, j).chunks_exact(h0)) {
+                out.iter_mut().zip(x).for_each(|(out, x)| *out += sign * x);
+            }
+        };
+        combine(token, 0, 2, 1.0);
+        combine(candidate, 1, 2, -1.0);
+        Combined { token, candidate }
+    }
+}
+
+/// The weights as right factors of the products `P`; biases and `w2` padded with zeros.
+struct Packed<'a, P> {
+    products: P,
     /// `A + S: [D, hidden0]`
     token: &'a [f32],
     /// `P: [D, hidden0]`
@@ -129,62 +168,46 @@ struct Packed<'a> {
     b2: f32,
 }
 
-impl Packed<'_> {
-    fn lens(shape: Shape) -> [usize; 7] {
-        let (d, [h0, h1]) = (shape.width, shape.hidden_wide);
-        [d * h0, d * h0, d * h0, h0, shape.hidden[0] * h1, h1, h1]
+impl<P: Products> Packed<'_, P> {
+    fn lens(products: P, shape: Shape) -> [usize; 7] {
+        let [h0, h1] = shape.hidden_wide;
+        let first = products.packed_len([shape.width, shape.hidden[0]]);
+        [first, first, first, h0, products.packed_len(shape.hidden), h1, h1]
     }
 
     fn new<'a>(
+        products: P,
         shape: Shape,
         weights: &TargetWeights<&[f32]>,
         [token, product, candidate, b0, w1, b1, w2]: [&'a mut [f32]; 7],
-    ) -> Packed<'a> {
+    ) -> Packed<'a, P> {
         let ([h0, h1], [h0_wide, h1_wide]) = (shape.hidden, shape.hidden_wide);
-        let block = |i: usize| &weights.w0[i * shape.width * h0..(i + 1) * shape.width * h0];
-        let combine = |out: &mut [f32], i: usize, j: usize, sign: f32| {
-            pad_rows(block(i), h0, h0_wide, out);
-            for (out, x) in out.chunks_exact_mut(h0_wide).zip(block(j).chunks_exact(h0)) {
-                out.iter_mut().zip(x).for_each(|(out, x)| *out += sign * x);
-            }
-        };
-        combine(token, 0, 2, 1.0);
-        combine(candidate, 1, 2, -1.0);
-        pad_rows(block(3), h0, h0_wide, product);
+        let (lens, first) = (Combined::lens(shape), [shape.width, h0]);
+        with_scratch(carved_len(&lens), |mut memory| {
+            let combined = Combined::new(shape, weights, carve(&mut memory, lens));
+            products.pack(first, (combined.token, h0_wide), token);
+            products.pack(first, (combined.candidate, h0_wide), candidate);
+        });
+        products.pack(first, (shape.block(weights, 3), h0), product);
+        products.pack(shape.hidden, (weights.w1, h1), w1);
         pad_rows(weights.b0, h0, h0_wide, b0);
-        pad_rows(weights.w1, h1, h1_wide, w1);
         pad_rows(weights.b1, h1, h1_wide, b1);
         pad_rows(weights.w2, h1, h1_wide, w2);
-        Packed { token, product, candidate, b0, w1, b1, w2, b2: weights.b2[0] }
+        Packed { products, token, product, candidate, b0, w1, b1, w2, b2: weights.b2[0] }
     }
 
     /// `z = a (A + S)` for the tokens `a`, in padded rows.
     fn token_terms(&self, shape: Shape, a: &[f32], out: &mut [f32]) {
         let sizes = [a.len() / shape.width, shape.hidden[0], shape.width];
-        let wide = shape.hidden_wide[0];
-        product(sizes, Left::rows(a, shape.width), (self.token, wide), (out, wide), Finish::Store);
+        let out = (out, shape.hidden_wide[0]);
+        self.products.product(sizes, (a, shape.width), self.token, out, Finish::Store);
     }
 
     /// `c = r (R - S) + b0` for the pairs `r`, in padded rows.
     fn candidate_terms(&self, shape: Shape, r: &[f32], out: &mut [f32]) {
         let sizes = [r.len() / shape.width, shape.hidden[0], shape.width];
-        let wide = shape.hidden_wide[0];
-        product(
-            sizes,
-            Left::rows(r, shape.width),
-            (self.candidate, wide),
-            (out, wide),
-            Finish::Bias(self.b0),
-        );
-    }
-
-    /// Both hidden layers of a tile of `n` scores from `x = a * r` and `h0 = z + c`, rows padded.
-    fn hidden(&self, shape: Shape, n: usize, x: &[f32], h0: &mut [f32], h1: &mut [f32]) {
-        let ([n0, n1], wide) = (shape.hidden, shape.hidden_wide);
-        let left = Left::rows(x, shape.width_wide);
-        product([n, n0, shape.width], left, (self.product, wide[0]), (h0, wide[0]), Finish::AddRelu);
-        let finish = Finish::BiasRelu(self.b1);
-        product([n, n1, n0], Left::rows(h0, wide[0]), (self.w1, wide[1]), (h1, wide[1]), finish);
+        let (out, finish) = ((out, shape.hidden_wide[0]), Finish::Bias(self.b0));
+        self.products.product(sizes, (r, shape.width), self.candidate, out, finish);
     }
 }
 
@@ -240,61 +263,6 @@ fn rows(range: &Range<usize>, wide: usize) -> Range<usize> {
     range.start * wide..range.end * wide
 }
 
-/// `x = a * r` and `h0 = z + c` for the tokens of one pair, rows padded.
-struct Inputs<'a> {
-    a: &'a [f32],
-    r: &'a [f32],
-    z: &'a [f32],
-    c: &'a [f32],
-    x: &'a mut [f32],
-    h0: &'a mut [f32],
-}
-
-impl Kernel for Inputs<'_> {
-    type Output = ();
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        for_columns!(S, self.r.len(), |C, j| {
-            let r = load_columns::<S, C>(s, self.r, j);
-            for (a, x) in self.a.chunks_exact(self.r.len()).zip(self.x.chunks_exact_mut(self.r.len())) {
-                let (a, x) = (&a[j..j + C * S::LANES], &mut x[j..j + C * S::LANES]);
-                for c in 0..C {
-                    s.store(s.mul(s.load(&a[c * S::LANES..]), r[c]), &mut x[c * S::LANES..]);
-                }
-            }
-        });
-        for_columns!(S, self.c.len(), |C, j| {
-            let constant = load_columns::<S, C>(s, self.c, j);
-            for (z, h0) in self.z.chunks_exact(self.c.len()).zip(self.h0.chunks_exact_mut(self.c.len())) {
-                let (z, h0) = (&z[j..j + C * S::LANES], &mut h0[j..j + C * S::LANES]);
-                for c in 0..C {
-                    s.store(s.add(s.load(&z[c * S::LANES..]), constant[c]), &mut h0[c * S::LANES..]);
-                }
-            }
-        });
-    }
-}
-
-/// `e[t] = h1[t] . w2 + b2` for padded rows `h1`.
-fn scores(h1: &[f32], w2: &[f32], b2: f32, e: &mut [f32]) {
-    struct Scores<'a>(&'a [f32], &'a [f32], f32, &'a mut [f32]);
-    impl Kernel for Scores<'_> {
-        type Output = ();
-        #[inline(always)]
-        fn run<S: Simd>(self, s: S) {
-            let Self(h1, w2, b2, e) = self;
-            for (h1, e) in h1.chunks_exact(w2.len()).zip(e) {
-                let mut sum = s.zero();
-                for (h1, w2) in h1.chunks_exact(S::LANES).zip(w2.chunks_exact(S::LANES)) {
-                    sum = s.mul_add(s.load(h1), s.load(w2), sum);
-                }
-                *e = s.sum(sum) + b2;
-            }
-        }
-    }
-    dispatch(Scores(h1, w2, b2, e));
-}
-
 /// The members `range` of the segments of rows in order of length, ties in the given order.
 fn by_length(index: &TargetIndex<&[u32]>, range: Range<usize>, order: &mut Vec<(usize, usize)>) {
     order.clear();
@@ -305,9 +273,9 @@ fn by_length(index: &TargetIndex<&[u32]>, range: Range<usize>, order: &mut Vec<(
     }
 }
 
-/// The tiles of `scores` scores.
-fn tiles(scores: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..scores).step_by(TILE).map(move |start| start..(start + TILE).min(scores))
+/// The tiles of `scores` scores, of `size` each.
+fn tiles(scores: usize, size: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..scores).step_by(size).map(move |start| start..(start + size).min(scores))
 }
 
 /// `x` if its rows are whole cache lines, else a copy in `memory` with padded rows.
@@ -374,7 +342,8 @@ impl TargetAttention for Cpu {
         weights: TargetWeights<&Floats>,
         state: TargetState<&mut Floats>,
     ) -> Done {
-        forward(plan.shape, plan.index(), inputs.slices(), weights.slices(), state.slices());
+        let (inputs, weights, state) = (inputs.slices(), weights.slices(), state.slices());
+        with_products!(self, |products| forward(products, plan.shape, plan.index(), inputs, weights, state));
         Ok(())
     }
     fn target_attention_backward(
@@ -387,7 +356,10 @@ impl TargetAttention for Cpu {
         gradients: TargetGradients<&mut Floats>,
     ) -> Done {
         let (inputs, weights, state) = (inputs.slices(), weights.slices(), state.slices());
-        backward(plan.shape, plan.index(), inputs, weights, state, datt, gradients.slices());
+        let (index, gradients) = (plan.index(), gradients.slices());
+        with_products!(self, |products| {
+            backward(products, plan.shape, index, inputs, weights, state, datt, gradients);
+        });
         Ok(())
     }
 }
@@ -396,7 +368,8 @@ impl TargetAttention for Cpu {
 ///
 /// # Panics
 /// If the lengths of the buffers contradict each other.
-pub fn forward(
+pub fn forward<P: Perceptron>(
+    products: P,
     shape: TargetShape,
     index: TargetIndex<&[u32]>,
     inputs: TargetInputs<&[f32]>,
@@ -409,9 +382,9 @@ pub fn forward(
     check_index(&index, shape, &inputs, e);
     let rows = index.row_length.len();
     assert_eq!([lse.len(), att.len()], [rows, rows * width], "lse and att are not [R], [R, D]");
-    let lens = Packed::lens(shape);
+    let lens = Packed::lens(products, shape);
     with_scratch(carved_len(&lens) + padded(rows) + padded(rows * width), |mut memory| {
-        let packed = Packed::new(shape, &weights, carve(&mut memory, lens));
+        let packed = Packed::new(products, shape, &weights, carve(&mut memory, lens));
         // In the order of the members of the segments, in which the rows of a chunk are contiguous.
         let [lse_members, att_members] = carve(&mut memory, [rows, rows * width]);
         let mut rest = (&mut e[..], &mut *lse_members, &mut *att_members);
@@ -442,15 +415,15 @@ fn split<'a>(rest: &mut &'a mut [f32], len: usize) -> &'a mut [f32] {
 }
 
 /// `lse` and `att` are in the order of the members of the segments.
-fn forward_chunk(
+fn forward_chunk<P: Perceptron>(
     shape: Shape,
     index: &TargetIndex<&[u32]>,
     TargetInputs { s, a, r }: TargetInputs<&[f32]>,
-    packed: &Packed,
+    packed: &Packed<P>,
     chunk: &Chunk,
     TargetState { e, lse, att }: TargetState<&mut [f32]>,
 ) {
-    let (width, width_wide, [h0_wide, h1_wide]) = (shape.width, shape.width_wide, shape.hidden_wide);
+    let (width, width_wide, h0_wide) = (shape.width, shape.width_wide, shape.hidden_wide[0]);
     let [s, a] = [s, a].map(|x| &x[rows(&chunk.tokens, width)]);
     let r = &r[rows(&chunk.pairs, width)];
     let pairs = pairs(index, chunk);
@@ -461,21 +434,18 @@ fn forward_chunk(
         padded_rows_len(chunk.tokens.len(), width),
         padded_rows_len(chunk.tokens.len(), width),
         padded_rows_len(pairs.len(), width),
-        TILE * width_wide,
-        TILE * h0_wide,
-        TILE * h1_wide,
+        P::tile_len(shape),
         longest,
         width_wide,
     ];
     with_scratch(carved_len(&lens), |mut memory| {
-        let [z, c, s_wide, a_wide, r_wide, x, h0, h1, p, sum] = carve(&mut memory, lens);
+        let [z, c, s_wide, a_wide, r_wide, scratch, p, sum] = carve(&mut memory, lens);
         packed.token_terms(shape, a, z);
         packed.candidate_terms(shape, r, c);
         let [s, a, r] = [(s, s_wide), (a, a_wide), (r, r_wide)].map(|(x, wide)| padded_rows(x, width, wide));
-        for tile in tiles(e.len()) {
-            fill_inputs(shape, &pairs, &tile, [a, r, z, c], x, h0);
-            packed.hidden(shape, tile.len(), x, h0, h1);
-            scores(&h1[..tile.len() * h1_wide], packed.w2, packed.b2, &mut e[tile]);
+        let inputs = TileInputs { pairs: &pairs, a, r, z, c };
+        for tile in tiles(e.len(), P::TILE) {
+            packed.products.scores(shape, packed, inputs, &tile, scratch, &mut e[tile.clone()]);
         }
         let mut order = Vec::new();
         for (i, pair) in pairs.iter().enumerate() {
@@ -490,28 +460,6 @@ fn forward_chunk(
             });
         }
     });
-}
-
-/// The inputs of [`Packed::hidden`] for the scores `tile`; all rows padded.
-fn fill_inputs(
-    shape: Shape,
-    pairs: &[Pair],
-    tile: &Range<usize>,
-    [a, r, z, c]: [&[f32]; 4],
-    x: &mut [f32],
-    h0: &mut [f32],
-) {
-    let (width, hidden) = (shape.width_wide, shape.hidden_wide[0]);
-    for Segment { pair, rows: here, tokens } in segments(pairs, tile) {
-        dispatch(Inputs {
-            a: &a[rows(&tokens, width)],
-            r: &r[pair * width..][..width],
-            z: &z[rows(&tokens, hidden)],
-            c: &c[pair * hidden..][..hidden],
-            x: &mut x[rows(&here, width)],
-            h0: &mut h0[rows(&here, hidden)],
-        });
-    }
 }
 
 /// One online softmax over `e`. Emits `(member, lse, att)` at the length of each `(length, member)`

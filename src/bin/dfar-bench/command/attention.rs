@@ -1,6 +1,6 @@
 //! `dfar-bench attention`: the attention operation, naive and fused, by sequence length.
 
-use super::{Device, Precision, check_precision, effort, open_gpu, pool, usage};
+use super::{Device, Precision, effort, open_gpu, pool, refuse_precision, usage};
 use crate::attention::{batch, gpu, predict};
 use crate::limits::gpu::Card;
 use crate::{limits, say};
@@ -84,8 +84,9 @@ enum Denominator {
 
 /// Prints the table, row by row.
 pub fn run(arguments: &Attention) -> Result<()> {
-    if arguments.predict.is_none() {
-        check_precision(arguments.device, arguments.precision());
+    let on_cpu = arguments.predict.is_none() && arguments.device == Device::Cpu;
+    if on_cpu && arguments.precision() != Precision::F32 {
+        refuse_precision("bf16 and f16 need --device cuda: attention on the CPU computes in f32");
     }
     let options = FhaOptions {
         normalization: match arguments.normalization {

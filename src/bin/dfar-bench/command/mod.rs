@@ -14,8 +14,11 @@ use crate::Arguments;
 use crate::limits::gpu::Effort;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, ValueEnum};
-use dfar::device::cuda::{self, Cuda, Element, Gpu};
+use dfar::device;
+use dfar::device::cpu::Cpu;
+use dfar::device::cuda::{Cuda, Element, Gpu};
 use dfar::{Error, Result};
+use std::sync::Arc;
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Device {
@@ -27,18 +30,18 @@ pub enum Device {
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Precision {
     F32,
-    /// On the GPU
+    /// On a GPU, or a CPU with AMX
     Bf16,
-    /// On the GPU
+    /// On a GPU
     F16,
 }
 
 impl Precision {
     /// Precision of matrix products: bf16 for both 16-bit types.
-    fn products(self) -> cuda::Precision {
+    fn products(self) -> device::Precision {
         match self {
-            Self::F32 => cuda::Precision::F32,
-            Self::Bf16 | Self::F16 => cuda::Precision::Bf16,
+            Self::F32 => device::Precision::F32,
+            Self::Bf16 | Self::F16 => device::Precision::Bf16,
         }
     }
 
@@ -66,12 +69,18 @@ fn usage(message: &str) -> ! {
     Arguments::command().error(ErrorKind::ValueValidation, message).exit()
 }
 
-/// Exits with a usage error for a precision that the CPU does not support.
-fn check_precision(device: Device, precision: Precision) {
-    if device == Device::Cpu && precision != Precision::F32 {
-        let message = "--precision bf16 and f16 need --device cuda: the CPU computes in f32";
-        Arguments::command().error(ErrorKind::ArgumentConflict, message).exit();
-    }
+/// Exits with a usage error for `--precision`.
+fn refuse_precision(reason: &str) -> ! {
+    Arguments::command().error(ErrorKind::ArgumentConflict, format!("--precision: {reason}")).exit()
+}
+
+/// The CPU in a precision of products. Exits with a usage error if it does not support it.
+fn open_cpu(precision: Precision) -> Arc<Cpu> {
+    Arc::new(match precision {
+        Precision::F32 => Cpu::new(),
+        Precision::Bf16 => Cpu::bf16().unwrap_or_else(|error| refuse_precision(&error.to_string())),
+        Precision::F16 => refuse_precision("f16 needs --device cuda"),
+    })
 }
 
 /// The first GPU.

@@ -1,13 +1,12 @@
 //! `dfar-bench train`: training steps, with and without sharing, and by part.
 
-use super::{Device, Precision, check_precision, effort, open_gpu, pool};
+use super::{Device, Precision, effort, open_cpu, open_gpu, pool};
 use crate::limits::gpu::Card;
 use crate::train::sharing;
 use crate::train::steps::{self, Batches, Peak};
 use crate::{cli, limits, say};
 use dfar::data::Dataset;
 use dfar::data::synthetic::{self, SyntheticOptions};
-use dfar::device::cpu::Cpu;
 use dfar::train::{Config, TrainError};
 use dfar::{Error, Result};
 use std::path::PathBuf;
@@ -50,7 +49,7 @@ pub struct Train {
     /// Device to run on
     #[arg(long, value_enum, default_value_t = Device::Cpu)]
     device: Device,
-    /// Precision of matrix products on the GPU: f32 or bf16
+    /// Precision of matrix products: f32 or bf16. bf16 needs a GPU, or a CPU with AMX
     #[arg(long, value_enum, default_value_t = Precision::F32)]
     precision: Precision,
     /// Replay the launches of a step as a CUDA graph, except in steps that are timed by part (GPU
@@ -74,9 +73,6 @@ pub struct Train {
 
 /// Times steps, or predicts their time.
 pub fn run(arguments: &Train) -> Result<()> {
-    if arguments.predict.is_none() {
-        check_precision(arguments.device, arguments.precision);
-    }
     let config = Config {
         max_length: arguments.max_length,
         window_stride: arguments.window_stride,
@@ -103,7 +99,10 @@ pub fn run(arguments: &Train) -> Result<()> {
     }
     let pool = pool(arguments.threads)?;
     match arguments.device {
-        Device::Cpu => pool.install(|| time_steps(arguments, &config, data, &Arc::new(Cpu::new()), None)),
+        Device::Cpu => {
+            let cpu = open_cpu(arguments.precision);
+            pool.install(|| time_steps(arguments, &config, data, &cpu, None))
+        }
         Device::Cuda => {
             let gpu = open_gpu(arguments.precision)?;
             let gpu = Arc::new(if arguments.cuda_graphs { gpu.with_graphs() } else { gpu });

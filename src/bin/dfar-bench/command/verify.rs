@@ -1,7 +1,7 @@
 //! `dfar-bench verify`: the error of each tensor of the reference cases.
 
-use super::{Device, Precision, check_precision, open_gpu};
-use crate::verify::{self, CpuEngine, Engine, GpuEngine, Summary, VerifyError};
+use super::{Device, Precision, open_cpu, open_gpu};
+use crate::verify::{self, CpuBf16, CpuEngine, Engine, GpuEngine, Summary, VerifyError};
 use crate::{cli, say};
 use dfar::{Error, Result};
 use std::path::PathBuf;
@@ -43,9 +43,9 @@ impl From<Error> for Failure {
 
 /// Verifies all cases; returns whether all passed.
 pub fn run(arguments: &Verify) -> Result<bool, Failure> {
-    check_precision(arguments.device, arguments.precision);
     match arguments.device {
-        Device::Cpu => run_on(arguments, &CpuEngine),
+        Device::Cpu if arguments.precision == Precision::F32 => run_on(arguments, &CpuEngine),
+        Device::Cpu => run_on(arguments, &CpuBf16(open_cpu(arguments.precision))),
         Device::Cuda => {
             let element = arguments.precision.element();
             run_on(arguments, &GpuEngine { gpu: Arc::new(open_gpu(arguments.precision)?), element })

@@ -1,5 +1,5 @@
-//! Limits of the CPU: fused multiply-adds and exponentials per second, operands in registers, on
-//! all threads.
+//! Limits of the CPU: multiply-adds, in f32 and of factors in bf16, and exponentials per second,
+//! operands in registers, on all threads.
 
 use crate::timing::shortest;
 use dfar::simd::{self, Kernel, Simd, dispatch};
@@ -20,6 +20,18 @@ pub struct Limits {
     pub multiply_adds: f64,
     /// f32 exponentials per second, by the polynomial of the attention engine.
     pub exponentials: f64,
+    /// Multiply-adds per second of bf16 factors: on the tiles of AMX, and by the dot products of
+    /// AVX512-BF16. `None` without AMX-BF16.
+    pub bf16: Option<Bf16>,
+}
+
+/// Multiply-adds per second of bf16 factors, with f32 sums.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Bf16 {
+    /// On AMX tiles (`tdpbf16ps`), which `--precision bf16` uses.
+    pub tiles: f64,
+    /// On vectors (`vdpbf16ps`).
+    pub vectors: f64,
 }
 
 impl fmt::Display for Limits {
@@ -27,28 +39,51 @@ impl fmt::Display for Limits {
         let (fma, exp) = (self.multiply_adds / 1e9, self.exponentials / 1e9);
         writeln!(f, "{} on {} threads, operands in registers:", self.simd, self.threads)?;
         writeln!(f, "  multiply-adds  {fma:>8.1} G/s  ({:.1} GFLOP/s)", 2.0 * fma)?;
-        write!(f, "  exponentials   {exp:>8.2} G/s")
+        write!(f, "  exponentials   {exp:>8.2} G/s")?;
+        if let Some(Bf16 { tiles, vectors }) = self.bf16 {
+            writeln!(f)?;
+            writeln!(f, "  multiply-adds of bf16 factors:")?;
+            writeln!(f, "  amx tiles      {:>8.1} G/s", tiles / 1e9)?;
+            write!(f, "  avx512_bf16    {:>8.1} G/s", vectors / 1e9)?;
+        }
+        Ok(())
     }
 }
 
-/// Measures both rates in about a second.
+/// Measures each rate for half a second.
 pub fn measure() -> Limits {
-    let threads = rayon::current_num_threads();
-    let rate = |count: fn(usize) -> usize| {
-        // Long enough to hide the start of the threads.
-        let rounds = 200_000;
-        let mut done = 0;
-        let time = shortest(Duration::from_millis(500), || {
-            done = (0..threads).into_par_iter().map(|_| count(black_box(rounds))).sum();
-        });
-        done as f64 / time.as_secs_f64()
-    };
     Limits {
         simd: simd::name(),
-        threads,
+        threads: rayon::current_num_threads(),
         multiply_adds: rate(|rounds| dispatch(MultiplyAdds(rounds))),
         exponentials: rate(|rounds| dispatch(Exponentials(rounds))),
+        bf16: bf16(),
     }
+}
+
+/// Operations per second of all threads together. `run` returns how many it has done.
+fn rate(run: impl Fn(usize) -> usize + Sync) -> f64 {
+    // Long enough to hide the start of the threads.
+    let rounds = 200_000;
+    let mut done = 0;
+    let time = shortest(Duration::from_millis(500), || {
+        let threads = (0..rayon::current_num_threads()).into_par_iter();
+        done = threads.map(|_| run(black_box(rounds))).sum();
+    });
+    done as f64 / time.as_secs_f64()
+}
+
+#[cfg(target_arch = "x86_64")]
+fn bf16() -> Option<Bf16> {
+    let amx = simd::amx::Amx::new().ok()?;
+    // A round on tiles has more work.
+    let tiles = rate(|rounds| amx.multiply_adds_on_tiles(rounds / 16));
+    Some(Bf16 { tiles, vectors: rate(|rounds| amx.multiply_adds_on_vectors(rounds)) })
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn bf16() -> Option<Bf16> {
+    None
 }
 
 /// Independent chains, enough to hide the latency of one.

@@ -11,7 +11,7 @@ use crate::attention::batch::{Pass, needed};
 use crate::limits::gpu::Limits;
 use dfar::attention::FhaOptions;
 use dfar::batch::{Batch, LabelSplit, Lists, Touched};
-use dfar::device::cuda::Precision;
+use dfar::device::Precision;
 use dfar::model::{ModelConfig, StepPart};
 use serde::Serialize;
 use std::ops::{Add, AddAssign, Mul};

@@ -7,7 +7,7 @@ use dfar::batch::ahead;
 use dfar::batch::{Batch, BatchError, Group, History};
 use dfar::data::Dataset;
 use dfar::device::Device;
-use dfar::device::cuda::Precision;
+use dfar::device::Precision;
 use dfar::model::{Model, ModelConfig, Optimizer, PartSeconds, PartTimer, StepPart};
 use dfar::train::TrainError;
 use dfar::train::config::Config;

@@ -104,6 +104,14 @@ pub enum VerifyError {
         /// The error of the model.
         source: Box<dfar::model::ModelError>,
     },
+    /// The CPU failed.
+    #[error("{}: {source}", path.display())]
+    Cpu {
+        /// The file.
+        path: PathBuf,
+        /// The failure.
+        source: dfar::device::DeviceError,
+    },
     /// The device failed.
     #[error("{}: {source}", path.display())]
     Cuda {

@@ -7,7 +7,8 @@ use dfar::attention::{self, AttentionError, FhaOptions, Gradients, Inputs};
 use dfar::device::cpu::Cpu;
 use dfar::device::cuda::plan::tile::HEAD_DIMS;
 use dfar::device::cuda::runtime::Runtime;
-use dfar::device::cuda::{CudaError, Element, Gpu, Precision};
+use dfar::device::cuda::{CudaError, Element, Gpu};
+use dfar::device::{Attention, DeviceError, Memory, Precision, Qkv, QkvGradients, SoftmaxState};
 use half::{bf16, f16};
 use std::sync::Arc;
 
@@ -19,6 +20,8 @@ pub enum Refusal {
     Attention(AttentionError),
     /// The device failed.
     Cuda(CudaError),
+    /// The CPU failed.
+    Cpu(DeviceError),
 }
 
 /// Computes cases.
@@ -60,6 +63,44 @@ impl Engine for CpuEngine {
         verify_dfar(case, Arc::new(Cpu::new())).map(Ok)
     }
 }
+
+/// The CPU in bf16.
+pub struct CpuBf16(pub Arc<Cpu>);
+
+impl CpuBf16 {
+    fn run(&self, options: &FhaOptions, inputs: Inputs, d_o: &[f32]) -> Result<Results, DeviceError> {
+        let (cpu, n) = (&self.0, inputs.label.len());
+        let plan = cpu.attention_plan(&mut (), options, inputs.cu_seqlens, inputs.label)?;
+        let (q, k, v) = (cpu.upload(inputs.q)?, cpu.upload(inputs.k)?, cpu.upload(inputs.v)?);
+        let (qkv, d_o) = (Qkv { q: &q, k: &k, v: &v }, cpu.upload(d_o)?);
+        let (mut o, mut lse) = (cpu.zeros(options.output_len(n))?, cpu.zeros(options.lse_len(n))?);
+        cpu.attention(&plan, qkv, SoftmaxState { o: &mut o, lse: &mut lse })?;
+        let (mut dq, mut dk, mut dv) = (cpu.zeros(q.len())?, cpu.zeros(k.len())?, cpu.zeros(v.len())?);
+        let gradients = QkvGradients { dq: &mut dq, dk: &mut dk, dv: &mut dv };
+        cpu.attention_backward(&plan, qkv, SoftmaxState { o: &o, lse: &lse }, &d_o, gradients)?;
+        Ok(Results { o: o.to_vec(), lse: lse.to_vec(), gradients: [dq, dk, dv].map(|x| x.to_vec()) })
+    }
+}
+
+impl Engine for CpuBf16 {
+    fn element(&self) -> Element {
+        Element::Bf16
+    }
+
+    fn attention(&self, options: &FhaOptions, inputs: Inputs, d_o: &[f32]) -> Result<Results, Refusal> {
+        self.run(options, inputs, d_o).map_err(|error| match error {
+            DeviceError::Attention(error) => Refusal::Attention(error),
+            error => Refusal::Cpu(error),
+        })
+    }
+
+    fn network(&self, _: &Case) -> Result<Result<Vec<TensorError>, String>, VerifyError> {
+        Ok(Err(IN_F32.to_owned()))
+    }
+}
+
+/// Why an engine in bf16 skips networks.
+const IN_F32: &str = "networks are compared in f32";
 
 /// The CUDA kernels, on a GPU or in the emulator.
 pub struct GpuEngine<R: Runtime> {
@@ -112,7 +153,7 @@ impl<R: Runtime> Engine for GpuEngine<R> {
 
     fn network(&self, case: &Case) -> Result<Result<Vec<TensorError>, String>, VerifyError> {
         if self.gpu.precision() != Precision::F32 {
-            return Ok(Err("networks are compared in f32".to_owned()));
+            return Ok(Err(IN_F32.to_owned()));
         }
         verify_dfar(case, self.gpu.clone()).map(Ok)
     }
@@ -167,6 +208,9 @@ pub fn verify_fha<E: Engine>(
         }
         Err(Refusal::Cuda(source)) => {
             return Err(VerifyError::Cuda { path: case.path.clone(), source: Box::new(source) });
+        }
+        Err(Refusal::Cpu(source)) => {
+            return Err(VerifyError::Cpu { path: case.path.clone(), source });
         }
     };
     if engine.element() != Element::F32 {

@@ -26,7 +26,7 @@ pub mod half_precision;
 pub mod network;
 pub mod results;
 pub use case::{Case, VerifyError};
-pub use engine::{CpuEngine, Engine, GpuEngine, verify_fha};
+pub use engine::{CpuBf16, CpuEngine, Engine, GpuEngine, verify_fha};
 pub use network::verify_dfar;
 
 use dfar::attention::{FhaOptions, Inputs, LabelMask, Normalization, Pairing};

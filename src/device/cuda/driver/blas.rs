@@ -6,9 +6,10 @@
 //! exact shape takes its place; the last resort of a bf16 product is one in f32.
 
 use super::{launch, library};
+use crate::device::Precision;
 use crate::device::cuda::error::CudaError;
 use crate::device::cuda::kernel::Pointer;
-use crate::device::cuda::runtime::{Gemm, Precision};
+use crate::device::cuda::runtime::Gemm;
 use crate::device::{Activation, Store};
 use libloading::Library;
 use std::collections::HashMap;

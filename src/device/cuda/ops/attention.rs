@@ -3,6 +3,7 @@
 
 use super::convert;
 use crate::attention::{FhaOptions, Inputs, length};
+use crate::device::Precision;
 use crate::device::cuda::array::{Array, Staging};
 use crate::device::cuda::error::CudaError;
 use crate::device::cuda::gpu::Gpu;
@@ -10,7 +11,7 @@ use crate::device::cuda::kernel::{Define, Element, Kernel, Module, Value};
 use crate::device::cuda::plan::attention::{Pass, Plan};
 use crate::device::cuda::plan::params::{AttentionParams, Item};
 use crate::device::cuda::plan::tile::{HEAD_DIMS, Room};
-use crate::device::cuda::runtime::{Precision, Runtime};
+use crate::device::cuda::runtime::Runtime;
 use crate::device::{Attention, DeviceError, Qkv, QkvGradients, SoftmaxState};
 
 impl Pass {

@@ -2,6 +2,7 @@
 
 use super::linear::Factor;
 use super::rows::{self, Dy};
+use crate::device::Precision;
 use crate::device::cuda::array::{Array, Staging};
 use crate::device::cuda::error::CudaError;
 use crate::device::cuda::gpu::Gpu;
@@ -10,7 +11,7 @@ use crate::device::cuda::plan::rows::blocks;
 use crate::device::cuda::plan::target::{Item, Pair, Row, TargetLists, Tile};
 use crate::device::cuda::plan::target_params::*;
 use crate::device::cuda::plan::target_shape::{ROW_THREADS, Shape, WARPS};
-use crate::device::cuda::runtime::{Precision, Runtime};
+use crate::device::cuda::runtime::Runtime;
 use crate::device::{
     Activation, DeviceError, Store, TargetAttention, TargetCounts, TargetGradients, TargetIndex,
     TargetInputs, TargetShape, TargetState, TargetWeights,

@@ -22,62 +22,66 @@
 //! ```
 
 use super::*;
-use crate::device::cpu::elementwise::{add_column_sums, for_columns, load_columns, transpose};
+use crate::device::cpu::elementwise::{add_column_sums, for_columns, load_columns};
 
-/// Transposes of the weights, with rows padded with zeros.
-struct Transposed<'a> {
+/// Transposes of the weights, as right factors.
+pub(super) struct Transposed<'a> {
     /// `(A + S)^T: [hidden0, D]`
     token: &'a [f32],
     /// `P^T: [hidden0, D]`
-    product: &'a [f32],
+    pub(super) product: &'a [f32],
     /// `(R - S)^T: [hidden0, D]`
     candidate: &'a [f32],
     /// `[hidden1, hidden0]`
-    w1: &'a [f32],
+    pub(super) w1: &'a [f32],
 }
 
 impl Transposed<'_> {
-    fn lens(shape: Shape) -> [usize; 4] {
-        let (d, [h0, h1]) = (shape.width_wide, shape.hidden);
-        [h0 * d, h0 * d, h0 * d, h1 * shape.hidden_wide[0]]
+    fn lens<P: Products>(products: P, shape: Shape) -> [usize; 4] {
+        let [h0, h1] = shape.hidden;
+        let first = products.packed_len([h0, shape.width]);
+        [first, first, first, products.packed_len([h1, h0])]
     }
 
-    fn new<'a>(
+    fn new<'a, P: Products>(
+        products: P,
         shape: Shape,
-        packed: &Packed,
         weights: &TargetWeights<&[f32]>,
         [token, product, candidate, w1]: [&'a mut [f32]; 4],
     ) -> Transposed<'a> {
-        let (d, wide) = (shape.width_wide, shape.hidden_wide[0]);
-        // Padding columns of the sources would become rows beyond the outputs; `transpose` omits
-        // them.
-        transpose(packed.token, wide, d, token);
-        transpose(packed.product, wide, d, product);
-        transpose(packed.candidate, wide, d, candidate);
-        transpose(weights.w1, shape.hidden[1], wide, w1);
+        let ([h0, h1], wide) = (shape.hidden, shape.hidden_wide[0]);
+        let (lens, first) = (Combined::lens(shape), [h0, shape.width]);
+        with_scratch(carved_len(&lens), |mut memory| {
+            let combined = Combined::new(shape, weights, carve(&mut memory, lens));
+            products.pack_transposed(first, (combined.token, wide), token);
+            products.pack_transposed(first, (combined.candidate, wide), candidate);
+        });
+        products.pack_transposed(first, (shape.block(weights, 3), h0), product);
+        products.pack_transposed([h1, h0], (weights.w1, h1), w1);
         Transposed { token, product, candidate, w1 }
     }
 }
 
-/// Sums of weight gradients over the pairs of a chunk, rows padded.
-struct Sums<'a> {
+/// Sums of weight gradients over the pairs of a chunk. Rows are padded, and their number is, for
+/// products in whole tiles.
+pub(super) struct Sums<'a> {
     /// `dA: [D, hidden0]`
     token: &'a mut [f32],
     /// `dP: [D, hidden0]`
-    product: &'a mut [f32],
+    pub(super) product: &'a mut [f32],
     /// `dR: [D, hidden0]`
     candidate: &'a mut [f32],
     b0: &'a mut [f32],
     /// Transposed: `[hidden1, hidden0]`
-    w1: &'a mut [f32],
-    b1: &'a mut [f32],
-    w2: &'a mut [f32],
+    pub(super) w1: &'a mut [f32],
+    pub(super) b1: &'a mut [f32],
+    pub(super) w2: &'a mut [f32],
 }
 
 impl Sums<'_> {
     fn lens(shape: Shape) -> [usize; 7] {
-        let (d, [h0, h1]) = (shape.width, shape.hidden_wide);
-        [d * h0, d * h0, d * h0, h0, shape.hidden[1] * h0, h1, h1]
+        let (d, [h0, h1]) = (shape.width_wide, shape.hidden_wide);
+        [d * h0, d * h0, d * h0, h0, h1 * h0, h1, h1]
     }
 
     fn new<'a>(shape: Shape, mut memory: &'a mut [f32]) -> Sums<'a> {
@@ -115,7 +119,9 @@ impl Sums<'_> {
 ///
 /// # Panics
 /// If the lengths of the buffers contradict each other.
-pub fn backward(
+#[allow(clippy::too_many_arguments)] // those of the operation, and the products
+pub fn backward<P: Perceptron>(
+    products: P,
     shape: TargetShape,
     index: TargetIndex<&[u32]>,
     inputs: TargetInputs<&[f32]>,
@@ -135,12 +141,12 @@ pub fn backward(
     let expected = [rows, rows * width, rows * width, s.len(), a.len(), r.len()];
     assert_eq!(found, expected, "lengths of lse, att, datt, ds, da, dr");
     let chunks = chunks(&index);
-    let (packed_lens, transposed_lens) = (Packed::lens(shape), Transposed::lens(shape));
+    let (packed_lens, transposed_lens) = (Packed::lens(products, shape), Transposed::lens(products, shape));
     let each = carved_len(&Sums::lens(shape));
     let len = carved_len(&packed_lens) + carved_len(&transposed_lens) + each * chunks.len().max(1);
     with_scratch(len, |mut memory| {
-        let packed = Packed::new(shape, &weights, carve(&mut memory, packed_lens));
-        let transposed = Transposed::new(shape, &packed, &weights, carve(&mut memory, transposed_lens));
+        let packed = Packed::new(products, shape, &weights, carve(&mut memory, packed_lens));
+        let transposed = Transposed::new(products, shape, &weights, carve(&mut memory, transposed_lens));
         let sums = memory;
         let mut rest = (ds, da, dr);
         let tasks: Vec<_> = chunks
@@ -181,16 +187,16 @@ pub fn backward(
 }
 
 /// The backward pass of one chunk.
-struct Task<'a> {
+struct Task<'a, P> {
     shape: Shape,
     index: &'a TargetIndex<&'a [u32]>,
     chunk: &'a Chunk,
-    packed: &'a Packed<'a>,
+    packed: &'a Packed<'a, P>,
     transposed: &'a Transposed<'a>,
     sums: Sums<'a>,
 }
 
-impl Task<'_> {
+impl<P: Perceptron> Task<'_, P> {
     fn run(
         &mut self,
         TargetInputs { s, a, r }: TargetInputs<&[f32]>,
@@ -199,7 +205,7 @@ impl Task<'_> {
         [ds, da, dr]: [&mut [f32]; 3],
     ) {
         let (shape, chunk) = (self.shape, self.chunk);
-        let (width, width_wide, [h0_wide, h1_wide]) = (shape.width, shape.width_wide, shape.hidden_wide);
+        let (width, width_wide, h0_wide) = (shape.width, shape.width_wide, shape.hidden_wide[0]);
         let [s, a] = [s, a].map(|x| &x[rows(&chunk.tokens, width)]);
         let r = &r[rows(&chunk.pairs, width)];
         let pairs = pairs(self.index, chunk);
@@ -215,12 +221,10 @@ impl Task<'_> {
             tokens * width_wide,
             pairs.len() * width_wide,
             chunk.scores.len(),
-            TILE * width_wide,
-            TILE * h0_wide,
-            TILE * h1_wide,
+            P::tile_len(shape),
         ];
         with_scratch(carved_len(&lens), |mut memory| {
-            let [z, dz_sum, c, dc, s_wide, a_wide, r_wide, d_wide, dr_wide, de, x, h0, h1] =
+            let [z, dz_sum, c, dc, s_wide, a_wide, r_wide, d_wide, dr_wide, de, scratch] =
                 carve(&mut memory, lens);
             self.packed.token_terms(shape, a, z);
             self.packed.candidate_terms(shape, r, c);
@@ -235,27 +239,28 @@ impl Task<'_> {
             for sums in [&mut *d_wide, dr_wide, dz_sum, dc] {
                 sums.fill(0.0);
             }
-            for tile in tiles(de.len()) {
-                let n = tile.len();
-                fill_inputs(shape, &pairs, &tile, [a, r, z, c], x, h0);
-                self.packed.hidden(shape, n, x, h0, h1);
-                self.tile(n, &de[tile.clone()], x, h0, h1);
-                // `x` now holds y, `h0` holds dz.
-                for Segment { pair, rows: here, tokens } in segments(&pairs, &tile) {
-                    let (token_rows, pair_row) =
-                        (rows(&tokens, width_wide), rows(&(pair..pair + 1), width_wide));
-                    let (y, dz) = (&x[rows(&here, width_wide)], &h0[rows(&here, h0_wide)]);
-                    dispatch(Scatter {
-                        y,
-                        a: &a[token_rows.clone()],
-                        r: &r[pair_row.clone()],
-                        da: &mut d_wide[token_rows],
-                        dr: &mut dr_wide[pair_row],
-                        dz,
-                        dz_sum: &mut dz_sum[rows(&tokens, h0_wide)],
-                        dc: &mut dc[rows(&(pair..pair + 1), h0_wide)],
-                    });
-                }
+            let inputs = TileInputs { pairs: &pairs, a, r, z, c };
+            let products = self.packed.products;
+            for tile in tiles(de.len(), P::TILE) {
+                let (packed, de, sums) = (self.packed, &de[tile.clone()], &mut self.sums);
+                let scatter = |scores: &Range<usize>, y: &[f32], dz: &[f32]| {
+                    for Segment { pair, rows: here, tokens } in segments(&pairs, scores) {
+                        let (token_rows, pair_row) =
+                            (rows(&tokens, width_wide), rows(&(pair..pair + 1), width_wide));
+                        dispatch(Scatter {
+                            y: &y[rows(&here, width_wide)],
+                            a: &a[token_rows.clone()],
+                            r: &r[pair_row.clone()],
+                            da: &mut d_wide[token_rows],
+                            dr: &mut dr_wide[pair_row],
+                            dz: &dz[rows(&here, h0_wide)],
+                            dz_sum: &mut dz_sum[rows(&tokens, h0_wide)],
+                            dc: &mut dc[rows(&(pair..pair + 1), h0_wide)],
+                        });
+                    }
+                };
+                let transposed = self.transposed;
+                products.gradients(shape, packed, transposed, inputs, &tile, de, sums, scratch, scatter);
             }
 
             let ([n0, _], sums, transposed) = (shape.hidden, &mut self.sums, self.transposed);
@@ -264,10 +269,9 @@ impl Task<'_> {
                 (r_rows, &mut *dr_wide, &*dc, &mut *sums.candidate, transposed.candidate),
             ] {
                 let n = x.len() / width;
-                let left = Left::transposed(x, width);
-                product([width, n0, n], left, (grad, h0_wide), (sum, h0_wide), Finish::Add);
-                let (left, out) = (Left::rows(grad, h0_wide), (dx, width_wide));
-                product([n, width, n0], left, (weight, width_wide), out, Finish::Add);
+                products.add_transposed([width, n0, n], (x, width), (grad, h0_wide), (sum, h0_wide));
+                let (left, out) = ((grad, h0_wide), (dx, width_wide));
+                products.product([n, width, n0], left, weight, out, Finish::Add);
             }
             add_column_sums(dc, sums.b0);
             unpad(d_wide, width_wide, da, width, |from, to| to.copy_from_slice(from));
@@ -304,24 +308,6 @@ impl Task<'_> {
                 softmax_rows_backward(e, rows, (&s[first..], &mut ds[first..]), de, p, g);
             }
         });
-    }
-
-    /// Backward pass of the MLP for `n` scores with gradients `de`, from `x` and the activations.
-    /// Adds to the sums of the weight gradients. Replaces `h1` by the gradient before its ReLU,
-    /// `h0` by `dz` and `x` by `y = dz P^T`.
-    fn tile(&mut self, n: usize, de: &[f32], x: &mut [f32], h0: &mut [f32], h1: &mut [f32]) {
-        let (shape, packed, transposed, sums) = (self.shape, self.packed, self.transposed, &mut self.sums);
-        let ([n0, n1], [h0_wide, h1_wide]) = (shape.hidden, shape.hidden_wide);
-        let (width, width_wide) = (shape.width, shape.width_wide);
-        scores_backward(de, packed.w2, &mut h1[..n * h1_wide], sums.b1, sums.w2);
-        let left = Left::transposed(h1, h1_wide);
-        product([n1, n0, n], left, (&*h0, h0_wide), (sums.w1, h0_wide), Finish::Add);
-        let (left, out) = (Left::rows(h1, h1_wide), (&mut *h0, h0_wide));
-        product([n, n0, n1], left, (transposed.w1, h0_wide), out, Finish::WherePositive);
-        let left = Left::transposed(x, width_wide);
-        product([width, n0, n], left, (&*h0, h0_wide), (sums.product, h0_wide), Finish::Add);
-        let (left, out) = (Left::rows(h0, h0_wide), (&mut *x, width_wide));
-        product([n, width, n0], left, (transposed.product, width_wide), out, Finish::Store);
     }
 }
 
@@ -449,38 +435,4 @@ impl Kernel for SoftmaxBackward<'_> {
             *de = p * (simd.sum(dot) - self.offset);
         }
     }
-}
-
-/// Replaces `h1` by the gradient before its ReLU, `de[t] * w2` for positive `h1`. Adds to `db1` and
-/// `dw2`.
-fn scores_backward(de: &[f32], w2: &[f32], h1: &mut [f32], db1: &mut [f32], dw2: &mut [f32]) {
-    struct ScoresBackward<'a>(&'a [f32], &'a [f32], &'a mut [f32], &'a mut [f32], &'a mut [f32]);
-    impl Kernel for ScoresBackward<'_> {
-        type Output = ();
-        #[inline(always)]
-        fn run<S: Simd>(self, s: S) {
-            let Self(de, w2, h1, db1, dw2) = self;
-            let wide = w2.len();
-            for_columns!(S, wide, |C, j| {
-                let w2 = load_columns::<S, C>(s, w2, j);
-                let mut bias = load_columns::<S, C>(s, db1, j);
-                let mut weight = load_columns::<S, C>(s, dw2, j);
-                for (h1, de) in h1.chunks_exact_mut(wide).zip(de) {
-                    let (h1, de) = (&mut h1[j..j + C * S::LANES], s.splat(*de));
-                    for c in 0..C {
-                        let h = s.load(&h1[c * S::LANES..]);
-                        let gradient = s.where_positive(h, s.mul(de, w2[c]));
-                        weight[c] = s.mul_add(de, h, weight[c]);
-                        bias[c] = s.add(bias[c], gradient);
-                        s.store(gradient, &mut h1[c * S::LANES..]);
-                    }
-                }
-                for c in 0..C {
-                    s.store(bias[c], &mut db1[j + c * S::LANES..]);
-                    s.store(weight[c], &mut dw2[j + c * S::LANES..]);
-                }
-            });
-        }
-    }
-    dispatch(ScoresBackward(de, w2, h1, db1, dw2));
 }

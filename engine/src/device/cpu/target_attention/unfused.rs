@@ -6,6 +6,7 @@
 //! memory.
 
 use super::super::linear;
+use super::super::product::F32;
 use super::{Shape, check_index};
 use crate::device::{
     Activation, Linear, LinearGradients, Output, TargetGradients, TargetIndex, TargetInputs, TargetShape,
@@ -94,9 +95,9 @@ impl Unfused {
         });
         let Unfused { inputs, hidden0, hidden1, .. } = kept;
         let [first_layer, second_layer, last_layer] = layers(kept.shape, weights);
-        linear::forward(first_layer, inputs, Output::overwrite(hidden0));
-        linear::forward(second_layer, hidden0, Output::overwrite(hidden1));
-        linear::forward(last_layer, hidden1, Output::overwrite(e));
+        linear::forward(F32, first_layer, inputs, Output::overwrite(hidden0));
+        linear::forward(F32, second_layer, hidden0, Output::overwrite(hidden1));
+        linear::forward(F32, last_layer, hidden1, Output::overwrite(e));
 
         let pair_of_row = pair_of_row(&index);
         let rows = att.par_chunks_mut(width).zip(lse).zip(&pair_of_row).zip(index.row_length);
@@ -170,14 +171,14 @@ impl Unfused {
         let [first_layer, second_layer, last_layer] = layers(kept.shape, weights);
         let Unfused { inputs, hidden0, hidden1, .. } = kept;
         let last = LinearGradients { dx: Some(Output::overwrite(&mut dhidden1[..])), dw: dw.w2, dbias: None };
-        linear::backward(last_layer, hidden1, e, de, last);
+        linear::backward(F32, last_layer, hidden1, e, de, last);
         dw.b2.fill(0.0);
         let dx = Some(Output::overwrite(&mut dhidden0[..]));
         let second = LinearGradients { dx, dw: dw.w1, dbias: Some(dw.b1) };
-        linear::backward(second_layer, hidden0, hidden1, dhidden1, second);
+        linear::backward(F32, second_layer, hidden0, hidden1, dhidden1, second);
         let dx = Some(Output::overwrite(&mut dinputs[..]));
         let first = LinearGradients { dx, dw: dw.w0, dbias: Some(dw.b0) };
-        linear::backward(first_layer, inputs, hidden0, dhidden0, first);
+        linear::backward(F32, first_layer, inputs, hidden0, dhidden0, first);
 
         // Concatenation: parallel over sequences, because the pairs of a sequence share its tokens.
         let pair_counts = index.pair_offsets.windows(2).map(|w| (w[1] - w[0]) as usize * width);

@@ -36,7 +36,10 @@ pub enum AmxError {
     #[error("the environment variable DFAR_SIMD selects {0}")]
     Selected(&'static str),
     /// The operating system does not let the process use the tiles.
-    #[error("the operating system grants no tiles; Linux does from version 5.16 on")]
+    #[error(
+        "the operating system grants no tiles; Linux does from version 5.16 on, unless the signal \
+         stack of a thread is too small for them"
+    )]
     System,
 }
 

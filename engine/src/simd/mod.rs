@@ -4,6 +4,8 @@
 //! instruction set of the processor. A value of a `Simd` type proves that its instructions exist:
 //! only `new`, which checks, creates one. Hence all its methods are safe to call.
 //!
+//! The module `amx` stands apart: products of bf16 factors on the tiles of AMX.
+//!
 //! All methods must be `#[inline(always)]`: a method that is not inlined into the
 //! `#[target_feature]` entry point is compiled without its instructions.
 

@@ -135,8 +135,8 @@ def test_a_bad_configuration_leaves_no_directory(config, exception, words, data,
 
 def test_a_precision_that_the_processor_lacks_is_refused(data, tmp_path: Path) -> None:
     code = (
-        f"import dfar; dfar.train({str(data.path)!r}, {{'precision': 'bf16'}}, "
-        f"{str(tmp_path / 'run')!r}, progress=False)"
+        f"import dfar; data = dfar.Dataset.open({str(data.path)!r}); "
+        f"dfar.train(data, {{'precision': 'bf16'}}, {str(tmp_path / 'run')!r}, progress=False)"
     )
     # Without AVX-512 there is no bf16. The variable is read once per process.
     done = subprocess.run(

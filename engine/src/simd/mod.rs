@@ -62,6 +62,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// Transposes the square of the first `LANES` vectors: exchanges lane `r` of vector `x` and lane
     /// `x` of vector `r`.
     fn transpose(self, square: &mut [Self::V; MAX_LANES]);
+    /// Asks for the cache line at `x`, which need not be valid, before it is read.
+    fn prefetch(self, x: *const f32);
     /// `a + b`
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a - b`

@@ -63,6 +63,8 @@ impl Simd for Neon {
         unsafe { vst1q_f32(out, v) }
     }
     #[inline(always)]
+    fn prefetch(self, _: *const f32) {}
+    #[inline(always)]
     unsafe fn load_first_ptr(self, n: usize, x: *const f32) -> float32x4_t {
         let mut values = [0.0; 4];
         // SAFETY: the caller guarantees n readable values, at most 4.

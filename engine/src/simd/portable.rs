@@ -34,6 +34,8 @@ impl Simd for Portable {
         unsafe { *out.cast() = v }
     }
     #[inline(always)]
+    fn prefetch(self, _: *const f32) {}
+    #[inline(always)]
     unsafe fn load_first_ptr(self, n: usize, x: *const f32) -> Self::V {
         // SAFETY: the caller guarantees n readable values.
         map(|i| if i < n { unsafe { *x.add(i) } } else { 0.0 })

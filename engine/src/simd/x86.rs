@@ -97,6 +97,11 @@ impl Simd for Avx512 {
         unsafe { _mm512_storeu_ps(out, v) }
     }
     #[inline(always)]
+    fn prefetch(self, x: *const f32) {
+        // SAFETY: every x86-64 processor has it; a prefetch reads no memory.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(x.cast()) }
+    }
+    #[inline(always)]
     unsafe fn load_first_ptr(self, n: usize, x: *const f32) -> __m512 {
         // SAFETY: features as above; the caller guarantees n readable values, at most 16, and lanes
         // without a mask bit are not read.
@@ -211,6 +216,11 @@ impl Simd for Avx2 {
     unsafe fn store_ptr(self, v: __m256, out: *mut f32) {
         // SAFETY: features as above; the caller guarantees 8 writable values.
         unsafe { _mm256_storeu_ps(out, v) }
+    }
+    #[inline(always)]
+    fn prefetch(self, x: *const f32) {
+        // SAFETY: every x86-64 processor has it; a prefetch reads no memory.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(x.cast()) }
     }
     #[inline(always)]
     unsafe fn load_first_ptr(self, n: usize, x: *const f32) -> __m256 {

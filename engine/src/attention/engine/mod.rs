@@ -295,7 +295,7 @@ fn forward_sequences(
 
 /// Computes a short sequence of small scores. `false` for another sequence.
 fn forward_short(sequence: Sequence, o: &mut [f32], lse: &mut [f32]) -> bool {
-    short::covers(sequence.shape, sequence.tokens)
+    short::covers_forward(sequence.shape, sequence.tokens)
         && SHORT.with_borrow_mut(|scratch| dispatch(short::Forward { sequence, o, lse, scratch }))
 }
 
@@ -368,7 +368,7 @@ fn backward_sequence(sequence: Sequence, saved: &Saved, [dq, dk, dv]: [&mut [f32
 /// Computes a short sequence of small scores and returns whether `dq` is finite. `None` for another
 /// sequence.
 fn backward_short(sequence: Sequence, saved: &Saved, gradients: [&mut [f32]; 3]) -> Option<bool> {
-    if !short::covers(sequence.shape, sequence.tokens) {
+    if !short::covers_backward(sequence.shape, sequence.tokens) {
         return None;
     }
     SHORT.with_borrow_mut(|scratch| dispatch(short::Backward { sequence, saved, gradients, scratch }))

@@ -49,8 +49,6 @@ impl Kernel for Backward<'_> {
         if shape.lists == 2 {
             dq.fill(0.0); // heads of the other feedback group stay 0
         }
-        dk.fill(0.0);
-        dv.fill(0.0);
         let mut check = s.zero();
         for heads in Heads::of(shape) {
             order.arrange(s, &sequence, &heads);
@@ -61,6 +59,16 @@ impl Kernel for Backward<'_> {
             }
             let v_panel = Panel::values(s, &sequence, &heads, order, v_panel);
             let stride = order.columns(s, &heads) * S::LANES + ALIGN;
+            // Tiles of keys write their gradients if they see all rows, or else add them.
+            let adds = count > BLOCK;
+            if heads.slots.start == 0 {
+                if adds || !order.scores_all() {
+                    dk.fill(0.0);
+                }
+                if adds || !order.keeps_all() {
+                    dv.fill(0.0);
+                }
+            }
             let size = (BLOCK.min(count) + MOST_ROWS) * stride;
             let (p, ds) = (p.take(size), ds.take(size));
             let panels = [k_panel, v_panel];
@@ -82,8 +90,8 @@ impl Kernel for Backward<'_> {
                     outputs.push(Term { x: output, weight });
                 }
                 let rows = &rows[block];
-                context.key_gradients(s, rows, queries, dk);
-                context.value_gradients(s, rows, outputs, dv);
+                context.key_gradients(s, rows, queries, adds, dk);
+                context.value_gradients(s, rows, outputs, adds, dv);
             }
         }
         Some(s.sum(check) == 0.0)
@@ -283,13 +291,13 @@ impl Context<'_> {
         }
     }
 
-    /// Adds `dk` of a block. `terms` are its rows, in `q` and `ds`.
+    /// Writes or adds `dk` of a block. `terms` are its rows, in `q` and `ds`.
     #[inline(always)]
-    fn key_gradients<S: Simd>(&self, s: S, rows: &[Row], terms: &[Term], dk: &mut [f32]) {
+    fn key_gradients<S: Simd>(&self, s: S, rows: &[Row], terms: &[Term], adds: bool, dk: &mut [f32]) {
         let shape = self.sequence.shape;
         for (index, head) in self.heads.key_heads.clone().enumerate() {
             let list = Order::list(shape, head);
-            let of_rows = OfRows { terms, weights: &self.ds[index * S::LANES..], x: self.sequence.q };
+            let of_rows = OfRows { terms, weights: &self.ds[index * S::LANES..], x: self.sequence.q, adds };
             let seen = |row: &Row| row.scored[list] as usize;
             of_rows.add(
                 s,
@@ -303,14 +311,14 @@ impl Context<'_> {
         }
     }
 
-    /// Adds `dv` of a block. `terms` are its rows, in `d_o` and `p`.
+    /// Writes or adds `dv` of a block. `terms` are its rows, in `d_o` and `p`.
     #[inline(always)]
-    fn value_gradients<S: Simd>(&self, s: S, rows: &[Row], terms: &[Term], dv: &mut [f32]) {
+    fn value_gradients<S: Simd>(&self, s: S, rows: &[Row], terms: &[Term], adds: bool, dv: &mut [f32]) {
         let shape = self.sequence.shape;
         for (index, head) in self.heads.key_heads.clone().enumerate() {
             let list = Order::list(shape, head);
             let x = &self.saved.d_o[index * shape.d..];
-            let of_rows = OfRows { terms, weights: &self.p[index * S::LANES..], x };
+            let of_rows = OfRows { terms, weights: &self.p[index * S::LANES..], x, adds };
             let seen = |row: &Row| row.kept[list] as usize;
             of_rows.add(s, rows, seen, self.order.kept(list), 1.0, shape.d, &mut dv[head * shape.d..]);
         }
@@ -342,10 +350,12 @@ struct OfRows<'a> {
     terms: &'a [Term],
     weights: &'a [f32],
     x: &'a [f32],
+    /// Whether the sums are added to the gradients, not written.
+    adds: bool,
 }
 
 impl OfRows<'_> {
-    /// Adds the sums times `factor` to the rows of `out` at `keys`. A row sees the first `seen` keys.
+    /// Writes or adds the sums times `factor` at `keys` in `out`. A row sees the first `seen` keys.
     #[inline(always)]
     #[expect(clippy::too_many_arguments, reason = "two callers, inlined")]
     fn add<S: Simd>(
@@ -431,7 +441,7 @@ impl OfRows<'_> {
                     // SAFETY: `out` holds C vectors, the last of `last` values.
                     unsafe {
                         let out = out.as_mut_ptr().add(c * S::LANES);
-                        let before = load(s, n_values, out);
+                        let before = if self.adds { load(s, n_values, out) } else { s.zero() };
                         store(s, n_values, s.mul_add(sums[n][c], factor, before), out);
                     }
                 }

@@ -8,6 +8,9 @@ use super::{Heads, MOST_ROWS, Row, Scratch, arrange_rows, for_each_tile};
 use crate::simd::{Kernel, Simd};
 use std::f32::consts::LN_2;
 
+/// f32 values of a cache line.
+const LINE: usize = 16;
+
 pub(in super::super) struct Forward<'a> {
     pub(in super::super) sequence: Sequence<'a>,
     pub(in super::super) o: &'a mut [f32],
@@ -71,6 +74,9 @@ impl Context<'_> {
         for r in 0..R {
             queries[r] = self.sequence.q[rows[r].query as usize..][..d].as_ptr();
         }
+        if self.heads.slots.start == 0 {
+            self.fetch_ahead(s, first, count);
+        }
         let [a, b] = rows[R - 1].scored;
         let columns = (a.max(b) as usize).div_ceil(S::LANES) * self.heads.key_heads.len();
         let mut sums = [s.zero(); R];
@@ -99,6 +105,20 @@ impl Context<'_> {
                 self.outputs::<S, R, 1>(s, rows, count, from);
             }
             from += 2 * S::LANES;
+        }
+    }
+
+    /// Fetches the tokens that are `count` rows from `first` on in the next sequence, if that is as long
+    /// as this one: short sequences are over before the processor has recognised the stream of tokens.
+    #[inline(always)]
+    fn fetch_ahead<S: Simd>(&self, s: S, first: usize, count: usize) {
+        let Sequence { shape, tokens, q, k, v, .. } = self.sequence;
+        let (slots, width) = (self.heads.slots.len(), shape.width());
+        let next = tokens * width + first / slots * width;
+        for line in (0..count.div_ceil(slots) * width).step_by(LINE) {
+            for x in [q, k, v] {
+                s.prefetch(x.as_ptr().wrapping_add(next + line));
+            }
         }
     }
 

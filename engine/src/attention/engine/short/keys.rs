@@ -97,6 +97,18 @@ impl Order {
         self.joint
     }
 
+    /// Whether rows read all tokens in all key heads.
+    #[inline(always)]
+    pub(super) fn scores_all(&self) -> bool {
+        self.joint || !self.labelled
+    }
+
+    /// Whether the values of all tokens are kept in all key heads.
+    #[inline(always)]
+    pub(super) fn keeps_all(&self) -> bool {
+        !self.labelled
+    }
+
     /// The list of a key head.
     #[inline(always)]
     pub(super) fn list(shape: &Shape, key_head: usize) -> usize {

@@ -1,8 +1,8 @@
 //! Attention of short sequences with small scores, forward and backward.
 //!
 //! **Contract.** [`Forward`] and [`Backward`] compute one sequence, as the general kernels do, or say
-//! that these must compute it. [`covers`] decides by shape and length, [`keys::scores_are_small`] by
-//! the size of the scores. Neither depends on other sequences, on threads, or on whether a value is
+//! that these must compute it. [`covers_forward`] and [`covers_backward`] decide by shape and length,
+//! [`keys::scores_are_small`] by the size of the scores. Neither depends on other sequences, on threads, or on whether a value is
 //! non-finite. `Backward` does not read `o`.
 //!
 //! **No maximum.** By Cauchy-Schwarz, scores in base 2 are at most `EXACT_ABOVE = 64` in absolute
@@ -39,17 +39,27 @@ use super::{Sequence, Shape};
 use keys::{Order, Term};
 use std::ops::Range;
 
-/// Longest sequence of the short path. Beyond, the packed keys of a key head leave the first-level
-/// cache between tiles, and the general kernel is as fast.
+/// Longest sequence: of longer ones, the transposed keys of a key head leave the first-level cache
+/// between tiles, and the general kernels are as fast.
 const LONGEST: usize = 320;
 
-/// Widest head of the short path. Wider heads have not been measured; bookkeeping, which this path
-/// saves, is a small part of their time.
-const WIDEST: usize = 64;
+/// Widest head: no wider one has been measured.
+const WIDEST: usize = 128;
 
-/// Whether the short path has kernels for sequences of this shape and length.
-pub(super) fn covers(shape: &Shape, tokens: usize) -> bool {
+/// Most scores of an average row in the backward pass. Products with features in lanes load a weight
+/// for each multiply-add; with more scores, the general kernels, which load one for two, are as fast.
+const MOST_SCORES: usize = 320;
+
+/// Whether the forward pass has a short path for sequences of this shape and length.
+pub(super) fn covers_forward(shape: &Shape, tokens: usize) -> bool {
     (1..=LONGEST).contains(&tokens) && shape.d <= WIDEST
+}
+
+/// As [`covers_forward`], for the backward pass.
+pub(super) fn covers_backward(shape: &Shape, tokens: usize) -> bool {
+    let key_heads = if shape.per_head { 1 } else { shape.heads };
+    let scores = tokens * key_heads / if shape.causal { 2 } else { 1 };
+    covers_forward(shape, tokens) && scores <= MOST_SCORES
 }
 
 /// Scratch of a thread.
@@ -135,7 +145,8 @@ fn arrange_rows(rows: &mut Vec<Row>, sequence: &Sequence, heads: &Heads, order: 
 /// Most rows of a tile.
 const MOST_ROWS: usize = 8;
 
-/// Runs `$tile::<S, R>` over `$rows` rows, in tiles of 8 if there are registers for it.
+/// Cuts `$rows` into tiles: runs `$full` for each tile of 8 rows, if there are registers for it, and
+/// `$small` for each tile of 4. `$first` is the first row of the tile, `$count` their number.
 macro_rules! for_each_tile {
     ($S:ident, $rows:expr, |$first:ident, $count:ident| $full:expr, $small:expr) => {
         let rows: std::ops::Range<usize> = $rows;

@@ -1,7 +1,7 @@
 //! Short sequences against the float64 reference and the general kernels, for every instruction set.
 
 use super::super::{Normalizers, Saved, Sequence, Shape, backward, forward};
-use super::{Backward, Forward, Scratch, covers};
+use super::{Backward, Forward, Scratch, covers_backward, covers_forward};
 use crate::attention::{FhaOptions, Inputs, LabelMask, Normalization, Pairing, reference};
 use crate::simd::{Set, available};
 use rand::{Rng, RngExt, SeedableRng};
@@ -44,7 +44,7 @@ impl Problem {
         let (sequence, mut scratch) = (self.sequence(&shape), Scratch::default());
         let [mut o, mut lse] = self.outputs();
         let forward = Forward { sequence, o: &mut o, lse: &mut lse, scratch: &mut scratch };
-        if !covers(&shape, self.tokens) || !set.run(forward) {
+        if !covers_forward(&shape, self.tokens) || !set.run(forward) {
             return None;
         }
         let mut gradients = [(); 3].map(|()| vec![7e7; self.q.len()]);
@@ -136,7 +136,8 @@ fn lengths(rng: &mut impl Rng) -> [usize; 4] {
 #[test]
 fn results_match_the_reference_and_the_general_kernels() {
     let mut rng = ChaCha8Rng::seed_from_u64(1);
-    for (heads, d) in [(2, 16), (2, 1), (4, 3), (2, 8), (4, 16), (2, 17), (2, 32), (2, 64), (4, 20)] {
+    for (heads, d) in [(2, 16), (2, 1), (4, 3), (2, 8), (4, 16), (2, 17), (2, 32), (2, 64), (4, 20), (2, 128)]
+    {
         for options in every_option(heads, d) {
             for tokens in lengths(&mut rng) {
                 let problem = Problem::random(options, tokens, rng.random());
@@ -252,8 +253,20 @@ fn large_scores_long_sequences_and_wide_heads_are_left_to_the_general_kernels() 
         assert!(large.run(set).is_none(), "{name}");
         assert!(unread.run(set).is_some(), "{name}");
     }
-    assert!(!covers(&Shape::new(&options), 0) && covers(&Shape::new(&options), 300));
-    assert!(!covers(&Shape::new(&options), 321) && !covers(&Shape::new(&FhaOptions::new(2, 65)), 20));
+    let shape = |heads, d, causal| Shape::new(&FhaOptions { causal, ..FhaOptions::new(heads, d) });
+    for (shape, longest, longest_backward) in [
+        (shape(2, 16, true), 320, 320),
+        (shape(2, 16, false), 320, 160),
+        (shape(8, 16, true), 320, 80),
+        (shape(2, 128, true), 320, 320),
+        (shape(2, 129, true), 0, 0),
+    ] {
+        for tokens in 0..400 {
+            assert_eq!(covers_forward(&shape, tokens), (1..=longest).contains(&tokens), "{tokens} tokens");
+            let backward = (1..=longest_backward).contains(&tokens);
+            assert_eq!(covers_backward(&shape, tokens), backward, "{tokens} tokens");
+        }
+    }
 }
 
 /// The path must not depend on it, or the rows that do not read it would change their bits.

@@ -276,13 +276,12 @@ impl DataError {
 
     /// Converts an error of reading `path`, for `map_err`.
     pub(crate) fn read(path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> DataError {
-        let path = path.as_ref().to_owned();
-        move |source| DataError::Read { path, source }
+        // Copies the path only for an error: the import asks for every row.
+        move |source| DataError::Read { path: path.as_ref().to_owned(), source }
     }
 
     /// Converts an error of writing `path`, for `map_err`.
     pub(crate) fn write(path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> DataError {
-        let path = path.as_ref().to_owned();
-        move |source| DataError::Write { path, source }
+        move |source| DataError::Write { path: path.as_ref().to_owned(), source }
     }
 }

@@ -64,6 +64,15 @@ pub(super) fn filter(
         }
     }
 
+    // Nothing was dropped: every user and item has an event, because the filter for repeated pairs
+    // keeps the first.
+    if keep_user.iter().chain(&keep_item).all(|&keep| keep) && before > 0 {
+        // Drops the hash tables.
+        users.retain(&keep_user);
+        items.retain(&keep_item);
+        return Ok(Log { events, users, items });
+    }
+
     // An item may have passed the filter and then lost all its users.
     let mut user_left = vec![false; users.len()];
     let mut item_left = vec![false; items.len()];

@@ -123,18 +123,18 @@ def start(commands, threads, log, path):
     return peers, absent, workers
 
 
-def checked(peers, x, folder, chosen):
-    """-> {peer: error}, {peer: reason}: the worst relative error of those that agree with float64,
-    and why the others do not."""
+def checked(peers, folder, rows, wanted):
+    """-> {peer: error}, {peer: reason}: the worst relative error of those that agree with float64 (on
+    the rows `rows`), and why the others do not."""
     good, bad = {}, {}
-    rows, wanted = reference.expected(x, chosen)
     path = os.path.join(folder, "results.safetensors")
     for peer, worker in peers.items():
         try:
-            worker.ask(do="check", peer=peer, path=path)
+            seconds = worker.ask(do="check", peer=peer, path=path)["seconds"]
         except Failed as e:
             bad[peer] = str(e)
             continue
+        print(f"{peer}: first call, with compilation: {seconds:.1f} s", flush=True)
         errors, above = reference.judge(load_file(path), rows, wanted, peer.split()[-1])
         if above:
             bad[peer] = "wrong: " + ", ".join(f"{n} {e:.1e}" for n, e in above.items())
@@ -192,27 +192,26 @@ def attention(a, out, log, folder):
     cases = [(str(T), [T] * max(1, a.size.tokens // T)) for T in a.size.lengths]
     cases.append(("skewed", skewed_lengths(a.size.tokens)))
     for case, lengths in cases:
-        for threads in a.threads:
-            key = dict(op="attention", case=case, threads=threads, tokens=sum(lengths))
+        shape = dict(op="attention", case=case, tokens=sum(lengths))
+        keys = [dict(shape, threads=threads) for threads in a.threads]
+        if all(map(out.done, keys)):
+            continue
+        x, path = random_inputs(lengths), os.path.join(folder, "inputs.safetensors")
+        save_file(x, path)
+        rows, wanted = reference.expected(x, spread(lengths))
+        for threads, key in zip(a.threads, keys):
             if out.done(key):
                 continue
-            x, path = random_inputs(lengths), os.path.join(folder, "inputs.safetensors")
-            save_file(x, path)
             peers, absent, workers = start(attention_workers(a), threads, log, path)
-            errors, bad = checked(peers, x, folder, spread(lengths))
+            errors, bad = checked(peers, folder, rows, wanted)
             for peer, reason in {**absent, **bad}.items():
                 out.row(key, peer=peer, error=reason)
             for direction in ("forward", "both"):
                 rounds, measures = a.size.rounds, {}
                 for peer in errors:
+                    warm = {"do": "warm", "peer": peer, "pass": direction}
                     try:
-                        first = peers[peer].ask(do="warm", peer=peer, **{"pass": direction})[
-                            "seconds"
-                        ]
-                        first = min(
-                            first,
-                            peers[peer].ask(do="warm", peer=peer, **{"pass": direction})["seconds"],
-                        )
+                        first = min(peers[peer].ask(**warm)["seconds"] for _ in range(2))
                     except Failed as e:
                         out.row(key, peer=peer, error=str(e), **{"pass": direction})
                         continue

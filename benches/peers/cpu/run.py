@@ -230,7 +230,7 @@ def attention(a, out, log, folder):
 # Training
 
 
-def dfar_step(a, events, threads):
+def dfar_step(a, events, threads, precision):
     """Seconds per step of `dfar-bench train` on uniform batches: three steps after a first one."""
     command = [
         os.path.join(a.bin, "dfar-bench"),
@@ -246,6 +246,8 @@ def dfar_step(a, events, threads):
         4,
         "--threads",
         threads,
+        "--precision",
+        precision,
         "--json",
     ]
     try:
@@ -287,7 +289,9 @@ def training(a, out, log, folder):
             report.write_json(config, {**shape, "width": 32, "heads": 2, "items": ITEMS})
             command = {"torch": [sys.executable, os.path.join(HERE, "worker_train.py")]}
             peers, absent, workers = start(command, threads, log, config)
-            measures = {"dfar f32": lambda: dfar_step(a, events, threads)}
+            measures = {
+                f"dfar {p}": lambda p=p: dfar_step(a, events, threads, p) for p in ("f32", "bf16")
+            }
             first = None
             for peer, worker in peers.items():
                 try:

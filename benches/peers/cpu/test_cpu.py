@@ -70,6 +70,7 @@ class Table(unittest.TestCase):
             timed("dfar f32", 2.0),
             timed("torch eager f32", 9.0),
             timed("dfar f32", 100.0, op="training", case="300", **{"pass": "step"}),
+            timed("dfar bf16", 50.0, op="training", case="300", **{"pass": "step"}),
             timed("torch compiled f32", 250.0, op="training", case="300", **{"pass": "step"}),
             timed(
                 "dfar",
@@ -105,8 +106,8 @@ class Table(unittest.TestCase):
             "abc1234",
             "0.1, 0.2, 0.3",
             "1.5, 1.0, 0.5",
-            "| forward | 1 | 20 | 2 | torch eager f32 | 4.5 | torch eager f32 | 4.5 |",
-            "| step | 1 | 300 | 100 | torch compiled f32 | 2.5 | torch compiled f32 | 2.5 |",
+            "| forward | 1 | 20 | 2 | torch eager f32 | 4.5 | dfar f32 | torch eager f32 | 4.5 |",
+            "| step | 1 | 300 | 100 | torch compiled f32 | 2.5 | dfar bf16 | torch compiled f32 | 5 |",
             "| reader and group-by | 1 | polars scan_csv | 900 | 0.9 | 1.00 | 500 |",
             "- candle f32, attention 16384: its score matrices need 20 GiB",
         ):

@@ -161,6 +161,9 @@ class Turns(unittest.TestCase):
         self.assertEqual(order, ["a", "c", "c", "a", "c", "a"])
         self.assertEqual(found["a"], {"ms": 1.0, "median_ms": 1.0, "calls": 6})
         self.assertEqual(found["b"], {"error": "out of memory"})
+        order.clear()
+        slow = turns.interleave({"a": measure("a", [1.0]), "c": measure("c", [2.0])}, 3, {"c": 1})
+        self.assertEqual((order, slow["c"]["calls"]), (["a", "c", "a", "a"], 1))
 
     def test_a_worker_answers_or_its_end_is_reported(self):
         program = "import sys, json\nfor line in sys.stdin: print(json.dumps({'threads': json.loads(line)['n']}), flush=True); break"

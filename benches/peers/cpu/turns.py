@@ -76,16 +76,17 @@ class Worker:
             self.process.wait()
 
 
-def interleave(measures, rounds):
+def interleave(measures, rounds, fewer={}):
     """Times peers in turn: `measures` maps a name to a function that returns the seconds of one or
-    more calls. Each round calls every function once and begins with another one.
+    more calls. Each round calls every function once and begins with another one; `fewer` has the rounds
+    of those that take part in some only.
     -> {name: {"ms", "median_ms", "calls"} or {"error"}}: the shortest call, and the median of the
     rounds' shortest."""
     names, found, failed = list(measures), {}, {}
     for turn in range(rounds):
         at = turn % len(names)
         for name in names[at:] + names[:at]:
-            if name in failed:
+            if name in failed or turn >= fewer.get(name, rounds):
                 continue
             try:
                 found.setdefault(name, []).append(measures[name]())

@@ -262,8 +262,11 @@ impl Products for Bf16 {
             let [narrow, factor, right_pairs] =
                 [narrow, factor, right_pairs].map(bytemuck::cast_slice_mut::<f32, u32>);
             let tiles = self.0.tiles();
+            // Tiles add to whole rows of tiles in place.
+            let in_place = rows == m;
             for l in (0..k).step_by(BLOCK) {
-                let (count, begin) = ((k - l).min(BLOCK), if l == 0 { Begin::Zero } else { Begin::Output });
+                let count = (k - l).min(BLOCK);
+                let begin = if l == 0 && !in_place { Begin::Zero } else { Begin::Output };
                 let steps = pairs_of(count);
                 right_factor(self.0, [count, m], (&left[l * left_row..], left_row), (narrow, rows));
                 let shape = [steps / TILE, rows / TILE];
@@ -275,10 +278,13 @@ impl Products for Bf16 {
                     (right_pairs, columns),
                 );
                 let shape = [rows / TILE, columns / TILE, steps / TILE];
-                tiles.product(shape, (factor, steps), (right_pairs, columns), (sums, columns), begin);
+                let sums = if in_place { (&mut *out, out_row) } else { (&mut *sums, columns) };
+                tiles.product(shape, (factor, steps), (right_pairs, columns), sums, begin);
             }
-            let sums = &sums[..m * columns];
-            dispatch(FinishRows { sums, columns, out, out_row, finish: Finish::Add });
+            if !in_place {
+                let sums = &sums[..m * columns];
+                dispatch(FinishRows { sums, columns, out, out_row, finish: Finish::Add });
+            }
         });
     }
 }

@@ -83,6 +83,22 @@ fn large_scores_neither_overflow_nor_vanish() {
     assert!(error(&got.lse, &want.lse) < 1e-5);
 }
 
+/// Weights of 1e-20 and less have no effect, but their gradients would be subnormal numbers, on
+/// which a processor is more than ten times slower.
+#[test]
+fn sharp_attention_has_no_subnormal_gradients() {
+    let mut case = Case::random(16, [24, 16], &[60, 45, 80], 6, 6, 99);
+    case.weights[4].iter_mut().for_each(|w| *w *= 60.0);
+    case.datt.iter_mut().for_each(|x| *x *= 1e-6);
+    let out = run(&case, true);
+    for (name, gradient) in
+        [("da", &out.da), ("dr", &out.dr)].into_iter().chain(out.weights.iter().map(|w| ("w", w)))
+    {
+        let subnormal = gradient.iter().filter(|x| x.is_subnormal()).count();
+        assert_eq!(subnormal, 0, "{name} has {subnormal} subnormal values of {}", gradient.len());
+    }
+}
+
 /// The gradients of the reference against finite differences of its forward pass.
 #[test]
 fn reference_agrees_with_finite_differences() {

@@ -108,6 +108,14 @@ impl Simd for Neon {
         unsafe { vbslq_f32(vcgtzq_f32(condition), a, b) }
     }
     #[inline(always)]
+    fn zero_below(self, limit: float32x4_t, x: float32x4_t, value: float32x4_t) -> float32x4_t {
+        // SAFETY: NEON is part of aarch64.
+        unsafe {
+            let below = vcltq_f32(x, limit);
+            vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(value), below))
+        }
+    }
+    #[inline(always)]
     fn first(self, n: usize, a: float32x4_t, otherwise: float32x4_t) -> float32x4_t {
         // SAFETY: NEON is part of aarch64; the array has 4 values.
         unsafe {

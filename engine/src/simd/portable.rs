@@ -93,6 +93,10 @@ impl Simd for Portable {
         map(|i| if condition[i] > 0.0 { a[i] } else { b[i] })
     }
     #[inline(always)]
+    fn zero_below(self, limit: Self::V, x: Self::V, value: Self::V) -> Self::V {
+        map(|i| if x[i] < limit[i] { 0.0 } else { value[i] })
+    }
+    #[inline(always)]
     fn first(self, n: usize, a: Self::V, otherwise: Self::V) -> Self::V {
         map(|i| if i < n { a[i] } else { otherwise[i] })
     }

@@ -149,6 +149,11 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    fn zero_below(self, limit: __m512, x: __m512, value: __m512) -> __m512 {
+        // SAFETY: `self` exists, so `new` detected the features.
+        unsafe { _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, limit), value) }
+    }
+    #[inline(always)]
     fn first(self, n: usize, a: __m512, otherwise: __m512) -> __m512 {
         // SAFETY: `self` exists, so `new` detected the features.
         unsafe { _mm512_mask_mov_ps(otherwise, ((1u32 << n.min(16)) - 1) as __mmask16, a) }
@@ -263,6 +268,11 @@ impl Simd for Avx2 {
             let above = _mm256_cmp_ps::<_CMP_GT_OQ>(condition, _mm256_setzero_ps());
             _mm256_blendv_ps(b, a, above)
         }
+    }
+    #[inline(always)]
+    fn zero_below(self, limit: __m256, x: __m256, value: __m256) -> __m256 {
+        // SAFETY: `self` exists, so `new` detected the features.
+        unsafe { _mm256_and_ps(value, _mm256_cmp_ps::<_CMP_NLT_UQ>(x, limit)) }
     }
     #[inline(always)]
     fn first(self, n: usize, a: __m256, otherwise: __m256) -> __m256 {

@@ -78,6 +78,9 @@ impl Update<'_> {
         for (((w, m), v), g) in value.iter_mut().zip(first).zip(second).zip(gradient) {
             let g = g * self.clip;
             *m = beta1 * *m + (1.0 - beta1) * g;
+            // The moment of a unit without gradient (a ReLU that is always 0) would decay to
+            // subnormal numbers, which are slow, and stay there. It has no effect long before.
+            *m = if m.abs() < 1e-30 { 0.0 } else { *m };
             *v = beta2 * *v + (1.0 - beta2) * g * g;
             *w -= lr * (*m / self.correction.0) / ((*v / self.correction.1).sqrt() + eps);
         }

@@ -317,6 +317,24 @@ fn a_saturated_softmax_has_accurate_gradients() {
     }
 }
 
+/// All scores of a row may be far below 0: only their differences matter.
+#[test]
+fn scores_far_below_zero_match_the_reference() {
+    for lengths in [&[40usize, 9][..], &[400]] {
+        for sign in [-1.0, 1.0] {
+            let options = FhaOptions { scale: 1.0, ..FhaOptions::new(2, 4) };
+            let mut batch = Batch::random(&options, lengths, 11);
+            batch.q.iter_mut().chain(&mut batch.k).for_each(|x| *x *= 0.2);
+            // The first feature moves all scores by 36, which is 52 in base 2.
+            batch.q.chunks_mut(4).for_each(|q| q[0] = sign * 9.0);
+            batch.k.chunks_mut(4).for_each(|k| k[0] = 4.0);
+            for error in errors(&options, &batch) {
+                assert!(error.passes(), "{lengths:?}, {sign}: {error:?}");
+            }
+        }
+    }
+}
+
 /// Integer scores are exact in f32, so large ones are as accurate as small ones.
 #[test]
 fn large_integer_scores_match_the_reference() {

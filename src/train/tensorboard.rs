@@ -30,8 +30,8 @@ pub struct EventFile {
 }
 
 impl EventFile {
-    /// Begins the next file in `folder`. `step` is the first step to come: TensorBoard discards what
-    /// an earlier session wrote from there on.
+    /// Begins the next file in `folder`. `step` is the first step to come: TensorBoard discards
+    /// what an earlier session wrote from there on.
     pub fn begin(folder: &Path, step: u64) -> Result<Self, FileError> {
         let name = |session: u32| folder.join(format!("events.out.tfevents.{session:04}.dfar"));
         let mut session = 1;

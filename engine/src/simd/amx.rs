@@ -312,8 +312,8 @@ impl Product {
 }
 
 impl Tiles {
-    /// `out = left right` or `out += left right`, of `[m, n, k]` tiles: 16 rows of `left` and `out`,
-    /// 16 columns of `right` and `out`, an inner dimension of 32. Each matrix comes with the
+    /// `out = left right` or `out += left right`, of `[m, n, k]` tiles: 16 rows of `left` and
+    /// `out`, 16 columns of `right` and `out`, an inner dimension of 32. Each matrix comes with the
     /// distance between its rows, in pairs or values.
     ///
     /// # Panics

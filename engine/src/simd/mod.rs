@@ -59,8 +59,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `out` must be valid for writing `n` values, and `n` at most `LANES`.
     unsafe fn store_first_ptr(self, n: usize, v: Self::V, out: *mut f32);
-    /// Transposes the square of the first `LANES` vectors: exchanges lane `r` of vector `x` and lane
-    /// `x` of vector `r`.
+    /// Transposes the square of the first `LANES` vectors: exchanges lane `r` of vector `x` and
+    /// lane `x` of vector `r`.
     fn transpose(self, square: &mut [Self::V; MAX_LANES]);
     /// Asks for the cache line at `x`, which need not be valid, before it is read.
     fn prefetch(self, x: *const f32);
@@ -126,13 +126,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
         self.select_positive(condition, value, self.zero())
     }
 
-    /// `2^x` to about 1 ulp; 0 for `x < -48`, infinity for finite `x >= 128`, NaN for NaN and
+    /// `2^x` to about 1 ulp; 0 for `x = -inf`, infinity for finite `x >= 128`, NaN for NaN and
     /// infinity.
-    ///
-    /// All uses are terms of a sum that is at least about 1. In f32, terms below `2^-48` do not
-    /// change it, but their gradients become subnormal numbers. A processor takes more than a
-    /// hundred cycles for an instruction on these: training would be several times slower as soon
-    /// as attention is sharp.
     ///
     /// Degree 6 minimax polynomial on [-1/2, 1/2], after subtracting the nearest integer.
     #[inline(always)]
@@ -148,13 +143,24 @@ pub trait Simd: Copy + Send + Sync + 'static {
         p = self.mul_add(p, f, self.splat(2.402_264_7e-1));
         p = self.mul_add(p, f, self.splat(std::f32::consts::LN_2));
         p = self.mul_add(p, f, self.splat(1.0));
-        self.zero_below(self.splat(-48.0), x, self.scale_by_power(p, n))
+        self.scale_by_power(p, n)
     }
 
-    /// The natural logarithm of a positive normal number to about 1 ulp, or to 1e-7 near 1; -inf for
-    /// 0, NaN for NaN.
+    /// `2^x` for a term of a sum whose largest term is about 1, as in a softmax; 0 for `x < -48`.
     ///
-    /// Degree 8 polynomial (Cephes `logf`) on [sqrt(1/2), sqrt(2)], after dividing by a power of two.
+    /// In f32, terms below `2^-48` do not change the sum, but their gradients are subnormal
+    /// numbers. A processor takes more than a hundred cycles for an instruction on these: training
+    /// would be several times slower once attention is sharp.
+    #[inline(always)]
+    fn exp2_of_weight(self, x: Self::V) -> Self::V {
+        self.zero_below(self.splat(-48.0), x, self.exp2(x))
+    }
+
+    /// The natural logarithm of a positive normal number to about 1 ulp, or to 1e-7 near 1; -inf
+    /// for 0, NaN for NaN.
+    ///
+    /// Degree 8 polynomial (Cephes `logf`) on [sqrt(1/2), sqrt(2)], after dividing by a power of
+    /// two.
     #[inline(always)]
     fn ln(self, x: Self::V) -> Self::V {
         let n = self.exponent(self.mul(x, self.splat(std::f32::consts::SQRT_2)));
@@ -355,20 +361,27 @@ mod tests {
             assert_eq!(s.sum(va), a.iter().sum::<f32>());
             assert_eq!(s.max_lane(vb), 2.5);
             for x in [
-                -1000.0, -149.5, -48.1, -48.0, -47.9, -1.5, -0.5, 0.0, 0.49, 0.5, 1.0, 3.7, 126.9, 127.6,
-                128.0, 1e4f32,
+                -1000.0, -149.5, -126.3, -48.1, -48.0, -47.9, -1.5, -0.5, 0.0, 0.49, 0.5, 1.0, 3.7, 126.9,
+                127.6, 128.0, 1e4f32,
             ] {
                 let mut out = vec![0.0; S::LANES];
                 s.store(s.exp2(s.splat(x)), &mut out);
-                let want = if x < -48.0 { 0.0 } else { (x as f64).exp2() as f32 };
-                let ok = out[0] == want || (out[0] - want).abs() <= 3e-7 * want;
+                let want = (x as f64).exp2() as f32;
+                let ok = out[0] == want
+                    || (out[0] - want).abs() <= 3e-7 * want
+                    || want < f32::MIN_POSITIVE && out[0] <= 2.0 * f32::MIN_POSITIVE;
                 assert!(ok, "{}: exp2({x}) = {} instead of {want}", S::NAME, out[0]);
+                let whole = out[0];
+                s.store(s.exp2_of_weight(s.splat(x)), &mut out);
+                assert_eq!(out[0], if x < -48.0 { 0.0 } else { whole }, "{}: weight, {x}", S::NAME);
             }
             let mut out = vec![1.0; S::LANES];
             s.store(s.exp2(s.splat(f32::NEG_INFINITY)), &mut out);
             assert_eq!(out[0], 0.0, "{}", S::NAME);
-            s.store(s.exp2(s.splat(f32::NAN)), &mut out);
-            assert!(out[0].is_nan(), "{}", S::NAME);
+            for f in [S::exp2, S::exp2_of_weight] {
+                s.store(f(s, s.splat(f32::NAN)), &mut out);
+                assert!(out[0].is_nan(), "{}", S::NAME);
+            }
         }
     }
 

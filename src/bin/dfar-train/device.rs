@@ -36,8 +36,8 @@ macro_rules! on_device {
 }
 pub(crate) use on_device;
 
-/// Opens the device for a finished run: `asked` if given, or else the run's own. A CPU that lacks the
-/// run's precision computes in f32, which accepts any model; `note` receives the reason.
+/// Opens the device for a finished run: `asked` if given, or else the run's own. A CPU that lacks
+/// the run's precision computes in f32, which accepts any model; `note` receives the reason.
 ///
 /// # Errors
 /// `cuda` without a usable GPU.

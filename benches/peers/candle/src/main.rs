@@ -1,4 +1,5 @@
-//! The dense formula in candle, as a worker of `../cpu/run.py`; `../cpu/protocol.py` has the protocol.
+//! The dense formula in candle, as a worker of `../cpu/run.py`; `../cpu/protocol.py` has the
+//! protocol.
 //!
 //! Sequences are padded by buckets of similar length. Queries meet the concatenated key heads, so
 //! that both products are plain matrix products; each key head has its own columns of the values.

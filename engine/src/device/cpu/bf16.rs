@@ -103,8 +103,8 @@ pub fn right_factor(
     unsafe { inner([k, n], x.as_ptr(), row, out.as_mut_ptr(), out_row) };
 }
 
-/// Transposes pairs, `rows` by `columns` tiles of 16 by 16: a right factor becomes the left factor of
-/// the transposed matrix, and the reverse.
+/// Transposes pairs, `rows` by `columns` tiles of 16 by 16: a right factor becomes the left factor
+/// of the transposed matrix, and the reverse.
 pub fn transpose_pairs(
     amx: Amx,
     [rows, columns]: [usize; 2],
@@ -332,8 +332,8 @@ pub mod tests {
         (0..len).map(|_| rng.random_range(-1.0..1.0)).collect()
     }
 
-    /// Every epilogue, every remainder of rows, columns and inner dimension; rows that are longer than
-    /// the matrix hold NaN, which no product may read.
+    /// Every epilogue, every remainder of rows, columns and inner dimension; rows that are longer
+    /// than the matrix hold NaN, which no product may read.
     #[test]
     fn products_agree_with_rounded_factors_in_f64() {
         let Some(bf16) = bf16("products_agree_with_rounded_factors_in_f64") else { return };

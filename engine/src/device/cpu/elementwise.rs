@@ -91,7 +91,8 @@ pub fn relu_backward(y: &[f32], dy: &mut [f32]) {
     dispatch(ReluBackward(y, dy));
 }
 
-/// `p = e^(x - shift)`, and the sum of `p`.
+/// `p = e^(x - shift)`, 0 below `2^-48`, and the sum of `p`. `shift` is at least about the largest
+/// `x`.
 pub fn exp_sum(x: &[f32], shift: f32, p: &mut [f32]) -> f32 {
     struct ExpSum<'a>(&'a [f32], f32, &'a mut [f32]);
     impl Kernel for ExpSum<'_> {
@@ -105,14 +106,14 @@ pub fn exp_sum(x: &[f32], shift: f32, p: &mut [f32]) -> f32 {
             let mut x = x.chunks_exact(S::LANES);
             let mut out = p.chunks_exact_mut(S::LANES);
             for (x, p) in (&mut x).zip(&mut out) {
-                let value = s.exp2(s.mul(s.sub(s.load(x), shift), log2e));
+                let value = s.exp2_of_weight(s.mul(s.sub(s.load(x), shift), log2e));
                 total = s.add(total, value);
                 s.store(value, p);
             }
             let mut total = s.sum(total);
             for (x, p) in x.remainder().iter().zip(out.into_remainder()) {
                 let mut lanes = [0.0; 16];
-                let value = s.exp2(s.mul(s.sub(s.splat(*x), shift), log2e));
+                let value = s.exp2_of_weight(s.mul(s.sub(s.splat(*x), shift), log2e));
                 s.store(value, &mut lanes);
                 *p = lanes[0];
                 total += *p;

@@ -26,7 +26,8 @@ use std::ops::Range;
 /// Rows of a block: their probabilities should stay in the second-level cache.
 const BLOCK: usize = 64;
 
-/// Probability above which a key is the reference of its row. Cancellation below it costs five bits.
+/// Probability above which a key is the reference of its row. Cancellation below it costs five
+/// bits.
 const DOMINANT: f32 = 31.0 / 32.0;
 
 pub(in super::super) struct Backward<'a> {
@@ -114,9 +115,9 @@ struct Context<'a> {
 }
 
 impl Context<'_> {
-    /// Probabilities, gradients of the scores and `dq` of `R` rows from `first` on, of which `count`
-    /// are not fillers. They are rows `at` and following of the block. `check` becomes NaN if `dq` is
-    /// not finite.
+    /// Probabilities, gradients of the scores and `dq` of `R` rows from `first` on, of which
+    /// `count` are not fillers. They are rows `at` and following of the block. `check` becomes NaN
+    /// if `dq` is not finite.
     #[inline(always)]
     fn tile<S: Simd, const R: usize>(
         &mut self,
@@ -216,7 +217,7 @@ impl Context<'_> {
             let (first, list) = self.order.column(column + c);
             let masked = first + S::LANES > rows[0].scored[list] as usize;
             for r in 0..R {
-                let mut p = s.exp2(s.sub(block[r][c], shift[r]));
+                let mut p = s.exp2_of_weight(s.sub(block[r][c], shift[r]));
                 if masked {
                     p = s.first((rows[r].scored[list] as usize).saturating_sub(first), p, s.zero());
                 }
@@ -227,7 +228,8 @@ impl Context<'_> {
         }
     }
 
-    /// Writes `do . v` in `C` columns of a key head to `ds`, and adds its products with `p` to `sums`.
+    /// Writes `do . v` in `C` columns of a key head to `ds`, and adds its products with `p` to
+    /// `sums`.
     #[inline(always)]
     fn products<S: Simd, const R: usize, const C: usize>(
         &mut self,

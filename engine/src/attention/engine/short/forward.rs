@@ -65,7 +65,8 @@ struct Context<'a> {
 }
 
 impl Context<'_> {
-    /// Output and softmax denominator of `R` rows from `first` on, of which `count` are not fillers.
+    /// Output and softmax denominator of `R` rows from `first` on, of which `count` are not
+    /// fillers.
     #[inline(always)]
     fn tile<S: Simd, const R: usize>(&mut self, s: S, rows: &[Row], first: usize, count: usize) {
         let d = self.sequence.shape.d;
@@ -108,8 +109,9 @@ impl Context<'_> {
         }
     }
 
-    /// Fetches the tokens that are `count` rows from `first` on in the next sequence, if that is as long
-    /// as this one: short sequences are over before the processor has recognised the stream of tokens.
+    /// Fetches the tokens that are `count` rows from `first` on in the next sequence, if that is as
+    /// long as this one: short sequences are over before the processor has recognised the stream of
+    /// tokens.
     #[inline(always)]
     fn fetch_ahead<S: Simd>(&self, s: S, first: usize, count: usize) {
         let Sequence { shape, tokens, q, k, v, .. } = self.sequence;
@@ -122,8 +124,8 @@ impl Context<'_> {
         }
     }
 
-    /// Writes the exponentials of the scores in `C` columns to `p`, 0 for masked keys, and adds them
-    /// to `sums`.
+    /// Writes the exponentials of the scores in `C` columns to `p`, 0 for masked keys, and adds
+    /// them to `sums`.
     #[inline(always)]
     fn exponentials<S: Simd, const R: usize, const C: usize>(
         &mut self,
@@ -141,6 +143,7 @@ impl Context<'_> {
             let (first, list) = self.order.column(column + c);
             let masked = first + S::LANES > rows[0].scored[list] as usize;
             for r in 0..R {
+                // Not `exp2_of_weight`: no maximum is subtracted.
                 let mut e = s.exp2(block[r][c]);
                 if masked {
                     e = s.first((rows[r].scored[list] as usize).saturating_sub(first), e, s.zero());
@@ -219,8 +222,8 @@ impl Context<'_> {
         }
     }
 
-    /// The score of a row's only key: its `lse` without the rounding of an exponential near 1. `None`
-    /// if the row has several keys.
+    /// The score of a row's only key: its `lse` without the rounding of an exponential near 1.
+    /// `None` if the row has several keys.
     fn single_score<S: Simd>(&self, s: S, row: &Row) -> Option<f32> {
         let shape = self.sequence.shape;
         let seen = |head| row.scored[Order::list(shape, head)];

@@ -182,8 +182,8 @@ pub(super) struct Panel<'a> {
 static ZEROS: [f32; super::WIDEST] = [0.0; super::WIDEST];
 
 impl<'a> Panel<'a> {
-    /// Packs the keys, in base 2. Also returns, in lanes, the largest squared norms: of finite keys,
-    /// unless a square is infinite or NaN.
+    /// Packs the keys, in base 2. Also returns, in lanes, the largest squared norms: of finite
+    /// keys, unless a square is infinite or NaN.
     #[inline(always)]
     pub(super) fn keys<S: Simd>(
         s: S,

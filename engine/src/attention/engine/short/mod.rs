@@ -1,22 +1,23 @@
 //! Attention of short sequences with small scores, forward and backward.
 //!
 //! **Contract.** [`Forward`] and [`Backward`] compute one sequence, as the general kernels do, or say
-//! that these must compute it. [`covers_forward`] and [`covers_backward`] decide by shape and length,
+//! that these must compute it. [`covers_forward`] and [`covers_backward`] decide by shape and
+//! length,
 //! [`keys::scores_are_small`] by the size of the scores. Neither depends on other sequences, on threads, or on whether a value is
 //! non-finite. `Backward` does not read `o`.
 //!
 //! **No maximum.** By Cauchy-Schwarz, scores in base 2 are at most `EXACT_ABOVE = 64` in absolute
-//! value here. So no exponential overflows or underflows without a maximum subtracted, and no sum of
-//! them: scores become probabilities in registers, in a single pass.
+//! value here. So no exponential overflows or underflows without a maximum subtracted, and no sum
+//! of them: scores become probabilities in registers, in a single pass.
 //!
 //! **Layout.** Keys (in the backward pass: and values) are transposed in registers, a vector of
-//! positions at a time: panels `[column, d, LANES]`, column `vector * K + key head` of `K` key heads.
-//! The keys carry `log2(e) * scale`. Positions follow time: all tokens with the joint softmax, the
-//! tokens of the key head's label with the masked one. A row therefore sees a prefix of the positions
-//! of a key head, and a tile of rows a prefix of the columns. All other operands stay in their
-//! `[T, H, d]` layout: sums over tokens have features in lanes and one weight for all lanes, and run
-//! over a list of tokens or rows ([`keys::Term`]). So only tokens that the label mask keeps are
-//! multiplied with values.
+//! positions at a time: panels `[column, d, LANES]`, column `vector * K + key head` of `K` key
+//! heads. The keys carry `log2(e) * scale`. Positions follow time: all tokens with the joint
+//! softmax, the tokens of the key head's label with the masked one. A row therefore sees a prefix
+//! of the positions of a key head, and a tile of rows a prefix of the columns. All other operands
+//! stay in their `[T, H, d]` layout: sums over tokens have features in lanes and one weight for all
+//! lanes, and run over a list of tokens or rows ([`keys::Term`]). So only tokens that the label
+//! mask keeps are multiplied with values.
 //!
 //! | file | contents |
 //! |---|---|
@@ -46,8 +47,9 @@ const LONGEST: usize = 320;
 /// Widest head: no wider one has been measured.
 const WIDEST: usize = 128;
 
-/// Most scores of an average row in the backward pass. Products with features in lanes load a weight
-/// for each multiply-add; with more scores, the general kernels, which load one for two, are as fast.
+/// Most scores of an average row in the backward pass. Products with features in lanes load a
+/// weight for each multiply-add; with more scores, the general kernels, which load one for two, are
+/// as fast.
 const MOST_SCORES: usize = 320;
 
 /// Whether the forward pass has a short path for sequences of this shape and length.
@@ -145,8 +147,8 @@ fn arrange_rows(rows: &mut Vec<Row>, sequence: &Sequence, heads: &Heads, order: 
 /// Most rows of a tile.
 const MOST_ROWS: usize = 8;
 
-/// Cuts `$rows` into tiles: runs `$full` for each tile of 8 rows, if there are registers for it, and
-/// `$small` for each tile of 4. `$first` is the first row of the tile, `$count` their number.
+/// Cuts `$rows` into tiles: runs `$full` for each tile of 8 rows, if there are registers for it,
+/// and `$small` for each tile of 4. `$first` is the first row of the tile, `$count` their number.
 macro_rules! for_each_tile {
     ($S:ident, $rows:expr, |$first:ident, $count:ident| $full:expr, $small:expr) => {
         let rows: std::ops::Range<usize> = $rows;

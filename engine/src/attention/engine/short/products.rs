@@ -3,12 +3,12 @@
 use super::keys::{Term, load};
 use crate::simd::Simd;
 
-/// `out[r][c] = sum over x < d of rows[r][x] * column[c][x]`: scores of `R` rows in `C` columns of a
-/// panel, `apart` values from one to the next.
+/// `out[r][c] = sum over x < d of rows[r][x] * column[c][x]`: scores of `R` rows in `C` columns of
+/// a panel, `apart` values from one to the next.
 ///
 /// # Safety
-/// Each row must be valid for reading `d` values, and `panel` for reading `d` vectors at each of `C`
-/// columns.
+/// Each row must be valid for reading `d` values, and `panel` for reading `d` vectors at each of
+/// `C` columns.
 #[inline(always)]
 pub(super) unsafe fn score<S: Simd, const R: usize, const C: usize>(
     s: S,
@@ -35,12 +35,12 @@ pub(super) unsafe fn score<S: Simd, const R: usize, const C: usize>(
     out
 }
 
-/// `sums[n] += sum over terms of weights[n][term.weight] * (row at term.x)`: `C` vectors of features
-/// of `N` results. The last vector of a row has `last` values.
+/// `sums[n] += sum over terms of weights[n][term.weight] * (row at term.x)`: `C` vectors of
+/// features of `N` results. The last vector of a row has `last` values.
 ///
 /// # Safety
-/// For each term, each of `weights` must be valid for reading the value at `term.weight`, and `x` for
-/// reading `(C - 1) * LANES + last` values at `term.x`. `last` must be at most `LANES`.
+/// For each term, each of `weights` must be valid for reading the value at `term.weight`, and `x`
+/// for reading `(C - 1) * LANES + last` values at `term.x`. `last` must be at most `LANES`.
 #[inline(always)]
 pub(super) unsafe fn accumulate<S: Simd, const N: usize, const C: usize>(
     s: S,

@@ -1,4 +1,5 @@
-//! Short sequences against the float64 reference and the general kernels, for every instruction set.
+//! Short sequences against the float64 reference and the general kernels, for every instruction
+//! set.
 
 use super::super::{Normalizers, Saved, Sequence, Shape, backward, forward};
 use super::{Backward, Forward, Scratch, covers_backward, covers_forward};

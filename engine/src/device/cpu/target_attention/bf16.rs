@@ -1,7 +1,7 @@
 //! The perceptron in bf16, on AMX tiles. Factors of products are rounded: `x = a * r`, both hidden
 //! layers as inputs of products, the gradients `dh1` and `dz`, all weights except `w2`. Everything
-//! else is f32, so biases, `de`, the last layer and its gradients, and the sums of `y` and `dz` over
-//! tokens and pairs.
+//! else is f32, so biases, `de`, the last layer and its gradients, and the sums of `y` and `dz`
+//! over tokens and pairs.
 //!
 //! The products take a third of the time; passes over the activations, which finish one product and
 //! convert for the next, most of the rest. A pass therefore keeps what belongs to 32 columns in
@@ -69,7 +69,8 @@ struct Matrices<'a> {
     dh1: &'a mut [u32],
     /// A factor that is to be transposed.
     regrouped: &'a mut [u32],
-    /// Of the tile: `h0` and `dz` as right factors, the transposes of `dh1` and `x` as left factors.
+    /// Of the tile: `h0` and `dz` as right factors, the transposes of `dh1` and `x` as left
+    /// factors.
     h0_right: &'a mut [u32],
     dz_right: &'a mut [u32],
     dh1_left: &'a mut [u32],
@@ -203,8 +204,8 @@ fn last_layer(amx: Amx, h1: &[f32], [b1, w2]: [&[f32]; 2], b2: f32, e: &mut [f32
     unsafe { inner(h1, [b1, w2], b2, e) }
 }
 
-/// From the sums `h1` of the second layer: the gradient before its ReLU, as pairs along the rows. Adds
-/// to `db1` and `dw2`.
+/// From the sums `h1` of the second layer: the gradient before its ReLU, as pairs along the rows.
+/// Adds to `db1` and `dw2`.
 fn last_layer_backward(
     amx: Amx,
     h1: &[f32],
@@ -224,8 +225,8 @@ fn last_layer_backward(
         let wide = w2.len();
         for j in (0..wide).step_by(PAIR) {
             let both = j + TILE < wide;
-            // SAFETY: all f32 rows have whole vectors, those of `dh1` a vector of pairs for every 32
-            // columns.
+            // SAFETY: all f32 rows have whole vectors, those of `dh1` a vector of pairs for every
+            // 32 columns.
             unsafe {
                 let (bias, weight) = (load_pair(b1[j..].as_ptr(), both), load_pair(w2[j..].as_ptr(), both));
                 let mut bias_sum = load_pair(db1[j..].as_ptr(), both);
@@ -266,8 +267,8 @@ fn mask(amx: Amx, dz: &mut [f32], wide: usize, h0: &mut [u32], row: usize) {
         for j in (0..wide).step_by(PAIR) {
             let both = j + TILE < wide;
             for (dz, h0) in dz.chunks_exact_mut(wide).zip(h0.chunks_exact_mut(row)) {
-                // SAFETY: rows of `dz` have whole vectors, those of `h0` a vector of pairs for every
-                // 32 columns.
+                // SAFETY: rows of `dz` have whole vectors, those of `h0` a vector of pairs for
+                // every 32 columns.
                 unsafe {
                     let h0 = h0.as_mut_ptr().add(j / 2).cast();
                     // A bf16 is positive if it is as an integer.

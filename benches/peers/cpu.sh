@@ -2,9 +2,10 @@
 # Times dfar beside PyTorch, JAX, candle, pandas and polars on this machine's CPU.
 #   benches/peers/cpu.sh OUT              everything; again to continue after a stop
 #   benches/peers/cpu.sh OUT --quick      tiny sizes, to see that everything works
-# benches/peers/cpu.sh OUT --only attention|training|import|check OUT gets rows.jsonl, table.md,
-# plots, golden.txt (results on the golden cases) and environment.json. A complete run is also filed
-# in benches/results/MACHINE. README.md explains the rows.
+#   benches/peers/cpu.sh OUT --only attention|training|import|check
+# OUT gets rows.jsonl, table.md, plots, golden.txt (results on the golden cases) and
+# environment.json. A complete run is also filed in benches/results/MACHINE. README.md explains the
+# rows.
 #
 # PYTHON=python3.13         the Python of the environment, 3.11 or newer (default: the newest found)
 # DFAR_PEERS=FOLDER         the environment and candle's program (default target/peers; 7 GB, because

@@ -335,6 +335,25 @@ fn scores_far_below_zero_match_the_reference() {
     }
 }
 
+/// With the joint softmax, a masked key may take nearly all of a row's weight. The outputs of the
+/// kept keys are tiny then, but as accurate as others.
+#[test]
+fn outputs_beside_a_dominant_masked_key_are_accurate() {
+    for length in [1usize, 30, 400] {
+        let options = FhaOptions { scale: 1.0, ..FhaOptions::new(2, 1) };
+        let mut batch = Batch::random(&options, &[length], 12);
+        batch.label.fill(1);
+        for (q, k) in batch.q.chunks_mut(2).zip(batch.k.chunks_mut(2)) {
+            // Head 0 is masked; its scores are 40, which is 58 in base 2.
+            (q[1], k[0]) = (8.0, 5.0);
+            k[1] *= 0.1;
+        }
+        for error in errors(&options, &batch) {
+            assert!(error.passes(), "{length}: {error:?}");
+        }
+    }
+}
+
 /// Integer scores are exact in f32, so large ones are as accurate as small ones.
 #[test]
 fn large_integer_scores_match_the_reference() {

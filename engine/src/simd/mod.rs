@@ -146,11 +146,13 @@ pub trait Simd: Copy + Send + Sync + 'static {
         self.scale_by_power(p, n)
     }
 
-    /// `2^x` for a term of a sum whose largest term is about 1, as in a softmax; 0 for `x < -48`.
+    /// `2^x` for a weight of a softmax whose largest weight is about 1 and takes part in the result;
+    /// 0 for `x < -48`.
     ///
-    /// In f32, terms below `2^-48` do not change the sum, but their gradients are subnormal
+    /// In f32, weights below `2^-48` do not change the result, but their gradients are subnormal
     /// numbers. A processor takes more than a hundred cycles for an instruction on these: training
-    /// would be several times slower once attention is sharp.
+    /// would be several times slower once attention is sharp. Not for the joint softmax, whose
+    /// largest weight may be masked.
     #[inline(always)]
     fn exp2_of_weight(self, x: Self::V) -> Self::V {
         self.zero_below(self.splat(-48.0), x, self.exp2(x))

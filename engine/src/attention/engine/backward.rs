@@ -441,7 +441,7 @@ unsafe fn exponentials<S: Simd, const R: usize, const C: usize>(
 ) {
     for r in 0..R {
         for c in 0..C {
-            let mut p = s.exp2_of_weight(s.sub(block[r][c], s.splat(shift[r])));
+            let mut p = s.exp2(s.sub(block[r][c], s.splat(shift[r])));
             if j + C * S::LANES > shared {
                 p = s.first(visible[r].saturating_sub(j + c * S::LANES), p, s.zero());
             }

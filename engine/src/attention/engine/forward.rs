@@ -277,7 +277,7 @@ impl<const R: usize> Softmax<R> {
                 let scores = &mut scores[r * STRIDE + piece.at..][..piece.padded()];
                 let base = s.splat(base[r]);
                 for vector in scores.chunks_exact_mut(S::LANES) {
-                    let p = s.exp2_of_weight(s.sub(s.load(vector), base));
+                    let p = s.exp2(s.sub(s.load(vector), base));
                     sum[r] = s.add(sum[r], p);
                     s.store(p, vector);
                 }

@@ -217,7 +217,7 @@ impl Context<'_> {
             let (first, list) = self.order.column(column + c);
             let masked = first + S::LANES > rows[0].scored[list] as usize;
             for r in 0..R {
-                let mut p = s.exp2_of_weight(s.sub(block[r][c], shift[r]));
+                let mut p = s.exp2(s.sub(block[r][c], shift[r]));
                 if masked {
                     p = s.first((rows[r].scored[list] as usize).saturating_sub(first), p, s.zero());
                 }

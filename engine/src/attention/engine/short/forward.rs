@@ -143,7 +143,6 @@ impl Context<'_> {
             let (first, list) = self.order.column(column + c);
             let masked = first + S::LANES > rows[0].scored[list] as usize;
             for r in 0..R {
-                // Not `exp2_of_weight`: no maximum is subtracted.
                 let mut e = s.exp2(block[r][c]);
                 if masked {
                     e = s.first((rows[r].scored[list] as usize).saturating_sub(first), e, s.zero());

@@ -8,17 +8,34 @@
 //! non-finite input are taken from the second run.
 
 use super::{Saved, Sequence};
+use crate::simd::{Kernel, Simd, dispatch};
 
+/// Whether all values are finite.
 pub(super) fn is_finite(x: &[f32]) -> bool {
-    // Without branches: x * 0 is 0 for finite x and NaN otherwise.
-    let mut sums = [0.0f32; 16];
-    let mut blocks = x.chunks_exact(sums.len());
-    for block in &mut blocks {
-        for (sum, x) in sums.iter_mut().zip(block) {
-            *sum += x * 0.0;
+    struct IsFinite<'a>(&'a [f32]);
+    impl Kernel for IsFinite<'_> {
+        type Output = bool;
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) -> bool {
+            is_finite_on(s, self.0)
         }
     }
-    sums.iter().chain(blocks.remainder()).all(|x| x.is_finite())
+    dispatch(IsFinite(x))
+}
+
+/// [`is_finite`] inside of a kernel.
+#[inline(always)]
+pub(super) fn is_finite_on<S: Simd>(s: S, x: &[f32]) -> bool {
+    // x * 0 is 0 for finite x and NaN otherwise.
+    let mut sums = [s.zero(); 4];
+    let mut blocks = x.chunks_exact(4 * S::LANES);
+    for block in &mut blocks {
+        for i in 0..4 {
+            sums[i] = s.mul_add(s.load(&block[i * S::LANES..]), s.zero(), sums[i]);
+        }
+    }
+    let sum = s.add(s.add(sums[0], sums[1]), s.add(sums[2], sums[3]));
+    s.sum(sum) == 0.0 && blocks.remainder().iter().all(|x| x.is_finite())
 }
 
 /// Recomputes the gradients of a causal sequence that do not depend on a non-finite input.

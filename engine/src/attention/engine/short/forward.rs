@@ -1,8 +1,9 @@
 //! The forward pass of a short sequence.
 
 use super::super::Sequence;
+use super::super::non_finite::is_finite_on;
 use super::super::pack::ALIGN;
-use super::keys::{Order, Panel, is_finite, load, scores_are_small, store};
+use super::keys::{Order, Panel, load, scores_are_small, store};
 use super::products::{accumulate, score};
 use super::{Heads, MOST_ROWS, Row, Scratch, arrange_rows, for_each_tile};
 use crate::simd::{Kernel, Simd};
@@ -25,7 +26,7 @@ impl Kernel for Forward<'_> {
     fn run<S: Simd>(self, s: S) -> bool {
         let Self { sequence, o, lse, scratch } = self;
         let Scratch { order, rows, k_panel, p, totals, .. } = scratch;
-        let finite = is_finite(s, sequence.v);
+        let finite = is_finite_on(s, sequence.v);
         for heads in Heads::of(sequence.shape) {
             order.arrange(s, &sequence, &heads);
             let count = arrange_rows(rows, &sequence, &heads, order);

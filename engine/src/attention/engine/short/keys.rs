@@ -341,18 +341,3 @@ fn exact_bound(sequence: &Sequence, heads: &Heads, order: &Order, rows: &[Row]) 
     let factor = f64::from(shape.scale * LOG2_E).abs();
     queries.fold(0.0, f64::max) * keys.fold(0.0, f64::max) * factor
 }
-
-/// Whether all values are finite.
-#[inline(always)]
-pub(super) fn is_finite<S: Simd>(s: S, x: &[f32]) -> bool {
-    // x * 0 is 0 for finite x and NaN otherwise.
-    let mut sums = [s.zero(); 4];
-    let mut blocks = x.chunks_exact(4 * S::LANES);
-    for block in &mut blocks {
-        for i in 0..4 {
-            sums[i] = s.mul_add(s.load(&block[i * S::LANES..]), s.zero(), sums[i]);
-        }
-    }
-    let sum = s.add(s.add(sums[0], sums[1]), s.add(sums[2], sums[3]));
-    s.sum(sum) == 0.0 && blocks.remainder().iter().all(|x| x.is_finite())
-}

@@ -7,7 +7,7 @@
 use super::product::{Finish, Products};
 use super::scratch::{carve, carved_len, padded, with_scratch};
 use crate::simd::amx::{Amx, Begin, TILE, pairs};
-use crate::simd::{Kernel, Simd, dispatch};
+use crate::simd::{Avx512, Kernel, Simd, dispatch};
 use std::arch::x86_64::*;
 
 /// Rows of the left factor, or steps of the inner dimension, that are converted at a time.
@@ -21,17 +21,6 @@ pub const fn pairs_of(values: usize) -> usize {
 /// Products in bf16.
 #[derive(Clone, Copy, Debug)]
 pub struct Bf16(pub Amx);
-
-/// The first `count` of 16 values at `x`; the others are 0.
-///
-/// # Safety
-/// `x` is valid for reading `count` values.
-#[inline]
-#[target_feature(enable = "avx512f")]
-unsafe fn load_first(x: *const f32, count: usize) -> __m512 {
-    // SAFETY: guaranteed by the caller; lanes that are masked out are not read.
-    unsafe { if count >= 16 { _mm512_loadu_ps(x) } else { _mm512_maskz_loadu_ps((1 << count) - 1, x) } }
-}
 
 /// Panics unless a `[rows, columns]` matrix with this distance between rows fits `len` values.
 fn check_matrix(len: usize, row: usize, [rows, columns]: [usize; 2]) {
@@ -47,7 +36,7 @@ pub fn left_factor(
     (out, out_row): (&mut [u32], usize),
 ) {
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    unsafe fn inner([m, k]: [usize; 2], x: *const f32, row: usize, out: *mut u32, out_row: usize) {
+    unsafe fn inner(s: Avx512, [m, k]: [usize; 2], x: *const f32, row: usize, out: *mut u32, out_row: usize) {
         // SAFETY: `left_factor` has checked that all rows are in bounds.
         unsafe {
             for i in 0..m.next_multiple_of(TILE) {
@@ -55,8 +44,9 @@ pub fn left_factor(
                     let at = tile * 2 * TILE;
                     let pairs = if i < m {
                         let x = x.add(i * row + at);
-                        let low = load_first(x, k - at);
-                        let high = load_first(x.wrapping_add(TILE), (k - at).saturating_sub(TILE));
+                        let low = s.load_first_ptr(TILE.min(k - at), x);
+                        let left = TILE.min((k - at).saturating_sub(TILE));
+                        let high = s.load_first_ptr(left, x.wrapping_add(TILE));
                         pairs::along_row(low, high)
                     } else {
                         _mm512_setzero_si512()
@@ -68,9 +58,8 @@ pub fn left_factor(
     }
     check_matrix(x.len(), row, [m, k]);
     check_matrix(out.len(), out_row, [m.next_multiple_of(TILE), pairs_of(k)]);
-    let _ = amx;
     // SAFETY: `amx` exists, so the processor has the instructions; the bounds are checked above.
-    unsafe { inner([m, k], x.as_ptr(), row, out.as_mut_ptr(), out_row) };
+    unsafe { inner(amx.vectors(), [m, k], x.as_ptr(), row, out.as_mut_ptr(), out_row) };
 }
 
 /// Converts `x: [k, n]` to a right factor, with rows `out_row` apart.
@@ -81,13 +70,14 @@ pub fn right_factor(
     (out, out_row): (&mut [u32], usize),
 ) {
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    unsafe fn inner([k, n]: [usize; 2], x: *const f32, row: usize, out: *mut u32, out_row: usize) {
+    unsafe fn inner(s: Avx512, [k, n]: [usize; 2], x: *const f32, row: usize, out: *mut u32, out_row: usize) {
         // SAFETY: `right_factor` has checked that all rows are in bounds.
         unsafe {
             for l in 0..pairs_of(k) {
                 for tile in 0..n.div_ceil(TILE) {
+                    let count = TILE.min(n - tile * TILE);
                     let load = |l: usize| match l < k {
-                        true => load_first(x.add(l * row + tile * TILE), n - tile * TILE),
+                        true => s.load_first_ptr(count, x.add(l * row + tile * TILE)),
                         false => _mm512_setzero_ps(),
                     };
                     let pairs = pairs::along_columns(load(2 * l), load(2 * l + 1));
@@ -98,9 +88,8 @@ pub fn right_factor(
     }
     check_matrix(x.len(), row, [k, n]);
     check_matrix(out.len(), out_row, [pairs_of(k), n.next_multiple_of(TILE)]);
-    let _ = amx;
     // SAFETY: `amx` exists, so the processor has the instructions; the bounds are checked above.
-    unsafe { inner([k, n], x.as_ptr(), row, out.as_mut_ptr(), out_row) };
+    unsafe { inner(amx.vectors(), [k, n], x.as_ptr(), row, out.as_mut_ptr(), out_row) };
 }
 
 /// Transposes pairs, `rows` by `columns` tiles of 16 by 16: a right factor becomes the left factor
@@ -141,22 +130,20 @@ pub fn transpose_pairs(
 /// Rounds values to bf16.
 fn round(amx: Amx, x: &[f32], out: &mut [f32]) {
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    fn inner(x: &[f32], out: &mut [f32]) {
+    fn inner(s: Avx512, x: &[f32], out: &mut [f32]) {
         for (x, out) in x.chunks(TILE).zip(out.chunks_mut(TILE)) {
             // SAFETY: only the lanes of `x` and `out`, which have the same length, are accessed.
             unsafe {
-                let lanes = ((1u32 << x.len()) - 1) as __mmask16;
                 // Pairs of each value, in the upper half, and 0.
-                let value = _mm512_maskz_loadu_ps(lanes, x.as_ptr());
+                let value = s.load_first_ptr(x.len(), x.as_ptr());
                 let pairs = pairs::along_columns(_mm512_setzero_ps(), value);
-                _mm512_mask_storeu_ps(out.as_mut_ptr(), lanes, _mm512_castsi512_ps(pairs));
+                s.store_first_ptr(x.len(), _mm512_castsi512_ps(pairs), out.as_mut_ptr());
             }
         }
     }
     assert_eq!(x.len(), out.len());
-    let _ = amx;
     // SAFETY: `amx` exists, so the processor has the instructions.
-    unsafe { inner(x, out) };
+    unsafe { inner(amx.vectors(), x, out) };
 }
 
 /// Applies an epilogue to rows of sums.
@@ -291,6 +278,7 @@ impl Products for Bf16 {
 
 #[cfg(test)]
 pub mod tests {
+    use super::super::product::tests::{every_finish, expected};
     use super::*;
     use rand::{RngExt, SeedableRng};
 
@@ -371,28 +359,13 @@ pub mod tests {
                     0 => bf16.pack([k, n], (&right, n + 1), &mut packed),
                     _ => bf16.pack_transposed([k, n], (&transposed, k), &mut packed),
                 }
-                for finish in [
-                    Finish::Store,
-                    Finish::Add,
-                    Finish::Bias(&bias),
-                    Finish::BiasRelu(&bias),
-                    Finish::AddRelu,
-                    Finish::WherePositive,
-                ] {
+                for finish in every_finish(&bias) {
                     let mut out = start.clone();
                     bf16.product([m, n, k], (&left, k + 3), &packed, (&mut out, wide), finish);
                     for (at, sum) in exact.iter().enumerate() {
                         let (i, j) = (at / n, at % n);
                         let (was, bias) = (f64::from(start[i * wide + j]), f64::from(bias[j]));
-                        let expected = match finish {
-                            Finish::Store => *sum,
-                            Finish::Add => was + sum,
-                            Finish::Bias(_) => sum + bias,
-                            Finish::BiasRelu(_) => (sum + bias).max(0.0),
-                            Finish::AddRelu => (was + sum).max(0.0),
-                            Finish::WherePositive if was > 0.0 => *sum,
-                            Finish::WherePositive => 0.0,
-                        };
+                        let expected = expected(finish, *sum, was, bias);
                         check("product", out[i * wide + j], expected, at);
                     }
                 }

@@ -300,13 +300,37 @@ impl Product<'_> {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::super::scratch::padded;
     use super::*;
     use rand::{RngExt, SeedableRng};
 
     fn random(len: usize, rng: &mut impl RngExt) -> Vec<f32> {
         (0..len).map(|_| rng.random_range(-1.0..1.0)).collect()
+    }
+
+    pub fn every_finish(bias: &[f32]) -> [Finish<'_>; 6] {
+        [
+            Finish::Store,
+            Finish::Add,
+            Finish::Bias(bias),
+            Finish::BiasRelu(bias),
+            Finish::AddRelu,
+            Finish::WherePositive,
+        ]
+    }
+
+    /// The definition of an epilogue: a sum of products, the value before, and the bias of a column.
+    pub fn expected(finish: Finish, sum: f64, was: f64, bias: f64) -> f64 {
+        match finish {
+            Finish::Store => sum,
+            Finish::Add => was + sum,
+            Finish::Bias(_) => sum + bias,
+            Finish::BiasRelu(_) => (sum + bias).max(0.0),
+            Finish::AddRelu => (was + sum).max(0.0),
+            Finish::WherePositive if was > 0.0 => sum,
+            Finish::WherePositive => 0.0,
+        }
     }
 
     /// Every epilogue, both orientations, every remainder of rows and columns.
@@ -323,29 +347,14 @@ mod tests {
                     false => Left::rows(&left, k),
                     true => Left::transposed(&left, m),
                 };
-                for finish in [
-                    Finish::Store,
-                    Finish::Add,
-                    Finish::Bias(&bias),
-                    Finish::BiasRelu(&bias),
-                    Finish::AddRelu,
-                    Finish::WherePositive,
-                ] {
+                for finish in every_finish(&bias) {
                     let mut out = start.clone();
                     product([m, n, k], factor, (&right, wide), (&mut out, wide), finish);
                     for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
                         let entry = |l| f64::from(left[i * factor.row + l * factor.step]);
                         let sum: f64 = (0..k).map(|l| entry(l) * f64::from(right[l * wide + j])).sum();
                         let (was, bias) = (f64::from(start[i * wide + j]), f64::from(bias[j]));
-                        let want = match finish {
-                            Finish::Store => sum,
-                            Finish::Add => was + sum,
-                            Finish::Bias(_) => sum + bias,
-                            Finish::BiasRelu(_) => (sum + bias).max(0.0),
-                            Finish::AddRelu => (was + sum).max(0.0),
-                            Finish::WherePositive if was > 0.0 => sum,
-                            Finish::WherePositive => 0.0,
-                        };
+                        let want = expected(finish, sum, was, bias);
                         let got = f64::from(out[i * wide + j]);
                         assert!((got - want).abs() < 1e-5, "{m}x{n}x{k} ({i}, {j}): {got}, not {want}");
                     }

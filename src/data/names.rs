@@ -96,6 +96,10 @@ impl Names {
     /// Keeps the names marked `true` and renumbers them in their old order. Drops the hash table;
     /// the next `intern` builds it again.
     pub(super) fn retain(&mut self, keep: &[bool]) {
+        if keep.iter().all(|&keep| keep) {
+            self.slots = Vec::new();
+            return;
+        }
         let mut kept = Names::new(self.what);
         for (id, _) in keep.iter().enumerate().filter(|&(_, &keep)| keep) {
             kept.text.push_str(self.get(id as u32));

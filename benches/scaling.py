@@ -17,24 +17,21 @@ import platform
 import subprocess
 import sys
 import tempfile
-import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+LAUNCH = os.path.join(ROOT, "benches", "peers", "cpu", "launch.py")
 
 
 def run(*command):
-    """Runs a command; returns its processor seconds, wall seconds and peak memory in MB."""
-    start = time.monotonic()
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    # Short outputs: the pipes cannot fill up before the process ends.
-    _, status, usage = os.wait4(child.pid, 0)
-    wall = time.monotonic() - start
-    child.returncode = os.waitstatus_to_exitcode(status)
-    with child.stdout, child.stderr:
-        out, errors = child.stdout.read(), child.stderr.read()
-    if child.returncode:
-        sys.exit(f"{' '.join(command)}: exit code {child.returncode}\n{errors}")
-    return {"cpu_s": usage.ru_utime + usage.ru_stime, "wall_s": wall, "peak_mb": usage.ru_maxrss / 1024}, out
+    """Runs a command; returns its processor seconds, wall seconds and peak memory in MiB."""
+    with tempfile.NamedTemporaryFile("r") as output:
+        # A process of its own, whose memory does not count as the command's.
+        launched = subprocess.run([sys.executable, "-S", "-E", LAUNCH, output.name, *command],
+                                  capture_output=True, text=True)
+        usage = json.loads(launched.stdout)
+        if usage["status"]:
+            sys.exit(f"{' '.join(command)}: exit code {usage['status']}\n{launched.stderr}")
+        return {name: usage[name] for name in ("cpu_s", "seconds", "peak_mib")}, output.read()
 
 
 class Programs:
@@ -51,7 +48,7 @@ def by_length(programs, scratch, quick):
         with open(table) as file:
             for row in json.load(file):
                 yield {"job": f"attention {row['pass']}", "size": length, "cpu_s": row["fused_ms"] / 1e3,
-                       "peak_mb": usage["peak_mb"]}
+                       "peak_mib": usage["peak_mib"]}
 
 
 def synthetic(programs, scratch, users, items=500, events=None):
@@ -107,8 +104,8 @@ def by_threads(programs, scratch, quick):
         out = os.path.join(scratch, f"threads-{threads}")
         usage, _ = run(programs.train, "--data", data, "--out", out, "--epochs", "1", "--threads", str(threads),
                        "--quiet", "--max-length", "100")
-        yield {"job": "training, wall seconds by threads", "size": threads, "cpu_s": usage["wall_s"],
-               "peak_mb": usage["peak_mb"]}
+        yield {"job": "training, wall seconds by threads", "size": threads, "cpu_s": usage["seconds"],
+               "peak_mib": usage["peak_mib"]}
         threads *= 2
 
 
@@ -125,10 +122,10 @@ def with_exponents(rows):
 
 def markdown(about, rows):
     lines = [", ".join(f"{key} {value}" for key, value in about.items()), "",
-             "| job | size | seconds | exponent | peak MB |", "|---|---|---|---|---|"]
+             "| job | size | seconds | exponent | peak MiB |", "|---|---|---|---|---|"]
     for row in sorted(rows, key=lambda row: row["job"]):
         exponent = f"{row['exponent']:.2f}" if "exponent" in row else ""
-        lines.append(f"| {row['job']} | {row['size']:,} | {row['cpu_s']:.4g} | {exponent} | {row['peak_mb']:.0f} |")
+        lines.append(f"| {row['job']} | {row['size']:,} | {row['cpu_s']:.4g} | {exponent} | {row['peak_mib']:.0f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -143,9 +140,9 @@ def draw(rows, path):
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
     for job in sorted({row["job"] for row in rows}):
         own = [row for row in rows if row["job"] == job]
-        for axis, key in zip(axes, ("cpu_s", "peak_mb")):
+        for axis, key in zip(axes, ("cpu_s", "peak_mib")):
             axis.plot([row["size"] for row in own], [row[key] for row in own], marker="o", label=job)
-    for axis, title in zip(axes, ("seconds", "peak memory, MB")):
+    for axis, title in zip(axes, ("seconds", "peak memory, MiB")):
         axis.set(xscale="log", yscale="log", xlabel="size: length, users, items or threads", title=title)
         axis.grid(True, which="major", alpha=0.3)
     axes[0].legend(fontsize=7)
@@ -175,7 +172,7 @@ def main():
         for part in (by_length, by_users, by_items, by_threads):
             for row in part(programs, scratch, arguments.quick):
                 rows.append(row)
-                print(f"{row['job']:42}{row['size']:>12,}{row['cpu_s']:>12.4g} s{row['peak_mb']:>8.0f} MB",
+                print(f"{row['job']:42}{row['size']:>12,}{row['cpu_s']:>12.4g} s{row['peak_mib']:>8.0f} MiB",
                       file=sys.stderr, flush=True)
     with_exponents(rows)
     with open(os.path.join(arguments.out, "scaling.json"), "w") as file:

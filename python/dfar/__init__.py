@@ -5,6 +5,7 @@
 :class:`Dataset`          a data set: histories, splits, evaluation groups as NumPy views
 :func:`train`             trains and evaluates a model; :func:`resume` continues
 :class:`Run`              a trained model: scores, recommendations, metrics, parameters
+:class:`Table`            scores for pandas, polars and pyarrow, through Arrow's C interface
 :func:`fha`               the attention operation, on NumPy arrays or PyTorch tensors
 :func:`fha_backward`      its gradients, for NumPy
 :mod:`dfar.torch`         the operation as a PyTorch operator and module (imports torch)
@@ -19,7 +20,7 @@ from . import callbacks
 from ._attention import fha, fha_backward
 from ._data import Dataset, Groups, Histories, History, import_log, synthetic
 from ._dfar import DataError, __version__, set_threads, threads
-from ._run import Recommendations, Run, resume, train
+from ._run import Recommendations, Run, Table, resume, train
 
 __all__ = [
     "DataError",
@@ -29,6 +30,7 @@ __all__ = [
     "History",
     "Recommendations",
     "Run",
+    "Table",
     "__version__",
     "callbacks",
     "fha",

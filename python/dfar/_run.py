@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 from . import _dfar
 from ._data import Dataset
+from ._dfar import Table
 from .callbacks import Callback, Dispatch, default_progress
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["Recommendations", "Run", "resume", "train"]
+__all__ = ["Recommendations", "Run", "Table", "resume", "train"]
 
 Id = str | int
 Event = tuple[Id, int]
@@ -116,13 +117,20 @@ class Run:
 
     @overload
     def score(  # type: ignore[overload-overlap]  # a string is a sequence, too
-        self, histories: Sequence[Sequence[Event]], candidates: Sequence[Id] | None = ...
+        self, histories: Sequence[Sequence[Event]], candidates: Sequence[Id] | None = ...,
+        *, table: Literal[False] = ...,
     ) -> npt.NDArray[np.float32]: ...
     @overload
     def score(
-        self, histories: Sequence[Sequence[Event]], candidates: Sequence[Sequence[Id]]
+        self, histories: Sequence[Sequence[Event]], candidates: Sequence[Sequence[Id]],
+        *, table: Literal[False] = ...,
     ) -> list[npt.NDArray[np.float32]]: ...
-    def score(self, histories: Any, candidates: Any = None) -> Any:
+    @overload
+    def score(
+        self, histories: Sequence[Sequence[Event]],
+        candidates: Sequence[Id] | Sequence[Sequence[Id]] | None = ..., *, table: Literal[True],
+    ) -> Table: ...
+    def score(self, histories: Any, candidates: Any = None, *, table: bool = False) -> Any:
         """The logits of candidate items after histories.
 
         Args:
@@ -130,10 +138,15 @@ class Run:
                 Items have their original ids, as text or whole numbers.
             candidates: item ids for all histories, or a list of ids for each history; ``None``: all
                 items, in the order of ``item_ids``.
+            table: return a :class:`dfar.Table`.
 
         Returns:
             ``[B, candidates]`` float32; with a list for each history, a list of arrays. The
             probability of a like is ``1 / (1 + exp(-logit))``.
+
+            With ``table=True``: a table with a row for each history and candidate: ``history``
+            (its place, from 0), ``rank`` (from 1, best first), ``item``, ``probability``,
+            ``logit``.
 
         Raises:
             ValueError: an unknown item, or a label that is neither 0 nor 1.
@@ -141,9 +154,25 @@ class Run:
         if candidates is not None:
             candidates = list(candidates)
             if candidates and not isinstance(candidates[0], (str, int)) and _nested(candidates[0]):
-                return self._run.score_each(histories, [list(c) for c in candidates])
+                each = [list(c) for c in candidates]
+                if table:
+                    return self._run.score_table(histories, None, each)
+                return self._run.score_each(histories, each)
+        if table:
+            return self._run.score_table(histories, candidates, None)
         return self._run.score_same(histories, candidates)
 
+    @overload
+    def recommend(
+        self, users: Iterable[Id] | None = ..., k: int = ..., *, exclude_seen: bool = ...,
+        candidates: Iterable[Id] | None = ..., data: Dataset | None = ...,
+        table: Literal[False] = ...,
+    ) -> Recommendations: ...
+    @overload
+    def recommend(
+        self, users: Iterable[Id] | None = ..., k: int = ..., *, exclude_seen: bool = ...,
+        candidates: Iterable[Id] | None = ..., data: Dataset | None = ..., table: Literal[True],
+    ) -> Table: ...
     def recommend(
         self,
         users: Iterable[Id] | None = None,
@@ -152,7 +181,8 @@ class Run:
         exclude_seen: bool = True,
         candidates: Iterable[Id] | None = None,
         data: Dataset | None = None,
-    ) -> Recommendations:
+        table: bool = False,
+    ) -> Recommendations | Table:
         """The ``k`` best items of users of a data set, with all their events as history.
 
         Args:
@@ -161,6 +191,12 @@ class Run:
             exclude_seen: leave out the items of the user's history.
             candidates: ids of the items to rank; ``None``: all.
             data: data set with the users; ``None``: that of the training.
+            table: return a :class:`dfar.Table`.
+
+        Returns:
+            Arrays of ``k`` places for each user. With ``table=True``: a table with a row for each
+            user and item: ``user``, ``rank`` (from 1, best first), ``item``, ``probability``,
+            ``logit``, as in the Parquet files of ``dfar-train score``.
 
         Raises:
             ValueError: an unknown user or item.
@@ -168,10 +204,13 @@ class Run:
         import numpy as np
 
         data = Dataset.open(self._run.data()) if data is None else data
-        names, items, logits = self._run.recommend(
+        question = (
             data._data, None if users is None else _ids("users", users), k, exclude_seen,
             None if candidates is None else _ids("candidates", candidates),
         )
+        if table:
+            return self._run.recommend_table(*question)
+        names, items, logits = self._run.recommend(*question)
         ids = np.empty(len(self.item_ids) + 1, dtype=object)  # the last stands for no item: None
         ids[:-1] = self.item_ids
         return Recommendations(names, ids[np.minimum(items, len(ids) - 1)], logits)

@@ -9,7 +9,7 @@
 //! | `attention` | `fha`, `fha_backward` |
 //! | `threads` | the thread pool of this process; long calls that Ctrl-C can stop |
 //! | `data`, `import_log` | data sets and their making |
-//! | `train`, `run` | training, scoring |
+//! | `train`, `run`, `table` | training, scoring, scores as Arrow |
 //! | `errors`, `values` | exceptions; configuration and JSON as Python objects |
 
 mod arrays;
@@ -25,6 +25,7 @@ mod import_log;
 #[allow(dead_code, unused_imports, reason = "the command also prints tables")]
 mod report;
 mod run;
+mod table;
 mod threads;
 mod train;
 mod values;
@@ -37,6 +38,7 @@ fn _dfar(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("DataError", module.py().get_type::<errors::DataError>())?;
     module.add_class::<data::Dataset>()?;
     module.add_class::<run::Run>()?;
+    module.add_class::<table::Table>()?;
     module.add_function(wrap_pyfunction!(attention::address, module)?)?;
     module.add_function(wrap_pyfunction!(attention::fha, module)?)?;
     module.add_function(wrap_pyfunction!(attention::fha_backward, module)?)?;

@@ -3,6 +3,7 @@
 use crate::data::Dataset;
 use crate::device::{self, Chosen};
 use crate::errors::python;
+use crate::table::{Ranked, Rows, Table};
 use crate::threads;
 use crate::values::from_json;
 use dfar::batch::Feedback;
@@ -61,6 +62,13 @@ type History = Vec<(Id, i64)>;
 /// A name, and values.
 type Parameter<'a, 'py> = (&'a str, Bound<'py, PyArrayDyn<f32>>);
 
+/// Whose recommendations are wanted, and of which items, by number.
+struct Wanted {
+    users: Vec<u32>,
+    k: usize,
+    candidates: Vec<u32>,
+}
+
 #[pymethods]
 impl Run {
     #[staticmethod]
@@ -115,15 +123,10 @@ impl Run {
         histories: Vec<History>,
         candidates: Option<Vec<Id>>,
     ) -> PyResult<Bound<'py, PyArray2<f32>>> {
-        let candidates = match candidates {
-            Some(ids) => self.find_all(ids, "candidates")?,
-            None => (0..self.file.items.len() as u32).collect(),
-        };
-        let histories = self.histories(histories)?;
-        let (rows, columns) = (histories.len(), candidates.len());
+        let columns = candidates.as_ref().map_or(self.file.items.len(), Vec::len);
+        let queries = self.queries_of_same(histories, candidates)?;
+        let rows = queries.len();
         let mut scores = Vec::with_capacity(rows * columns);
-        let queries = histories.into_iter();
-        let queries = queries.map(|(items, labels)| Query { items, labels, candidates: candidates.clone() });
         self.rank(py, queries, |_, logits| scores.extend_from_slice(logits))?;
         let scores = Array2::from_shape_vec((rows, columns), scores).expect("a logit for each candidate");
         Ok(scores.into_pyarray(py))
@@ -136,22 +139,34 @@ impl Run {
         histories: Vec<History>,
         candidates: Vec<Vec<Id>>,
     ) -> PyResult<Vec<Bound<'py, PyArray1<f32>>>> {
-        if histories.len() != candidates.len() {
-            return Err(PyValueError::new_err(format!(
-                "candidates has {} lists, but there are {} histories",
-                candidates.len(),
-                histories.len()
-            )));
-        }
-        let candidates = candidates.into_iter().enumerate();
-        let candidates = candidates
-            .map(|(place, ids)| self.find_all(ids, &format!("candidates[{place}]")))
-            .collect::<PyResult<Vec<_>>>()?;
-        let queries = self.histories(histories)?.into_iter().zip(candidates);
-        let queries = queries.map(|((items, labels), candidates)| Query { items, labels, candidates });
+        let queries = self.queries_of_each(histories, candidates)?;
         let mut scores = Vec::new();
         self.rank(py, queries, |_, logits| scores.push(logits.to_vec()))?;
         Ok(scores.into_iter().map(|logits| logits.into_pyarray(py)).collect())
+    }
+
+    /// All candidates of each history as rows, best first. `candidates` are shared, or of each
+    /// history.
+    fn score_table(
+        &self,
+        py: Python<'_>,
+        histories: Vec<History>,
+        candidates: Option<Vec<Id>>,
+        each: Option<Vec<Vec<Id>>>,
+    ) -> PyResult<Table> {
+        let queries: Box<dyn Iterator<Item = Query> + Send> = match each {
+            Some(each) => Box::new(self.queries_of_each(histories, each)?),
+            None => Box::new(self.queries_of_same(histories, candidates)?),
+        };
+        let (mut rows, mut history) = (Rows::of_histories(), 0);
+        self.rank(py, queries, |query, logits| {
+            for (place, rank) in evaluate::top(logits, logits.len()).into_iter().zip(1..) {
+                let item = &self.file.items[query.candidates[place] as usize];
+                rows.push(history, "", Ranked { rank, item, logit: logits[place] });
+            }
+            history += 1;
+        })?;
+        Ok(rows.finish())
     }
 
     /// The best items of users of a data set: ids of the users, items `[users, k]` and logits
@@ -166,10 +181,112 @@ impl Run {
         exclude_seen: bool,
         candidates: Option<Vec<Id>>,
     ) -> PyResult<(Vec<String>, Bound<'py, PyArray2<u32>>, Bound<'py, PyArray2<f32>>)> {
+        let data = data.get().engine();
+        let wanted = self.wanted(data, users, k, candidates)?;
+        let (users, k) = (wanted.users.clone(), wanted.k);
+        let (mut best, mut logits) = (vec![NO_ITEM; users.len() * k], vec![f32::NAN; users.len() * k]);
+        self.best(py, data, wanted, exclude_seen, |row, place, item, logit| {
+            best[row * k + place] = item;
+            logits[row * k + place] = logit;
+        })?;
+        let shape = (users.len(), k);
+        let names = users.iter().map(|&user| data.user_name(user).to_owned()).collect();
+        let best = Array2::from_shape_vec(shape, best).expect("k places for each user");
+        let logits = Array2::from_shape_vec(shape, logits).expect("k places for each user");
+        Ok((names, best.into_pyarray(py), logits.into_pyarray(py)))
+    }
+
+    /// As `recommend`, as rows; users with fewer than `k` candidates have fewer rows.
+    fn recommend_table(
+        &self,
+        py: Python<'_>,
+        data: &Bound<'_, Dataset>,
+        users: Option<Vec<Id>>,
+        k: usize,
+        exclude_seen: bool,
+        candidates: Option<Vec<Id>>,
+    ) -> PyResult<Table> {
+        let data = data.get().engine();
+        let wanted = self.wanted(data, users, k, candidates)?;
+        let (users, mut rows) = (wanted.users.clone(), Rows::of_users());
+        self.best(py, data, wanted, exclude_seen, |row, place, item, logit| {
+            let item = &self.file.items[item as usize];
+            rows.push(0, data.user_name(users[row]), Ranked { rank: place as u64 + 1, item, logit });
+        })?;
+        Ok(rows.finish())
+    }
+}
+
+impl Run {
+    fn load(dir: PathBuf, device: Option<DeviceChoice>) -> dfar::Result<Self> {
+        if !run::config_path(&dir).exists() {
+            return Err(TrainError::Run(RunError::NoRun { dir }).into());
+        }
+        if !run::model_path(&dir).exists() {
+            return Err(TrainError::Run(RunError::NoModel { dir }).into());
+        }
+        let config =
+            Config::layered(Some(&run::config_path(&dir)), toml::Table::new()).map_err(TrainError::from)?;
+        let file = ModelFile::load(&run::model_path(&dir)).map_err(TrainError::from)?;
+        let network = file.info.model.clone();
+        let model = match device::open_for(&config, device, &|_| ())? {
+            Chosen::Cpu(cpu) => Loaded::Cpu(Box::new(Model::from_tensors(cpu, network, &file.parameters)?)),
+            Chosen::Cuda(gpu) => Loaded::Cuda(Box::new(Model::from_tensors(gpu, network, &file.parameters)?)),
+        };
+        let index = file.items.iter().cloned().zip(0..).collect();
+        Ok(Self { dir, config, file, index, model })
+    }
+
+    /// The numbers of the candidates; of all items for `None`.
+    fn candidates(&self, ids: Option<Vec<Id>>) -> PyResult<Vec<u32>> {
+        match ids {
+            Some(ids) => self.find_all(ids, "candidates"),
+            None => Ok((0..self.file.items.len() as u32).collect()),
+        }
+    }
+
+    fn queries_of_same(
+        &self,
+        histories: Vec<History>,
+        candidates: Option<Vec<Id>>,
+    ) -> PyResult<impl ExactSizeIterator<Item = Query> + Send + use<>> {
+        let candidates = self.candidates(candidates)?;
+        // Copied as they are needed: together they may be large.
+        let query = move |(items, labels)| Query { items, labels, candidates: candidates.clone() };
+        Ok(self.histories(histories)?.into_iter().map(query))
+    }
+
+    fn queries_of_each(
+        &self,
+        histories: Vec<History>,
+        candidates: Vec<Vec<Id>>,
+    ) -> PyResult<impl ExactSizeIterator<Item = Query> + Send + use<>> {
+        if histories.len() != candidates.len() {
+            return Err(PyValueError::new_err(format!(
+                "candidates has {} lists, but there are {} histories",
+                candidates.len(),
+                histories.len()
+            )));
+        }
+        let candidates = candidates.into_iter().enumerate();
+        let candidates = candidates
+            .map(|(place, ids)| self.find_all(ids, &format!("candidates[{place}]")))
+            .collect::<PyResult<Vec<_>>>()?;
+        let queries = self.histories(histories)?.into_iter().zip(candidates);
+        Ok(queries.map(|((items, labels), candidates)| Query { items, labels, candidates }))
+    }
+
+    /// Checks the arguments of `recommend`.
+    fn wanted(
+        &self,
+        data: &dfar::data::Dataset,
+        users: Option<Vec<Id>>,
+        k: usize,
+        candidates: Option<Vec<Id>>,
+    ) -> PyResult<Wanted> {
         if k == 0 {
             return Err(PyValueError::new_err("k is 0, but must be at least 1"));
         }
-        let data = data.get().engine();
         let users: Vec<u32> = match users {
             None => (0..data.users() as u32).collect(),
             Some(ids) => {
@@ -181,11 +298,20 @@ impl Run {
                 ids.into_iter().map(find).collect::<Result<_, _>>().map_err(python)?
             }
         };
-        let candidates = match candidates {
-            Some(ids) => self.find_all(ids, "candidates")?,
-            None => (0..self.file.items.len() as u32).collect(),
-        };
-        let k = k.min(candidates.len());
+        let candidates = self.candidates(candidates)?;
+        Ok(Wanted { users, k: k.min(candidates.len()), candidates })
+    }
+
+    /// Calls `each` with the row of the user, the place in the list, the item and its logit.
+    fn best(
+        &self,
+        py: Python<'_>,
+        data: &dfar::data::Dataset,
+        wanted: Wanted,
+        exclude_seen: bool,
+        mut each: impl FnMut(usize, usize, u32, f32) + Send,
+    ) -> PyResult<()> {
+        let Wanted { users, k, candidates } = wanted;
         // The model's number of each item of the data set.
         let items: Vec<Option<u32>> =
             (0..data.items() as u32).map(|item| self.index.get(data.item_name(item)).copied()).collect();
@@ -210,41 +336,13 @@ impl Run {
             }
             Query { items, labels: labels.to_vec(), candidates }
         });
-        let (mut best, mut logits) = (vec![NO_ITEM; users.len() * k], vec![f32::NAN; users.len() * k]);
         let mut row = 0;
         self.rank(py, queries, |query, scores| {
             for (place, at) in evaluate::top(scores, k).into_iter().enumerate() {
-                best[row * k + place] = query.candidates[at];
-                logits[row * k + place] = scores[at];
+                each(row, place, query.candidates[at], scores[at]);
             }
             row += 1;
-        })?;
-        let shape = (users.len(), k);
-        let names = users.iter().map(|&user| data.user_name(user).to_owned()).collect();
-        let best = Array2::from_shape_vec(shape, best).expect("k places for each user");
-        let logits = Array2::from_shape_vec(shape, logits).expect("k places for each user");
-        Ok((names, best.into_pyarray(py), logits.into_pyarray(py)))
-    }
-}
-
-impl Run {
-    fn load(dir: PathBuf, device: Option<DeviceChoice>) -> dfar::Result<Self> {
-        if !run::config_path(&dir).exists() {
-            return Err(TrainError::Run(RunError::NoRun { dir }).into());
-        }
-        if !run::model_path(&dir).exists() {
-            return Err(TrainError::Run(RunError::NoModel { dir }).into());
-        }
-        let config =
-            Config::layered(Some(&run::config_path(&dir)), toml::Table::new()).map_err(TrainError::from)?;
-        let file = ModelFile::load(&run::model_path(&dir)).map_err(TrainError::from)?;
-        let network = file.info.model.clone();
-        let model = match device::open_for(&config, device, &|_| ())? {
-            Chosen::Cpu(cpu) => Loaded::Cpu(Box::new(Model::from_tensors(cpu, network, &file.parameters)?)),
-            Chosen::Cuda(gpu) => Loaded::Cuda(Box::new(Model::from_tensors(gpu, network, &file.parameters)?)),
-        };
-        let index = file.items.iter().cloned().zip(0..).collect();
-        Ok(Self { dir, config, file, index, model })
+        })
     }
 
     fn find(&self, id: Id, argument: &str) -> PyResult<u32> {

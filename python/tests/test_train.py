@@ -91,6 +91,68 @@ def test_recommendations_are_the_best_unseen_items(run, data) -> None:
     assert left_out.items[0, -1] is None and np.isnan(left_out.logits[0, -1])
 
 
+def test_a_table_of_recommendations_is_the_file_of_the_command(run, tmp_path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    file = tmp_path / "scores.parquet"
+    subprocess.run(
+        [conftest.command("dfar-train"), "score", "--run", run.dir, "--all-users", "--top", "4",
+         "--exclude-seen", "--output", file],
+        check=True, capture_output=True,
+    )
+    table = run.recommend(k=4, table=True)
+    assert len(table) == 80 * 4 and repr(table).startswith("dfar.Table(320 rows: user, rank,")
+    found, expected = pa.table(table), pq.read_table(file)
+    assert found.schema.equals(expected.schema) and found.equals(expected)
+    # Each stream starts anew.
+    assert pa.table(table).equals(found) and table.column_names == found.column_names
+    assert pa.schema(table).equals(found.schema)
+
+
+def test_a_table_has_the_rows_that_the_arrays_have(run) -> None:
+    pa = pytest.importorskip("pyarrow")
+    users, items, logits = run.recommend(["7", 5], k=40)
+    found = pa.table(run.recommend(["7", 5], k=40, table=True)).to_pylist()
+    expected = [
+        (user, rank, item, logit)
+        for user, best, scores in zip(users, items, logits.tolist())
+        for rank, (item, logit) in enumerate(zip(best, scores), 1)
+        if item is not None
+    ]
+    assert [(r["user"], r["rank"], r["item"], r["logit"]) for r in found] == expected
+    assert len(expected) < 80 and len(run.recommend([], table=True)) == 0
+    assert pa.table(run.recommend([], table=True)).num_columns == 5
+
+
+def test_a_table_of_scores_ranks_the_candidates_of_each_history(run) -> None:
+    pa = pytest.importorskip("pyarrow")
+    histories = [[("3", 1)], [("4", 0), ("5", 1)]]
+    scores = run.score(histories, ["8", "9", "8"])
+    found = pa.table(run.score(histories, ["8", "9", "8"], table=True)).to_pylist()
+    assert [r["history"] for r in found] == [0, 0, 0, 1, 1, 1]
+    assert [r["rank"] for r in found] == [1, 2, 3, 1, 2, 3]
+    for place in range(2):
+        rows = [(r["logit"], r["item"]) for r in found if r["history"] == place]
+        by_logit = sorted(zip(scores[place].tolist(), ["8", "9", "8"]), key=lambda r: -r[0])
+        assert rows == by_logit
+    probability = 1 / (1 + np.exp(-np.array([r["logit"] for r in found])))
+    assert np.allclose([r["probability"] for r in found], probability, atol=1e-6)
+    each = pa.table(run.score(histories, [["8"], ["9", "8"]], table=True)).to_pylist()
+    assert [(r["history"], r["logit"]) for r in each[:1]] == [(0, scores[0, 0])]
+    assert sorted(r["item"] for r in each[1:]) == ["8", "9"]
+    assert len(run.score(histories, table=True)) == 80
+
+
+def test_polars_and_pandas_read_a_table(run) -> None:
+    table = run.recommend(["5", "7"], k=3, table=True)
+    polars = pytest.importorskip("polars")
+    frame = polars.DataFrame(table)
+    assert frame.columns == table.column_names and frame.height == 6
+    assert frame["rank"].to_list() == [1, 2, 3, 1, 2, 3]
+    pandas = pytest.importorskip("pandas")
+    if hasattr(pandas.DataFrame, "from_arrow"):
+        assert pandas.DataFrame.from_arrow(table)["item"].tolist() == frame["item"].to_list()
+
+
 BAD_SCORES = [
     (lambda r: r.score([[("3", 1)], [("gin", 1)]]), ValueError, r"unknown item `gin` in histories\[1\]"),
     (lambda r: r.score([[("3", 2)]]), ValueError, r"histories\[0\]: label 2"),
@@ -101,6 +163,8 @@ BAD_SCORES = [
     (lambda r: r.recommend(["nobody"]), ValueError, "unknown user `nobody` in users"),
     (lambda r: r.recommend("5"), TypeError, "users must be a list"),
     (lambda r: r.recommend(["5"], k=0), ValueError, "k is 0"),
+    (lambda r: r.recommend(["nobody"], table=True), ValueError, "unknown user `nobody` in users"),
+    (lambda r: r.score([[("3", 2)]], table=True), ValueError, r"histories\[0\]: label 2"),
     (lambda r: r.recommend(["5"], k=-1), OverflowError, "k|negative|unsigned"),
     (lambda r: dfar.Run.open(r.dir, device="tpu"), ValueError, "device is 'tpu'"),
     (lambda r: dfar.Run.open(r.dir.parent), FileNotFoundError, "holds no run"),

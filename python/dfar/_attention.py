@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
 from . import _dfar
+
+__all__ = ["fha", "fha_backward"]
+
+
+class DLPackArray(Protocol):
+    """An array with the DLPack interface: of JAX, PyTorch, CuPy, NumPy, ..."""
+
+    def __dlpack__(self) -> object: ...
+    def __dlpack_device__(self) -> tuple[Any, int]: ...
+
 
 if TYPE_CHECKING:
     import numpy as np
@@ -14,24 +24,37 @@ if TYPE_CHECKING:
 
     Floats = npt.NDArray[np.float32]
     Integers = npt.NDArray[np.integer[Any]] | npt.NDArray[np.bool_]
+    Array = Floats | DLPackArray
+    Indices = Integers | DLPackArray
     Tensor = torch_module.Tensor
     Normalization = Literal["joint", "masked"]
 
-__all__ = ["fha", "fha_backward"]
+
+# Device types of DLPack. Host memory pinned by CUDA or ROCm is as good as the CPU's.
+_ON_CPU = (1, 3, 11)
+_DEVICES = {2: "CUDA", 4: "OpenCL", 7: "Vulkan", 8: "Metal", 10: "ROCm", 13: "CUDA (managed)",
+            14: "oneAPI"}
 
 
-@overload
-def fha(
-    q: Floats, k: Floats, v: Floats, cu_seqlens: Integers, label: Integers | None, *,
-    normalization: Normalization = ..., causal: bool = ..., label_mask: bool = ...,
-    scale: float | None = ..., return_lse: Literal[False] = ...,
-) -> Floats: ...
-@overload
-def fha(
-    q: Floats, k: Floats, v: Floats, cu_seqlens: Integers, label: Integers | None, *,
-    normalization: Normalization = ..., causal: bool = ..., label_mask: bool = ...,
-    scale: float | None = ..., return_lse: Literal[True],
-) -> tuple[Floats, Floats]: ...
+def _array(name: str, x: Any) -> Any:
+    """The argument as a NumPy array over the same memory, if it has the DLPack interface."""
+    import numpy as np
+
+    if isinstance(x, np.ndarray) or not hasattr(x, "__dlpack_device__"):
+        return x
+    kind, index = x.__dlpack_device__()
+    if int(kind) not in _ON_CPU:
+        device = _DEVICES.get(int(kind), f"of DLPack type {int(kind)}")
+        raise NotImplementedError(
+            f"{name} is on device {index} ({device}), but dfar.fha reads arrays on the CPU and "
+            f"PyTorch tensors; pass a copy of {name} on the CPU"
+        )
+    try:
+        return np.from_dlpack(x)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(f"{name} cannot be read through DLPack: {error}") from error
+
+
 @overload
 def fha(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, label: Tensor | None, *,
@@ -44,6 +67,18 @@ def fha(
     normalization: Normalization = ..., causal: bool = ..., label_mask: bool = ...,
     scale: float | None = ..., return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def fha(
+    q: Array, k: Array, v: Array, cu_seqlens: Indices, label: Indices | None, *,
+    normalization: Normalization = ..., causal: bool = ..., label_mask: bool = ...,
+    scale: float | None = ..., return_lse: Literal[False] = ...,
+) -> Floats: ...
+@overload
+def fha(
+    q: Array, k: Array, v: Array, cu_seqlens: Indices, label: Indices | None, *,
+    normalization: Normalization = ..., causal: bool = ..., label_mask: bool = ...,
+    scale: float | None = ..., return_lse: Literal[True],
+) -> tuple[Floats, Floats]: ...
 def fha(
     q: Any,
     k: Any,
@@ -57,7 +92,7 @@ def fha(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Any:
-    """Factorization-heads attention over packed sequences, on the CPU.
+    """Factorization-heads attention over packed sequences.
 
     Letters in shapes: ``N`` tokens of all sequences, ``B`` sequences, ``H`` heads, ``d`` width of a
     head. The first half of the heads serves skipped tokens, the second half liked ones. Every query
@@ -65,7 +100,8 @@ def fha(
 
     Args:
         q, k, v: ``[N, H, d]`` float32, C-contiguous: projected tokens, the sequences end to end.
-            They are read in place, without a copy. ``H`` is even, or 1 with ``label_mask=False``.
+            They are read in place, without a copy: NumPy arrays, and through DLPack those of JAX
+            and other libraries on the CPU. ``H`` is even, or 1 with ``label_mask=False``.
         cu_seqlens: ``[B + 1]`` integers: prefix sums of the sequence lengths, from 0 to ``N``. A
             length may be 0.
         label: ``[N]`` integers or bool: feedback of each token, 0 skipped, 1 liked. With
@@ -85,7 +121,7 @@ def fha(
     Raises:
         TypeError: an argument is not an array, or has the wrong dtype.
         ValueError: an argument has the wrong shape, layout or values. The message names it.
-        NotImplementedError: a tensor on a GPU.
+        NotImplementedError: an array on another device.
 
     PyTorch tensors are accepted too, with gradients; see :mod:`dfar.torch`. NumPy users compute
     gradients with :func:`fha_backward`.
@@ -104,19 +140,22 @@ def fha(
             q, k, v, cu_seqlens, label, normalization=normalization, causal=causal,
             label_mask=label_mask, scale=scale, return_lse=return_lse,
         )
-    o, lse = _dfar.fha(q, k, v, cu_seqlens, label, normalization, causal, label_mask, scale)
+    o, lse = _dfar.fha(
+        _array("q", q), _array("k", k), _array("v", v), _array("cu_seqlens", cu_seqlens),
+        _array("label", label), normalization, causal, label_mask, scale,
+    )
     return (o, lse) if return_lse else o
 
 
 def fha_backward(
-    d_o: Floats,
-    q: Floats,
-    k: Floats,
-    v: Floats,
-    o: Floats,
-    lse: Floats,
-    cu_seqlens: Integers,
-    label: Integers | None,
+    d_o: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    o: Array,
+    lse: Array,
+    cu_seqlens: Indices,
+    label: Indices | None,
     *,
     normalization: Normalization = "joint",
     causal: bool = True,
@@ -140,5 +179,7 @@ def fha_backward(
     sequence's length.
     """
     return _dfar.fha_backward(
-        d_o, q, k, v, o, lse, cu_seqlens, label, normalization, causal, label_mask, scale
+        _array("d_o", d_o), _array("q", q), _array("k", k), _array("v", v), _array("o", o),
+        _array("lse", lse), _array("cu_seqlens", cu_seqlens), _array("label", label),
+        normalization, causal, label_mask, scale,
     )

@@ -90,6 +90,59 @@ def test_inputs_are_read_in_place() -> None:
     assert dfar._dfar.address(views[0]) == views[0].ctypes.data
 
 
+class Exporter:
+    """An array of another library: nothing but the DLPack interface."""
+
+    def __init__(self, array: np.ndarray, device: tuple[int, int] = (1, 0)) -> None:
+        self.array, self.device = array, device
+
+    def __dlpack__(self, **options: object) -> object:
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.device
+
+
+def test_arrays_of_other_libraries_are_read_in_place() -> None:
+    arguments = inputs([4, 3])
+    q = arguments[0]
+    seen = dfar._attention._array("q", Exporter(q))
+    assert dfar._dfar.address(seen) == q.ctypes.data
+    others = [Exporter(x) for x in arguments]
+    o, lse = dfar.fha(*others, return_lse=True)
+    assert isinstance(o, np.ndarray) and np.array_equal(o, dfar.fha(*arguments))
+    d_o = np.ones_like(o)
+    expected = dfar.fha_backward(d_o, *arguments[:3], o, lse, *arguments[3:])
+    found = dfar.fha_backward(Exporter(d_o), *others[:3], Exporter(o), Exporter(lse), *others[3:])
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected))
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_an_array_on_another_device_is_refused_by_name(place: int) -> None:
+    arguments: list = list(inputs([4, 3]))
+    arguments[place] = Exporter(arguments[place], (2, 1))
+    name = ("q", "k", "v", "cu_seqlens", "label")[place]
+    with pytest.raises(NotImplementedError, match=rf"^{name} is on device 1 \(CUDA\)"):
+        dfar.fha(*arguments)
+
+
+def test_an_array_that_dlpack_cannot_express_is_refused_by_name() -> None:
+    q, *others = inputs([4, 3])
+    with pytest.raises(TypeError, match="^k cannot be read through DLPack"):
+        dfar.fha(q, Exporter(q.astype("U3")), *others[1:])
+    with pytest.raises(TypeError, match="^q has dtype float64"):
+        dfar.fha(Exporter(q.astype(np.float64)), *others)
+
+
+def test_jax_arrays_are_read_in_place() -> None:
+    jax = pytest.importorskip("jax")
+    arguments = inputs([4, 3])
+    others = [jax.device_put(x, jax.devices("cpu")[0]) for x in arguments]
+    seen = dfar._attention._array("q", others[0])
+    assert dfar._dfar.address(seen) == others[0].unsafe_buffer_pointer()
+    assert np.array_equal(dfar.fha(*others), dfar.fha(*arguments))
+
+
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     arguments = inputs([700, 20, 900, 1500])
     found = {}

@@ -451,7 +451,16 @@ impl RunResult {
             return Ok(None);
         }
         let found = Self::read(&path)?;
-        match difference("run", &to_json(run), &found.file["run"]) {
+        let mut of_file = found.file["run"].clone();
+        // A file of an older version lacks keys that came later: its run had their defaults.
+        if let (Value::Object(config), Value::Object(defaults)) =
+            (&mut of_file["config"], to_json(&Config::default()))
+        {
+            for (key, value) in defaults {
+                config.entry(key).or_insert(value);
+            }
+        }
+        match difference("run", &to_json(run), &of_file) {
             None => Ok(Some(found)),
             Some(what) => Err(ResultError::Other { path, what }),
         }

@@ -175,9 +175,12 @@ impl Kernel for Backward<'_> {
         for (i, d_query) in task.zip(d_query.chunks_exact_mut(wide)) {
             let (query, keys) = attention.of(i);
             let steps = sequences.steps_of(&(i..i + 1));
+            if steps.is_empty() {
+                continue; // Its first row can lie outside the rows of the task.
+            }
             let (a, da) = (&weights[steps.clone()], &d_weights[steps]);
             let mean: f32 = a.iter().zip(da).map(|(a, da)| a * da).sum();
-            let d_keys = &mut d_key[(sequences.first[i] as usize).saturating_sub(first) * wide..];
+            let d_keys = &mut d_key[(sequences.first[i] as usize - first) * wide..];
             let rows = keys.chunks_exact(wide).zip(d_keys.chunks_exact_mut(wide));
             for ((key, d_key), (a, da)) in rows.zip(a.iter().zip(da)) {
                 let dl = s.splat(a * (da - mean));
@@ -211,13 +214,14 @@ mod tests {
 
     #[test]
     fn weights_and_gradients_agree_with_the_equations_in_f64() {
-        let lengths: Vec<u32> = (0..70).map(|i| i * 7 % 5).chain([40]).collect();
+        // The last sequences are empty: behind the rows of a task, and a task of empty ones alone.
+        let lengths: Vec<u32> = (0..70).map(|i| i * 7 % 5).chain([40]).chain([0; 122]).collect();
         let mut offsets = vec![0];
         lengths.iter().for_each(|l| offsets.push(offsets.last().unwrap() + l));
-        let first: Vec<u32> = (0..71).map(|i| i / 10).collect();
+        let first: Vec<u32> = (0..71).map(|i| i / 10).chain([60; 122]).collect();
         for width in [3, 16, 37] {
             let sequences = Sequences { first: &first, offsets: &offsets };
-            let (key, query) = (random(47 * width, 1), random(71 * width, 2));
+            let (key, query) = (random(61 * width, 1), random(193 * width, 2));
             let attention = PrefixAttention { width, sequences, key: &key, query: &query };
             let mut weights = vec![f32::NAN; sequences.steps()];
             attention.forward(&mut weights);

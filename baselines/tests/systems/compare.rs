@@ -234,12 +234,18 @@ fn wrong_usage_is_named() {
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.code() == Some(code) && stderr.contains(reason), "{code}, {reason}: {stderr}");
     };
+    // A file of a version before a key: its run had the default.
+    let file = dir.path().join("out/results/gru4rec-positive-only-2020.json");
+    let mut older: serde_json::Value = serde_json::from_str(&text(&file)).expect("JSON");
+    older["run"]["config"].as_object_mut().expect("a table").remove("tensorboard").expect("a key");
+    std::fs::write(&file, older.to_string()).expect("a file");
+    assert!(finished(&compare(dir.path(), &one)).contains("finished before"));
     fails(&["--systems", "gru4rec", "--lr", "0.5"], 1, "gru4rec-positive-only-2020.json has another lr");
     fails(&["--systems", "gru4rec,bert"], 2, "there are din, caser, gru4rec");
     fails(&["--systems", "dfar,din", "--train-targets", "feedback"], 2, "DIN does not read skipped events");
     fails(&["--systems", "din", "--device", "cuda"], 2, "on the CPU only");
     fails(&["--systems", "din", "--heads", "3"], 2, "must be a multiple of the number of heads");
-    std::fs::write(dir.path().join("out/results/gru4rec-positive-only-2020.json"), "{").expect("a file");
+    std::fs::write(&file, "{").expect("a file");
     fails(&["--systems", "gru4rec"], 1, "is not a result of dfar-compare");
 }
 

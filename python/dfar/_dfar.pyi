@@ -26,6 +26,16 @@ def fha_backward(
     d_o: Any, q: Any, k: Any, v: Any, o: Any, lse: Any, cu_seqlens: Any, label: Any,
     normalization: str, causal: bool, label_mask: bool, scale: float | None,
 ) -> tuple[_Floats, _Floats, _Floats]: ...
+def fha_cuda(
+    place: tuple[int, int, str], shape: tuple[int, int, int],
+    tensors: tuple[list[int], int, int], cu_seqlens: Any, label: Any,
+    normalization: str, causal: bool, label_mask: bool, scale: float | None,
+) -> None: ...
+def fha_backward_cuda(
+    place: tuple[int, int, str], shape: tuple[int, int, int],
+    tensors: tuple[list[int], int, int], gradients: tuple[int, list[int]], cu_seqlens: Any,
+    label: Any, normalization: str, causal: bool, label_mask: bool, scale: float | None,
+) -> None: ...
 def set_threads(count: int) -> None:
     """Sets the number of threads of later calls; 0: one per core. Results do not depend on it."""
 

@@ -1,11 +1,18 @@
-"""Factorization-heads attention on PyTorch tensors, on the CPU.
+"""Factorization-heads attention on PyTorch tensors.
 
 :func:`fha` is a custom operator (``torch.ops.dfar.fha``) with a derivative and a fake
-implementation, so ``torch.compile`` takes it as one operation. Tensors are read in place, through
-NumPy views of their memory, and results are tensors over the engine's memory: nothing is copied
-except ``cu_seqlens`` and ``label``.
+implementation, so ``torch.compile`` takes it as one operation.
 
-Tensors on a GPU raise ``NotImplementedError``: this package computes on the CPU. float32 only.
+On the CPU, tensors are float32. They are read in place, through NumPy views of their memory, and
+results are tensors over the engine's memory: nothing is copied except ``cu_seqlens`` and ``label``.
+
+On an NVIDIA GPU (compute capability 8.0 or later, with NVRTC, which PyTorch brings), tensors are
+float32, bfloat16 or float16, and heads 8, 16, 32, 64 or 128 wide; float32 heads of other widths are
+padded. The kernels read and write the tensors of PyTorch on its current stream. **This part has
+never run on a GPU**: its host code was tested on a CUDA driver for tests, its kernels in an
+emulator on the CPU. ``cu_seqlens`` and ``label`` are read on the host: keep them on the CPU, or
+each call waits for the GPU. Scratch memory stays with dfar, by stream. CUDA graphs cannot capture
+the operation.
 
 :class:`FactorizationHeadsAttention` has the projections; :func:`pack_padded`,
 :func:`unpack_padded`, :func:`pack_nested` and :func:`unpack_nested` convert batches.
@@ -37,9 +44,7 @@ Normalization = Literal["joint", "masked"]
 def _numpy(name: str, x: Tensor) -> Any:
     """The tensor's memory as a NumPy array."""
     if x.device.type != "cpu":
-        raise NotImplementedError(
-            f"{name} is on {x.device}: dfar.torch computes on the CPU; pass {name}.cpu()"
-        )
+        raise ValueError(f"{name} is on {x.device}, but q is on the CPU; pass {name}.cpu()")
     if x.layout != torch.strided:
         raise TypeError(f"{name} has layout {x.layout}, but must be a dense tensor")
     if x.is_conj() or x.is_neg():
@@ -97,13 +102,105 @@ def _fha_backward(
     return torch.from_numpy(dq), torch.from_numpy(dk), torch.from_numpy(dv)
 
 
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def _place(q: Tensor) -> tuple[int, int, str]:
+    """Device number, current stream and dtype."""
+    if q.dtype not in _DTYPES:
+        raise TypeError(f"q has dtype {q.dtype}, but must be float32, bfloat16 or float16")
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("dfar.fha cannot be part of a CUDA graph: it reads its batch on the host")
+    stream = torch.cuda.current_stream(q.device)
+    return q.device.index, stream.cuda_stream, _DTYPES[q.dtype]
+
+
+def _on_gpu(name: str, x: Tensor, like: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
+    """The tensor as the kernels read it: where and of the type that ``like`` is, aligned."""
+    if x.device != like.device:
+        raise ValueError(f"{name} is on {x.device}, but q is on {like.device}")
+    if x.dtype != like.dtype:
+        raise TypeError(f"{name} has dtype {x.dtype}, but must be {like.dtype}")
+    if shape is not None and tuple(x.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, but q needs {shape}")
+    _contiguous((name, x))
+    x = x.detach().resolve_neg()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def _host(cu_seqlens: Tensor, label: Tensor | None) -> tuple[Any, Any]:
+    """The indices as NumPy arrays; waits for them if they are on a GPU."""
+    named = ("cu_seqlens", cu_seqlens), ("label", label)
+    first, second = (None if x is None else _numpy(name, x.cpu()) for name, x in named)
+    return first, second
+
+
+@_fha.register_kernel("cuda")
+def _fha_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    label: Tensor | None,
+    normalization: str,
+    causal: bool,
+    label_mask: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    with torch.cuda.device(q.device):
+        place = _place(q)
+        shape = tokens, heads, width = q.shape[0], q.shape[1], q.shape[2]
+        slots = heads // 2 if label_mask else heads
+        qkv = [_on_gpu(name, x, q, shape) for name, x in (("q", q), ("k", k), ("v", v))]
+        o = torch.empty((tokens, slots, heads, width), dtype=q.dtype, device=q.device)
+        lse = torch.empty((tokens, slots), dtype=torch.float32, device=q.device)
+        _dfar.fha_cuda(
+            place, shape, ([x.data_ptr() for x in qkv], o.data_ptr(), lse.data_ptr()),
+            *_host(cu_seqlens, label), normalization, causal, label_mask, scale,
+        )
+        return o, lse
+
+
+@_fha_backward.register_kernel("cuda")
+def _fha_backward_cuda(
+    d_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    label: Tensor | None,
+    normalization: str,
+    causal: bool,
+    label_mask: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.cuda.device(q.device):
+        place = _place(q)
+        shape = tokens, heads, width = q.shape[0], q.shape[1], q.shape[2]
+        slots = heads // 2 if label_mask else heads
+        out = (tokens, slots, heads, width)
+        qkv = [_on_gpu(name, x, q, shape) for name, x in (("q", q), ("k", k), ("v", v))]
+        d_o, o = _on_gpu("d_o", d_o, q, out), _on_gpu("o", o, q, out)
+        lse = _on_gpu("lse", lse, q.new_empty(0, dtype=torch.float32), out[:2])
+        gradients = [torch.empty_like(x) for x in qkv]
+        _dfar.fha_backward_cuda(
+            place, shape, ([x.data_ptr() for x in qkv], o.data_ptr(), lse.data_ptr()),
+            (d_o.data_ptr(), [x.data_ptr() for x in gradients]),
+            *_host(cu_seqlens, label), normalization, causal, label_mask, scale,
+        )
+        return gradients[0], gradients[1], gradients[2]
+
+
 @_fha.register_fake
 def _(  # type: ignore[no-untyped-def]
     q, k, v, cu_seqlens, label, normalization, causal, label_mask, scale
 ):
     tokens, heads, width = q.shape
     slots = heads // 2 if label_mask else heads
-    return q.new_empty(tokens, slots, heads, width), q.new_empty(tokens, slots)
+    lse = q.new_empty(tokens, slots, dtype=torch.float32)
+    return q.new_empty(tokens, slots, heads, width), lse
 
 
 @_fha_backward.register_fake
@@ -168,23 +265,31 @@ def fha(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Factorization-heads attention over packed sequences, with gradients.
 
-    Arguments, shapes and results are those of :func:`dfar.fha`, as tensors on the CPU. ``q``, ``k``
-    and ``v`` are float32 and contiguous, and receive gradients; ``lse`` has none. The derivative is
-    itself not differentiable.
+    Arguments, shapes and results are those of :func:`dfar.fha`, as tensors on the CPU or on an
+    NVIDIA GPU, with the types and limits above. ``q``, ``k`` and ``v`` are on one device and
+    contiguous, and receive gradients; ``lse`` has none. The derivative is itself not
+    differentiable.
 
     Raises:
         TypeError, ValueError: as :func:`dfar.fha`.
-        NotImplementedError: a tensor is on a GPU.
+        NotImplementedError: ``q`` is on another kind of device.
+        RuntimeError: the GPU, its driver or NVRTC cannot be used; a CUDA graph is being captured.
     """
     named = [("q", q), ("k", k), ("v", v), ("cu_seqlens", cu_seqlens)]
     named += [] if label is None else [("label", label)]
     for name, x in named:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor like q, not {type(x).__name__}")
-        if x.device.type not in ("cpu", "meta"):
-            raise NotImplementedError(
-                f"{name} is on {x.device}: dfar.torch computes on the CPU; pass {name}.cpu()"
-            )
+    if q.device.type not in ("cpu", "cuda", "meta"):
+        raise NotImplementedError(
+            f"q is on {q.device}, but dfar.torch computes on the CPU and on NVIDIA GPUs"
+        )
+    for name, x in named[1:3]:
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, but q is on {q.device}")
+    if q.device.type == "cuda":
+        # Once for both passes.
+        cu_seqlens, label = cu_seqlens.cpu(), None if label is None else label.cpu()
     if q.dim() != 3:
         raise ValueError(f"q has shape {tuple(q.shape)}, but must be [N, H, d]")
     _contiguous(*named[:3])
@@ -282,7 +387,7 @@ class FactorizationHeadsAttention(nn.Module):
     - ``x: [B, T, embed_dim]``, ``label: [B, T]``, ``lengths: [B]`` (``None``: all ``T``): padded.
       The result is 0 at padding.
 
-    The result has the shape of ``x``. float32, on the CPU.
+    The result has the shape of ``x``. Devices and types are those of :func:`fha`.
     """
 
     def __init__(

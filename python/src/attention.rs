@@ -1,4 +1,4 @@
-//! `fha` and `fha_backward` on NumPy arrays.
+//! `fha` and `fha_backward` on NumPy arrays; the arguments that all forms share.
 
 use crate::arrays::{Floats, exact, integers, unset};
 use crate::threads;
@@ -13,31 +13,23 @@ struct Arguments<'py> {
     q: Floats<'py>,
     k: Floats<'py>,
     v: Floats<'py>,
-    cu_seqlens: Vec<u32>,
-    label: Vec<u8>,
+    indices: Indices,
     options: FhaOptions,
 }
 
-/// Options as Python gives them.
-struct Options<'a> {
-    normalization: &'a str,
-    causal: bool,
-    label_mask: bool,
-    scale: Option<f64>,
+/// `cu_seqlens` and `label`, copied.
+pub struct Indices {
+    pub cu_seqlens: Vec<u32>,
+    /// Empty without labels.
+    pub label: Vec<u8>,
 }
 
-impl<'py> Arguments<'py> {
-    fn new(
-        [q, k, v]: [&Bound<'py, PyAny>; 3],
-        cu_seqlens: &Bound<'py, PyAny>,
-        label: Option<&Bound<'py, PyAny>>,
-        given: Options<'_>,
+impl Indices {
+    pub fn new(
+        cu_seqlens: &Bound<'_, PyAny>,
+        label: Option<&Bound<'_, PyAny>>,
+        label_mask: bool,
     ) -> PyResult<Self> {
-        let shape = ["N", "H", "d"];
-        let q = Floats::new(q, "q", &shape)?;
-        let (k, v) = (Floats::new(k, "k", &shape)?, Floats::new(v, "v", &shape)?);
-        k.require_shape("k", q.shape(), "q")?;
-        v.require_shape("v", q.shape(), "q")?;
         // The engine's own types first: one copy, without a conversion.
         let cu_seqlens = match exact::<u32>(cu_seqlens) {
             Some(lengths) => lengths,
@@ -53,12 +45,27 @@ impl<'py> Arguments<'py> {
                     _ => None,
                 })?,
             },
-            None if given.label_mask => {
+            None if label_mask => {
                 return Err(PyTypeError::new_err("label is None, but label_mask is True"));
             }
             None => Vec::new(),
         };
-        let normalization = match given.normalization {
+        Ok(Self { cu_seqlens, label })
+    }
+}
+
+/// Options as Python gives them.
+pub struct Options<'a> {
+    pub normalization: &'a str,
+    pub causal: bool,
+    pub label_mask: bool,
+    pub scale: Option<f64>,
+}
+
+impl Options<'_> {
+    /// The options of the engine, for this many heads of this width.
+    pub fn resolve(&self, heads: usize, width: usize) -> PyResult<FhaOptions> {
+        let normalization = match self.normalization {
             "joint" => Normalization::Joint,
             "masked" => Normalization::Masked,
             other => {
@@ -67,18 +74,36 @@ impl<'py> Arguments<'py> {
                 )));
             }
         };
-        let mut options = FhaOptions::new(q.shape()[1], q.shape()[2]);
-        options.label_mask = if given.label_mask { LabelMask::Feedback } else { LabelMask::None };
+        let mut options = FhaOptions::new(heads, width);
+        options.label_mask = if self.label_mask { LabelMask::Feedback } else { LabelMask::None };
         options.normalization = normalization;
-        options.causal = given.causal;
-        match given.scale {
+        options.causal = self.causal;
+        match self.scale {
             Some(scale) => options.scale = scale as f32,
             // Without a scale, a head width of 0 is reported as such.
-            None if q.shape()[2] == 0 => options.scale = 1.0,
+            None if width == 0 => options.scale = 1.0,
             None => {}
         }
-        let arguments = Self { q, k, v, cu_seqlens, label, options };
-        options.check(&arguments.inputs()).map_err(invalid)?;
+        Ok(options)
+    }
+}
+
+impl<'py> Arguments<'py> {
+    fn new(
+        [q, k, v]: [&Bound<'py, PyAny>; 3],
+        cu_seqlens: &Bound<'py, PyAny>,
+        label: Option<&Bound<'py, PyAny>>,
+        given: Options<'_>,
+    ) -> PyResult<Self> {
+        let shape = ["N", "H", "d"];
+        let q = Floats::new(q, "q", &shape)?;
+        let (k, v) = (Floats::new(k, "k", &shape)?, Floats::new(v, "v", &shape)?);
+        k.require_shape("k", q.shape(), "q")?;
+        v.require_shape("v", q.shape(), "q")?;
+        let indices = Indices::new(cu_seqlens, label, given.label_mask)?;
+        let options = given.resolve(q.shape()[1], q.shape()[2])?;
+        let arguments = Self { q, k, v, indices, options };
+        options.check(&arguments.inputs()).map_err(|error| invalid(&error))?;
         Ok(arguments)
     }
 
@@ -91,8 +116,8 @@ impl<'py> Arguments<'py> {
             q: self.q.values(),
             k: self.k.values(),
             v: self.v.values(),
-            cu_seqlens: &self.cu_seqlens,
-            label: &self.label,
+            cu_seqlens: &self.indices.cu_seqlens,
+            label: &self.indices.label,
         }
     }
 
@@ -134,7 +159,7 @@ pub fn fha<'py>(
         let (options, inputs) = (arguments.options, arguments.inputs());
         // Overwrites all of `o` and `lse`.
         py.detach(|| threads::compute(tokens, || attention::forward(&options, inputs, o, lse)))?
-            .map_err(invalid)?;
+            .map_err(|error| invalid(&error))?;
     }
     Ok((o, lse))
 }
@@ -181,7 +206,7 @@ pub fn fha_backward<'py>(
         let (o, lse, d_o) = (o.values(), lse.values(), d_o.values());
         // Overwrites all gradients.
         let run = || attention::backward(&options, inputs, o, lse, d_o, gradients);
-        py.detach(|| threads::compute(tokens, run))?.map_err(invalid)?;
+        py.detach(|| threads::compute(tokens, run))?.map_err(|error| invalid(&error))?;
     }
     Ok((dq, dk, dv))
 }
@@ -194,7 +219,7 @@ pub fn address(array: &Bound<'_, PyAny>) -> PyResult<usize> {
 }
 
 /// A `ValueError` with the engine's message and the name of the argument.
-fn invalid(error: AttentionError) -> PyErr {
+pub fn invalid(error: &AttentionError) -> PyErr {
     let message = error.to_string();
     let message = message.strip_prefix("attention: ").unwrap_or(&message);
     PyValueError::new_err(match error {

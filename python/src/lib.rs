@@ -6,7 +6,7 @@
 //! | file | contents |
 //! |---|---|
 //! | `arrays` | checks of NumPy arguments, and the only views of memory that Rust does not own |
-//! | `attention` | `fha`, `fha_backward` |
+//! | `attention`, `cuda` | `fha`, `fha_backward` on arrays; on a GPU's memory that PyTorch owns |
 //! | `threads` | the thread pool of this process; long calls that Ctrl-C can stop |
 //! | `data`, `import_log` | data sets and their making |
 //! | `train`, `run`, `table` | training, scoring, scores as Arrow |
@@ -14,6 +14,7 @@
 
 mod arrays;
 mod attention;
+mod cuda;
 mod data;
 #[path = "../../src/bin/dfar-train/device.rs"]
 #[allow(dead_code, reason = "the command also counts graph captures")]
@@ -42,6 +43,8 @@ fn _dfar(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(attention::address, module)?)?;
     module.add_function(wrap_pyfunction!(attention::fha, module)?)?;
     module.add_function(wrap_pyfunction!(attention::fha_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(cuda::fha_cuda, module)?)?;
+    module.add_function(wrap_pyfunction!(cuda::fha_backward_cuda, module)?)?;
     module.add_function(wrap_pyfunction!(data::make_synthetic, module)?)?;
     module.add_function(wrap_pyfunction!(import_log::import_log, module)?)?;
     module.add_function(wrap_pyfunction!(threads::set_threads, module)?)?;

@@ -143,6 +143,24 @@ def test_jax_arrays_are_read_in_place() -> None:
     assert np.array_equal(dfar.fha(*others), dfar.fha(*arguments))
 
 
+def test_without_a_gpu_its_kernels_are_refused_with_the_reason() -> None:
+    *_, cu_seqlens, label = inputs([4, 3])
+    given = (cu_seqlens, label, "joint", True, True, None)
+    place, shape, tensors = (99, 0, "float32"), (7, 2, 8), ([256] * 3, 256, 256)
+    with pytest.raises(RuntimeError, match="no NVIDIA driver found|device 99 does not exist"):
+        dfar._dfar.fha_cuda(place, shape, tensors, *given)
+    with pytest.raises(RuntimeError, match="no NVIDIA driver found|device 99 does not exist"):
+        dfar._dfar.fha_backward_cuda(place, shape, tensors, (256, [256] * 3), *given)
+    for bad, exception, words in [
+        (((0, 0, "float64"), shape, tensors), TypeError, "q has dtype float64"),
+        ((place, (8, 2, 8), tensors), ValueError, "8"),
+        ((place, (7, 3, 8), tensors), ValueError, "3"),
+        ((place, shape, ([256, 257, 256], 256, 256)), ValueError, "k is at address 0x101"),
+    ]:
+        with pytest.raises(exception, match=words):
+            dfar._dfar.fha_cuda(*bad, *given)
+
+
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     arguments = inputs([700, 20, 900, 1500])
     found = {}

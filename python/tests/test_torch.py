@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import math
+import types
 from pathlib import Path
 
 import golden
@@ -123,12 +127,118 @@ def test_a_bad_argument_raises_with_its_name(name, change, exception, words) -> 
         dfar.torch.fha(**good | {name: change(good[name])})
 
 
-def test_a_tensor_on_a_gpu_is_refused() -> None:
+def test_tensors_on_different_devices_are_refused_by_name() -> None:
     q, k, v, cu_seqlens, label = inputs([4, 3], grad=False)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
         far = torch.empty(q.shape, device="cuda")
-        with pytest.raises(NotImplementedError, match="q is on cuda"):
+        with pytest.raises(ValueError, match="k is on cpu, but q is on cuda"):
             dfar.torch.fha(far, k, v, cu_seqlens, label)
+        with pytest.raises(ValueError, match="v is on cuda.*, but q is on cpu"):
+            dfar.torch.fha(q, k, far, cu_seqlens, label)
+        xpu = torch.empty(q.shape, device="xpu")
+        with pytest.raises(NotImplementedError, match="q is on xpu"):
+            dfar.torch.fha(xpu, xpu, xpu, cu_seqlens, label)
+    with pytest.raises(ValueError, match="cu_seqlens is on meta, but q is on the CPU"):
+        dfar.torch._numpy("cu_seqlens", cu_seqlens.to("meta"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fake_tensors_on_a_gpu_have_the_shapes_and_types_of_the_results(dtype) -> None:
+    with torch._subclasses.FakeTensorMode():
+        q = torch.empty(7, 4, 8, device="cuda", dtype=dtype)
+        cu_seqlens, label = (torch.empty(n, dtype=torch.int32, device="cuda") for n in (3, 7))
+        o, lse = dfar.torch.fha(q, q, q, cu_seqlens, label, return_lse=True)
+        assert o.shape == (7, 2, 4, 8) and o.dtype == dtype and o.device.type == "cuda"
+        assert lse.shape == (7, 2) and lse.dtype == torch.float32 and lse.device == o.device
+        options = ("joint", True, True, 0.5)
+        # Not by autograd, whose engine needs the GPU.
+        gradients = torch.ops.dfar.fha_backward(o, q, q, q, o, lse, cu_seqlens, label, *options)
+        for gradient in gradients:
+            assert (gradient.shape, gradient.dtype, gradient.device) == (q.shape, dtype, q.device)
+
+
+def memory(at: int, *shape: int) -> np.ndarray:
+    """The f32 values at an address."""
+    values = (ctypes.c_float * math.prod(shape)).from_address(at)
+    return np.frombuffer(values, np.float32).reshape(shape)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Stands for the kernels of a GPU: computes on the CPU at the addresses that it gets."""
+    places = []
+
+    def forward(place, shape, tensors, cu_seqlens, label, *options):
+        qkv, o, lse = tensors
+        n, h, d = shape
+        result = dfar._dfar.fha(*(memory(at, n, h, d) for at in qkv), cu_seqlens, label, *options)
+        for at, x in zip((o, lse), result):
+            memory(at, *x.shape)[...] = x
+        places.append(place)
+
+    def backward(place, shape, tensors, gradients, cu_seqlens, label, *options):
+        qkv, o, lse = tensors
+        n, h, d = shape
+        q = h // 2 if options[2] else h
+        result = dfar._dfar.fha_backward(
+            memory(gradients[0], n, q, h, d), *(memory(at, n, h, d) for at in qkv),
+            memory(o, n, q, h, d), memory(lse, n, q), cu_seqlens, label, *options,
+        )
+        for at, x in zip(gradients[1], result):
+            memory(at, *x.shape)[...] = x
+        places.append(place)
+
+    monkeypatch.setattr(dfar._dfar, "fha_cuda", forward)
+    monkeypatch.setattr(dfar._dfar, "fha_backward_cuda", backward)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    stream = types.SimpleNamespace(cuda_stream=7)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    return places
+
+
+@pytest.mark.parametrize("label_mask", [True, False])
+def test_the_kernels_of_a_gpu_get_the_tensors_and_the_stream(gpu, label_mask: bool) -> None:
+    *qkv, cu_seqlens, label = inputs([4, 7], heads=4, grad=False)
+    options = ("joint", True, label_mask, 0.5)
+    if not label_mask:
+        label = None
+    expected = torch.ops.dfar.fha(*qkv, cu_seqlens, label, *options)
+    # Misaligned by a row's start that 16 bytes do not divide: copied.
+    shifted = torch.empty(qkv[1].numel() + 1)[1:].view_as(qkv[1]).copy_(qkv[1])
+    assert shifted.data_ptr() % 16 != 0
+    found = dfar.torch._fha_cuda(qkv[0], shifted, qkv[2], cu_seqlens, label, *options)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    assert gpu == [(None, 7, "float32")]
+    d_o = torch.randn(expected[0].shape)
+    expected = torch.ops.dfar.fha_backward(d_o, *qkv, *found, cu_seqlens, label, *options)
+    gradients = dfar.torch._fha_backward_cuda(d_o, *qkv, *found, cu_seqlens, label, *options)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected)) and len(gpu) == 2
+
+
+BAD_ON_GPU = [
+    (0, lambda x: x.double(), TypeError, "q has dtype torch.float64"),
+    (1, lambda x: x.bfloat16(), TypeError, "k has dtype torch.bfloat16, but must be torch.float32"),
+    (1, lambda x: x[:-1], ValueError, r"k has shape \(6, 2, 8\), but q needs \(7, 2, 8\)"),
+    (2, lambda x: x.transpose(0, 2).transpose(0, 2)[:, :, ::2], ValueError, "v has shape"),
+    (2, lambda x: x.mT.contiguous().mT, ValueError, "v is not contiguous"),
+    (2, lambda x: x.to("meta"), ValueError, "v is on meta, but q is on cpu"),
+]
+
+
+@pytest.mark.parametrize(("place", "change", "exception", "words"), BAD_ON_GPU)
+def test_a_bad_tensor_never_reaches_the_kernels(gpu, place, change, exception, words) -> None:
+    good = list(inputs([4, 3], grad=False))
+    good[place] = change(good[place])
+    with pytest.raises(exception, match=words):
+        dfar.torch._fha_cuda(*good, "joint", True, True, 0.5)
+    assert not gpu
+
+
+def test_a_cuda_graph_is_refused(gpu, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="CUDA graph"):
+        dfar.torch._fha_cuda(*inputs([4, 3], grad=False), "joint", True, True, 0.5)
 
 
 def test_padded_batches_round_trip() -> None:

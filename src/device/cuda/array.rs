@@ -9,11 +9,21 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
+/// Whose memory it is.
+#[derive(Clone, Copy)]
+enum Kind {
+    /// From [`Runtime::allocate`].
+    Own,
+    /// Landing memory, the destination of [`Runtime::send`].
+    Landing,
+    /// Of another library, which frees it.
+    Borrowed,
+}
+
 /// Device memory of a runtime, freed on drop.
 struct Allocation<R: Runtime> {
     runtime: Arc<R>,
-    /// Whether it is landing memory, the destination of [`Runtime::send`].
-    landing: bool,
+    kind: Kind,
     /// Address and size in bytes, set on allocation. The address of an empty array is null.
     taken: OnceLock<(Pointer, usize)>,
 }
@@ -21,20 +31,21 @@ struct Allocation<R: Runtime> {
 impl<R: Runtime> Allocation<R> {
     /// Landing memory, allocated by a later [`Allocation::take`].
     fn landing(runtime: &Arc<R>) -> Self {
-        Self { runtime: runtime.clone(), landing: true, taken: OnceLock::new() }
+        Self { runtime: runtime.clone(), kind: Kind::Landing, taken: OnceLock::new() }
     }
 
     fn new(runtime: &Arc<R>, bytes: usize) -> Result<Self, CudaError> {
-        let allocation = Self { runtime: runtime.clone(), landing: false, taken: OnceLock::new() };
+        let allocation = Self { runtime: runtime.clone(), kind: Kind::Own, taken: OnceLock::new() };
         allocation.take(bytes)?;
         Ok(allocation)
     }
 
     fn take(&self, bytes: usize) -> Result<Pointer, CudaError> {
-        let at = match self.landing {
+        let at = match self.kind {
             _ if bytes == 0 => 0,
-            true => self.runtime.allocate_landing(bytes)?,
-            false => self.runtime.allocate(bytes)?,
+            Kind::Landing => self.runtime.allocate_landing(bytes)?,
+            Kind::Own => self.runtime.allocate(bytes)?,
+            Kind::Borrowed => unreachable!("borrowed memory has its address from the start"),
         };
         self.taken.set((at, bytes)).expect("memory is allocated once");
         Ok(at)
@@ -52,9 +63,10 @@ impl<R: Runtime> Drop for Allocation<R> {
         {
             // SAFETY: `take` allocated it with this kind and size, and only this drop frees it.
             unsafe {
-                match self.landing {
-                    true => self.runtime.free_landing(at, bytes),
-                    false => self.runtime.free(at, bytes),
+                match self.kind {
+                    Kind::Landing => self.runtime.free_landing(at, bytes),
+                    Kind::Own => self.runtime.free(at, bytes),
+                    Kind::Borrowed => {}
                 }
             }
         }
@@ -84,6 +96,18 @@ impl<R: Runtime, T: Pod> Array<R, T> {
     pub fn new(runtime: &Arc<R>, len: usize) -> Result<Self, CudaError> {
         let memory = Arc::new(Allocation::new(runtime, len * size_of::<T>())?);
         Ok(Self { memory, offset: 0, len, element: PhantomData })
+    }
+
+    /// An array over memory of another library, which this one does not free.
+    ///
+    /// # Safety
+    /// `len` values from `at` on lie inside one allocation that the device can access. It stays
+    /// until the work that uses the array has run. Work outside the runtime's stream neither writes
+    /// it meanwhile nor, if that work writes, reads it.
+    pub(crate) unsafe fn borrowed(runtime: &Arc<R>, at: Pointer, len: usize) -> Self {
+        let taken = OnceLock::from((at, len * size_of::<T>()));
+        let memory = Arc::new(Allocation { runtime: runtime.clone(), kind: Kind::Borrowed, taken });
+        Self { memory, offset: 0, len, element: PhantomData }
     }
 
     /// `len` zeros.

@@ -135,6 +135,14 @@ pub enum CudaError {
         /// Name of the argument.
         name: &'static str,
     },
+    /// An address of another library that the kernels cannot use.
+    #[error("cuda: {name} is at address {at:#x}, but must be device memory aligned to 16 bytes")]
+    Misaligned {
+        /// Name of the argument.
+        name: &'static str,
+        /// Its address.
+        at: u64,
+    },
     /// The element type of the tensors differs from that of the plan.
     #[error("cuda: the batch was planned for {}, but the tensors are {}", planned.name(), given.name())]
     Element {
@@ -207,7 +215,13 @@ impl CudaError {
 
     /// Whether invalid arguments of the caller caused the error.
     pub fn is_argument(&self) -> bool {
-        matches!(self, CudaError::Attention(_) | CudaError::OtherDevice { .. } | CudaError::Element { .. })
+        matches!(
+            self,
+            CudaError::Attention(_)
+                | CudaError::OtherDevice { .. }
+                | CudaError::Misaligned { .. }
+                | CudaError::Element { .. }
+        )
     }
 }
 

@@ -3,6 +3,7 @@
 //!
 //! | module | imports | contents |
 //! |---|---|---|
+//! | `tensors` | `driver`, `ops` | attention on memory and streams of another library |
 //! | `device` | `ops`, `gpu` | [`Device`](crate::device::Device) for [`Gpu`]; all kernels |
 //! | `ops` | `gpu`, `plan` | the operations: modules, entry points, launches |
 //! | `gpu`, `capture` | `array` | [`Gpu`]: a runtime and its precision; CUDA graph capture |
@@ -32,6 +33,8 @@ pub mod ops;
 #[doc(hidden)]
 pub mod plan;
 pub mod runtime;
+#[doc(hidden)]
+pub mod tensors;
 
 pub use crate::device::Precision;
 pub use capture::Captures;

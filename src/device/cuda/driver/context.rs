@@ -26,9 +26,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 ///
 /// The optimizer's address table is copied the same way in the middle of a step. The host is
 /// usually ahead of the device, so the table arrives before its kernel starts.
+///
+/// On a stream of another library ([`Cuda::on_stream`]), these copies too go to that stream, and
+/// the rules hold by its order.
 pub struct Cuda {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
+    /// Whether the stream belongs to another library.
+    borrowed: bool,
     /// Stream of driver allocations, which keeps them out of a capture.
     allocations: Arc<CudaStream>,
     /// Stream of the copies of [`Runtime::send`].
@@ -38,10 +43,10 @@ pub struct Cuda {
     limits: Limits,
     cache: Cache,
     /// Loaded modules. Compiling one takes seconds.
-    modules: Once<Module, Arc<CudaModule>>,
-    kernels: Once<Kernel, LoadedKernel>,
+    modules: Arc<Once<Module, Arc<CudaModule>>>,
+    kernels: Arc<Once<Kernel, LoadedKernel>>,
     /// Blocks that a multiprocessor holds at once, by kernel, threads and shared memory.
-    resident: Once<(Kernel, u32, u32), usize>,
+    resident: Arc<Once<(Kernel, u32, u32), usize>>,
     /// Memory pool by size class. A driver allocation takes microseconds, and a step makes a few
     /// hundred.
     pool: Mutex<BTreeMap<usize, Vec<Pointer>>>,
@@ -67,6 +72,10 @@ struct LoadedKernel {
 /// Maximum copies in flight; the next one waits for the oldest. Two steps need four: a batch and an
 /// optimizer table each.
 const COPIES: usize = 4;
+
+/// The same on a stream of another library, where a copy waits for all earlier work. More, so that
+/// the host may be some calls ahead.
+const BORROWED_COPIES: usize = 16;
 
 /// Maximum resting landing allocations before an allocation synchronises. A step frees two and then
 /// waits for its losses; the limit is for callers that send repeatedly and never read.
@@ -138,15 +147,50 @@ impl Cuda {
         Ok(Cuda {
             context,
             stream,
+            borrowed: false,
             allocations,
             copies,
             name,
             arch,
             limits,
             cache,
-            modules: Once::default(),
-            kernels: Once::default(),
-            resident: Once::default(),
+            modules: Arc::default(),
+            kernels: Arc::default(),
+            resident: Arc::default(),
+            pool: Mutex::default(),
+            landing: Mutex::default(),
+            sent: Mutex::default(),
+            blas: Mutex::default(),
+            capture: Mutex::default(),
+            graphs: Mutex::default(),
+        })
+    }
+
+    /// The same GPU with a stream of another library as its compute stream. Loaded kernels are
+    /// shared, memory is not: its order is that of the stream.
+    ///
+    /// # Errors
+    /// A driver error.
+    ///
+    /// # Safety
+    /// `stream` is a stream of the GPU's primary context, or 0 for the default stream. It exists
+    /// until the result is dropped.
+    pub(crate) unsafe fn on_stream(&self, stream: u64) -> Result<Cuda, CudaError> {
+        // SAFETY: guaranteed by the caller; `CudaContext::new` retains the primary context.
+        let stream = unsafe { launch::borrowed_stream(&self.context, stream) };
+        Ok(Cuda {
+            context: self.context.clone(),
+            copies: stream.clone(),
+            stream,
+            borrowed: true,
+            allocations: self.context.new_stream().map_err(failed("creating a stream"))?,
+            name: self.name.clone(),
+            arch: self.arch,
+            limits: self.limits,
+            cache: self.cache.clone(),
+            modules: self.modules.clone(),
+            kernels: self.kernels.clone(),
+            resident: self.resident.clone(),
             pool: Mutex::default(),
             landing: Mutex::default(),
             sent: Mutex::default(),
@@ -332,6 +376,10 @@ impl Runtime for Cuda {
     }
 
     fn allocate_landing(&self, bytes: usize) -> Result<Pointer, CudaError> {
+        if self.borrowed {
+            // The copy is behind the work in flight.
+            return self.allocate(bytes);
+        }
         let size = Landing::size(bytes);
         let (found, resting) = {
             let mut landing = lock(&self.landing);
@@ -350,6 +398,11 @@ impl Runtime for Cuda {
     }
 
     unsafe fn free_landing(&self, at: Pointer, bytes: usize) {
+        if self.borrowed {
+            // SAFETY: from `allocate` in `allocate_landing`; not freed yet, as the caller
+            // guarantees.
+            return unsafe { self.free(at, bytes) };
+        }
         // All uses are on the compute stream, behind the wait for the copy. After the host has
         // synchronised with that stream, the uses and the copy have finished.
         lock(&self.landing).give_back(at, Landing::size(bytes));
@@ -373,10 +426,11 @@ impl Runtime for Cuda {
     fn pinned(&self, bytes: usize) -> Result<launch::Pinned, CudaError> {
         let failed = |error| CudaError::driver("staging a copy", error, 0);
         self.bind()?; // any thread may call it
+        let most = if self.borrowed { BORROWED_COPIES } else { COPIES };
         let oldest = {
             let mut sent = lock(&self.sent);
             let is_free = match sent.front() {
-                Some(oldest) => sent.len() >= COPIES || oldest.is_read().map_err(failed)?,
+                Some(oldest) => sent.len() >= most || oldest.is_read().map_err(failed)?,
                 None => false,
             };
             if is_free { sent.pop_front() } else { None }

@@ -49,6 +49,16 @@ pub(crate) fn keep_freed_memory(context: &Arc<CudaContext>) -> Result<(), Driver
     }
 }
 
+/// A stream of another library, which owns it.
+///
+/// # Safety
+/// `stream` is a stream of the context, or 0 for the default stream. It exists until the last clone
+/// of the result is dropped.
+pub(crate) unsafe fn borrowed_stream(context: &Arc<CudaContext>, stream: u64) -> Arc<CudaStream> {
+    // SAFETY: guaranteed by the caller.
+    unsafe { context.wrap_borrowed_stream(std::ptr::without_provenance_mut(stream as usize)) }
+}
+
 /// Stream-ordered allocation of `bytes` bytes with unspecified content.
 pub(crate) fn allocate(stream: &CudaStream, bytes: usize) -> Result<Pointer, CudaError> {
     // SAFETY: the stream belongs to the context; the driver checks the size.

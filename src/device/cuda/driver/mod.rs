@@ -9,4 +9,4 @@ pub mod landing;
 mod launch;
 mod library;
 pub mod nvrtc;
-mod once;
+pub(crate) mod once;

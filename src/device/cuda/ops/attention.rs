@@ -245,7 +245,7 @@ impl<R: Runtime> Gpu<R> {
     }
 
     /// Stages the plan of a batch. The arguments have passed [`FhaOptions::check`].
-    fn plan(
+    pub(crate) fn plan(
         &self,
         staging: &mut Staging<R>,
         element: Element,

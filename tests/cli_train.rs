@@ -106,7 +106,7 @@ fn a_device_is_chosen_and_a_missing_one_reported() {
     let bf16 = [&small[..], &["--device", "cpu", "--precision", "bf16"]].concat();
     let refused = command(dir.path(), &bf16).env("DFAR_SIMD", "portable").output().unwrap();
     assert_eq!(code(&refused), 2);
-    for words in ["--precision: products in bf16 on the CPU need AMX-BF16", "use --precision f32"] {
+    for words in ["--precision: products in bf16 on the CPU need AVX512-BF16", "use --precision f32"] {
         assert!(stderr(&refused).contains(words), "{}", stderr(&refused));
     }
     assert!(!dir.path().join("run").exists());

@@ -59,7 +59,7 @@ fn in_bf16_a_case_is_judged_by_the_unfused_computation_in_bf16() {
     let refused = refused.env("DFAR_SIMD", "portable").output().expect("dfar-bench should start");
     let text = String::from_utf8_lossy(&refused.stderr);
     assert_eq!(refused.status.code(), Some(2), "{text}");
-    assert!(text.contains("need AMX-BF16") && text.contains("use --precision f32"), "{text}");
+    assert!(text.contains("need AVX512-BF16") && text.contains("use --precision f32"), "{text}");
     if let Err(error) = dfar::device::cpu::Cpu::bf16() {
         let test = "in_bf16_a_case_is_judged_by_the_unfused_computation_in_bf16";
         return println!("{test} is SKIPPED from here on: {error}");

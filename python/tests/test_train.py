@@ -208,7 +208,7 @@ def test_a_precision_that_the_processor_lacks_is_refused(data, tmp_path: Path) -
         capture_output=True, text=True, timeout=300,
     )
     assert done.returncode == 1
-    assert "ValueError" in done.stderr and "need AMX-BF16" in done.stderr, done.stderr
+    assert "ValueError" in done.stderr and "need AVX512-BF16" in done.stderr, done.stderr
 
 
 def test_a_configuration_is_a_dictionary_or_a_file(data, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ pub enum Precision {
     /// f32 factors.
     #[default]
     F32,
-    /// Factors rounded to bf16: on the tensor cores of a GPU, or the AMX tiles of a CPU.
+    /// Factors rounded to bf16: on the tensor cores of a GPU, or by AMX or AVX512-BF16 on a CPU.
     Bf16,
 }
 

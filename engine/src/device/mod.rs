@@ -94,7 +94,7 @@ pub enum DeviceError {
         bytes: usize,
     },
     /// The CPU cannot compute in bf16.
-    #[error("products in bf16 on the CPU need AMX-BF16: {reason}; use --precision f32, or a GPU")]
+    #[error("products in bf16 on the CPU need AVX512-BF16: {reason}; use --precision f32, or a GPU")]
     Bf16 {
         /// What is missing.
         reason: String,

@@ -4,13 +4,13 @@
 //! instruction set of the processor. A value of a `Simd` type proves that its instructions exist:
 //! only `new`, which checks, creates one. Hence all its methods are safe to call.
 //!
-//! The module `amx` stands apart: products of bf16 factors on the tiles of AMX.
+//! The module `bf16` stands apart: products of bf16 factors, by AMX or AVX512-BF16.
 //!
 //! All methods must be `#[inline(always)]`: a method that is not inlined into the
 //! `#[target_feature]` entry point is compiled without its instructions.
 
 #[cfg(target_arch = "x86_64")]
-pub mod amx;
+pub mod bf16;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod portable;
@@ -126,8 +126,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
         self.select_positive(condition, value, self.zero())
     }
 
-    /// `2^x` to about 1 ulp; 0 for `x = -inf`, infinity for finite `x >= 128`, NaN for NaN and
-    /// infinity.
+    /// `2^x` to about 1 ulp; 0 for `x = -inf`, infinity for finite `x >= 128`, NaN for NaN, infinity
+    /// or NaN for infinity.
     ///
     /// Degree 6 minimax polynomial on [-1/2, 1/2], after subtracting the nearest integer.
     #[inline(always)]

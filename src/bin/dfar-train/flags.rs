@@ -35,7 +35,7 @@ pub struct Flags {
     #[arg(long, value_enum)]
     device: Option<DeviceChoice>,
     /// Precision of matrix products; values in memory are always f32. bf16 needs a GPU, or a CPU
-    /// with AMX [default: f32].
+    /// with AVX512-BF16 [default: f32].
     #[arg(long, value_enum)]
     precision: Option<Precision>,
     /// Launch each step as one CUDA graph, on a GPU.

@@ -1,12 +1,12 @@
-//! Products whose factors are rounded to bf16, on AMX tiles; sums are f32. Layouts and rounding:
-//! [`crate::simd::amx`].
+//! Products whose factors are rounded to bf16, in tiles; sums are f32. Layouts and rounding:
+//! [`crate::simd::bf16`].
 //!
 //! Factors are converted block by block into scratch memory, with zeros up to whole tiles: rows and
 //! columns to a multiple of 16, the inner dimension to one of 32.
 
 use super::product::{Finish, Products};
 use super::scratch::{carve, carved_len, padded, with_scratch};
-use crate::simd::amx::{Amx, Begin, TILE, pairs};
+use crate::simd::bf16::{Begin, TILE, Unit, pairs};
 use crate::simd::{Avx512, Kernel, Simd, dispatch};
 use std::arch::x86_64::*;
 
@@ -20,7 +20,7 @@ pub const fn pairs_of(values: usize) -> usize {
 
 /// Products in bf16.
 #[derive(Clone, Copy, Debug)]
-pub struct Bf16(pub Amx);
+pub struct Bf16(pub Unit);
 
 /// Panics unless a `[rows, columns]` matrix with this distance between rows fits `len` values.
 fn check_matrix(len: usize, row: usize, [rows, columns]: [usize; 2]) {
@@ -30,7 +30,7 @@ fn check_matrix(len: usize, row: usize, [rows, columns]: [usize; 2]) {
 
 /// Converts `x: [m, k]` to a left factor, with rows `out_row` apart.
 pub fn left_factor(
-    amx: Amx,
+    unit: Unit,
     [m, k]: [usize; 2],
     (x, row): (&[f32], usize),
     (out, out_row): (&mut [u32], usize),
@@ -58,13 +58,13 @@ pub fn left_factor(
     }
     check_matrix(x.len(), row, [m, k]);
     check_matrix(out.len(), out_row, [m.next_multiple_of(TILE), pairs_of(k)]);
-    // SAFETY: `amx` exists, so the processor has the instructions; the bounds are checked above.
-    unsafe { inner(amx.vectors(), [m, k], x.as_ptr(), row, out.as_mut_ptr(), out_row) };
+    // SAFETY: `unit` exists, so the processor has the instructions; the bounds are checked above.
+    unsafe { inner(unit.vectors(), [m, k], x.as_ptr(), row, out.as_mut_ptr(), out_row) };
 }
 
 /// Converts `x: [k, n]` to a right factor, with rows `out_row` apart.
 pub fn right_factor(
-    amx: Amx,
+    unit: Unit,
     [k, n]: [usize; 2],
     (x, row): (&[f32], usize),
     (out, out_row): (&mut [u32], usize),
@@ -88,14 +88,14 @@ pub fn right_factor(
     }
     check_matrix(x.len(), row, [k, n]);
     check_matrix(out.len(), out_row, [pairs_of(k), n.next_multiple_of(TILE)]);
-    // SAFETY: `amx` exists, so the processor has the instructions; the bounds are checked above.
-    unsafe { inner(amx.vectors(), [k, n], x.as_ptr(), row, out.as_mut_ptr(), out_row) };
+    // SAFETY: `unit` exists, so the processor has the instructions; the bounds are checked above.
+    unsafe { inner(unit.vectors(), [k, n], x.as_ptr(), row, out.as_mut_ptr(), out_row) };
 }
 
 /// Transposes pairs, `rows` by `columns` tiles of 16 by 16: a right factor becomes the left factor
 /// of the transposed matrix, and the reverse.
 pub fn transpose_pairs(
-    amx: Amx,
+    unit: Unit,
     [rows, columns]: [usize; 2],
     (from, from_row): (&[u32], usize),
     (to, to_row): (&mut [u32], usize),
@@ -115,12 +115,12 @@ pub fn transpose_pairs(
     }
     check_matrix(from.len(), from_row, [rows * TILE, columns * TILE]);
     check_matrix(to.len(), to_row, [columns * TILE, rows * TILE]);
-    let _ = amx;
+    let _ = unit;
     for i in 0..rows {
         for j in 0..columns {
             let from = &from[i * TILE * from_row + j * TILE..];
             let to = &mut to[j * TILE * to_row + i * TILE..];
-            // SAFETY: `amx` exists, so the processor has the instructions; the bounds are checked
+            // SAFETY: `unit` exists, so the processor has the instructions; the bounds are checked
             // above.
             unsafe { inner(from.as_ptr(), from_row, to.as_mut_ptr(), to_row) };
         }
@@ -128,7 +128,7 @@ pub fn transpose_pairs(
 }
 
 /// Rounds values to bf16.
-fn round(amx: Amx, x: &[f32], out: &mut [f32]) {
+fn round(unit: Unit, x: &[f32], out: &mut [f32]) {
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     fn inner(s: Avx512, x: &[f32], out: &mut [f32]) {
         for (x, out) in x.chunks(TILE).zip(out.chunks_mut(TILE)) {
@@ -142,8 +142,8 @@ fn round(amx: Amx, x: &[f32], out: &mut [f32]) {
         }
     }
     assert_eq!(x.len(), out.len());
-    // SAFETY: `amx` exists, so the processor has the instructions.
-    unsafe { inner(amx.vectors(), x, out) };
+    // SAFETY: `unit` exists, so the processor has the instructions.
+    unsafe { inner(unit.vectors(), x, out) };
 }
 
 /// Applies an epilogue to rows of sums.
@@ -284,7 +284,7 @@ pub mod tests {
 
     /// Products in bf16; `None`, with a line that says so, where the processor lacks them.
     pub fn bf16(test: &str) -> Option<Bf16> {
-        Amx::new().map(Bf16).map_err(|missing| println!("{test} is SKIPPED: {missing}")).ok()
+        Unit::new().map(Bf16).map_err(|missing| println!("{test} is SKIPPED: {missing}")).ok()
     }
 
     /// `x` in bf16, by integer arithmetic: to nearest, ties to even; subnormal values become 0.

@@ -15,7 +15,7 @@
 //! | `target_attention` | target attention |
 //! | `losses`, `optimizer` | losses, Adam |
 //! | `product`, `elementwise` | matrix products, row passes, on the vectors of [`crate::simd`] |
-//! | `bf16` | matrix products of factors in bf16, on the tiles of AMX |
+//! | `bf16` | matrix products of factors in bf16 |
 //! | `scratch`, `slices` | working memory per thread, buffers as slices |
 
 mod attention;
@@ -90,23 +90,24 @@ impl Cpu {
         Self::default()
     }
 
-    /// A CPU that rounds the factors of matrix products to bf16, on the tiles of AMX. Sums and
-    /// values in memory are f32.
+    /// A CPU that rounds the factors of matrix products to bf16. Sums and values in memory are
+    /// f32. Multiplies on AMX if possible, else by AVX512-BF16, which is slower than f32 on some
+    /// processors.
     ///
     /// # Errors
-    /// [`DeviceError::Bf16`] without AMX-BF16.
+    /// [`DeviceError::Bf16`] without AVX512-BF16.
     pub fn bf16() -> Result<Self, DeviceError> {
         #[cfg(target_arch = "x86_64")]
-        return Self::on_tiles(simd::amx::Amx::new());
+        return Self::on_unit(simd::bf16::Unit::new());
         #[cfg(not(target_arch = "x86_64"))]
         Err(DeviceError::Bf16 { reason: "this is no x86-64 processor".to_owned() })
     }
 
     /// [`bf16`](Self::bf16) from the result of the probe.
     #[cfg(target_arch = "x86_64")]
-    fn on_tiles(amx: Result<simd::amx::Amx, simd::amx::AmxError>) -> Result<Self, DeviceError> {
-        let amx = amx.map_err(|missing| DeviceError::Bf16 { reason: missing.to_string() })?;
-        Ok(Self { products: Chosen::Bf16(bf16::Bf16(amx)), ..Self::default() })
+    fn on_unit(unit: Result<simd::bf16::Unit, simd::bf16::Missing>) -> Result<Self, DeviceError> {
+        let unit = unit.map_err(|missing| DeviceError::Bf16 { reason: missing.to_string() })?;
+        Ok(Self { products: Chosen::Bf16(bf16::Bf16(unit)), ..Self::default() })
     }
 }
 
@@ -116,9 +117,9 @@ impl Execution for Cpu {
 
     fn name(&self) -> String {
         let products = match self.products {
-            Chosen::F32 => "",
+            Chosen::F32 => String::new(),
             #[cfg(target_arch = "x86_64")]
-            Chosen::Bf16(_) => ", bf16 on amx",
+            Chosen::Bf16(bf16::Bf16(unit)) => format!(", bf16 on {}", unit.name()),
         };
         format!("cpu ({}{products}, {} threads)", simd::name(), rayon::current_num_threads())
     }
@@ -137,15 +138,14 @@ impl Execution for Cpu {
 #[cfg(all(test, target_arch = "x86_64"))]
 mod tests {
     use super::*;
-    use crate::simd::amx::AmxError;
+    use crate::simd::bf16::Missing;
 
     #[test]
     fn bf16_is_refused_with_what_is_missing_and_what_to_do() {
-        let refused = |missing| Cpu::on_tiles(Err(missing)).map(|_| ()).expect_err("it is missing");
+        let refused = |missing| Cpu::on_unit(Err(missing)).map(|_| ()).expect_err("it is missing");
         for (missing, words) in [
-            (AmxError::Processor("AMX-BF16 (flags amx_tile and amx_bf16)"), "amx_bf16"),
-            (AmxError::Selected("portable"), "DFAR_SIMD selects portable"),
-            (AmxError::System, "Linux does from version 5.16 on"),
+            (Missing::Processor, "flag avx512_bf16"),
+            (Missing::Selected("portable"), "DFAR_SIMD selects portable"),
         ] {
             let error = refused(missing);
             assert!(matches!(error, DeviceError::Bf16 { .. }));

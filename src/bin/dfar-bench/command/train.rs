@@ -49,7 +49,7 @@ pub struct Train {
     /// Device to run on
     #[arg(long, value_enum, default_value_t = Device::Cpu)]
     device: Device,
-    /// Precision of matrix products: f32 or bf16. bf16 needs a GPU, or a CPU with AMX
+    /// Precision of matrix products: f32 or bf16. bf16 needs a GPU, or a CPU with AVX512-BF16
     #[arg(long, value_enum, default_value_t = Precision::F32)]
     precision: Precision,
     /// Replay the launches of a step as a CUDA graph, except in steps that are timed by part (GPU

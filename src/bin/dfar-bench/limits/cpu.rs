@@ -20,17 +20,16 @@ pub struct Limits {
     pub multiply_adds: f64,
     /// f32 exponentials per second, by the polynomial of the attention engine.
     pub exponentials: f64,
-    /// Multiply-adds per second of bf16 factors: on the tiles of AMX, and by the dot products of
-    /// AVX512-BF16. `None` without AMX-BF16.
+    /// Multiply-adds per second of bf16 factors. `None` without AVX512-BF16.
     pub bf16: Option<Bf16>,
 }
 
 /// Multiply-adds per second of bf16 factors, with f32 sums.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Bf16 {
-    /// On AMX tiles (`tdpbf16ps`), which `--precision bf16` uses.
-    pub tiles: f64,
-    /// On vectors (`vdpbf16ps`).
+    /// On AMX tiles (`tdpbf16ps`), which `--precision bf16` uses if the processor has them.
+    pub tiles: Option<f64>,
+    /// By AVX512-BF16 (`vdpbf16ps`).
     pub vectors: f64,
 }
 
@@ -43,7 +42,9 @@ impl fmt::Display for Limits {
         if let Some(Bf16 { tiles, vectors }) = self.bf16 {
             writeln!(f)?;
             writeln!(f, "  multiply-adds of bf16 factors:")?;
-            writeln!(f, "  amx tiles      {:>8.1} G/s", tiles / 1e9)?;
+            if let Some(tiles) = tiles {
+                writeln!(f, "  amx tiles      {:>8.1} G/s", tiles / 1e9)?;
+            }
             write!(f, "  avx512_bf16    {:>8.1} G/s", vectors / 1e9)?;
         }
         Ok(())
@@ -75,10 +76,13 @@ fn rate(run: impl Fn(usize) -> usize + Sync) -> f64 {
 
 #[cfg(target_arch = "x86_64")]
 fn bf16() -> Option<Bf16> {
-    let amx = simd::amx::Amx::new().ok()?;
-    // A round on tiles has more work.
-    let tiles = rate(|rounds| amx.multiply_adds_on_tiles(rounds / 16));
-    Some(Bf16 { tiles, vectors: rate(|rounds| amx.multiply_adds_on_vectors(rounds)) })
+    let unit = simd::bf16::Unit::new().ok()?;
+    let vectors = unit.without_amx();
+    Some(Bf16 {
+        // A round on tiles has more work.
+        tiles: (unit.name() != vectors.name()).then(|| rate(|rounds| unit.multiply_adds(rounds / 16))),
+        vectors: rate(|rounds| vectors.multiply_adds(rounds)),
+    })
 }
 
 #[cfg(not(target_arch = "x86_64"))]
@@ -86,7 +90,7 @@ fn bf16() -> Option<Bf16> {
     None
 }
 
-/// Independent chains, enough to hide the latency of one.
+/// Independent chains of multiply-adds, enough to hide the latency of one.
 const CHAINS: usize = 12;
 
 struct MultiplyAdds(usize);
@@ -113,17 +117,24 @@ impl Kernel for Exponentials {
     type Output = usize;
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> usize {
-        let mut chains = [s.splat(black_box(-0.5)); CHAINS / 2];
-        for _ in 0..self.0 {
-            for x in &mut chains {
-                // 2^x in (0, 1], so that this settles at a fixed point: never subnormal, never
-                // constant-folded.
-                *x = s.exp2(s.sub(s.zero(), *x));
-            }
-        }
-        for x in chains {
-            black_box(s.sum(x));
-        }
-        self.0 * (CHAINS / 2) * S::LANES
+        // As many chains as registers allow beside the coefficients: an exponential takes about 40
+        // cycles.
+        if S::REGISTERS >= 32 { exponentials::<S, 20>(s, self.0) } else { exponentials::<S, 6>(s, self.0) }
     }
+}
+
+#[inline(always)]
+fn exponentials<S: Simd, const CHAINS: usize>(s: S, rounds: usize) -> usize {
+    let mut chains = [s.splat(black_box(-0.5)); CHAINS];
+    for _ in 0..rounds {
+        for x in &mut chains {
+            // 2^x in (0, 1], so that this settles at a fixed point: never subnormal, never
+            // constant-folded.
+            *x = s.exp2(s.sub(s.zero(), *x));
+        }
+    }
+    for x in chains {
+        black_box(s.sum(x));
+    }
+    rounds * CHAINS * S::LANES
 }

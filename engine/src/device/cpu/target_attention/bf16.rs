@@ -1,16 +1,16 @@
-//! The perceptron in bf16, on AMX tiles. Factors of products are rounded: `x = a * r`, both hidden
+//! The perceptron in bf16, in tiles. Factors of products are rounded: `x = a * r`, both hidden
 //! layers as inputs of products, the gradients `dh1` and `dz`, all weights except `w2`. Everything
 //! else is f32, so biases, `de`, the last layer and its gradients, and the sums of `y` and `dz`
 //! over tokens and pairs.
 //!
-//! The products take a third of the time; passes over the activations, which finish one product and
+//! On AMX, the products take a third of the time; passes over the activations, which finish one product and
 //! convert for the next, most of the rest. A pass therefore keeps what belongs to 32 columns in
 //! registers and goes down the rows.
 
 use super::perceptron::{Perceptron, TileInputs};
 use super::*;
 use crate::device::cpu::bf16::{Bf16, pairs_of, transpose_pairs};
-use crate::simd::amx::{Amx, Begin, TILE, pairs};
+use crate::simd::bf16::{Begin, TILE, Unit, pairs};
 use std::arch::x86_64::*;
 
 /// Columns of a pass: a vector of pairs.
@@ -100,7 +100,7 @@ unsafe fn load_pair(x: *const f32, both: bool) -> [__m512; 2] {
 }
 
 /// `x = a * r` as pairs along the rows, for the tokens of one pair.
-fn inputs(amx: Amx, a: &[f32], r: &[f32], x: &mut [u32], x_row: usize) {
+fn inputs(unit: Unit, a: &[f32], r: &[f32], x: &mut [u32], x_row: usize) {
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     fn inner(a: &[f32], r: &[f32], x: &mut [u32], x_row: usize) {
         for j in (0..r.len()).step_by(PAIR) {
@@ -118,13 +118,13 @@ fn inputs(amx: Amx, a: &[f32], r: &[f32], x: &mut [u32], x_row: usize) {
         }
     }
     assert!(r.len().is_multiple_of(TILE) && x_row >= pairs_of(r.len()));
-    let _ = amx;
-    // SAFETY: `amx` exists, so the processor has the instructions.
+    let _ = unit;
+    // SAFETY: `unit` exists, so the processor has the instructions.
     unsafe { inner(a, r, x, x_row) }
 }
 
 /// `h0 = max(sums + (z + c), 0)` as pairs along the rows, for the tokens of one pair.
-fn first_layer(amx: Amx, sums: &[f32], z: &[f32], c: &[f32], h0: &mut [u32], h0_row: usize) {
+fn first_layer(unit: Unit, sums: &[f32], z: &[f32], c: &[f32], h0: &mut [u32], h0_row: usize) {
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     fn inner(sums: &[f32], z: &[f32], c: &[f32], h0: &mut [u32], h0_row: usize) {
         let wide = c.len();
@@ -148,8 +148,8 @@ fn first_layer(amx: Amx, sums: &[f32], z: &[f32], c: &[f32], h0: &mut [u32], h0_
         }
     }
     assert!(c.len().is_multiple_of(TILE) && h0_row >= pairs_of(c.len()));
-    let _ = amx;
-    // SAFETY: `amx` exists, so the processor has the instructions.
+    let _ = unit;
+    // SAFETY: `unit` exists, so the processor has the instructions.
     unsafe { inner(sums, z, c, h0, h0_row) }
 }
 
@@ -174,7 +174,7 @@ fn lane_sums(x: [__m512; 16]) -> __m512 {
 }
 
 /// `e = max(h1 + b1, 0) . w2 + b2` for rows of `h1`, of which there are whole tiles.
-fn last_layer(amx: Amx, h1: &[f32], [b1, w2]: [&[f32]; 2], b2: f32, e: &mut [f32]) {
+fn last_layer(unit: Unit, h1: &[f32], [b1, w2]: [&[f32]; 2], b2: f32, e: &mut [f32]) {
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     fn inner(h1: &[f32], [b1, w2]: [&[f32]; 2], b2: f32, e: &mut [f32]) {
         let wide = w2.len();
@@ -199,15 +199,15 @@ fn last_layer(amx: Amx, h1: &[f32], [b1, w2]: [&[f32]; 2], b2: f32, e: &mut [f32
     }
     assert!(w2.len().is_multiple_of(TILE) && b1.len() == w2.len());
     assert!(h1.len() >= e.len().next_multiple_of(TILE) * w2.len());
-    let _ = amx;
-    // SAFETY: `amx` exists, so the processor has the instructions.
+    let _ = unit;
+    // SAFETY: `unit` exists, so the processor has the instructions.
     unsafe { inner(h1, [b1, w2], b2, e) }
 }
 
 /// From the sums `h1` of the second layer: the gradient before its ReLU, as pairs along the rows.
 /// Adds to `db1` and `dw2`.
 fn last_layer_backward(
-    amx: Amx,
+    unit: Unit,
     h1: &[f32],
     [b1, w2]: [&[f32]; 2],
     de: &[f32],
@@ -255,13 +255,13 @@ fn last_layer_backward(
     let wide = w2.len();
     assert!(wide.is_multiple_of(TILE) && [b1.len(), db1.len(), dw2.len()] == [wide; 3]);
     assert!(dh1_row >= pairs_of(wide));
-    let _ = amx;
-    // SAFETY: `amx` exists, so the processor has the instructions.
+    let _ = unit;
+    // SAFETY: `unit` exists, so the processor has the instructions.
     unsafe { inner(h1, [b1, w2], de, (dh1, dh1_row), [db1, dw2]) }
 }
 
 /// Sets `dz` to 0 where `h0`, pairs along the rows, is not positive, and replaces `h0` by `dz`.
-fn mask(amx: Amx, dz: &mut [f32], wide: usize, h0: &mut [u32], row: usize) {
+fn mask(unit: Unit, dz: &mut [f32], wide: usize, h0: &mut [u32], row: usize) {
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     fn inner(dz: &mut [f32], wide: usize, h0: &mut [u32], row: usize) {
         for j in (0..wide).step_by(PAIR) {
@@ -286,13 +286,13 @@ fn mask(amx: Amx, dz: &mut [f32], wide: usize, h0: &mut [u32], row: usize) {
         }
     }
     assert!(wide.is_multiple_of(TILE) && row >= pairs_of(wide));
-    let _ = amx;
-    // SAFETY: `amx` exists, so the processor has the instructions.
+    let _ = unit;
+    // SAFETY: `unit` exists, so the processor has the instructions.
     unsafe { inner(dz, wide, h0, row) }
 }
 
 /// Pairs along the rows of `from` as pairs along its columns, of which the first `wide` are wanted.
-fn regroup(amx: Amx, (from, from_row): (&[u32], usize), to: &mut [u32], wide: usize) {
+fn regroup(unit: Unit, (from, from_row): (&[u32], usize), to: &mut [u32], wide: usize) {
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     fn inner((from, from_row): (&[u32], usize), to: &mut [u32], wide: usize) {
         for (from, to) in from.chunks_exact(2 * from_row).zip(to.chunks_exact_mut(wide)) {
@@ -312,8 +312,8 @@ fn regroup(amx: Amx, (from, from_row): (&[u32], usize), to: &mut [u32], wide: us
         }
     }
     assert!(wide.is_multiple_of(TILE) && from_row >= pairs_of(wide));
-    let _ = amx;
-    // SAFETY: `amx` exists, so the processor has the instructions.
+    let _ = unit;
+    // SAFETY: `unit` exists, so the processor has the instructions.
     unsafe { inner((from, from_row), to, wide) }
 }
 
@@ -364,8 +364,8 @@ impl Bf16 {
     }
 }
 
-/// Between a product and the pass that reads its sums stands work that does not, so that the
-/// processor need not wait for the tiles.
+/// Between a product and the pass that reads its sums stands work that does not, so that a
+/// processor with AMX need not wait for the tiles.
 #[allow(private_interfaces)]
 impl Perceptron for Bf16 {
     /// So many rows that the sums of the weight gradients, which do not fit the first-level cache
@@ -414,38 +414,38 @@ impl Perceptron for Bf16 {
         scratch: &mut [f32],
         mut emit: impl FnMut(&Range<usize>, &[f32], &[f32]),
     ) {
-        let (at, amx) = (Rows::new(shape), self.0);
+        let (at, unit) = (Rows::new(shape), self.0);
         let mut m = Matrices::new(at, scratch);
-        let tiles = amx.tiles();
+        let tiles = unit.tiles();
         // Pairs along the columns of the tile, in whole blocks.
         let steps = tile.len().next_multiple_of(BLOCK) / 2;
         for block in blocks(tile) {
             let (n, first) = (block.len(), block.start - tile.start);
             let step = first / 2;
             self.begin(at, packed, inputs, &block, &mut m);
-            regroup(amx, (m.x, at.x), m.regrouped, at.width);
+            regroup(unit, (m.x, at.x), m.regrouped, at.width);
             let (from, to) = ((&*m.regrouped, at.width), (&mut m.x_left[step..], steps));
-            transpose_pairs(amx, [BLOCK / PAIR, at.width / TILE], from, to);
+            transpose_pairs(unit, [BLOCK / PAIR, at.width / TILE], from, to);
 
             self.proceed(at, packed, inputs, &block, &mut m);
-            regroup(amx, (m.h0, at.h0_pairs), &mut m.h0_right[step * at.h0..], at.h0);
+            regroup(unit, (m.h0, at.h0_pairs), &mut m.h0_right[step * at.h0..], at.h0);
 
             let (de, dh1) = (&de[first..first + n], (&mut *m.dh1, at.h1_pairs));
-            last_layer_backward(amx, m.second, [packed.b1, packed.w2], de, dh1, [sums.b1, sums.w2]);
+            last_layer_backward(unit, m.second, [packed.b1, packed.w2], de, dh1, [sums.b1, sums.w2]);
             m.dh1[n * at.h1_pairs..].fill(0);
             let right = (bytemuck::cast_slice(transposed.w1), at.h0);
             let sizes = [BLOCK / TILE, at.h0 / TILE, at.h1_pairs / TILE];
             tiles.product(sizes, (m.dh1, at.h1_pairs), right, (m.first, at.h0), Begin::Zero);
-            regroup(amx, (m.dh1, at.h1_pairs), m.regrouped, at.h1);
+            regroup(unit, (m.dh1, at.h1_pairs), m.regrouped, at.h1);
             let (from, to) = ((&*m.regrouped, at.h1), (&mut m.dh1_left[step..], steps));
-            transpose_pairs(amx, [BLOCK / PAIR, at.h1 / TILE], from, to);
+            transpose_pairs(unit, [BLOCK / PAIR, at.h1 / TILE], from, to);
 
             // From here on `h0` holds dz.
-            mask(amx, m.first, at.h0, m.h0, at.h0_pairs);
+            mask(unit, m.first, at.h0, m.h0, at.h0_pairs);
             let right = (bytemuck::cast_slice(transposed.product), at.width);
             let sizes = [BLOCK / TILE, at.width / TILE, at.h0_pairs / TILE];
             tiles.product(sizes, (m.h0, at.h0_pairs), right, (m.second, at.width), Begin::Zero);
-            regroup(amx, (m.h0, at.h0_pairs), &mut m.dz_right[step * at.h0..], at.h0);
+            regroup(unit, (m.h0, at.h0_pairs), &mut m.dz_right[step * at.h0..], at.h0);
             emit(&block, m.second, m.first);
         }
         // dW1^T += dh1^T h0, dP += x^T dz

@@ -163,6 +163,21 @@ impl Simd for Avx512 {
         // SAFETY: `self` exists, so `new` detected the features.
         unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
     }
+    /// Degree 6 minimax polynomial on [0, 1], after subtracting the floor. `scalef` takes the floor
+    /// of its exponent itself. Of -inf it makes 0 and of infinity infinity, although the polynomial
+    /// is NaN there.
+    #[inline(always)]
+    fn exp2(self, x: __m512) -> __m512 {
+        // SAFETY: `self` exists, so `new` detected the features.
+        let floor = unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC }>(x) };
+        let f = self.sub(x, floor);
+        let mut p = self.splat(2.161_291_5e-4);
+        for coefficient in [1.246_784_7e-3, 9.675_452e-3, 5.548_528_2e-2, 2.402_293_1e-1, 6.931_470_6e-1, 1.0]
+        {
+            p = self.mul_add(p, f, self.splat(coefficient));
+        }
+        self.scale_by_power(p, x)
+    }
     #[inline(always)]
     fn exponent(self, a: __m512) -> __m512 {
         // SAFETY: `self` exists, so `new` detected the features.

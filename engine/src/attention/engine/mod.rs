@@ -16,7 +16,7 @@
 //! | `pack` | label order, visible counts, packed keys and values |
 //! | `product` | the three matrix products in registers |
 //! | `forward`, `backward` | a tile of rows over all its keys |
-//! | `short/` | sequences of up to 320 tokens with small scores, forward and backward |
+//! | `short/` | small scores: forward to 1,024 tokens, backward to 320 |
 //! | `non_finite` | non-finite propagation in the backward pass |
 //!
 //! **Threads.** Work is halved by tokens, at sequence boundaries and inside sequences longer than
@@ -223,6 +223,13 @@ impl<'a> Sequence<'a> {
         }
     }
 
+    /// Its first `tokens` tokens.
+    fn first(self, tokens: usize) -> Self {
+        let part = |x: &'a [f32]| &x[..tokens * self.shape.width()];
+        let label = if self.label.is_empty() { self.label } else { &self.label[..tokens] };
+        Self { tokens, q: part(self.q), k: part(self.k), v: part(self.v), label, ..self }
+    }
+
     /// The query of a row.
     fn query(&self, row: &Row) -> &'a [f32] {
         &self.q[row.token * self.shape.width() + row.head * self.shape.d..][..self.shape.d]
@@ -287,16 +294,14 @@ fn forward_sequences(
         let sequence = Sequence::new(shape, inputs, index);
         let here = o.split_off_mut(..sequence.tokens * shape.output_width()).expect("o has N rows");
         let lse = lse.split_off_mut(..sequence.tokens * shape.query_slots).expect("lse has N rows");
-        if !forward_short(sequence, here, lse) {
-            forward_chunks(sequence, 0..sequence.tokens, here, lse);
-        }
+        forward_chunks(sequence, 0..sequence.tokens, here, lse);
     }
 }
 
-/// Computes a short sequence of small scores. `false` for another sequence.
-fn forward_short(sequence: Sequence, o: &mut [f32], lse: &mut [f32]) -> bool {
+/// Computes queries of a short sequence of small scores. `false` for another sequence.
+fn forward_short(sequence: Sequence, queries: Range<usize>, o: &mut [f32], lse: &mut [f32]) -> bool {
     short::covers_forward(sequence.shape, sequence.tokens)
-        && SHORT.with_borrow_mut(|scratch| dispatch(short::Forward { sequence, o, lse, scratch }))
+        && SHORT.with_borrow_mut(|scratch| dispatch(short::Forward { sequence, queries, o, lse, scratch }))
 }
 
 fn forward_chunks(sequence: Sequence, queries: Range<usize>, o: &mut [f32], lse: &mut [f32]) {
@@ -309,7 +314,7 @@ fn forward_chunks(sequence: Sequence, queries: Range<usize>, o: &mut [f32], lse:
             || forward_chunks(sequence, queries.start..middle, o, lse),
             || forward_chunks(sequence, middle..queries.end, o_right, lse_right),
         );
-    } else if !queries.is_empty() {
+    } else if !queries.is_empty() && !forward_short(sequence, queries.clone(), o, lse) {
         SCRATCH.with_borrow_mut(|scratch| {
             dispatch(Forward { sequence, queries, o, lse, scratch });
         });

@@ -53,7 +53,7 @@ impl Kernel for Backward<'_> {
         let mut check = s.zero();
         for heads in Heads::of(shape) {
             order.arrange(s, &sequence, &heads);
-            let count = arrange_rows(rows, &sequence, &heads, order);
+            let count = arrange_rows(rows, &sequence, 0..sequence.tokens, &heads, order);
             let (k_panel, largest_key) = Panel::keys(s, &sequence, &heads, order, k_panel);
             if !scores_are_small(s, &sequence, &heads, order, &rows[..count], largest_key) {
                 return None;

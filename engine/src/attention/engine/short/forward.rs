@@ -1,19 +1,22 @@
-//! The forward pass of a short sequence.
+//! The forward pass of queries of a short sequence.
 
 use super::super::Sequence;
 use super::super::non_finite::is_finite_on;
 use super::super::pack::ALIGN;
 use super::keys::{Order, Panel, load, scores_are_small, store};
 use super::products::{accumulate, score};
-use super::{Heads, MOST_ROWS, Row, Scratch, arrange_rows, for_each_tile};
+use super::{Heads, LONGEST_WITH_FEW_REGISTERS, MOST_ROWS, Row, Scratch, arrange_rows, for_each_tile};
 use crate::simd::{Kernel, Simd};
 use std::f32::consts::LN_2;
+use std::ops::Range;
 
 /// f32 values of a cache line.
 const LINE: usize = 16;
 
 pub(in super::super) struct Forward<'a> {
     pub(in super::super) sequence: Sequence<'a>,
+    pub(in super::super) queries: Range<usize>,
+    /// Rows of the queries only.
     pub(in super::super) o: &'a mut [f32],
     pub(in super::super) lse: &'a mut [f32],
     pub(in super::super) scratch: &'a mut Scratch,
@@ -24,12 +27,18 @@ impl Kernel for Forward<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> bool {
-        let Self { sequence, o, lse, scratch } = self;
+        let Self { mut sequence, queries, o, lse, scratch } = self;
+        if S::REGISTERS < 16 && sequence.tokens > LONGEST_WITH_FEW_REGISTERS {
+            return false;
+        }
+        if sequence.shape.causal {
+            sequence = sequence.first(queries.end);
+        }
         let Scratch { order, rows, k_panel, p, totals, .. } = scratch;
         let finite = is_finite_on(s, sequence.v);
         for heads in Heads::of(sequence.shape) {
             order.arrange(s, &sequence, &heads);
-            let count = arrange_rows(rows, &sequence, &heads, order);
+            let count = arrange_rows(rows, &sequence, queries.clone(), &heads, order);
             let (k_panel, largest_key) = Panel::keys(s, &sequence, &heads, order, k_panel);
             if !scores_are_small(s, &sequence, &heads, order, &rows[..count], largest_key) {
                 return false;
@@ -92,6 +101,8 @@ impl Context<'_> {
         }
         for r in 0..R {
             let total = s.sum(sums[r]);
+            // NaN for a score of infinity, as in the general kernels.
+            let total = if total.is_infinite() { f32::NAN } else { total };
             self.totals[first + r] = total;
             // 0 for a row without keys; NaN stays NaN.
             let factor = s.splat(if total == 0.0 { 0.0 } else { 1.0 / total });

@@ -1,10 +1,10 @@
 //! Attention of short sequences with small scores, forward and backward.
 //!
-//! **Contract.** [`Forward`] and [`Backward`] compute one sequence, as the general kernels do, or say
-//! that these must compute it. [`covers_forward`] and [`covers_backward`] decide by shape and
-//! length,
-//! [`keys::scores_are_small`] by the size of the scores. Neither depends on other sequences, on threads, or on whether a value is
-//! non-finite. `Backward` does not read `o`.
+//! **Contract.** [`Forward`] computes a range of queries of one sequence, [`Backward`] one sequence,
+//! as the general kernels do, or they say that these must compute it. [`covers_forward`] and
+//! [`covers_backward`] decide by shape and length, [`keys::scores_are_small`] by the size of the
+//! scores. Neither depends on other sequences, on threads, or on whether a value is non-finite.
+//! `Backward` does not read `o`.
 //!
 //! **No maximum.** By Cauchy-Schwarz, scores in base 2 are at most `EXACT_ABOVE = 64` in absolute
 //! value here. So no exponential overflows or underflows without a maximum subtracted, and no sum
@@ -40,9 +40,15 @@ use super::{Sequence, Shape};
 use keys::{Order, Term};
 use std::ops::Range;
 
-/// Longest sequence: of longer ones, the transposed keys of a key head leave the first-level cache
-/// between tiles, and the general kernels are as fast.
-const LONGEST: usize = 320;
+/// Longest sequence of the forward pass. The transposed keys of a long one leave the first-level
+/// cache between tiles; of a longer one, the general kernels are nearly as fast.
+const LONGEST: usize = 1024;
+
+/// As [`LONGEST`], of instruction sets with fewer than 16 registers.
+const LONGEST_WITH_FEW_REGISTERS: usize = 320;
+
+/// Longest sequence of the backward pass.
+const LONGEST_BACKWARD: usize = 320;
 
 /// Widest head: no wider one has been measured.
 const WIDEST: usize = 128;
@@ -61,7 +67,7 @@ pub(super) fn covers_forward(shape: &Shape, tokens: usize) -> bool {
 pub(super) fn covers_backward(shape: &Shape, tokens: usize) -> bool {
     let key_heads = if shape.per_head { 1 } else { shape.heads };
     let scores = tokens * key_heads / if shape.causal { 2 } else { 1 };
-    covers_forward(shape, tokens) && scores <= MOST_SCORES
+    covers_forward(shape, tokens) && tokens <= LONGEST_BACKWARD && scores <= MOST_SCORES
 }
 
 /// Scratch of a thread.
@@ -113,7 +119,7 @@ impl Heads {
 struct Row {
     /// Start of the query in `q`.
     query: u32,
-    /// Index in `[T, Q]`.
+    /// Index in `[T, Q]` of the queries.
     place: u32,
     /// Number of positions that the row sees in key heads of each list.
     scored: [u32; 2],
@@ -121,18 +127,25 @@ struct Row {
     kept: [u32; 2],
 }
 
-/// The rows of a sequence for `heads`, by token and slot. Returns their number; copies of the last
-/// row follow, to fill the last tile.
+/// The rows of a range of queries for `heads`, by token and slot. Returns their number; copies of
+/// the last row follow, to fill the last tile.
 #[inline(always)]
-fn arrange_rows(rows: &mut Vec<Row>, sequence: &Sequence, heads: &Heads, order: &Order) -> usize {
+fn arrange_rows(
+    rows: &mut Vec<Row>,
+    sequence: &Sequence,
+    queries: Range<usize>,
+    heads: &Heads,
+    order: &Order,
+) -> usize {
     let shape = sequence.shape;
     let slots = heads.slots.len();
-    let count = sequence.tokens * slots;
+    let count = queries.len() * slots;
     rows.resize(count + MOST_ROWS, Row::default());
-    for (token, rows) in rows[..count].chunks_exact_mut(slots).enumerate() {
+    for (index, rows) in rows[..count].chunks_exact_mut(slots).enumerate() {
+        let token = queries.start + index;
         let first_head = sequence.list(token) * shape.query_slots + heads.slots.start;
         let query = token * shape.width() + first_head * shape.d;
-        let place = token * shape.query_slots + heads.slots.start;
+        let place = index * shape.query_slots + heads.slots.start;
         let (scored, kept) = (order.scored_by(shape, token), order.kept_by(shape, token));
         for (slot, row) in rows.iter_mut().enumerate() {
             let (query, place) = ((query + slot * shape.d) as u32, (place + slot) as u32);

@@ -2,7 +2,7 @@
 //! set.
 
 use super::super::{Normalizers, Saved, Sequence, Shape, backward, forward};
-use super::{Backward, Forward, Scratch, covers_backward, covers_forward};
+use super::{Backward, Forward, LONGEST_WITH_FEW_REGISTERS, Scratch, covers_backward, covers_forward};
 use crate::attention::{FhaOptions, Inputs, LabelMask, Normalization, Pairing, reference};
 use crate::simd::{Set, available};
 use rand::{Rng, RngExt, SeedableRng};
@@ -44,7 +44,8 @@ impl Problem {
         let shape = Shape::new(&self.options);
         let (sequence, mut scratch) = (self.sequence(&shape), Scratch::default());
         let [mut o, mut lse] = self.outputs();
-        let forward = Forward { sequence, o: &mut o, lse: &mut lse, scratch: &mut scratch };
+        let queries = 0..self.tokens;
+        let forward = Forward { sequence, queries, o: &mut o, lse: &mut lse, scratch: &mut scratch };
         if !covers_forward(&shape, self.tokens) || !set.run(forward) {
             return None;
         }
@@ -169,6 +170,40 @@ fn the_longest_sequences_match_the_reference() {
     }
 }
 
+/// A long sequence is cut into pieces of its queries.
+#[test]
+fn a_range_of_queries_matches_the_reference() {
+    let tokens = LONGEST_WITH_FEW_REGISTERS + 17;
+    for options in every_option(2, 8) {
+        let problem = Problem::random(options, tokens, 4);
+        let [o, lse, ..] = problem.reference();
+        let shape = Shape::new(&options);
+        let [width, slots] = [shape.output_width(), shape.query_slots];
+        for (name, set) in available() {
+            for queries in [0..40, 40..tokens] {
+                let [mut found, mut found_lse] =
+                    [width, slots].map(|values| vec![7e7; queries.len() * values]);
+                let (sequence, scratch) = (problem.sequence(&shape), &mut Scratch::default());
+                let (range, o_here, lse_here) = (queries.clone(), &mut found[..], &mut found_lse[..]);
+                let forward = Forward { sequence, queries: range, o: o_here, lse: lse_here, scratch };
+                if !set.run(forward) {
+                    assert_eq!(name, "portable", "only it has few registers");
+                    continue;
+                }
+                for (what, found, expected) in [
+                    ("o", &found, &o[queries.start * width..queries.end * width]),
+                    ("lse", &found_lse, &lse[queries.start * slots..queries.end * slots]),
+                ] {
+                    let largest = expected.iter().fold(0.0, |m: f64, x| m.max(x.abs()));
+                    let errors = found.iter().zip(expected).map(|(x, e)| (f64::from(*x) - e).abs());
+                    let error = errors.fold(0.0, f64::max);
+                    assert!(error <= 1e-5 * largest, "{what}, {name}, {queries:?}, {options:?}: {error:e}");
+                }
+            }
+        }
+    }
+}
+
 /// Without a maximum subtracted. Many rows have a dominant key.
 #[test]
 fn scores_up_to_the_bound_match_the_reference() {
@@ -256,16 +291,35 @@ fn large_scores_long_sequences_and_wide_heads_are_left_to_the_general_kernels() 
     }
     let shape = |heads, d, causal| Shape::new(&FhaOptions { causal, ..FhaOptions::new(heads, d) });
     for (shape, longest, longest_backward) in [
-        (shape(2, 16, true), 320, 320),
-        (shape(2, 16, false), 320, 160),
-        (shape(8, 16, true), 320, 80),
-        (shape(2, 128, true), 320, 320),
+        (shape(2, 16, true), 1024, 320),
+        (shape(2, 16, false), 1024, 160),
+        (shape(8, 16, true), 1024, 80),
+        (shape(2, 128, true), 1024, 320),
         (shape(2, 129, true), 0, 0),
     ] {
-        for tokens in 0..400 {
+        for tokens in 0..1100 {
             assert_eq!(covers_forward(&shape, tokens), (1..=longest).contains(&tokens), "{tokens} tokens");
             let backward = (1..=longest_backward).contains(&tokens);
             assert_eq!(covers_backward(&shape, tokens), backward, "{tokens} tokens");
+        }
+    }
+}
+
+/// The softmax of such a row is not a number, also in the key heads that drop the key.
+#[test]
+fn an_infinite_score_reaches_all_outputs_of_its_row() {
+    let mut problem = Problem::random(FhaOptions::new(2, 16), 6, 10);
+    problem.label = vec![1, 0, 0, 1, 1, 0];
+    problem.k[..32].fill(1.0);
+    problem.k[32..].fill(-1.0);
+    let row = 4;
+    problem.q[row * 32..][..32].fill(f32::INFINITY);
+    for (name, set) in available() {
+        let [o, lse, ..] = problem.run(set).expect("short, with small scores");
+        for (token, (o, lse)) in o.chunks(32).zip(lse).enumerate() {
+            let nan = o.iter().filter(|x| x.is_nan()).count();
+            assert_eq!(nan, if token == row { 32 } else { 0 }, "{name}, token {token}: {o:?}");
+            assert_eq!(lse.is_nan(), token == row, "{name}, token {token}");
         }
     }
 }

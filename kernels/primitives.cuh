@@ -171,3 +171,23 @@ __device__ __forceinline__ void multiply<f16>(float (&c)[4], const unsigned (&a)
 }
 
 #endif
+
+// ----------------------------------------------------------------------------- one or two problems
+
+// The argument of a kernel for one or two problems. Mirrored by src/device/cuda/gpu/queue.rs.
+template <class Params> struct Both {
+    Params of[2];
+    unsigned blocks[2];  // along x
+    unsigned problems;   // 1 or 2
+    unsigned unused;
+};
+
+// Defines a kernel whose launch solves one problem, or two independent ones of the same kind: block
+// `block_y` of the grid's y takes problem block_y % 2. The body sees `p` and `block_y` of its own.
+#define KERNEL_FOR_BOTH(name, Params, ...)                                          \
+    __device__ __forceinline__ void name##_of(const Params& p, unsigned block_y);   \
+    KERNEL(name, Both<Params>, __VA_ARGS__) {                                       \
+        const unsigned i = p.problems == 2 ? blockIdx.y % 2 : 0;                    \
+        if (blockIdx.x < p.blocks[i]) name##_of(p.of[i], blockIdx.y / p.problems);  \
+    }                                                                               \
+    __device__ __forceinline__ void name##_of(const Params& p, [[maybe_unused]] unsigned block_y)

@@ -61,3 +61,7 @@ __device__ __forceinline__ double block_sum(double x, double* shared) {
 #define WITH_VECTORS(width, body) \
     if ((width) % 4 == 0) body<4>(p); \
     else body<1>(p)
+// As WITH_VECTORS. `body` also gets the block's y.
+#define WITH_VECTORS_AND_Y(width, body) \
+    if ((width) % 4 == 0) body<4>(p, block_y); \
+    else body<1>(p, block_y)

@@ -70,10 +70,18 @@ fn floors_are_predicted_without_a_gpu() {
     assert!(h100.iter().zip(&h200).all(|(h100, h200)| h200 <= h100) && h200 != h100);
     assert!(f32[3] > h200[3]);
 
-    let output = bench_train(&["--uniform", "--predict", "h200", "--batches", "1", "--batch-rows", "20"]);
+    let args = ["--uniform", "--predict", "h200", "--launch-us", "3", "--batches", "1", "--batch-rows", "20"];
+    let output = bench_train(&args);
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(text.starts_with("PREDICTIONS, not measurements"), "{text}");
-    for word in ["H200 SXM, by its datasheet", "target attention", "optimiser", "floor us", "host link"] {
+    for word in [
+        "H200 SXM, by its datasheet",
+        "target attention",
+        "optimiser",
+        "floor us",
+        "host link",
+        "3 us each by assumption",
+    ] {
         assert!(text.contains(word), "{word} in\n{text}");
     }
     assert!(!text.contains("instances/s"), "nothing was timed:\n{text}");

@@ -30,7 +30,7 @@ template <class E> __device__ __forceinline__ float2 load_pair(const void* from,
 }
 
 // One thread per pair of columns.
-KERNEL(convert_to, ConvertParams, THREADS) {
+KERNEL_FOR_BOTH(convert_to, ConvertParams, THREADS) {
     const size_t pair = size_t(blockIdx.x) * THREADS + threadIdx.x, pairs = p.padded / 2;
     const size_t row = pair / pairs;
     if (row >= p.rows) return;
@@ -40,7 +40,7 @@ KERNEL(convert_to, ConvertParams, THREADS) {
     store_pair<DFAR_ELEMENT>(p.narrow, pair, low, high);
 }
 
-KERNEL(convert_from, ConvertParams, THREADS) {
+KERNEL_FOR_BOTH(convert_from, ConvertParams, THREADS) {
     const size_t pair = size_t(blockIdx.x) * THREADS + threadIdx.x, pairs = p.padded / 2;
     const size_t row = pair / pairs;
     if (row >= p.rows) return;

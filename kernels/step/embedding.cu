@@ -47,7 +47,7 @@ template <int V> __device__ __forceinline__ void gather_sum(const GatherParams& 
         store<V>(p.y + row * p.width + c, y);
     }
 }
-KERNEL(embedding_gather_sum, GatherParams, THREADS) { WITH_VECTORS(p.width, gather_sum); }
+KERNEL_FOR_BOTH(embedding_gather_sum, GatherParams, THREADS) { WITH_VECTORS(p.width, gather_sum); }
 
 struct ScatterParams {
     const float* x;         // [rows, width]
@@ -70,7 +70,7 @@ template <int V> __device__ __forceinline__ void scatter_add(const ScatterParams
         store_added<V>(p.y + size_t(p.index[row]) * p.width + c, x);
     }
 }
-KERNEL(embedding_scatter_add, ScatterParams, THREADS) { WITH_VECTORS(p.width, scatter_add); }
+KERNEL_FOR_BOTH(embedding_scatter_add, ScatterParams, THREADS) { WITH_VECTORS(p.width, scatter_add); }
 
 // ----------------------------------------------------------------------------------- segmented sum
 
@@ -165,7 +165,7 @@ template <int V> __device__ __forceinline__ void segment_chunks(const SegmentPar
         }
     }
 }
-KERNEL(embedding_segment_chunks, SegmentParams, THREADS, 4) { WITH_VECTORS(p.width, segment_chunks); }
+KERNEL_FOR_BOTH(embedding_segment_chunks, SegmentParams, THREADS, 4) { WITH_VECTORS(p.width, segment_chunks); }
 
 // A block adds up the segment that begins in chunk blockIdx.x and continues after it, if there is
 // one.
@@ -207,7 +207,7 @@ template <int V> __device__ __forceinline__ void segment_borders(const SegmentPa
         __syncthreads();
     }
 }
-KERNEL(embedding_segment_borders, SegmentParams, THREADS) { WITH_VECTORS(p.width, segment_borders); }
+KERNEL_FOR_BOTH(embedding_segment_borders, SegmentParams, THREADS) { WITH_VECTORS(p.width, segment_borders); }
 
 // ----------------------------------------------------------------------------------------- squares
 
@@ -238,4 +238,4 @@ template <int V> __device__ __forceinline__ void squares(const SquareParams& p) 
     sum = block_sum(sum, reinterpret_cast<double*>(shared_memory()));
     if (threadIdx.x == 0) p.partial[blockIdx.x] = sum;
 }
-KERNEL(embedding_squares, SquareParams, THREADS) { WITH_VECTORS(p.width, squares); }
+KERNEL_FOR_BOTH(embedding_squares, SquareParams, THREADS) { WITH_VECTORS(p.width, squares); }

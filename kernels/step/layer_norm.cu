@@ -10,7 +10,7 @@
 // TILING. A group of lanes owns a row. Rows with at most one access per lane (128 values; 32 if the
 // width is not a multiple of 4) stay in registers between the passes; wider rows are read again,
 // from L1. Backward: a block takes `block_rows` rows, first row by row for dx, then column by
-// column for partial sums of dgamma and dbeta, which rows_reduce adds in block order.
+// column for partial sums of dgamma and dbeta, which products_sum adds in block order.
 //
 // TRAFFIC in bytes per value: norm reads 4, writes 4; after a sum reads 8, writes 8; after
 // gathering from t tables reads 4 t, writes 8. Backward reads 8 (12 if it adds to dx), writes 4.
@@ -111,15 +111,15 @@ template <int V, Source SOURCE> __device__ __forceinline__ void norm_of(const No
     else norm<V, false, SOURCE>(p);
 }
 
-KERNEL(layer_norm, NormParams, THREADS) {
+KERNEL_FOR_BOTH(layer_norm, NormParams, THREADS) {
     if (p.width % 4 == 0) norm_of<4, Source::given>(p);
     else norm_of<1, Source::given>(p);
 }
-KERNEL(layer_norm_add, NormParams, THREADS) {
+KERNEL_FOR_BOTH(layer_norm_add, NormParams, THREADS) {
     if (p.width % 4 == 0) norm_of<4, Source::sum>(p);
     else norm_of<1, Source::sum>(p);
 }
-KERNEL(layer_norm_gather, NormParams, THREADS) {
+KERNEL_FOR_BOTH(layer_norm_gather, NormParams, THREADS) {
     if (p.width % 4 == 0) norm_of<4, Source::tables>(p);
     else norm_of<1, Source::tables>(p);
 }
@@ -246,4 +246,4 @@ template <int V> __device__ __forceinline__ void backward(const NormBackwardPara
     }
 }
 
-KERNEL(layer_norm_backward, NormBackwardParams, THREADS, 4) { WITH_VECTORS(p.width, backward); }
+KERNEL_FOR_BOTH(layer_norm_backward, NormBackwardParams, THREADS, 4) { WITH_VECTORS(p.width, backward); }

@@ -112,7 +112,7 @@ template <int V> __device__ __forceinline__ void cosine(const CosineParams& p) {
     const double sum = block_sum(group.lane == 0 ? cos : 0.0, reinterpret_cast<double*>(shared_memory()));
     if (threadIdx.x == 0) p.partial[blockIdx.x] = sum;
 }
-KERNEL(loss_cosine, CosineParams, THREADS) { WITH_VECTORS(p.width, cosine); }
+KERNEL_FOR_BOTH(loss_cosine, CosineParams, THREADS) { WITH_VECTORS(p.width, cosine); }
 
 struct ReduceParams {
     const double* partial;  // [count, width]
@@ -123,7 +123,7 @@ struct ReduceParams {
 static_assert(sizeof(ReduceParams) == 32, "mirrored by src/device/cuda/loss.rs");
 
 // sums = factor * column sums of partial, in a fixed order; 0 without rows. One block.
-KERNEL(loss_reduce, ReduceParams, THREADS) {
+KERNEL_FOR_BOTH(loss_reduce, ReduceParams, THREADS) {
     for (unsigned column = 0; column < p.width; ++column) {
         double sum = 0.0;
         for (unsigned i = threadIdx.x; i < p.count; i += THREADS) sum += p.partial[size_t(i) * p.width + column];

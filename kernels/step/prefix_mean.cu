@@ -6,7 +6,7 @@
 //     mean[g] = sum of x[start[b]..start[b] + count[g]] / divisor[g]     (0 if the divisor is 0)
 //     dx[start[b] + t] = sum over the groups with count[g] > t of dmean[g] / divisor[g]
 //
-// TILING. A block takes a sequence and a chunk of columns (blockIdx.y). Each group of lanes takes a
+// TILING. A block takes a sequence and a chunk of columns (block_y). Each group of lanes takes a
 // run of tokens and sums it. It reads the sums of the runs before it (backward: behind it) from
 // shared memory, and loops over its run again to write the prefixes that end in it. Sums are f64,
 // because a prefix may be as long as a history.
@@ -57,10 +57,10 @@ struct Run {
     }
 };
 
-template <int V> __device__ __forceinline__ void forward(const PrefixMeanParams& p) {
+template <int V> __device__ __forceinline__ void forward(const PrefixMeanParams& p, unsigned block_y) {
     const RowGroup group(p.bits);
     const Run run(p, group);
-    const unsigned c = (blockIdx.y << p.bits) * V + group.lane * V;
+    const unsigned c = (block_y << p.bits) * V + group.lane * V;
     const bool valid = c < p.width;
     double* sums = reinterpret_cast<double*>(shared_memory());
     double sum[V] = {};
@@ -107,12 +107,12 @@ template <int V> __device__ __forceinline__ void forward(const PrefixMeanParams&
         for (; g < run.end_group && p.count[g] == t + 1; ++g) write(g);
     }
 }
-KERNEL(prefix_mean_forward, PrefixMeanParams, THREADS) { WITH_VECTORS(p.width, forward); }
+KERNEL_FOR_BOTH(prefix_mean_forward, PrefixMeanParams, THREADS) { WITH_VECTORS_AND_Y(p.width, forward); }
 
-template <int V> __device__ __forceinline__ void backward(const PrefixMeanParams& p) {
+template <int V> __device__ __forceinline__ void backward(const PrefixMeanParams& p, unsigned block_y) {
     const RowGroup group(p.bits);
     const Run run(p, group);
-    const unsigned c = (blockIdx.y << p.bits) * V + group.lane * V;
+    const unsigned c = (block_y << p.bits) * V + group.lane * V;
     const bool valid = c < p.width;
     double* sums = reinterpret_cast<double*>(shared_memory());
     double sum[V] = {};
@@ -149,4 +149,4 @@ template <int V> __device__ __forceinline__ void backward(const PrefixMeanParams
         store<V>(p.x + (size_t(run.first_token) + t) * p.width + c, dx);
     }
 }
-KERNEL(prefix_mean_backward, PrefixMeanParams, THREADS) { WITH_VECTORS(p.width, backward); }
+KERNEL_FOR_BOTH(prefix_mean_backward, PrefixMeanParams, THREADS) { WITH_VECTORS_AND_Y(p.width, backward); }

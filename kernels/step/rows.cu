@@ -4,8 +4,8 @@
 // MATHEMATICS. y += x; column sums with dy = 0 where y <= 0; [x_0 | x_1 | ..]; permutations of
 // rows.
 //
-// TILING. A group of lanes takes a row. For column sums, a block sums its rows, and a second launch
-// adds the partial sums of the blocks.
+// TILING. A group of lanes takes a row. For column sums, a block sums its rows, and products_sum adds
+// the partial sums of the blocks.
 //
 // TRAFFIC. All kernels are bound by memory. Each reads its inputs and writes its outputs once, 16
 // bytes at a time if the width is a multiple of 4.
@@ -23,7 +23,7 @@ struct AddParams {
 static_assert(sizeof(AddParams) == 24, "mirrored by src/device/cuda/rows.rs");
 
 // y += x: 12 bytes per value, four values per thread.
-KERNEL(rows_add, AddParams, THREADS) {
+KERNEL_FOR_BOTH(rows_add, AddParams, THREADS) {
     const size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
     if (i + 4 <= p.len) {
         float x[4];
@@ -83,34 +83,6 @@ template <int V> __device__ __forceinline__ void column_sums(const ColumnSumPara
 }
 KERNEL(rows_column_sums, ColumnSumParams, THREADS) { WITH_VECTORS(p.width, column_sums); }
 
-struct ReduceParams {
-    const float* partial;  // [count, first_width + second_width]
-    float* first;          // [first_width]
-    float* second;         // [second_width]
-    unsigned count;
-    unsigned first_width, second_width;
-    unsigned unused;
-};
-static_assert(sizeof(ReduceParams) == 40, "mirrored by src/device/cuda/rows.rs");
-
-// Adds the partial sums of all blocks, in f64 and a fixed order. A warp takes 32 columns of every
-// eighth block.
-KERNEL(rows_reduce, ReduceParams, THREADS) {
-    const unsigned width = p.first_width + p.second_width;
-    const unsigned column = blockIdx.x * 32 + lane_index();
-    double sum = 0.0;
-    if (column < width) {
-        for (size_t i = warp_index(); i < p.count; i += THREADS / 32) sum += p.partial[i * width + column];
-    }
-    double* sums = reinterpret_cast<double*>(shared_memory());
-    sums[threadIdx.x] = sum;
-    __syncthreads();
-    if (threadIdx.x >= 32 || column >= width) return;
-    for (int warp = 1; warp < THREADS / 32; ++warp) sum += sums[warp * 32 + threadIdx.x];
-    if (column < p.first_width) p.first[column] = float(sum);
-    else p.second[column - p.first_width] = float(sum);
-}
-
 // ----------------------------------------------------------------------------------- concatenation
 
 struct ConcatParams {
@@ -123,12 +95,11 @@ struct ConcatParams {
 };
 static_assert(sizeof(ConcatParams) == 88, "mirrored by src/device/cuda/rows.rs");
 
-// blockIdx.y is the part. 8 bytes per value of y.
-template <int V> __device__ __forceinline__ void concat(const ConcatParams& p) {
+// block_y is the part. 8 bytes per value of y.
+template <int V> __device__ __forceinline__ void concat(const ConcatParams& p, unsigned part) {
     const RowGroup group(p.bits);
     const size_t row = group.row();
     if (row >= p.rows) return;
-    const unsigned part = blockIdx.y;
     const unsigned* index = p.index[part];
     const float* from = p.parts[part] + (index ? index[row] : row) * p.width;
     float* to = p.y + (row * p.part_count + part) * p.width;
@@ -138,7 +109,7 @@ template <int V> __device__ __forceinline__ void concat(const ConcatParams& p) {
         store<V>(to + c, x);
     }
 }
-KERNEL(rows_concat, ConcatParams, THREADS) { WITH_VECTORS(p.width, concat); }
+KERNEL_FOR_BOTH(rows_concat, ConcatParams, THREADS) { WITH_VECTORS_AND_Y(p.width, concat); }
 
 struct TakePartParams {
     const float* dy;  // [rows, parts * width]
@@ -164,7 +135,7 @@ template <int V> __device__ __forceinline__ void take_part(const TakePartParams&
         else store<V>(to, x);
     }
 }
-KERNEL(rows_take_part, TakePartParams, THREADS) { WITH_VECTORS(p.width, take_part); }
+KERNEL_FOR_BOTH(rows_take_part, TakePartParams, THREADS) { WITH_VECTORS(p.width, take_part); }
 
 // ----------------------------------------------------------------------------------- rows by label
 

@@ -86,13 +86,13 @@ struct GradientParams {
 };
 static_assert(sizeof(GradientParams) == 96, "mirrored by src/device/cuda/target_attention.rs");
 
-// Writes the weight gradients in the layout of the weights. blockIdx.y: 0 for w0, 1 for w1, 2 for
+// Writes the weight gradients in the layout of the weights. block_y: 0 for w0, 1 for w1, 2 for
 // the vectors.
-__device__ __forceinline__ void gradients(const GradientParams& p) {
+__device__ __forceinline__ void gradients(const GradientParams& p, unsigned block_y) {
     const unsigned i = blockIdx.x * SUM_THREADS + threadIdx.x;
     const float* const second = p.sums + D * H0;
     const float* const vectors = second + H0 * H1;
-    if (blockIdx.y == 0) {
+    if (block_y == 0) {
         const unsigned row = i / p.hidden0, column = i % p.hidden0;
         if (row >= 4 * p.width) return;
         const unsigned of_block = row % p.width, at = of_block * H0 + column;
@@ -102,7 +102,7 @@ __device__ __forceinline__ void gradients(const GradientParams& p) {
             case 2: p.w0[i] = p.token[at] - p.candidate[at]; break;
             default: p.w0[i] = p.sums[position<D>(of_block) * H0 + position<H0>(column)];
         }
-    } else if (blockIdx.y == 1) {
+    } else if (block_y == 1) {
         const unsigned row = i / p.hidden1, column = i % p.hidden1;
         if (row < p.hidden0) p.w1[i] = second[position<H0>(row) * H1 + position<H1>(column)];
     } else {

@@ -21,14 +21,14 @@
 #include "target/sums.cuh"
 
 // Writes token, candidate, bias.
-KERNEL(target_combine, CombineParams, SUM_THREADS) { combine(p); }
+KERNEL_FOR_BOTH(target_combine, CombineParams, SUM_THREADS) { combine(p); }
 
 // ----------------------------------------------------------------------------------------- forward
 
 // Writes e.
 KERNEL(target_scores, PerceptronParams, THREADS, 2) { scores(p); }
 // Writes att and lse from s and e.
-KERNEL(target_softmax, SoftmaxParams, ROW_THREADS) { softmax(p); }
+KERNEL_FOR_BOTH(target_softmax, SoftmaxParams, ROW_THREADS) { softmax(p); }
 
 // ---------------------------------------------------------------------------------------- backward
 
@@ -37,7 +37,7 @@ KERNEL(target_softmax_backward, SoftmaxParams, ROW_THREADS) { softmax_backward(p
 // Writes token_sums, pair_sums, weight_sums.
 KERNEL(target_backward, PerceptronParams, THREADS, 2) { perceptron_backward(p); }
 // Write dZ and part of da from token_sums; dc and part of dr from pair_sums.
-KERNEL(target_sum_tokens, SumParams, SUM_THREADS) { sum_tokens(p); }
-KERNEL(target_sum_pairs, SumParams, SUM_THREADS) { sum_pairs(p); }
+KERNEL_FOR_BOTH(target_sum_tokens, SumParams, SUM_THREADS) { sum_tokens(p); }
+KERNEL_FOR_BOTH(target_sum_pairs, SumParams, SUM_THREADS) { sum_pairs(p); }
 // Writes the gradients of all weights.
-KERNEL(target_gradients, GradientParams, SUM_THREADS) { gradients(p); }
+KERNEL_FOR_BOTH(target_gradients, GradientParams, SUM_THREADS) { gradients(p, block_y); }

@@ -184,9 +184,10 @@ impl<D: Device> Encoder<'_, D> {
     ) -> Result<(Floats<D>, BlockState<D>), DeviceError> {
         let Self { device, p, sequences, .. } = self;
         let (tokens, options) = (sequences.tokens, sequences.options);
-        let q = self.linear(&block.q, Activation::None, &u)?;
-        let k = self.linear(&block.k, Activation::None, &x)?;
-        let v = self.linear(&block.v, Activation::None, &x)?;
+        let [q, k, v] = device.together(|| {
+            let project = |layer, x| self.linear(layer, Activation::None, x);
+            Ok([project(&block.q, &u)?, project(&block.k, &x)?, project(&block.v, &x)?])
+        })?;
         let (mut o, mut lse) =
             (device.alloc(options.output_len(tokens))?, device.alloc(options.lse_len(tokens))?);
         let qkv = Qkv { q: &q, k: &k, v: &v };
@@ -267,10 +268,13 @@ impl<D: Device> Encoder<'_, D> {
         }
         // `dg` is the residual part of the gradient of `u`.
         let mut du = dg;
-        self.linear_backward(grads, &block.q, Activation::None, [&u, &q], &mut dq, Output::add(&mut du))?;
         let dx = &mut d_out;
-        self.linear_backward(grads, &block.k, Activation::None, [&x, &k], &mut dk, Output::overwrite(dx))?;
-        self.linear_backward(grads, &block.v, Activation::None, [&x, &v], &mut dv, Output::add(dx))?;
+        device.together(|| {
+            let none = Activation::None;
+            self.linear_backward(grads, &block.q, none, [&u, &q], &mut dq, Output::add(&mut du))?;
+            self.linear_backward(grads, &block.k, none, [&x, &k], &mut dk, Output::overwrite(&mut *dx))?;
+            self.linear_backward(grads, &block.v, none, [&x, &v], &mut dv, Output::add(&mut *dx))
+        })?;
         self.norm_backward(grads, &block.ln_in, &x, &du, Output::add(dx))?;
         Ok(d_out)
     }

@@ -10,14 +10,15 @@
 //! ```
 
 use super::block::{Attend, BlockState, Encoder, Sequences};
-use super::indices::Indices;
-use super::parameters::{Block, Layout, Linear};
+use super::indices::{DeviceTouched, Indices};
+use super::parameters::{Block, Id, Layout, Linear};
 use super::tensors::Tensors;
 use super::{LossOptions, ModelConfig, ModelError, StepLoss, StepObserver, StepPart};
 use crate::attention::FhaOptions;
 use crate::device::{
-    Activation, Buffer, Columns, ConcatPart, Device, DeviceError, Floats, Interests, Linear as Layer,
-    LinearGradients, Lookup, Output, SegmentSum, Slot, Store, TargetGradients, TargetInputs, TargetState,
+    self, Activation, Buffer, Columns, ConcatPart, Device, DeviceError, Floats, Interests, Linear as Layer,
+    LinearGradients, Lookup, Output, SegmentSum, Segments, Slot, Store, TargetGradients, TargetInputs,
+    TargetState,
 };
 
 /// Indices of the interests.
@@ -122,35 +123,43 @@ impl<D: Device> Encoded<D> {
     }
 }
 
-/// Activations of one interest.
-struct Interest<D: Device> {
+/// The encoder of one interest.
+struct Dual<D: Device> {
     blocks: Vec<BlockState<D>>,
     mean: Floats<D>,
+}
+
+/// Target attention of one interest.
+struct Attended<D: Device> {
     a: Floats<D>,
     r: Floats<D>,
     e: Floats<D>,
     lse: Floats<D>,
     att: Floats<D>,
-    /// Input of the tower and the outputs of its layers; the last is the logit.
-    tower: [Floats<D>; 4],
 }
+
+/// Input of a tower and the outputs of its layers; the last is the logit.
+type Tower<D> = [Floats<D>; 4];
 
 type Done = Result<(), DeviceError>;
 
 impl<D: Device> Network<'_, D> {
     /// Positive logits `[R]`. Skips the negative interest, on which they do not depend.
     pub fn score(&self) -> Result<Floats<D>, DeviceError> {
-        let encoded = self.encode(&mut ())?;
-        let Interest { tower: [_, _, _, logit], .. } = self.interest(&encoded, POSITIVE, &mut ())?;
-        Ok(logit)
+        self.logit(&self.encode(&mut ())?, POSITIVE)
     }
 
     /// Both logits, negative first: `[R]` each.
     pub fn logits(&self) -> Result<[Floats<D>; 2], DeviceError> {
         let encoded = self.encode(&mut ())?;
-        let logit =
-            |f| self.interest(&encoded, f, &mut ()).map(|Interest { tower: [_, _, _, logit], .. }| logit);
-        Ok([logit(NEGATIVE)?, logit(POSITIVE)?])
+        Ok([self.logit(&encoded, NEGATIVE)?, self.logit(&encoded, POSITIVE)?])
+    }
+
+    /// The logits of one interest.
+    fn logit(&self, encoded: &Encoded<D>, f: usize) -> Result<Floats<D>, DeviceError> {
+        let (dual, attended) = (self.dual(encoded, f)?, self.attended(encoded, f)?);
+        let [_, _, _, logit] = self.tower(encoded, &dual, &attended, f)?;
+        Ok(logit)
     }
 
     /// The states of the blocks of the history encoder.
@@ -166,78 +175,121 @@ impl<D: Device> Network<'_, D> {
     ) -> Result<(Report<D>, Gradients<D>), DeviceError> {
         let (device, batch, width) = (self.device, self.batch, self.config.width);
         let encoded = self.encode(observer)?;
-        let interests =
-            [self.interest(&encoded, NEGATIVE, observer)?, self.interest(&encoded, POSITIVE, observer)?];
+        observer.enter(StepPart::Dual)?;
+        let duals = device.side_by_side(|f| self.dual(&encoded, f))?;
+        observer.enter(StepPart::TargetAttention)?;
+        let attended = device.side_by_side(|f| self.attended(&encoded, f))?;
+        observer.enter(StepPart::Towers)?;
+        let towers = device.side_by_side(|f| self.tower(&encoded, &duals[f], &attended[f], f))?;
 
         let mut report = Report::new(device)?;
         let mut d_logit = [device.alloc(batch.rows)?, device.alloc(batch.rows)?];
-        let [neg, pos] = &interests;
-        let logits = Interests { positive: &pos.tower[3], negative: &neg.tower[3] };
-        let slot = report.slot(report::BCE);
-        device.rank_loss(options.bpr, logits, &batch.target, by_interest(&mut d_logit), slot)?;
+        let [neg, pos] = &towers;
+        let logits = Interests { positive: &pos[3], negative: &neg[3] };
+        let [item_l2, position_l2, label_l2] = report::L2;
+        device.side_by_side(|which| match which {
+            0 => {
+                let (gradients, slot) = (by_interest(&mut d_logit), report.slot(report::BCE));
+                device.rank_loss(options.bpr, logits, &batch.target, gradients, slot)
+            }
+            _ => self.half_squares(self.layout.label, &batch.touched_label, report.slot(label_l2)),
+        })?;
 
         let mut grads = Tensors::gradients(device, self.layout)?;
         let mut d_mean = device.alloc(batch.groups * width)?;
         let mut d_candidate = device.alloc(batch.pairs * width)?;
         let mut d_means = [device.alloc(batch.groups * width)?, device.alloc(batch.groups * width)?];
         let mut d_atts = [device.alloc(batch.rows * width)?, device.alloc(batch.rows * width)?];
-        for f in [NEGATIVE, POSITIVE] {
-            let dx_tower = self.tower_backward(&interests[f], f, &mut d_logit[f], &mut grads)?;
+        let dx_towers =
+            device.side_by_side(|f| self.tower_backward(&towers[f], f, &mut d_logit[f], &mut grads))?;
+        let (pairs, groups) = (batch.pair_rows.segments(), batch.group_rows.segments());
+        for (f, store) in [(NEGATIVE, Store::Overwrite), (POSITIVE, Store::Add)] {
             // The second interest adds to the gradients of the first.
-            let store = if f == NEGATIVE { Store::Overwrite } else { Store::Add };
-            let part = |part, segments, dx| {
-                device.concat_backward(Columns { width, part, parts: PARTS }, &dx_tower, segments, dx)
-            };
-            let (pairs, groups) = (batch.pair_rows.segments(), batch.group_rows.segments());
-            part(CANDIDATE, Some(pairs), Output { values: &mut d_candidate, store })?;
-            part(MEAN, Some(groups), Output { values: &mut d_mean, store })?;
-            part(MEAN_OF_INTEREST, Some(groups), Output::overwrite(&mut d_means[f]))?;
-            part(ATTENDED, None, Output::overwrite(&mut d_atts[f]))?;
+            device.side_by_side(|which| match which {
+                0 => self.part_backward(
+                    &dx_towers[f],
+                    CANDIDATE,
+                    Some(pairs),
+                    Output { values: &mut d_candidate, store },
+                ),
+                _ => self.part_backward(
+                    &dx_towers[f],
+                    MEAN,
+                    Some(groups),
+                    Output { values: &mut d_mean, store },
+                ),
+            })?;
         }
-        let means = Interests { positive: &pos.mean, negative: &neg.mean };
-        let slot = report.slot(report::IDL[0]);
-        device.cosine_loss(width, options.idl, means, by_interest(&mut d_means), slot)?;
-        let atts = Interests { positive: &pos.att, negative: &neg.att };
-        let slot = report.slot(report::IDL[1]);
-        device.cosine_loss(width, options.idl, atts, by_interest(&mut d_atts), slot)?;
+        device.side_by_side(|f| {
+            self.part_backward(
+                &dx_towers[f],
+                MEAN_OF_INTEREST,
+                Some(groups),
+                Output::overwrite(&mut d_means[f]),
+            )?;
+            self.part_backward(&dx_towers[f], ATTENDED, None, Output::overwrite(&mut d_atts[f]))
+        })?;
+        device.side_by_side(|which| {
+            let ([negative, positive], gradients) = match which {
+                0 => (duals.each_ref().map(|dual| &dual.mean), &mut d_means),
+                _ => (attended.each_ref().map(|attended| &attended.att), &mut d_atts),
+            };
+            let (vectors, slot) = (Interests { positive, negative }, report.slot(report::IDL[which]));
+            device.cosine_loss(width, options.idl, vectors, by_interest(gradients), slot)
+        })?;
 
         observer.enter(StepPart::Encoder)?;
         let mut d_s = device.zeros(batch.tokens * width)?;
         let mut d_seq = device.alloc(batch.tokens * width)?;
         device.prefix_mean_backward(width, batch.prefixes(), &d_mean, &mut d_seq)?;
-        let mut d_r = Vec::with_capacity(2);
-        for (f, interest) in interests.into_iter().enumerate() {
-            observer.enter(StepPart::TargetAttention)?;
-            d_r.push(self.target_backward(encoded.s(), &interest, f, &d_atts[f], &mut d_s, &mut grads)?);
-            observer.enter(StepPart::Dual)?;
-            self.interest_encoder_backward(interest, f, &d_means[f], &mut d_seq, &mut grads)?;
-        }
+        observer.enter(StepPart::TargetAttention)?;
+        let d_r = device.side_by_side(|f| {
+            self.target_backward(encoded.s(), &attended[f], f, &d_atts[f], &mut d_s, &mut grads)
+        })?;
+        observer.enter(StepPart::Dual)?;
+        let mut duals = duals.map(Some);
+        device.side_by_side(|f| {
+            let dual = duals[f].take().expect("each interest has one");
+            self.interest_encoder_backward(dual, f, &d_means[f], &mut d_seq, &mut grads)
+        })?;
         observer.enter(StepPart::Encoder)?;
         let options_of_encoder = self.config.encoder_attention();
         let encoder = self.encoder(&options_of_encoder);
         let d_input = encoder.backward(&mut grads, encoded.blocks, d_seq)?;
-        device.add(&d_input, &mut d_s)?;
-        device.add(&d_r[NEGATIVE], &mut d_candidate)?;
+        device.side_by_side(|which| match which {
+            0 => device.add(&d_input, &mut d_s),
+            _ => device.add(&d_r[NEGATIVE], &mut d_candidate),
+        })?;
         device.add(&d_r[POSITIVE], &mut d_candidate)?;
 
-        let mut rows = |id,
-                        touched: &super::indices::DeviceTouched<D>,
-                        sources: &[&Floats<D>],
-                        slot|
-         -> Result<Floats<D>, DeviceError> {
+        let rows = |id, touched: &DeviceTouched<D>, sources: &[&Floats<D>]| -> Result<_, DeviceError> {
             let mut y = device.alloc(touched.row.len() * width)?;
             let rows = Lookup { table: &self.p[id], index: &touched.row };
             let (segments, l2) = (touched.source.segments(), options.embed_l2);
             device.segment_sum(width, SegmentSum { sources, segments, l2, rows }, &mut y)?;
-            device.half_square_sum(width, rows, report.slot(slot))?;
             Ok(y)
         };
-        let [item_l2, position_l2, label_l2] = report::L2;
-        let item = rows(self.layout.item, &batch.touched_item, &[&d_s, &d_candidate], item_l2)?;
-        let position = rows(self.layout.position, &batch.touched_position, &[&d_s], position_l2)?;
+        let (items, positions) = (&batch.touched_item, &batch.touched_position);
+        let [item, position] = device.side_by_side(|which| match which {
+            0 => {
+                self.half_squares(self.layout.item, items, report.slot(item_l2))?;
+                rows(self.layout.item, items, &[&d_s, &d_candidate])
+            }
+            _ => {
+                self.half_squares(self.layout.position, positions, report.slot(position_l2))?;
+                rows(self.layout.position, positions, &[&d_s])
+            }
+        })?;
         let sources = [&d_s, &d_r[NEGATIVE], &d_r[POSITIVE]];
-        let label = rows(self.layout.label, &batch.touched_label, &sources, label_l2)?;
+        let label = rows(self.layout.label, &batch.touched_label, &sources)?;
+        device.settle()?;
         Ok((report, Gradients { dense: grads, item, position, label }))
+    }
+
+    /// Half the squares of the rows of a table that the batch touches.
+    fn half_squares(&self, id: Id, touched: &DeviceTouched<D>, sum: Slot<D::Buffer<f64>>) -> Done {
+        let rows = Lookup { table: &self.p[id], index: &touched.row };
+        self.device.half_square_sum(self.config.width, rows, sum)
     }
 
     fn encoder<'a>(&'a self, options: &'a FhaOptions) -> Encoder<'a, D> {
@@ -281,22 +333,18 @@ impl<D: Device> Network<'_, D> {
         Ok(Encoded { seq, blocks, mean })
     }
 
-    fn interest(
-        &self,
-        encoded: &Encoded<D>,
-        f: usize,
-        observer: &mut dyn StepObserver,
-    ) -> Result<Interest<D>, DeviceError> {
-        observer.enter(StepPart::Dual)?;
+    fn dual(&self, encoded: &Encoded<D>, f: usize) -> Result<Dual<D>, DeviceError> {
         let (device, batch, width) = (self.device, self.batch, self.config.width);
-
         let options = self.config.interest_attention();
         let tokens = Lookup { table: &encoded.seq, index: &batch.split[f].token };
         let (y, blocks) = self.interest_encoder(f, &options).forward(&[tokens])?;
         let mut mean = device.alloc(batch.groups * width)?;
         device.prefix_mean(width, batch.interest_prefixes(f), &y, &mut mean)?;
+        Ok(Dual { blocks, mean })
+    }
 
-        observer.enter(StepPart::TargetAttention)?;
+    fn attended(&self, encoded: &Encoded<D>, f: usize) -> Result<Attended<D>, DeviceError> {
+        let (device, batch, width) = (self.device, self.batch, self.config.width);
         let mut a = device.alloc(batch.tokens * width)?;
         device.linear(self.target_projection(f), encoded.s(), Output::overwrite(&mut a))?;
         let mut r = device.alloc(batch.pairs * width)?;
@@ -311,21 +359,30 @@ impl<D: Device> Network<'_, D> {
         let weights = self.p.target_weights(&self.layout.target[f].mlp);
         let state = TargetState { e: &mut e, lse: &mut lse, att: &mut att };
         device.target_attention(&batch.target_attention, inputs, weights, state)?;
+        Ok(Attended { a, r, e, lse, att })
+    }
 
-        observer.enter(StepPart::Towers)?;
+    fn tower(
+        &self,
+        encoded: &Encoded<D>,
+        dual: &Dual<D>,
+        attended: &Attended<D>,
+        f: usize,
+    ) -> Result<Tower<D>, DeviceError> {
+        let (device, batch, width) = (self.device, self.batch, self.config.width);
         let mut input = device.alloc(batch.rows * PARTS * width)?;
         let parts = [
             ConcatPart { values: &self.p[self.layout.item], index: Some(&batch.row_item) },
             ConcatPart { values: &encoded.mean, index: Some(&batch.row_group) },
-            ConcatPart { values: &mean, index: Some(&batch.row_group) },
-            ConcatPart { values: &att, index: None },
+            ConcatPart { values: &dual.mean, index: Some(&batch.row_group) },
+            ConcatPart { values: &attended.att, index: None },
         ];
         device.concat(width, &parts, &mut input)?;
         let [first, second, last] = self.layout.tower[f];
         let h1 = self.tower_layer(&input, &first, Activation::Relu)?;
         let h2 = self.tower_layer(&h1, &second, Activation::Relu)?;
         let logit = self.tower_layer(&h2, &last, Activation::None)?;
-        Ok(Interest { blocks, mean, a, r, e, lse, att, tower: [input, h1, h2, logit] })
+        Ok([input, h1, h2, logit])
     }
 
     fn tower_layer(
@@ -341,13 +398,12 @@ impl<D: Device> Network<'_, D> {
 
     fn tower_backward(
         &self,
-        interest: &Interest<D>,
+        [input, h1, h2, logit]: &Tower<D>,
         f: usize,
         d_logit: &mut Floats<D>,
         grads: &mut Tensors<D>,
     ) -> Result<Floats<D>, DeviceError> {
         let [first, second, last] = self.layout.tower[f];
-        let [input, h1, h2, logit] = &interest.tower;
         let mut layer = |layer: Linear,
                          activation,
                          x: &Floats<D>,
@@ -364,11 +420,23 @@ impl<D: Device> Network<'_, D> {
         layer(first, Activation::Relu, input, h1, &mut d_h1)
     }
 
+    /// The gradient of one part of a tower's input.
+    fn part_backward(
+        &self,
+        dx_tower: &Floats<D>,
+        part: usize,
+        segments: Option<Segments<&device::Indices<D>>>,
+        dx: Output<&mut Floats<D>>,
+    ) -> Done {
+        let columns = Columns { width: self.config.width, part, parts: PARTS };
+        self.device.concat_backward(columns, dx_tower, segments, dx)
+    }
+
     /// Adds to `d_s` and returns the gradient of `r: [C, D]`.
     fn target_backward(
         &self,
         s: &Floats<D>,
-        interest: &Interest<D>,
+        attended: &Attended<D>,
         f: usize,
         d_att: &Floats<D>,
         d_s: &mut Floats<D>,
@@ -377,7 +445,7 @@ impl<D: Device> Network<'_, D> {
         let (device, batch, width) = (self.device, self.batch, self.config.width);
         let target = &self.layout.target[f];
         let (mut da, mut dr) = (device.alloc(batch.tokens * width)?, device.alloc(batch.pairs * width)?);
-        let Interest { a, r, e, lse, att, .. } = interest;
+        let Attended { a, r, e, lse, att } = attended;
         let (inputs, state) = (TargetInputs { s, a, r }, TargetState { e, lse, att });
         let weights = self.p.target_weights(&target.mlp);
         let gradients = TargetGradients {
@@ -402,7 +470,7 @@ impl<D: Device> Network<'_, D> {
     /// Adds to `d_seq`.
     fn interest_encoder_backward(
         &self,
-        interest: Interest<D>,
+        dual: Dual<D>,
         f: usize,
         d_mean: &Floats<D>,
         d_seq: &mut Floats<D>,
@@ -413,7 +481,7 @@ impl<D: Device> Network<'_, D> {
         let mut dy = device.alloc(split.tokens * width)?;
         device.prefix_mean_backward(width, batch.interest_prefixes(f), d_mean, &mut dy)?;
         let options = self.config.interest_attention();
-        let dx = self.interest_encoder(f, &options).backward(grads, interest.blocks, dy)?;
+        let dx = self.interest_encoder(f, &options).backward(grads, dual.blocks, dy)?;
         device.scatter_add(width, &dx, &split.token, d_seq)
     }
 

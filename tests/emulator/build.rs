@@ -101,6 +101,7 @@ fn modules() -> Vec<(&'static str, Vec<(&'static str, String)>)> {
         "attention/naive_attention.cu",
         "step/optimizer.cu",
         "step/prefix_mean.cu",
+        "step/products.cu",
         "step/rows.cu",
     ] {
         modules.push((source, vec![]));

@@ -74,8 +74,8 @@ pub trait Dense: Memory {
         y: Output<&mut Floats<Self>>,
     ) -> Result<(), DeviceError>;
 
-    /// Gradients of [`Dense::linear`] from `dy`. With an activation, `dy` is multiplied in place by
-    /// its derivative, which follows from `y`.
+    /// Gradients of [`Dense::linear`] from `dy`. With an activation, `dy` may be multiplied in place
+    /// by its derivative, which follows from `y`.
     fn linear_backward(
         &self,
         layer: Linear<&Floats<Self>>,

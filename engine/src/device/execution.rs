@@ -28,4 +28,27 @@ pub trait Execution: Send + Sync {
     fn captured<T>(&self, mut work: impl FnMut() -> Result<T, DeviceError>) -> Result<T, DeviceError> {
         work()
     }
+
+    /// Calls `work(0)`, then `work(1)`. The operations of one call are independent of those of the
+    /// other, except that both may add to an array by `linear_backward` or
+    /// `target_attention_backward`. A device may execute them in any order that keeps that of each
+    /// call, and similar ones at once.
+    fn side_by_side<T>(
+        &self,
+        mut work: impl FnMut(usize) -> Result<T, DeviceError>,
+    ) -> Result<[T; 2], DeviceError> {
+        Ok([work(0)?, work(1)?])
+    }
+
+    /// Runs `work`, whose operations are independent of each other, except that several may add to
+    /// an array by `linear_backward`. A device may execute similar ones at once.
+    fn together<T>(&self, work: impl FnOnce() -> Result<T, DeviceError>) -> Result<T, DeviceError> {
+        work()
+    }
+
+    /// Completes the gradients of parameters. Until then, a device may keep partial sums of them;
+    /// a download and the optimiser complete them too.
+    fn settle(&self) -> Result<(), DeviceError> {
+        Ok(())
+    }
 }

@@ -211,6 +211,18 @@ impl<R: Runtime, T: Pod> Array<R, T> {
         self.len == 0
     }
 
+    /// The same memory, which lives as long as one of the arrays.
+    pub(super) fn share(&self) -> Self {
+        self.part(0, self.len)
+    }
+
+    /// `len` values from `first` on, in the same memory.
+    pub(super) fn part(&self, first: usize, len: usize) -> Self {
+        assert!(first + len <= self.len, "a part outside the array");
+        let offset = self.offset + first * size_of::<T>();
+        Self { memory: self.memory.clone(), offset, len, element: PhantomData }
+    }
+
     /// Whether it was allocated by `runtime`.
     pub fn is_on(&self, runtime: &Arc<R>) -> bool {
         Arc::ptr_eq(&self.memory.runtime, runtime)

@@ -3,7 +3,7 @@
 
 use super::array::{Array, Staging};
 use super::error::CudaError;
-use super::gpu::Gpu;
+use super::gpu::{Gpu, products};
 use super::kernel::{self, Block, Kernel};
 use super::ops::{
     convert, embedding, layer_norm, limits, loss, naive_attention, optimizer, prefix_mean, rows,
@@ -24,6 +24,18 @@ impl<R: Runtime> Execution for Gpu<R> {
     }
     fn captured<T>(&self, work: impl FnMut() -> Result<T, DeviceError>) -> Result<T, DeviceError> {
         self.captured_work(work)
+    }
+    fn side_by_side<T>(
+        &self,
+        work: impl FnMut(usize) -> Result<T, DeviceError>,
+    ) -> Result<[T; 2], DeviceError> {
+        self.two_lanes(work)
+    }
+    fn together<T>(&self, work: impl FnOnce() -> Result<T, DeviceError>) -> Result<T, DeviceError> {
+        self.one_group(work)
+    }
+    fn settle(&self) -> Done {
+        Ok(self.settle_gradients()?)
     }
     fn record_event(&self) -> Result<R::Mark, DeviceError> {
         Ok(self.runtime().mark()?)
@@ -61,6 +73,7 @@ impl<R: Runtime> Memory for Gpu<R> {
         Ok(staging.send()?)
     }
     fn download<T: Element>(&self, buffer: &Array<R, T>) -> Result<Vec<T>, DeviceError> {
+        self.settle_gradients()?;
         Ok(buffer.to_vec()?)
     }
 }
@@ -73,6 +86,7 @@ const TARGET_SHAPES: [Shape; 2] =
 pub fn step_kernels() -> Vec<(Kernel, Block)> {
     let files = [
         rows::KERNELS,
+        products::KERNELS,
         embedding::KERNELS,
         layer_norm::KERNELS,
         prefix_mean::KERNELS,

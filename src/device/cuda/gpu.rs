@@ -1,15 +1,20 @@
 //! [`Gpu`]: a runtime and the precision of its products. [`ops`](super::ops) implements its
 //! operations.
 
+pub(crate) mod products;
+mod queue;
+
 use super::array::Array;
 use super::capture::{self, Captures};
 use super::error::CudaError;
-use super::kernel::{Kernel, Launch};
-use super::runtime::Runtime;
+use super::kernel::{Kernel, Launch, Pointer};
+use super::runtime::{Gemm, Runtime};
 use crate::device::DeviceError;
 use crate::device::Precision;
 use bytemuck::Pod;
-use std::sync::{Arc, Mutex, PoisonError};
+use products::{Problem, Sum};
+use queue::{Recording, Request};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// The device of the model: a GPU, or the emulator in tests.
 pub struct Gpu<R: Runtime> {
@@ -17,12 +22,79 @@ pub struct Gpu<R: Runtime> {
     precision: Precision,
     /// `None` if CUDA graphs are off.
     captures: Option<Mutex<Captures>>,
+    /// All matrix products by the runtime.
+    products_by_library: bool,
+    /// Independent operations in progress.
+    recording: Mutex<Option<Recording>>,
+    /// Gradients of parameters whose partial sums are not added yet.
+    pending: Mutex<Vec<Pending<R>>>,
+}
+
+/// The sum of partial results, and the arrays that it uses.
+struct Pending<R: Runtime> {
+    sum: Sum,
+    _arrays: [Array<R, f32>; 2],
+}
+
+/// Ignores poisoning: no critical section leaves partial state on a panic.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Independent operations in progress. Drop discards what is recorded and lets memory go.
+struct Independent<'a, R: Runtime>(&'a Gpu<R>);
+
+impl<'a, R: Runtime> Independent<'a, R> {
+    fn begin(gpu: &'a Gpu<R>) -> Self {
+        gpu.runtime.hold_freed();
+        *lock(&gpu.recording) = Some(Recording::default());
+        Self(gpu)
+    }
+
+    fn launch(self) -> Result<(), CudaError> {
+        let recording = lock(&self.0.recording).take().unwrap_or_default();
+        for request in recording.merged() {
+            // SAFETY: each request met its contract when it was recorded. Memory freed since then
+            // is held. Requests that share a launch are independent, as the caller of the
+            // operations guarantees.
+            unsafe { queue::issue(&*self.0.runtime, request)? };
+        }
+        Ok(())
+    }
+}
+
+impl<R: Runtime> Drop for Independent<'_, R> {
+    fn drop(&mut self) {
+        *lock(&self.0.recording) = None;
+        self.0.runtime.release_freed();
+    }
 }
 
 impl<R: Runtime> Gpu<R> {
+    /// A product of at least this many multiply-adds goes to the library, in a launch of its own:
+    /// it takes longer than several launches, and tensor cores may pay.
+    const LARGE: usize = 1 << 28;
+
     /// A device on `runtime`. `precision` is that of the matrix products; values in memory are f32.
     pub fn new(runtime: R, precision: Precision) -> Self {
-        Self { runtime: Arc::new(runtime), precision, captures: None }
+        Self {
+            runtime: Arc::new(runtime),
+            precision,
+            captures: None,
+            products_by_library: false,
+            recording: Mutex::default(),
+            pending: Mutex::default(),
+        }
+    }
+
+    /// Computes all matrix products of layers by the product library, each in its own launch.
+    pub fn with_library_products(self) -> Self {
+        Self { products_by_library: true, ..self }
+    }
+
+    /// Whether a product of this shape shares a launch with others.
+    pub(super) fn shares_launch(&self, shape: [usize; 3]) -> bool {
+        !self.products_by_library && shape.iter().product::<usize>() < Self::LARGE
     }
 
     /// Enables CUDA graphs in [`Execution::captured`](crate::device::Execution::captured).
@@ -64,9 +136,132 @@ impl<R: Runtime> Gpu<R> {
     /// See [`crate::device::Execution::captured`].
     pub(super) fn captured_work<T>(
         &self,
-        work: impl FnMut() -> Result<T, DeviceError>,
+        mut work: impl FnMut() -> Result<T, DeviceError>,
     ) -> Result<T, DeviceError> {
-        capture::captured(&*self.runtime, self.captures.as_ref(), work)
+        capture::captured(&*self.runtime, self.captures.as_ref(), || {
+            // Those of an attempt that failed.
+            lock(&self.pending).clear();
+            work()
+        })
+    }
+
+    /// See [`crate::device::Execution::side_by_side`].
+    pub(super) fn two_lanes<T>(
+        &self,
+        mut work: impl FnMut(usize) -> Result<T, DeviceError>,
+    ) -> Result<[T; 2], DeviceError> {
+        if lock(&self.recording).is_some() {
+            return Ok([work(0)?, work(1)?]);
+        }
+        let independent = Independent::begin(self);
+        let first = work(0)?;
+        if let Some(recording) = &mut *lock(&self.recording) {
+            recording.lane = 1;
+        }
+        let second = work(1)?;
+        independent.launch()?;
+        Ok([first, second])
+    }
+
+    /// See [`crate::device::Execution::together`].
+    pub(super) fn one_group<T, E: From<CudaError>>(
+        &self,
+        work: impl FnOnce() -> Result<T, E>,
+    ) -> Result<T, E> {
+        let is_outermost = lock(&self.recording).is_none();
+        let own = is_outermost.then(|| Independent::begin(self));
+        let begins = lock(&self.recording).as_mut().is_some_and(Recording::begin_group);
+        let value = work()?;
+        if begins && let Some(recording) = &mut *lock(&self.recording) {
+            recording.end_group();
+        }
+        if let Some(own) = own {
+            own.launch()?;
+        }
+        Ok(value)
+    }
+
+    /// Adds the partial sums of all gradients of parameters, in one launch.
+    pub(super) fn settle_gradients(&self) -> Result<(), CudaError> {
+        let pending = std::mem::take(&mut *lock(&self.pending));
+        // SAFETY: `sum_later` has checked the arrays, which live until the launch.
+        unsafe { self.request(Request::Sums(pending.iter().map(|pending| pending.sum).collect())) }
+    }
+
+    /// Adds partial sums by the next [`Gpu::settle_gradients`] at the latest: of the columns from
+    /// `first` on of rows `rows` of `partial: [.., stride]`.
+    pub(super) fn sum_later(
+        &self,
+        partial: &Array<R, f32>,
+        stride: usize,
+        rows: std::ops::Range<usize>,
+        first: usize,
+        to: &mut Array<R, f32>,
+    ) {
+        let sum = Self::sum_of(partial, stride, rows, first, to);
+        lock(&self.pending).push(Pending { sum, _arrays: [partial.share(), to.share()] });
+    }
+
+    /// As [`Gpu::sum_later`], without the launch.
+    pub(super) fn sum_of(
+        partial: &Array<R, f32>,
+        stride: usize,
+        rows: std::ops::Range<usize>,
+        first: usize,
+        to: &mut Array<R, f32>,
+    ) -> Sum {
+        assert!(first + to.len() <= stride && rows.end * stride <= partial.len(), "sums outside the rows");
+        Sum::new((partial.pointer(), stride), rows, first, (to.pointer(), to.len()))
+    }
+
+    /// Adds partial sums.
+    ///
+    /// # Safety
+    /// The arrays of the sums are alive, and only these sums write the results.
+    pub(super) unsafe fn sum_now(&self, sums: Vec<Sum>) -> Result<(), CudaError> {
+        // SAFETY: guaranteed by the caller.
+        unsafe { self.request(Request::Sums(sums)) }
+    }
+
+    /// Multiplies matrices, in one launch.
+    ///
+    /// # Safety
+    /// The matrices are alive and of the given shapes; no result overlaps a factor or another
+    /// result.
+    pub(super) unsafe fn multiply(&self, problems: Vec<Problem>) -> Result<(), CudaError> {
+        // SAFETY: guaranteed by the caller.
+        unsafe { self.request(Request::Products(problems)) }
+    }
+
+    /// [`Runtime::gemm`].
+    ///
+    /// # Safety
+    /// As [`Runtime::gemm`].
+    pub(super) unsafe fn gemm(&self, gemm: Gemm) -> Result<(), CudaError> {
+        // SAFETY: guaranteed by the caller.
+        unsafe { self.request(Request::Gemm(gemm)) }
+    }
+
+    /// [`Runtime::zero`].
+    ///
+    /// # Safety
+    /// As [`Runtime::zero`].
+    pub(super) unsafe fn fill(&self, at: Pointer, bytes: usize) -> Result<(), CudaError> {
+        // SAFETY: guaranteed by the caller.
+        unsafe { self.request(Request::Zero(at, bytes)) }
+    }
+
+    /// Records a request among independent operations, or hands it to the runtime.
+    ///
+    /// # Safety
+    /// As the method of [`Runtime`].
+    unsafe fn request(&self, request: Request) -> Result<(), CudaError> {
+        if let Some(recording) = &mut *lock(&self.recording) {
+            recording.push(request);
+            return Ok(());
+        }
+        // SAFETY: guaranteed by the caller.
+        unsafe { queue::issue(&*self.runtime, request) }
     }
 
     /// Launches a kernel unless its grid is empty.
@@ -83,6 +278,24 @@ impl<R: Runtime> Gpu<R> {
             return Ok(());
         }
         // SAFETY: guaranteed by the caller.
-        unsafe { self.runtime.launch(kernel, launch, bytemuck::bytes_of(params)) }
+        unsafe { self.request(Request::Launch(kernel, launch, bytemuck::bytes_of(params).to_vec())) }
+    }
+
+    /// Launches a kernel for one or two problems on one, unless its grid is empty.
+    ///
+    /// # Safety
+    /// As [`Runtime::launch`]; `params` is the argument of one problem.
+    pub(super) unsafe fn launch_for_both<P: Pod>(
+        &self,
+        kernel: Kernel,
+        launch: Launch,
+        params: &P,
+    ) -> Result<(), CudaError> {
+        if launch.grid.contains(&0) {
+            return Ok(());
+        }
+        let problem = (launch, bytemuck::bytes_of(params).to_vec());
+        // SAFETY: guaranteed by the caller.
+        unsafe { self.request(Request::Both(kernel, vec![problem])) }
     }
 }

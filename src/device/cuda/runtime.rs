@@ -116,6 +116,13 @@ pub trait Runtime: Send + Sync + 'static {
     /// yet.
     unsafe fn free(&self, at: Pointer, bytes: usize);
 
+    /// Until [`Runtime::release_freed`], no allocation reuses memory that is freed from now on. Work
+    /// enqueued later may still use it.
+    fn hold_freed(&self);
+
+    /// Ends [`Runtime::hold_freed`].
+    fn release_freed(&self);
+
     /// Allocates landing memory, the destination of [`Runtime::send`]. No work in flight uses it,
     /// so a copy to it may run ahead of that work.
     ///

@@ -336,13 +336,21 @@ pub extern "C" fn cuStreamBeginCapture_v2(stream: u64, mode: c_int) -> c_int {
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuStreamEndCapture(stream: u64, graph: *mut u64) -> c_int {
-    enter("cuStreamEndCapture", Needs::Context, |state| {
+    let code = enter("cuStreamEndCapture", Needs::Context, |state| {
         // SAFETY: the caller's pointer.
         unsafe { put(graph, 0)? };
         let recorded = state.end_capture(stream)?;
         // SAFETY: the caller's pointer.
         unsafe { put(graph, recorded) }
-    })
+    });
+    // A planted failure, too, ends the capture, as that of an invalidated capture does.
+    if code != Code::SUCCESS.0
+        && let Some(state) = &mut *lock()
+        && let Ok(recorded) = state.end_capture(stream)
+    {
+        let _ = state.graphs.remove(recorded);
+    }
+    code
 }
 
 #[unsafe(no_mangle)]

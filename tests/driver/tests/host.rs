@@ -19,14 +19,22 @@ use std::sync::Arc;
 const STEPS: usize = 8;
 const EVERY: u64 = u64::MAX;
 
-/// The losses of a few steps on a new device, and how they were started.
+/// [`steps_on`] a new device, with all products by the library.
 fn steps(
     batches: &[Batch],
     precision: Precision,
     graphs: bool,
 ) -> Result<(Vec<f64>, Option<Captures>), DeviceError> {
+    steps_on(Gpu::new(Cuda::new(0)?, precision).with_library_products(), batches, graphs)
+}
+
+/// The losses of a few steps on a device, and how they were started.
+fn steps_on(
+    gpu: Gpu<Cuda>,
+    batches: &[Batch],
+    graphs: bool,
+) -> Result<(Vec<f64>, Option<Captures>), DeviceError> {
     let config = curves::config();
-    let gpu = Gpu::new(Cuda::new(0)?, precision);
     let device = Arc::new(if graphs { gpu.with_graphs() } else { gpu });
     let network = curves::network();
     let made = Model::initialized(device.clone(), network, config.seed, config.init);
@@ -102,6 +110,14 @@ fn the_same_bits(seed: &str) {
         let reference = curves::curve(Arc::new(Cpu::new()), &batches);
         assert!(plain.iter().zip(&reference).all(|(a, b)| (a - b).abs() <= curves::TOLERANCE * b.abs()));
         let (bf16, _) = steps(&batches, Precision::Bf16, true).expect("nothing fails");
+        // Products that share launches, plainly and in graphs.
+        let shared = [false, true].map(|graphs| {
+            let gpu = Gpu::new(Cuda::new(0).expect("a driver"), Precision::F32);
+            steps_on(gpu, &batches, graphs).expect("nothing fails").0
+        });
+        assert_eq!(shared[0], shared[1], "graphs change no bit");
+        let close = |(a, b): (&f64, &f64)| (a - b).abs() <= curves::TOLERANCE * b.abs();
+        assert!(shared[0].iter().zip(&plain).all(close), "{shared:?} {plain:?}");
         assert!(bf16.iter().zip(&plain).all(|(a, b)| (a - b).abs() < 0.05 * b.abs()), "{bf16:?} {plain:?}");
     });
 }
@@ -206,6 +222,7 @@ fn a_refused_graph_runs_without_one() {
         for (entry, code) in [
             ("cuGraphExecUpdate_v2", 910),
             ("cuStreamBeginCapture_v2", 900),
+            ("cuStreamEndCapture", 901),
             ("cuGraphInstantiateWithFlags", 2),
             ("cuGraphGetNodes", 1),
             ("cuGraphLaunch", 1),

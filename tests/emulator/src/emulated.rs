@@ -24,6 +24,8 @@ pub struct Emulated {
     capture: Mutex<Option<Recording>>,
     /// `Some`: the device lags; holds the enqueued requests.
     behind: Option<Mutex<Recording>>,
+    /// Memory freed since [`Runtime::hold_freed`].
+    held: Mutex<Option<Vec<(Pointer, usize)>>>,
     /// Allocated landing memory without a copy so far.
     landing: Mutex<HashSet<Pointer>>,
     /// Freed landing memory, until the host synchronises.
@@ -94,6 +96,7 @@ impl Default for Emulated {
             overlapped: AtomicUsize::new(0),
             capture: Mutex::default(),
             behind: None,
+            held: Mutex::default(),
             landing: Mutex::default(),
             resting: Mutex::default(),
             graphs: Mutex::default(),
@@ -262,6 +265,10 @@ impl Runtime for Emulated {
     }
 
     unsafe fn free(&self, at: Pointer, bytes: usize) {
+        if let Some(held) = &mut *lock(&self.held) {
+            held.push((at, bytes));
+            return;
+        }
         let recorded = self.recording(|Recording { requests, released }| {
             requests.push(Request::Release(at, bytes));
             released.entry(size_class(bytes)).or_default().push((at, bytes));
@@ -269,6 +276,18 @@ impl Runtime for Emulated {
         if !recorded {
             // SAFETY: guaranteed by the caller.
             unsafe { self.device().release(at as *mut u8, bytes) }
+        }
+    }
+
+    fn hold_freed(&self) {
+        lock(&self.held).get_or_insert_default();
+    }
+
+    fn release_freed(&self) {
+        let held = lock(&self.held).take();
+        for (at, bytes) in held.into_iter().flatten() {
+            // SAFETY: the caller of `free` guaranteed it.
+            unsafe { self.free(at, bytes) };
         }
     }
 

@@ -2,8 +2,8 @@
 
 use super::{Device, Precision, effort, open_cpu, open_gpu, pool};
 use crate::limits::gpu::Card;
-use crate::train::sharing;
 use crate::train::steps::{self, Batches, Peak};
+use crate::train::{launches, sharing};
 use crate::{cli, limits, say};
 use dfar::data::Dataset;
 use dfar::data::synthetic::{self, SyntheticOptions};
@@ -46,6 +46,9 @@ pub struct Train {
     /// Measure nothing: print the lower bound of each part of a step on this GPU, by its datasheet
     #[arg(long, value_enum, value_name = "GPU")]
     predict: Option<Card>,
+    /// With --predict: microseconds of a launch, an assumption
+    #[arg(long, value_name = "US", default_value_t = 2.5, requires = "predict")]
+    launch_us: f64,
     /// Device to run on
     #[arg(long, value_enum, default_value_t = Device::Cpu)]
     device: Device,
@@ -136,16 +139,19 @@ fn described(arguments: &Train) -> String {
 /// Prints the lower bounds of steps without running any.
 fn predict_steps(arguments: &Train, config: &Config, data: Option<&Dataset>, card: Card) -> Result<()> {
     let peak = Peak { limits: card.datasheet(), precision: arguments.precision.products() };
-    let profile = steps::predict(&batches(data, config)?, config, arguments.batches, &peak)?;
+    let source = batches(data, config)?;
+    let profile = steps::predict(&source, config, arguments.batches, &peak)?;
+    let seconds = arguments.launch_us * 1e-6;
+    let launches = launches::predict(&source, config, peak.precision, &peak.limits, seconds)?;
     if arguments.json {
-        let json = serde_json::json!({ "peak": peak, "steps": profile });
+        let json = serde_json::json!({ "peak": peak, "steps": profile, "launches": launches });
         say!("{json:#}");
         return Ok(());
     }
     say!("PREDICTIONS, not measurements: the lower bound of each part, by bytes, products and exponentials.");
     say!("{}", peak.limits);
     say!("{}, width {}, in {}", described(arguments), config.width, peak.precision.name());
-    cli::print(&profile.to_string())
+    cli::print(&format!("{profile}\n{launches}\n"))
 }
 
 /// Times the degrees of sharing (with a data set) and the parts of a step.

@@ -75,7 +75,7 @@ impl<'a> Batches<'a> {
     }
 
     /// Batch `index` of `count` that are spread evenly over the epoch.
-    fn make(&self, index: usize, count: usize) -> Result<Batch, BatchError> {
+    pub(super) fn make(&self, index: usize, count: usize) -> Result<Batch, BatchError> {
         match self {
             Self::Drawn { drawer, plan, .. } => {
                 Batch::pack(&drawer.draw(plan, 0, index * plan.size.batches / count))

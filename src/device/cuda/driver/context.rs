@@ -50,6 +50,8 @@ pub struct Cuda {
     /// Memory pool by size class. A driver allocation takes microseconds, and a step makes a few
     /// hundred.
     pool: Mutex<BTreeMap<usize, Vec<Pointer>>>,
+    /// Memory freed since [`Runtime::hold_freed`], by size.
+    held: Mutex<Option<Vec<(usize, Pointer)>>>,
     /// Landing memory of [`Runtime::send`].
     landing: Mutex<Landing>,
     /// Pinned staging buffers of copies in flight, oldest first.
@@ -158,6 +160,7 @@ impl Cuda {
             kernels: Arc::default(),
             resident: Arc::default(),
             pool: Mutex::default(),
+            held: Mutex::default(),
             landing: Mutex::default(),
             sent: Mutex::default(),
             blas: Mutex::default(),
@@ -192,6 +195,7 @@ impl Cuda {
             kernels: self.kernels.clone(),
             resident: self.resident.clone(),
             pool: Mutex::default(),
+            held: Mutex::default(),
             landing: Mutex::default(),
             sent: Mutex::default(),
             blas: Mutex::default(),
@@ -372,7 +376,23 @@ impl Runtime for Cuda {
     }
 
     unsafe fn free(&self, at: Pointer, bytes: usize) {
-        lock(&self.pool).entry(size_class(bytes)).or_default().push(at);
+        let size = size_class(bytes);
+        match &mut *lock(&self.held) {
+            Some(held) => held.push((size, at)),
+            None => lock(&self.pool).entry(size).or_default().push(at),
+        }
+    }
+
+    fn hold_freed(&self) {
+        lock(&self.held).get_or_insert_default();
+    }
+
+    fn release_freed(&self) {
+        let held = lock(&self.held).take();
+        let mut pool = lock(&self.pool);
+        for (size, at) in held.into_iter().flatten() {
+            pool.entry(size).or_default().push(at);
+        }
     }
 
     fn allocate_landing(&self, bytes: usize) -> Result<Pointer, CudaError> {

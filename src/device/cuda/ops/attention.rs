@@ -204,7 +204,7 @@ fn forward_converted<R: Runtime, T: Value>(
 ) -> Result<(), CudaError> {
     let (width, padded) = (plan.head_dim, plan.batch.options.head_dim);
     let narrow = |x| convert::to::<R, T>(gpu, (x, width), padded);
-    let [q, k, v] = [narrow(qkv.q)?, narrow(qkv.k)?, narrow(qkv.v)?];
+    let [q, k, v] = gpu.one_group(|| Ok::<_, CudaError>([narrow(qkv.q)?, narrow(qkv.k)?, narrow(qkv.v)?]))?;
     let mut narrow_o = gpu.array::<T>(o.len() / width * padded)?;
     gpu.attention_forward(&plan.batch, Projections { q: &q, k: &k, v: &v }, &mut narrow_o, lse)?;
     convert::from(gpu, (&narrow_o, padded), (o, width))
@@ -220,15 +220,18 @@ fn backward_converted<R: Runtime, T: Value>(
 ) -> Result<(), CudaError> {
     let (width, padded) = (plan.head_dim, plan.batch.options.head_dim);
     let narrow = |x| convert::to::<R, T>(gpu, (x, width), padded);
-    let [q, k, v] = [narrow(qkv.q)?, narrow(qkv.k)?, narrow(qkv.v)?];
-    let [o, d_o] = [narrow(state.o)?, narrow(d_o)?];
+    let [q, k, v, o, d_o] = gpu.one_group(|| -> Result<_, CudaError> {
+        Ok([narrow(qkv.q)?, narrow(qkv.k)?, narrow(qkv.v)?, narrow(state.o)?, narrow(d_o)?])
+    })?;
     let [mut dq, mut dk, mut dv] = [gpu.array::<T>(q.len())?, gpu.array(q.len())?, gpu.array(q.len())?];
     let narrow_gradients = ProjectionGradients { dq: &mut dq, dk: &mut dk, dv: &mut dv };
     let qkv = Projections { q: &q, k: &k, v: &v };
     gpu.attention_backward(&plan.batch, qkv, &o, state.lse, &d_o, narrow_gradients)?;
-    convert::from(gpu, (&dq, padded), (gradients.dq, width))?;
-    convert::from(gpu, (&dk, padded), (gradients.dk, width))?;
-    convert::from(gpu, (&dv, padded), (gradients.dv, width))
+    gpu.one_group(|| {
+        convert::from(gpu, (&dq, padded), (gradients.dq, width))?;
+        convert::from(gpu, (&dk, padded), (gradients.dk, width))?;
+        convert::from(gpu, (&dv, padded), (gradients.dv, width))
+    })
 }
 
 impl<R: Runtime> Gpu<R> {

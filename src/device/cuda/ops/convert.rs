@@ -48,7 +48,7 @@ fn run<R: Runtime, T: Value>(
     };
     let kernel = Kernel { module: module(T::ELEMENT), entry };
     // SAFETY: the lengths are checked above; the callers own or mutably borrow the destination.
-    unsafe { gpu.launch(kernel, blocks(rows * padded / 2, THREADS), &params) }
+    unsafe { gpu.launch_for_both(kernel, blocks(rows * padded / 2, THREADS), &params) }
 }
 
 /// Converts rows of `width` f32 values to rows of `padded` values of type `T`, padded with zeros.

@@ -134,7 +134,7 @@ impl<R: Runtime> Embedding for Gpu<R> {
         };
         // SAFETY: lengths are checked above; the caller guarantees the index values; y is borrowed
         // mutably.
-        unsafe { self.launch(GATHER_SUM, by_rows(rows, width), &params)? };
+        unsafe { self.launch_for_both(GATHER_SUM, by_rows(rows, width), &params)? };
         Ok(())
     }
 
@@ -158,7 +158,7 @@ impl<R: Runtime> Embedding for Gpu<R> {
         };
         // SAFETY: lengths are checked above; the caller guarantees the index values; y is borrowed
         // mutably.
-        unsafe { self.launch(SCATTER_ADD, by_rows(rows, width), &params)? };
+        unsafe { self.launch_for_both(SCATTER_ADD, by_rows(rows, width), &params)? };
         Ok(())
     }
 
@@ -199,7 +199,7 @@ impl<R: Runtime> Embedding for Gpu<R> {
             shared_bytes: loss::BLOCK_SUM_SHARED as u32,
         };
         // SAFETY: the caller guarantees the index values; partial has one value per block.
-        unsafe { self.launch(SQUARES, launch, &params)? };
+        unsafe { self.launch_for_both(SQUARES, launch, &params)? };
         Ok(loss::reduce(self, &partial, 1, 0.5, sum)?)
     }
 }
@@ -272,10 +272,10 @@ pub(crate) fn segmented_sum<R: Runtime>(
     };
     // SAFETY: lengths are checked above; the caller guarantees offsets and members; y is borrowed
     // mutably; head and tail have one row per chunk.
-    unsafe { gpu.launch(SEGMENT_CHUNKS, by_rows(chunks, width), &params)? };
+    unsafe { gpu.launch_for_both(SEGMENT_CHUNKS, by_rows(chunks, width), &params)? };
     // One block per border between two chunks.
     let launch =
         Launch { grid: [chunks as u32 - 1, 1], threads: THREADS as u32, shared_bytes: BORDERS_SHARED as u32 };
     // SAFETY: as above.
-    unsafe { gpu.launch(SEGMENT_BORDERS, launch, &params) }
+    unsafe { gpu.launch_for_both(SEGMENT_BORDERS, launch, &params) }
 }

@@ -1,7 +1,6 @@
 //! Launches of `step/layer_norm.cu`.
 
 use super::embedding::{TableRows, tables_of};
-use super::rows;
 use crate::device::cuda::array::Array;
 use crate::device::cuda::error::CudaError;
 use crate::device::cuda::gpu::Gpu;
@@ -117,7 +116,7 @@ fn forward<R: Runtime>(
     };
     // SAFETY: lengths are checked above; the caller guarantees the index values; the arrays that
     // the kernel writes are borrowed mutably.
-    unsafe { gpu.launch(kernel, by_rows(rows, width), &params) }
+    unsafe { gpu.launch_for_both(kernel, by_rows(rows, width), &params) }
 }
 
 impl<R: Runtime> Norm for Gpu<R> {
@@ -186,7 +185,9 @@ impl<R: Runtime> Norm for Gpu<R> {
         let shared_bytes = backward_shared(block_rows, vector(width)) as u32;
         let launch = Launch { grid: [count as u32, 1], threads: THREADS as u32, shared_bytes };
         // SAFETY: lengths are checked above; dx is borrowed mutably; partial has one row per block.
-        unsafe { self.launch(BACKWARD, launch, &params)? };
-        Ok(rows::reduce(self, &partial, count, [Some(dgamma), Some(dbeta)])?)
+        unsafe { self.launch_for_both(BACKWARD, launch, &params)? };
+        self.sum_later(&partial, 2 * width, 0..count, 0, dgamma);
+        self.sum_later(&partial, 2 * width, 0..count, width, dbeta);
+        Ok(())
     }
 }

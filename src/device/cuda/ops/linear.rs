@@ -4,6 +4,7 @@ use super::rows::{self, Dy};
 use crate::device::cuda::array::Array;
 use crate::device::cuda::error::CudaError;
 use crate::device::cuda::gpu::Gpu;
+use crate::device::cuda::gpu::products::{Problem, shares_of};
 use crate::device::cuda::kernel::Pointer;
 use crate::device::cuda::runtime::{Gemm, Runtime};
 use crate::device::{
@@ -49,12 +50,18 @@ impl<R: Runtime> Gpu<R> {
         unsafe {
             if k == 0 {
                 return if store == Store::Overwrite {
-                    self.runtime().zero(c, m * n * size_of::<f32>())
+                    self.fill(c, m * n * size_of::<f32>())
                 } else {
                     Ok(())
                 };
             }
-            self.runtime().gemm(&Gemm {
+            // A long inner dimension is cut into shares by `weight_gradient` only.
+            if self.shares_launch(shape) && k <= 4096 {
+                let (a, b) = ((a.at, a.transposed), (b.at, b.transposed));
+                let problem = Problem::new(shape, a, b, (c, store), self.precision());
+                return self.multiply(vec![problem.activated(bias, activation)]);
+            }
+            self.gemm(Gemm {
                 shape,
                 a: a.at,
                 a_transposed: a.transposed,
@@ -121,6 +128,41 @@ impl<R: Runtime> Dense for Gpu<R> {
         let LinearGradients { dx, dw, dbias } = gradients;
         let rows = rows_of(x.len(), dy.len(), (inputs, outputs));
         assert_eq!([w.len(), dw.len()], [inputs * outputs; 2], "w or dw is not [inputs, outputs]");
+        if self.shares_launch([inputs, outputs, rows]) {
+            let gate = match activation {
+                Activation::None => 0,
+                Activation::Relu => {
+                    assert_eq!(y.len(), dy.len(), "y and dy differ in length");
+                    y.pointer()
+                }
+            };
+            let partial = self.array::<f32>(shares_of(rows) * (inputs + 1) * outputs)?;
+            let shape = [inputs, outputs, rows];
+            let dy_at = (dy.pointer(), gate);
+            let mut problems = vec![Problem::weight_gradient(
+                shape,
+                x.pointer(),
+                dy_at,
+                partial.pointer(),
+                self.precision(),
+            )];
+            if let Some(Output { values: dx, store }) = dx {
+                assert_eq!(dx.len(), x.len(), "dx and x differ in length");
+                let (a, b, c) = ((dy.pointer(), false), (w.pointer(), true), (dx.pointer(), store));
+                let product = Problem::new([rows, inputs, outputs], a, b, c, self.precision());
+                problems.push(product.gated(gate));
+            }
+            // SAFETY: lengths are checked above; dx is borrowed mutably; partial has one row per
+            // share.
+            unsafe { self.multiply(problems)? };
+            let (stride, shares) = ((inputs + 1) * outputs, shares_of(rows));
+            self.sum_later(&partial, stride, 0..shares, 0, dw);
+            if let Some(dbias) = dbias {
+                assert_eq!(dbias.len(), outputs, "dbias is not [outputs]");
+                self.sum_later(&partial, stride, 0..shares, inputs * outputs, dbias);
+            }
+            return Ok(());
+        }
         match (activation, dbias) {
             (Activation::None, None) => {}
             (Activation::None, dbias) => rows::column_sums(self, outputs, None, Dy::Read(dy), dbias)?,
@@ -141,7 +183,8 @@ impl<R: Runtime> Dense for Gpu<R> {
         Ok(())
     }
 
-    /// Sorts the rows by label, so that each half of the weight multiplies contiguous rows.
+    /// Each half of the weight multiplies the rows of its label. The library multiplies contiguous
+    /// rows only, so they are sorted by label for it.
     fn label_linear(
         &self,
         layer: LabelLinear<&Array<R, f32>, &Array<R, u32>>,
@@ -152,6 +195,23 @@ impl<R: Runtime> Dense for Gpu<R> {
         rows_of(x.len(), y.values.len(), (inputs, outputs));
         assert_eq!(w.len(), 2 * inputs * outputs, "w is not [2 * inputs, outputs]");
         assert_eq!(bias.len(), outputs, "bias is not [outputs]");
+        let rows = x.len() / inputs;
+        if self.shares_launch([rows, outputs, inputs]) {
+            assert_eq!(tokens_by_label[0].len() + tokens_by_label[1].len(), rows, "a row without a label");
+            let Output { values: y, store } = y;
+            let problem = |label: usize| {
+                let half = w.pointer_at(label * inputs * outputs);
+                let shape = [tokens_by_label[label].len(), outputs, inputs];
+                let (a, b, c) = ((x.pointer(), false), (half, false), (y.pointer(), store));
+                Problem::new(shape, a, b, c, self.precision())
+                    .activated(bias.pointer(), Activation::None)
+                    .of_rows(tokens_by_label[label].pointer())
+            };
+            // SAFETY: lengths are checked above; the caller guarantees the rows, which differ; y is
+            // borrowed mutably.
+            unsafe { self.multiply(vec![problem(0), problem(1)])? };
+            return Ok(());
+        }
         let sorted_x = rows::split(self, inputs, tokens_by_label, x)?;
         let sorted_y = self.array::<f32>(y.values.len())?;
         for (label, first) in [(0, 0), (1, tokens_by_label[0].len())] {
@@ -180,6 +240,36 @@ impl<R: Runtime> Dense for Gpu<R> {
         rows_of(x.len(), dy.len(), (inputs, outputs));
         assert_eq!([w.len(), dw.len()], [2 * inputs * outputs; 2], "w or dw is not [2 * inputs, outputs]");
         assert_eq!(dx.len(), x.len(), "dx and x differ in length");
+        let all = x.len() / inputs;
+        if self.shares_launch([inputs, outputs, all]) {
+            let counts = tokens_by_label.map(Array::len);
+            assert_eq!(counts[0] + counts[1], all, "a row without a label");
+            let (stride, shares) = ((inputs + 1) * outputs, counts.map(shares_of));
+            let partial = self.array::<f32>((shares[0] + shares[1]) * stride)?;
+            let mut problems = Vec::with_capacity(4);
+            for (label, first) in [(0, 0), (1, shares[0])] {
+                let (rows, of) = (counts[label], tokens_by_label[label].pointer());
+                let partial = partial.pointer_at(first * stride);
+                let dy_at = (dy.pointer(), 0);
+                let shape = [inputs, outputs, rows];
+                let of_weight =
+                    Problem::weight_gradient(shape, x.pointer(), dy_at, partial, self.precision());
+                let half = w.pointer_at(label * inputs * outputs);
+                let (a, b, c) = ((dy.pointer(), false), (half, true), (dx.pointer(), Store::Overwrite));
+                let of_input = Problem::new([rows, inputs, outputs], a, b, c, self.precision());
+                problems.extend([of_weight.of_rows(of), of_input.of_rows(of)]);
+            }
+            // SAFETY: lengths are checked above; the caller guarantees the rows, which differ; dx is
+            // borrowed mutably; partial has one row per share.
+            unsafe { self.multiply(problems)? };
+            let [end, all] = [shares[0], shares[0] + shares[1]];
+            let mut half = dw.part(0, inputs * outputs);
+            self.sum_later(&partial, stride, 0..end, 0, &mut half);
+            let mut half = dw.part(inputs * outputs, inputs * outputs);
+            self.sum_later(&partial, stride, end..all, 0, &mut half);
+            self.sum_later(&partial, stride, 0..all, inputs * outputs, dbias);
+            return Ok(());
+        }
         rows::column_sums(self, outputs, None, Dy::Read(dy), Some(dbias))?;
         let sorted_x = rows::split(self, inputs, tokens_by_label, x)?;
         let sorted_dy = rows::split(self, outputs, tokens_by_label, dy)?;

@@ -88,7 +88,7 @@ pub(crate) fn reduce<R: Runtime>(
     };
     let launch = Launch { shared_bytes: BLOCK_SUM_SHARED as u32, ..blocks(1, 1) };
     // SAFETY: lengths are checked above; the slot's buffer is borrowed mutably.
-    unsafe { gpu.launch(REDUCE, launch, &params) }
+    unsafe { gpu.launch_for_both(REDUCE, launch, &params) }
 }
 
 /// 1 / `rows`, or 0 without rows.
@@ -159,7 +159,9 @@ impl<R: Runtime> Losses for Gpu<R> {
         };
         // SAFETY: lengths are checked above; the gradients are borrowed mutably; partial has one
         // value per block.
-        unsafe { self.launch(COSINE, Launch { shared_bytes: BLOCK_SUM_SHARED as u32, ..launch }, &params)? };
+        unsafe {
+            self.launch_for_both(COSINE, Launch { shared_bytes: BLOCK_SUM_SHARED as u32, ..launch }, &params)?
+        };
         Ok(reduce(self, &partial, 1, mean_over(rows), loss)?)
     }
 }

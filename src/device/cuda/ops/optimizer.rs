@@ -82,6 +82,7 @@ impl<R: Runtime> Optimizer for Gpu<R> {
         norm: Slot<Array<R, f64>>,
     ) -> Result<(), DeviceError> {
         assert!(norm.index < norm.values.len(), "the slot lies outside its buffer");
+        self.settle_gradients()?;
         let chunk = chunk_of(tensors.iter().map(|t| t.gradient.len()).sum());
         let mut chunks = 0;
         let mut table = Vec::with_capacity(tensors.len());

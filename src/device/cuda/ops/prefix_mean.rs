@@ -75,7 +75,7 @@ impl<R: Runtime> PrefixMean for Gpu<R> {
         let (launch, params) = params(width, prefixes, x, mean);
         // SAFETY: `params` has checked the lengths; the caller guarantees offsets and counts; mean
         // is borrowed mutably.
-        unsafe { self.launch(FORWARD, launch, &params)? };
+        unsafe { self.launch_for_both(FORWARD, launch, &params)? };
         Ok(())
     }
 
@@ -89,7 +89,7 @@ impl<R: Runtime> PrefixMean for Gpu<R> {
         let (launch, params) = params(width, prefixes, dx, dmean);
         // SAFETY: `params` has checked the lengths; the caller guarantees offsets and counts; dx is
         // borrowed mutably.
-        unsafe { self.launch(BACKWARD, launch, &params)? };
+        unsafe { self.launch_for_both(BACKWARD, launch, &params)? };
         Ok(())
     }
 }

@@ -16,7 +16,6 @@ const fn kernel(entry: &'static str) -> Kernel {
 
 const ADD: Kernel = kernel("rows_add");
 const COLUMN_SUMS: Kernel = kernel("rows_column_sums");
-const REDUCE: Kernel = kernel("rows_reduce");
 const CONCAT: Kernel = kernel("rows_concat");
 const TAKE_PART: Kernel = kernel("rows_take_part");
 const SPLIT: Kernel = kernel("rows_split");
@@ -26,7 +25,6 @@ const MERGE: Kernel = kernel("rows_merge");
 pub const KERNELS: &[(Kernel, Block)] = &[
     (ADD, block_of(0)),
     (COLUMN_SUMS, block_of(COLUMN_SUMS_SHARED)),
-    (REDUCE, block_of(REDUCE_SHARED)),
     (CONCAT, block_of(0)),
     (TAKE_PART, block_of(0)),
     (SPLIT, block_of(0)),
@@ -35,8 +33,6 @@ pub const KERNELS: &[(Kernel, Block)] = &[
 
 /// f32 partial sums of four columns per thread.
 const COLUMN_SUMS_SHARED: usize = THREADS * 4 * size_of::<f32>();
-/// One f64 sum per thread.
-const REDUCE_SHARED: usize = THREADS * size_of::<f64>();
 
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -55,18 +51,6 @@ struct ColumnSumParams {
     rows: u32,
     width: u32,
     block_rows: u32,
-    unused: u32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct ReduceParams {
-    partial: Pointer,
-    first: Pointer,
-    second: Pointer,
-    count: u32,
-    first_width: u32,
-    second_width: u32,
     unused: u32,
 }
 
@@ -111,7 +95,6 @@ struct SplitParams {
 // As in step/rows.cu.
 const _: () = assert!(size_of::<AddParams>() == 24);
 const _: () = assert!(size_of::<ColumnSumParams>() == 40);
-const _: () = assert!(size_of::<ReduceParams>() == 40);
 const _: () = assert!(size_of::<ConcatParams>() == 88);
 const _: () = assert!(size_of::<TakePartParams>() == 40);
 const _: () = assert!(size_of::<SplitParams>() == 56);
@@ -121,7 +104,7 @@ impl<R: Runtime> Rows for Gpu<R> {
         assert_eq!(x.len(), y.len(), "x and y differ in length");
         let params = AddParams { x: x.pointer(), y: y.pointer(), len: x.len() as u64 };
         // SAFETY: both arrays have `len` values, and y is borrowed mutably.
-        unsafe { self.launch(ADD, blocks(x.len(), THREADS * 4), &params)? };
+        unsafe { self.launch_for_both(ADD, blocks(x.len(), THREADS * 4), &params)? };
         Ok(())
     }
 
@@ -154,7 +137,7 @@ impl<R: Runtime> Rows for Gpu<R> {
         let launch = Launch { grid: [x, parts.len() as u32], ..by_rows(rows, width) };
         // SAFETY: lengths are checked above; the caller guarantees the index values; y is borrowed
         // mutably.
-        unsafe { self.launch(CONCAT, launch, &params)? };
+        unsafe { self.launch_for_both(CONCAT, launch, &params)? };
         Ok(())
     }
 
@@ -186,7 +169,7 @@ impl<R: Runtime> Rows for Gpu<R> {
             adds: (store == Store::Add).into(),
         };
         // SAFETY: lengths are checked above; dx is borrowed mutably.
-        unsafe { self.launch(TAKE_PART, by_rows(rows, width), &params)? };
+        unsafe { self.launch_for_both(TAKE_PART, by_rows(rows, width), &params)? };
         Ok(())
     }
 }
@@ -229,45 +212,17 @@ pub(crate) fn column_sums<R: Runtime>(
     // SAFETY: lengths are checked above; partial has the size of this grid; dy is borrowed mutably
     // if it is written.
     unsafe { gpu.launch(COLUMN_SUMS, launch, &params)? };
-    match sums {
-        Some(sums) => {
-            assert_eq!(sums.len(), width, "the sums are not [width]");
-            reduce(gpu, &partial, count, [Some(sums), None])
-        }
-        None => Ok(()),
+    if let Some(sums) = sums {
+        assert_eq!(sums.len(), width, "the sums are not [width]");
+        gpu.sum_later(&partial, width, 0..count, 0, sums);
     }
+    Ok(())
 }
 
 /// A gradient: read, or multiplied in place by the derivative of ReLU.
 pub(crate) enum Dy<'a, R: Runtime> {
     Read(&'a Array<R, f32>),
     Updated(&'a mut Array<R, f32>),
-}
-
-/// Adds `count` rows of partial sums. The columns of a row are those of the first output, then
-/// those of the second. Without rows the outputs are 0.
-pub(crate) fn reduce<R: Runtime>(
-    gpu: &Gpu<R>,
-    partial: &Array<R, f32>,
-    count: usize,
-    outputs: [Option<&mut Array<R, f32>>; 2],
-) -> Result<(), CudaError> {
-    let [(first, first_width), (second, second_width)] =
-        outputs.map(|output| output.map_or((0, 0), |output| (output.pointer(), output.len())));
-    let width = first_width + second_width;
-    assert_eq!(partial.len(), count * width, "partial sums are not [count, width]");
-    let params = ReduceParams {
-        partial: partial.pointer(),
-        first,
-        second,
-        count: count as u32,
-        first_width: first_width as u32,
-        second_width: second_width as u32,
-        unused: 0,
-    };
-    let launch = Launch { shared_bytes: REDUCE_SHARED as u32, ..blocks(width, 32) };
-    // SAFETY: the length of partial is checked above; the outputs are borrowed mutably.
-    unsafe { gpu.launch(REDUCE, launch, &params) }
 }
 
 /// The rows of `x` in label order: label 0 first.

@@ -1,11 +1,11 @@
 //! Launches of `target/target_attention.cu`, and the matrix products around them.
 
 use super::linear::Factor;
-use super::rows::{self, Dy};
 use crate::device::Precision;
 use crate::device::cuda::array::{Array, Staging};
 use crate::device::cuda::error::CudaError;
 use crate::device::cuda::gpu::Gpu;
+use crate::device::cuda::gpu::products::{Problem, shares_of};
 use crate::device::cuda::kernel::{Block, Define, Element, Kernel, Launch, Module, Pointer};
 use crate::device::cuda::plan::rows::blocks;
 use crate::device::cuda::plan::target::{Item, Pair, Row, TargetLists, Tile};
@@ -162,6 +162,20 @@ impl<R: Runtime> Call<'_, R> {
         unsafe { self.gpu.launch(self.kernel(entry), launch, params) }
     }
 
+    /// As [`Call::launch`], for a kernel for one or two problems.
+    ///
+    /// # Safety
+    /// As [`Runtime::launch`].
+    unsafe fn launch_for_both<P: Pod>(
+        &self,
+        entry: &'static str,
+        launch: Launch,
+        params: &P,
+    ) -> Result<(), CudaError> {
+        // SAFETY: guaranteed by the caller.
+        unsafe { self.gpu.launch_for_both(self.kernel(entry), launch, params) }
+    }
+
     /// `c (+)= a b`, or `a b + bias`, for packed matrices; `shape = [m, n, k]`.
     fn product(
         &self,
@@ -204,13 +218,18 @@ impl<R: Runtime> Call<'_, R> {
             hidden0: plan.hidden[0] as u32,
         };
         // SAFETY: `check` has checked the weights; the outputs have the sizes of this shape.
-        unsafe { self.launch("target_combine", blocks((plan.width + 1) * h0, ROW_THREADS), &params)? };
+        unsafe {
+            self.launch_for_both("target_combine", blocks((plan.width + 1) * h0, ROW_THREADS), &params)?
+        };
         let (mut z, mut c) = (array(plan.counts.tokens)?, array(plan.counts.pairs)?);
         let plain = |x| (x, false);
         let shape = [plan.counts.tokens, h0, plan.width];
-        self.product(shape, plain(a), plain(&token), (&mut z, Store::Overwrite), 0)?;
-        let shape = [plan.counts.pairs, h0, plan.width];
-        self.product(shape, plain(r), plain(&candidate), (&mut c, Store::Overwrite), bias.pointer())?;
+        gpu.one_group(|| {
+            self.product(shape, plain(a), plain(&token), (&mut z, Store::Overwrite), 0)?;
+            let shape = [plan.counts.pairs, h0, plan.width];
+            let into = (&mut c, Store::Overwrite);
+            self.product(shape, plain(r), plain(&candidate), into, bias.pointer())
+        })?;
         Ok(FirstLayer { token, candidate, z, c })
     }
 
@@ -333,7 +352,9 @@ impl<R: Runtime> TargetAttention for Gpu<R> {
         unsafe { call.launch("target_scores", launch_of(block, count), &params)? };
         let params = call.softmax(s, state, [0; 3]);
         // SAFETY: as above; lse and att are borrowed mutably.
-        unsafe { call.launch("target_softmax", blocks(plan.rows.len(), ROW_THREADS / 32), &params)? };
+        unsafe {
+            call.launch_for_both("target_softmax", blocks(plan.rows.len(), ROW_THREADS / 32), &params)?
+        };
         Ok(())
     }
 
@@ -381,28 +402,48 @@ impl<R: Runtime> TargetAttention for Gpu<R> {
         // SAFETY: as above; the sums have the sizes of all items, units and blocks.
         unsafe { call.launch("target_backward", launch_of(block, count), &params)? };
 
-        let (mut dz, mut dc) = (gpu.array::<f32>(counts.tokens * h0)?, gpu.array::<f32>(counts.pairs * h0)?);
+        let (dz, dc) = (gpu.array::<f32>(counts.tokens * h0)?, gpu.array::<f32>(counts.pairs * h0)?);
         // SAFETY: as above; da and dr are borrowed mutably; dz and dc were allocated above.
         unsafe {
             let params = call.sum(plan.tiles.pointer(), &token_sums, [&dz, da]);
-            call.launch("target_sum_tokens", blocks(plan.tiles.len(), 1), &params)?;
+            call.launch_for_both("target_sum_tokens", blocks(plan.tiles.len(), 1), &params)?;
             let params = call.sum(plan.pairs.pointer(), &pair_sums, [&dc, dr]);
             let quads = counts.pairs * shape.sums() / 4;
-            call.launch("target_sum_pairs", blocks(quads, ROW_THREADS), &params)?;
+            call.launch_for_both("target_sum_pairs", blocks(quads, ROW_THREADS), &params)?;
         }
 
         let mut sums = gpu.array::<f32>(shape.weight_sums())?;
-        rows::reduce(gpu, &weight_sums, count, [Some(&mut sums), None])?;
         let mut of_bias = gpu.array::<f32>(h0)?;
-        rows::column_sums(gpu, h0, None, Dy::Read(&dc), Some(&mut of_bias))?;
         let (mut of_token, mut of_candidate) = (gpu.array::<f32>(d * h0)?, gpu.array::<f32>(d * h0)?);
+        let mut partial_sums = vec![Gpu::sum_of(&weight_sums, shape.weight_sums(), 0..count, 0, &mut sums)];
+        let mut problems = Vec::with_capacity(4);
+        let mut partials = Vec::with_capacity(2);
         for (x, dx, hidden, weight, gradient, rows) in [
-            (a, da, &mut dz, &first.token, &mut of_token, counts.tokens),
-            (r, dr, &mut dc, &first.candidate, &mut of_candidate, counts.pairs),
+            (a, da, &dz, &first.token, &mut of_token, counts.tokens),
+            (r, dr, &dc, &first.candidate, &mut of_candidate, counts.pairs),
         ] {
-            let into = (gradient, Store::Overwrite);
-            call.product([d, h0, rows], (x, true), (hidden, false), into, 0)?;
-            call.product([rows, d, h0], (hidden, false), (weight, true), (dx, Store::Add), 0)?;
+            let (stride, shares) = ((d + 1) * h0, shares_of(rows));
+            let partial = gpu.array::<f32>(shares * stride)?;
+            let (at, precision) = ((hidden.pointer(), 0), gpu.precision());
+            problems.push(Problem::weight_gradient(
+                [d, h0, rows],
+                x.pointer(),
+                at,
+                partial.pointer(),
+                precision,
+            ));
+            let (hidden, weight) = ((hidden.pointer(), false), (weight.pointer(), true));
+            problems.push(Problem::new([rows, d, h0], hidden, weight, (dx.pointer(), Store::Add), precision));
+            partial_sums.push(Gpu::sum_of(&partial, stride, 0..shares, 0, gradient));
+            partials.push((partial, stride, shares));
+        }
+        let (of_pairs, stride, shares) = &partials[1];
+        partial_sums.push(Gpu::sum_of(of_pairs, *stride, 0..*shares, d * h0, &mut of_bias));
+        // SAFETY: `check` has checked the shapes; da and dr are borrowed mutably; the partial sums
+        // have one row per share, and only these sums write the results, allocated above.
+        unsafe {
+            gpu.multiply(problems)?;
+            gpu.sum_now(partial_sums)?;
         }
         let params = GradientParams {
             token: of_token.pointer(),
@@ -424,7 +465,7 @@ impl<R: Runtime> TargetAttention for Gpu<R> {
         let Launch { grid: [x, _], .. } = blocks(longest, ROW_THREADS);
         let launch = Launch { grid: [x, 3], ..blocks(longest, ROW_THREADS) };
         // SAFETY: `check` has checked the lengths of the gradients, which are borrowed mutably.
-        unsafe { call.launch("target_gradients", launch, &params)? };
+        unsafe { call.launch_for_both("target_gradients", launch, &params)? };
         Ok(())
     }
 }

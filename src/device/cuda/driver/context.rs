@@ -27,7 +27,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 /// The optimizer's address table is copied the same way in the middle of a step. The host is
 /// usually ahead of the device, so the table arrives before its kernel starts.
 ///
-/// On a stream of another library ([`Cuda::on_stream`]), these copies too go to that stream, and
+/// On a stream of another library (`Cuda::on_stream`), these copies too go to that stream, and
 /// the rules hold by its order.
 pub struct Cuda {
     context: Arc<CudaContext>,

@@ -77,3 +77,29 @@ impl Error {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::DataError;
+    use crate::train::TrainError;
+    use crate::train::config::ConfigError;
+    use crate::train::file::FileError;
+    use std::io::ErrorKind::{NotFound, OutOfMemory};
+
+    /// The address space can end in the middle of a read or of mapping a file.
+    #[test]
+    fn memory_that_a_read_is_refused_is_no_bad_input() {
+        let codes = |kind: std::io::ErrorKind| {
+            let path = || std::path::PathBuf::from("x");
+            [
+                Error::from(DataError::Read { path: path(), source: kind.into() }),
+                Error::from(TrainError::from(FileError::Read { path: path(), source: kind.into() })),
+                Error::from(TrainError::from(ConfigError::Read { path: path(), source: kind.into() })),
+            ]
+            .map(|error| error.exit_code())
+        };
+        assert_eq!(codes(NotFound), [3, 3, 2]);
+        assert_eq!(codes(OutOfMemory), [1, 1, 1]);
+    }
+}

@@ -1,5 +1,6 @@
 //! Errors of log files and data set files: one variant per cause.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
@@ -266,9 +267,10 @@ pub struct BadRow {
 }
 
 impl DataError {
-    /// Exit code of the binaries: 3 for bad input, 1 if only writing failed.
+    /// Exit code of the binaries: 3 for bad input, 1 if only writing failed or memory is refused.
     pub fn exit_code(&self) -> u8 {
         match self {
+            DataError::Read { source, .. } if source.kind() == ErrorKind::OutOfMemory => 1,
             DataError::Write { .. } | DataError::Memory { .. } => 1,
             _ => 3,
         }

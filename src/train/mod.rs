@@ -17,6 +17,7 @@ use crate::batch::BatchError;
 use crate::device::cuda::CudaError;
 use crate::evaluate::EvaluateError;
 use crate::model::ModelError;
+use std::io::ErrorKind;
 use std::path::PathBuf;
 use thiserror::Error;
 
@@ -125,6 +126,12 @@ impl TrainError {
         use file::FileError;
         use run::RunError;
         match self {
+            TrainError::Config(config::ConfigError::Read { source, .. })
+            | TrainError::File(FileError::Read { source, .. })
+                if source.kind() == ErrorKind::OutOfMemory =>
+            {
+                1
+            }
             TrainError::Config(_) | TrainError::Usage { .. } => 2,
             TrainError::Model(ModelError::Config { .. }) => 2,
             TrainError::Run(RunError::Exists { .. } | RunError::OtherConfig { .. }) => 2,

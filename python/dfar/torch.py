@@ -102,6 +102,12 @@ def _fha_backward(
     return torch.from_numpy(dq), torch.from_numpy(dk), torch.from_numpy(dv)
 
 
+def _output_shape(q: Tensor, label_mask: bool) -> tuple[int, int, int, int]:
+    """The shape of ``o``; its first two dimensions are that of ``lse``."""
+    tokens, heads, width = q.shape
+    return tokens, heads // 2 if label_mask else heads, heads, width
+
+
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -149,11 +155,9 @@ def _fha_cuda(
 ) -> tuple[Tensor, Tensor]:
     with torch.cuda.device(q.device):
         place = _place(q)
-        shape = tokens, heads, width = q.shape[0], q.shape[1], q.shape[2]
-        slots = heads // 2 if label_mask else heads
+        shape, out = (q.shape[0], q.shape[1], q.shape[2]), _output_shape(q, label_mask)
         qkv = [_on_gpu(name, x, q, shape) for name, x in (("q", q), ("k", k), ("v", v))]
-        o = torch.empty((tokens, slots, heads, width), dtype=q.dtype, device=q.device)
-        lse = torch.empty((tokens, slots), dtype=torch.float32, device=q.device)
+        o, lse = q.new_empty(out), q.new_empty(out[:2], dtype=torch.float32)
         _dfar.fha_cuda(
             place, shape, ([x.data_ptr() for x in qkv], o.data_ptr(), lse.data_ptr()),
             *_host(cu_seqlens, label), normalization, causal, label_mask, scale,
@@ -178,9 +182,7 @@ def _fha_backward_cuda(
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.cuda.device(q.device):
         place = _place(q)
-        shape = tokens, heads, width = q.shape[0], q.shape[1], q.shape[2]
-        slots = heads // 2 if label_mask else heads
-        out = (tokens, slots, heads, width)
+        shape, out = (q.shape[0], q.shape[1], q.shape[2]), _output_shape(q, label_mask)
         qkv = [_on_gpu(name, x, q, shape) for name, x in (("q", q), ("k", k), ("v", v))]
         d_o, o = _on_gpu("d_o", d_o, q, out), _on_gpu("o", o, q, out)
         lse = _on_gpu("lse", lse, q.new_empty(0, dtype=torch.float32), out[:2])
@@ -197,10 +199,8 @@ def _fha_backward_cuda(
 def _(  # type: ignore[no-untyped-def]
     q, k, v, cu_seqlens, label, normalization, causal, label_mask, scale
 ):
-    tokens, heads, width = q.shape
-    slots = heads // 2 if label_mask else heads
-    lse = q.new_empty(tokens, slots, dtype=torch.float32)
-    return q.new_empty(tokens, slots, heads, width), lse
+    out = _output_shape(q, label_mask)
+    return q.new_empty(out), q.new_empty(out[:2], dtype=torch.float32)
 
 
 @_fha_backward.register_fake

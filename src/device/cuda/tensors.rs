@@ -11,7 +11,6 @@ use super::error::CudaError;
 use super::gpu::Gpu;
 use super::kernel::{Element, Pointer, Value};
 use super::ops::attention::{DevicePlan, ProjectionGradients, Projections};
-use super::plan::tile::HEAD_DIMS;
 use crate::attention::{FhaOptions, Inputs};
 use crate::device::{Attention, DeviceError, Precision, Qkv, QkvGradients, SoftmaxState};
 use std::sync::Arc;
@@ -122,10 +121,7 @@ impl Streams {
         // SAFETY: guaranteed by the caller; the arguments are checked.
         unsafe {
             match tensors.element {
-                Element::F32 if !HEAD_DIMS.contains(&batch.options.head_dim) => {
-                    padded(&gpu, batch, tensors, gradients)
-                }
-                Element::F32 => direct::<f32>(&gpu, batch, tensors, gradients),
+                Element::F32 => in_f32(&gpu, batch, tensors, gradients),
                 Element::Bf16 => direct::<half::bf16>(&gpu, batch, tensors, gradients),
                 Element::F16 => direct::<half::f16>(&gpu, batch, tensors, gradients),
             }
@@ -195,7 +191,7 @@ impl<T: Value> Arrays<T> {
     }
 }
 
-/// Kernels on the tensors themselves.
+/// Kernels on the tensors themselves, in the types that the model does not have.
 ///
 /// # Safety
 /// As [`Streams::run`].
@@ -222,11 +218,11 @@ unsafe fn direct<T: Value>(
     Ok(())
 }
 
-/// Kernels on f32 copies with padded heads: for widths without a kernel.
+/// As the model's attention in f32, which pads heads of widths without a kernel.
 ///
 /// # Safety
 /// As [`Streams::run`].
-unsafe fn padded(
+unsafe fn in_f32(
     gpu: &Gpu<Cuda>,
     batch: Packed,
     tensors: &Tensors,

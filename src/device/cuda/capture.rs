@@ -3,10 +3,10 @@
 //! A recording executes nothing. If it fails, the function runs again without a graph.
 
 use super::error::CudaError;
-use super::runtime::{Runtime, Start};
+use super::runtime::{Runtime, Start, lock};
 use crate::device::DeviceError;
 use std::fmt;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 /// Counts of captured work, by how it was started.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -72,7 +72,7 @@ pub(super) fn captured<R: Runtime, T>(
     };
     let outcome = attempt();
     {
-        let mut captures = captures.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut captures = lock(captures);
         match &outcome {
             Ok((_, Start::Updated)) => captures.updated += 1,
             Ok((_, Start::Instantiated)) => captures.instantiated += 1,

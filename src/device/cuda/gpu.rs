@@ -8,13 +8,13 @@ use super::array::Array;
 use super::capture::{self, Captures};
 use super::error::CudaError;
 use super::kernel::{Kernel, Launch, Pointer};
-use super::runtime::{Gemm, Runtime};
+use super::runtime::{Gemm, Runtime, lock};
 use crate::device::DeviceError;
 use crate::device::Precision;
 use bytemuck::Pod;
 use products::{Problem, Sum};
 use queue::{Recording, Request};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 /// The device of the model: a GPU, or the emulator in tests.
 pub struct Gpu<R: Runtime> {
@@ -34,11 +34,6 @@ pub struct Gpu<R: Runtime> {
 struct Pending<R: Runtime> {
     sum: Sum,
     _arrays: [Array<R, f32>; 2],
-}
-
-/// Ignores poisoning: no critical section leaves partial state on a panic.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Independent operations in progress. Drop discards what is recorded and lets memory go.
@@ -104,7 +99,7 @@ impl<R: Runtime> Gpu<R> {
 
     /// Capture counts so far; `None` without [`Gpu::with_graphs`].
     pub fn captures(&self) -> Option<Captures> {
-        self.captures.as_ref().map(|captures| captures.lock().unwrap_or_else(PoisonError::into_inner).clone())
+        self.captures.as_ref().map(|captures| lock(captures).clone())
     }
 
     /// The runtime.

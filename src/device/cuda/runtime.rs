@@ -11,6 +11,7 @@ use super::error::CudaError;
 use super::kernel::{Kernel, Launch, Pointer};
 use crate::device::{Activation, Precision, Store};
 use std::ops::{DerefMut, Range};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// A matrix product `c = activation(a b + bias)`. All matrices are f32, row-major and packed: `a:
 /// [m, k]`, `b: [k, n]`, `c: [m, n]`.
@@ -45,6 +46,36 @@ pub enum Start {
     Updated,
     /// By a newly instantiated graph executable.
     Instantiated,
+}
+
+/// Ignores poisoning: no critical section under `cuda` leaves partial state on a panic.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Memory that is freed but not to be reused yet.
+#[derive(Debug, Default)]
+pub struct Held(Mutex<Option<Vec<(Pointer, usize)>>>);
+
+impl Held {
+    /// Whether it keeps freed memory: between [`Runtime::hold_freed`] and [`Runtime::release_freed`].
+    pub fn keeps(&self, at: Pointer, bytes: usize) -> bool {
+        match &mut *lock(&self.0) {
+            Some(held) => {
+                held.push((at, bytes));
+                true
+            }
+            None => false,
+        }
+    }
+
+    fn begin(&self) {
+        lock(&self.0).get_or_insert_default();
+    }
+
+    fn end(&self) -> Vec<(Pointer, usize)> {
+        lock(&self.0).take().unwrap_or_default()
+    }
 }
 
 /// Limits of the device.
@@ -116,12 +147,22 @@ pub trait Runtime: Send + Sync + 'static {
     /// yet.
     unsafe fn free(&self, at: Pointer, bytes: usize);
 
+    /// The memory that [`Runtime::free`] holds back: it asks [`Held::keeps`] first.
+    fn held(&self) -> &Held;
+
     /// Until [`Runtime::release_freed`], no allocation reuses memory that is freed from now on. Work
     /// enqueued later may still use it.
-    fn hold_freed(&self);
+    fn hold_freed(&self) {
+        self.held().begin();
+    }
 
     /// Ends [`Runtime::hold_freed`].
-    fn release_freed(&self);
+    fn release_freed(&self) {
+        for (at, bytes) in self.held().end() {
+            // SAFETY: guaranteed by the caller of the `free` that held it back.
+            unsafe { self.free(at, bytes) };
+        }
+    }
 
     /// Allocates landing memory, the destination of [`Runtime::send`]. No work in flight uses it,
     /// so a copy to it may run ahead of that work.

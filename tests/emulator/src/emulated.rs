@@ -4,7 +4,7 @@ use super::Device;
 use dfar::device::cuda::driver::graph::Node;
 use dfar::device::cuda::driver::landing::Landing;
 use dfar::device::cuda::kernel::{Kernel, Launch, Pointer};
-use dfar::device::cuda::runtime::{Gemm, Limits, Memory, Runtime, Start};
+use dfar::device::cuda::runtime::{Gemm, Held, Limits, Memory, Runtime, Start};
 use dfar::device::cuda::{CudaError, Gpu, Precision};
 use dfar::device::{Activation, Store};
 use half::bf16;
@@ -24,8 +24,7 @@ pub struct Emulated {
     capture: Mutex<Option<Recording>>,
     /// `Some`: the device lags; holds the enqueued requests.
     behind: Option<Mutex<Recording>>,
-    /// Memory freed since [`Runtime::hold_freed`].
-    held: Mutex<Option<Vec<(Pointer, usize)>>>,
+    held: Held,
     /// Allocated landing memory without a copy so far.
     landing: Mutex<HashSet<Pointer>>,
     /// Freed landing memory, until the host synchronises.
@@ -96,7 +95,7 @@ impl Default for Emulated {
             overlapped: AtomicUsize::new(0),
             capture: Mutex::default(),
             behind: None,
-            held: Mutex::default(),
+            held: Held::default(),
             landing: Mutex::default(),
             resting: Mutex::default(),
             graphs: Mutex::default(),
@@ -265,8 +264,7 @@ impl Runtime for Emulated {
     }
 
     unsafe fn free(&self, at: Pointer, bytes: usize) {
-        if let Some(held) = &mut *lock(&self.held) {
-            held.push((at, bytes));
+        if self.held.keeps(at, bytes) {
             return;
         }
         let recorded = self.recording(|Recording { requests, released }| {
@@ -279,16 +277,8 @@ impl Runtime for Emulated {
         }
     }
 
-    fn hold_freed(&self) {
-        lock(&self.held).get_or_insert_default();
-    }
-
-    fn release_freed(&self) {
-        let held = lock(&self.held).take();
-        for (at, bytes) in held.into_iter().flatten() {
-            // SAFETY: the caller of `free` guaranteed it.
-            unsafe { self.free(at, bytes) };
-        }
+    fn held(&self) -> &Held {
+        &self.held
     }
 
     fn allocate_landing(&self, bytes: usize) -> Result<Pointer, CudaError> {

@@ -10,7 +10,7 @@ use dfar::Result;
 use dfar::batch::Batch;
 use dfar::device::Store;
 use dfar::device::cuda::kernel::{Kernel, Launch, Pointer};
-use dfar::device::cuda::runtime::{self, Gemm, Memory, Runtime, Start};
+use dfar::device::cuda::runtime::{self, Gemm, Held, Memory, Runtime, Start};
 use dfar::device::cuda::{CudaError, Gpu, Precision};
 use dfar::model::{Model, Optimizer};
 use dfar::train::config::Config;
@@ -110,7 +110,10 @@ pub fn count(batch: &Batch, items: usize, config: &Config, precision: Precision)
 
 /// A runtime that counts and executes nothing.
 #[derive(Default)]
-pub struct Counting(Mutex<State>);
+pub struct Counting {
+    state: Mutex<State>,
+    held: Held,
+}
 
 #[derive(Default)]
 struct State {
@@ -118,8 +121,6 @@ struct State {
     taken: Pointer,
     /// Live arrays: bytes, and the content of those copied from the host.
     arrays: BTreeMap<Pointer, (usize, Vec<u8>)>,
-    /// Arrays freed since [`Runtime::hold_freed`].
-    held: Option<Vec<Pointer>>,
     /// Launches and bytes by kind.
     kinds: BTreeMap<String, (usize, usize)>,
 }
@@ -145,7 +146,7 @@ impl State {
 
 impl Counting {
     fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -182,21 +183,14 @@ impl Runtime for Counting {
         Ok(at)
     }
 
-    unsafe fn free(&self, at: Pointer, _: usize) {
-        let State { arrays, held, .. } = &mut *self.state();
-        match held {
-            Some(held) => held.push(at),
-            None => drop(arrays.remove(&at)),
+    unsafe fn free(&self, at: Pointer, bytes: usize) {
+        if !self.held.keeps(at, bytes) {
+            self.state().arrays.remove(&at);
         }
     }
 
-    fn hold_freed(&self) {
-        self.state().held.get_or_insert_default();
-    }
-
-    fn release_freed(&self) {
-        let State { arrays, held, .. } = &mut *self.state();
-        held.take().into_iter().flatten().for_each(|at| drop(arrays.remove(&at)));
+    fn held(&self) -> &Held {
+        &self.held
     }
 
     fn allocate_landing(&self, bytes: usize) -> Result<Pointer, CudaError> {

@@ -9,12 +9,12 @@ use super::nvrtc::Nvrtc;
 use super::once::Once;
 use crate::device::cuda::error::CudaError;
 use crate::device::cuda::kernel::{Arch, Kernel, Launch, Module, Pointer};
-use crate::device::cuda::runtime::{Gemm, Limits, Memory, Runtime, Start};
+use crate::device::cuda::runtime::{Gemm, Held, Limits, Memory, Runtime, Start, lock};
 use cudarc::driver::sys::{CUdevice_attribute as Attribute, CUevent_flags};
 use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaModule, CudaStream, DriverError, result};
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 /// One GPU. All work except the copies of [`Runtime::send`] goes to one compute stream, in order.
 ///
@@ -50,8 +50,7 @@ pub struct Cuda {
     /// Memory pool by size class. A driver allocation takes microseconds, and a step makes a few
     /// hundred.
     pool: Mutex<BTreeMap<usize, Vec<Pointer>>>,
-    /// Memory freed since [`Runtime::hold_freed`], by size.
-    held: Mutex<Option<Vec<(usize, Pointer)>>>,
+    held: Held,
     /// Landing memory of [`Runtime::send`].
     landing: Mutex<Landing>,
     /// Pinned staging buffers of copies in flight, oldest first.
@@ -160,7 +159,7 @@ impl Cuda {
             kernels: Arc::default(),
             resident: Arc::default(),
             pool: Mutex::default(),
-            held: Mutex::default(),
+            held: Held::default(),
             landing: Mutex::default(),
             sent: Mutex::default(),
             blas: Mutex::default(),
@@ -195,7 +194,7 @@ impl Cuda {
             kernels: self.kernels.clone(),
             resident: self.resident.clone(),
             pool: Mutex::default(),
-            held: Mutex::default(),
+            held: Held::default(),
             landing: Mutex::default(),
             sent: Mutex::default(),
             blas: Mutex::default(),
@@ -325,11 +324,6 @@ impl Cuda {
     }
 }
 
-/// Ignores poisoning: no critical section leaves partial state on a panic.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// Rounds up to an eighth of a power of two, so that batches of nearly equal size reuse memory.
 fn size_class(bytes: usize) -> usize {
     let bytes = bytes.max(256);
@@ -376,23 +370,13 @@ impl Runtime for Cuda {
     }
 
     unsafe fn free(&self, at: Pointer, bytes: usize) {
-        let size = size_class(bytes);
-        match &mut *lock(&self.held) {
-            Some(held) => held.push((size, at)),
-            None => lock(&self.pool).entry(size).or_default().push(at),
+        if !self.held.keeps(at, bytes) {
+            lock(&self.pool).entry(size_class(bytes)).or_default().push(at);
         }
     }
 
-    fn hold_freed(&self) {
-        lock(&self.held).get_or_insert_default();
-    }
-
-    fn release_freed(&self) {
-        let held = lock(&self.held).take();
-        let mut pool = lock(&self.pool);
-        for (size, at) in held.into_iter().flatten() {
-            pool.entry(size).or_default().push(at);
-        }
+    fn held(&self) -> &Held {
+        &self.held
     }
 
     fn allocate_landing(&self, bytes: usize) -> Result<Pointer, CudaError> {

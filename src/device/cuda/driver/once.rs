@@ -1,8 +1,9 @@
 //! Values initialised on first use, once per key.
 
+use crate::device::cuda::runtime::lock;
 use std::collections::HashMap;
 use std::hash::Hash;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 /// Lazily initialised values by key. Initialising one key does not block callers of other keys.
 pub(crate) struct Once<K, V> {
@@ -28,11 +29,6 @@ impl<K, V> Default for Once<K, V> {
     fn default() -> Self {
         Self { places: Mutex::default() }
     }
-}
-
-/// Ignores poisoning: a panic in `make` leaves its entry empty.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -3,17 +3,36 @@
 //! Without this, Rust aborts the process (exit code 134) when the system refuses an allocation:
 //! beyond `ulimit -v`, the limit of a container, or the memory of the machine without overcommit.
 //! Code that reports the refusal itself allocates inside [`fallible`](dfar::memory::fallible).
+//!
+//! The C library allocates too, a few bytes at a time, and glibc aborts where it is refused (when
+//! a thread registers the destructor of a thread-local). So memory must run out here first: after
+//! every [`EVERY`] bytes that a thread allocates, [`ROOM`] more bytes must be free.
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::hint::black_box;
 
 #[global_allocator]
 static ALLOCATOR: Reporting = Reporting;
+
+/// The bytes that must stay free for the C library. Less than the 128 KiB from which on glibc maps
+/// pages for one allocation: the bytes must be in the heap that the C library allocates from.
+const ROOM: usize = 96 << 10;
+
+/// The bytes that a thread allocates between two probes of the room.
+const EVERY: usize = 16 << 10;
+
+thread_local! {
+    /// The bytes allocated since the last probe. A thread's first allocation probes. Constant and
+    /// without a destructor: its first use allocates nothing.
+    static TAKEN: Cell<usize> = const { Cell::new(EVERY) };
+}
 
 /// The system's allocator; a refusal ends the process.
 struct Reporting;
 
 // SAFETY: every call goes to `System` unchanged, and so does its result, except that the process
-// may end before a null pointer is returned. Nothing here allocates or panics.
+// may end before it is returned. Nothing here panics, and what is allocated is freed at once.
 unsafe impl GlobalAlloc for Reporting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         // SAFETY: guaranteed by the caller.
@@ -38,10 +57,37 @@ unsafe impl GlobalAlloc for Reporting {
 
 #[inline]
 fn given(memory: *mut u8, bytes: usize) -> *mut u8 {
-    if memory.is_null() && !dfar::memory::is_fallible() {
-        end(bytes);
+    if memory.is_null() {
+        refuse(bytes);
+        return memory;
+    }
+    let taken = TAKEN.get().saturating_add(bytes);
+    TAKEN.set(taken);
+    if taken >= EVERY {
+        leave_room();
     }
     memory
+}
+
+#[cold]
+fn leave_room() {
+    let layout = Layout::new::<[u128; ROOM / 16]>();
+    // SAFETY: the layout is not empty. The optimiser must not remove the pair of calls.
+    let room = black_box(unsafe { System.alloc(layout) });
+    if room.is_null() {
+        refuse(ROOM);
+    } else {
+        // SAFETY: allocated above with the same layout.
+        unsafe { System.dealloc(room, layout) };
+        TAKEN.set(0);
+    }
+}
+
+#[cold]
+fn refuse(bytes: usize) {
+    if !dfar::memory::is_fallible() {
+        end(bytes);
+    }
 }
 
 /// Prints the message and ends the process. Nothing is allocated, and no lock is taken: the thread

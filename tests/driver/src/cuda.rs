@@ -1,7 +1,6 @@
 //! The entry points of `libcuda` that the library uses, with the types of cuda.h.
 
 use crate::code::{Code, Done, Failure, TEXTS, fault, handle};
-use crate::handles::{Handles, Kind};
 use crate::machine::Machine;
 use crate::memory::Host;
 use crate::nvrtc;
@@ -124,34 +123,6 @@ pub unsafe extern "C" fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_in
         };
         // SAFETY: the caller's pointer.
         unsafe { put(value, found) }
-    })
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuDeviceGetMemPool(pool: *mut u64, device: c_int) -> c_int {
-    enter("cuDeviceGetMemPool", Needs::Driver, |_| {
-        device_exists(device)?;
-        // SAFETY: the caller's pointer.
-        unsafe { put(pool, pool_handle()) }
-    })
-}
-
-/// The device's only memory pool.
-fn pool_handle() -> u64 {
-    Handles::new(Kind::Pool).add(())
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuMemPoolSetAttribute(pool: u64, attribute: c_int, value: *mut c_void) -> c_int {
-    enter("cuMemPoolSetAttribute", Needs::Driver, |_| {
-        if pool != pool_handle() {
-            return Err(handle(format!("{pool:#x} is no memory pool")));
-        }
-        // 4: the release threshold.
-        if attribute != 4 || value.is_null() {
-            return fault(Code::INVALID_VALUE, format!("pool attribute {attribute} is not implemented"));
-        }
-        Ok(())
     })
 }
 
@@ -299,8 +270,7 @@ pub extern "C" fn cuMemsetD8Async(at: u64, value: u8, bytes: usize, stream: u64)
     })
 }
 
-// ------------------------------------------------------------------------------- streams and
-// events
+// ------------------------------------------------------------------------------ streams and events
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuStreamCreate(stream: *mut u64, _flags: c_uint) -> c_int {

@@ -14,7 +14,6 @@ pub enum Kind {
     Function,
     Graph,
     Executable,
-    Pool,
     Program,
     Blas,
     Product,

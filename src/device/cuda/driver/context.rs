@@ -137,7 +137,6 @@ impl Cuda {
             multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
             cache_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize,
         };
-        launch::keep_freed_memory(&context).map_err(failed("setting up the memory pool"))?;
         // With event tracking, cudarc would synchronise the context when it makes the first stream,
         // and so invalidate a capture of another `Cuda` in this process.
         // SAFETY: no `CudaSlice` is made; this module orders all uses of memory itself.
@@ -175,8 +174,8 @@ impl Cuda {
     /// A driver error.
     ///
     /// # Safety
-    /// `stream` is a stream of the GPU's primary context, or 0 for the default stream. It exists
-    /// until the result is dropped.
+    /// `stream` is a stream of the GPU's primary context, or 0 or 1 for the legacy default stream. It
+    /// exists until the result is dropped.
     pub(crate) unsafe fn on_stream(&self, stream: u64) -> Result<Cuda, CudaError> {
         // SAFETY: guaranteed by the caller; `CudaContext::new` retains the primary context.
         let stream = unsafe { launch::borrowed_stream(&self.context, stream) };

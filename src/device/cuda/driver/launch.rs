@@ -33,33 +33,18 @@ pub(crate) fn driver_version() -> Option<i32> {
     known.then_some(version)
 }
 
-/// Configures the driver's memory pool to keep freed memory, so that a step allocates none from the
-/// system.
-pub(crate) fn keep_freed_memory(context: &Arc<CudaContext>) -> Result<(), DriverError> {
-    if !context.has_async_alloc() {
-        return Ok(());
-    }
-    context.bind_to_thread()?;
-    let mut threshold = u64::MAX;
-    // SAFETY: the device belongs to the context; the driver copies the threshold, a 64-bit integer.
-    unsafe {
-        let pool = result::device::get_mem_pool(context.cu_device())?;
-        let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-        sys::cuMemPoolSetAttribute(pool, attribute, (&raw mut threshold).cast()).result()
-    }
-}
-
 /// A stream of another library, which owns it.
 ///
 /// # Safety
-/// `stream` is a stream of the context, or 0 for the default stream. It exists until the last clone
-/// of the result is dropped.
+/// `stream` is a stream of the context, or 0 or 1 for the legacy default stream. It exists until the
+/// last clone of the result is dropped.
 pub(crate) unsafe fn borrowed_stream(context: &Arc<CudaContext>, stream: u64) -> Arc<CudaStream> {
     // SAFETY: guaranteed by the caller.
     unsafe { context.wrap_borrowed_stream(std::ptr::without_provenance_mut(stream as usize)) }
 }
 
-/// Stream-ordered allocation of `bytes` bytes with unspecified content.
+/// Stream-ordered allocation of `bytes` bytes with unspecified content, from the device's default
+/// memory pool. Other libraries of the process share that pool, so its attributes stay as they are.
 pub(crate) fn allocate(stream: &CudaStream, bytes: usize) -> Result<Pointer, CudaError> {
     // SAFETY: the stream belongs to the context; the driver checks the size.
     unsafe { result::malloc_async(stream.cu_stream(), bytes) }

@@ -14,6 +14,7 @@ import pytest
 
 PROGRAM = """
 import ctypes
+import sys
 import dfar
 import numpy as np
 
@@ -34,7 +35,7 @@ context, made = word(), word()
 call("cuDevicePrimaryCtxRetain", ctypes.byref(context), 0)
 call("cuCtxSetCurrent", context.value)
 call("cuStreamCreate", ctypes.byref(made), 1)
-stream = made.value
+stream = made.value if sys.argv[1] == "made" else 0
 
 def empty(values):
     at = word()
@@ -72,8 +73,9 @@ print("done")
 """
 
 
+@pytest.mark.parametrize("stream", ["default", "made"])
 @pytest.mark.parametrize("seed", [0, 1, 20261127])
-def test_tensors_of_another_library_are_computed_on_its_stream(seed: int) -> None:
+def test_tensors_of_another_library_are_computed_on_its_stream(seed: int, stream: str) -> None:
     root = Path(__file__).resolve().parents[2]
     folder = Path(os.environ.get("CARGO_TARGET_DIR", root / "target")) / "test-driver"
     if not (folder / "libcuda.so.1").exists():
@@ -83,7 +85,7 @@ def test_tensors_of_another_library_are_computed_on_its_stream(seed: int) -> Non
         "DFAR_CACHE_DIR": str(folder / "cache"), "DFAR_DRIVER_SEED": str(seed),
     }
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=os.environ | variables, capture_output=True, text=True,
+        [sys.executable, "-c", PROGRAM, stream], env=os.environ | variables, capture_output=True, text=True,
         timeout=300,
     )
     assert done.returncode == 0 and done.stdout == "done\n", done.stderr

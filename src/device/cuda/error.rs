@@ -143,6 +143,12 @@ pub enum CudaError {
         /// Its address.
         at: u64,
     },
+    /// The per-thread default stream, which is another stream in each thread.
+    #[error(
+        "cuda: the stream is the per-thread default stream (handle 2), whose scratch memory threads would \
+         share; pass a stream that was created, or the legacy default stream (handle 0 or 1)"
+    )]
+    PerThreadStream,
     /// The element type of the tensors differs from that of the plan.
     #[error("cuda: the batch was planned for {}, but the tensors are {}", planned.name(), given.name())]
     Element {
@@ -220,6 +226,7 @@ impl CudaError {
             CudaError::Attention(_)
                 | CudaError::OtherDevice { .. }
                 | CudaError::Misaligned { .. }
+                | CudaError::PerThreadStream
                 | CudaError::Element { .. }
         )
     }

@@ -20,9 +20,13 @@ use std::sync::Arc;
 pub struct Place {
     /// Device number.
     pub ordinal: usize,
-    /// The `CUstream`; 0 for the default stream.
+    /// The `CUstream`; 0 or 1 for the legacy default stream. The per-thread default stream, 2, is
+    /// refused.
     pub stream: u64,
 }
+
+/// `CU_STREAM_PER_THREAD`
+const PER_THREAD: u64 = 2;
 
 /// A packed batch: what the host knows of it.
 #[derive(Clone, Copy, Debug)]
@@ -74,8 +78,8 @@ impl Streams {
     /// Invalid arguments; a device, driver or library that cannot be used; a driver error.
     ///
     /// # Safety
-    /// - The stream belongs to the primary context of the device, or is 0, and exists until `self`
-    ///   is dropped.
+    /// - The stream belongs to the primary context of the device, or is a default stream, and exists
+    ///   until `self` is dropped.
     /// - Each address refers to memory of the shape in [`Tensors`], which the device can access and
     ///   which stays until the work enqueued here has run. `o` and `lse` overlap no other.
     /// - Work on other streams is ordered with the stream as for a kernel launch with these
@@ -115,6 +119,9 @@ impl Streams {
         tensors: &Tensors,
         gradients: Option<&Gradients>,
     ) -> Result<(), DeviceError> {
+        if at.stream == PER_THREAD {
+            return Err(CudaError::PerThreadStream.into());
+        }
         check(batch, tensors, gradients)?;
         // SAFETY: guaranteed by the caller.
         let gpu = unsafe { self.gpu(at)? };
@@ -131,8 +138,8 @@ impl Streams {
     /// The GPU with this stream.
     ///
     /// # Safety
-    /// The stream belongs to the primary context of the device, or is 0, and exists until `self` is
-    /// dropped.
+    /// The stream belongs to the primary context of the device, or is a default stream, and exists
+    /// until `self` is dropped.
     unsafe fn gpu(&self, at: Place) -> Result<Arc<Gpu<Cuda>>, CudaError> {
         self.places.get(at, || {
             let device = self.devices.get(at.ordinal, || Cuda::new(at.ordinal).map(Arc::new))?;

@@ -33,6 +33,7 @@ codes! {
     CAPTURE_UNSUPPORTED 900 "operation not permitted when stream is capturing";
     CAPTURE_INVALIDATED 901 "operation failed due to a previous error during capture";
     CAPTURE_ISOLATION 905 "dependency created on uncaptured work in another stream";
+    CAPTURE_IMPLICIT 906 "operation would make the legacy stream depend on a capturing blocking stream";
     CAPTURED_EVENT 907 "operation not permitted on an event last recorded in a capturing stream";
     UPDATE_FAILURE 910 "the graph update was not performed because it included changes which violated constraints";
 }

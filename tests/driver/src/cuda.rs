@@ -273,9 +273,9 @@ pub extern "C" fn cuMemsetD8Async(at: u64, value: u8, bytes: usize, stream: u64)
 // ------------------------------------------------------------------------------ streams and events
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamCreate(stream: *mut u64, _flags: c_uint) -> c_int {
-    // SAFETY: the caller's pointer.
-    enter("cuStreamCreate", Needs::Context, |state| unsafe { put(stream, state.new_stream()) })
+pub unsafe extern "C" fn cuStreamCreate(stream: *mut u64, flags: c_uint) -> c_int {
+    // SAFETY: the caller's pointer. 1: not ordered with the legacy default stream.
+    enter("cuStreamCreate", Needs::Context, |state| unsafe { put(stream, state.new_stream(flags & 1 == 0)) })
 }
 
 #[unsafe(no_mangle)]

@@ -38,6 +38,7 @@ mod memory;
 mod nvrtc;
 mod product;
 mod state;
+mod streams;
 
 use code::{Code, Done, Failure, fault};
 use state::State;

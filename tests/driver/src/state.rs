@@ -10,7 +10,8 @@ use crate::handles::{Handles, Kind};
 use crate::machine::{Entry, Machine};
 use crate::memory::{Host, Memory};
 use crate::product::Product;
-use std::collections::{HashMap, VecDeque};
+use crate::streams::{LEGACY, Stream, Streams};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::ThreadId;
@@ -41,7 +42,7 @@ impl Work {
 }
 
 /// How far an event's recordings have run.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Progress {
     run: AtomicU64,
     /// Nanoseconds since the driver began, of the last recording that ran.
@@ -58,27 +59,21 @@ pub struct Event {
     captured: bool,
 }
 
+/// Work that has not run.
 #[derive(Debug)]
-struct Queued {
+pub struct Queued {
     work: Work,
     clock: Arc<Clock>,
     now: Moment,
     executable: Option<Arc<AtomicU64>>,
 }
 
+/// What a stream records instead of running it.
 #[derive(Debug)]
-struct Capture {
+pub struct Capture {
     nodes: Vec<Work>,
     invalid: bool,
     thread: ThreadId,
-}
-
-#[derive(Debug)]
-pub struct Stream {
-    queue: VecDeque<Queued>,
-    timeline: u32,
-    clock: Clock,
-    capture: Option<Capture>,
 }
 
 /// A kernel of a module.
@@ -108,7 +103,7 @@ pub struct State {
     pub memory: Memory,
     pub contexts: Handles<u32>,
     pub primary: u64,
-    pub streams: Handles<Stream>,
+    pub streams: Streams,
     pub events: Handles<Event>,
     pub modules: Handles<u64>,
     pub functions: Handles<Function>,
@@ -116,7 +111,6 @@ pub struct State {
     pub executables: Handles<Executable>,
     pub blas: crate::blas::Tables,
     host: Clock,
-    timelines: u32,
     random: u64,
     late: bool,
     latest: bool,
@@ -142,7 +136,7 @@ impl State {
             memory: Memory::new(total << 20),
             contexts: Handles::new(Kind::Context),
             primary: 0,
-            streams: Handles::new(Kind::Stream),
+            streams: Streams::new(),
             events: Handles::new(Kind::Event),
             modules: Handles::new(Kind::Module),
             functions: Handles::new(Kind::Function),
@@ -150,7 +144,6 @@ impl State {
             executables: Handles::new(Kind::Executable),
             blas: crate::blas::Tables::default(),
             host: Clock::default(),
-            timelines: 0,
             random: u64::wrapping_mul(seed, 0x9e37_79b9_7f4a_7c15) | 1,
             late: seed != 0,
             latest: seed == 1,
@@ -194,16 +187,15 @@ impl State {
 
     // ------------------------------------------------------------------------------------- streams
 
-    pub fn new_stream(&mut self) -> u64 {
-        self.timelines += 1;
-        let clock = self.host.clone();
-        self.streams.add(Stream { queue: VecDeque::new(), timeline: self.timelines, clock, capture: None })
+    pub fn new_stream(&mut self, blocking: bool) -> u64 {
+        self.streams.add(self.host.clone(), blocking)
     }
 
     pub fn destroy_stream(&mut self, stream: u64) -> Done {
         // The driver destroys it once its work has run.
         self.finish(stream)?;
-        let mut stream = self.streams.remove(stream).map_err(handle)?;
+        let number = self.streams.number(stream);
+        let mut stream = self.streams.remove(number).map_err(handle)?;
         if stream.capture.take().is_some() {
             return fault(Code::ILLEGAL_STATE, "a capturing stream is destroyed");
         }
@@ -211,10 +203,8 @@ impl State {
     }
 
     fn stream(&mut self, stream: u64) -> Done<&mut Stream> {
-        if stream == 0 {
-            return fault(Code::NOT_SUPPORTED, "the default stream, which cannot be captured");
-        }
-        self.streams.get(stream).map_err(handle)
+        let number = self.streams.number(stream);
+        self.streams.get(number).map_err(handle)
     }
 
     pub fn is_capturing(&mut self, stream: u64) -> Done<bool> {
@@ -238,10 +228,41 @@ impl State {
 
     /// A new moment of a stream.
     pub fn tick(&mut self, stream: u64) -> Done<Moment> {
+        self.order_default(stream)?;
         let host = self.host.clone();
         let held = self.stream(stream)?;
         held.clock.join(&host);
         Ok(held.clock.tick(held.timeline))
+    }
+
+    /// Puts the next work of a stream behind that of the streams that it is ordered with without an
+    /// event: the legacy default stream and the blocking streams.
+    fn order_default(&mut self, stream: u64) -> Done {
+        let number = self.streams.number(stream);
+        for other in self.streams.before(number).map_err(handle)? {
+            let before = self.stream(other)?;
+            if let Some(capture) = &mut before.capture {
+                capture.invalid = true;
+                return fault(
+                    Code::CAPTURE_IMPLICIT,
+                    "work on the legacy default stream while a blocking stream is captured",
+                );
+            }
+            let clock = before.clock.clone();
+            if !before.queue.is_empty() {
+                // As by an event.
+                let event = Arc::new(Progress::default());
+                let (version, mark) = (1, Moment::default());
+                let queued = |work| {
+                    let clock = Arc::new(clock.clone());
+                    Queued { work, clock, now: mark, executable: None }
+                };
+                before.queue.push_back(queued(Work::Record { event: event.clone(), version }));
+                self.stream(number)?.queue.push_back(queued(Work::Wait { event, version }));
+            }
+            self.stream(number)?.clock.join(&clock);
+        }
+        Ok(())
     }
 
     /// Runs all work.
@@ -251,6 +272,7 @@ impl State {
     }
 
     fn append(&mut self, stream: u64, work: Work, executable: Option<Arc<AtomicU64>>) -> Done<Moment> {
+        self.order_default(stream)?;
         let host = self.host.clone();
         let held = self.stream(stream)?;
         held.clock.join(&host);
@@ -299,6 +321,7 @@ impl State {
 
     /// Runs work until the queue of `stream` is empty.
     pub fn finish(&mut self, stream: u64) -> Done {
+        let stream = self.streams.number(stream);
         while !self.stream(stream)?.queue.is_empty() {
             // Streams that it waits for must run too; others may.
             let own = self.run_any(Some(stream));
@@ -448,7 +471,7 @@ impl State {
     // -------------------------------------------------------------------------------------- events
 
     pub fn new_event(&mut self, timed: bool) -> u64 {
-        let progress = Arc::new(Progress { run: AtomicU64::new(0), at: AtomicU64::new(0) });
+        let progress = Arc::new(Progress::default());
         self.events.add(Event { progress, recorded: 0, clock: Clock::default(), timed, captured: false })
     }
 
@@ -543,6 +566,9 @@ impl State {
     // -------------------------------------------------------------------------------------- graphs
 
     pub fn begin_capture(&mut self, stream: u64) -> Done {
+        if self.streams.number(stream) == LEGACY {
+            return fault(Code::CAPTURE_UNSUPPORTED, "a capture of the legacy default stream");
+        }
         let held = self.stream(stream)?;
         if held.capture.is_some() {
             return fault(Code::ILLEGAL_STATE, "a capture of a stream that is capturing");
@@ -607,7 +633,7 @@ impl State {
     pub fn leaks(&self) -> Vec<String> {
         let (allocations, pinned) = self.memory.counts();
         [
-            (self.streams.len(), "streams"),
+            (self.streams.made(), "streams"),
             (self.events.len(), "events"),
             (self.modules.len(), "modules"),
             (self.graphs.len(), "graphs"),

@@ -73,8 +73,13 @@ impl Driver {
     }
 
     fn stream(&self) -> u64 {
+        self.stream_with(1)
+    }
+
+    /// A stream with these flags; 0: ordered with the legacy default stream.
+    fn stream_with(&self, flags: u32) -> u64 {
         let mut stream = 0u64;
-        assert_eq!(cu!(self, cuStreamCreate(&raw mut stream, 1u32)), 0);
+        assert_eq!(cu!(self, cuStreamCreate(&raw mut stream, flags)), 0);
         stream
     }
 
@@ -265,7 +270,11 @@ fn freed_memory_is_not_used_again() {
 
 /// Two accesses of two streams; `orders` puts the second behind the first. Returns the last result.
 fn two_streams(d: &Driver, second: &str, orders: impl FnOnce(u64, u64)) -> i32 {
-    let (a, b) = (d.stream(), d.stream());
+    of_streams(d, [d.stream(), d.stream()], second, orders)
+}
+
+/// The same for given streams.
+fn of_streams(d: &Driver, [a, b]: [u64; 2], second: &str, orders: impl FnOnce(u64, u64)) -> i32 {
     let at = d.allocate(256, a);
     assert_eq!(d.synchronize(a), 0);
     assert_eq!(d.launch(d.function("write"), at, 64, ONE_BLOCK, a), 0);
@@ -305,6 +314,126 @@ fn a_race_is_found_also_if_the_work_runs_in_order() {
         let d = Driver::new();
         assert_eq!(two_streams(&d, "write", |_, _| ()), 700);
         d.control.assert_fault("race");
+    });
+}
+
+/// The legacy default stream, handles 0 and 1, needs no event to be ordered with streams that are
+/// not non-blocking, and orders these with each other.
+fn default_streams(variables: &[(&str, &str)]) {
+    on_the_driver(variables, || {
+        let d = Driver::new();
+        let blocking = d.stream_with(0);
+        for pair in [[0, 1], [0, blocking], [blocking, 0], [1, blocking], [blocking, 1], [0, 2], [2, 0]] {
+            assert_eq!(of_streams(&d, pair, "write", |_, _| ()), 0, "{pair:?}");
+        }
+        let elsewhere = d.allocate(256, 0);
+        let between = |_, _| assert_eq!(d.launch(d.function("write"), elsewhere, 64, ONE_BLOCK, 0), 0);
+        assert_eq!(of_streams(&d, [blocking, d.stream_with(0)], "write", between), 0);
+        // An event of the default stream is behind the blocking streams.
+        let event = |_, b| {
+            let event = d.event();
+            assert_eq!(cu!(d, cuEventRecord(event, 0u64)), 0);
+            assert_eq!(cu!(d, cuStreamWaitEvent(b, event, 0u32)), 0);
+        };
+        assert_eq!(of_streams(&d, [blocking, d.stream()], "write", event), 0);
+        d.control.assert_no_fault();
+    });
+}
+
+#[test]
+fn the_legacy_default_stream_is_ordered_with_blocking_streams() {
+    default_streams(&RETURN);
+}
+
+#[test]
+fn the_legacy_default_stream_is_ordered_with_blocking_streams_if_work_runs_late() {
+    default_streams(&LATEST);
+}
+
+#[test]
+fn the_legacy_default_stream_is_ordered_with_blocking_streams_if_work_runs_in_any_order() {
+    default_streams(&[RETURN[0], ("DFAR_DRIVER_SEED", "20261127")]);
+}
+
+/// A race between two streams, given which handles they have; `None`: a new non-blocking stream.
+fn race(variables: &[(&str, &str)], handles: [Option<u64>; 2]) {
+    on_the_driver(variables, || {
+        let d = Driver::new();
+        let pair = handles.map(|handle| handle.unwrap_or_else(|| d.stream()));
+        assert_eq!(of_streams(&d, pair, "write", |_, _| ()), 700);
+        d.control.assert_fault("race");
+    });
+}
+
+#[test]
+fn the_legacy_default_stream_before_a_non_blocking_one_needs_an_order() {
+    race(&RETURN, [Some(0), None]);
+}
+
+#[test]
+fn a_non_blocking_stream_before_the_legacy_default_one_needs_an_order() {
+    race(&LATEST, [None, Some(0)]);
+}
+
+#[test]
+fn handle_1_is_as_much_without_order_as_handle_0() {
+    race(&LATEST, [Some(1), None]);
+}
+
+#[test]
+fn the_per_thread_default_stream_needs_an_order_with_a_non_blocking_one() {
+    race(&LATEST, [Some(2), None]);
+}
+
+#[test]
+fn two_blocking_streams_need_an_order() {
+    on_the_driver(&LATEST, || {
+        let d = Driver::new();
+        assert_eq!(of_streams(&d, [d.stream_with(0), d.stream_with(0)], "write", |_, _| ()), 700);
+        d.control.assert_fault("race");
+    });
+}
+
+#[test]
+fn each_thread_has_a_default_stream_of_its_own() {
+    on_the_driver(&LATEST, || {
+        let d = Driver::new();
+        let at = d.allocate(256, 2);
+        assert_eq!(d.synchronize(2), 0);
+        assert_eq!(d.launch(d.function("write"), at, 64, ONE_BLOCK, 2), 0);
+        let code = std::thread::scope(|scope| {
+            let other = scope.spawn(|| {
+                assert_eq!(cu!(d, cuCtxSetCurrent(d.context)), 0);
+                assert_eq!(d.launch(d.function("write"), at, 64, ONE_BLOCK, 2), 0);
+                d.synchronize(2)
+            });
+            other.join().expect("it ends")
+        });
+        assert_eq!((code, d.synchronize(2)), (0, 700));
+        d.control.assert_fault("race");
+    });
+}
+
+#[test]
+fn a_default_stream_is_neither_destroyed_nor_captured() {
+    on_the_driver(&RETURN, || {
+        let d = Driver::new();
+        for stream in [0u64, 1, 2] {
+            assert_eq!(cu!(d, cuStreamDestroy_v2(stream)), 400);
+            d.control.assert_fault("cannot be destroyed");
+        }
+        assert_eq!(cu!(d, cuStreamBeginCapture_v2(0u64, 2i32)), 900);
+        d.control.assert_fault("a capture of the legacy default stream");
+        let at = d.allocate(256, 0);
+        let capture = |flags| {
+            let stream = d.stream_with(flags);
+            assert_eq!(cu!(d, cuStreamBeginCapture_v2(stream, 2i32)), 0);
+            d.launch(d.function("write"), at, 64, ONE_BLOCK, 0)
+        };
+        assert_eq!(capture(1), 0);
+        d.control.assert_no_fault();
+        assert_eq!(capture(0), 906);
+        d.control.assert_fault("while a blocking stream is captured");
     });
 }
 

@@ -39,8 +39,13 @@ impl Other {
     }
 
     fn stream(&self) -> u64 {
+        self.stream_with(1)
+    }
+
+    /// A stream with these flags; 0: ordered with the legacy default stream.
+    fn stream_with(&self, flags: u32) -> u64 {
         let mut stream = 0u64;
-        cu!(self, cuStreamCreate(&raw mut stream, 1u32));
+        cu!(self, cuStreamCreate(&raw mut stream, flags));
         stream
     }
 
@@ -213,6 +218,74 @@ fn work_that_runs_in_any_order() {
     both_passes("20261127", &[streamed]);
 }
 
+/// PyTorch's current stream is the legacy default stream, handle 0, unless the program chooses one.
+fn on_default_streams(seed: &str) {
+    on_the_driver(&[("DFAR_DRIVER_SEED", seed)], || {
+        let other = Other::new();
+        let blocking = other.stream_with(0);
+        let (streams, batch) = (Streams::default(), streamed());
+        let first = batch.on(&other, &streams, 0);
+        assert_close(&first, &batch.expected());
+        for stream in [0, 1, blocking, 0] {
+            assert_eq!(batch.on(&other, &streams, stream), first);
+        }
+        drop(streams);
+        cu!(other, cuStreamSynchronize(0u64));
+        other.end(&[blocking]);
+    });
+}
+
+#[test]
+fn default_streams_with_work_that_runs_at_once() {
+    on_default_streams("0");
+}
+
+#[test]
+fn default_streams_with_work_that_runs_as_late_as_possible() {
+    on_default_streams("1");
+}
+
+#[test]
+fn default_streams_with_work_that_runs_in_any_order() {
+    on_default_streams("20261127");
+}
+
+/// Writes `q` on a default stream and calls the forward pass on a stream with these flags. Returns
+/// the fault.
+fn written_on_the_default_stream(flags: u32) -> Option<String> {
+    let other = Other::new();
+    let stream = other.stream_with(flags);
+    let (streams, batch) = (Streams::default(), Batch::new(&[3, 4], 2, 8));
+    let qkv = batch.qkv.each_ref().map(|values| other.tensor(stream, values));
+    let (out, rows) = (batch.d_o.len(), batch.options.lse_len(7));
+    let (o, lse) = (other.empty(stream, out), other.empty(stream, rows));
+    // So that only the order of the write and the kernel is in question.
+    cu!(other, cuStreamSynchronize(stream));
+    cu!(other, cuMemcpyHtoDAsync_v2(qkv[0], batch.qkv[0].as_ptr(), batch.qkv[0].len() * 4, 0u64));
+    let tensors = Tensors { element: Element::F32, qkv, o, lse };
+    // SAFETY: tensors of these shapes; the driver notices the missing order and runs no further.
+    let _ = unsafe { streams.forward(Place { ordinal: 0, stream }, batch.packed(), &tensors) };
+    let fault = other.control.fault();
+    // A context with a fault can no longer be cleaned up.
+    std::mem::forget(streams);
+    fault
+}
+
+#[test]
+fn a_tensor_of_the_default_stream_needs_an_order_on_a_non_blocking_stream() {
+    on_the_driver(&[("DFAR_DRIVER_FAULTS", "return")], || {
+        let fault = written_on_the_default_stream(1).expect("a race");
+        assert!(fault.contains("race: a read"), "{fault}");
+    });
+}
+
+#[test]
+fn a_tensor_of_the_default_stream_is_ordered_on_a_blocking_stream() {
+    on_the_driver(&[("DFAR_DRIVER_FAULTS", "return")], || {
+        assert_eq!(written_on_the_default_stream(0), None);
+    });
+}
+
 /// More calls in flight than there are staging buffers.
 #[test]
 fn the_host_may_be_many_calls_ahead() {
@@ -269,6 +342,8 @@ fn bad_arguments_are_refused_before_anything_is_enqueued() {
         assert!(refused(narrow.packed(), &half, at).contains("head_dim is 12"));
         let nowhere = Place { ordinal: 3, ..at };
         assert!(refused(batch.packed(), &good, nowhere).contains("device 3 does not exist"));
+        let shared = Place { stream: 2, ..at };
+        assert!(refused(batch.packed(), &good, shared).contains("per-thread default stream"));
         let gap = Batch { label: vec![0; 3], ..Batch::new(&[3, 4], 2, 8) };
         let labels = Packed { tokens: 7, ..gap.packed() };
         // SAFETY: as above.

@@ -230,6 +230,8 @@ def _differentiate(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[
 
 
 _fha.register_autograd(_differentiate, setup_context=_save)
+# Under autocast, projections on the CPU are bfloat16, which the engine does not compute in.
+_fha.register_autocast("cpu", torch.float32)
 
 
 @overload
@@ -314,6 +316,11 @@ def _starts(lengths: Tensor) -> Tensor:
     return nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
 
 
+def _kept(lengths: Tensor, longest: int) -> Tensor:
+    """``[B, T]``: which tokens of a padded batch are no padding."""
+    return torch.arange(longest, device=lengths.device) < lengths[:, None]
+
+
 def pack_padded(padded: Tensor, lengths: Tensor) -> Packed:
     """Removes the padding behind each sequence.
 
@@ -327,10 +334,11 @@ def pack_padded(padded: Tensor, lengths: Tensor) -> Packed:
     batch, longest = padded.shape[:2]
     if lengths.shape != (batch,):
         raise ValueError(f"lengths has shape {tuple(lengths.shape)}, but must be ({batch},)")
-    if batch and not (0 <= int(lengths.min()) and int(lengths.max()) <= longest):
-        raise ValueError(f"lengths must be 0 to {longest}, the second dimension of padded")
-    kept = torch.arange(longest, device=padded.device) < lengths[:, None]
-    return Packed(padded[kept], _starts(lengths))
+    # Not in a compiled graph, which cannot look at values: `fha` then refuses the cu_seqlens.
+    if batch and not torch.compiler.is_compiling():
+        if not (0 <= int(lengths.min()) and int(lengths.max()) <= longest):
+            raise ValueError(f"lengths must be 0 to {longest}, the second dimension of padded")
+    return Packed(padded[_kept(lengths, longest)], _starts(lengths))
 
 
 def unpack_padded(packed: Tensor, cu_seqlens: Tensor, longest: int | None = None) -> Tensor:
@@ -344,7 +352,7 @@ def unpack_padded(packed: Tensor, cu_seqlens: Tensor, longest: int | None = None
     lengths = cu_seqlens.diff()
     if longest is None:
         longest = int(lengths.max()) if len(lengths) else 0
-    kept = torch.arange(longest, device=packed.device) < lengths[:, None]
+    kept = _kept(lengths, longest)
     padded = packed.new_zeros(len(lengths), longest, *packed.shape[1:])
     return padded.masked_scatter(kept.reshape(kept.shape + (1,) * (packed.dim() - 1)), packed)
 
@@ -442,12 +450,29 @@ class FactorizationHeadsAttention(nn.Module):
             raise ValueError(
                 f"label has shape {tuple(label.shape)}, but must be ({batch}, {longest})"
             )
+        if lengths is not None and lengths.shape != (batch,):
+            raise ValueError(f"lengths has shape {tuple(lengths.shape)}, but must be ({batch},)")
         if lengths is None:
-            lengths = torch.full((batch,), longest, device=x.device)
+            starts = torch.arange(batch + 1, dtype=torch.int32) * longest
+            return self._packed(x.flatten(0, 1), label.flatten(), starts).view(x.shape)
+        if torch.compiler.is_compiling():
+            return self._in_place(x, label, lengths)
         packed = pack_padded(x, lengths)
         labels = pack_padded(label, lengths).values
         result = self._packed(packed.values, labels, packed.cu_seqlens)
         return unpack_padded(result, packed.cu_seqlens, longest)
+
+    def _in_place(self, x: Tensor, label: Tensor, lengths: Tensor) -> Tensor:
+        """A padded batch without packing, whose shape would depend on values: the padding behind
+        each sequence is a sequence of its own, of zeros."""
+        batch, longest = label.shape
+        padding = ~_kept(lengths, longest)
+        first = torch.arange(batch, device=lengths.device) * longest
+        starts = torch.stack((first, first + lengths), 1).flatten()
+        starts = nn.functional.pad(starts, (0, 1), value=batch * longest)
+        x, label = x.masked_fill(padding[..., None], 0), label.masked_fill(padding, 0)
+        result = self._packed(x.flatten(0, 1), label.flatten(), starts)
+        return result.view(x.shape).masked_fill(padding[..., None], 0)
 
     def _packed(self, x: Tensor, label: Tensor, cu_seqlens: Tensor) -> Tensor:
         heads = (-1, self.num_heads, self.embed_dim // self.num_heads)

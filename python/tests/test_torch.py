@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+import os
+import shutil
 import types
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+import torch._dynamo.testing  # noqa: E402
 
 import dfar  # noqa: E402
 import dfar.torch  # noqa: E402
@@ -100,6 +103,143 @@ def test_a_compiled_function_has_the_same_gradients() -> None:
     (expected,) = torch.autograd.grad(loss(q), q)
     (found,) = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(q), q)
     assert torch.equal(found, expected)
+
+
+def model() -> torch.nn.Module:
+    """Attention between layers that inductor fuses."""
+    torch.manual_seed(0)
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.item = torch.nn.Embedding(50, 16)
+            self.attention = dfar.torch.FactorizationHeadsAttention(16, 4)
+            self.out = torch.nn.Linear(16, 1)
+
+        def forward(self, items, *arguments, **options):
+            x = self.item(items)
+            return self.out(torch.nn.functional.gelu(x + self.attention(x, *arguments, **options)))
+
+    return Model()
+
+
+@pytest.fixture
+def inductor():
+    """The backend, which counts the graphs that it compiles."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        pytest.skip(f"torch.compile with inductor needs a C++ compiler: {compiler} is not there")
+    torch.compiler.reset()
+    return torch._dynamo.testing.CompileCounterWithBackend("inductor")
+
+
+def assert_same(module, compiled, *arguments, **options) -> None:
+    """Results and gradients of all parameters, which differ by rounding only."""
+
+    def passes(call):
+        module.zero_grad()
+        result = call(*arguments, **options)
+        result.square().sum().backward()
+        return [result.detach(), *(p.grad.clone() for p in module.parameters())]
+
+    for found, expected in zip(passes(compiled), passes(module)):
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def packed_batch(lengths: list[int]) -> tuple[torch.Tensor, ...]:
+    tokens = sum(lengths)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    return torch.randint(0, 50, (tokens,)), torch.randint(0, 2, (tokens,)), cu_seqlens
+
+
+def test_inductor_compiles_both_passes_of_a_model_once_for_all_numbers_of_tokens(inductor) -> None:
+    module = model()
+    compiled = torch.compile(module, backend=inductor, fullgraph=True)
+    for lengths in ([20, 7], [5, 19, 3], [2, 0, 48, 8]):
+        batch = packed_batch(lengths)
+        for x in batch:
+            torch._dynamo.mark_dynamic(x, 0)
+        assert_same(module, compiled, *batch)
+    assert inductor.frame_count == 1
+
+
+def test_inductor_compiles_a_padded_batch_without_breaks(inductor) -> None:
+    module = model()
+    compiled = torch.compile(module, backend=inductor, fullgraph=True)
+    batch = torch.randint(0, 50, (3, 6)), torch.randint(0, 2, (3, 6))
+    assert_same(module, compiled, *batch, lengths=torch.tensor([6, 0, 4]))
+    assert_same(module, compiled, *batch, lengths=torch.tensor([1, 6, 6]))
+    assert inductor.frame_count == 1
+    assert_same(module, compiled, *batch)
+
+
+def test_inductor_compiles_the_packing_helpers_without_breaks(inductor) -> None:
+    def pack_and_back(padded, lengths):
+        packed = dfar.torch.pack_padded(padded * 2, lengths)
+        return dfar.torch.unpack_padded(*packed, padded.shape[1])
+
+    padded, lengths = torch.randn(3, 5, 2), torch.tensor([2, 0, 5])
+    # The number of tokens depends on values, which older versions of PyTorch do not capture.
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        found = torch.compile(pack_and_back, backend=inductor, fullgraph=True)(padded, lengths)
+    assert torch.equal(found, pack_and_back(padded, lengths))
+
+
+@pytest.mark.filterwarnings("ignore:NestedTensor:UserWarning")
+def test_inductor_compiles_attention_on_nested_tensors_without_breaks(inductor) -> None:
+    module = dfar.torch.FactorizationHeadsAttention(16, 4)
+
+    def attention(nested, label):
+        x, cu_seqlens = dfar.torch.pack_nested(nested)
+        return dfar.torch.unpack_nested(module(x, label.values(), cu_seqlens), cu_seqlens)
+
+    rows = [torch.randn(n, 16) for n in (3, 1, 4)]
+    x = torch.nested.nested_tensor(rows, layout=torch.jagged, requires_grad=True)
+    label = torch.nested.nested_tensor_from_jagged(torch.randint(0, 2, (8,)), x.offsets())
+    compiled = torch.compile(attention, backend=inductor, fullgraph=True)
+    expected, found = attention(x, label), compiled(x, label)
+    assert torch.allclose(found.values(), expected.values(), atol=1e-5)
+    gradients = [torch.autograd.grad(y.values().square().sum(), x)[0] for y in (found, expected)]
+    assert torch.allclose(gradients[0].values(), gradients[1].values(), atol=1e-5)
+
+
+def test_a_compiled_padded_batch_ignores_its_padding_and_refuses_bad_lengths() -> None:
+    torch.compiler.reset()
+    module = dfar.torch.FactorizationHeadsAttention(16, 4)
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    x, label, lengths = torch.randn(3, 6, 16), torch.randint(0, 2, (3, 6)), torch.tensor([6, 2, 0])
+    expected = module(x, label, lengths=lengths)
+    padding = torch.arange(6) >= lengths[:, None]
+    odd = x.masked_fill(padding[..., None], torch.nan).requires_grad_()
+    found = compiled(odd, label.masked_fill(padding, -100), lengths=lengths)
+    assert torch.allclose(found, expected, atol=1e-6) and not found[padding].any()
+    found.square().sum().backward()
+    assert not odd.grad[padding].any()
+    assert all(p.grad.isfinite().all() for p in module.parameters())
+    for bad in ([6, 2, 7], [6, 7, 2], [-1, 2, 3]):
+        with pytest.raises(ValueError, match="cu_seqlens"):
+            compiled(x, label, lengths=torch.tensor(bad))
+
+
+def test_export_takes_the_module() -> None:
+    module = dfar.torch.FactorizationHeadsAttention(16, 4)
+    x, label, lengths = torch.randn(3, 6, 16), torch.randint(0, 2, (3, 6)), torch.tensor([6, 2, 0])
+    exported = torch.export.export(module, (x, label), {"lengths": lengths}).module()
+    assert torch.allclose(
+        exported(x, label, lengths=lengths), module(x, label, lengths=lengths), atol=1e-6
+    )
+
+
+def test_autocast_on_the_cpu_keeps_the_operation_in_float32() -> None:
+    q, k, v, cu_seqlens, label = inputs([4, 7])
+    expected = dfar.torch.fha(q.bfloat16().float(), k, v, cu_seqlens, label)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = dfar.torch.fha(q.bfloat16(), k, v, cu_seqlens, label)
+        module = dfar.torch.FactorizationHeadsAttention(16, 4)
+        result = module(torch.randn(11, 16), label, cu_seqlens)
+    assert torch.equal(found, expected)
+    result.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in module.parameters())
 
 
 def test_tensors_are_read_in_place() -> None:
@@ -277,6 +417,10 @@ def test_the_module_gives_padded_and_packed_batches_the_same_results() -> None:
     labels = dfar.torch.pack_padded(label, lengths).values
     found = module(packed.values, labels, packed.cu_seqlens)
     assert torch.equal(found, dfar.torch.pack_padded(padded, lengths).values)
+    assert torch.equal(module(x, label), module(x, label, lengths=torch.tensor([6, 6, 6])))
+    for bad in (torch.tensor([6, 2]), torch.tensor([6, 2, 7])):
+        with pytest.raises(ValueError, match="lengths"):
+            module(x, label, lengths=bad)
 
 
 def test_the_module_learns() -> None:

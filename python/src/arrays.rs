@@ -78,11 +78,16 @@ pub fn integers<T>(
     convert: impl Fn(i64) -> Option<T>,
 ) -> PyResult<Vec<T>> {
     let untyped = untyped(value, name)?;
+    // As bytes: those of an array of booleans can hold any value, a Rust `bool` only two.
+    let bytes = match value.cast::<PyArrayDyn<bool>>() {
+        Ok(booleans) => Some(booleans.call_method1("view", ("uint8",))?),
+        Err(_) => None,
+    };
+    let value = bytes.as_ref().unwrap_or(value);
     let copied = copy_as::<u32, T>(value, name, &convert)
         .or_else(|| copy_as::<i64, T>(value, name, &convert))
         .or_else(|| copy_as::<i32, T>(value, name, &convert))
         .or_else(|| copy_as::<u8, T>(value, name, &convert))
-        .or_else(|| copy_as::<bool, T>(value, name, &convert))
         .or_else(|| copy_as::<i8, T>(value, name, &convert))
         .or_else(|| copy_as::<u64, T>(value, name, &convert));
     match copied {

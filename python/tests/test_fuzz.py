@@ -1,11 +1,16 @@
-"""Bad and odd arguments never crash: a call returns the documented shapes, or raises.
+"""Bad, odd and changing arguments never crash: a call returns the documented shapes, or raises.
 
-`DFAR_FUZZ=10000` sets the number of calls.
+`DFAR_FUZZ=10000` sets the number of calls of each test.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
+import random
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -117,3 +122,105 @@ def test_a_call_returns_or_raises_with_the_name_of_an_argument(data) -> None:
             assert o.shape == (tokens, slots, heads, width) and lse.shape == (tokens, slots)
     except (TypeError, ValueError, OverflowError) as error:
         assert any(name in str(error) for name in (*NAMES, *options)), error
+
+
+# Overwrites parts of the arguments with their first values or with garbage, all the time. Another
+# process, because a thread would have to wait for the GIL while dfar checks and copies.
+WRITER = """
+import mmap, os, sys
+import numpy as np
+half = int(sys.argv[2])
+with open(sys.argv[1], "r+b") as file:
+    shared = mmap.mmap(file.fileno(), 2 * half + 16)
+head = np.frombuffer(shared, np.int64, 2, 2 * half)
+live, first = (np.frombuffer(shared, np.uint8, half, at) for at in (0, half))
+parent, random = os.getppid(), np.random.default_rng(0)
+garbage = np.frombuffer(random.bytes(2 * half), np.uint8)
+while os.getppid() == parent:
+    for place, bytes, good, other in zip(*random.integers(0, half, (4, 256))):
+        size = int(head[0])
+        if size:
+            start, bytes = place % size, 1 + bytes % 64
+            end = min(start + bytes, size)
+            live[start:end] = first[start:end] if good % 2 else garbage[other : other + end - start]
+            head[1] += 1
+"""
+
+
+class Hostile:
+    """Memory that another process writes to."""
+
+    BYTES = 1 << 20
+
+    def __init__(self, path) -> None:
+        path.write_bytes(bytes(2 * self.BYTES + 16))
+        with path.open("r+b") as file:
+            self.shared = mmap.mmap(file.fileno(), 2 * self.BYTES + 16)
+        self.head = np.frombuffer(self.shared, np.int64, 2, 2 * self.BYTES)
+        self.writer = subprocess.Popen([sys.executable, "-c", WRITER, path, str(self.BYTES)])
+
+    def arrays(self, values: list[np.ndarray]) -> list[np.ndarray]:
+        """Copies of the arrays in this memory. Nothing is overwritten before `begin`."""
+        self.head[0] = 0
+        copies, at = [], 0
+        for value in values:
+            for start in (at, self.BYTES + at):
+                copy = np.frombuffer(self.shared, value.dtype, value.size, start).reshape(value.shape)
+                copy[...] = value
+                copies.append(copy)
+            at += -(-value.nbytes // 16) * 16
+        self.size = at
+        return copies[::2]
+
+    def begin(self) -> None:
+        self.head[0] = self.size
+
+
+@pytest.fixture
+def hostile(tmp_path):
+    memory = Hostile(tmp_path / "shared")
+    memory.arrays([np.zeros(1024)])
+    memory.begin()
+    end = time.monotonic() + 60
+    while memory.head[1] == 0 and time.monotonic() < end:
+        time.sleep(0.01)
+    yield memory
+    memory.writer.kill()
+    memory.writer.wait()
+
+
+def test_arguments_that_change_under_the_call_never_crash(hostile) -> None:
+    choose, values = random.Random(0), np.random.default_rng(0)
+    returned = raised = changed = 0
+    for _ in range(COUNT):
+        lengths = [choose.randrange(60) for _ in range(choose.randint(1, 6))]
+        heads, width, tokens = 2 * choose.randint(1, 2), choose.choice([3, 8, 16]), sum(lengths)
+        options = {"normalization": choose.choice(["joint", "masked"]), "causal": choose.random() < 0.5}
+        qkv = values.standard_normal((3, tokens, heads, width), np.float32)
+        starts = np.cumsum([0, *lengths]).astype(choose.choice([np.uint32, np.int64]))
+        arguments = [*qkv, starts, values.integers(0, 2, tokens, choose.choice([np.uint8, np.bool_]))]
+        o = values.standard_normal((tokens, heads // 2, heads, width), np.float32)
+        backward = choose.random() < 0.5
+        if backward:
+            arguments += [o, o, o[..., 0, 0].copy()]
+        shared = hostile.arrays(arguments)
+        # Some arguments stay, so that calls with good indices come to the engine.
+        hit = [choose.random() < 0.5 for _ in shared]
+        mixed = [a if is_hit else b for a, b, is_hit in zip(shared, arguments, hit)]
+        before = int(hostile.head[1])
+        hostile.begin()
+        try:
+            if backward:
+                *front, d_o, out, lse = mixed
+                found = dfar.fha_backward(d_o, *front[:3], out, lse, *front[3:], **options)
+                assert [x.shape for x in found] == [qkv[0].shape] * 3
+            else:
+                found = dfar.fha(*mixed, return_lse=True, **options)
+                assert [x.shape for x in found] == [o.shape, o.shape[:2]]
+            returned += 1
+        except ValueError as error:
+            assert any(name in str(error) for name in ("cu_seqlens", "label")), error
+            raised += 1
+        changed += hostile.head[1] > before
+    assert hostile.writer.poll() is None and changed > 0
+    assert returned > COUNT // 4 and raised > 0, (returned, raised)

@@ -179,7 +179,8 @@ def test_bad_questions_are_named(run, call, exception, words) -> None:
 
 BAD_CONFIGS = [
     ({"epohcs": 3}, ValueError, "config: unknown key `epohcs`; did you mean `epochs`"),
-    ({"epochs": "many"}, ValueError, "config: .*many"),
+    ({"epochs": "many"}, ValueError, "config: .*many.* in `epochs`"),
+    ({"train_negatives": 2}, ValueError, "config: .* in `train_negatives`"),
     ({"epochs": 0}, ValueError, "epochs = 0: must be at least 1"),
     ({"lr": float("nan")}, ValueError, "lr"),
     ({"width": 7}, ValueError, "width"),

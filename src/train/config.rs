@@ -267,7 +267,7 @@ impl Config {
         }
         let mut config: Config = table.try_into().map_err(|e: toml::de::Error| ConfigError::Syntax {
             origin: file.map_or("flags".into(), |p| p.display().to_string()),
-            reason: e.message().to_owned(),
+            reason: wrong_value(&e),
         })?;
         config.label_mask &= config.fha && config.heads > 1;
         config.check()?;
@@ -303,7 +303,7 @@ impl Config {
         }
         let config: Config = table.try_into().map_err(|e: toml::de::Error| ConfigError::Syntax {
             origin: "flags".into(),
-            reason: e.message().to_owned(),
+            reason: wrong_value(&e),
         })?;
         config.check()?;
         Ok(config)
@@ -474,6 +474,11 @@ fn read_table(path: &Path) -> Result<toml::Table, ConfigError> {
     Config::resolve_keys(table, &origin)
 }
 
+/// What is wrong with a value, and its key.
+fn wrong_value(error: &toml::de::Error) -> String {
+    error.to_string().trim_end().replace('\n', " ")
+}
+
 fn known_keys() -> Vec<String> {
     let all = Config { data: Some(PathBuf::new()), ..Config::default() };
     toml::Table::try_from(all).expect("a config is a table").into_iter().map(|(key, _)| key).collect()
@@ -526,6 +531,16 @@ mod tests {
         assert_eq!(length(toml::Table::new()), 20);
         assert_eq!(length(toml::Table::from_iter([("data".to_owned(), "x.dfar".into())])), 100);
         assert_eq!(length(toml::Table::from_iter([("max_length".to_owned(), 7.into())])), 7);
+    }
+
+    #[test]
+    fn a_value_of_the_wrong_type_is_named_with_its_key() {
+        for text in ["width = \"wide\"\n", "train_negatives = 2\n", "lr = true\n"] {
+            let file = file(text);
+            let error = Config::layered(Some(file.path()), toml::Table::new()).unwrap_err().to_string();
+            let key = text.split(' ').next().expect("a key");
+            assert!(error.contains(&format!("in `{key}`")), "{error}");
+        }
     }
 
     #[test]

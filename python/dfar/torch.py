@@ -395,7 +395,10 @@ class FactorizationHeadsAttention(nn.Module):
     - ``x: [B, T, embed_dim]``, ``label: [B, T]``, ``lengths: [B]`` (``None``: all ``T``): padded.
       The result is 0 at padding.
 
-    The result has the shape of ``x``. Devices and types are those of :func:`fha`.
+    The result has the shape of ``x``; no attention weights come with it. It depends on the label of
+    the token itself, so a model must not predict that label from it. Devices and types are those of
+    :func:`fha`. A padded batch in a graph of ``torch.compile`` or ``torch.export`` is not packed:
+    its padding is computed.
     """
 
     def __init__(

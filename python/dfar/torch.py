@@ -316,9 +316,9 @@ def _starts(lengths: Tensor) -> Tensor:
     return nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
 
 
-def _kept(lengths: Tensor, longest: int) -> Tensor:
+def _kept(lengths: Tensor, longest: int, device: torch.device) -> Tensor:
     """``[B, T]``: which tokens of a padded batch are no padding."""
-    return torch.arange(longest, device=lengths.device) < lengths[:, None]
+    return torch.arange(longest, device=device) < lengths.to(device)[:, None]
 
 
 def pack_padded(padded: Tensor, lengths: Tensor) -> Packed:
@@ -326,7 +326,7 @@ def pack_padded(padded: Tensor, lengths: Tensor) -> Packed:
 
     Args:
         padded: ``[B, T, ...]``; tokens from ``lengths[b]`` on are padding.
-        lengths: ``[B]`` integers, 0 to ``T``.
+        lengths: ``[B]`` integers, 0 to ``T``, on any device; ``cu_seqlens`` will be on the same.
 
     Raises:
         ValueError: a length is negative or above ``T``, or their number is not ``B``.
@@ -338,7 +338,7 @@ def pack_padded(padded: Tensor, lengths: Tensor) -> Packed:
     if batch and not torch.compiler.is_compiling():
         if not (0 <= int(lengths.min()) and int(lengths.max()) <= longest):
             raise ValueError(f"lengths must be 0 to {longest}, the second dimension of padded")
-    return Packed(padded[_kept(lengths, longest)], _starts(lengths))
+    return Packed(padded[_kept(lengths, longest, padded.device)], _starts(lengths))
 
 
 def unpack_padded(packed: Tensor, cu_seqlens: Tensor, longest: int | None = None) -> Tensor:
@@ -352,7 +352,7 @@ def unpack_padded(packed: Tensor, cu_seqlens: Tensor, longest: int | None = None
     lengths = cu_seqlens.diff()
     if longest is None:
         longest = int(lengths.max()) if len(lengths) else 0
-    kept = _kept(lengths, longest)
+    kept = _kept(lengths, longest, packed.device)
     padded = packed.new_zeros(len(lengths), longest, *packed.shape[1:])
     return padded.masked_scatter(kept.reshape(kept.shape + (1,) * (packed.dim() - 1)), packed)
 
@@ -394,6 +394,8 @@ class FactorizationHeadsAttention(nn.Module):
     - ``x: [N, embed_dim]``, ``label: [N]``, ``cu_seqlens: [B + 1]``: packed;
     - ``x: [B, T, embed_dim]``, ``label: [B, T]``, ``lengths: [B]`` (``None``: all ``T``): padded.
       The result is 0 at padding.
+
+    ``label``, ``cu_seqlens`` and ``lengths`` may stay on the CPU while ``x`` is on a GPU.
 
     The result has the shape of ``x``; no attention weights come with it. It depends on the label of
     the token itself, so a model must not predict that label from it. Devices and types are those of
@@ -469,11 +471,12 @@ class FactorizationHeadsAttention(nn.Module):
         """A padded batch without packing, whose shape would depend on values: the padding behind
         each sequence is a sequence of its own, of zeros."""
         batch, longest = label.shape
-        padding = ~_kept(lengths, longest)
+        padding = ~_kept(lengths, longest, x.device)
         first = torch.arange(batch, device=lengths.device) * longest
         starts = torch.stack((first, first + lengths), 1).flatten()
         starts = nn.functional.pad(starts, (0, 1), value=batch * longest)
-        x, label = x.masked_fill(padding[..., None], 0), label.masked_fill(padding, 0)
+        x = x.masked_fill(padding[..., None], 0)
+        label = label.masked_fill(~_kept(lengths, longest, label.device), 0)
         result = self._packed(x.flatten(0, 1), label.flatten(), starts)
         return result.view(x.shape).masked_fill(padding[..., None], 0)
 
@@ -485,4 +488,4 @@ class FactorizationHeadsAttention(nn.Module):
         ).flatten(1)
         # The two projections of all tokens cost less than sorting tokens by label at this width.
         skipped, liked = (p(o) for p in self.out_proj)
-        return torch.where(label.bool()[:, None], liked, skipped)
+        return torch.where(label.to(x.device).bool()[:, None], liked, skipped)

@@ -297,6 +297,24 @@ def test_fake_tensors_on_a_gpu_have_the_shapes_and_types_of_the_results(dtype) -
             assert (gradient.shape, gradient.dtype, gradient.device) == (q.shape, dtype, q.device)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_labels_and_lengths_of_a_batch_on_a_gpu_may_be_on_the_cpu(device: str) -> None:
+    with torch._subclasses.FakeTensorMode():
+        with torch.device("cuda"):
+            module = dfar.torch.FactorizationHeadsAttention(16, 4)
+            x, packed = torch.empty(3, 6, 16), torch.empty(9, 16)
+        integers = {"device": device, "dtype": torch.int64}
+        label, labels = torch.empty(3, 6, **integers), torch.empty(9, **integers)
+        lengths, cu_seqlens = torch.empty(3, **integers), torch.empty(4, **integers)
+        # Not `pack_padded`: the number of tokens of a fake batch is unknown.
+        for result in (
+            module(x, label),
+            module._in_place(x, label, lengths),
+            dfar.torch.unpack_padded(module(packed, labels, cu_seqlens), cu_seqlens, 6),
+        ):
+            assert result.shape == x.shape and result.device.type == "cuda"
+
+
 def memory(at: int, *shape: int) -> np.ndarray:
     """The f32 values at an address."""
     values = (ctypes.c_float * math.prod(shape)).from_address(at)

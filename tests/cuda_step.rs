@@ -59,7 +59,9 @@ on_the_gpu! {
     network: shared_prefixes_and_candidates_do_not_change_results lazy_and_dense_adam_agree_while_every_row_is_touched
         steps_are_deterministic a_non_finite_value_stops_the_step_and_is_named errors_name_the_index_beyond_the_model
         histories_without_events_or_of_one_label_score_finitely;
-    step: an_observer_does_not_change_a_step parts_add_up_to_the_step batches_are_staged_on_any_thread;
+    step: an_observer_does_not_change_a_step parts_add_up_to_the_step batches_are_staged_on_any_thread
+        sending_a_batch_ahead_does_not_change_results a_failed_step_does_not_lose_the_next_batch
+        steps_in_flight_do_not_change_results a_refused_step_refuses_those_behind_it;
 }
 
 #[test]

@@ -238,7 +238,7 @@ impl Model {
             .collect();
         // The loss stands in front of the norm: where it is non-finite, nothing changes.
         let mut report = self.device.upload(&[loss.loss, 0.0])?;
-        self.device.adam(&step, &mut tensors, Slot { values: &mut report, index: 1 })?;
+        self.device.adam(&step, &mut tensors, Slot { values: &mut report, index: 1 }, None)?;
         if !report.iter().all(|x| x.is_finite()) {
             let bad = |(_, gradient): &(&Spec, &Floats)| gradient.iter().any(|x| !x.is_finite());
             let found = self.specs.iter().zip(gradients.iter()).find(bad);

@@ -10,8 +10,9 @@
 //
 // TILING. All gradients are cut into chunks, one per block; a block finds its tensor in the table
 // by bisection. Launches: squares per chunk; norms, clip factors and the check for non-finite
-// values, in one block and a fixed order; the update. If a norm or loss is non-finite, the update
-// does nothing, and the host learns of it with the losses.
+// values, in one block and a fixed order; the update. If the norm or a loss is non-finite, or the
+// step before was refused, the update does nothing and the norm becomes NaN: the host learns of it
+// with the losses, while later steps are in flight.
 //
 // TRAFFIC in bytes per value of the gradient: 4 for the norm; 16 read and 12 written for the
 // update.
@@ -38,7 +39,8 @@ struct OptimizerParams {
     double* tensor_square;  // [tensor_count]
     float* factor;          // [tensor_count] clip factors, then a 1 if the update runs, else a 0
     const double* losses;   // [loss_count] checked for non-finite values
-    double* norm;           // [1] norm of all gradients
+    double* norm;           // [1] norm of all gradients; NaN if the update does not run
+    const double* previous; // [1] norm of the step before, or null
     unsigned tensor_count, chunk_count;
     unsigned chunk;         // values per chunk, a multiple of 4
     unsigned loss_count;
@@ -47,7 +49,7 @@ struct OptimizerParams {
     float limit;            // limit of the norm; negative: no clipping
     unsigned global;        // 1: the limit applies to the norm of all gradients; 0: to each tensor
 };
-static_assert(sizeof(OptimizerParams) == 96, "mirrored by src/device/cuda/optimizer.rs");
+static_assert(sizeof(OptimizerParams) == 104, "mirrored by src/device/cuda/optimizer.rs");
 
 // Index of the tensor that contains a chunk.
 __device__ __forceinline__ unsigned tensor_of(const OptimizerParams& p, unsigned chunk) {
@@ -96,9 +98,9 @@ KERNEL(optimizer_norms, OptimizerParams, NORM_THREADS) {
         double square = 0.0;
         for (unsigned t = 0; t < p.tensor_count; ++t) square += p.tensor_square[t];
         const double norm = sqrt(square);
-        bool finite = is_finite(norm);
+        bool finite = is_finite(norm) && (p.previous == nullptr || is_finite(*p.previous));
         for (unsigned i = 0; i < p.loss_count; ++i) finite &= is_finite(p.losses[i]);
-        *p.norm = norm;
+        *p.norm = finite ? norm : nan("");
         p.factor[p.tensor_count] = finite ? 1.0f : 0.0f;
     }
     __syncthreads();

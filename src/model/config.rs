@@ -200,4 +200,7 @@ pub enum ModelError {
         /// The first non-finite tensor, e.g. `loss.bce` or `gradient of encoder.q.w`.
         tensor: String,
     },
+    /// A step begun before a refused step was finished.
+    #[error("an earlier step had a non-finite value, so this step changed nothing; begin it again")]
+    Refused,
 }

@@ -106,14 +106,14 @@ impl<D: Device> Model<D> {
     }
 
     /// Checks that the device has the memory to train this network: values, the moments of Adam,
-    /// and with `dense_embeddings` whole gradients. Activations, which depend on the batch, come on
-    /// top.
+    /// and with `dense_embeddings` whole gradients of each step in flight. Activations, which depend
+    /// on the batch, come on top.
     ///
     /// # Errors
     /// An invalid configuration, or too little memory.
     pub fn check_room(device: &D, config: &ModelConfig, dense_embeddings: bool) -> Result<(), ModelError> {
         config.check()?;
-        let copies = if dense_embeddings { 4 } else { 3 };
+        let copies = 3 + if dense_embeddings { device.steps_in_flight() } else { 0 };
         Ok(device.check_room(Layout::new(config).parameters(), copies)?)
     }
 
@@ -201,7 +201,7 @@ impl<D: Device> Model<D> {
     ) -> Result<StepLoss, ModelError> {
         observer.enter(StepPart::Input)?;
         let batch = self.send(batch)?;
-        self.launch(batch.indices, loss, adam, optimizer, observer)?.finish()
+        self.launch(batch.indices, loss, adam, optimizer, observer)?.finish(optimizer)
     }
 
     /// Uploads a staged batch for [`Model::begin_step`]. To overlap the copy with a step in flight,
@@ -214,33 +214,34 @@ impl<D: Device> Model<D> {
     }
 
     /// Launches a step on a batch from [`Model::send`] without waiting for it: the first half of
-    /// [`Model::train_staged`]. The input part that `observer` measures excludes the copy.
+    /// [`Model::train_staged`]. Earlier steps may be in flight. The input part that `observer`
+    /// measures excludes the copy.
     ///
     /// # Errors
     /// [`ModelError::OtherModel`], and failures of the device.
-    pub fn begin_step<'a>(
+    pub fn begin_step(
         &mut self,
         batch: SentBatch<D>,
         loss: &LossOptions,
         adam: &AdamOptions,
-        optimizer: &'a mut Optimizer<D>,
+        optimizer: &mut Optimizer<D>,
         observer: &mut dyn StepObserver,
-    ) -> Result<PendingStep<'a, D>, ModelError> {
+    ) -> Result<PendingStep<D>, ModelError> {
         let indices = batch.indices_for(self)?;
         observer.enter(StepPart::Input)?;
         self.launch(indices, loss, adam, optimizer, observer)
     }
 
-    /// Launches a step. Drops the batch after the launch, so that its memory is free as soon as the
-    /// step is complete.
-    fn launch<'a>(
+    /// Launches a step. Drops the batch before the losses are fetched, so that its memory is known to
+    /// be free when they arrive.
+    fn launch(
         &mut self,
         indices: Indices<D>,
         loss: &LossOptions,
         adam: &AdamOptions,
-        optimizer: &'a mut Optimizer<D>,
+        optimizer: &mut Optimizer<D>,
         observer: &mut dyn StepObserver,
-    ) -> Result<PendingStep<'a, D>, ModelError> {
+    ) -> Result<PendingStep<D>, ModelError> {
         let network = self.network(&indices);
         let (mut report, gradients) = self.device.captured(|| network.gradients(loss, observer))?;
         observer.enter(StepPart::Optimizer)?;
@@ -251,7 +252,8 @@ impl<D: Device> Model<D> {
         };
         optimizer.launch(adam, &mut self.parameters, &gradients, touched, &mut report)?;
         observer.end()?;
-        Ok(PendingStep { optimizer, loss: *loss, report, gradients })
+        drop(indices);
+        Ok(PendingStep::new(optimizer, *loss, report, gradients)?)
     }
 
     fn with_network<T>(

@@ -81,23 +81,35 @@ impl<D: Device> Report<D> {
         self.slot(report::NORM)
     }
 
-    /// Waits for the step.
+    /// The buffer, whose last value is the norm.
+    pub fn values(&self) -> &D::Buffer<f64> {
+        &self.values
+    }
+
+    /// The losses. Waits for them.
     ///
     /// # Errors
-    /// [`ModelError::NonFinite`] names a non-finite part of the loss. The norm is not checked.
+    /// As [`losses`].
     pub fn read(&self, device: &D, options: &LossOptions) -> Result<StepLoss, ModelError> {
-        let values = device.download(&self.values)?;
-        let [bce, ibl, gradient_norm] = [report::BCE, report::IBL, report::NORM].map(|i| values[i]);
-        let idl = report::IDL.iter().map(|&i| values[i]).sum();
-        let l2 = report::L2.iter().map(|&i| values[i]).sum();
-        for (part, value) in [("bce", bce), ("ibl", ibl), ("idl", idl), ("l2", l2)] {
-            if !f64::is_finite(value) {
-                return Err(ModelError::NonFinite { tensor: format!("loss.{part}") });
-            }
-        }
-        let loss = bce + options.bpr as f64 * ibl + options.idl as f64 * idl + options.embed_l2 as f64 * l2;
-        Ok(StepLoss { loss, bce, ibl, idl, l2, gradient_norm })
+        losses(&device.download(&self.values)?, options)
     }
+}
+
+/// The losses in the values of a report.
+///
+/// # Errors
+/// [`ModelError::NonFinite`] names a non-finite part of the loss. The norm is not checked.
+pub fn losses(values: &[f64], options: &LossOptions) -> Result<StepLoss, ModelError> {
+    let [bce, ibl, gradient_norm] = [report::BCE, report::IBL, report::NORM].map(|i| values[i]);
+    let idl = report::IDL.iter().map(|&i| values[i]).sum();
+    let l2 = report::L2.iter().map(|&i| values[i]).sum();
+    for (part, value) in [("bce", bce), ("ibl", ibl), ("idl", idl), ("l2", l2)] {
+        if !f64::is_finite(value) {
+            return Err(ModelError::NonFinite { tensor: format!("loss.{part}") });
+        }
+    }
+    let loss = bce + options.bpr as f64 * ibl + options.idl as f64 * idl + options.embed_l2 as f64 * l2;
+    Ok(StepLoss { loss, bce, ibl, idl, l2, gradient_norm })
 }
 
 /// A network with its parameters and one batch.

@@ -20,6 +20,10 @@ pub struct Optimizer<D: Device> {
     first: Tensors<D>,
     second: Tensors<D>,
     pub(super) steps: u64,
+    /// Refused steps that the host knows of.
+    pub(super) refusals: u64,
+    /// Of the step before, which may be in flight.
+    pub(super) report: Option<Report<D>>,
 }
 
 impl<D: Device> Optimizer<D> {
@@ -27,7 +31,7 @@ impl<D: Device> Optimizer<D> {
     pub fn new(model: &Model<D>) -> Result<Self, ModelError> {
         let (device, layout) = (model.device.clone(), model.layout.clone());
         let (first, second) = (Tensors::zeros(&*device, &layout)?, Tensors::zeros(&*device, &layout)?);
-        Ok(Self { device, layout, first, second, steps: 0 })
+        Ok(Self { device, layout, first, second, steps: 0, refusals: 0, report: None })
     }
 
     /// From the moments and step count of a checkpoint.
@@ -35,12 +39,19 @@ impl<D: Device> Optimizer<D> {
         let (device, layout) = (model.device.clone(), model.layout.clone());
         let first = Tensors::upload(&*device, layout.arrange(FIRST, tensors)?)?;
         let second = Tensors::upload(&*device, layout.arrange(SECOND, tensors)?)?;
-        Ok(Self { device, layout, first, second, steps })
+        Ok(Self { device, layout, first, second, steps, refusals: 0, report: None })
     }
 
-    /// Completed steps.
+    /// Steps begun, without those found refused.
     pub fn steps(&self) -> u64 {
         self.steps
+    }
+
+    /// The device has refused a step and those behind it.
+    pub(super) fn refuse(&mut self, step: u64) {
+        self.steps = step - 1;
+        self.refusals += 1;
+        self.report = None;
     }
 
     /// Moments by name (`adam.first.NAME`, `adam.second.NAME`), for a checkpoint.
@@ -51,8 +62,8 @@ impl<D: Device> Optimizer<D> {
     }
 
     /// Launches the step after [`Optimizer::steps`]: on whole tensors, or for the embedding tables
-    /// on the rows of `touched` only. The device skips the update if a loss or the norm is
-    /// non-finite. [`super::PendingStep::finish`] counts the step.
+    /// on the rows of `touched` only. The device refuses it if a loss or the norm is non-finite, or
+    /// if it has refused the step before.
     pub(super) fn launch(
         &mut self,
         options: &AdamOptions,
@@ -91,6 +102,7 @@ impl<D: Device> Optimizer<D> {
                 rows,
             })
             .collect();
-        self.device.adam(&step, &mut tensors, report.norm())
+        let previous = self.report.as_ref().map(Report::values);
+        self.device.adam(&step, &mut tensors, report.norm(), previous)
     }
 }

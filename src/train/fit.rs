@@ -15,8 +15,9 @@ use crate::batch::ahead;
 use crate::data::{Dataset, Part};
 use crate::device::Device;
 use crate::evaluate::{self, ScoreOptions};
-use crate::model::{Model, ModelError, Optimizer, SentBatch, StagedBatch, StepLoss, StepTimer};
+use crate::model::{Model, ModelError, Optimizer, PendingStep, SentBatch, StagedBatch, StepLoss, StepTimer};
 use serde_json::json;
+use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -92,6 +93,45 @@ pub struct Fit<'a, D: Device> {
     log: Log,
     session: Instant,
     saved: Instant,
+}
+
+/// A step in flight, and what its record needs.
+struct InFlight<D: Device> {
+    step: PendingStep<D>,
+    rows: usize,
+    timer: StepTimer<D>,
+}
+
+/// Divides the time of an epoch into steps, from the end of one to the end of the next.
+struct Meter {
+    since: Instant,
+    waited: Duration,
+    /// Since the last line of the log.
+    lately: StepTime,
+}
+
+impl Meter {
+    fn new() -> Self {
+        Self { since: Instant::now(), waited: Duration::ZERO, lately: StepTime::default() }
+    }
+
+    /// The time of the step that ends now. `waited`: for all batches so far; `busy`: seconds of the
+    /// device.
+    fn step(&mut self, waited: Duration, busy: f64) -> StepTime {
+        let now = Instant::now();
+        let time = StepTime {
+            seconds: (now - self.since).as_secs_f64(),
+            input_wait: (waited - self.waited).as_secs_f64(),
+            busy,
+        };
+        (self.since, self.waited) = (now, waited);
+        self.lately += time;
+        time
+    }
+
+    fn since_last_line(&mut self) -> StepTime {
+        std::mem::take(&mut self.lately)
+    }
 }
 
 /// Events for TensorBoard, if the configuration says so. `step` is the first step to come.
@@ -234,6 +274,9 @@ impl<'a, D: Device> Fit<'a, D> {
     }
 
     /// Runs the remaining batches of an epoch; `Break` if the caller stopped the run.
+    ///
+    /// On a device that keeps several steps in flight, later steps are launched before the losses of
+    /// a step are read. All steps are finished before a checkpoint and before the return.
     fn steps(
         &mut self,
         drawer: &Drawer<'_>,
@@ -249,79 +292,93 @@ impl<'a, D: Device> Fit<'a, D> {
         };
         let workers = self.config.workers_for(&*self.device);
         ahead::ahead(first..plan.size.batches, workers, make, |batches| {
-            let mut timer = StepTimer::new(self.device.clone());
-            // Time since the last line of the log.
-            let mut lately = StepTime::default();
-            let (mut since, mut waited) = (Instant::now(), Duration::ZERO);
+            let mut meter = Meter::new();
+            let mut in_flight = VecDeque::new();
             // A batch sent ahead, or the error of making it. The error is returned in the batch's
             // turn, after all earlier steps are finished and counted.
             let mut sent = None;
-            while let Some(batch) = sent.take().or_else(|| Some(send(&self.model, batches.next()?))) {
-                let batch = batch?;
-                let rows = batch.rows();
-                let (loss, ahead) = self.step(batch, &mut timer, || batches.next_if_ready())?;
-                sent = ahead;
-                let (now, waited_now) = (Instant::now(), batches.waited());
-                let time = StepTime {
-                    seconds: (now - since).as_secs_f64(),
-                    input_wait: (waited_now - waited).as_secs_f64(),
-                    busy: timer.take()?,
+            loop {
+                let next = sent.take().or_else(|| Some(send(&self.model, batches.next()?)));
+                let Some(Ok(batch)) = next else {
+                    let end = self.finish(&mut in_flight, 0, &mut meter, batches.waited(), observe)?;
+                    return match next {
+                        Some(Err(error)) => Err(error),
+                        _ => Ok(end),
+                    };
                 };
-                (since, waited) = (now, waited_now);
-                self.state.sums.add(rows, &loss, time);
-                lately += time;
-                self.state.batch += 1;
-                self.state.steps += 1;
-                if self.state.steps.is_multiple_of(LOG_EVERY) {
-                    self.log.line(&json!({
-                        "event": "step", "epoch": epoch + 1, "batch": self.state.batch, "step": self.state.steps,
-                        "loss": loss, "rows": rows, "seconds": time.seconds,
-                        "input_wait": lately.input_wait, "utilisation": lately.utilisation(),
-                    }))?;
-                    lately = StepTime::default();
-                }
-                let told = observe(Event::Step {
-                    done: self.state.batch,
-                    steps: self.state.steps,
-                    loss: &loss,
-                    sums: &self.state.sums,
-                });
+                in_flight.push_back(self.begin(batch)?);
+                // Does not wait for the next batch, which would delay the losses and an
+                // interruption.
+                sent = batches.next_if_ready().map(|batch| send(&self.model, batch));
+                let is_due = self.saved.elapsed() >= Duration::from_secs(self.config.checkpoint_seconds);
+                let later = if is_due { 0 } else { self.device.steps_in_flight() - 1 };
+                let told = self.finish(&mut in_flight, later, &mut meter, batches.waited(), observe)?;
                 if told.is_break() {
-                    return Ok(told);
+                    return self
+                        .finish(&mut in_flight, 0, &mut meter, batches.waited(), observe)
+                        .and(Ok(told));
                 }
-                if self.saved.elapsed() >= Duration::from_secs(self.config.checkpoint_seconds) {
+                if is_due {
                     self.state.seconds = before + self.session.elapsed().as_secs_f64();
                     self.save()?;
                 }
             }
-            Ok(ControlFlow::Continue(()))
         })
     }
 
-    /// Runs a step. While the device works on it, sends the `next` batch if it is ready. It does
-    /// not wait for one, which would delay the losses and an interruption.
-    #[expect(clippy::type_complexity, reason = "the next batch is an `Option`, and sending it may fail")]
-    fn step(
-        &mut self,
-        batch: SentBatch<D>,
-        timer: &mut StepTimer<D>,
-        next: impl FnOnce() -> Option<Result<StagedBatch<D>, TrainError>>,
-    ) -> Result<(StepLoss, Option<Result<SentBatch<D>, TrainError>>), TrainError> {
+    /// Launches a step.
+    fn begin(&mut self, batch: SentBatch<D>) -> Result<InFlight<D>, TrainError> {
         let (loss, adam) = (self.config.loss(), self.config.adam());
-        let Self { model, optimizer, .. } = self;
-        let step = model.begin_step(batch, &loss, &adam, optimizer, timer).and_then(|pending| {
-            let sent = next().map(|batch| send(model, batch));
-            Ok((pending.finish()?, sent))
-        });
-        step.map_err(|error| match error {
-            ModelError::NonFinite { tensor } => TrainError::NonFinite {
-                epoch: self.state.epoch + 1,
-                batch: self.state.batch + 1,
-                step: self.state.steps + 1,
-                tensor,
-            },
-            other => other.into(),
-        })
+        let (rows, mut timer) = (batch.rows(), StepTimer::new(self.device.clone()));
+        let step = self.model.begin_step(batch, &loss, &adam, &mut self.optimizer, &mut timer)?;
+        Ok(InFlight { step, rows, timer })
+    }
+
+    /// Finishes the oldest steps, up to `later` that stay in flight. Counts, logs and reports each;
+    /// `Break` if the caller stopped the run.
+    fn finish(
+        &mut self,
+        in_flight: &mut VecDeque<InFlight<D>>,
+        later: usize,
+        meter: &mut Meter,
+        waited: Duration,
+        observe: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
+    ) -> Result<ControlFlow<()>, TrainError> {
+        let mut told = ControlFlow::Continue(());
+        while in_flight.len() > later {
+            let Some(InFlight { step, rows, mut timer }) = in_flight.pop_front() else { break };
+            let loss = step.finish(&mut self.optimizer).map_err(|error| match error {
+                ModelError::NonFinite { tensor } => TrainError::NonFinite {
+                    epoch: self.state.epoch + 1,
+                    batch: self.state.batch + 1,
+                    step: self.state.steps + 1,
+                    tensor,
+                },
+                other => other.into(),
+            })?;
+            let time = meter.step(waited, timer.take()?);
+            self.state.sums.add(rows, &loss, time);
+            self.state.batch += 1;
+            self.state.steps += 1;
+            if self.state.steps.is_multiple_of(LOG_EVERY) {
+                let lately = meter.since_last_line();
+                self.log.line(&json!({
+                    "event": "step", "epoch": self.state.epoch + 1, "batch": self.state.batch,
+                    "step": self.state.steps, "loss": loss, "rows": rows, "seconds": time.seconds,
+                    "input_wait": lately.input_wait, "utilisation": lately.utilisation(),
+                }))?;
+            }
+            let event = Event::Step {
+                done: self.state.batch,
+                steps: self.state.steps,
+                loss: &loss,
+                sums: &self.state.sums,
+            };
+            if observe(event).is_break() {
+                told = ControlFlow::Break(());
+            }
+        }
+        Ok(told)
     }
 
     fn score(

@@ -509,12 +509,15 @@ pub fn adam<D: Device>(device: &D) {
     let mut rng = ChaCha8Rng::seed_from_u64(22);
     let (dense, width, rows) = (5003, 6, vec![1u32, 4]);
     let lens = [dense, 7 * width, 0];
-    for (clip, loss) in [
-        (None, 1.0),
-        (Some(Clip::PerTensor(1.0)), 1.0),
-        (Some(Clip::Global(2.0)), 1.0),
-        (Some(Clip::PerTensor(1.0)), f64::NAN),
+    for (clip, loss, previous) in [
+        (None, 1.0, None),
+        (Some(Clip::PerTensor(1.0)), 1.0, Some(2.0)),
+        (Some(Clip::Global(2.0)), 1.0, Some(0.0)),
+        (Some(Clip::PerTensor(1.0)), f64::NAN, None),
+        (Some(Clip::PerTensor(1.0)), 1.0, Some(f64::NAN)),
+        (None, 1.0, Some(f64::INFINITY)),
     ] {
+        let refused = loss.is_nan() || previous.is_some_and(|norm: f64| !norm.is_finite());
         let step = AdamStep { lr: 0.01, beta1: 0.9, beta2: 0.999, eps: 1e-8, step: 3, clip };
         let values: Vec<Vec<f32>> = lens.map(|n| random(&mut rng, n)).to_vec();
         let first: Vec<Vec<f32>> = lens.map(|n| random(&mut rng, n)).to_vec();
@@ -537,12 +540,18 @@ pub fn adam<D: Device>(device: &D) {
                 rows: (i == 1).then_some(AdamRows { index: &row, width }),
             })
             .collect();
-        device.adam(&step, &mut tensors, Slot { values: &mut report, index: 1 }).unwrap();
+        let previous = previous.map(|norm| device.upload(&[f64::NAN, norm]).unwrap());
+        let slot = Slot { values: &mut report, index: 1 };
+        device.adam(&step, &mut tensors, slot, previous.as_ref()).unwrap();
         drop(tensors);
         let norms = gradients.each_ref().map(|g| dot(g, g).sqrt());
         let global = norms.iter().map(|n| n * n).sum::<f64>().sqrt();
         let found = device.download(&report).unwrap()[1];
-        assert!((found - global).abs() < 1e-9 * global, "{found}, not {global}");
+        if refused {
+            assert!(found.is_nan(), "the norm of a refused step is NaN, not {found}");
+        } else {
+            assert!((found - global).abs() < 1e-9 * global, "{found}, not {global}");
+        }
         for t in 0..3 {
             let factor = match clip {
                 None => 1.0,
@@ -559,8 +568,8 @@ pub fn adam<D: Device>(device: &D) {
                 want[at] -= (0.01 * m / (v.sqrt() + 1e-8)) as f32;
             }
             let got = device.download(&v[t]).unwrap();
-            if loss.is_nan() {
-                assert_eq!(got, values[t], "a non-finite loss skips the update");
+            if refused {
+                assert_eq!(got, values[t], "a refused step changes no value");
                 continue;
             }
             for (i, (got, want)) in got.iter().zip(&want).enumerate() {

@@ -6,6 +6,7 @@ use dfar::model::{
     AdamOptions, HostTensor, Initialization, LossOptions, Model, ModelConfig, ModelError, Optimizer,
     PartTimer, StepObserver, StepPart, StepTimer,
 };
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -19,6 +20,8 @@ macro_rules! test_every_body {
             a_batch_of_another_model_is_rejected
             sending_a_batch_ahead_does_not_change_results
             a_failed_step_does_not_lose_the_next_batch
+            steps_in_flight_do_not_change_results
+            a_refused_step_refuses_those_behind_it
             batches_are_staged_on_any_thread
         }
     };
@@ -201,7 +204,7 @@ pub fn sending_a_batch_ahead_does_not_change_results<D: Device>(new: &dyn Fn() -
             let pending = model.begin_step(sent, &LOSS, &adam, &mut optimizer, &mut ear).unwrap();
             assert_eq!((ear.parts[0], ear.ends), (StepPart::Input, 1));
             sent = send(&model, seed + 1);
-            losses.push(pending.finish().unwrap().loss);
+            losses.push(pending.finish(&mut optimizer).unwrap().loss);
             assert_eq!(optimizer.steps(), u64::from(seed) + 1);
         }
         // Dropping an unused batch has no effect.
@@ -219,14 +222,65 @@ pub fn a_failed_step_does_not_lose_the_next_batch<D: Device>(new: &dyn Fn() -> A
     let first = send(&model, 0);
     let pending = model.begin_step(first, &infinite, &adam, &mut optimizer, &mut ()).unwrap();
     let second = send(&model, 1);
-    let error = pending.finish().unwrap_err();
+    let error = pending.finish(&mut optimizer).unwrap_err();
     assert!(matches!(error, ModelError::NonFinite { .. }), "{error}");
     assert!(optimizer.steps() == 0 && model.tensors().unwrap() == before);
 
-    let step = model.begin_step(second, &LOSS, &adam, &mut optimizer, &mut ()).unwrap().finish().unwrap();
+    let step = model.begin_step(second, &LOSS, &adam, &mut optimizer, &mut ()).unwrap();
+    let step = step.finish(&mut optimizer).unwrap();
     let mut plain = Training::new(new(), false);
     plain.step(1, &mut ());
     assert!((vec![step.loss], model.tensors().unwrap()) == plain.result());
+}
+
+/// Steps begun before earlier ones are finished equal steps one at a time.
+pub fn steps_in_flight_do_not_change_results<D: Device>(new: &dyn Fn() -> Arc<D>) {
+    for (dense_embeddings, most) in [(false, 2), (true, 2), (false, 4)] {
+        let mut plain = Training::new(new(), dense_embeddings);
+        (0..6).for_each(|seed| plain.step(seed, &mut ()));
+
+        let Training { mut model, mut optimizer, adam, mut losses } = Training::new(new(), dense_embeddings);
+        let mut in_flight = VecDeque::new();
+        for seed in 0..6 {
+            let sent = model.send(model.stager().stage(&batch(seed)).unwrap()).unwrap();
+            in_flight.push_back(model.begin_step(sent, &LOSS, &adam, &mut optimizer, &mut ()).unwrap());
+            if in_flight.len() == most {
+                losses.push(in_flight.pop_front().unwrap().finish(&mut optimizer).unwrap().loss);
+            }
+        }
+        losses.extend(in_flight.into_iter().map(|step| step.finish(&mut optimizer).unwrap().loss));
+        assert_eq!(optimizer.steps(), 6);
+        assert!(Training { model, optimizer, adam, losses }.result() == plain.result());
+    }
+}
+
+/// The device refuses all steps in flight behind a refused one. Begun again, they give the results
+/// of a run without it.
+pub fn a_refused_step_refuses_those_behind_it<D: Device>(new: &dyn Fn() -> Arc<D>) {
+    let infinite = LossOptions { bpr: f32::INFINITY, ..LOSS };
+    let Training { mut model, mut optimizer, adam, mut losses } = Training::new(new(), false);
+    let begin = |model: &mut Model<D>, optimizer: &mut _, seed, loss| {
+        let sent = model.send(model.stager().stage(&batch(seed)).unwrap()).unwrap();
+        model.begin_step(sent, loss, &adam, optimizer, &mut ()).unwrap()
+    };
+    let good = begin(&mut model, &mut optimizer, 0, &LOSS);
+    let bad = begin(&mut model, &mut optimizer, 1, &infinite);
+    let behind = [2, 3].map(|seed| begin(&mut model, &mut optimizer, seed, &LOSS));
+    losses.push(good.finish(&mut optimizer).unwrap().loss);
+    let error = bad.finish(&mut optimizer).unwrap_err();
+    assert!(matches!(error, ModelError::NonFinite { .. }), "{error}");
+    for step in behind {
+        let error = step.finish(&mut optimizer).unwrap_err();
+        assert!(matches!(error, ModelError::Refused), "{error}");
+    }
+    assert_eq!(optimizer.steps(), 1);
+    for seed in [2, 3] {
+        let step = begin(&mut model, &mut optimizer, seed, &LOSS);
+        losses.push(step.finish(&mut optimizer).unwrap().loss);
+    }
+    let mut plain = Training::new(new(), false);
+    [0, 2, 3].into_iter().for_each(|seed| plain.step(seed, &mut ()));
+    assert!(Training { model, optimizer, adam, losses }.result() == plain.result());
 }
 
 /// Other threads stage batches while the model computes. Dropping an unused one has no effect.

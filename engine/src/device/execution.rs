@@ -16,6 +16,12 @@ pub trait Execution: Send + Sync {
         std::thread::available_parallelism().map_or(1, |cores| (cores.get() - 1).clamp(1, 4))
     }
 
+    /// Training steps to launch before the host reads the losses of the first. More than one keeps a
+    /// device busy while the host reads losses and launches the next step.
+    fn steps_in_flight(&self) -> usize {
+        1
+    }
+
     /// Records an event after all operations called so far.
     fn record_event(&self) -> Result<Self::Event, DeviceError>;
 

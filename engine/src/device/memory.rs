@@ -70,6 +70,8 @@ pub trait Memory: Send + Sync {
     /// Host arrays that one copy uploads together, such as a pinned staging buffer. See
     /// [`Memory::stage`].
     type Staging: Send;
+    /// A copy to the host, in flight or complete. See [`Memory::begin_download`].
+    type Download<T: Element>: Send;
 
     /// Checks, before any allocation, that `copies` f32 values per parameter fit the free memory.
     ///
@@ -105,4 +107,11 @@ pub trait Memory: Send + Sync {
 
     /// Copies `buffer` to the host. Waits for the operations that write it.
     fn download<T: Element>(&self, buffer: &Self::Buffer<T>) -> Result<Vec<T>, DeviceError>;
+
+    /// Starts a copy of a few values of `buffer` to the host, behind the operations called so far.
+    /// Later operations may change the buffer, and it may be dropped.
+    fn begin_download<T: Element>(&self, buffer: &Self::Buffer<T>) -> Result<Self::Download<T>, DeviceError>;
+
+    /// The values of a download. Waits for the operations before the download, not for later ones.
+    fn finish_download<T: Element>(&self, download: Self::Download<T>) -> Result<Vec<T>, DeviceError>;
 }

@@ -55,12 +55,17 @@ pub struct AdamRows<U> {
 /// The optimiser.
 pub trait Optimizer: Memory {
     /// Clips all gradients and takes one Adam step on all tensors. Writes the norm of all gradients
-    /// before clipping to `norm`. If the norm, or any value before it in its buffer (the losses
-    /// of the step), is non-finite, no tensor changes.
+    /// before clipping to `norm`.
+    ///
+    /// Refuses the step if the norm, or any value before it in its buffer (the losses of the step),
+    /// is non-finite: no tensor changes, and the norm becomes NaN. `previous` is the buffer of the
+    /// norm of the step before, at the same position. If that norm is non-finite, this step is
+    /// refused too, so that no step in flight follows a refused one.
     fn adam(
         &self,
         step: &AdamStep,
         tensors: &mut [AdamTensor<Floats<Self>, Indices<Self>>],
         norm: Slot<Self::Buffer<f64>>,
+        previous: Option<&Self::Buffer<f64>>,
     ) -> Result<(), DeviceError>;
 }

@@ -184,6 +184,21 @@ impl<R: Runtime, T: Pod> Array<R, T> {
         Ok(())
     }
 
+    /// Starts a copy of a few values to the host, behind all earlier work. Later work may overwrite
+    /// the array, and it may be dropped.
+    ///
+    /// # Errors
+    /// As [`Runtime::begin_read`].
+    pub fn begin_download(&self) -> Result<Download<R, T>, CudaError> {
+        let Allocation { runtime, .. } = &*self.memory;
+        let reading = match self.len * size_of::<T>() {
+            0 => None,
+            // SAFETY: the allocation has this many bytes from the address on.
+            bytes => Some(unsafe { runtime.begin_read(self.pointer(), bytes)? }),
+        };
+        Ok(Download { runtime: runtime.clone(), reading, len: self.len, element: PhantomData })
+    }
+
     /// Device address of the first value, for kernel arguments.
     ///
     /// # Panics
@@ -232,6 +247,29 @@ impl<R: Runtime, T: Pod> Array<R, T> {
 impl<R: Runtime, T: Pod> Buffer<T> for Array<R, T> {
     fn len(&self) -> usize {
         self.len
+    }
+}
+
+/// A copy of an array to the host, in flight or complete.
+pub struct Download<R: Runtime, T> {
+    runtime: Arc<R>,
+    /// `None` for an empty array.
+    reading: Option<R::Reading>,
+    len: usize,
+    element: PhantomData<fn() -> T>,
+}
+
+impl<R: Runtime, T: Pod> Download<R, T> {
+    /// The values. Waits for the work before the copy.
+    ///
+    /// # Errors
+    /// As [`Runtime::end_read`].
+    pub fn finish(self) -> Result<Vec<T>, CudaError> {
+        let mut host = vec![T::zeroed(); self.len];
+        if let Some(reading) = self.reading {
+            self.runtime.end_read(reading, bytemuck::cast_slice_mut(&mut host))?;
+        }
+        Ok(host)
     }
 }
 

@@ -1,7 +1,7 @@
 //! Execution and memory of [`Gpu`], and the list of all kernels. The operations are in
 //! [`ops`](super::ops).
 
-use super::array::{Array, Staging};
+use super::array::{Array, Download, Staging};
 use super::error::CudaError;
 use super::gpu::{Gpu, products};
 use super::kernel::{self, Block, Kernel};
@@ -21,6 +21,9 @@ impl<R: Runtime> Execution for Gpu<R> {
 
     fn name(&self) -> String {
         format!("{} ({})", self.runtime().name(), self.precision().name())
+    }
+    fn steps_in_flight(&self) -> usize {
+        2
     }
     fn captured<T>(&self, work: impl FnMut() -> Result<T, DeviceError>) -> Result<T, DeviceError> {
         self.captured_work(work)
@@ -48,6 +51,7 @@ impl<R: Runtime> Execution for Gpu<R> {
 impl<R: Runtime> Memory for Gpu<R> {
     type Buffer<T: Element> = Array<R, T>;
     type Staging = Staging<R>;
+    type Download<T: Element> = Download<R, T>;
 
     fn check_room(&self, parameters: usize, copies: usize) -> Done {
         let runtime::Memory { free, total } = self.runtime().memory()?;
@@ -75,6 +79,13 @@ impl<R: Runtime> Memory for Gpu<R> {
     fn download<T: Element>(&self, buffer: &Array<R, T>) -> Result<Vec<T>, DeviceError> {
         self.settle_gradients()?;
         Ok(buffer.to_vec()?)
+    }
+    fn begin_download<T: Element>(&self, buffer: &Array<R, T>) -> Result<Download<R, T>, DeviceError> {
+        self.settle_gradients()?;
+        Ok(buffer.begin_download()?)
+    }
+    fn finish_download<T: Element>(&self, download: Download<R, T>) -> Result<Vec<T>, DeviceError> {
+        Ok(download.finish()?)
     }
 }
 

@@ -5,7 +5,8 @@
 //! (argument checks, plans, launch order) are generic over it, so tests run them without a GPU.
 //!
 //! Work is stream-ordered: it executes in the order of the calls. The copies of [`Runtime::send`]
-//! are the exception: they may execute earlier. Only [`Runtime::read`] waits for all earlier work.
+//! are the exception: they may execute earlier. Only [`Runtime::read`] waits for all earlier work,
+//! and [`Runtime::end_read`] for the work before its copy.
 
 use super::error::CudaError;
 use super::kernel::{Kernel, Launch, Pointer};
@@ -105,6 +106,9 @@ pub trait Runtime: Send + Sync + 'static {
 
     /// A pinned staging buffer: host memory that the device copies from asynchronously.
     type Pinned: DerefMut<Target = [u8]> + Send;
+
+    /// A copy to the host in flight.
+    type Reading: Send;
 
     /// Bytes between the arrays of a [`Staging`](super::array::Staging), in addition to alignment.
     /// The emulator needs a gap to detect accesses outside an array.
@@ -227,6 +231,25 @@ pub trait Runtime: Send + Sync + 'static {
     /// # Safety
     /// `host.len()` bytes from `at` on lie inside one allocation.
     unsafe fn read(&self, at: Pointer, host: &mut [u8]) -> Result<(), CudaError>;
+
+    /// Starts a copy of a few bytes to pinned host memory, behind all earlier work. Later work may
+    /// overwrite or free the memory.
+    ///
+    /// # Errors
+    /// A driver error.
+    ///
+    /// # Safety
+    /// `bytes` bytes from `at` on lie inside one allocation.
+    unsafe fn begin_read(&self, at: Pointer, bytes: usize) -> Result<Self::Reading, CudaError>;
+
+    /// Waits for a copy of [`Runtime::begin_read`], not for later work, and copies its bytes.
+    ///
+    /// # Errors
+    /// A driver error, including a failure of earlier launches.
+    ///
+    /// # Panics
+    /// If `host` is not as long as the copy.
+    fn end_read(&self, reading: Self::Reading, host: &mut [u8]) -> Result<(), CudaError>;
 
     /// Launches a kernel.
     ///

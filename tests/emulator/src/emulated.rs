@@ -2,7 +2,7 @@
 
 use super::Device;
 use dfar::device::cuda::driver::graph::Node;
-use dfar::device::cuda::driver::landing::Landing;
+use dfar::device::cuda::driver::landing::{Given, Landing};
 use dfar::device::cuda::kernel::{Kernel, Launch, Pointer};
 use dfar::device::cuda::runtime::{Gemm, Held, Limits, Memory, Runtime, Start};
 use dfar::device::cuda::{CudaError, Gpu, Precision};
@@ -11,7 +11,7 @@ use half::bf16;
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 /// An emulated device. A fault of a kernel is an error of its launch.
@@ -46,6 +46,8 @@ enum Request {
     Products(Gemm, usize),
     Zero(Pointer, usize),
     Write(Pointer, Vec<u8>),
+    /// Copies bytes to the host.
+    Read(Pointer, usize, Arc<Mutex<Vec<u8>>>),
     Release(Pointer, usize),
     /// Allocates the memory released last of this size class.
     Allocate(Pointer, usize),
@@ -57,9 +59,15 @@ impl Request {
             Request::Launch(kernel, ..) => Some(Node::Kernel(*kernel)),
             Request::Products(..) => Some(Node::Product),
             Request::Zero(..) => Some(Node::Zero),
-            Request::Write(..) | Request::Release(..) | Request::Allocate(..) => None,
+            Request::Write(..) | Request::Read(..) | Request::Release(..) | Request::Allocate(..) => None,
         }
     }
+}
+
+/// A copy to the host.
+pub struct Reading {
+    bytes: Arc<Mutex<Vec<u8>>>,
+    moment: Given,
 }
 
 /// Freed memory is reused by allocations of the same size class.
@@ -157,6 +165,35 @@ impl Emulated {
         Ok(())
     }
 
+    /// Reads bytes inside one array.
+    fn get(&self, at: Pointer, bytes: usize) -> Result<Vec<u8>, CudaError> {
+        let device = self.device();
+        let from = at as *const u8;
+        if !device.is_owned(from, bytes) {
+            return Err(fault("read")("a copy that is not inside one array".to_owned()));
+        }
+        // SAFETY: owned, as checked above.
+        let unwritten = unsafe { device.unwritten(from, bytes) };
+        if unwritten > 0 {
+            return Err(fault("read")(format!("{unwritten} of {bytes} bytes were never written")));
+        }
+        // SAFETY: owned and written; no kernel is running.
+        Ok(unsafe { std::slice::from_raw_parts(from, bytes) }.to_vec())
+    }
+
+    /// Landing memory freed before `moment` becomes idle, and is released.
+    fn settle(&self, moment: Given) {
+        let idle = {
+            let mut resting = lock(&self.resting);
+            resting.settle(moment);
+            resting.take_idle()
+        };
+        for (at, bytes) in idle {
+            // SAFETY: freed by `free_landing`, whose caller guarantees it; not released since.
+            unsafe { self.device().release(at as *mut u8, bytes) };
+        }
+    }
+
     fn device(&self) -> MutexGuard<'_, Device> {
         lock(&self.device)
     }
@@ -181,6 +218,10 @@ impl Emulated {
             Request::Products(gemm, count) => self.products(&gemm, count),
             Request::Zero(at, bytes) => self.put(at, &vec![0; bytes], false),
             Request::Write(at, bytes) => self.put(at, &bytes, false),
+            Request::Read(at, bytes, to) => {
+                *lock(&to) = self.get(at, bytes)?;
+                Ok(())
+            }
             Request::Release(at, bytes) => {
                 // SAFETY: recorded by `free`, whose caller guarantees it; not released since.
                 unsafe { self.device().release(at as *mut u8, bytes) };
@@ -221,6 +262,7 @@ fn matrix<'a>(device: &'a Device, at: Pointer, len: usize, name: &str) -> Result
 impl Runtime for Emulated {
     type Mark = Instant;
     type Pinned = Vec<u8>;
+    type Reading = Reading;
 
     /// Equal to the gap between allocations.
     const GAP: usize = 4096;
@@ -334,31 +376,25 @@ impl Runtime for Emulated {
     }
 
     unsafe fn read(&self, at: Pointer, host: &mut [u8]) -> Result<(), CudaError> {
+        // SAFETY: guaranteed by the caller.
+        let reading = unsafe { self.begin_read(at, host.len())? };
+        self.end_read(reading, host)
+    }
+
+    unsafe fn begin_read(&self, at: Pointer, bytes: usize) -> Result<Reading, CudaError> {
         self.check_no_capture("copying from the device")?;
         self.to_host.fetch_add(1, Ordering::Relaxed);
         let moment = lock(&self.resting).now();
+        let to = Arc::default();
+        self.ask(Request::Read(at, bytes, Arc::clone(&to)))?;
+        Ok(Reading { bytes: to, moment })
+    }
+
+    /// Executes later work too: a GPU may have.
+    fn end_read(&self, reading: Reading, host: &mut [u8]) -> Result<(), CudaError> {
         self.catch_up()?;
-        let idle = {
-            let mut resting = lock(&self.resting);
-            resting.settle(moment);
-            resting.take_idle()
-        };
-        for (at, bytes) in idle {
-            // SAFETY: freed by `free_landing`, whose caller guarantees it; not released since.
-            unsafe { self.device().release(at as *mut u8, bytes) };
-        }
-        let device = self.device();
-        let from = at as *const u8;
-        if !device.is_owned(from, host.len()) {
-            return Err(fault("read")("a copy that is not inside one array".to_owned()));
-        }
-        // SAFETY: owned, as checked above.
-        let unwritten = unsafe { device.unwritten(from, host.len()) };
-        if unwritten > 0 {
-            return Err(fault("read")(format!("{unwritten} of {} bytes were never written", host.len())));
-        }
-        // SAFETY: owned and written; host and device memory are disjoint.
-        unsafe { std::ptr::copy_nonoverlapping(from, host.as_mut_ptr(), host.len()) };
+        self.settle(reading.moment);
+        host.copy_from_slice(&lock(&reading.bytes));
         Ok(())
     }
 

@@ -92,6 +92,8 @@ impl Memory for Cpu {
     type Buffer<T: Element> = CpuBuffer<T>;
     /// Nothing: [`Memory::stage`] copies at once.
     type Staging = ();
+    /// The values: all operations are complete when they return.
+    type Download<T: Element> = Vec<T>;
 
     /// Allocates the memory and frees it again. It adds one copy for the host values from which a
     /// model is created.
@@ -127,6 +129,12 @@ impl Memory for Cpu {
     }
     fn download<T: Element>(&self, buffer: &CpuBuffer<T>) -> Result<Vec<T>, DeviceError> {
         Ok(buffer.to_vec())
+    }
+    fn begin_download<T: Element>(&self, buffer: &CpuBuffer<T>) -> Result<Vec<T>, DeviceError> {
+        self.download(buffer)
+    }
+    fn finish_download<T: Element>(&self, download: Vec<T>) -> Result<Vec<T>, DeviceError> {
+        Ok(download)
     }
 }
 

@@ -12,19 +12,28 @@ const CHUNK: usize = 1 << 14;
 type Tensor<'a> = AdamTensor<'a, Floats, Indices>;
 
 impl Optimizer for Cpu {
-    fn adam(&self, step: &AdamStep, tensors: &mut [Tensor], norm: Slot<Doubles>) -> Done {
-        let (losses, norm) = norm.values.split_at_mut(norm.index);
-        norm[0] = clip_and_update(step, tensors, losses.iter().all(|loss| loss.is_finite()));
+    fn adam(
+        &self,
+        step: &AdamStep,
+        tensors: &mut [Tensor],
+        norm: Slot<Doubles>,
+        previous: Option<&Doubles>,
+    ) -> Done {
+        let Slot { values, index } = norm;
+        let before = previous.is_none_or(|previous| previous[index].is_finite());
+        let finite = before && values[..index].iter().all(|loss| loss.is_finite());
+        values[index] = clip_and_update(step, tensors, finite);
         Ok(())
     }
 }
 
-/// Returns the norm of all gradients. `finite`: whether the losses of the step are.
+/// Returns the norm of all gradients, or NaN if the step is refused. `finite`: whether the losses of
+/// the step are, and the step before was not refused.
 fn clip_and_update(step: &AdamStep, tensors: &mut [Tensor], finite: bool) -> f64 {
     let squares: Vec<f64> = tensors.iter().map(|t| square_sum(t.gradient)).collect();
     let global = squares.iter().sum::<f64>().sqrt();
     if !finite || !global.is_finite() {
-        return global;
+        return f64::NAN;
     }
     let correction =
         (1.0 - (step.beta1 as f64).powf(step.step as f64), 1.0 - (step.beta2 as f64).powf(step.step as f64));

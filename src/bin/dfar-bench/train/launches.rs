@@ -153,6 +153,7 @@ impl Counting {
 impl Runtime for Counting {
     type Mark = ();
     type Pinned = Vec<u8>;
+    type Reading = ();
 
     fn mark(&self) -> Result<(), CudaError> {
         Ok(())
@@ -225,6 +226,15 @@ impl Runtime for Counting {
     }
 
     unsafe fn read(&self, _: Pointer, host: &mut [u8]) -> Result<(), CudaError> {
+        host.fill(0);
+        Ok(())
+    }
+
+    unsafe fn begin_read(&self, _: Pointer, _: usize) -> Result<(), CudaError> {
+        Ok(())
+    }
+
+    fn end_read(&self, (): (), host: &mut [u8]) -> Result<(), CudaError> {
         host.fill(0);
         Ok(())
     }

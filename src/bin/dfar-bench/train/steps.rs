@@ -15,6 +15,7 @@ use dfar::train::draw::{Drawer, Plan};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
+use std::collections::VecDeque;
 use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -158,6 +159,18 @@ pub struct Profile {
     pub input_wait: f64,
     /// Parts, in the order of a step.
     pub parts: Vec<PartRow>,
+    /// Time without part timers, by steps in flight. Empty where the device keeps one step in
+    /// flight.
+    pub overlapped: Vec<Overlapped>,
+}
+
+/// The time of steps that overlap.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Overlapped {
+    /// Steps launched before the losses of the first are read.
+    pub in_flight: usize,
+    /// Wall-clock seconds per step.
+    pub seconds_per_step: f64,
 }
 
 /// The counts that a batch adds to a profile.
@@ -181,7 +194,16 @@ impl Counts {
 impl Profile {
     fn new() -> Self {
         let parts = StepPart::ALL.map(|part| PartRow { part, seconds: None, floor: None }).to_vec();
-        Self { steps: 0, instances: 0, tokens: 0, scores: 0, seconds: None, input_wait: 0.0, parts }
+        Self {
+            steps: 0,
+            instances: 0,
+            tokens: 0,
+            scores: 0,
+            seconds: None,
+            input_wait: 0.0,
+            parts,
+            overlapped: Vec::new(),
+        }
     }
 
     fn add(&mut self, counts: &Counts) {
@@ -240,7 +262,49 @@ pub fn measure<D: Device>(
     for row in &mut profile.parts {
         row.seconds = Some(parts.of(row.part));
     }
+    let most = device.steps_in_flight();
+    if most > 1 {
+        let counts = [1, most].into_iter();
+        profile.overlapped =
+            counts.map(|n| overlapped(device, source, config, count, n)).collect::<Result<_>>()?;
+    }
     Ok(profile)
+}
+
+/// Trains a fresh model on `count` batches with `in_flight` steps in flight, as training does.
+fn overlapped<D: Device>(
+    device: &Arc<D>,
+    source: &Batches,
+    config: &Config,
+    count: usize,
+    in_flight: usize,
+) -> Result<Overlapped> {
+    let network = config.model(source.items());
+    let mut model = Model::initialized(device.clone(), network, config.seed, config.init)?;
+    let mut optimizer = Optimizer::new(&model)?;
+    let (loss, adam, stager) = (config.loss(), config.adam(), model.stager());
+    let make = |index| -> Result<_> { Ok(stager.stage(&source.make(index, count)?)?) };
+    ahead::ahead(0..count, config.workers_for(&**device), make, |made| {
+        let (mut start, mut timed, mut pending) = (Instant::now(), 0, VecDeque::new());
+        for index in 0..count {
+            let Some(batch) = made.next() else { break };
+            let sent = model.send(batch?)?;
+            pending.push_back(model.begin_step(sent, &loss, &adam, &mut optimizer, &mut ())?);
+            // The first step warms up, as above.
+            let warms_up = index == 0 && count > 1;
+            let later = if warms_up || index + 1 == count { 0 } else { in_flight - 1 };
+            while pending.len() > later {
+                let Some(step) = pending.pop_front() else { break };
+                step.finish(&mut optimizer)?;
+            }
+            if warms_up {
+                start = Instant::now();
+            } else {
+                timed += 1;
+            }
+        }
+        Ok(Overlapped { in_flight, seconds_per_step: start.elapsed().as_secs_f64() / timed.max(1) as f64 })
+    })
 }
 
 /// The lower bounds of steps on `batches` batches, without running any.
@@ -311,6 +375,10 @@ impl fmt::Display for Profile {
                 f,
                 "{rate:.0} instances/s; device busy {busy:.1} %; waited {wait:.3} ms a step for input"
             )?;
+        }
+        for Overlapped { in_flight, seconds_per_step } in &self.overlapped {
+            let milliseconds = seconds_per_step * 1e3;
+            write!(f, "\nwithout timers of parts, {in_flight} in flight: {milliseconds:.3} ms a step")?;
         }
         Ok(())
     }

@@ -3,7 +3,7 @@
 use super::blas::Blas;
 use super::compile::Cache;
 use super::graph::{Node, Recent};
-use super::landing::Landing;
+use super::landing::{Given, Landing};
 use super::launch;
 use super::nvrtc::Nvrtc;
 use super::once::Once;
@@ -55,11 +55,21 @@ pub struct Cuda {
     landing: Mutex<Landing>,
     /// Pinned staging buffers of copies in flight, oldest first.
     sent: Mutex<VecDeque<launch::Pinned>>,
+    /// Idle pinned buffers of [`Runtime::begin_read`].
+    read: Mutex<Vec<launch::Pinned>>,
     blas: Mutex<Option<Blas>>,
     /// Requests recorded so far; `None` outside a capture.
     capture: Mutex<Option<Vec<Node>>>,
     /// Graph executable cache, keyed by the recorded requests and the number of graph nodes.
     graphs: Mutex<Recent<(Vec<Node>, usize), launch::Executable>>,
+}
+
+/// A copy to the host in flight.
+pub struct Reading {
+    to: launch::Pinned,
+    bytes: usize,
+    /// Landing memory freed before it is idle after the copy.
+    moment: Given,
 }
 
 /// A kernel ready to launch.
@@ -78,8 +88,8 @@ const COPIES: usize = 4;
 /// the host may be some calls ahead.
 const BORROWED_COPIES: usize = 16;
 
-/// Maximum resting landing allocations before an allocation synchronises. A step frees two and then
-/// waits for its losses; the limit is for callers that send repeatedly and never read.
+/// Maximum resting landing allocations before an allocation synchronises. A step frees two, and the
+/// host waits for its losses soon; the limit is for callers that send repeatedly and never read.
 const RESTING: usize = 16;
 
 impl std::fmt::Debug for Cuda {
@@ -161,6 +171,7 @@ impl Cuda {
             held: Held::default(),
             landing: Mutex::default(),
             sent: Mutex::default(),
+            read: Mutex::default(),
             blas: Mutex::default(),
             capture: Mutex::default(),
             graphs: Mutex::default(),
@@ -196,6 +207,7 @@ impl Cuda {
             held: Held::default(),
             landing: Mutex::default(),
             sent: Mutex::default(),
+            read: Mutex::default(),
             blas: Mutex::default(),
             capture: Mutex::default(),
             graphs: Mutex::default(),
@@ -332,6 +344,7 @@ fn size_class(bytes: usize) -> usize {
 impl Runtime for Cuda {
     type Mark = CudaEvent;
     type Pinned = launch::Pinned;
+    type Reading = Reading;
 
     fn mark(&self) -> Result<CudaEvent, CudaError> {
         self.check_no_capture("recording an event")?;
@@ -433,7 +446,7 @@ impl Runtime for Cuda {
         let oldest = {
             let mut sent = lock(&self.sent);
             let is_free = match sent.front() {
-                Some(oldest) => sent.len() >= most || oldest.is_read().map_err(failed)?,
+                Some(oldest) => sent.len() >= most || oldest.is_copied().map_err(failed)?,
                 None => false,
             };
             if is_free { sent.pop_front() } else { None }
@@ -477,6 +490,35 @@ impl Runtime for Cuda {
         unsafe { launch::read(&self.stream, at, host) }.map_err(failed("copying from the device"))?;
         // The read has waited for all earlier work on the compute stream.
         lock(&self.landing).settle(moment);
+        Ok(())
+    }
+
+    unsafe fn begin_read(&self, at: Pointer, bytes: usize) -> Result<Reading, CudaError> {
+        self.check_no_capture("copying from the device")?;
+        self.bind()?;
+        let failed = |error| CudaError::driver("copying from the device", error, 0);
+        let idle = lock(&self.read).pop().filter(|idle| idle.len() >= bytes);
+        let mut to = match idle {
+            Some(idle) => idle,
+            None => launch::Pinned::new(&self.context, bytes).map_err(failed)?,
+        };
+        let moment = lock(&self.landing).now();
+        // SAFETY: guaranteed by the caller.
+        if let Err(error) = unsafe { to.fetch(&self.stream, at, bytes) } {
+            // The copy, if it was started, must finish before the buffer is freed here.
+            let _ = self.stream.synchronize();
+            return Err(failed(error));
+        }
+        Ok(Reading { to, bytes, moment })
+    }
+
+    fn end_read(&self, reading: Reading, host: &mut [u8]) -> Result<(), CudaError> {
+        let Reading { to, bytes, moment } = reading;
+        to.wait().map_err(failed("copying from the device"))?;
+        host.copy_from_slice(&to[..bytes]);
+        // All work before the copy on the compute stream is complete.
+        lock(&self.landing).settle(moment);
+        lock(&self.read).push(to);
         Ok(())
     }
 

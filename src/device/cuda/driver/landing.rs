@@ -2,13 +2,14 @@
 //!
 //! The pool reuses memory immediately after it is freed, because the next use is later on the same
 //! stream. A copy on another stream may run earlier. Freed landing memory is therefore not reused
-//! until the host has synchronised with the device: then no kernel reads it and no copy to it is in
-//! flight. This needs no CUDA event and no extra wait, because a step waits for its losses.
+//! until the host has waited for work enqueued behind the free: then no kernel reads it and no copy
+//! to it is in flight. This needs no CUDA event and no extra wait, because the host waits for the
+//! losses of each step.
 
 use crate::device::cuda::kernel::Pointer;
 use std::collections::{BTreeMap, VecDeque};
 
-/// Freed landing memory: idle, or resting until the next synchronisation.
+/// Freed landing memory: idle, or resting until the host has waited for its last use.
 #[derive(Debug, Default)]
 pub struct Landing {
     idle: BTreeMap<usize, Vec<Pointer>>,
@@ -39,7 +40,7 @@ impl Landing {
         self.given += 1;
     }
 
-    /// The current position. Call it before the host synchronises.
+    /// The current position. Call it before the work that the host waits for is enqueued.
     pub fn now(&self) -> Given {
         Given(self.given)
     }
@@ -85,10 +86,10 @@ mod tests {
         assert_eq!((landing.take(256), landing.resting()), (None, 1));
     }
 
-    /// As in training: the next batch is sent while the step in flight may still read its own,
-    /// already freed batch.
+    /// As in training: the next batch is sent while the steps in flight may still read their own,
+    /// already freed batches.
     #[test]
-    fn steps_alternate_between_two_allocations() {
+    fn two_steps_in_flight_take_turns_with_three_allocations() {
         let mut landing = Landing::default();
         let mut made = 0;
         let mut send = |landing: &mut Landing| {
@@ -98,16 +99,19 @@ mod tests {
             })
         };
         let mut batch = send(&mut landing);
-        let order: Vec<_> = (0..6)
+        let mut in_flight = VecDeque::new();
+        let order: Vec<_> = (0..7)
             .map(|_| {
                 landing.give_back(batch, 256);
-                let losses = landing.now();
+                in_flight.push_back(landing.now());
                 let used = std::mem::replace(&mut batch, send(&mut landing));
-                landing.settle(losses);
+                if in_flight.len() == 2 {
+                    landing.settle(in_flight.pop_front().expect("two steps"));
+                }
                 used
             })
             .collect();
-        assert_eq!(order, [1, 2, 1, 2, 1, 2]);
+        assert_eq!(order, [1, 2, 3, 1, 2, 3, 1]);
     }
 
     #[test]

@@ -88,12 +88,12 @@ pub(crate) unsafe fn read(stream: &CudaStream, at: Pointer, host: &mut [u8]) -> 
     stream.synchronize()
 }
 
-/// A pinned staging buffer with a CUDA event. Every copy from the buffer records the event again; a
+/// A pinned buffer with a CUDA event. Every copy from or to the buffer records the event again; a
 /// stream already waiting for an earlier recording is not affected.
 pub struct Pinned {
     at: NonNull<u8>,
     bytes: usize,
-    read: CudaEvent,
+    copied: CudaEvent,
 }
 
 // SAFETY: it owns its memory, and any thread may use the driver.
@@ -103,32 +103,32 @@ impl Pinned {
     /// A buffer of `bytes` zeros.
     pub(crate) fn new(context: &Arc<CudaContext>, bytes: usize) -> Result<Self, DriverError> {
         // An event that was never recorded counts as complete.
-        let read = context.new_event(None)?;
+        let copied = context.new_event(None)?;
         // SAFETY: `new_event` has bound the context to this thread. Flags 0: cached, for this
         // context only.
         let at = unsafe { result::malloc_host(bytes, 0)? }.cast::<u8>();
         // SAFETY: allocated with this many bytes.
         unsafe { at.write_bytes(0, bytes) };
         let at = NonNull::new(at).expect("the driver reports a failure rather than return null");
-        Ok(Self { at, bytes, read })
+        Ok(Self { at, bytes, copied })
     }
 
-    /// Whether the last copy from the buffer has finished.
-    pub(crate) fn is_read(&self) -> Result<bool, DriverError> {
-        self.read.try_is_complete()
+    /// Whether the last copy has finished.
+    pub(crate) fn is_copied(&self) -> Result<bool, DriverError> {
+        self.copied.try_is_complete()
     }
 
-    /// Waits for the last copy from the buffer.
+    /// Waits for the last copy.
     pub(crate) fn wait(&self) -> Result<(), DriverError> {
-        self.read.synchronize()
+        self.copied.synchronize()
     }
 
     /// Makes later work on the stream wait for the last copy from the buffer.
     pub(crate) fn let_wait(&self, stream: &CudaStream) -> Result<(), DriverError> {
-        stream.wait(&self.read)
+        stream.wait(&self.copied)
     }
 
-    /// Starts a copy of the first `bytes` bytes, which must not change before [`Pinned::is_read`].
+    /// Starts a copy of the first `bytes` bytes, which must not change before [`Pinned::is_copied`].
     ///
     /// # Safety
     /// `bytes` bytes from `at` on lie inside one allocation. No other stream uses them before it
@@ -142,7 +142,24 @@ impl Pinned {
         // SAFETY: guaranteed by the caller. The buffer is neither reused nor freed before the event
         // behind the copy.
         unsafe { result::memcpy_htod_async(at, &self[..bytes], stream.cu_stream())? };
-        self.read.record(stream)
+        self.copied.record(stream)
+    }
+
+    /// Starts a copy of `bytes` bytes of device memory to the buffer, which must not be read before
+    /// [`Pinned::wait`].
+    ///
+    /// # Safety
+    /// `bytes` bytes from `at` on lie inside one allocation.
+    pub(crate) unsafe fn fetch(
+        &mut self,
+        stream: &CudaStream,
+        at: Pointer,
+        bytes: usize,
+    ) -> Result<(), DriverError> {
+        // SAFETY: guaranteed by the caller. The buffer is neither reused nor freed before the event
+        // behind the copy.
+        unsafe { result::memcpy_dtoh_async(&mut self[..bytes], at, stream.cu_stream())? };
+        self.copied.record(stream)
     }
 }
 
@@ -164,7 +181,7 @@ impl DerefMut for Pinned {
 impl Drop for Pinned {
     fn drop(&mut self) {
         // A context that fails here has already reported its error.
-        if self.wait().is_ok() && self.read.context().bind_to_thread().is_ok() {
+        if self.wait().is_ok() && self.copied.context().bind_to_thread().is_ok() {
             // SAFETY: from `malloc_host`; this drop alone frees it, and no copy reads it.
             let _ = unsafe { result::free_host(self.at.as_ptr().cast()) };
         }

@@ -50,6 +50,7 @@ struct OptimizerParams {
     factor: Pointer,
     losses: Pointer,
     norm: Pointer,
+    previous: Pointer,
     tensor_count: u32,
     chunk_count: u32,
     chunk: u32,
@@ -66,7 +67,7 @@ struct OptimizerParams {
 
 // As in step/optimizer.cu.
 const _: () = assert!(size_of::<Tensor>() == 56);
-const _: () = assert!(size_of::<OptimizerParams>() == 96);
+const _: () = assert!(size_of::<OptimizerParams>() == 104);
 
 /// Values per chunk: at least four accesses per thread, and at most about 4096 chunks. The chunks
 /// determine the order of summation, so they depend on the number of values only.
@@ -80,8 +81,10 @@ impl<R: Runtime> Optimizer for Gpu<R> {
         step: &AdamStep,
         tensors: &mut [AdamTensor<Array<R, f32>, Array<R, u32>>],
         norm: Slot<Array<R, f64>>,
+        previous: Option<&Array<R, f64>>,
     ) -> Result<(), DeviceError> {
         assert!(norm.index < norm.values.len(), "the slot lies outside its buffer");
+        assert!(previous.is_none_or(|previous| norm.index < previous.len()), "the slot of the step before");
         self.settle_gradients()?;
         let chunk = chunk_of(tensors.iter().map(|t| t.gradient.len()).sum());
         let mut chunks = 0;
@@ -138,6 +141,7 @@ impl<R: Runtime> Optimizer for Gpu<R> {
             factor: factor.pointer(),
             losses: norm.values.pointer(),
             norm: norm.values.pointer_at(norm.index),
+            previous: previous.map_or(0, |previous| previous.pointer_at(norm.index)),
             tensor_count: tensors.len() as u32,
             chunk_count: chunks as u32,
             chunk: chunk as u32,

@@ -35,19 +35,6 @@ step() {
 
 skip() { printf '%s\tSKIPPED\t%s\n' "$1" "$2" >>"$out/steps.tsv"; printf '== %s: SKIPPED: %s\n' "$1" "$2"; }
 
-# repeat COUNT PROGRAM...: the same bytes on every run.
-repeat() {
-    local count=$1 first again
-    shift
-    first=$("$@") || return 1
-    for _ in $(seq 2 "$count"); do
-        again=$("$@") || return 1
-        [ "$first" = "$again" ] || { printf 'differs:\n%s\n%s\n' "$first" "$again"; return 1; }
-    done
-    printf '%s runs agree\n%s\n' "$count" "$first"
-}
-export -f repeat
-
 # The test program of tests/NAME.rs.
 test_program() {
     cargo test --quiet --profile "$profile" --no-run --message-format=json --test "$1" 2>/dev/null |
@@ -72,7 +59,7 @@ if [ "$small" = 1 ]; then
     attention=(--quick --batch-tokens 40 --seq-lens "$lengths")
     steps=(--quick --batches 1 --batch-tokens 24 --batch-rows 64 --max-length 8 --negatives 2)
 else
-    tests="cuda_attention cuda_step cuda_curves" repeats=100 cases=tests/golden
+    tests="cuda_attention cuda_step cuda_curves" repeats=1000 cases=tests/golden
     attention=() steps=()
 fi
 
@@ -92,7 +79,8 @@ for tool in memcheck racecheck; do
         skip "sanitizer_$tool" "compute-sanitizer is not installed"
     fi
 done
-step repeat 180 bash -c 'repeat "$@"' repeat "$repeats" "$bench" verify "$cases" --device cuda --json
+# The same bits from every run.
+step repeat 240 "$bench" verify "$cases" --device cuda --repeat "$repeats"
 
 # -------------------------------------------------------------------------------------- measurements
 step attention_bf16 240 "$bench" attention --device cuda "${attention[@]}" --json "$out/attention_bf16.json"
@@ -100,9 +88,11 @@ step attention_f32 180 "$bench" attention --device cuda --precision f32 "${atten
 step attention_masked 180 "$bench" attention --device cuda --normalization masked "${attention[@]}" --json "$out/attention_masked.json"
 step train_bf16 120 "$bench" train --device cuda --precision bf16 "${steps[@]}"
 step train_f32 120 "$bench" train --device cuda "${steps[@]}"
+step train_library 120 "$bench" train --device cuda --precision bf16 --library-products "${steps[@]}"
 step train_graphs 120 "$bench" train --device cuda --precision bf16 --cuda-graphs "${steps[@]}"
 if [ "$small" = 0 ]; then
     step train_paper 180 "$bench" train --device cuda --precision bf16 --uniform --batch-rows 4096 --max-length 20
+    step train_paper_library 180 "$bench" train --device cuda --precision bf16 --uniform --batch-rows 4096 --max-length 20 --library-products
     step train_paper_graphs 180 "$bench" train --device cuda --precision bf16 --uniform --batch-rows 4096 --max-length 20 --cuda-graphs
 fi
 if python3 -c 'import torch; raise SystemExit(not torch.cuda.is_available())' 2>/dev/null; then

@@ -3,7 +3,8 @@
 mod common;
 
 use dfar_tools::verify::{
-    Case, CpuEngine, GRADIENT_TOLERANCE, VerifyError, compare, compare_gradients, relative_error, verify,
+    Case, CpuEngine, Difference, GRADIENT_TOLERANCE, Outcome, VerifyError, compare, compare_gradients,
+    relative_error, verify,
 };
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -49,6 +50,27 @@ fn good_cases_pass() {
     let tensors = json["cases"][0]["outcome"]["checked"].as_array().expect("a checked case lists tensors");
     let names: Vec<&str> = tensors.iter().filter_map(|t| t["tensor"].as_str()).collect();
     assert_eq!(names, ["o", "lse", "dq", "dk", "dv"]);
+}
+
+/// Repeated runs give the same bits; a run that does not fails the case, and is named.
+#[test]
+fn repeated_runs_are_compared_bit_by_bit() {
+    let dfar = std::fs::read(golden("dfar_small")).expect("the case should be there");
+    let folder = folder_with(&[("a.safetensors", &good()), ("b.safetensors", &dfar)]);
+    let output = run(&["--repeat", "3"], folder.path());
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(0), "{text}");
+    assert!(text.ends_with("2 passed, 0 failed, 0 skipped\neach case computed 3 times\n"), "{text}");
+
+    let mut report = verify(&golden("fha_tiny"), &CpuEngine).expect("the case is good");
+    let mut other = report.clone();
+    report.compare_run(&other, 2);
+    assert!(report.differs.is_none() && report.passes());
+    let Outcome::Checked(tensors) = &mut other.outcome else { panic!("the case is checked") };
+    tensors[3].crc32 ^= 1;
+    report.compare_run(&other, 7);
+    assert_eq!(report.differs, Some(Difference { run: 7, tensor: "dk".into() }));
+    assert!(!report.passes() && report.to_string().contains("run 7 has other bits than run 1  FAILED"));
 }
 
 #[test]

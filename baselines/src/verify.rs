@@ -46,7 +46,7 @@ pub fn verify(path: &Path) -> Result<Report, VerifyError> {
         return Err(VerifyError::Kind { path: path.to_owned(), kind: case.kind });
     }
     let errors = compare_case(&case)?;
-    Ok(Report { case: case.name, outcome: Outcome::Checked(errors) })
+    Ok(Report { case: case.name, outcome: Outcome::Checked(errors), differs: None })
 }
 
 fn compare_case(case: &Case) -> Result<Vec<TensorError>, VerifyError> {

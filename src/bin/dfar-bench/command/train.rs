@@ -59,6 +59,9 @@ pub struct Train {
     /// only)
     #[arg(long)]
     cuda_graphs: bool,
+    /// Compute all matrix products of layers by cuBLASLt, each in a launch of its own (GPU only)
+    #[arg(long)]
+    library_products: bool,
     /// Threads; 0: one per core
     #[arg(long, default_value_t = 0)]
     threads: usize,
@@ -107,7 +110,10 @@ pub fn run(arguments: &Train) -> Result<()> {
             pool.install(|| time_steps(arguments, &config, data, &cpu, None))
         }
         Device::Cuda => {
-            let gpu = open_gpu(arguments.precision)?;
+            let mut gpu = open_gpu(arguments.precision)?;
+            if arguments.library_products {
+                gpu = gpu.with_library_products();
+            }
             let gpu = Arc::new(if arguments.cuda_graphs { gpu.with_graphs() } else { gpu });
             let limits = limits::gpu::measure(&gpu, effort(arguments.quick))?;
             let peak = Peak { limits, precision: arguments.precision.products() };

@@ -17,6 +17,9 @@ pub struct Verify {
     /// Element type of the attention tensors
     #[arg(long, value_enum, default_value_t = Precision::F32)]
     precision: Precision,
+    /// Compute each case N times, and compare the bits of the results
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
+    repeat: u64,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -56,7 +59,10 @@ pub fn run(arguments: &Verify) -> Result<bool, Failure> {
 fn run_on<E: Engine>(arguments: &Verify, engine: &E) -> Result<bool, Failure> {
     let mut reports = Vec::new();
     for path in verify::cases(&arguments.folder)? {
-        let report = verify::verify(&path, engine)?;
+        let mut report = verify::verify(&path, engine)?;
+        for run in 2..=arguments.repeat as usize {
+            report.compare_run(&verify::verify(&path, engine)?, run);
+        }
         if !arguments.json {
             cli::print(&report.to_string())?;
         }
@@ -67,6 +73,9 @@ fn run_on<E: Engine>(arguments: &Verify, engine: &E) -> Result<bool, Failure> {
         say!("{}", serde_json::to_string_pretty(&summary).expect("numbers and strings are valid JSON"));
     } else {
         cli::print(&summary.to_string())?;
+        if arguments.repeat > 1 {
+            say!("each case computed {} times", arguments.repeat);
+        }
     }
     Ok(summary.failed == 0)
 }

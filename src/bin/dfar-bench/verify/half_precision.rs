@@ -45,11 +45,8 @@ pub(super) fn compare(fha: &Fha, element: Element, results: &Results) -> Vec<Ten
     let floor = fha.gradients.iter().map(|x| largest(x)).fold(0.0, f64::max) / 400.0;
     let judge = |tensor: &str, fused: &[f32], unfused: &[f32], exact: &[f64], floor: f64| {
         let scale = largest(exact).max(floor);
-        TensorError {
-            tensor: tensor.to_owned(),
-            error: relative_error(fused, exact, scale),
-            tolerance: FACTOR * relative_error(unfused, exact, scale) + SLACK,
-        }
+        let tolerance = FACTOR * relative_error(unfused, exact, scale) + SLACK;
+        TensorError::new(tensor, fused, relative_error(fused, exact, scale), tolerance)
     };
     let mut errors = vec![
         judge("o", &results.o, &unfused.o, &fha.o, 0.0),

@@ -49,9 +49,16 @@ pub struct TensorError {
     pub error: f64,
     /// Largest error that passes.
     pub tolerance: f64,
+    /// CRC-32 of the computed values: equal for equal bits.
+    pub crc32: u32,
 }
 
 impl TensorError {
+    fn new(tensor: &str, values: &[f32], error: f64, tolerance: f64) -> Self {
+        let crc32 = crc32fast::hash(bytemuck::cast_slice(values));
+        Self { tensor: tensor.to_owned(), error, tolerance, crc32 }
+    }
+
     /// Whether the error is within the tolerance.
     pub fn passes(&self) -> bool {
         self.error <= self.tolerance
@@ -68,6 +75,15 @@ pub enum Outcome {
     Skipped(String),
 }
 
+/// A later run of a case with other bits than the first.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Difference {
+    /// The run, from 2.
+    pub run: usize,
+    /// The first tensor that differs.
+    pub tensor: String,
+}
+
 /// A case and its result.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
@@ -75,11 +91,29 @@ pub struct Report {
     pub case: String,
     /// Its result.
     pub outcome: Outcome,
+    /// The first of the repeated runs that gave other bits.
+    pub differs: Option<Difference>,
 }
 
 impl Report {
-    /// Whether every tensor is within its tolerance. A skipped case passes too.
+    /// Sets `differs` if `other`, run number `run`, has other bits than this one.
+    pub fn compare_run(&mut self, other: &Self, run: usize) {
+        if self.differs.is_some() {
+            return;
+        }
+        let (Outcome::Checked(first), Outcome::Checked(other)) = (&self.outcome, &other.outcome) else {
+            return;
+        };
+        let differs = first.iter().zip(other).find(|(first, other)| first.crc32 != other.crc32);
+        self.differs = differs.map(|(first, _)| Difference { run, tensor: first.tensor.clone() });
+    }
+
+    /// Whether every tensor is within its tolerance, and every run gave the same bits. A skipped
+    /// case passes too.
     pub fn passes(&self) -> bool {
+        if self.differs.is_some() {
+            return false;
+        }
         match &self.outcome {
             Outcome::Checked(errors) => errors.iter().all(TensorError::passes),
             Outcome::Skipped(_) => true,
@@ -98,6 +132,12 @@ impl fmt::Display for Report {
                 let (tensor, error, tolerance) = (&error.tensor, error.error, error.tolerance);
                 writeln!(f, "{case:<28} {tensor:<24} {error:>8.1e}  (tolerance {tolerance:.0e})  {verdict}")
             }),
+        }?;
+        match &self.differs {
+            Some(Difference { run, tensor }) => {
+                writeln!(f, "{:<28} {tensor:<24} run {run} has other bits than run 1  FAILED", "")
+            }
+            None => Ok(()),
         }
     }
 }
@@ -163,7 +203,7 @@ pub fn verify<E: Engine>(path: &Path, engine: &E) -> Result<Report, VerifyError>
         kind => return Err(VerifyError::Kind { path: path.to_owned(), kind: kind.to_owned() }),
     };
     let outcome = compared.map_or_else(Outcome::Skipped, Outcome::Checked);
-    Ok(Report { case: case.name, outcome })
+    Ok(Report { case: case.name, outcome, differs: None })
 }
 
 /// The `fha` part of a case's metadata.
@@ -243,7 +283,7 @@ impl Fha {
 /// Compares a forward result.
 pub fn compare(tensor: &str, x: &[f32], reference: &[f64]) -> TensorError {
     let error = relative_error(x, reference, largest(reference));
-    TensorError { tensor: tensor.to_owned(), error, tolerance: FORWARD_TOLERANCE }
+    TensorError::new(tensor, x, error, FORWARD_TOLERANCE)
 }
 
 /// Compares all gradients of a case: (name, value, reference).
@@ -251,10 +291,8 @@ pub fn compare_gradients(gradients: &[(&str, &[f32], &[f64])]) -> Vec<TensorErro
     let tolerance = GRADIENT_TOLERANCE;
     let overall = gradients.iter().map(|(_, _, reference)| largest(reference)).fold(0.0, f64::max);
     let floor = f64::from(f32::EPSILON) * overall / tolerance;
-    let compare = |&(tensor, x, reference): &(&str, &[f32], &[f64])| TensorError {
-        tensor: tensor.to_owned(),
-        error: relative_error(x, reference, largest(reference).max(floor)),
-        tolerance,
+    let compare = |&(tensor, x, reference): &(&str, &[f32], &[f64])| {
+        TensorError::new(tensor, x, relative_error(x, reference, largest(reference).max(floor)), tolerance)
     };
     gradients.iter().map(compare).collect()
 }

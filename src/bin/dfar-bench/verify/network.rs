@@ -126,7 +126,7 @@ pub fn compare_after_adam(
         if difference.is_finite() { (difference - of_adam(i)).max(0.0) } else { f64::INFINITY }
     });
     let error = excess.fold(0.0, f64::max) / largest(reference).max(f64::MIN_POSITIVE);
-    TensorError { tensor: tensor.to_owned(), error, tolerance: FORWARD_TOLERANCE }
+    TensorError::new(tensor, x, error, FORWARD_TOLERANCE)
 }
 
 /// One group per history, over all of it.

@@ -126,6 +126,8 @@ def fha(
     PyTorch tensors are accepted too, with gradients; see :mod:`dfar.torch`. NumPy users compute
     gradients with :func:`fha_backward`.
 
+    The memory of results that Python has freed is kept for later results: at most 256 MiB.
+
     The GIL is released. Results are bitwise equal for any number of threads. If another thread
     writes to ``q``, ``k`` or ``v`` during the call, the results are undefined, but nothing else is.
 

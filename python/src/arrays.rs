@@ -156,14 +156,6 @@ fn words(shape: &[usize]) -> String {
     format!("({}{comma})", sizes.join(", "))
 }
 
-/// A new array whose values are not set yet.
-///
-/// The caller must write all of them before Python sees the array.
-pub fn unset<'py, D: Dimension>(py: Python<'py>, shape: D) -> Bound<'py, PyArray<f32, D>> {
-    // SAFETY: the array owns its memory, and every bit pattern of it is an f32.
-    unsafe { PyArray::<f32, D>::new(py, shape, false) }
-}
-
 /// A read-only array over a part of a data set, which it keeps alive.
 pub fn view<'py, T: Element, D: Dimension>(
     owner: &Bound<'py, Dataset>,

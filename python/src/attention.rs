@@ -1,6 +1,7 @@
 //! `fha` and `fha_backward` on NumPy arrays; the arguments that all forms share.
 
-use crate::arrays::{Floats, exact, integers, unset};
+use crate::arrays::{Floats, exact, integers};
+use crate::results::unset;
 use crate::threads;
 use dfar::attention::{self, AttentionError, FhaOptions, Gradients, Inputs, LabelMask, Normalization};
 use numpy::ndarray::{Ix2, Ix3, Ix4};
@@ -151,8 +152,8 @@ pub fn fha<'py>(
     let given = Options { normalization, causal, label_mask, scale };
     let arguments = Arguments::new([q, k, v], cu_seqlens, label, given)?;
     let [tokens, slots, keys, width] = arguments.output_shape();
-    let o = unset(py, Ix4(tokens, slots, keys, width));
-    let lse = unset(py, Ix2(tokens, slots));
+    let o = unset(py, Ix4(tokens, slots, keys, width))?;
+    let lse = unset(py, Ix2(tokens, slots))?;
     {
         let (mut o, mut lse) = (o.readwrite(), lse.readwrite());
         let (o, lse) = (o.as_slice_mut()?, lse.as_slice_mut()?);
@@ -198,7 +199,8 @@ pub fn fha_backward<'py>(
     lse.require_shape("lse", &arguments.output_shape()[..2], of)?;
 
     let (tokens, heads, width) = (arguments.tokens(), arguments.options.heads, arguments.options.head_dim);
-    let [dq, dk, dv] = [(); 3].map(|()| unset(py, Ix3(tokens, heads, width)));
+    let shape = Ix3(tokens, heads, width);
+    let (dq, dk, dv) = (unset(py, shape)?, unset(py, shape)?, unset(py, shape)?);
     {
         let (mut dq, mut dk, mut dv) = (dq.readwrite(), dk.readwrite(), dv.readwrite());
         let gradients = Gradients { dq: dq.as_slice_mut()?, dk: dk.as_slice_mut()?, dv: dv.as_slice_mut()? };

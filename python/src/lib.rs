@@ -6,6 +6,7 @@
 //! | file | contents |
 //! |---|---|
 //! | `arrays` | checks of NumPy arguments, and the only views of memory that Rust does not own |
+//! | `results` | NumPy arrays for results, whose memory is used again |
 //! | `attention`, `cuda` | `fha`, `fha_backward` on arrays; on a GPU's memory that PyTorch owns |
 //! | `threads` | the thread pool of this process; long calls that Ctrl-C can stop |
 //! | `data`, `import_log` | data sets and their making |
@@ -25,6 +26,7 @@ mod import_log;
 #[path = "../../src/bin/dfar-train/report/mod.rs"]
 #[allow(dead_code, unused_imports, reason = "the command also prints tables")]
 mod report;
+mod results;
 mod run;
 mod table;
 mod threads;

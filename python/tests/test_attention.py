@@ -295,3 +295,23 @@ if child == 0:
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=60)
+
+
+def test_the_memory_of_a_freed_result_serves_the_next_and_no_other() -> None:
+    arguments = inputs([50] * 40, width=16)
+    seen = dfar.fha(*arguments)
+    expected = seen.copy()
+    view = seen[3:5, 0]
+    at = seen.ctypes.data
+    # A view keeps the memory, so the next result has its own.
+    del seen
+    other = dfar.fha(*inputs([50] * 40, width=16, seed=1))
+    assert other.ctypes.data != at and np.array_equal(view, expected[3:5, 0])
+    del view
+    again = dfar.fha(*arguments)
+    assert again.ctypes.data == at and np.array_equal(again, expected)
+    # A slightly smaller result fits the same memory; a much smaller one has its own.
+    del again
+    assert dfar.fha(*inputs([50] * 39, width=16)).ctypes.data == at
+    assert dfar.fha(*inputs([50] * 20, width=16)).ctypes.data != at
+    assert other.flags.writeable and other.flags.c_contiguous

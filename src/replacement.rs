@@ -22,7 +22,14 @@ impl Replacement {
             // The umask restricts this, as for any new file.
             builder.permissions(std::fs::Permissions::from_mode(0o666));
         }
-        let file = builder.tempfile_in(folder_of(path))?;
+        let folder = folder_of(path);
+        let file = builder.tempfile_in(folder).map_err(|error| match error.kind() {
+            // The library's message has the random name.
+            io::ErrorKind::NotFound => {
+                io::Error::new(error.kind(), format!("the folder {} does not exist", folder.display()))
+            }
+            _ => error,
+        })?;
         Ok(Replacement { file: BufWriter::with_capacity(1 << 20, file), path: path.to_owned() })
     }
 
@@ -43,6 +50,12 @@ impl Write for Replacement {
     fn flush(&mut self) -> io::Result<()> {
         self.file.flush()
     }
+}
+
+/// The file of `read` that a replacement of `path` would replace, by whatever name it is given.
+pub fn replaced<'a>(path: &Path, read: impl IntoIterator<Item = &'a Path>) -> Option<&'a Path> {
+    let path = path.canonicalize().ok()?;
+    read.into_iter().find(|read| read.canonicalize().is_ok_and(|read| read == path))
 }
 
 /// The folder of a file.

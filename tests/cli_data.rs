@@ -263,6 +263,32 @@ fn export_and_import_again_give_the_same_events() {
 }
 
 #[test]
+fn an_export_does_not_replace_its_data_set() {
+    let folder = Folder::new();
+    let output = folder.path("x.dfar");
+    succeeds(&["synth", "--users", "20", "--events", "200", "--output", &output]);
+    let before = std::fs::read(&output).unwrap();
+    // Also under another name.
+    let link = folder.path("link.csv");
+    std::fs::hard_link(&output, &link).unwrap();
+    let same = format!("{}/./x.dfar", folder.path(""));
+    let err = fails(&["export", &output, "--output", &same, "--to", "csv"], 3);
+    assert!(err.contains("is the data set itself"), "{err}");
+    assert_eq!(std::fs::read(&output).unwrap(), before);
+    // A hard link is another name in the folder: only that name is replaced.
+    succeeds(&["export", &output, "--output", &link]);
+    assert_eq!(std::fs::read(&output).unwrap(), before);
+}
+
+#[test]
+fn an_output_that_cannot_be_written_is_reported_before_the_log_is_read() {
+    let folder = Folder::new();
+    let output = folder.path("none/x.dfar");
+    let err = fails(&folder.import(&folder.path("log.csv"), &output, &[]), 1);
+    assert!(err.contains("none does not exist") && !err.contains("times:"), "{err}");
+}
+
+#[test]
 fn decisions_are_printed_and_kept() {
     let folder = Folder::new();
     let [log, output] = ["names.csv", "x.dfar"].map(|name| folder.path(name));

@@ -331,3 +331,41 @@ fn parquet_holds_the_same_rows() {
         .collect();
     assert_eq!(rows, expected);
 }
+
+/// An output never replaces a file that `score` reads, nor one of the run.
+#[test]
+fn an_output_does_not_replace_an_input() {
+    let fixture = Fixture::synthetic();
+    let dir = fixture.dir.path();
+    std::fs::write(dir.join("users.csv"), "1\n2\n").unwrap();
+    std::fs::write(dir.join("h.csv"), "user,item,label\nu,1,1\n").unwrap();
+    let all_users = ["--all-users", "--output-format", "csv", "--output"];
+    for (args, output) in [
+        (&all_users[..], "x.dfar"),
+        (&all_users, "run/../x.dfar"),
+        (&all_users, "run/model.safetensors"),
+        (&all_users, "run/config.toml"),
+        (&["--users", "users.csv", "--output"], "users.csv"),
+        (&["--histories", "h.csv", "--output"], "./h.csv"),
+    ] {
+        let before = std::fs::read(dir.join(output)).unwrap();
+        let found = fixture.score_with(&[args, &[output]].concat(), "");
+        assert_eq!(found.status.code(), Some(2), "{output}: {}", stderr(&found));
+        assert!(stderr(&found).contains("is read by this command or belongs to the run"), "{output}");
+        assert!(std::fs::read(dir.join(output)).unwrap() == before, "{output}");
+    }
+    success(fixture.score_with(&[&all_users[..], &["run/scores.csv"]].concat(), ""));
+}
+
+#[test]
+fn refused_input_leaves_nothing_on_stdout() {
+    let fixture = Fixture::synthetic();
+    let found = fixture.score_with(&["--histories", "-"], "user,item,label\nu,1,2\n");
+    assert!(found.status.code() == Some(3) && found.stdout.is_empty(), "{}", stderr(&found));
+    let found = fixture.score_with(&["--histories", "-"], "{\"history\": []}\n{\"history\": NaN}\n");
+    assert!(stderr(&found).contains(":2: ") && !stderr(&found).contains("at line"), "{}", stderr(&found));
+    // A byte order mark is no part of the first line.
+    let marked =
+        fixture.score_with(&["--histories", "-"], "\u{feff}{\"user\": \"u\", \"history\": [[\"1\", 1]]}\n");
+    assert!(success(marked).starts_with("user,rank,item"));
+}

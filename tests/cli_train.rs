@@ -549,4 +549,8 @@ fn evaluate_adds_attention_by_feedback_and_chosen_history_lengths() {
         assert!(mean > 0.0 && mean < 1.0 && (mean - field("mean")).abs() < 1e-12, "{pair:?} {mean}");
     }
     assert!(!evaluate(&["--json"]).contains("head_pairs"));
+    for edges in ["5,3", "5,5"] {
+        let output = dfar_train(dir.path(), &["evaluate", "--run", "run", "--length-edges", edges]);
+        assert!(code(&output) == 2 && stderr(&output).contains("must ascend"), "{}", stderr(&output));
+    }
 }

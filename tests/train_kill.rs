@@ -195,8 +195,6 @@ fn a_run_killed_during_its_start_can_be_started_again() {
         &[".lock", "config.toml"],
         &[".lock", "config.toml", ".synthetic.dfar.partial/.a1B2c3.dfar-partial", "log.jsonl"],
         &[".lock", "config.toml", "log.jsonl", ".checkpoint.safetensors.partial", "synthetic.dfar"],
-        // Temporary files of version 0.1.
-        &[".lock", "config.toml", "log.jsonl", ".tmpa1B2c3", ".a1B2c3.dfar-partial"],
     ] {
         let killed = Killed::new(files);
         let output = succeeds(killed.dir.path(), &SMALL);
@@ -207,7 +205,7 @@ fn a_run_killed_during_its_start_can_be_started_again() {
 
 #[test]
 fn a_run_killed_before_its_first_checkpoint_starts_from_the_beginning() {
-    let files = [".lock", "config.toml", "log.jsonl", ".checkpoint.safetensors.partial", ".tmpa1B2c3"];
+    let files = [".lock", "config.toml", "log.jsonl", ".checkpoint.safetensors.partial"];
     let killed = Killed::new(&files);
     let refused = run(killed.dir.path(), &["--resume", "run", "--lr", "0.1"]);
     assert_eq!(refused.status.code(), Some(2));
@@ -221,19 +219,19 @@ fn a_run_killed_before_its_first_checkpoint_starts_from_the_beginning() {
 }
 
 #[test]
-fn resuming_removes_leftovers_of_version_0_1() {
+fn resuming_removes_its_own_leftovers_only() {
     let dir = tempfile::tempdir().unwrap();
     data(dir.path());
     succeeds(dir.path(), &SMALL);
     let run = dir.path().join("run");
-    for name in [".tmpa1B2c3", ".checkpoint.safetensors.partial", ".lock"] {
+    for name in [".checkpoint.safetensors.partial", ".lock"] {
         std::fs::write(run.join(name), "half a fi").unwrap();
     }
-    for name in [".tmp-mine", "notes.txt"] {
+    for name in [".tmpa1B2c3", "notes.txt"] {
         std::fs::write(run.join(name), "mine").unwrap();
     }
     succeeds(dir.path(), &["--resume", "run"]);
-    let mut expected = [&RUN_FILES[..], &[".tmp-mine", "notes.txt"]].concat();
+    let mut expected = [&RUN_FILES[..], &[".tmpa1B2c3", "notes.txt"]].concat();
     expected.sort();
     assert_eq!(listing(&run), expected);
 }

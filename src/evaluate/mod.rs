@@ -34,7 +34,10 @@ pub enum EvaluateError {
     #[error(transparent)]
     Model(#[from] ModelError),
     /// The model returned a non-finite score for a candidate of a group.
-    #[error("the score of candidate {candidate} for event {event} of user {user} is {score}")]
+    #[error(
+        "the score of candidate {candidate} for event {event} of the user numbered {user} is {score}: the \
+         parameters have diverged; a smaller learning rate may help"
+    )]
     NonFinite {
         /// User.
         user: u32,

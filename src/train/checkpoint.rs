@@ -160,7 +160,7 @@ pub struct Best {
     pub epoch: usize,
     /// Validation AUC.
     pub valid_auc: Option<f64>,
-    /// Checksum of the model file's tensors.
+    /// Checksum of the model file.
     pub crc32: u32,
 }
 
@@ -252,7 +252,7 @@ pub struct ModelFile {
     pub parameters: Vec<HostTensor>,
     /// Original ids of the items.
     pub items: Vec<String>,
-    /// Checksum of the tensors.
+    /// Checksum of the file.
     pub crc32: u32,
 }
 

@@ -259,16 +259,18 @@ impl Config {
     pub fn layered(file: Option<&Path>, flags: toml::Table) -> Result<Self, ConfigError> {
         let mut table = match file {
             None => toml::Table::new(),
-            Some(path) => read_table(path)?,
+            Some(path) => {
+                let table = read_table(path)?;
+                // Values of the wrong type are reported as those of the file.
+                Self::from_table(table.clone(), &path.display().to_string())?;
+                table
+            }
         };
         table.extend(flags);
         if !table.contains_key("data") && !table.contains_key("max_length") {
             table.insert("max_length".to_owned(), SYNTHETIC_MAX_LENGTH.into());
         }
-        let mut config: Config = table.try_into().map_err(|e: toml::de::Error| ConfigError::Syntax {
-            origin: file.map_or("flags".into(), |p| p.display().to_string()),
-            reason: wrong_value(&e),
-        })?;
+        let mut config = Self::from_table(table, "flags")?;
         config.label_mask &= config.fha && config.heads > 1;
         config.check()?;
         Ok(config)
@@ -277,7 +279,7 @@ impl Config {
     /// The table with the spellings of other frameworks replaced. `origin` is for messages.
     ///
     /// # Errors
-    /// [`ConfigError::UnknownKey`].
+    /// [`ConfigError::UnknownKey`], and [`ConfigError::Syntax`] for two spellings of one key.
     pub fn resolve_keys(table: toml::Table, origin: &str) -> Result<toml::Table, ConfigError> {
         let known = known_keys();
         let mut out = toml::Table::new();
@@ -287,7 +289,12 @@ impl Config {
                 let suggestion = nearest(&key, &known);
                 return Err(ConfigError::UnknownKey { origin: origin.to_owned(), suggestion, key });
             }
-            out.insert(name.to_owned(), value);
+            if out.insert(name.to_owned(), value).is_some() {
+                return Err(ConfigError::Syntax {
+                    origin: origin.to_owned(),
+                    reason: format!("`{name}` is given twice, under two spellings"),
+                });
+            }
         }
         Ok(out)
     }
@@ -301,12 +308,17 @@ impl Config {
             }
             table.insert(key, value);
         }
-        let config: Config = table.try_into().map_err(|e: toml::de::Error| ConfigError::Syntax {
-            origin: "flags".into(),
-            reason: wrong_value(&e),
-        })?;
+        let config = Self::from_table(table, "flags")?;
         config.check()?;
         Ok(config)
+    }
+
+    /// Not checked. `origin` is for messages.
+    fn from_table(table: toml::Table, origin: &str) -> Result<Self, ConfigError> {
+        table.try_into().map_err(|error: toml::de::Error| ConfigError::Syntax {
+            origin: origin.to_owned(),
+            reason: wrong_value(&error),
+        })
     }
 
     /// As TOML.
@@ -336,12 +348,14 @@ impl Config {
             ("embed_l2", self.embed_l2),
             ("bpr", self.bpr),
         ] {
-            if !(value.is_finite() && value >= 0.0) {
-                return refuse(key, value.to_string(), "must be a number, 0 or above");
+            // The step computes in f32, where a small value must not become 0.
+            let rounded = value as f32;
+            if !(rounded.is_finite() && value >= 0.0 && (rounded > 0.0 || value == 0.0)) {
+                return refuse(key, value.to_string(), "must be a 32-bit floating-point number, 0 or above");
             }
         }
-        if !self.idl.is_finite() {
-            return refuse("idl", self.idl.to_string(), "must be a number");
+        if !(self.idl as f32).is_finite() {
+            return refuse("idl", self.idl.to_string(), "must be a 32-bit floating-point number");
         }
         if !(self.sample_rate > 0.0 && self.sample_rate <= 1.0) {
             return refuse("sample_rate", self.sample_rate.to_string(), "must be above 0 and at most 1");
@@ -349,9 +363,7 @@ impl Config {
         if self.window_stride > self.max_length {
             return refuse("window_stride", self.window_stride.to_string(), "must be at most max_length");
         }
-        if !self.length_edges.is_sorted_by(|a, b| a < b) {
-            return refuse("length_edges", format!("{:?}", self.length_edges), "must ascend");
-        }
+        self.check_length_edges()?;
         if self.feedback != Feedback::Mixed && self.train_targets == TrainTargets::Feedback {
             return refuse(
                 "train_targets",
@@ -360,6 +372,18 @@ impl Config {
             );
         }
         Ok(())
+    }
+
+    /// Checks `length_edges`.
+    ///
+    /// # Errors
+    /// [`ConfigError::Value`] if they do not ascend.
+    pub fn check_length_edges(&self) -> Result<(), ConfigError> {
+        if self.length_edges.is_sorted_by(|a, b| a < b) {
+            return Ok(());
+        }
+        let value = format!("{:?}", self.length_edges);
+        Err(ConfigError::Value { key: "length_edges", value, reason: "must ascend" })
     }
 
     /// The configuration of the network, for this number of items.
@@ -540,6 +564,27 @@ mod tests {
             let error = Config::layered(Some(file.path()), toml::Table::new()).unwrap_err().to_string();
             let key = text.split(' ').next().expect("a key");
             assert!(error.contains(&format!("in `{key}`")), "{error}");
+        }
+    }
+
+    #[test]
+    fn bad_values_are_reported_with_their_key_and_origin() {
+        let error = |text: &str, flags: &[(&str, f64)]| {
+            let file = file(text);
+            let flags = flags.iter().map(|&(key, value)| (key.to_owned(), value.into()));
+            let error = Config::layered(Some(file.path()), flags.collect()).unwrap_err().to_string();
+            error.replace(&file.path().display().to_string(), "FILE")
+        };
+        let found = error("lr = 0.1\nlearning_rate = 0.2\n", &[]);
+        assert_eq!(found, "FILE: `lr` is given twice, under two spellings");
+        let found = error("lr = \"fast\"\n", &[]);
+        assert!(found.starts_with("FILE: ") && found.contains("`lr`"), "{found}");
+        let found = error("lr = 0.1\n", &[("width", 0.5)]);
+        assert!(found.starts_with("flags: ") && found.contains("`width`"), "{found}");
+        // Values that f32 cannot hold.
+        for (key, value) in [("lr", 1e39), ("max_grad_norm", 1e-46), ("idl", -1e39), ("bpr", -1.0)] {
+            let found = error("", &[(key, value)]);
+            assert!(found.contains(key) && found.contains("32-bit"), "{found}");
         }
     }
 

@@ -1,5 +1,5 @@
-//! Run files, complete or absent: written under a temporary name, forced to disk, renamed. Tensors
-//! carry a checksum.
+//! Run files, complete or absent: written under a temporary name, forced to disk, renamed. They carry
+//! a checksum of their content and tensors.
 
 use crate::model::HostTensor;
 use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
@@ -10,8 +10,8 @@ use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
-/// The only version of the metadata so far.
-const VERSION: u32 = 1;
+/// Version of the metadata. Version 1 had a checksum of names and values only.
+const VERSION: u32 = 2;
 /// Key of the safetensors metadata. A single key, because several would have no fixed order.
 const KEY: &str = "dfar";
 
@@ -45,7 +45,7 @@ pub enum FileError {
         /// The reason.
         reason: String,
     },
-    /// Written by a later version of this program.
+    /// Written by another version of this program.
     #[error("{} has version {found}; this program reads version {VERSION}", path.display())]
     Version {
         /// The file.
@@ -53,14 +53,14 @@ pub enum FileError {
         /// Its version.
         found: u32,
     },
-    /// The tensors do not match their checksum.
+    /// The content or the tensors do not match their checksum.
     #[error("{} is damaged: checksum {found:08x}, expected {expected:08x}", path.display())]
     Checksum {
         /// The file.
         path: PathBuf,
         /// From the metadata.
         expected: u32,
-        /// Computed from the tensors.
+        /// Computed from content and tensors.
         found: u32,
     },
 }
@@ -119,7 +119,7 @@ struct Envelope<T> {
     content: T,
 }
 
-/// Writes tensors, with `content` as metadata, and returns the checksum of the tensors.
+/// Writes tensors, with `content` as metadata, and returns the checksum of both.
 pub fn write<T: Serialize>(
     path: &Path,
     kind: &'static str,
@@ -135,9 +135,10 @@ pub fn write<T: Serialize>(
         parts.push((name, Dtype::U8, vec![bytes.len()], bytes));
     }
     parts.sort_by_key(|&(name, ..)| name);
-    let crc32 = checksum(parts.iter().map(|&(name, _, _, data)| (name, data)));
+    let content = serde_json::to_value(content).expect("run metadata has string keys and finite numbers");
+    let crc32 = checksum(&content, parts.iter().map(|(name, _, shape, data)| (*name, &shape[..], *data)));
     let envelope = Envelope { kind: kind.to_owned(), version: VERSION, crc32, content };
-    let text = serde_json::to_string(&envelope).expect("run metadata has string keys and finite numbers");
+    let text = serde_json::to_string(&envelope).expect("a value has a text");
 
     // The order of the safetensors library: widest elements first, so that all are aligned; then by
     // name.
@@ -179,14 +180,15 @@ pub fn read<T: DeserializeOwned>(path: &Path, kind: &'static str) -> Result<(T, 
     if envelope.version != VERSION {
         return Err(FileError::Version { path: path.to_owned(), found: envelope.version });
     }
-    let content = serde_json::from_value(envelope.content).map_err(|e| refuse(e.to_string()))?;
     let file = SafeTensors::deserialize(&bytes).map_err(|e| refuse(e.to_string()))?;
     let mut views = file.tensors();
     views.sort_by(|a, b| a.0.cmp(&b.0));
-    let found = checksum(views.iter().map(|(name, view)| (name.as_str(), view.data())));
+    let parts = views.iter().map(|(name, view)| (name.as_str(), view.shape(), view.data()));
+    let found = checksum(&envelope.content, parts);
     if found != envelope.crc32 {
         return Err(FileError::Checksum { path: path.to_owned(), expected: envelope.crc32, found });
     }
+    let content = serde_json::from_value(envelope.content).map_err(|e| refuse(e.to_string()))?;
     let mut tensors = Tensors::default();
     for (name, view) in views {
         match view.dtype() {
@@ -207,10 +209,17 @@ fn f32s(bytes: &[u8]) -> Vec<f32> {
     bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().expect("chunks of 4"))).collect()
 }
 
-fn checksum<'a>(tensors: impl Iterator<Item = (&'a str, &'a [u8])>) -> u32 {
+/// `tensors`: names, shapes and bytes.
+fn checksum<'a>(
+    content: &serde_json::Value,
+    tensors: impl Iterator<Item = (&'a str, &'a [usize], &'a [u8])>,
+) -> u32 {
     let mut hasher = crc32fast::Hasher::new();
-    for (name, data) in tensors {
-        hasher.update(name.as_bytes());
+    // The text of a value is the same before and after it is written and read: keys are sorted, and
+    // numbers keep their value.
+    hasher.update(content.to_string().as_bytes());
+    for (name, shape, data) in tensors {
+        hasher.update(format!("{name}{shape:?}").as_bytes());
         hasher.update(&(data.len() as u64).to_le_bytes());
         hasher.update(data);
     }
@@ -271,11 +280,12 @@ mod tests {
         for length in 0..good.len() {
             assert!(reads(&good[..length]).is_err(), "cut to {length} bytes");
         }
-        let data = good.len() - 3 - 5 * 4;
-        for at in data..good.len() {
-            let mut bad = good.clone();
-            bad[at] ^= 16;
-            assert!(reads(&bad).is_err(), "byte {at} altered");
+        for at in 0..good.len() {
+            for bit in [1, 16] {
+                let mut bad = good.clone();
+                bad[at] ^= bit;
+                assert!(reads(&bad).is_err(), "byte {at} altered");
+            }
         }
         assert!(reads(&good).is_ok());
         assert!(matches!(read::<i32>(&path, "checkpoint"), Err(FileError::Format { .. })));

@@ -151,25 +151,6 @@ impl Run {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(io_error(&workshop)(e)),
             _ => {}
         }
-        if self.config().exists() || self.checkpoint().exists() {
-            self.remove_leftovers_of_0_1()?;
-        }
-        Ok(())
-    }
-
-    /// Removes the temporary files with random names that version 0.1 left in a run directory.
-    fn remove_leftovers_of_0_1(&self) -> Result<(), RunError> {
-        for entry in std::fs::read_dir(&self.dir).map_err(io_error(&self.dir))? {
-            let entry = entry.map_err(io_error(&self.dir))?;
-            let name = entry.file_name();
-            let name = name.to_str().unwrap_or_default();
-            let middle =
-                name.strip_prefix(".tmp").or_else(|| name.strip_prefix('.')?.strip_suffix(".dfar-partial"));
-            let random = middle.is_some_and(|m| m.len() == 6 && m.bytes().all(|b| b.is_ascii_alphanumeric()));
-            if random && entry.file_type().is_ok_and(|kind| kind.is_file()) {
-                remove_file(&entry.path()).map_err(io_error(&self.dir))?;
-            }
-        }
         Ok(())
     }
 
@@ -293,6 +274,11 @@ pub fn model_path(dir: &Path) -> PathBuf {
 /// The configuration of the run in `dir`.
 pub fn config_path(dir: &Path) -> PathBuf {
     dir.join(CONFIG)
+}
+
+/// The files that a run writes in its directory.
+pub fn files(dir: &Path) -> [PathBuf; 7] {
+    [CONFIG, CHECKPOINT, MODEL, LOG, METRICS, CURVES, SYNTHETIC].map(|name| dir.join(name))
 }
 
 /// The synthetic data set of the run in `dir`, if it uses no other.

@@ -2,8 +2,8 @@
 
 use clap::{Args, ValueEnum};
 use dfar::Error;
-use dfar::data::Dataset;
-use dfar::replacement::Replacement;
+use dfar::data::{DataError, Dataset};
+use dfar::replacement::{Replacement, replaced};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
@@ -14,7 +14,7 @@ pub struct Export {
     /// File to write; `-` is standard output.
     #[arg(long, short, value_name = "FILE")]
     output: PathBuf,
-    /// Format of the output [default: by its ending, .csv or .parquet].
+    /// Format of the output [default: parquet if it ends in .parquet, else csv].
     #[arg(long, value_enum)]
     to: Option<To>,
 }
@@ -30,6 +30,12 @@ const COLUMNS: [&str; 5] = ["user", "item", "label", "time", "part"];
 
 pub fn export(args: &Export) -> dfar::Result<()> {
     let data = Dataset::open(&args.file)?;
+    if replaced(&args.output, [args.file.as_path()]).is_some() {
+        let value = args.output.display().to_string();
+        return Err(
+            DataError::InvalidOption { option: "output", value, reason: "is the data set itself" }.into()
+        );
+    }
     let parquet = args
         .to
         .map_or(args.output.extension().is_some_and(|ending| ending == "parquet"), |to| to == To::Parquet);

@@ -58,13 +58,13 @@ pub struct Flags {
     #[arg(long, help_heading = "Training")]
     batch_rows: Option<usize>,
     /// Learning rate of Adam [default: 0.003].
-    #[arg(long, help_heading = "Training", alias = "learning-rate")]
+    #[arg(long, help_heading = "Training", alias = "learning-rate", allow_negative_numbers = true)]
     lr: Option<f64>,
     /// Weight of the squared embedding rows of the batch [default: 1e-6].
-    #[arg(long, help_heading = "Training")]
+    #[arg(long, help_heading = "Training", allow_negative_numbers = true)]
     embed_l2: Option<f64>,
     /// Limit on gradient norms; 0: none [default: 2].
-    #[arg(long, help_heading = "Training")]
+    #[arg(long, help_heading = "Training", allow_negative_numbers = true)]
     max_grad_norm: Option<f64>,
     /// Scope of the limit [default: per-tensor].
     #[arg(long, value_enum, help_heading = "Training")]
@@ -92,7 +92,8 @@ pub struct Flags {
     /// Blocks in each encoder [default: 1].
     #[arg(long, help_heading = "Model")]
     blocks: Option<usize>,
-    /// Softmax denominator under the label mask [default: joint].
+    /// Softmax denominator under the label mask: `joint`, all key heads of all visible tokens; or
+    /// `masked`, only the pairs that the mask keeps [default: joint].
     #[arg(long, help_heading = "Model", value_parser = normalization)]
     normalization: Option<Normalization>,
     /// Standard deviation of the initial embeddings and MLP weights [default: scaled].
@@ -106,7 +107,7 @@ pub struct Flags {
     label_mask: Option<bool>,
 
     /// Weight of the interest-wise BPR loss; 0: the "w/o IBL" ablation [default: 0.1].
-    #[arg(long, help_heading = "Loss")]
+    #[arg(long, help_heading = "Loss", allow_negative_numbers = true)]
     bpr: Option<f64>,
     /// Weight of the disentangling loss; 0: the "w/o IDL" ablation [default: 0.001].
     #[arg(long, help_heading = "Loss", allow_negative_numbers = true)]
@@ -129,13 +130,14 @@ pub struct Flags {
     #[arg(long, help_heading = "Instances")]
     negative_pool: Option<usize>,
     /// Share of the training targets used per epoch [default: 1].
-    #[arg(long, help_heading = "Instances")]
+    #[arg(long, help_heading = "Instances", allow_negative_numbers = true)]
     sample_rate: Option<f64>,
 
     /// Users that count in GAUC [default: none].
     #[arg(long, value_enum, help_heading = "Evaluation")]
     gauc_compat: Option<GaucRule>,
-    /// Upper edges of the history lengths by which metrics are reported [default: quartiles].
+    /// Upper edges of the history lengths by which metrics are reported: ascending numbers of events,
+    /// each the last of its row [default: quartiles].
     #[arg(long, value_name = "EVENTS", value_delimiter = ',', help_heading = "Evaluation")]
     length_edges: Option<Vec<u32>>,
 }

@@ -266,6 +266,7 @@ fn evaluate(args: Evaluate) -> dfar::Result<()> {
     }
     config.gauc_compat = args.gauc_compat.unwrap_or(config.gauc_compat);
     config.length_edges = args.length_edges.unwrap_or(config.length_edges);
+    config.check_length_edges().map_err(TrainError::from)?;
     let chosen = device::open_for(&config, args.device, &|line| progress.line(line))?;
     let head_pairs = match (args.head_pairs, &chosen) {
         (false, _) => None,

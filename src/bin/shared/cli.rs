@@ -29,9 +29,15 @@ pub fn print(text: &str) -> Result<()> {
     stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).map_err(Error::io("write", "<stdout>"))
 }
 
+/// Most threads: more than a machine has, and few enough to start at once.
+const MOST_THREADS: usize = 4096;
+
 /// Starts the threads of the process (0: one per core). Call it before any parallel computation,
 /// which would otherwise start threads with other settings, and panic if the system refuses them.
 pub fn start_threads(threads: usize) -> Result<()> {
+    if threads > MOST_THREADS {
+        return Err(Error::Threads { reason: format!("--threads {threads} is above {MOST_THREADS}") });
+    }
     let started = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
     started.map_err(|error| Error::Threads { reason: error.to_string() })
 }

@@ -31,7 +31,7 @@ use super::names::Names;
 use super::{
     Candidates, CountedRecords, DataError, KCore, Made, Protocol, Repeats, Source, Split, Weighting,
 };
-use crate::replacement::folder_of;
+use crate::replacement::{Replacement, folder_of, replaced};
 use layout::Schema;
 use rows::Rows;
 use std::path::{Path, PathBuf};
@@ -237,6 +237,8 @@ impl Progress for () {}
 /// temporary files grow with the number of rows (24 bytes per row, up to three times).
 pub fn import(options: &ImportOptions, progress: &dyn Progress) -> Result<Made, DataError> {
     check(options)?;
+    // An output that cannot be written is reported before the logs are read.
+    drop(Replacement::new(&options.output).map_err(DataError::write(&options.output))?);
     let folder = options.temporary.as_deref().unwrap_or(folder_of(&options.output));
     let mut users = Names::new("users");
     let mut items = Names::new("items");
@@ -325,8 +327,7 @@ fn check(options: &ImportOptions) -> Result<(), DataError> {
 
 /// The output replaces an existing file, which must not be one of the logs.
 fn refuse_own_input(options: &ImportOptions) -> Result<(), DataError> {
-    let Ok(output) = options.output.canonicalize() else { return Ok(()) };
-    match options.inputs.iter().find(|input| input.canonicalize().is_ok_and(|input| input == output)) {
+    match replaced(&options.output, options.inputs.iter().map(PathBuf::as_path)) {
         Some(input) => Err(DataError::InvalidOption {
             option: "output",
             value: input.display().to_string(),

@@ -34,7 +34,7 @@ pub fn users(path: &Path) -> dfar::Result<Vec<String>> {
         let line = line.map_err(Error::io("read", path))?;
         let line = line.strip_suffix('\r').unwrap_or(&line);
         if line.starts_with('"') {
-            users.push(serde_json::from_str(line).map_err(|error| bad(&name, number, error.to_string()))?);
+            users.push(serde_json::from_str(line).map_err(|error| bad(&name, number, json_reason(&error)))?);
         } else if !line.is_empty() {
             users.push(line.to_owned());
         }
@@ -75,6 +75,9 @@ impl From<JsonId> for String {
 /// rows of one user are one history. The first character decides between the two.
 pub fn histories(path: &Path, each: &mut dyn FnMut(&str, Named) -> dfar::Result<()>) -> dfar::Result<()> {
     let (name, mut input) = open(path)?;
+    if input.fill_buf().map_err(Error::io("read", path))?.starts_with(b"\xef\xbb\xbf") {
+        input.consume(3); // a byte order mark
+    }
     let first = input.fill_buf().map_err(Error::io("read", path))?.trim_ascii_start().first().copied();
     match first {
         Some(b'{') => json_lines(&name, path, input, each),
@@ -94,7 +97,7 @@ fn json_lines(
             continue;
         }
         let line: JsonLine =
-            serde_json::from_str(&line).map_err(|error| bad(name, number, error.to_string()))?;
+            serde_json::from_str(&line).map_err(|error| bad(name, number, json_reason(&error)))?;
         if let Some((_, label)) = line.history.iter().find(|(_, label)| *label > 1) {
             return Err(
                 bad(name, number, format!("label {label}; labels are 1 (liked) and 0 (skipped)")).into()
@@ -111,6 +114,13 @@ fn json_lines(
     Ok(())
 }
 
+/// The message of an error in a line, without the number of the line, which is 1 for serde_json.
+fn json_reason(error: &serde_json::Error) -> String {
+    let message = error.to_string();
+    let reason = message.rsplit_once(" at line ").map_or(message.as_str(), |(reason, _)| reason);
+    format!("{reason} (column {})", error.column())
+}
+
 fn csv_rows(
     name: &str,
     input: impl BufRead,
@@ -119,7 +129,7 @@ fn csv_rows(
     let mut reader = csv::Reader::from_reader(input);
     let header = reader.headers().map_err(|error| bad(name, 1, error.to_string()))?.clone();
     let column = |wanted: &str| {
-        let found = header.iter().position(|column| column.trim_start_matches('\u{feff}') == wanted);
+        let found = header.iter().position(|column| column == wanted);
         found.ok_or_else(|| {
             bad(
                 name,

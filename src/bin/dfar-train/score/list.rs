@@ -1,6 +1,6 @@
 //! Items and events on the command line: `a,b,c` and `a:1,b:0`.
 //!
-//! An id with a comma, with a quote, or with a colon that could be read as a label is quoted as in
+//! A label follows the last colon. An id with a comma, a quote or blanks around it is quoted as in
 //! CSV: `"..."`, with `""` for a quote. The text in quotes is the id, byte for byte.
 
 /// An id of a list. Blanks around an unquoted id may belong to the list or to the id.

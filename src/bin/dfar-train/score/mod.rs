@@ -13,8 +13,10 @@ use dfar::data::{Dataset, Part};
 use dfar::device::Device;
 use dfar::evaluate::{self, Query};
 use dfar::model::Model;
+use dfar::replacement::replaced;
 use dfar::train::checkpoint::{DataInfo, ModelFile};
 use dfar::train::config::{Config, DeviceChoice};
+use dfar::train::run;
 use dfar::train::{TrainError, score_options};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use input::Named;
@@ -110,6 +112,7 @@ pub fn score(args: Score) -> dfar::Result<()> {
     let (config, file) = open_run(&args.run)?;
     let progress = Progress::new(args.print.quiet, args.print.no_progress, &STOP);
     stop_on_interrupt(&progress);
+    args.refuse_to_replace_input(&config)?;
     let chosen = device::open_for(&config, args.device, &|line| progress.line(line))?;
     let writer = Writer::new(args.columns(), args.format()?, args.path())?;
     on_device!(chosen, |device| {
@@ -155,8 +158,30 @@ impl Score {
         }
     }
 
+    fn data_path(&self, config: &Config) -> PathBuf {
+        data_path(self.data.as_deref(), config, &self.run)
+    }
+
     fn data(&self, config: &Config) -> dfar::Result<Dataset> {
-        Ok(Dataset::open(data_path(self.data.as_deref(), config, &self.run))?)
+        Ok(Dataset::open(self.data_path(config))?)
+    }
+
+    /// The output must replace neither a file that this command reads nor one of the run.
+    fn refuse_to_replace_input(&self, config: &Config) -> Result<(), TrainError> {
+        let Some(output) = self.path() else { return Ok(()) };
+        let data = self.data_path(config);
+        let files = run::files(&self.run);
+        let given = [Some(&data), self.histories.as_ref(), self.users.as_ref()].into_iter().flatten();
+        match replaced(output, given.chain(&files).map(PathBuf::as_path)) {
+            None => Ok(()),
+            Some(read) => Err(TrainError::Usage {
+                argument: "--output",
+                reason: format!(
+                    "{} is read by this command or belongs to the run; give another file",
+                    read.display()
+                ),
+            }),
+        }
     }
 }
 

@@ -48,6 +48,9 @@ pub struct Writer {
     format: Format,
     path: Option<PathBuf>,
     out: Out,
+    /// Whether the header of CSV is written: with the first row, so that input refused before it
+    /// leaves no output.
+    begun: bool,
     /// Rows of a format that is written in blocks or as a whole.
     rows: Vec<Vec<Value>>,
     #[cfg(feature = "parquet")]
@@ -84,24 +87,32 @@ impl Writer {
             None => Out::Stdout(BufWriter::new(io::stdout())),
             Some(path) => Out::File(Replacement::new(path).map_err(Error::io("write", path))?),
         };
-        let mut writer = Self {
+        Ok(Self {
             columns,
             format,
             path: path.map(Path::to_owned),
             out,
+            begun: false,
             rows: Vec::new(),
             #[cfg(feature = "parquet")]
             parquet: None,
-        };
-        if format == Format::Csv {
-            writer.check(|w| writeln!(w.out, "{}", w.columns.join(",")))?;
+        })
+    }
+
+    fn begin(&mut self) -> io::Result<()> {
+        if self.begun || self.format != Format::Csv {
+            return Ok(());
         }
-        Ok(writer)
+        self.begun = true;
+        writeln!(self.out, "{}", self.columns.join(","))
     }
 
     pub fn row(&mut self, row: Vec<Value>) -> dfar::Result<()> {
         self.check(|w| match w.format {
-            Format::Csv => w.out.write_all(csv_line(&row).as_bytes()),
+            Format::Csv => {
+                w.begin()?;
+                w.out.write_all(csv_line(&row).as_bytes())
+            }
             Format::Jsonl => writeln!(w.out, "{}", json(w.columns, &row)),
             Format::Table | Format::Json => {
                 w.rows.push(row);
@@ -117,7 +128,8 @@ impl Writer {
     pub fn finish(mut self) -> dfar::Result<()> {
         self.check(|w| {
             match w.format {
-                Format::Csv | Format::Jsonl => {}
+                Format::Csv => w.begin()?,
+                Format::Jsonl => {}
                 Format::Table => {
                     // The table is for people: rounded, without the logits.
                     let columns = w.columns.strip_suffix(&["logit"]).unwrap_or(w.columns);

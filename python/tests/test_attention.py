@@ -314,4 +314,4 @@ def test_the_memory_of_a_freed_result_serves_the_next_and_no_other() -> None:
     del again
     assert dfar.fha(*inputs([50] * 39, width=16)).ctypes.data == at
     assert dfar.fha(*inputs([50] * 20, width=16)).ctypes.data != at
-    assert other.flags.writeable and other.flags.c_contiguous
+    other[0] = 0.0  # a result may be written

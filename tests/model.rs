@@ -3,7 +3,9 @@
 #[path = "bodies/model.rs"]
 mod bodies;
 
+use dfar::batch::Batch;
 use dfar::device::cpu::Cpu;
+use dfar::model::{Model, ModelConfig};
 use std::sync::Arc;
 
 macro_rules! on_the_cpu {
@@ -33,6 +35,27 @@ fn steps_are_bitwise_equal_for_any_number_of_threads() {
     };
     let one = run(1);
     assert!(one == run(2) && one == run(5));
+}
+
+/// Threads keep scratch memory between calls. A NaN that one model leaves there reaches no other.
+#[test]
+fn nan_stays_in_its_model() {
+    let batch = Batch::pack(&bodies::histories(&[12, 3, 9], 9)).unwrap();
+    // Rows of 40 values end in the middle of a cache line, rows of 48 do not.
+    let with = |attention| ModelConfig { attention, ..bodies::config() };
+    let model = bodies::model_of_order_one(Arc::new(Cpu::new()), with([80, 40]));
+    let mut tensors = bodies::model_of_order_one(Arc::new(Cpu::new()), with([80, 48])).tensors().unwrap();
+    tensors.iter_mut().for_each(|tensor| tensor.values.fill(f32::NAN));
+    let broken = Model::from_tensors(Arc::new(Cpu::new()), with([80, 48]), &tensors).unwrap();
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+    pool.install(|| {
+        let expected = (model.score(&batch).unwrap(), model.gradients(&batch, &bodies::LOSS).unwrap());
+        assert!(expected.0.iter().all(|score| score.is_finite()));
+        broken.gradients(&batch, &bodies::LOSS).unwrap_err();
+        assert!(model.gradients(&batch, &bodies::LOSS).unwrap() == expected.1);
+        assert!(broken.score(&batch).unwrap().iter().all(|score| score.is_nan()));
+        assert!(model.score(&batch).unwrap() == expected.0);
+    });
 }
 
 /// The CPU in bf16; `None`, with a line that says so, where the processor lacks it.

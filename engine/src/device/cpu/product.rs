@@ -134,8 +134,8 @@ pub enum Finish<'a> {
 
 /// `out = finish(left right)` for `left: [m, k]`, `right: [k, n]`, `out: [m, n]`. `right` and `out`
 /// come with the distance between their rows. Columns are processed in whole vectors: the rows of
-/// `right` and `out`, and a bias, extend to the next multiple of 16 columns. The padding of `out`
-/// is overwritten.
+/// `right` and `out`, and a bias, extend to the next multiple of 16 columns. The padding of `out` is
+/// overwritten to the end of the last vector; what is behind it stays.
 pub fn product(
     [m, n, k]: [usize; 3],
     left: Left,

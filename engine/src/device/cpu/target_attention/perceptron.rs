@@ -78,7 +78,7 @@ impl Perceptron for F32 {
         let [x, h0, h1] = carve(&mut scratch, activations(shape));
         fill_inputs(shape, inputs, tile, x, h0);
         hidden(shape, packed, tile.len(), x, h0, h1);
-        scores(&h1[..tile.len() * shape.hidden_wide[1]], packed.w2, packed.b2, e);
+        scores(shape, &h1[..tile.len() * shape.hidden_wide[1]], packed.w2, packed.b2, e);
     }
 
     fn gradients(
@@ -180,23 +180,25 @@ impl Kernel for Inputs<'_> {
 }
 
 /// `e[t] = h1[t] . w2 + b2` for padded rows `h1`.
-fn scores(h1: &[f32], w2: &[f32], b2: f32, e: &mut [f32]) {
-    struct Scores<'a>(&'a [f32], &'a [f32], f32, &'a mut [f32]);
+fn scores(shape: Shape, h1: &[f32], w2: &[f32], b2: f32, e: &mut [f32]) {
+    struct Scores<'a>(usize, &'a [f32], &'a [f32], f32, &'a mut [f32]);
     impl Kernel for Scores<'_> {
         type Output = ();
         #[inline(always)]
         fn run<S: Simd>(self, s: S) {
-            let Self(h1, w2, b2, e) = self;
+            let Self(width, h1, w2, b2, e) = self;
+            // Padding behind the last vector is of an earlier call: 0 times it may be NaN.
+            let used = &w2[..width.next_multiple_of(S::LANES)];
             for (h1, e) in h1.chunks_exact(w2.len()).zip(e) {
                 let mut sum = s.zero();
-                for (h1, w2) in h1.chunks_exact(S::LANES).zip(w2.chunks_exact(S::LANES)) {
+                for (h1, w2) in h1.chunks_exact(S::LANES).zip(used.chunks_exact(S::LANES)) {
                     sum = s.mul_add(s.load(h1), s.load(w2), sum);
                 }
                 *e = s.sum(sum) + b2;
             }
         }
     }
-    dispatch(Scores(h1, w2, b2, e));
+    dispatch(Scores(shape.hidden[1], h1, w2, b2, e));
 }
 
 /// Replaces `h1` by the gradient before its ReLU, `de[t] * w2` for positive `h1`. Adds to `db1` and

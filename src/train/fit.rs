@@ -302,7 +302,7 @@ impl<'a, D: Device> Fit<'a, D> {
                 let Some(Ok(batch)) = next else {
                     let end = self.finish(&mut in_flight, 0, &mut meter, batches.waited(), observe)?;
                     return match next {
-                        Some(Err(error)) => Err(error),
+                        Some(Err(error)) if end.is_continue() => Err(error),
                         _ => Ok(end),
                     };
                 };

@@ -230,7 +230,11 @@ pub trait Runtime: Send + Sync + 'static {
     ///
     /// # Safety
     /// `host.len()` bytes from `at` on lie inside one allocation.
-    unsafe fn read(&self, at: Pointer, host: &mut [u8]) -> Result<(), CudaError>;
+    unsafe fn read(&self, at: Pointer, host: &mut [u8]) -> Result<(), CudaError> {
+        // SAFETY: guaranteed by the caller.
+        let reading = unsafe { self.begin_read(at, host.len())? };
+        self.end_read(reading, host)
+    }
 
     /// Starts a copy of a few bytes to pinned host memory, behind all earlier work. Later work may
     /// overwrite or free the memory.

@@ -375,12 +375,6 @@ impl Runtime for Emulated {
         Ok(())
     }
 
-    unsafe fn read(&self, at: Pointer, host: &mut [u8]) -> Result<(), CudaError> {
-        // SAFETY: guaranteed by the caller.
-        let reading = unsafe { self.begin_read(at, host.len())? };
-        self.end_read(reading, host)
-    }
-
     unsafe fn begin_read(&self, at: Pointer, bytes: usize) -> Result<Reading, CudaError> {
         self.check_no_capture("copying from the device")?;
         self.to_host.fetch_add(1, Ordering::Relaxed);

@@ -225,11 +225,6 @@ impl Runtime for Counting {
         Ok(())
     }
 
-    unsafe fn read(&self, _: Pointer, host: &mut [u8]) -> Result<(), CudaError> {
-        host.fill(0);
-        Ok(())
-    }
-
     unsafe fn begin_read(&self, _: Pointer, _: usize) -> Result<(), CudaError> {
         Ok(())
     }

@@ -68,7 +68,7 @@ pub struct Cuda {
 pub struct Reading {
     to: launch::Pinned,
     bytes: usize,
-    /// Landing memory freed before it is idle after the copy.
+    /// Landing memory that was freed before this moment is idle once the copy has finished.
     moment: Given,
 }
 

@@ -53,7 +53,7 @@ impl Folder {
     /// The arguments to import the log with these flags.
     fn import<'a>(&'a self, log: &'a str, output: &'a str, flags: &[&'a str]) -> Vec<&'a str> {
         let usual = ["import", "--format", "kuairand", "--input", log, "--output", output];
-        usual.iter().chain(&["--k-core", "0", "--candidates", "1"]).chain(flags).copied().collect()
+        usual.iter().chain(&["--k-core", "0", "--negatives", "1"]).chain(flags).copied().collect()
     }
 }
 
@@ -97,6 +97,19 @@ fn import_then_info() {
     assert_eq!(json["protocol"]["split"]["kind"], "leave-last");
     assert_eq!(json["protocol"]["candidates"]["negatives"], 1);
     assert_eq!(json["ceiling_auc"], serde_json::Value::Null);
+}
+
+#[test]
+fn shares_are_refused_for_a_split_without_shares() {
+    let folder = Folder::new();
+    let [log, output] = ["log.csv", "x.dfar"].map(|name| folder.path(name));
+    for flags in [
+        &["--split", "leave-last", "--train-share", "0.5"][..],
+        &["--split", "leave-last", "--valid-share", "0.1"],
+    ] {
+        let error = fails(&folder.import(&log, &output, flags), 2);
+        assert!(error.contains("this split is leave-last"), "{error}");
+    }
 }
 
 #[test]
@@ -241,7 +254,7 @@ fn export_and_import_again_give_the_same_events() {
         succeeds(&["export", &output, "--output", &export]);
         let mut flags = vec!["import", "--format", "csv", "--input", &export, "--output", &again];
         flags.extend(["--user-column", "user", "--item-column", "item", "--time-column", "time"]);
-        flags.extend(["--label-column", "label", "--time-unit", "ms", "--k-core", "0", "--candidates", "1"]);
+        flags.extend(["--label-column", "label", "--time-unit", "ms", "--k-core", "0", "--negatives", "1"]);
         flags.extend(leave_last);
         succeeds(&flags);
         let copy = dfar::data::Dataset::open(&again).unwrap();
@@ -296,7 +309,7 @@ fn decisions_are_printed_and_kept() {
     std::fs::write(&log, rows).unwrap();
     let mut flags = vec!["import", "--format", "csv", "--input", &log, "--output", &output, "--k-core", "0"];
     flags.extend(["--user-column", "0", "--item-column", "1", "--label-column", "2", "--time-column", "3"]);
-    flags.extend(["--candidates", "1", "--liked", "buy", "--skipped", "drop"]);
+    flags.extend(["--negatives", "1", "--liked", "buy", "--skipped", "drop"]);
     let err = fails(&flags, 3);
     assert!(err.contains("neither --liked nor --skipped: view (1)"), "{err}");
     flags.push("--ignore-others");

@@ -83,7 +83,7 @@ impl Fixture {
             "x.dfar",
             "--k-core",
             "0",
-            "--candidates",
+            "--negatives",
             "1",
             "--user-column",
             "user",
@@ -213,6 +213,10 @@ fn seen_and_unknown_items_are_left_out_on_request() {
     let fixture = Fixture::synthetic();
     let rows = fixture.json(&["--history", "1:1,2:0", "--candidates", "1,2,3", "--exclude-seen"]);
     assert_eq!(items(&rows), ["3"]);
+    let rows = fixture.json(&["--history", "1:1,2:0", "--candidates", "3,2,3,3,2"]);
+    assert_eq!(rows.len(), 2, "an item listed twice is ranked once");
+    let output = fixture.score_with(&["--all-users", "--json", "--output", "x.csv"], "");
+    assert_eq!(output.status.code(), Some(2), "--json is for stdout");
     let output = fixture.score_with(&["--history", "1:1,nope:0,nix:1", "--skip-unknown"], "");
     assert!(stderr(&output).contains("left out 2 unknown items"), "{}", stderr(&output));
     assert_eq!(success(output), fixture.score(&["--history", "1:1"]));

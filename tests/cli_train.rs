@@ -395,7 +395,7 @@ const TINY: [&str; 8] = ["--data", "small.dfar", "--out", "run", "--width", "8",
 #[test]
 fn an_epoch_without_targets_trains_on_one_and_reports_it() {
     let dir = tempfile::tempdir().unwrap();
-    imported(dir.path(), &rows(1), &["--candidates", "1"]);
+    imported(dir.path(), &rows(1), &["--negatives", "1"]);
     let output = dfar_train(dir.path(), &[&TINY[..], &["--sample-rate", "0.000001"]].concat());
     assert_eq!(code(&output), 0, "{}", stderr(&output));
     assert!(stderr(&output).contains("drew no target; training on one"), "{}", stderr(&output));
@@ -406,7 +406,7 @@ fn an_epoch_without_targets_trains_on_one_and_reports_it() {
 #[test]
 fn a_data_set_without_targets_or_metrics_is_reported_with_the_reason() {
     let dir = tempfile::tempdir().unwrap();
-    imported(dir.path(), &rows(0), &["--candidates", "1"]);
+    imported(dir.path(), &rows(0), &["--negatives", "1"]);
     let output = dfar_train(dir.path(), &TINY);
     assert_eq!(code(&output), 3, "{}", stderr(&output));
     assert!(
@@ -424,7 +424,7 @@ fn a_data_set_without_targets_or_metrics_is_reported_with_the_reason() {
     );
 
     std::fs::remove_dir_all(dir.path().join("run")).unwrap();
-    imported(dir.path(), &rows(1), &["--candidates", "0"]);
+    imported(dir.path(), &rows(1), &["--negatives", "0"]);
     let output = dfar_train(dir.path(), &TINY);
     assert_eq!(code(&output), 0, "{}", stderr(&output));
     assert!(stdout(&output).contains("the evaluation groups have no negatives"), "{}", stdout(&output));
@@ -497,7 +497,7 @@ fn limits_of_the_system_are_reported() {
     let log = format!("user,item,label,time\n{}", rows.collect::<String>());
     std::fs::write(dir.path().join("log.csv"), log).unwrap();
     let import = "import --format csv --user-column user --item-column item --label-column label \
-                  --time-column time --k-core 0 --candidates 1 --input log.csv --output log.dfar";
+                  --time-column time --k-core 0 --negatives 1 --input log.csv --output log.dfar";
     let one = "env RAYON_NUM_THREADS=1";
     for (program, args) in [
         (env!("CARGO_BIN_EXE_dfar-data"), import),

@@ -79,8 +79,8 @@ fn command_line() -> clap::Command {
     let command = differs.iter().fold(Cli::command(), |command, (flag, help)| {
         command.mut_arg(flag, |argument| argument.help(*help).long_help(*help))
     });
-    let unused = ["device", "precision", "cuda_graphs", "checkpoint_seconds", "tensorboard"];
-    unused.iter().fold(command, |command, flag| command.mut_arg(flag, |argument| argument.hide(true)))
+    let unused = compare::UNUSED_FLAGS.iter();
+    unused.fold(command, |command, (key, _)| command.mut_arg(key, |argument| argument.hide(true)))
 }
 
 fn run_verify(folder: &Path, json: bool) -> ExitCode {

@@ -51,6 +51,11 @@ impl ModelConfig {
     }
 }
 
+/// Limits of sizes, so that no product of two of them, nor a list of the tensors, is too large for
+/// the memory of a machine that only reads a corrupt file.
+const LARGEST: usize = 1 << 20;
+const MOST_BLOCKS: usize = 1 << 10;
+
 impl ModelConfig {
     /// Attention of the encoder.
     pub fn encoder_attention(&self) -> FhaOptions {
@@ -85,17 +90,22 @@ impl ModelConfig {
         let [attention0, attention1] = self.attention;
         let [tower0, tower1] = self.tower;
         let sizes = [
-            ("items", self.items),
-            ("max_length", self.max_length),
-            ("width", self.width),
-            ("heads", self.heads),
-            ("blocks", self.blocks),
-            ("attention", attention0.min(attention1)),
-            ("tower", tower0.min(tower1)),
+            ("items", self.items, u32::MAX as usize),
+            ("max_length", self.max_length, LARGEST),
+            ("width", self.width, LARGEST),
+            ("heads", self.heads, LARGEST),
+            ("blocks", self.blocks, MOST_BLOCKS),
+            ("attention", attention0, LARGEST),
+            ("attention", attention1, LARGEST),
+            ("tower", tower0, LARGEST),
+            ("tower", tower1, LARGEST),
         ];
-        for (field, value) in sizes {
+        for (field, value, largest) in sizes {
             if value == 0 {
                 return error(field, value, "must be at least 1");
+            }
+            if value > largest {
+                return error(field, value, "is too large: at most 2^32 - 1 items, 1,024 blocks, else 2^20");
             }
         }
         if !self.width.is_multiple_of(self.heads) {
@@ -107,9 +117,6 @@ impl ModelConfig {
                 self.heads,
                 "factorization heads form two groups: use an even number, or 1",
             );
-        }
-        if u32::try_from(self.items).is_err() {
-            return error("items", self.items, "item ids have 32 bits");
         }
         Ok(())
     }
@@ -203,4 +210,29 @@ pub enum ModelError {
     /// A step begun before a refused step was finished.
     #[error("an earlier step had a non-finite value, so this step changed nothing; begin it again")]
     Refused,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_of_a_corrupt_file_are_refused_by_name() {
+        let refused = |change: fn(&mut ModelConfig)| {
+            let mut config = ModelConfig::new(10, 20);
+            change(&mut config);
+            config.check().expect_err("a size beyond the limits").to_string()
+        };
+        for (field, error) in [
+            ("blocks", refused(|config| config.blocks = usize::MAX)),
+            ("width", refused(|config| config.width = 1 << 40)),
+            ("max_length", refused(|config| config.max_length = usize::MAX)),
+            ("attention", refused(|config| config.attention[1] = 1 << 40)),
+            ("tower", refused(|config| config.tower[0] = 0)),
+            ("items", refused(|config| config.items = 1 << 32)),
+        ] {
+            assert!(error.starts_with(&format!("model: {field} = ")), "{error}");
+        }
+        ModelConfig { width: 512, blocks: 6, ..ModelConfig::new(u32::MAX as usize, 10_000) }.check().unwrap();
+    }
 }

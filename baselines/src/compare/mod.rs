@@ -12,7 +12,6 @@ use dfar::device::cpu::Cpu;
 use dfar::evaluate::{self, part_report, popularity_scores};
 use dfar::model::Model;
 use dfar::train::checkpoint::{DataInfo, ModelFile};
-use dfar::train::config::DeviceChoice;
 use dfar::train::draw::TrainTargets;
 use dfar::train::file::replace_bytes;
 use dfar::train::{Config, TrainError, draw, score_options};
@@ -51,8 +50,8 @@ pub struct Compare {
     #[arg(long)]
     ablations: bool,
     /// Runs at once; they share the threads. Results do not depend on it.
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    jobs: usize,
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    jobs: u16,
     /// Ranking loss of the compared systems; DFAR always has its own.
     #[arg(long, value_enum, default_value_t, help_heading = "Loss")]
     loss: Ranking,
@@ -68,6 +67,16 @@ pub struct Compare {
     #[command(flatten)]
     flags: Flags,
 }
+
+/// Keys of a configuration that a comparison does not use, with their flags. They may be in a file
+/// of `dfar-train`.
+pub const UNUSED_FLAGS: [(&str, &str); 5] = [
+    ("device", "--device"),
+    ("precision", "--precision"),
+    ("cuda_graphs", "--cuda-graphs"),
+    ("checkpoint_seconds", "--checkpoint-seconds"),
+    ("tensorboard", "--tensorboard"),
+];
 
 /// An entry of `--systems`.
 #[derive(Clone)]
@@ -109,14 +118,14 @@ impl From<TrainError> for Failure {
 pub fn run(arguments: &Compare) -> Result<(), Failure> {
     let usage = |argument, reason: &str| TrainError::Usage { argument, reason: reason.to_owned() };
     let flags = arguments.flags.table()?;
+    if let Some(&(_, flag)) = UNUSED_FLAGS.iter().find(|(key, _)| flags.contains_key(*key)) {
+        return Err(usage(flag, "dfar-compare has no such option: it trains on the CPU, in f32").into());
+    }
     let reads_own_feedback = !flags.contains_key("feedback");
     let config = Config::layered(arguments.config.as_deref(), flags).map_err(TrainError::from)?;
     let Some(path) = &config.data else {
         return Err(usage("--data", "a data set is needed; dfar-data makes one").into());
     };
-    if config.device == DeviceChoice::Cuda {
-        return Err(usage("--device", "the compared systems run on the CPU only").into());
-    }
     if !arguments.aux.is_finite() {
         return Err(usage("--aux", "it must be a number").into());
     }
@@ -179,7 +188,7 @@ fn check_targets(study: &Study) -> Result<(), TrainError> {
 /// Executes the search and then the runs of the tables. Returns the searches.
 fn execute(study: &Study, data: &Dataset, arguments: &Compare) -> Result<Vec<Search>, Failure> {
     let out = &arguments.out;
-    let jobs = arguments.jobs.max(1);
+    let jobs = usize::from(arguments.jobs);
     let threads = (rayon::current_num_threads() / jobs).max(1);
     let jobs = Jobs { data, out, jobs, threads, workers: study.config.workers };
     let search = study.search();

@@ -1,10 +1,11 @@
 //! `dfar-data import`: makes a data set file from logs.
 
-use crate::{SplitKind, report};
-use clap::{Args, ValueEnum};
+use crate::{Cli, SplitKind, report};
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, ValueEnum};
 use dfar::data::candidates::CandidateOptions;
 use dfar::data::import::{self, ColumnOptions, ImportOptions, Liked, LogFormat, Progress, TimeUnit};
-use dfar::data::{BadRow, CountedRecords, KCore, Repeats};
+use dfar::data::{BadRow, CountedRecords, KCore, Repeats, Split};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::IsTerminal;
 use std::path::PathBuf;
@@ -89,15 +90,21 @@ pub struct Import {
     /// How to split histories [default: temporal for kuairand and kuairec, else leave-last].
     #[arg(long, value_enum, help_heading = "Split and evaluation groups")]
     split: Option<SplitKind>,
-    /// Share of events (temporal) or users (by-user) for training.
-    #[arg(long, default_value_t = 0.8, value_name = "SHARE", help_heading = "Split and evaluation groups")]
-    train_share: f64,
-    /// Share of events or users for validation.
-    #[arg(long, default_value_t = 0.1, value_name = "SHARE", help_heading = "Split and evaluation groups")]
-    valid_share: f64,
+    /// Share of events (temporal) or users (by-user) for training [default: 0.8].
+    #[arg(long, value_name = "SHARE", help_heading = "Split and evaluation groups")]
+    train_share: Option<f64>,
+    /// Share of events or users for validation [default: 0.1].
+    #[arg(long, value_name = "SHARE", help_heading = "Split and evaluation groups")]
+    valid_share: Option<f64>,
     /// Negatives per evaluation group, drawn by popularity in the training events.
-    #[arg(long, default_value_t = 9, value_name = "N", help_heading = "Split and evaluation groups")]
-    candidates: usize,
+    #[arg(
+        long,
+        alias = "candidates",
+        default_value_t = 9,
+        value_name = "N",
+        help_heading = "Split and evaluation groups"
+    )]
+    negatives: usize,
     /// Exclude all items of the user's whole history from the negatives.
     #[arg(long, help_heading = "Split and evaluation groups")]
     exclude_seen: bool,
@@ -205,12 +212,19 @@ pub fn import(args: Import) -> dfar::Result<()> {
     };
     let rule = KCore { k: args.k_core, on, until_stable: args.k_core_until_stable };
     options.k_core = (args.k_core > 0).then_some(rule);
+    let shares = args.train_share.or(args.valid_share).is_some();
+    let [train, valid] = [args.train_share.unwrap_or(0.8), args.valid_share.unwrap_or(0.1)];
     options.split = match args.split {
-        Some(kind) => kind.with(args.train_share, args.valid_share),
-        None => options.split.with_shares(args.train_share, args.valid_share),
+        Some(kind) => kind.with(train, valid),
+        None => options.split.with_shares(train, valid),
     };
+    if shares && options.split == Split::LeaveLast {
+        let reason = "--train-share and --valid-share are for --split temporal and by-user; \
+                      this split is leave-last";
+        Cli::command().error(ErrorKind::ArgumentConflict, reason).exit();
+    }
     options.candidates =
-        CandidateOptions { negatives: args.candidates, exclude_seen: args.exclude_seen, seed: args.seed };
+        CandidateOptions { negatives: args.negatives, exclude_seen: args.exclude_seen, seed: args.seed };
     options.temporary = args.temp_dir;
     options.sort_memory = (args.sort_memory as usize) << 20;
 

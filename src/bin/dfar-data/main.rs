@@ -57,8 +57,8 @@ struct Synth {
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// Negatives per evaluation group.
-    #[arg(long, default_value_t = 9, value_name = "N")]
-    candidates: usize,
+    #[arg(long, alias = "candidates", default_value_t = 9, value_name = "N")]
+    negatives: usize,
     /// How to split histories.
     #[arg(long, value_enum, default_value = "temporal")]
     split: SplitKind,
@@ -111,7 +111,7 @@ fn synth(args: Synth) -> dfar::Result<()> {
             None => defaults.events_per_user,
         },
         seed: args.seed,
-        negatives: args.candidates,
+        negatives: args.negatives,
         split: args.split.with(0.8, 0.1),
     };
     let made = synthetic::write(&options, &args.output)?;

@@ -67,8 +67,13 @@ pub fn open(
     };
     match choice {
         DeviceChoice::Cuda => Ok(cuda()?),
-        DeviceChoice::Cpu => Ok(cpu(precision)
-            .map_err(|error| TrainError::Usage { argument: "--precision", reason: error.to_string() })?),
+        DeviceChoice::Cpu => {
+            if graphs {
+                note("--cuda-graphs has no effect on the CPU");
+            }
+            Ok(cpu(precision)
+                .map_err(|error| TrainError::Usage { argument: "--precision", reason: error.to_string() })?)
+        }
         DeviceChoice::Auto => Ok(cuda().unwrap_or_else(|error| {
             note(&format!("computing on the CPU ({error})"));
             cpu_or_f32(precision, note)

@@ -1,6 +1,6 @@
 //! `dfar-bench attention`: the attention operation, naive and fused, by sequence length.
 
-use super::{Device, Precision, effort, open_gpu, pool, refuse_precision, usage};
+use super::{Device, Precision, at_least_one, effort, open_gpu, pool, refuse_precision, usage};
 use crate::attention::{batch, gpu, predict};
 use crate::limits::gpu::Card;
 use crate::{limits, say};
@@ -13,17 +13,22 @@ use std::path::PathBuf;
 #[derive(clap::Args)]
 pub struct Attention {
     /// Sequence lengths, one row of the table each
-    #[arg(long, value_delimiter = ',', default_value = "20,50,100,200,300,1024")]
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "20,50,100,200,300,1024",
+        value_parser = at_least_one()
+    )]
     seq_lens: Vec<usize>,
     /// Heads, an even number
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 2, value_parser = at_least_one())]
     heads: usize,
     /// Width of a head
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = 16, value_parser = at_least_one())]
     head_dim: usize,
     /// Tokens of a batch, rounded down to whole sequences but at least one [default: 16384; with
     /// --device cuda 1048576]
-    #[arg(long)]
+    #[arg(long, value_parser = at_least_one())]
     batch_tokens: Option<usize>,
     /// Passes to time
     #[arg(long, value_enum, default_value_t = Pass::Both)]

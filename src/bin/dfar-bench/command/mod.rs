@@ -12,6 +12,7 @@ pub use verify::{Failure, Verify, run as run_verify};
 
 use crate::Arguments;
 use crate::limits::gpu::Effort;
+use clap::builder::RangedU64ValueParser;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, ValueEnum};
 use dfar::device;
@@ -57,6 +58,11 @@ impl Precision {
 /// How much is measured on a GPU.
 fn effort(quick: bool) -> Effort {
     if quick { Effort::QUICK } else { Effort::FULL }
+}
+
+/// Parses a size above 0.
+fn at_least_one() -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(1..)
 }
 
 fn pool(threads: usize) -> Result<rayon::ThreadPool> {

@@ -1,6 +1,6 @@
 //! `dfar-bench train`: training steps, with and without sharing, and by part.
 
-use super::{Device, Precision, effort, open_cpu, open_gpu, pool};
+use super::{Device, Precision, at_least_one, effort, open_cpu, open_gpu, pool};
 use crate::limits::gpu::Card;
 use crate::train::steps::{self, Batches, Peak};
 use crate::train::{launches, sharing};
@@ -18,26 +18,26 @@ pub struct Train {
     #[arg(long, value_name = "X.dfar")]
     data: Option<PathBuf>,
     /// Events of the longest history
-    #[arg(long, default_value_t = 100)]
+    #[arg(long, default_value_t = 100, value_parser = at_least_one())]
     max_length: usize,
     /// Windows of longer histories begin at multiples of this; 1: keep exactly the last max-length
     /// events; 0: a quarter of max-length
     #[arg(long, default_value_t = 0)]
     window_stride: usize,
     /// Sampled negatives of each target
-    #[arg(long, default_value_t = 9)]
+    #[arg(long, default_value_t = 9, value_parser = at_least_one())]
     negatives: usize,
     /// Distinct negatives that all targets of one history draw from; 0: no limit
     #[arg(long, default_value_t = 0)]
     negative_pool: usize,
     /// Batches to time, spread evenly over an epoch
-    #[arg(long, default_value_t = 12)]
+    #[arg(long, default_value_t = 12, value_parser = at_least_one())]
     batches: usize,
     /// Tokens of a batch, with full sharing
-    #[arg(long, default_value_t = 512)]
+    #[arg(long, default_value_t = 512, value_parser = at_least_one())]
     batch_tokens: usize,
     /// Largest number of instances in a batch
-    #[arg(long, default_value_t = 16384)]
+    #[arg(long, default_value_t = 16384, value_parser = at_least_one())]
     batch_rows: usize,
     /// Time steps on random batches only: batch-rows instances, histories of exactly max-length
     /// events, one group of candidates each

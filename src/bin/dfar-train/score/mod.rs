@@ -64,7 +64,8 @@ pub struct Score {
     /// Data set of --user, --users, --all-users and --groups [default: the run's].
     #[arg(long, value_name = "X.dfar")]
     data: Option<PathBuf>,
-    /// Items to rank, separated by commas and quoted as in --history [default: all items].
+    /// Items to rank, each once, separated by commas and quoted as in --history [default: all
+    /// items].
     #[arg(long, value_name = "ITEM,..", allow_hyphen_values = true)]
     candidates: Option<String>,
     /// Print only the N best items of each user [default: 10, or all given candidates].
@@ -77,11 +78,11 @@ pub struct Score {
     #[arg(long)]
     skip_unknown: bool,
     /// File to write [default: stdout].
-    #[arg(long, short, value_name = "FILE")]
+    #[arg(long, short, value_name = "FILE", conflicts_with = "json")]
     output: Option<PathBuf>,
     /// Format of the output [default: by the ending of --output; on stdout a table for one history,
     /// else CSV].
-    #[arg(long, value_enum)]
+    #[arg(long, value_enum, conflicts_with = "json")]
     output_format: Option<Format>,
     /// Device [default: the run's].
     #[arg(long, value_enum)]
@@ -382,9 +383,15 @@ impl<'a, D: Device> Scorer<'a, D> {
         let mut candidates = candidates
             .or_else(|| self.candidates.clone())
             .unwrap_or_else(|| (0..self.file.items.len() as u32).collect());
+        let mut left_out = HashSet::new();
         if self.args.exclude_seen {
-            let seen: HashSet<u32> = items.iter().copied().collect();
-            candidates.retain(|item| !seen.contains(item));
+            left_out.extend(&items);
+        }
+        if named {
+            // An item has one rank, however often it is listed.
+            candidates.retain(|&item| left_out.insert(item));
+        } else {
+            candidates.retain(|item| !left_out.contains(item));
         }
         self.rows += candidates.len();
         self.waiting.push(Asked { user, named, query: Query { items, labels, candidates } });

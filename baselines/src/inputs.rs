@@ -127,6 +127,7 @@ impl Inputs {
             group_offsets: &self.group_offsets,
             count: &self.group_length,
             divisor: &self.group_length,
+            recency: None,
         }
     }
 

@@ -74,6 +74,7 @@ fn command_line() -> clap::Command {
         ("seed", "First seed of initial values, shuffles and negatives [default: 2020]"),
         ("feedback", "Feedback that all systems read [default: that of each system's paper]"),
         ("idl", "Weight of the disentangling loss of DFAR and FeedRec [default: 0.001]"),
+        ("half_life", "Half-life of the events that DFAR reads, in events; 0: none [default: 0]"),
         ("bpr", "Weight of the interest-wise BPR loss of DFAR [default: 0.1]"),
     ];
     let command = differs.iter().fold(Cli::command(), |command, (flag, help)| {

@@ -178,9 +178,11 @@ impl Identity {
             (is_dfar && config.idl == 0.0, "no-idl"),
             (is_dfar && config.bpr == 0.0, "no-ibl"),
         ];
+        let half_life =
+            (is_dfar && config.half_life > 0.0).then(|| format!("half-life-{}", config.half_life));
         let words = words.into_iter().filter(|(holds, _)| *holds).map(|(_, word)| word.to_owned());
         let tuned = (self.tuned > 0).then(|| format!("tuned-{}", self.tuned));
-        words.chain(tuned).collect::<Vec<_>>().join(" ")
+        words.chain(half_life).chain(tuned).collect::<Vec<_>>().join(" ")
     }
 
     fn name(&self) -> String {

@@ -239,7 +239,10 @@ fn place(system: Row, setting: &str) -> (Section, String) {
             _ => None,
         })
         .collect();
-    let title = system.title().to_owned();
+    let mut title = system.title().to_owned();
+    if let Some(events) = setting.split(' ').find_map(|word| word.strip_prefix("half-life-")) {
+        title += &format!(", half-life {events}");
+    }
     match (without.is_empty(), setting.starts_with("ignored")) {
         (false, _) => (Section::Ablations, format!("{title} w/o {}", without.join(", "))),
         (true, true) => (Section::Blind, title),

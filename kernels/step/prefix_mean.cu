@@ -6,6 +6,13 @@
 //     mean[g] = sum of x[start[b]..start[b] + count[g]] / divisor[g]     (0 if the divisor is 0)
 //     dx[start[b] + t] = sum over the groups with count[g] > t of dmean[g] / divisor[g]
 //
+// With a rate, rows are weighed by age, where position[row] is the place of a row in the history,
+// whose length L is the divisor, and w(age) = exp(-rate age):
+//
+//     mean[g] = sum of w(L - 1 - position) x / (w(0) + .. + w(L - 1))
+//
+// A running sum is relative to its newest row: it is multiplied by w(gap) before the next is added.
+//
 // TILING. A block takes a sequence and a chunk of columns (block_y). Each group of lanes takes a
 // run of tokens and sums it. It reads the sums of the runs before it (backward: behind it) from
 // shared memory, and loops over its run again to write the prefixes that end in it. Sums are f64,
@@ -23,27 +30,43 @@ struct PrefixMeanParams {
     const unsigned* divisor;        // [groups]
     float* x;                       // [tokens, width]; backward: dx
     float* mean;                    // [groups, width]; backward: dmean
+    const unsigned* position;       // [tokens]; not read without a rate
+    double rate;                    // ln 2 / half-life, or 0
     unsigned width;
     unsigned bits;
 };
-static_assert(sizeof(PrefixMeanParams) == 56, "mirrored by src/device/cuda/prefix_mean.rs");
-
-__device__ __forceinline__ double reciprocal(unsigned divisor) { return divisor ? 1.0 / double(divisor) : 0.0; }
+static_assert(sizeof(PrefixMeanParams) == 72, "mirrored by src/device/cuda/ops/prefix_mean.rs");
 
 // The sequence of the block, and the run of tokens of this group of lanes.
 struct Run {
     unsigned first_token, tokens;  // of the sequence
     unsigned first_group, end_group;
-    unsigned begin, end;           // of the run, as positions in the sequence
+    unsigned length;               // of every run but the last that is not empty
+    unsigned begin, end;           // of the run, as places in the sequence
     __device__ __forceinline__ Run(const PrefixMeanParams& p, const RowGroup& group) {
         const unsigned b = blockIdx.x;
         first_token = p.start[b];
         tokens = p.start[b + 1] - first_token;
         first_group = p.group_offsets[b];
         end_group = p.group_offsets[b + 1];
-        const unsigned length = (tokens + group.count() - 1) / group.count();
+        length = (tokens + group.count() - 1) / group.count();
         begin = group.index * length < tokens ? group.index * length : tokens;
         end = begin + length < tokens ? begin + length : tokens;
+    }
+    // Weight of token `older` relative to `newer`, both of the sequence, older <= newer.
+    __device__ __forceinline__ double weight(const PrefixMeanParams& p, unsigned older, unsigned newer) const {
+        if (p.rate == 0.0) return 1.0;
+        return exp(-p.rate * double(p.position[first_token + newer] - p.position[first_token + older]));
+    }
+    // The factor of the sum of group g, whose newest token is count[g] - 1.
+    __device__ __forceinline__ double factor(const PrefixMeanParams& p, unsigned g) const {
+        const double length = p.divisor[g];
+        if (length == 0.0) return 0.0;
+        if (p.rate == 0.0) return 1.0 / length;
+        if (p.count[g] == 0) return 0.0;
+        const double age = length - 1.0 - double(p.position[first_token + p.count[g] - 1]);
+        // Divided by the geometric series 1 + w + .. + w^(L - 1).
+        return exp(-p.rate * age) * expm1(-p.rate) / expm1(-p.rate * length);
     }
     // The first group with more than `tokens` tokens.
     __device__ __forceinline__ unsigned first_longer(const PrefixMeanParams& p, unsigned tokens) const {
@@ -70,8 +93,9 @@ template <int V> __device__ __forceinline__ void forward(const PrefixMeanParams&
         for (unsigned t = run.begin; t < run.end; ++t) {
             float value[V];
             load<V>(value, x + size_t(t) * p.width);
+            const double kept = t > run.begin ? run.weight(p, t - 1, t) : 1.0;
 #pragma unroll
-            for (int v = 0; v < V; ++v) sum[v] += value[v];
+            for (int v = 0; v < V; ++v) sum[v] = sum[v] * kept + value[v];
         }
     }
 #pragma unroll
@@ -80,12 +104,14 @@ template <int V> __device__ __forceinline__ void forward(const PrefixMeanParams&
     if (!valid) return;
     const unsigned lanes = 1u << p.bits;
 #pragma unroll
-    for (int v = 0; v < V; ++v) {
-        sum[v] = 0.0;
-        for (unsigned before = 0; before < group.index; ++before) sum[v] += sums[(before * lanes + group.lane) * V + v];
+    for (int v = 0; v < V; ++v) sum[v] = 0.0;
+    for (unsigned before = 0; before < group.index && run.begin < run.end; ++before) {
+        const double kept = run.weight(p, (before + 1) * run.length - 1, run.begin - 1);
+#pragma unroll
+        for (int v = 0; v < V; ++v) sum[v] += kept * sums[(before * lanes + group.lane) * V + v];
     }
     const auto write = [&](unsigned g) {
-        const double factor = reciprocal(p.divisor[g]);
+        const double factor = run.factor(p, g);
         float mean[V];
 #pragma unroll
         for (int v = 0; v < V; ++v) mean[v] = float(sum[v] * factor);
@@ -102,8 +128,9 @@ template <int V> __device__ __forceinline__ void forward(const PrefixMeanParams&
     for (unsigned t = run.begin; t < run.end && g < run.end_group; ++t) {
         float value[V];
         load<V>(value, x + size_t(t) * p.width);
+        const double kept = t > 0 ? run.weight(p, t - 1, t) : 1.0;
 #pragma unroll
-        for (int v = 0; v < V; ++v) sum[v] += value[v];
+        for (int v = 0; v < V; ++v) sum[v] = sum[v] * kept + value[v];
         for (; g < run.end_group && p.count[g] == t + 1; ++g) write(g);
     }
 }
@@ -116,8 +143,9 @@ template <int V> __device__ __forceinline__ void backward(const PrefixMeanParams
     const bool valid = c < p.width;
     double* sums = reinterpret_cast<double*>(shared_memory());
     double sum[V] = {};
-    const auto take = [&](unsigned g) {
-        const double factor = reciprocal(p.divisor[g]);
+    // Adds the gradient of group g to a sum that is relative to token `newest`, at most count[g] - 1.
+    const auto take = [&](unsigned g, unsigned newest) {
+        const double factor = run.factor(p, g) * run.weight(p, newest, p.count[g] - 1);
         float value[V];
         load<V>(value, p.mean + size_t(g) * p.width + c);
 #pragma unroll
@@ -126,7 +154,7 @@ template <int V> __device__ __forceinline__ void backward(const PrefixMeanParams
     // The groups whose last token is in the run: more than `begin` and at most `end` tokens.
     const unsigned first = run.first_longer(p, run.begin), last = run.first_longer(p, run.end);
     if (valid && run.begin < run.end) {
-        for (unsigned g = first; g < last; ++g) take(g);
+        for (unsigned g = first; g < last; ++g) take(g, run.begin);
     }
 #pragma unroll
     for (int v = 0; v < V; ++v) sums[threadIdx.x * V + v] = sum[v];
@@ -134,15 +162,20 @@ template <int V> __device__ __forceinline__ void backward(const PrefixMeanParams
     if (!valid || run.begin == run.end) return;
     const unsigned lanes = 1u << p.bits;
 #pragma unroll
-    for (int v = 0; v < V; ++v) {
-        sum[v] = 0.0;
-        for (unsigned behind = group.count() - 1; behind > group.index; --behind) {
-            sum[v] += sums[(behind * lanes + group.lane) * V + v];
-        }
+    for (int v = 0; v < V; ++v) sum[v] = 0.0;
+    // The sum of a run is relative to its first token; empty runs are behind all others.
+    for (unsigned behind = group.count() - 1; behind > group.index; --behind) {
+        if (behind * run.length >= run.tokens) continue;
+        const double kept = run.weight(p, run.end - 1, behind * run.length);
+#pragma unroll
+        for (int v = 0; v < V; ++v) sum[v] += kept * sums[(behind * lanes + group.lane) * V + v];
     }
     unsigned g = last;
     for (unsigned t = run.end; t-- > run.begin;) {
-        for (; g > first && p.count[g - 1] > t; --g) take(g - 1);
+        const double kept = t + 1 < run.end ? run.weight(p, t, t + 1) : 1.0;
+#pragma unroll
+        for (int v = 0; v < V; ++v) sum[v] *= kept;
+        for (; g > first && p.count[g - 1] > t; --g) take(g - 1, t);
         float dx[V];
 #pragma unroll
         for (int v = 0; v < V; ++v) dx[v] = float(sum[v]);

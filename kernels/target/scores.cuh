@@ -42,7 +42,7 @@ struct PerceptronParams {
     float* weight_sums;   // [blocks, D H0 + H0 H1 + 2 H1] gradients of P, w1, b1, w2, by position
     unsigned item_count, width, hidden0, hidden1;
     unsigned blocks;      // gridDim.x
-    unsigned unused;
+    float slope;          // what a score loses for each later token of its pair
 };
 static_assert(sizeof(PerceptronParams) == 152, "mirrored by src/device/cuda/target_attention.rs");
 
@@ -89,7 +89,8 @@ __device__ __forceinline__ void start_second(float (&h1)[H1 / 8][4], const Weigh
 // them.
 constexpr int AT_ONCE = 2;
 
-// e = relu(relu(z + c + (a * r) P) W1 + b1) . w2 + b2, one warp per item.
+// e = relu(relu(z + c + (a * r) P) W1 + b1) . w2 + b2 - slope * later, one warp per item. `later` is
+// the number of later tokens of the pair.
 __device__ __forceinline__ void scores(const PerceptronParams& p) {
     Carve carve{shared_memory()};
     const Weights weights(carve, p);
@@ -159,7 +160,7 @@ __device__ __forceinline__ void scores(const PerceptronParams& p) {
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     const unsigned t = item.position + (lane >> 2) + half * 8;
-                    const float e = quad_sum(sum[half]) + weights.b2;
+                    const float e = quad_sum(sum[half]) + weights.b2 - p.slope * float(pair[m].length - 1 - t);
                     if ((lane & 3) == 0 && t < pair[m].length && first + m < item.pairs) p.e[pair[m].score + t] = e;
                 }
             }

@@ -31,7 +31,14 @@ pub struct ModelConfig {
     pub fha: bool,
     /// The label mask of the encoder; `false` is the "w/o MO" ablation.
     pub label_mask: bool,
+    /// Number of later events that halve the weight of an event in the means and in target
+    /// attention, at least [`SHORTEST_HALF_LIFE`]. `None`, as in the paper: all events weigh alike.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub half_life: Option<f32>,
 }
+
+/// The shortest half-life, in events: the weight of the event before the last is 2^-10.
+pub const SHORTEST_HALF_LIFE: f32 = 0.1;
 
 impl ModelConfig {
     /// The network of the paper for a number of items and a history length.
@@ -47,6 +54,7 @@ impl ModelConfig {
             normalization: Normalization::Joint,
             fha: true,
             label_mask: true,
+            half_life: None,
         }
     }
 }
@@ -86,7 +94,8 @@ impl ModelConfig {
     /// # Errors
     /// [`ModelError::Config`] names the invalid field.
     pub fn check(&self) -> Result<(), ModelError> {
-        let error = |field, value, reason| Err(ModelError::Config { field, value, reason });
+        let error =
+            |field, value: usize, reason| Err(ModelError::Config { field, value: value.to_string(), reason });
         let [attention0, attention1] = self.attention;
         let [tower0, tower1] = self.tower;
         let sizes = [
@@ -117,6 +126,12 @@ impl ModelConfig {
                 self.heads,
                 "factorization heads form two groups: use an even number, or 1",
             );
+        }
+        if let Some(half_life) = self.half_life
+            && !(half_life.is_finite() && half_life >= SHORTEST_HALF_LIFE)
+        {
+            let reason = "must be at least 0.1 events";
+            return Err(ModelError::Config { field: "half_life", value: half_life.to_string(), reason });
         }
         Ok(())
     }
@@ -174,7 +189,7 @@ pub enum ModelError {
         /// Field of [`ModelConfig`].
         field: &'static str,
         /// Its value.
-        value: usize,
+        value: String,
         /// Requirement.
         reason: &'static str,
     },
@@ -230,6 +245,8 @@ mod tests {
             ("attention", refused(|config| config.attention[1] = 1 << 40)),
             ("tower", refused(|config| config.tower[0] = 0)),
             ("items", refused(|config| config.items = 1 << 32)),
+            ("half_life", refused(|config| config.half_life = Some(f32::NAN))),
+            ("half_life", refused(|config| config.half_life = Some(0.0))),
         ] {
             assert!(error.starts_with(&format!("model: {field} = ")), "{error}");
         }

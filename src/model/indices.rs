@@ -3,7 +3,7 @@
 use super::ModelConfig;
 use crate::attention::LabelMask;
 use crate::batch::{Batch, LabelSplit, Lists, Touched};
-use crate::device::{self, Device, DeviceError, Prefixes, Segments, TargetIndex, TargetShape};
+use crate::device::{self, Device, DeviceError, Prefixes, Recency, Segments, TargetIndex, TargetShape};
 
 /// [`Lists`] on the device.
 pub struct DeviceLists<D: Device> {
@@ -43,6 +43,8 @@ pub struct DeviceSplit<D: Device> {
     pub token: device::Indices<D>,
     pub cu_seqlens: device::Indices<D>,
     pub count: device::Indices<D>,
+    /// Position of each token in the history; only with a half-life.
+    position: Option<device::Indices<D>>,
     /// Plan of the interest encoder.
     pub attention: D::AttentionPlan,
 }
@@ -53,14 +55,18 @@ impl<D: Device> DeviceSplit<D> {
         staging: &mut D::Staging,
         config: &ModelConfig,
         split: &LabelSplit,
+        position: &[u32],
     ) -> Result<Self, DeviceError> {
         let options = config.interest_attention();
+        let of_tokens = || split.token.iter().map(|&token| position[token as usize]).collect::<Vec<_>>();
+        let position = config.half_life.map(|_| device.stage(staging, &of_tokens())).transpose()?;
         Ok(Self {
             attention: device.attention_plan(staging, &options, &split.cu_seqlens, &[])?,
             tokens: split.token.len(),
             token: device.stage(staging, &split.token)?,
             cu_seqlens: device.stage(staging, &split.cu_seqlens)?,
             count: device.stage(staging, &split.count)?,
+            position,
         })
     }
 }
@@ -72,6 +78,7 @@ pub struct Indices<D: Device> {
     pub rows: usize,
     pub pairs: usize,
     pub scores: usize,
+    half_life: Option<f32>,
     pub cu_seqlens: device::Indices<D>,
     pub item: device::Indices<D>,
     pub position: device::Indices<D>,
@@ -119,7 +126,11 @@ impl<D: Device> Indices<D> {
             rows: Segments { offsets: &batch.pair_rows.offsets[..], members: &batch.pair_rows.members },
             row_length: &batch.row_length,
         };
-        let shape = TargetShape { width: config.width, hidden: config.attention };
+        let shape = TargetShape {
+            width: config.width,
+            hidden: config.attention,
+            half_life: config.half_life.unwrap_or(0.0),
+        };
         Ok(Self {
             tokens: batch.tokens(),
             groups: batch.groups(),
@@ -127,14 +138,15 @@ impl<D: Device> Indices<D> {
             pairs: batch.pairs(),
             scores: *batch.score_offsets.last().expect("score_offsets should have an entry more than pairs")
                 as usize,
+            half_life: config.half_life,
             cu_seqlens: device.stage(staging, &batch.cu_seqlens)?,
             item: device.stage(staging, &batch.item)?,
             position: device.stage(staging, &batch.position)?,
             attention: device.attention_plan(staging, &encoder, &batch.cu_seqlens, label)?,
             label_row: device.stage(staging, &label_row)?,
             split: [
-                DeviceSplit::stage(device, staging, config, negative)?,
-                DeviceSplit::stage(device, staging, config, positive)?,
+                DeviceSplit::stage(device, staging, config, negative, &batch.position)?,
+                DeviceSplit::stage(device, staging, config, positive, &batch.position)?,
             ],
             group_offsets: device.stage(staging, &batch.group_offsets)?,
             group_length: device.stage(staging, &batch.group_length)?,
@@ -162,13 +174,16 @@ impl<D: Device> Indices<D> {
             group_offsets: &self.group_offsets,
             count: &self.group_length,
             divisor: &self.group_length,
+            recency: self.half_life.map(|half_life| Recency { half_life, position: &self.position }),
         }
     }
 
     /// The tokens of interest `f` within each prefix. Their sum is divided by the length of the
     /// whole prefix.
     pub fn interest_prefixes(&self, f: usize) -> Prefixes<&device::Indices<D>> {
-        let DeviceSplit { cu_seqlens, count, .. } = &self.split[f];
-        Prefixes { cu_seqlens, count, ..self.prefixes() }
+        let DeviceSplit { cu_seqlens, count, position, .. } = &self.split[f];
+        let recency = self.half_life.zip(position.as_ref());
+        let recency = recency.map(|(half_life, position)| Recency { half_life, position });
+        Prefixes { cu_seqlens, count, recency, ..self.prefixes() }
     }
 }

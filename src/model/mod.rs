@@ -14,7 +14,7 @@ mod step;
 #[doc(hidden)]
 pub mod tensors;
 
-pub use config::{AdamOptions, Initialization, LossOptions, ModelConfig, ModelError};
+pub use config::{AdamOptions, Initialization, LossOptions, ModelConfig, ModelError, SHORTEST_HALF_LIFE};
 pub use optimizer::Optimizer;
 pub use parts::{PartSeconds, PartTimer, StepObserver, StepPart, StepTimer};
 pub use staged::{SentBatch, StagedBatch, Stager};

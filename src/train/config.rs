@@ -7,7 +7,7 @@ use crate::batch::{Cut, Feedback};
 use crate::device::Precision;
 use crate::device::{Clip, Device};
 use crate::evaluate::metrics::GaucRule;
-use crate::model::{AdamOptions, Initialization, LossOptions, ModelConfig};
+use crate::model::{AdamOptions, Initialization, LossOptions, ModelConfig, SHORTEST_HALF_LIFE};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use thiserror::Error;
@@ -78,6 +78,9 @@ pub struct Config {
     pub label_mask: bool,
     /// Softmax denominator under the label mask.
     pub normalization: Normalization,
+    /// Number of later events that halve the weight of an event in the means of a history and in
+    /// target attention; 0, as in the paper: all events weigh alike.
+    pub half_life: f64,
     /// Learning rate of Adam.
     pub lr: f64,
     /// Limit on gradient norms; 0: none.
@@ -144,6 +147,7 @@ impl Default for Config {
             fha: true,
             label_mask: true,
             normalization: Normalization::Joint,
+            half_life: 0.0,
             lr: 3e-3,
             max_grad_norm: 2.0,
             clip: ClipMode::PerTensor,
@@ -357,6 +361,11 @@ impl Config {
         if !(self.idl as f32).is_finite() {
             return refuse("idl", self.idl.to_string(), "must be a 32-bit floating-point number");
         }
+        let shortest = f64::from(SHORTEST_HALF_LIFE);
+        if self.half_life != 0.0 && !(shortest..=f32::MAX.into()).contains(&self.half_life) {
+            let reason = "must be 0 (no half-life) or a number of events, at least 0.1";
+            return refuse("half_life", self.half_life.to_string(), reason);
+        }
         if !(self.sample_rate > 0.0 && self.sample_rate <= 1.0) {
             return refuse("sample_rate", self.sample_rate.to_string(), "must be above 0 and at most 1");
         }
@@ -395,6 +404,7 @@ impl Config {
             normalization: self.normalization,
             fha: self.fha,
             label_mask: self.label_mask,
+            half_life: (self.half_life > 0.0).then_some(self.half_life as f32),
             ..ModelConfig::new(items, self.max_length)
         }
     }

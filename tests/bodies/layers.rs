@@ -9,7 +9,7 @@ use dfar::attention::{FhaOptions, LabelMask, Normalization, Pairing};
 use dfar::device::{
     Activation, AdamRows, AdamStep, AdamTensor, Clip, Columns, ConcatPart, Device, Floats, Interests,
     LabelLinear, LabelLinearGradients, LayerNorm, LayerNormGradients, Linear, LinearGradients, Lookup,
-    Output, Prefixes, Qkv, QkvGradients, SegmentSum, Segments, Slot, SoftmaxState, TargetGradients,
+    Output, Prefixes, Qkv, QkvGradients, Recency, SegmentSum, Segments, Slot, SoftmaxState, TargetGradients,
     TargetIndex, TargetInputs, TargetShape, TargetState, TargetWeights,
 };
 use rand::{RngExt, SeedableRng};
@@ -28,6 +28,7 @@ macro_rules! test_every_body {
             segments_of_any_length
             attention
             prefix_mean
+            recent_events_weigh_more
             concat
             rank_loss
             cosine_loss
@@ -243,26 +244,99 @@ pub fn prefix_mean<D: Device>(device: &D) {
     let mut rng = ChaCha8Rng::seed_from_u64(6);
     let values = vec![random(&mut rng, 7 * width)];
     let weight = random(&mut rng, 6 * width);
-    let [cu_seqlens, group_offsets, count, divisor] =
-        [&start, &offsets, &count, &divisor].map(|v| device.upload(v).unwrap());
-    let prefixes =
-        Prefixes { cu_seqlens: &cu_seqlens, group_offsets: &group_offsets, count: &count, divisor: &divisor };
-    let run = |i: &[Vec<f32>]| {
-        let mut mean = device.alloc(6 * width).unwrap();
-        let x = device.upload(&i[0]).unwrap();
-        device.prefix_mean(width, prefixes, &x, &mut mean).unwrap();
-        device.download(&mean).unwrap()
-    };
-    let mean = run(&values);
-    assert!(
-        mean[..width].iter().chain(&mean[3 * width..4 * width]).all(|&x| x == 0.0),
-        "the mean of an empty prefix is 0"
-    );
-    assert!((mean[width] - (values[0][0] + values[0][width]) / 3.0).abs() < 1e-6);
-    let mut dx = device.alloc(7 * width).unwrap();
-    let dmean = device.upload(&weight).unwrap();
-    device.prefix_mean_backward(width, prefixes, &dmean, &mut dx).unwrap();
-    check("prefix mean", &values, |i| dot(&run(i), &weight), &[device.download(&dx).unwrap()]);
+    let lengths = vec![0u32, 4, 6, 2, 1, 5];
+    let [cu_seqlens, group_offsets, count, divisor, lengths] =
+        [&start, &offsets, &count, &divisor, &lengths].map(|v| device.upload(v).unwrap());
+    // Of the first two rows, one event lies between; one is newer than both.
+    let position = device.upload(&[0u32, 2, 4, 5, 0, 2, 4]).unwrap();
+    let halved = Recency { half_life: 2.0, position: &position };
+    for recency in [None, Some(halved)] {
+        let prefixes = Prefixes {
+            cu_seqlens: &cu_seqlens,
+            group_offsets: &group_offsets,
+            count: &count,
+            divisor: &[&divisor, &lengths][usize::from(recency.is_some())],
+            recency,
+        };
+        let run = |i: &[Vec<f32>]| {
+            let mut mean = device.alloc(6 * width).unwrap();
+            let x = device.upload(&i[0]).unwrap();
+            device.prefix_mean(width, prefixes, &x, &mut mean).unwrap();
+            device.download(&mean).unwrap()
+        };
+        let mean = run(&values);
+        assert!(
+            mean[..width].iter().chain(&mean[3 * width..4 * width]).all(|&x| x == 0.0),
+            "the mean of an empty prefix is 0"
+        );
+        let (old, new) = (values[0][0], values[0][width]);
+        let root = 0.5f32.sqrt();
+        let expected = match recency {
+            None => (old + new) / 3.0,
+            // Positions 0 and 2 of 4.
+            Some(_) => (0.5 * root * old + root * new) / (1.0 + root + 0.5 + 0.5 * root),
+        };
+        assert!((mean[width] - expected).abs() < 1e-6, "{} for {expected}", mean[width]);
+        let mut dx = device.alloc(7 * width).unwrap();
+        let dmean = device.upload(&weight).unwrap();
+        device.prefix_mean_backward(width, prefixes, &dmean, &mut dx).unwrap();
+        check("prefix mean", &values, |i| dot(&run(i), &weight), &[device.download(&dx).unwrap()]);
+    }
+}
+
+/// Prefixes of long histories, whose rows more than one group of lanes sums, against sums in f64.
+pub fn recent_events_weigh_more<D: Device>(device: &D) {
+    let mut rng = ChaCha8Rng::seed_from_u64(23);
+    for (width, lengths) in [(4, vec![1usize, 300, 0, 65]), (132, vec![40, 9])] {
+        for half_life in [0.5f32, 8.0, 1e6] {
+            // Some events of each history are rows, as those of one feedback are.
+            let (mut cu_seqlens, mut group_offsets) = (vec![0u32], vec![0u32]);
+            let [mut position, mut count, mut divisor] = [const { Vec::<u32>::new() }; 3];
+            for &length in &lengths {
+                let rows: Vec<u32> = (0..length as u32).filter(|_| rng.random_bool(0.6)).collect();
+                for prefix in (0..=length as u32).filter(|_| rng.random_bool(0.3)) {
+                    count.push(rows.partition_point(|&place| place < prefix) as u32);
+                    divisor.push(prefix);
+                }
+                position.extend(rows);
+                cu_seqlens.push(position.len() as u32);
+                group_offsets.push(count.len() as u32);
+            }
+            let x = random(&mut rng, position.len() * width);
+            let dmean = random(&mut rng, count.len() * width);
+            let [mut mean, mut dx] = [vec![0.0f64; dmean.len()], vec![0.0f64; x.len()]];
+            for b in 0..lengths.len() {
+                for g in group_offsets[b] as usize..group_offsets[b + 1] as usize {
+                    let weight = |age: u32| (-f64::from(age) / f64::from(half_life)).exp2();
+                    let sum: f64 = (0..divisor[g]).map(weight).sum();
+                    for row in cu_seqlens[b] as usize..(cu_seqlens[b] + count[g]) as usize {
+                        let share = weight(divisor[g] - 1 - position[row]) / sum;
+                        for c in 0..width {
+                            mean[g * width + c] += share * f64::from(x[row * width + c]);
+                            dx[row * width + c] += share * f64::from(dmean[g * width + c]);
+                        }
+                    }
+                }
+            }
+            let up = |v: &[u32]| device.upload(v).unwrap();
+            let indices = [&cu_seqlens, &group_offsets, &count, &divisor, &position].map(|v| up(v));
+            let [cu_seqlens, group_offsets, count, divisor, position] = &indices;
+            let recency = Some(Recency { half_life, position });
+            let prefixes = Prefixes { cu_seqlens, group_offsets, count, divisor, recency };
+            let mut found = [device.alloc(mean.len()).unwrap(), device.alloc(dx.len()).unwrap()];
+            let [found_mean, found_dx] = &mut found;
+            device.prefix_mean(width, prefixes, &device.upload(&x).unwrap(), found_mean).unwrap();
+            let dmean = device.upload(&dmean).unwrap();
+            device.prefix_mean_backward(width, prefixes, &dmean, found_dx).unwrap();
+            for (what, found, expected) in [("mean", &found[0], &mean), ("dx", &found[1], &dx)] {
+                let largest = expected.iter().fold(0f64, |m, x| m.max(x.abs()));
+                for (found, expected) in device.download(found).unwrap().iter().zip(expected) {
+                    let error = (f64::from(*found) - expected).abs() / largest;
+                    assert!(error < 1e-6, "width {width}, half-life {half_life}: {what} off by {error:.1e}");
+                }
+            }
+        }
+    }
 }
 
 pub fn concat<D: Device>(device: &D) {
@@ -331,11 +405,12 @@ pub fn cosine_loss<D: Device>(device: &D) {
 }
 
 pub fn target_attention<D: Device>(device: &D) {
-    target_attention_of(device, 4, [5, 3]);
-    target_attention_of(device, 16, [16, 8]);
+    target_attention_of(device, TargetShape { width: 4, hidden: [5, 3], half_life: 0.0 });
+    target_attention_of(device, TargetShape { width: 16, hidden: [16, 8], half_life: 1.5 });
 }
 
-fn target_attention_of<D: Device>(device: &D, width: usize, hidden: [usize; 2]) {
+fn target_attention_of<D: Device>(device: &D, shape: TargetShape) {
+    let TargetShape { width, hidden, .. } = shape;
     // Two sequences of 3 and 2 tokens; pairs of lengths 3, 2, 2; rows over prefixes 3, 1, 2, 0, 2.
     let (cu_seqlens, pair_offsets, score_offsets) = (vec![0u32, 3, 5], vec![0u32, 2, 3], vec![0u32, 3, 5, 7]);
     let (row_offsets, row_members, row_length) =
@@ -348,7 +423,7 @@ fn target_attention_of<D: Device>(device: &D, width: usize, hidden: [usize; 2]) 
         row_length: &row_length,
     };
     let mut staging = device.staging().unwrap();
-    let plan = device.target_plan(&mut staging, TargetShape { width, hidden }, index).unwrap();
+    let plan = device.target_plan(&mut staging, shape, index).unwrap();
     device.send(staging).unwrap();
     let mut rng = ChaCha8Rng::seed_from_u64(10);
     let sizes = [

@@ -81,6 +81,7 @@ fn variants() -> Vec<ModelConfig> {
         ModelConfig { fha: false, ..config() },
         ModelConfig { heads: 1, ..config() },
         ModelConfig { blocks: 2, ..config() },
+        ModelConfig { half_life: Some(3.0), ..config() },
     ]
 }
 

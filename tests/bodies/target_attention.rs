@@ -12,6 +12,7 @@ use rand_chacha::ChaCha8Rng;
 pub struct Case {
     pub width: usize,
     pub hidden: [usize; 2],
+    pub half_life: f32,
     pub cu_seqlens: Vec<u32>,
     pub pair_offsets: Vec<u32>,
     pub score_offsets: Vec<u32>,
@@ -105,6 +106,7 @@ impl Case {
         Case {
             width,
             hidden,
+            half_life: 0.0,
             s: values(tokens * width, 1.0),
             a: values(tokens * width, 1.0),
             r: values(pairs * width, 1.0),
@@ -127,7 +129,7 @@ impl Case {
     }
 
     pub fn shape(&self) -> TargetShape {
-        TargetShape { width: self.width, hidden: self.hidden }
+        TargetShape { width: self.width, hidden: self.hidden, half_life: self.half_life }
     }
 
     pub fn index(&self) -> TargetIndex<&[u32]> {
@@ -250,6 +252,11 @@ impl Case {
                     out.e.push(dense(&y1, &w2, &b2)[0]);
                     activations.push([x, y0, y1]);
                 }
+                if self.half_life > 0.0 {
+                    let slope = std::f64::consts::LN_2 / f64::from(self.half_life);
+                    let scores = out.e.iter_mut().rev().take(length);
+                    scores.enumerate().for_each(|(later, e)| *e -= slope * later as f64);
+                }
                 let e = out.e[out.e.len() - length..].to_vec();
                 let mut de = vec![0.0; length];
                 let segment = self.row_offsets[pair] as usize..self.row_offsets[pair + 1] as usize;
@@ -347,8 +354,10 @@ type Shape<'a> = (usize, [usize; 2], &'a [u32], u32, u32);
 /// One named case per shape, with seeds from `first` on.
 fn made(first: u64, shapes: &[Shape]) -> Vec<(String, Case)> {
     let case = |(seed, &(width, hidden, lengths, pairs, rows)): (u64, &Shape)| {
-        let name = format!("D = {width}, hidden {hidden:?}, lengths {lengths:?}");
-        (name, Case::random(width, hidden, lengths, pairs, rows, seed))
+        // Some with a half-life.
+        let half_life = [0.0, 0.0, 9.0][seed as usize % 3];
+        let name = format!("D = {width}, hidden {hidden:?}, lengths {lengths:?}, half-life {half_life}");
+        (name, Case { half_life, ..Case::random(width, hidden, lengths, pairs, rows, seed) })
     };
     (first..).zip(shapes).map(case).collect()
 }

@@ -41,7 +41,7 @@ impl Target {
     pub fn new(names: &mut Names, name: &str, settings: &Settings) -> Self {
         let Settings { width, attention, .. } = *settings;
         let mlp = names.mlp(name, 4 * width, attention);
-        Self { mlp, shape: TargetShape { width, hidden: attention } }
+        Self { mlp, shape: TargetShape { width, hidden: attention, half_life: 0.0 } }
     }
 
     /// Attends to `s`, scored by `a` and `r`.

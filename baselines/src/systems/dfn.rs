@@ -96,6 +96,7 @@ impl Side {
             group_offsets: &self.one_each,
             count: &self.length,
             divisor: &self.length,
+            recency: None,
         }
     }
 

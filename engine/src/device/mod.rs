@@ -49,7 +49,7 @@ pub use layer_norm::{LayerNorm, LayerNormGradients, Norm};
 pub use losses::{Interests, Losses};
 pub use memory::{Buffer, Element, Floats, Indices, Memory, Output, Slot, Store};
 pub use optimizer::{AdamRows, AdamStep, AdamTensor, Clip, Optimizer};
-pub use prefix_mean::{PrefixMean, Prefixes};
+pub use prefix_mean::{PrefixMean, Prefixes, Recency};
 pub use rows::{Columns, ConcatPart, Rows};
 pub use target_attention::{
     TargetAttention, TargetCounts, TargetGradients, TargetIndex, TargetInputs, TargetShape, TargetState,

@@ -14,11 +14,29 @@ pub struct Prefixes<U> {
     pub count: U,
     /// `[G]` divisor of each mean. A divisor of 0 gives a mean of 0.
     pub divisor: U,
+    /// Weights by age; `None`: all rows weigh alike.
+    pub recency: Option<Recency<U>>,
+}
+
+/// Weights that halve with age. They replace the divisor, which is the length of the history:
+///
+/// ```text
+/// mean[g] = sum over t of w(L - 1 - position[t]) x[t] / (w(0) + .. + w(L - 1))
+/// w(age)  = 2^(-age / half_life)            L = divisor[g]
+/// ```
+#[derive(Clone, Copy, Debug)]
+pub struct Recency<U> {
+    /// Number of later events that halve a weight, above 0.
+    pub half_life: f32,
+    /// `[N]` position of each row in the history. Ascends within a sequence; in a prefix, less than
+    /// its divisor.
+    pub position: U,
 }
 
 /// Prefix means.
 pub trait PrefixMean: Memory {
-    /// `mean[g] = (sum of the rows of prefix g) / divisor[g]`. `x: [N, width]`, `mean: [G, width]`.
+    /// `mean[g] = (sum of the rows of prefix g) / divisor[g]`, or with weights as [`Recency`] says.
+    /// `x: [N, width]`, `mean: [G, width]`.
     fn prefix_mean(
         &self,
         width: usize,

@@ -67,13 +67,22 @@ impl TargetIndex<&[u32]> {
     }
 }
 
-/// Widths of target attention.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Widths and weights of target attention.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TargetShape {
     /// `D`
     pub width: usize,
     /// Hidden widths of the scoring MLP.
     pub hidden: [usize; 2],
+    /// Number of later events that halve the attention weight of a token; 0: none do.
+    pub half_life: f32,
+}
+
+impl TargetShape {
+    /// What the score of a token loses for each later token.
+    pub fn slope(&self) -> f32 {
+        if self.half_life > 0.0 { std::f32::consts::LN_2 / self.half_life } else { 0.0 }
+    }
 }
 
 /// The inputs of target attention, besides the weights.
@@ -151,8 +160,9 @@ pub trait TargetAttention: Memory {
         index: TargetIndex<&[u32]>,
     ) -> Result<Self::TargetPlan, DeviceError>;
 
-    /// Scores `e[pair, t] = MLP([a_t, r, a_t - r, a_t * r])`, and for each row
-    /// `att[row] = sum over t of softmax_t(e[pair, t]) s_t` over its history.
+    /// Scores `e[pair, t] = MLP([a_t, r, a_t - r, a_t * r]) - slope (length - 1 - t)`, where
+    /// `length` is that of the pair, and for each row `att[row] = sum over t of softmax_t(e[pair,
+    /// t]) s_t` over its history.
     fn target_attention(
         &self,
         plan: &Self::TargetPlan,

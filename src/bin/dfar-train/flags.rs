@@ -96,6 +96,10 @@ pub struct Flags {
     /// `masked`, only the pairs that the mask keeps [default: joint].
     #[arg(long, help_heading = "Model", value_parser = normalization)]
     normalization: Option<Normalization>,
+    /// Number of later events that halve the weight of an event in the means of a history and in
+    /// target attention; 0, as in the paper: all events weigh alike [default: 0].
+    #[arg(long, help_heading = "Model", value_name = "EVENTS", allow_negative_numbers = true)]
+    half_life: Option<f64>,
     /// Standard deviation of the initial embeddings and MLP weights [default: scaled].
     #[arg(long, value_enum, help_heading = "Model")]
     init: Option<Initialization>,

@@ -3,7 +3,7 @@
 use super::CpuBuffer;
 use crate::device::{
     ConcatPart, Element, Interests, LabelLinear, LabelLinearGradients, LayerNorm, LayerNormGradients, Linear,
-    LinearGradients, Lookup, Output, Prefixes, Segments, TargetGradients, TargetInputs, TargetState,
+    LinearGradients, Lookup, Output, Prefixes, Recency, Segments, TargetGradients, TargetInputs, TargetState,
     TargetWeights,
 };
 
@@ -60,12 +60,14 @@ impl<U: Slices> Slices for Segments<U> {
 impl<U: Slices> Slices for Prefixes<U> {
     type Slices = Prefixes<U::Slices>;
     fn slices(self) -> Self::Slices {
-        let Self { cu_seqlens, group_offsets, count, divisor } = self;
+        let Self { cu_seqlens, group_offsets, count, divisor, recency } = self;
         Prefixes {
             cu_seqlens: cu_seqlens.slices(),
             group_offsets: group_offsets.slices(),
             count: count.slices(),
             divisor: divisor.slices(),
+            recency: recency
+                .map(|Recency { half_life, position }| Recency { half_life, position: position.slices() }),
         }
     }
 }

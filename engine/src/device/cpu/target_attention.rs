@@ -51,12 +51,14 @@ struct Shape {
     hidden: [usize; 2],
     width_wide: usize,
     hidden_wide: [usize; 2],
+    slope: f32,
 }
 
 impl Shape {
-    fn new(TargetShape { width, hidden }: TargetShape) -> Self {
+    fn new(shape: TargetShape) -> Self {
+        let (TargetShape { width, hidden, .. }, slope) = (shape, shape.slope());
         assert!(width > 0 && hidden[0] > 0 && hidden[1] > 0, "an MLP layer of width 0");
-        Self { width, hidden, width_wide: padded(width), hidden_wide: hidden.map(padded) }
+        Self { width, hidden, width_wide: padded(width), hidden_wide: hidden.map(padded), slope }
     }
 
     /// Row block `i` of `w0`: `A, R, S, P`.
@@ -447,6 +449,9 @@ fn forward_chunk<P: Perceptron>(
         for tile in tiles(e.len(), P::TILE) {
             packed.products.scores(shape, packed, inputs, &tile, scratch, &mut e[tile.clone()]);
         }
+        for pair in &pairs {
+            prefer_recent(shape.slope, &mut e[pair.scores.clone()]);
+        }
         let mut order = Vec::new();
         for (i, pair) in pairs.iter().enumerate() {
             let members =
@@ -460,6 +465,13 @@ fn forward_chunk<P: Perceptron>(
             });
         }
     });
+}
+
+/// Subtracts `slope` from the scores of a pair for each later token.
+fn prefer_recent(slope: f32, e: &mut [f32]) {
+    if slope != 0.0 {
+        e.iter_mut().rev().enumerate().for_each(|(age, e)| *e -= slope * age as f32);
+    }
 }
 
 /// One online softmax over `e`. Emits `(member, lse, att)` at the length of each `(length, member)`

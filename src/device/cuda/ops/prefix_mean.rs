@@ -5,8 +5,9 @@ use crate::device::cuda::gpu::Gpu;
 use crate::device::cuda::kernel::{Block, Kernel, Launch, Module, Pointer};
 use crate::device::cuda::plan::rows::{THREADS, block_of, lane_bits, vector};
 use crate::device::cuda::runtime::Runtime;
-use crate::device::{DeviceError, PrefixMean, Prefixes};
+use crate::device::{DeviceError, PrefixMean, Prefixes, Recency};
 use bytemuck::{Pod, Zeroable};
+use std::f64::consts::LN_2;
 
 const fn kernel(entry: &'static str) -> Kernel {
     Kernel { module: Module::new("step/prefix_mean.cu"), entry }
@@ -30,12 +31,14 @@ struct PrefixMeanParams {
     divisor: Pointer,
     x: Pointer,
     mean: Pointer,
+    position: Pointer,
+    rate: f64,
     width: u32,
     bits: u32,
 }
 
 // As in step/prefix_mean.cu.
-const _: () = assert!(size_of::<PrefixMeanParams>() == 56);
+const _: () = assert!(size_of::<PrefixMeanParams>() == 72);
 
 fn params<R: Runtime>(
     width: usize,
@@ -43,11 +46,19 @@ fn params<R: Runtime>(
     x: &Array<R, f32>,
     mean: &Array<R, f32>,
 ) -> (Launch, PrefixMeanParams) {
-    let Prefixes { cu_seqlens, group_offsets, count, divisor } = prefixes;
+    let Prefixes { cu_seqlens, group_offsets, count, divisor, recency } = prefixes;
     assert_eq!(cu_seqlens.len(), group_offsets.len(), "cu_seqlens and group_offsets differ in length");
     assert_eq!(count.len(), divisor.len(), "count and divisor differ in length");
     assert!(x.len().is_multiple_of(width), "x is not [tokens, width]");
     assert_eq!(mean.len(), count.len() * width, "mean is not [groups, width]");
+    let (position, rate) = match recency {
+        None => (0, 0.0),
+        Some(Recency { half_life, position }) => {
+            assert!(half_life > 0.0, "a half-life of {half_life}");
+            assert_eq!(position.len() * width, x.len(), "position is not [tokens]");
+            (position.pointer(), LN_2 / f64::from(half_life))
+        }
+    };
     let bits = lane_bits(width);
     let chunks = width.div_ceil(vector(width) << bits);
     let grid = [cu_seqlens.len().saturating_sub(1) as u32, chunks as u32];
@@ -58,6 +69,8 @@ fn params<R: Runtime>(
         divisor: divisor.pointer(),
         x: x.pointer(),
         mean: mean.pointer(),
+        position,
+        rate,
         width: width as u32,
         bits,
     };

@@ -57,6 +57,7 @@ pub fn kernels(of: Element, shape: Shape) -> Vec<(Kernel, Block)> {
 pub struct TargetPlan<R: Runtime> {
     width: usize,
     hidden: [usize; 2],
+    slope: f32,
     shape: Shape,
     counts: TargetCounts,
     units: usize,
@@ -71,9 +72,10 @@ impl<R: Runtime> TargetPlan<R> {
     pub(crate) fn new(
         gpu: &Gpu<R>,
         staging: &mut Staging<R>,
-        TargetShape { width, hidden }: TargetShape,
+        asked: TargetShape,
         index: TargetIndex<&[u32]>,
     ) -> Result<Self, CudaError> {
+        let TargetShape { width, hidden, .. } = asked;
         let shape = Shape::of(width, hidden)?;
         let available = gpu.runtime().limits().shared_per_block;
         for (kernel, block) in kernels(element(gpu.precision()), shape) {
@@ -89,6 +91,7 @@ impl<R: Runtime> TargetPlan<R> {
         Ok(Self {
             width,
             hidden,
+            slope: asked.slope(),
             shape,
             counts: lists.counts,
             units: lists.units,
@@ -259,6 +262,7 @@ impl<R: Runtime> Call<'_, R> {
             hidden0: plan.hidden[0] as u32,
             hidden1: plan.hidden[1] as u32,
             blocks: blocks as u32,
+            slope: plan.slope,
             ..PerceptronParams::zeroed()
         }
     }

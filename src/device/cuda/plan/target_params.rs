@@ -28,7 +28,7 @@ pub(crate) struct PerceptronParams {
     pub(crate) hidden0: u32,
     pub(crate) hidden1: u32,
     pub(crate) blocks: u32,
-    pub(crate) unused: u32,
+    pub(crate) slope: f32,
 }
 
 #[repr(C)]

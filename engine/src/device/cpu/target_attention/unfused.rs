@@ -7,7 +7,7 @@
 
 use super::super::linear;
 use super::super::product::F32;
-use super::{Shape, check_index};
+use super::{Shape, check_index, prefer_recent};
 use crate::device::{
     Activation, Linear, LinearGradients, Output, TargetGradients, TargetIndex, TargetInputs, TargetShape,
     TargetState, TargetWeights,
@@ -73,7 +73,7 @@ impl Unfused {
         state: TargetState<&mut [f32]>,
     ) {
         let shape = Shape::new(self.shape);
-        let TargetShape { width, hidden } = self.shape;
+        let TargetShape { width, hidden, .. } = self.shape;
         let TargetState { e, lse, att } = state;
         shape.check(&weights);
         check_index(&index, shape, &inputs, e);
@@ -98,6 +98,9 @@ impl Unfused {
         linear::forward(F32, first_layer, inputs, Output::overwrite(hidden0));
         linear::forward(F32, second_layer, hidden0, Output::overwrite(hidden1));
         linear::forward(F32, last_layer, hidden1, Output::overwrite(e));
+        for pair in index.score_offsets.windows(2) {
+            prefer_recent(shape.slope, &mut e[pair[0] as usize..pair[1] as usize]);
+        }
 
         let pair_of_row = pair_of_row(&index);
         let rows = att.par_chunks_mut(width).zip(lse).zip(&pair_of_row).zip(index.row_length);
@@ -206,7 +209,7 @@ impl Unfused {
 
 /// The layers of the MLP.
 fn layers(
-    TargetShape { width, hidden: [h0, h1] }: TargetShape,
+    TargetShape { width, hidden: [h0, h1], .. }: TargetShape,
     weights: TargetWeights<&[f32]>,
 ) -> [Linear<&[f32]>; 3] {
     let TargetWeights { w0, b0, w1, b1, w2, b2 } = weights;

@@ -37,6 +37,7 @@ impl Workload {
         let [tokens, rows, scores] = [sequences * length, pairs, pairs * length].map(|n| n as usize);
         let [h0, h1] = hidden;
         let case = Case {
+            half_life: 0.0,
             width,
             hidden,
             cu_seqlens: multiples(sequences, length),

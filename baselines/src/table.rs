@@ -394,6 +394,8 @@ pub(crate) mod tests {
         assert_eq!(place(din, "ignored tuned-2"), (Section::Blind, "DIN".to_owned()));
         let (section, title) = place(Row::Dfar, "mixed no-label-mask no-idl tuned-2");
         assert_eq!((section, &title[..]), (Section::Ablations, "DFAR w/o MO, IDL"));
+        let (section, title) = place(Row::Dfar, "mixed half-life-2.5 tuned-1");
+        assert_eq!((section, &title[..]), (Section::Systems, "DFAR, half-life 2.5"));
     }
 
     #[test]

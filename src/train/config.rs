@@ -651,9 +651,18 @@ mod tests {
 
     #[test]
     fn values_that_make_no_run_are_refused() {
-        for text in
-            ["heads = 0", "lr = -1.0", "lr = nan", "sample_rate = 0.0", "length_edges = [3, 3]", "lr = 'x'"]
-        {
+        for text in [
+            "heads = 0",
+            "half_life = -1.0",
+            "half_life = 0.01",
+            "half_life = inf",
+            "half_life = nan",
+            "lr = -1.0",
+            "lr = nan",
+            "sample_rate = 0.0",
+            "length_edges = [3, 3]",
+            "lr = 'x'",
+        ] {
             assert!(Config::layered(Some(file(text).path()), toml::Table::new()).is_err(), "{text}");
         }
     }

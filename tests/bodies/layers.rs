@@ -255,7 +255,7 @@ pub fn prefix_mean<D: Device>(device: &D) {
             cu_seqlens: &cu_seqlens,
             group_offsets: &group_offsets,
             count: &count,
-            divisor: &[&divisor, &lengths][usize::from(recency.is_some())],
+            divisor: [&divisor, &lengths][usize::from(recency.is_some())],
             recency,
         };
         let run = |i: &[Vec<f32>]| {

@@ -5,6 +5,8 @@
 //! kernel-table [--arch ARCH] [--check FILE]
 //!                                 compiles all variants, for one architecture (sm_90a) or all
 //!                                 three, and prints the table
+//! kernel-table --renew FILE KERNEL..
+//!                                 prints FILE with new rows for the modules of these kernels
 //! kernel-table --compile          compiles without a table: NVRTC's front end checks all
 //!                                 variants for all architectures that it supports, and the
 //!                                 compiler one variant per source and type for Hopper
@@ -23,7 +25,7 @@ use dfar::device::cuda::ops::attention::module;
 use dfar::device::cuda::plan::attention::Pass;
 use dfar::device::cuda::plan::tile::{HEAD_DIMS, Room, Sharing, Tile, tile};
 use dfar::device::cuda::{CudaError, Element};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fmt::Write as _;
 use std::num::NonZero;
 use std::process::{Command, ExitCode};
@@ -191,7 +193,7 @@ fn on_all_cores<T: Sync, R: Send + Sync>(items: &[T], work: impl Fn(&T) -> R + S
 }
 
 /// The table for one architecture or all, and what is wrong with the kernels.
-fn table(arch: Option<&str>) -> Result<(String, Vec<String>), String> {
+fn table(arch: Option<&str>, only: &[&str]) -> Result<(String, Vec<String>), String> {
     let (mut text, mut faults) = (String::new(), vec![]);
     let heading = "Attention with H = 2 and labels (shared memory grows with H); blocks of long sequences, of whole ones of 20 tokens (dq_whole, dk_dv_whole, and forward_whole beside forward_short: 160). Target attention with hidden layers of 80 and 40. Occupancy is resident warps of 64.";
     writeln!(text, "{heading}\nGlobal accesses: instructions of 16 bytes, and narrower ones (order, feedback, lse, delta).\n")
@@ -214,9 +216,10 @@ fn table(arch: Option<&str>) -> Result<(String, Vec<String>), String> {
         "16 B/less"
     )
     .expect("strings can be written");
-    let jobs = jobs(|machine| arch.is_none_or(|arch| machine.arch.name() == arch))?;
+    let mut jobs = jobs(|machine| arch.is_none_or(|arch| machine.arch.name() == arch))?;
+    jobs.retain(|job| only.is_empty() || job.rows.iter().any(|(kernel, ..)| only.contains(&kernel.entry)));
     if jobs.is_empty() {
-        return Err(format!("the table does not have {}", arch.unwrap_or_default()));
+        return Err(format!("the table does not have {}{}", arch.unwrap_or_default(), only.join(", ")));
     }
     for (job, found) in jobs.iter().zip(on_all_cores(&jobs, Job::run)) {
         let arch = job.machine.arch.name();
@@ -282,6 +285,15 @@ fn compile_all() -> Result<[usize; 2], CudaError> {
     Ok([read.len(), compiled.len()])
 }
 
+/// The table `old` with the rows of `new`.
+fn renew(old: &str, new: &str) -> String {
+    // Architecture, type, width, kernel.
+    let key = |line: &str| line.split_whitespace().take(4).map(str::to_owned).collect::<Vec<_>>();
+    let rows: HashMap<_, _> =
+        new.lines().filter(|line| line.starts_with("sm_")).map(|line| (key(line), line)).collect();
+    old.lines().map(|line| format!("{}\n", rows.get(&key(line)).unwrap_or(&line))).collect()
+}
+
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     if arguments == ["--compile"] {
@@ -296,23 +308,28 @@ fn main() -> ExitCode {
             }
         };
     }
-    let (arch, check) = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        [] => (None, None),
-        ["--arch", arch] => (Some(arch), None),
-        ["--check", file] => (None, Some(file)),
-        ["--arch", arch, "--check", file] => (Some(arch), Some(file)),
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let (arch, check, renewed, only) = match arguments[..] {
+        [] => (None, None, None, &[][..]),
+        ["--arch", arch] => (Some(arch), None, None, &[][..]),
+        ["--check", file] => (None, Some(file), None, &[][..]),
+        ["--arch", arch, "--check", file] => (Some(arch), Some(file), None, &[][..]),
+        ["--renew", file, ref only @ ..] if !only.is_empty() => (None, None, Some(file), only),
         _ => {
-            eprintln!("usage: kernel-table [--arch ARCH] [--check FILE]");
+            eprintln!("usage: kernel-table [--arch ARCH] [--check FILE] | --renew FILE KERNEL.. | --compile");
             return ExitCode::from(2);
         }
     };
-    let (text, mut faults) = match table(arch) {
+    let (mut text, mut faults) = match table(arch, only) {
         Ok(table) => table,
         Err(message) => {
             eprintln!("{message}");
             return ExitCode::FAILURE;
         }
     };
+    if let Some(file) = renewed {
+        text = renew(&std::fs::read_to_string(file).unwrap_or_default(), &text);
+    }
     print!("{text}");
     if let Some(file) = check {
         let kept = std::fs::read_to_string(file).unwrap_or_default();

@@ -119,7 +119,7 @@ pub fn run(arguments: &Compare) -> Result<(), Failure> {
     let usage = |argument, reason: &str| TrainError::Usage { argument, reason: reason.to_owned() };
     let flags = arguments.flags.table()?;
     if let Some(&(_, flag)) = UNUSED_FLAGS.iter().find(|(key, _)| flags.contains_key(*key)) {
-        return Err(usage(flag, "dfar-compare has no such option: it trains on the CPU, in f32").into());
+        return Err(usage(flag, "dfar-compare has no such option: it runs on the CPU only, in f32").into());
     }
     let reads_own_feedback = !flags.contains_key("feedback");
     let config = Config::layered(arguments.config.as_deref(), flags).map_err(TrainError::from)?;

@@ -267,12 +267,16 @@ fn dfar_is_trained_as_by_dfar_train() {
     let found =
         Identity::new(dfar, &config, &options(), &info).run(&data, 0, &mut |_| {}).expect("a run").fitted;
     let run = Run::create(&dir.path().join("run")).expect("a directory");
-    let mut fit = Fit::start(Arc::new(Cpu::new()), &data, config, &run).expect("a run");
+    let mut fit = Fit::start(Arc::new(Cpu::new()), &data, config.clone(), &run).expect("a run");
     fit.run(&mut |_| ControlFlow::Continue(())).expect("training");
     let expected: Vec<_> = fit.state().history.iter().map(|e| (e.epoch, e.loss, e.valid_auc)).collect();
     let epochs: Vec<_> = found.epochs.iter().map(|e| (e.epoch, e.loss, e.valid_auc)).collect();
     assert_eq!(epochs, expected);
     assert_eq!(found.best_epoch, fit.state().best.as_ref().expect("a best model").epoch);
+    let halved = Config { half_life: 2.5, ..config };
+    let setting =
+        |name| Identity::new(Row::parse(name).expect("a system"), &halved, &options(), &info).setting();
+    assert_eq!([setting("dfar"), setting("din")], ["mixed half-life-2.5", "positive-only"]);
 }
 
 /// The losses, poolings and feedback that are no default.

@@ -24,7 +24,7 @@ on_the_emulator! {
     #[cfg_attr(not(feature = "sweep"), ignore = "takes long: --features sweep")]
     shared_prefixes_and_candidates_do_not_change_results()
     #[cfg_attr(not(feature = "sweep"), ignore = "takes long: --features sweep")]
-    gradients_match_finite_differences(3)
+    gradients_match_finite_differences(9)
     lazy_and_dense_adam_agree_while_every_row_is_touched()
     #[cfg_attr(not(feature = "sweep"), ignore = "takes long: --features sweep")]
     steps_are_deterministic()

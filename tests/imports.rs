@@ -1,5 +1,5 @@
 //! The imports between the modules of the library and its engine go one way, and docs/tour.md draws
-//! them as they are.
+//! them as they are. The structs of kernels are in the files that they name.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -62,6 +62,31 @@ fn imports_go_one_way_and_the_tour_draws_them() {
 }
 
 #[test]
+fn structs_of_kernels_are_in_the_files_that_mirror_them() {
+    let mut files = Vec::new();
+    files_in(Path::new("kernels"), &["cu", "cuh"], &mut files);
+    let mut found = 0;
+    for kernel in &files {
+        let text = std::fs::read_to_string(kernel).unwrap();
+        for line in text.lines() {
+            let Some((assertion, path)) = line.split_once("mirrored by ") else { continue };
+            let path = &path[..path.find('"').unwrap_or(path.len())];
+            let after = |start: &str| assertion.split_once(start).map(|(_, rest)| rest);
+            let rest = after("sizeof(").or_else(|| after("offsetof(")).expect("an assertion on a struct");
+            let name = rest.split([')', ',']).next().expect("a name");
+            let mirror = std::fs::read_to_string(path).unwrap_or_default();
+            assert!(
+                mirror.contains(&format!("struct {name} ")),
+                "{} says that {path} mirrors {name}",
+                kernel.display()
+            );
+            found += 1;
+        }
+    }
+    assert!(found > 30, "{found} structs");
+}
+
+#[test]
 fn every_kind_of_path_is_resolved() {
     let text = "use crate::{data::{Dataset, Split}, model}; // crate::train\n\
                 use super::super::plan as p;\n fn f(x: super::gpu::Gpu) { crate::auc::auc(x) }\n\
@@ -102,7 +127,7 @@ fn arrows() -> Arrows {
     let mut arrows = Arrows::new();
     for root in ["src", "engine/src"] {
         let mut files = Vec::new();
-        rust_files(Path::new(root), &mut files);
+        files_in(Path::new(root), &["rs"], &mut files);
         for file in files {
             let module = module(file.strip_prefix(root).unwrap());
             let module: Vec<&str> = module.iter().map(String::as_str).collect();
@@ -121,15 +146,15 @@ fn arrows() -> Arrows {
     arrows
 }
 
-/// All source files of a library, sorted.
-fn rust_files(folder: &Path, files: &mut Vec<PathBuf>) {
+/// All files with one of these extensions, sorted. Without the binaries.
+fn files_in(folder: &Path, extensions: &[&str], files: &mut Vec<PathBuf>) {
     let mut entries: Vec<PathBuf> =
         std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
     entries.sort();
     for path in entries {
         if path.is_dir() && path != Path::new("src/bin") {
-            rust_files(&path, files);
-        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            files_in(&path, extensions, files);
+        } else if path.extension().is_some_and(|extension| extensions.iter().any(|one| extension == *one)) {
             files.push(path);
         }
     }

@@ -17,7 +17,7 @@ struct ConvertParams {
     unsigned width;
     unsigned padded;     // a multiple of 8
 };
-static_assert(sizeof(ConvertParams) == 32, "mirrored by src/device/cuda/convert.rs");
+static_assert(sizeof(ConvertParams) == 32, "mirrored by src/device/cuda/ops/convert.rs");
 
 // Two adjacent values of the element type, in one access.
 template <class E> __device__ __forceinline__ void store_pair(void* to, size_t index, float low, float high) {

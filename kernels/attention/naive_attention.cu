@@ -24,7 +24,7 @@ struct HeadsParams {
     unsigned width;              // d
     unsigned unused;
 };
-static_assert(sizeof(HeadsParams) == 48, "mirrored by src/device/cuda/naive_attention.rs");
+static_assert(sizeof(HeadsParams) == 48, "mirrored by src/device/cuda/ops/naive_attention.rs");
 
 __device__ __forceinline__ unsigned first_head(const HeadsParams& p, size_t token) {
     return p.label ? p.group * p.label[token] : 0;
@@ -63,7 +63,7 @@ struct SoftmaxParams {
     unsigned masked;             // 1: only kept pairs enter the denominator
     float scale;
 };
-static_assert(sizeof(SoftmaxParams) == 64, "mirrored by src/device/cuda/naive_attention.rs");
+static_assert(sizeof(SoftmaxParams) == 64, "mirrored by src/device/cuda/ops/naive_attention.rs");
 
 // A warp's row of scores: one slot of one query token.
 struct ScoreRow {

@@ -29,7 +29,7 @@ struct GatherParams {
     unsigned table_count;
     unsigned bits;
 };
-static_assert(sizeof(GatherParams) == 88, "mirrored by src/device/cuda/embedding.rs");
+static_assert(sizeof(GatherParams) == 88, "mirrored by src/device/cuda/ops/embedding.rs");
 
 // y[n] = sum over tables of table[index[n]]
 template <int V> __device__ __forceinline__ void gather_sum(const GatherParams& p) {
@@ -57,7 +57,7 @@ struct ScatterParams {
     unsigned bits;
     unsigned unused;
 };
-static_assert(sizeof(ScatterParams) == 40, "mirrored by src/device/cuda/embedding.rs");
+static_assert(sizeof(ScatterParams) == 40, "mirrored by src/device/cuda/ops/embedding.rs");
 
 // y[index[n]] += x[n]
 template <int V> __device__ __forceinline__ void scatter_add(const ScatterParams& p) {
@@ -93,7 +93,7 @@ struct SegmentParams {
     unsigned bits;
     unsigned adds;            // 1: adds to y
 };
-static_assert(sizeof(SegmentParams) == 128, "mirrored by src/device/cuda/embedding.rs");
+static_assert(sizeof(SegmentParams) == 128, "mirrored by src/device/cuda/ops/embedding.rs");
 
 __device__ __forceinline__ const float* member_row(const SegmentParams& p, unsigned m) {
     const float* source = p.sources[0];
@@ -219,7 +219,7 @@ struct SquareParams {
     unsigned block_rows;
     unsigned bits;
 };
-static_assert(sizeof(SquareParams) == 40, "mirrored by src/device/cuda/embedding.rs");
+static_assert(sizeof(SquareParams) == 40, "mirrored by src/device/cuda/ops/embedding.rs");
 
 // Sums of squares of the given rows, per block. loss_reduce adds them.
 template <int V> __device__ __forceinline__ void squares(const SquareParams& p) {

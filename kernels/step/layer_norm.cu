@@ -28,7 +28,7 @@ struct NormParams {
     unsigned table_count;
     unsigned bits;              // log2 of the lanes per row
 };
-static_assert(sizeof(NormParams) == 120, "mirrored by src/device/cuda/layer_norm.rs");
+static_assert(sizeof(NormParams) == 120, "mirrored by src/device/cuda/ops/layer_norm.rs");
 
 struct NormBackwardParams {
     const float* x;      // [rows, width]
@@ -42,7 +42,7 @@ struct NormBackwardParams {
     unsigned adds;       // 1: adds to dx
     unsigned unused;
 };
-static_assert(sizeof(NormBackwardParams) == 64, "mirrored by src/device/cuda/layer_norm.rs");
+static_assert(sizeof(NormBackwardParams) == 64, "mirrored by src/device/cuda/ops/layer_norm.rs");
 
 constexpr int THREADS = 256;
 constexpr float EPS = 1e-8f;

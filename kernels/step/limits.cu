@@ -18,7 +18,7 @@ struct LimitsParams {
     unsigned rounds;
     float seed;
 };
-static_assert(sizeof(LimitsParams) == 32, "mirrored by src/device/cuda/limits.rs");
+static_assert(sizeof(LimitsParams) == 32, "mirrored by src/device/cuda/ops/limits.rs");
 
 // y = x: 8 bytes per value, four values per thread.
 KERNEL(limits_copy, LimitsParams, 256) {

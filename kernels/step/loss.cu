@@ -34,7 +34,7 @@ struct RankParams {
     unsigned rows;
     float bpr;
 };
-static_assert(sizeof(RankParams) == 56, "mirrored by src/device/cuda/loss.rs");
+static_assert(sizeof(RankParams) == 56, "mirrored by src/device/cuda/ops/loss.rs");
 
 KERNEL(loss_rank, RankParams, THREADS) {
     const size_t i = size_t(blockIdx.x) * THREADS + threadIdx.x;
@@ -67,7 +67,7 @@ struct CosineParams {
     unsigned bits;
     float weight;     // w, before division by the rows
 };
-static_assert(sizeof(CosineParams) == 56, "mirrored by src/device/cuda/loss.rs");
+static_assert(sizeof(CosineParams) == 56, "mirrored by src/device/cuda/ops/loss.rs");
 
 template <int V> __device__ __forceinline__ void cosine(const CosineParams& p) {
     const RowGroup group(p.bits);
@@ -120,7 +120,7 @@ struct ReduceParams {
     unsigned count, width;
     double factor;
 };
-static_assert(sizeof(ReduceParams) == 32, "mirrored by src/device/cuda/loss.rs");
+static_assert(sizeof(ReduceParams) == 32, "mirrored by src/device/cuda/ops/loss.rs");
 
 // sums = factor * column sums of partial, in a fixed order; 0 without rows. One block.
 KERNEL_FOR_BOTH(loss_reduce, ReduceParams, THREADS) {

@@ -31,7 +31,7 @@ struct Tensor {
     unsigned width;            // values per row
     unsigned first_chunk;
 };
-static_assert(sizeof(Tensor) == 56, "mirrored by src/device/cuda/optimizer.rs");
+static_assert(sizeof(Tensor) == 56, "mirrored by src/device/cuda/ops/optimizer.rs");
 
 struct OptimizerParams {
     const Tensor* tensors;  // [tensor_count]
@@ -49,7 +49,7 @@ struct OptimizerParams {
     float limit;            // limit of the norm; negative: no clipping
     unsigned global;        // 1: the limit applies to the norm of all gradients; 0: to each tensor
 };
-static_assert(sizeof(OptimizerParams) == 104, "mirrored by src/device/cuda/optimizer.rs");
+static_assert(sizeof(OptimizerParams) == 104, "mirrored by src/device/cuda/ops/optimizer.rs");
 
 // Index of the tensor that contains a chunk.
 __device__ __forceinline__ unsigned tensor_of(const OptimizerParams& p, unsigned chunk) {

@@ -20,7 +20,7 @@ struct AddParams {
     float* y;        // [len]
     unsigned long long len;
 };
-static_assert(sizeof(AddParams) == 24, "mirrored by src/device/cuda/rows.rs");
+static_assert(sizeof(AddParams) == 24, "mirrored by src/device/cuda/ops/rows.rs");
 
 // y += x: 12 bytes per value, four values per thread.
 KERNEL_FOR_BOTH(rows_add, AddParams, THREADS) {
@@ -45,7 +45,7 @@ struct ColumnSumParams {
     unsigned block_rows;
     unsigned unused;
 };
-static_assert(sizeof(ColumnSumParams) == 40, "mirrored by src/device/cuda/rows.rs");
+static_assert(sizeof(ColumnSumParams) == 40, "mirrored by src/device/cuda/ops/rows.rs");
 
 // ReLU backward in place, and column sums over the block's rows: the gradient of a bias. blockIdx.y
 // is a chunk of THREADS vectors of columns. Reads 4 bytes per value; with ReLU reads 8, writes 4.
@@ -93,7 +93,7 @@ struct ConcatParams {
     unsigned bits;
     unsigned part_count;
 };
-static_assert(sizeof(ConcatParams) == 88, "mirrored by src/device/cuda/rows.rs");
+static_assert(sizeof(ConcatParams) == 88, "mirrored by src/device/cuda/ops/rows.rs");
 
 // block_y is the part. 8 bytes per value of y.
 template <int V> __device__ __forceinline__ void concat(const ConcatParams& p, unsigned part) {
@@ -119,7 +119,7 @@ struct TakePartParams {
     unsigned bits;
     unsigned adds;    // 1: adds to dx
 };
-static_assert(sizeof(TakePartParams) == 40, "mirrored by src/device/cuda/rows.rs");
+static_assert(sizeof(TakePartParams) == 40, "mirrored by src/device/cuda/ops/rows.rs");
 
 // dx (+)= one part of dy. The gradient of a part with an index is a segmented sum
 // (step/embedding.cu).
@@ -149,7 +149,7 @@ struct SplitParams {
     unsigned adds;             // merge: 1 adds to y
     unsigned unused;
 };
-static_assert(sizeof(SplitParams) == 56, "mirrored by src/device/cuda/rows.rs");
+static_assert(sizeof(SplitParams) == 56, "mirrored by src/device/cuda/ops/rows.rs");
 
 // Index of row `i` of the label order.
 __device__ __forceinline__ size_t by_label(const SplitParams& p, size_t i) {

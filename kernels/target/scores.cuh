@@ -10,7 +10,7 @@ struct Item {
     unsigned first_pair;  // first pair of the sorted list, the longest of the item
     unsigned pairs;       // number of pairs, at least 1
 };
-static_assert(sizeof(Item) == 16, "mirrored by src/device/cuda/target_attention.rs");
+static_assert(sizeof(Item) == 16, "mirrored by src/device/cuda/plan/target.rs");
 
 // A (sequence, candidate) pair. The pairs of a sequence are sorted longest first, so those that
 // reach a token are a prefix.
@@ -20,7 +20,7 @@ struct Pair {
     unsigned length;  // number of scores: tokens of its history
     unsigned unit;    // first row of pair_sums; one row per sixteen tokens
 };
-static_assert(sizeof(Pair) == 16, "mirrored by src/device/cuda/target_attention.rs");
+static_assert(sizeof(Pair) == 16, "mirrored by src/device/cuda/plan/target.rs");
 
 // Arguments of forward and backward. N tokens, C pairs, S scores; padded sizes D, H0, H1.
 struct PerceptronParams {
@@ -44,7 +44,7 @@ struct PerceptronParams {
     unsigned blocks;      // gridDim.x
     float slope;          // what a score loses for each later token of its pair
 };
-static_assert(sizeof(PerceptronParams) == 152, "mirrored by src/device/cuda/target_attention.rs");
+static_assert(sizeof(PerceptronParams) == 152, "mirrored by src/device/cuda/plan/target_params.rs");
 
 __device__ __forceinline__ Item read_item(const void* items, unsigned index) {
     const uint4 raw = static_cast<const uint4*>(items)[index];

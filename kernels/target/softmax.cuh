@@ -12,7 +12,7 @@ struct Row {
     unsigned score;   // first score of its pair
     unsigned token;   // first token of its sequence
 };
-static_assert(sizeof(Row) == 16, "mirrored by src/device/cuda/target_attention.rs");
+static_assert(sizeof(Row) == 16, "mirrored by src/device/cuda/plan/target.rs");
 
 // Up to 16 consecutive tokens of a sequence.
 struct Tile {
@@ -25,7 +25,7 @@ struct Tile {
     unsigned items;       // number of items
     unsigned unused;
 };
-static_assert(sizeof(Tile) == 32, "mirrored by src/device/cuda/target_attention.rs");
+static_assert(sizeof(Tile) == 32, "mirrored by src/device/cuda/plan/target.rs");
 
 __device__ __forceinline__ Row read_row(const void* rows, unsigned index) {
     const uint4 raw = static_cast<const uint4*>(rows)[index];
@@ -51,7 +51,7 @@ struct SoftmaxParams {
     float* ds;                   // backward: [N, width], adds to it
     unsigned row_count, width;
 };
-static_assert(sizeof(SoftmaxParams) == 96, "mirrored by src/device/cuda/target_attention.rs");
+static_assert(sizeof(SoftmaxParams) == 96, "mirrored by src/device/cuda/plan/target_params.rs");
 
 constexpr int ROW_THREADS = 256;
 

@@ -13,7 +13,7 @@ struct CombineParams {
     float* bias;       // [H0] b0
     unsigned width, hidden0;
 };
-static_assert(sizeof(CombineParams) == 48, "mirrored by src/device/cuda/target_attention.rs");
+static_assert(sizeof(CombineParams) == 48, "mirrored by src/device/cuda/plan/target_params.rs");
 
 // One thread per column of a row. The row behind the last is the bias.
 __device__ __forceinline__ void combine(const CombineParams& p) {
@@ -40,7 +40,7 @@ struct SumParams {
     float* input;        // [N, width] da, or [C, width] dr
     unsigned count, width;
 };
-static_assert(sizeof(SumParams) == 40, "mirrored by src/device/cuda/target_attention.rs");
+static_assert(sizeof(SumParams) == 40, "mirrored by src/device/cuda/plan/target_params.rs");
 
 constexpr int SUM_QUADS = (H0 + D) / 4;
 
@@ -84,7 +84,7 @@ struct GradientParams {
     float* b2;               // [1]
     unsigned width, hidden0, hidden1, unused;
 };
-static_assert(sizeof(GradientParams) == 96, "mirrored by src/device/cuda/target_attention.rs");
+static_assert(sizeof(GradientParams) == 96, "mirrored by src/device/cuda/plan/target_params.rs");
 
 // Writes the weight gradients in the layout of the weights. block_y: 0 for w0, 1 for w1, 2 for
 // the vectors.

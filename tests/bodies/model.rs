@@ -155,6 +155,30 @@ pub fn gradients_match_finite_differences<D: Device>(new: &dyn Fn() -> Arc<D>, s
     }
 }
 
+/// Scores, gradients and steps of several models on one device, each by a thread of its own.
+pub fn threads_may_share_a_device<D: Device>(new: &dyn Fn() -> Arc<D>) {
+    let device = new();
+    let results = |device: &Arc<D>, batch: &Batch| {
+        let mut model = model_of_order_one(device.clone(), config());
+        let (loss, gradients) = model.gradients(batch, &LOSS).unwrap();
+        let logits = model.logits(batch).unwrap();
+        let mut optimizer = Optimizer::new(&model).unwrap();
+        let step = model.train_step(batch, &LOSS, &ADAM, &mut optimizer).unwrap();
+        (loss, gradients, logits, step, model.tensors().unwrap())
+    };
+    let lengths: [&[usize]; 3] = [&[9, 4], &[3, 12, 1], &[7]];
+    let batches = lengths.map(|lengths| Batch::pack(&histories(lengths, 6)).unwrap());
+    let expected = batches.each_ref().map(|batch| results(&device, batch));
+    std::thread::scope(|scope| {
+        for (batch, expected) in batches.iter().zip(&expected) {
+            let device = device.clone();
+            scope.spawn(move || {
+                (0..4).for_each(|_| assert!(&results(&device, batch) == expected, "launches of others"));
+            });
+        }
+    });
+}
+
 pub fn lazy_and_dense_adam_agree_while_every_row_is_touched<D: Device>(new: &dyn Fn() -> Arc<D>) {
     let batch = Batch::pack(&histories(&[12, 10, 11], 7)).unwrap();
     let step = |dense_embeddings, batches: &[&Batch]| {

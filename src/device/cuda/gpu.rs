@@ -3,6 +3,7 @@
 
 pub(crate) mod products;
 mod queue;
+mod turn;
 
 use super::array::Array;
 use super::capture::{self, Captures};
@@ -15,8 +16,13 @@ use bytemuck::Pod;
 use products::{Problem, Sum};
 use queue::{Recording, Request};
 use std::sync::{Arc, Mutex};
+use std::thread::{self, ThreadId};
+use turn::{Taken, Turn};
 
 /// The device of the model: a GPU, or the emulator in tests.
+///
+/// Several threads may use it: each step, and each group of independent operations, is enqueued
+/// whole before another thread's work. With CUDA graphs, only one thread may use it.
 pub struct Gpu<R: Runtime> {
     runtime: Arc<R>,
     precision: Precision,
@@ -24,10 +30,12 @@ pub struct Gpu<R: Runtime> {
     captures: Option<Mutex<Captures>>,
     /// All matrix products by the runtime.
     products_by_library: bool,
-    /// Independent operations in progress.
+    /// Taken by a thread for each request, group or step.
+    turn: Turn,
+    /// Independent operations in progress, of the thread that has the turn.
     recording: Mutex<Option<Recording>>,
-    /// Gradients of parameters whose partial sums are not added yet.
-    pending: Mutex<Vec<Pending<R>>>,
+    /// Gradients of parameters whose partial sums are not added yet, each of a thread.
+    pending: Mutex<Vec<(ThreadId, Pending<R>)>>,
 }
 
 /// The sum of partial results, and the arrays that it uses.
@@ -40,7 +48,7 @@ struct Pending<R: Runtime> {
 struct Independent<'a, R: Runtime>(&'a Gpu<R>);
 
 impl<'a, R: Runtime> Independent<'a, R> {
-    fn begin(gpu: &'a Gpu<R>) -> Self {
+    fn begin(gpu: &'a Gpu<R>, _turn: &Taken<'a>) -> Self {
         gpu.runtime.hold_freed();
         *lock(&gpu.recording) = Some(Recording::default());
         Self(gpu)
@@ -77,6 +85,7 @@ impl<R: Runtime> Gpu<R> {
             precision,
             captures: None,
             products_by_library: false,
+            turn: Turn::default(),
             recording: Mutex::default(),
             pending: Mutex::default(),
         }
@@ -133,9 +142,10 @@ impl<R: Runtime> Gpu<R> {
         &self,
         mut work: impl FnMut() -> Result<T, DeviceError>,
     ) -> Result<T, DeviceError> {
+        let _turn = self.turn.take();
         capture::captured(&*self.runtime, self.captures.as_ref(), || {
             // Those of an attempt that failed.
-            lock(&self.pending).clear();
+            drop(self.own_pending());
             work()
         })
     }
@@ -145,10 +155,11 @@ impl<R: Runtime> Gpu<R> {
         &self,
         mut work: impl FnMut(usize) -> Result<T, DeviceError>,
     ) -> Result<[T; 2], DeviceError> {
+        let turn = self.turn.take();
         if lock(&self.recording).is_some() {
             return Ok([work(0)?, work(1)?]);
         }
-        let independent = Independent::begin(self);
+        let independent = Independent::begin(self, &turn);
         let first = work(0)?;
         if let Some(recording) = &mut *lock(&self.recording) {
             recording.lane = 1;
@@ -163,8 +174,9 @@ impl<R: Runtime> Gpu<R> {
         &self,
         work: impl FnOnce() -> Result<T, E>,
     ) -> Result<T, E> {
+        let turn = self.turn.take();
         let is_outermost = lock(&self.recording).is_none();
-        let own = is_outermost.then(|| Independent::begin(self));
+        let own = is_outermost.then(|| Independent::begin(self, &turn));
         let begins = lock(&self.recording).as_mut().is_some_and(Recording::begin_group);
         let value = work()?;
         if begins && let Some(recording) = &mut *lock(&self.recording) {
@@ -176,9 +188,15 @@ impl<R: Runtime> Gpu<R> {
         Ok(value)
     }
 
-    /// Adds the partial sums of all gradients of parameters, in one launch.
+    /// Takes the pending sums of this thread.
+    fn own_pending(&self) -> Vec<Pending<R>> {
+        let me = thread::current().id();
+        lock(&self.pending).extract_if(.., |(thread, _)| *thread == me).map(|(_, pending)| pending).collect()
+    }
+
+    /// Adds the partial sums of this thread's gradients of parameters, in one launch.
     pub(super) fn settle_gradients(&self) -> Result<(), CudaError> {
-        let pending = std::mem::take(&mut *lock(&self.pending));
+        let pending = self.own_pending();
         // SAFETY: `sum_later` has checked the arrays, which live until the launch.
         unsafe { self.request(Request::Sums(pending.iter().map(|pending| pending.sum).collect())) }
     }
@@ -194,7 +212,8 @@ impl<R: Runtime> Gpu<R> {
         to: &mut Array<R, f32>,
     ) {
         let sum = Self::sum_of(partial, stride, rows, first, to);
-        lock(&self.pending).push(Pending { sum, _arrays: [partial.share(), to.share()] });
+        let pending = Pending { sum, _arrays: [partial.share(), to.share()] };
+        lock(&self.pending).push((thread::current().id(), pending));
     }
 
     /// As [`Gpu::sum_later`], without the launch.
@@ -251,6 +270,7 @@ impl<R: Runtime> Gpu<R> {
     /// # Safety
     /// As the method of [`Runtime`].
     unsafe fn request(&self, request: Request) -> Result<(), CudaError> {
+        let _turn = self.turn.take();
         if let Some(recording) = &mut *lock(&self.recording) {
             recording.push(request);
             return Ok(());

@@ -26,6 +26,7 @@ on_the_emulator! {
     #[cfg_attr(not(feature = "sweep"), ignore = "takes long: --features sweep")]
     gradients_match_finite_differences(9)
     lazy_and_dense_adam_agree_while_every_row_is_touched()
+    threads_may_share_a_device()
     #[cfg_attr(not(feature = "sweep"), ignore = "takes long: --features sweep")]
     steps_are_deterministic()
     a_non_finite_value_stops_the_step_and_is_named()

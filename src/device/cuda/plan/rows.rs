@@ -30,10 +30,11 @@ pub(crate) fn by_rows(rows: usize, width: usize) -> Launch {
     blocks(rows, THREADS >> lane_bits(width))
 }
 
-/// Rows per block of a kernel that leaves partial sums: at most 512 blocks. The blocks determine
-/// the order of summation, so they depend on the number of rows only.
+/// Rows per block of a kernel that leaves partial sums: at most 512 blocks, or 4,096 rows, whose
+/// statistics have room in shared memory. The blocks determine the order of summation, so they
+/// depend on the number of rows only.
 pub(crate) fn block_rows(rows: usize) -> usize {
-    rows.div_ceil(512).max(1).next_multiple_of(128)
+    rows.div_ceil(512).clamp(1, 4096).next_multiple_of(128)
 }
 
 #[cfg(test)]
@@ -57,5 +58,6 @@ mod tests {
         }
         assert_eq!(by_rows(33, 32).grid, [2, 1]);
         assert_eq!([0, 1, 128, 65_536, 65_537, 1 << 20].map(block_rows), [128, 128, 128, 128, 256, 2048]);
+        assert_eq!(block_rows(1 << 25), 4096);
     }
 }

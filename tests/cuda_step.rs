@@ -54,7 +54,7 @@ macro_rules! step {
 }
 
 on_the_gpu! {
-    operation: layer_norm fused_layer_norms linear label_linear gather_and_segment_sum segments_of_any_length attention
+    operation: layer_norm fused_layer_norms linear nan_survives_relu label_linear gather_and_segment_sum segments_of_any_length attention
         prefix_mean recent_events_weigh_more concat rank_loss cosine_loss adam;
     network: shared_prefixes_and_candidates_do_not_change_results lazy_and_dense_adam_agree_while_every_row_is_touched
         threads_may_share_a_device
@@ -114,6 +114,15 @@ fn the_network_matches_the_golden_cases() {
         let errors = verify_dfar(&case, device.clone()).expect("a case should be complete");
         let failed: Vec<_> = errors.iter().filter(|e| !e.passes()).collect();
         assert!(failed.is_empty(), "{}: {failed:?}", case.name);
+    }
+}
+
+/// Of cuBLASLt's ReLU it is not documented.
+#[test]
+fn nan_survives_the_relu_of_the_library() {
+    for precision in [Precision::F32, Precision::Bf16] {
+        let Some(gpu) = gpu("nan_survives_the_relu_of_the_library", precision) else { return };
+        layers::nan_survives_relu(&gpu.with_library_products());
     }
 }
 

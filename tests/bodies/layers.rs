@@ -23,6 +23,7 @@ macro_rules! test_every_body {
             layer_norm
             fused_layer_norms
             linear
+            nan_survives_relu
             label_linear
             gather_and_segment_sum
             segments_of_any_length
@@ -149,6 +150,23 @@ pub fn linear<D: Device>(device: &D) {
         let gradients = [dx, dw, db].map(|g| device.download(&g).unwrap());
         let value = |i: &[Vec<f32>]| dot(&device.download(&run(i)).unwrap(), &weight);
         check("linear", &values, value, &gradients);
+    }
+}
+
+/// A ReLU that returns the larger of 0 and NaN would hide a NaN.
+pub fn nan_survives_relu<D: Device>(device: &D) {
+    let (rows, inputs, outputs) = (4, 8, 8);
+    let mut x = vec![0.5f32; rows * inputs];
+    x[inputs] = f32::NAN;
+    let up = |values: &[f32]| device.upload(values).unwrap();
+    let (x, w, bias) = (up(&x), up(&vec![0.25; inputs * outputs]), up(&vec![1.0; outputs]));
+    for bias in [None, Some(&bias)] {
+        let mut y = device.alloc(rows * outputs).unwrap();
+        let layer = Linear { w: &w, bias, activation: Activation::Relu, inputs, outputs };
+        device.linear(layer, &x, Output::overwrite(&mut y)).unwrap();
+        for (row, y) in device.download(&y).unwrap().chunks(outputs).enumerate() {
+            assert!(y.iter().all(|y| y.is_nan() == (row == 1)), "row {row}: {y:?}, bias {}", bias.is_some());
+        }
     }
 }
 

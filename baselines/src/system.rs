@@ -196,25 +196,21 @@ impl Settings {
             ("heights", self.heights),
             ("vertical", self.vertical),
         ];
+        let refuse =
+            |field, value: usize, reason| Err(ModelError::Config { field, value: value.to_string(), reason });
         if let Some((field, value)) = sizes.into_iter().find(|(_, size)| *size == 0) {
-            return Err(ModelError::Config { field, value: value.to_string(), reason: "must be at least 1" });
+            return refuse(field, value, "must be at least 1");
         }
         for (field, value) in [("blocks", self.blocks), ("heights", self.heights)] {
             if value > 1024 {
-                return Err(ModelError::Config {
-                    field,
-                    value: value.to_string(),
-                    reason: "must be at most 1024",
-                });
+                return refuse(field, value, "must be at most 1024");
             }
         }
         if !self.width.is_multiple_of(self.heads) {
-            let reason = "must be a multiple of the number of heads";
-            return Err(ModelError::Config { field: "width", value: self.width.to_string(), reason });
+            return refuse("width", self.width, "must be a multiple of the number of heads");
         }
         if u32::try_from(self.items).is_err() {
-            let reason = "item ids have 32 bits";
-            return Err(ModelError::Config { field: "items", value: self.items.to_string(), reason });
+            return refuse("items", self.items, "item ids have 32 bits");
         }
         Ok(())
     }

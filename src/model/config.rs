@@ -128,7 +128,7 @@ impl ModelConfig {
             );
         }
         if let Some(half_life) = self.half_life
-            && !(half_life.is_finite() && half_life >= SHORTEST_HALF_LIFE)
+            && !(SHORTEST_HALF_LIFE..=f32::MAX).contains(&half_life)
         {
             let reason = "must be at least 0.1 events";
             return Err(ModelError::Config { field: "half_life", value: half_life.to_string(), reason });

@@ -361,8 +361,8 @@ impl Config {
         if !(self.idl as f32).is_finite() {
             return refuse("idl", self.idl.to_string(), "must be a 32-bit floating-point number");
         }
-        let shortest = f64::from(SHORTEST_HALF_LIFE);
-        if self.half_life != 0.0 && !(shortest..=f32::MAX.into()).contains(&self.half_life) {
+        // In f32, as the step computes: 0.1 in f64 is a little less.
+        if self.half_life != 0.0 && !(SHORTEST_HALF_LIFE..=f32::MAX).contains(&(self.half_life as f32)) {
             let reason = "must be 0 (no half-life) or a number of events, at least 0.1";
             return refuse("half_life", self.half_life.to_string(), reason);
         }
@@ -647,6 +647,12 @@ mod tests {
         let file = file("learning_rate = 0.25\nstopping_step = 3\n");
         let config = Config::layered(Some(file.path()), toml::Table::new()).unwrap();
         assert_eq!((config.lr, config.patience), (0.25, 3));
+    }
+
+    #[test]
+    fn the_shortest_half_life_is_accepted() {
+        let config = Config::layered(Some(file("half_life = 0.1").path()), toml::Table::new()).unwrap();
+        assert_eq!(config.model(1).half_life, Some(SHORTEST_HALF_LIFE));
     }
 
     #[test]

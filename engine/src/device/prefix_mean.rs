@@ -33,6 +33,17 @@ pub struct Recency<U> {
     pub position: U,
 }
 
+impl<U> Recency<U> {
+    /// What the logarithm of a weight loses with each later event.
+    ///
+    /// # Panics
+    /// If the half-life is not above 0.
+    pub fn rate(&self) -> f64 {
+        assert!(self.half_life > 0.0, "a half-life of {}", self.half_life);
+        std::f64::consts::LN_2 / f64::from(self.half_life)
+    }
+}
+
 /// Prefix means.
 pub trait PrefixMean: Memory {
     /// `mean[g] = (sum of the rows of prefix g) / divisor[g]`, or with weights as [`Recency`] says.

@@ -2,9 +2,8 @@
 
 use super::slices::Slices;
 use super::{Cpu, Done, Floats, Indices};
-use crate::device::{PrefixMean, Prefixes, Recency};
+use crate::device::{PrefixMean, Prefixes};
 use rayon::prelude::*;
-use std::f64::consts::LN_2;
 
 impl PrefixMean for Cpu {
     fn prefix_mean(&self, width: usize, prefixes: Prefixes<&Indices>, x: &Floats, mean: &mut Floats) -> Done {
@@ -73,7 +72,7 @@ impl PrefixMean for Cpu {
 struct Weights<'a> {
     count: &'a [u32],
     divisor: &'a [u32],
-    /// Logarithm of the weight that an event of age 1 loses, and the positions of the rows.
+    /// The rate, and the positions of the rows.
     recency: Option<(f64, &'a [u32])>,
 }
 
@@ -81,11 +80,7 @@ impl<'a> Weights<'a> {
     fn new(prefixes: &Prefixes<&'a [u32]>, sequence: usize) -> Self {
         let &Prefixes { cu_seqlens, count, divisor, recency, .. } = prefixes;
         let rows = cu_seqlens[sequence] as usize..cu_seqlens[sequence + 1] as usize;
-        let recency = recency.map(|Recency { half_life, position }| {
-            assert!(half_life > 0.0, "a half-life of {half_life}");
-            (LN_2 / f64::from(half_life), &position[rows])
-        });
-        Self { count, divisor, recency }
+        Self { count, divisor, recency: recency.map(|recency| (recency.rate(), &recency.position[rows])) }
     }
 
     /// The share of its weight that a row keeps when row `token` follows.

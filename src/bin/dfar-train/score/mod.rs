@@ -390,7 +390,7 @@ impl<'a, D: Device> Scorer<'a, D> {
         if named {
             // An item has one rank, however often it is listed.
             candidates.retain(|&item| left_out.insert(item));
-        } else {
+        } else if self.args.exclude_seen {
             candidates.retain(|item| !left_out.contains(item));
         }
         self.rows += candidates.len();

@@ -5,9 +5,8 @@ use crate::device::cuda::gpu::Gpu;
 use crate::device::cuda::kernel::{Block, Kernel, Launch, Module, Pointer};
 use crate::device::cuda::plan::rows::{THREADS, block_of, lane_bits, vector};
 use crate::device::cuda::runtime::Runtime;
-use crate::device::{DeviceError, PrefixMean, Prefixes, Recency};
+use crate::device::{DeviceError, PrefixMean, Prefixes};
 use bytemuck::{Pod, Zeroable};
-use std::f64::consts::LN_2;
 
 const fn kernel(entry: &'static str) -> Kernel {
     Kernel { module: Module::new("step/prefix_mean.cu"), entry }
@@ -53,10 +52,9 @@ fn params<R: Runtime>(
     assert_eq!(mean.len(), count.len() * width, "mean is not [groups, width]");
     let (position, rate) = match recency {
         None => (0, 0.0),
-        Some(Recency { half_life, position }) => {
-            assert!(half_life > 0.0, "a half-life of {half_life}");
-            assert_eq!(position.len() * width, x.len(), "position is not [tokens]");
-            (position.pointer(), LN_2 / f64::from(half_life))
+        Some(recency) => {
+            assert_eq!(recency.position.len() * width, x.len(), "position is not [tokens]");
+            (recency.position.pointer(), recency.rate())
         }
     };
     let bits = lane_bits(width);

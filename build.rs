@@ -21,16 +21,18 @@ fn main() {
         let hash = files.iter().fold(FNV_OFFSET, |hash, (name, text)| {
             fnv1a(fnv1a(fnv1a(hash, name.as_bytes()), &[0]), text.as_bytes())
         });
-        let path = |name: &str| folder.join(name).display().to_string();
+        // Not the folder's own path: it would be wrong after a move of the checkout, which does not
+        // run this script again.
+        let text =
+            |name: &str| format!("include_str!(concat!(env!(\"CARGO_MANIFEST_DIR\"), \"/kernels/{name}\"))");
         writeln!(
             code,
-            "    Source {{ name: {name:?}, hash: {hash:#018x}, text: include_str!({:?}), headers: &[",
-            path(&name)
+            "    Source {{ name: {name:?}, hash: {hash:#018x}, text: {}, headers: &[",
+            text(&name)
         )
         .expect("strings can be written");
         for header in files.keys().filter(|header| **header != name) {
-            writeln!(code, "        ({header:?}, include_str!({:?})),", path(header))
-                .expect("strings can be written");
+            writeln!(code, "        ({header:?}, {}),", text(header)).expect("strings can be written");
         }
         code.push_str("    ] },\n");
     }

@@ -5,7 +5,7 @@ use dfar::data::import::{ColumnOptions, ImportOptions, LogFormat, import as impo
 use dfar::data::statistics::statistics;
 use dfar::data::{DataError, Dataset, Part};
 
-#[path = "../tests/data_support/checksums.rs"]
+#[path = "../tests/data/checksums.rs"]
 #[allow(dead_code)]
 mod checksums;
 

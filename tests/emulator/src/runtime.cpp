@@ -127,6 +127,7 @@ struct Device {
     unsigned block_time = 0;
     bool vote = false, voted = false;  // of the next barrier; of the last barrier
     std::vector<Touch> writes, reads;
+    Touch now;  // of the running fibre
     bool failed = false;
     char message[512];
 
@@ -170,12 +171,11 @@ static bool ordered(Touch before, Touch now) {
     if (before.next_thread == 0 || before.next_thread == now.next_thread || before.block_time != now.block_time) return true;
     return before.thread() / 32 == now.thread() / 32 && before.warp_time != now.warp_time;
 }
-static bool ordered(const Touch* before, size_t count, Touch now) {
-    // The last accesses of the bytes are mostly the same access.
-    bool together = true;
-    for (size_t i = 1; i < count; ++i) together &= before[i] == before[0];
-    if (together) return ordered(before[0], now);
-    return std::all_of(before, before + count, [now](Touch touch) { return ordered(touch, now); });
+// Whether the last accesses of `bytes` bytes are one access, as they mostly are.
+template <size_t bytes> static bool together(const Touch* before) {
+    bool equal = true;
+    for (size_t i = 1; i < bytes; ++i) equal &= before[i] == before[0];
+    return equal;
 }
 
 // Whether the state of the bytes allows the access. Reads need WRITTEN or READ_ONLY, which share a
@@ -188,15 +188,12 @@ template <class Word> static bool is_sound(const unsigned char* state, Access ki
     const Word high = word >> 1;
     return ((kind == Access::read ? high : Word(word ^ high)) & ones) == ones;
 }
-static bool is_sound(const unsigned char* state, size_t bytes, Access kind) {
-    switch (bytes) {
-        case 1: return is_sound<uint8_t>(state, kind);
-        case 2: return is_sound<uint16_t>(state, kind);
-        case 4: return is_sound<uint32_t>(state, kind);
-        case 8: return is_sound<uint64_t>(state, kind);
-        case 16: return is_sound<uint64_t>(state, kind) && is_sound<uint64_t>(state + 8, kind);
-        default: return false;
-    }
+template <size_t bytes> static bool is_sound(const unsigned char* state, Access kind) {
+    if constexpr (bytes == 16) return is_sound<uint64_t>(state, kind) && is_sound<uint64_t>(state + 8, kind);
+    else if constexpr (bytes == 8) return is_sound<uint64_t>(state, kind);
+    else if constexpr (bytes == 4) return is_sound<uint32_t>(state, kind);
+    else if constexpr (bytes == 2) return is_sound<uint16_t>(state, kind);
+    else return is_sound<uint8_t>(state, kind);
 }
 
 static void touch(Device& d, size_t offset, size_t bytes, Access kind) {
@@ -207,8 +204,41 @@ static void touch(Device& d, size_t offset, size_t bytes, Access kind) {
     }
 }
 
+// Judges an access in few instructions, as nearly all are valid: whether it is valid for certain. If
+// not, nothing has changed, and `judge` examines each byte.
+template <size_t bytes, Access kind> static bool is_plainly_valid(Device& d, const void* at, Touch now) {
+    const size_t offset = static_cast<const unsigned char*>(at) - d.memory;
+    if (offset >= ARENA) return reinterpret_cast<uintptr_t>(at) >= GAP;  // stack or constant
+    // An aligned access lies in the arena as a whole.
+    static_assert(ARENA % bytes == 0);
+    if (offset % bytes != 0 || !is_sound<bytes>(d.state + offset, kind)) return false;
+    const size_t s = static_cast<const unsigned char*>(at) - d.shared;
+    if (s < d.shared_bytes) {
+        Touch* writes = &d.writes[s];
+        Touch* reads = &d.reads[s];
+        if (!together<bytes>(writes) || !ordered(writes[0], now)) return false;
+        if (kind == Access::write && (!together<bytes>(reads) || !ordered(reads[0], now))) return false;
+        std::fill_n(kind == Access::read ? reads : writes, bytes, now);
+    } else if (d.touched) {
+        touch(d, offset, bytes, kind);
+    }
+    if (kind == Access::write) memset(d.state + offset, WRITTEN, bytes);
+    return true;
+}
+static bool is_plainly_valid(Device& d, const void* at, size_t bytes, Access kind, Touch now) {
+    const bool reads = kind == Access::read;
+    switch (bytes) {
+        case 4: return reads ? is_plainly_valid<4, Access::read>(d, at, now) : is_plainly_valid<4, Access::write>(d, at, now);
+        case 8: return reads ? is_plainly_valid<8, Access::read>(d, at, now) : is_plainly_valid<8, Access::write>(d, at, now);
+        case 16: return reads ? is_plainly_valid<16, Access::read>(d, at, now) : is_plainly_valid<16, Access::write>(d, at, now);
+        default: return false;
+    }
+}
+
 // Whether the access is valid. If not, records the fault.
 static bool judge(Device& d, Fibre& fibre, const void* at, size_t bytes, Access kind) {
+    const Touch now = touch_now(d, fibre);
+    if (is_plainly_valid(d, at, bytes, kind, now)) return true;
     const auto address = static_cast<const unsigned char*>(at);
     const char* verb = kind == Access::read ? "read" : "write";
     if (reinterpret_cast<uintptr_t>(at) < GAP) {
@@ -220,26 +250,9 @@ static bool judge(Device& d, Fibre& fibre, const void* at, size_t bytes, Access 
     // The halves of a gap belong to the allocations beside it.
     const bool is_shared = d.shared && address >= d.shared - GAP / 2 && address < d.shared + d.shared_bytes + GAP / 2;
     const char* space = is_shared ? "shared" : "global";
-    // Division is slow, so it is used only for odd sizes.
-    if (bytes <= 16 && ((bytes & (bytes - 1)) == 0 ? offset & (bytes - 1) : offset % bytes)) {
+    if (bytes <= 16 && offset % bytes != 0) {
         d.fail("misaligned %s of %zu bytes of %s memory", verb, bytes, space);
         return false;
-    }
-    // Nearly all accesses take this path. For the others, the loop below examines each byte and
-    // names the fault.
-    const Touch now = touch_now(d, fibre);
-    if (offset + bytes <= ARENA && is_sound(d.state + offset, bytes, kind)) {
-        bool sound = true;
-        if (is_shared) {
-            const size_t s = address - d.shared;
-            sound = ordered(&d.writes[s], bytes, now) && (kind == Access::read || ordered(&d.reads[s], bytes, now));
-            if (sound) std::fill_n(&(kind == Access::read ? d.reads : d.writes)[s], bytes, now);
-        }
-        if (sound) {
-            if (d.touched && !is_shared) touch(d, offset, bytes, kind);
-            if (kind == Access::write) memset(d.state + offset, WRITTEN, bytes);
-            return true;
-        }
     }
     for (size_t i = offset; i < offset + bytes; ++i) {
         if (i >= ARENA || d.state[i] == NONE) {
@@ -265,6 +278,7 @@ static bool judge(Device& d, Fibre& fibre, const void* at, size_t bytes, Access 
         }
         if (kind == Access::write) d.state[i] = WRITTEN;
     }
+    if (d.touched && !is_shared) touch(d, offset, bytes, kind);
     return true;
 }
 
@@ -272,6 +286,11 @@ void access(const void* at, size_t bytes, Access kind) {
     Device* d = device;
     if (d == nullptr || d->running == nullptr) return;
     if (!judge(*d, *d->running, at, bytes, kind)) leave(*d);
+}
+template <size_t bytes, Access kind> static void access(const void* at) {
+    Device* d = device;
+    if (d == nullptr || d->running == nullptr || is_plainly_valid<bytes, kind>(*d, at, d->now)) return;
+    access(at, bytes, kind);
 }
 
 void access_by(int lane, const void* at, size_t bytes, Access kind) {
@@ -340,6 +359,7 @@ static bool run_warp(Device& d, int first) {
             if (fibre.wait != Wait::none) continue;
             d.running = &fibre;
             self = &fibre;
+            d.now = touch_now(d, fibre);
             change(d.scheduler, fibre.context);
             if (d.failed) return false;
         }
@@ -534,11 +554,11 @@ const char* dfar_emulator_launch(Device* d, const Entry* entry, const void* para
 }
 
 // ---------------------------------------------------------------- the compiler's announcements
-#define ANNOUNCE(n)                                                                      \
-    void __tsan_read##n(void* p) { access(p, n, Access::read); }                         \
-    void __tsan_write##n(void* p) { access(p, n, Access::write); }                       \
-    void __tsan_unaligned_read##n(void* p) { access(p, n, Access::read); }               \
-    void __tsan_unaligned_write##n(void* p) { access(p, n, Access::write); }
+#define ANNOUNCE(n)                                                          \
+    void __tsan_read##n(void* p) { access<n, Access::read>(p); }             \
+    void __tsan_write##n(void* p) { access<n, Access::write>(p); }           \
+    void __tsan_unaligned_read##n(void* p) { access<n, Access::read>(p); }   \
+    void __tsan_unaligned_write##n(void* p) { access<n, Access::write>(p); }
 ANNOUNCE(1) ANNOUNCE(2) ANNOUNCE(4) ANNOUNCE(8) ANNOUNCE(16)
 void __tsan_read_range(void* p, size_t n) { access(p, n, Access::read); }
 void __tsan_write_range(void* p, size_t n) { access(p, n, Access::write); }

@@ -1,17 +1,15 @@
 //! Importing logs: each format, and all refusals.
 
+use crate::bench::Bench;
 use dfar::data::import::{Liked, LogFormat, Progress, TimeUnit, import};
 use dfar::data::{BadRow, CountedRecords, DataError, KCore, Part, Split};
 use flate2::{Compression, write::GzEncoder};
 use std::io::Write;
 
-#[path = "../data_support/bench.rs"]
-mod bench;
 mod kinds;
 mod mangled;
-use bench::Bench;
 
-pub(crate) fn event(user: &str, item: &str, time: i64, feedback: u8) -> (String, String, i64, u8) {
+fn event(user: &str, item: &str, time: i64, feedback: u8) -> (String, String, i64, u8) {
     (user.to_owned(), item.to_owned(), time, feedback)
 }
 

@@ -1,7 +1,7 @@
 //! The parts of a training step on the CPU; the bodies are in `bodies/parts.rs`.
 
 #[macro_use]
-#[path = "bodies/parts.rs"]
+#[path = "../bodies/parts.rs"]
 mod bodies;
 
 use dfar::device::cpu::Cpu;

@@ -1,6 +1,6 @@
 //! The whole network on the CPU; the bodies are in `bodies/model.rs`.
 
-#[path = "bodies/model.rs"]
+#[path = "../bodies/model.rs"]
 mod bodies;
 
 use dfar::batch::Batch;

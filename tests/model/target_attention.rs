@@ -1,6 +1,6 @@
 //! Target attention on the CPU: fused and unfused against the definition in f64, and determinism.
 
-#[path = "bodies/target_attention.rs"]
+#[path = "../bodies/target_attention.rs"]
 mod bodies;
 
 use bodies::{Case, InBf16, NAMES, Output, assert_close, cases, ds_before, error, kernel_cases, last, wide};

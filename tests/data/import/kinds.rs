@@ -1,7 +1,7 @@
 //! Irregular logs: read correctly, or refused with the reason.
 
+use super::event;
 use crate::bench::Bench;
-use crate::event;
 use dfar::data::import::{Liked, LogFormat, Progress, TimeUnit, import};
 use dfar::data::{DataError, Dataset};
 use flate2::{Compression, write::GzEncoder};

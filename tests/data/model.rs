@@ -1,14 +1,10 @@
 //! Imports random logs and compares them with a naive model in memory.
 
+use crate::bench::Bench;
 use dfar::data::import::{LogFormat, TimeUnit};
 use dfar::data::{CountedRecords, DataError, Dataset, KCore, Part, Repeats, Split};
 use proptest::prelude::*;
 use std::collections::{HashMap, HashSet};
-
-#[path = "data_support/bench.rs"]
-#[allow(dead_code)] // data_import.rs needs more of it.
-mod bench;
-use bench::Bench;
 
 #[derive(Debug, Clone)]
 struct Case {

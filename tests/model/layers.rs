@@ -1,7 +1,7 @@
 //! All operations of `Device` on the CPU; the bodies are in `bodies/layers.rs`.
 
 #[macro_use]
-#[path = "bodies/layers.rs"]
+#[path = "../bodies/layers.rs"]
 mod bodies;
 
 use dfar::device::cpu::Cpu;

@@ -1,7 +1,7 @@
 //! `dfar-train` killed (SIGKILL) at random moments: the run can always be continued, ends with the
 //! same bytes, and leaves only the documented files.
 //!
-//! `DFAR_KILL_CHAINS=500 cargo test --test train_kill` kills for longer.
+//! `DFAR_KILL_CHAINS=500 cargo test --test train kill` kills for longer.
 #![cfg(unix)]
 
 use dfar::data::synthetic::{self, SyntheticOptions};

@@ -1,16 +1,12 @@
 //! The data set file: a written file is read back; every other file is refused.
 
+use crate::checksums::{change_header, entry, sign, sign_table};
 use dfar::data::format::{ENTRY_LENGTH, Entry, HEADER_LENGTH, Section};
-
 use dfar::data::import::{ImportOptions, LogFormat, import};
 use dfar::data::synthetic::{self, SyntheticOptions};
 use dfar::data::{DataError, Dataset, Part, Split};
 use proptest::prelude::*;
 use std::sync::OnceLock;
-
-#[path = "data_support/checksums.rs"]
-mod checksums;
-use checksums::{change_header, entry, sign, sign_table};
 
 /// A small imported file: 7 users, 12 items, names beyond ASCII.
 fn small() -> &'static [u8] {

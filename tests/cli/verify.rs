@@ -1,7 +1,5 @@
 //! `dfar-bench verify` on good, bad and broken cases.
 
-mod common;
-
 use dfar_tools::verify::{
     Case, CpuEngine, Difference, GRADIENT_TOLERANCE, Outcome, VerifyError, compare, compare_gradients,
     relative_error, verify,
@@ -10,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 fn golden(name: &str) -> PathBuf {
-    common::root().join(format!("tests/golden/{name}.safetensors"))
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/{name}.safetensors"))
 }
 
 fn command(arguments: &[&str], folder: &Path) -> Command {

@@ -1,0 +1,11 @@
+//! The network on the CPU: its operations, its steps, what goes into it and the metrics of what
+//! comes out.
+
+mod batch;
+mod golden;
+mod launches;
+mod layers;
+mod metrics;
+mod network;
+mod step_parts;
+mod target_attention;

@@ -10,6 +10,9 @@ const FREE: u32 = u32::MAX;
 /// Longest name that its slot holds.
 const SHORT: usize = 11;
 
+/// Names whose slots are read together.
+const GROUP: usize = 32;
+
 /// Distinct names, end to end in one buffer, found through a hash table: 23 to 46 bytes plus the
 /// name for each, where a `HashMap<String, u32>` takes 60. (Tens of millions of items are common.)
 /// Finding a short name reads one slot, which is the only cache miss.
@@ -29,8 +32,14 @@ struct Slot {
     key: Key,
 }
 
+impl Default for Slot {
+    fn default() -> Slot {
+        Slot { id: FREE, key: Key::default() }
+    }
+}
+
 /// The length and the bytes of a short name, or a mark and the hash of a longer one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 struct Key([u8; SHORT + 1]);
 
 impl Key {
@@ -71,11 +80,36 @@ impl Names {
 
     /// The id of a name; a new name gets the next id.
     pub(super) fn intern(&mut self, name: &str) -> Result<u32, DataError> {
-        // At most 70 % full, so that probes stay short.
-        if 7 * self.slots.len() < 10 * (self.len() + 1) {
-            self.grow()?;
+        let mut id = [0];
+        self.intern_all(&[name], &mut id)?;
+        Ok(id[0])
+    }
+
+    /// The ids of names; each new name gets the next id. The slots of several names are read
+    /// together: most are cache misses, whose waits then overlap.
+    pub(super) fn intern_all(&mut self, names: &[&str], ids: &mut [u32]) -> Result<(), DataError> {
+        for (names, ids) in names.chunks(GROUP).zip(ids.chunks_mut(GROUP)) {
+            self.make_room(names.len())?;
+            let mut places = [(0, Key::default()); GROUP];
+            for (place, name) in places.iter_mut().zip(names) {
+                *place = self.place(name);
+            }
+            let mut found = [Slot::default(); GROUP];
+            for (found, (slot, _)) in found.iter_mut().zip(&places[..names.len()]) {
+                *found = self.slots[*slot];
+            }
+            for ((id, name), (found, (slot, key))) in ids.iter_mut().zip(names).zip(found.iter().zip(places))
+            {
+                let known = found.id != FREE && found.key == key && key.is_whole();
+                *id = if known { found.id } else { self.intern_from(slot, name, key)? };
+            }
         }
-        let (slot, key) = self.slot(name);
+        Ok(())
+    }
+
+    /// The id of a name whose search begins at `slot`.
+    fn intern_from(&mut self, slot: usize, name: &str, key: Key) -> Result<u32, DataError> {
+        let slot = self.find(slot, name, key);
         if self.slots[slot].id != FREE {
             return Ok(self.slots[slot].id);
         }
@@ -108,30 +142,39 @@ impl Names {
         *self = kept;
     }
 
-    /// The slot that holds the name, or the free slot for it; and the key of the name.
-    fn slot(&self, name: &str) -> (usize, Key) {
-        let mask = self.slots.len() - 1;
+    /// The slot at which the search for a name begins, and its key.
+    fn place(&self, name: &str) -> (usize, Key) {
         let hash = self.hasher.hash_one(name);
-        let key = Key::new(name, hash);
-        let mut slot = hash as usize & mask;
+        (hash as usize & (self.slots.len() - 1), Key::new(name, hash))
+    }
+
+    /// The slot that holds the name, or the free slot for it.
+    fn find(&self, mut slot: usize, name: &str, key: Key) -> usize {
+        let mask = self.slots.len() - 1;
         loop {
             let found = self.slots[slot];
             let equal = found.key == key && (key.is_whole() || self.get(found.id) == name);
             if found.id == FREE || equal {
-                return (slot, key);
+                return slot;
             }
             slot = (slot + 1) & mask;
         }
     }
 
-    fn grow(&mut self) -> Result<(), DataError> {
-        let count = (2 * (self.len() + 1)).next_power_of_two().max(64);
+    /// Makes room for `more` names: at most 70 % of the slots are taken, so that searches are short.
+    fn make_room(&mut self, more: usize) -> Result<(), DataError> {
+        if 7 * self.slots.len() >= 10 * (self.len() + more) {
+            return Ok(());
+        }
+        let count = (2 * (self.len() + more)).next_power_of_two().max(64);
         self.slots = Vec::new();
         fallible(|| self.slots.try_reserve_exact(count))
             .map_err(|_| DataError::Memory { what: self.what, bytes: size_of::<Slot>() * count })?;
-        self.slots.resize(count, Slot { id: FREE, key: Key([0; SHORT + 1]) });
+        self.slots.resize(count, Slot::default());
         for id in 0..self.len() as u32 {
-            let (slot, key) = self.slot(self.get(id));
+            let name = self.get(id);
+            let (slot, key) = self.place(name);
+            let slot = self.find(slot, name, key);
             self.slots[slot] = Slot { id, key };
         }
         Ok(())

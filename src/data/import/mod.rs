@@ -1,8 +1,8 @@
 //! Imports interaction logs in the formats of public data sets.
 //!
 //! The module of a format finds, from the first lines of a log, its columns and its rule for liked
-//! events. `rows` then reads the rows of all formats alike. Rows are streamed: users and items are
-//! numbered in order of appearance, and events are sorted by user and time on disk.
+//! events. `rows` then reads the rows of all formats alike. Rows are streamed to `number`: users and
+//! items are numbered in order of appearance, and events are sorted by user and time on disk.
 
 mod amazon;
 #[cfg(feature = "parquet")]
@@ -18,21 +18,22 @@ mod label;
 mod layout;
 mod lines;
 mod movielens;
+mod number;
 mod rows;
 mod source;
 mod time;
 
 use super::assemble::{Workplace, assemble};
 use super::candidates::CandidateOptions;
-use super::external_sort::{ExternalSorter, RecordWriter};
+use super::external_sort::RecordWriter;
 use super::k_core::{self, RepeatFilter};
 use super::log::Event;
-use super::names::Names;
 use super::{
     Candidates, CountedRecords, DataError, KCore, Made, Protocol, Repeats, Source, Split, Weighting,
 };
 use crate::replacement::{Replacement, folder_of, replaced};
 use layout::Schema;
+use number::Numbered;
 use rows::Rows;
 use std::path::{Path, PathBuf};
 use time::RawTime;
@@ -141,7 +142,7 @@ pub struct ImportOptions {
     pub skip_bad_rows: u64,
     /// Folder of temporary files; `None`: the folder of the output.
     pub temporary: Option<PathBuf>,
-    /// Bytes of events sorted in memory at a time.
+    /// Bytes of events sorted in memory at a time; the sort takes as many again.
     pub sort_memory: usize,
 }
 
@@ -233,26 +234,19 @@ impl Progress for () {}
 
 /// Imports logs into a data set file.
 ///
-/// Memory: one entry per user and item, one history, and [`ImportOptions::sort_memory`]. Only the
-/// temporary files grow with the number of rows (24 bytes per row, up to three times).
+/// Memory: one entry per user and item, one history, and twice [`ImportOptions::sort_memory`]. Only
+/// the temporary files grow with the number of rows (24 bytes per row, up to three times).
+///
+/// `progress` is called on the calling thread.
 pub fn import(options: &ImportOptions, progress: &dyn Progress) -> Result<Made, DataError> {
     check(options)?;
     // An output that cannot be written is reported before the logs are read.
     drop(Replacement::new(&options.output).map_err(DataError::write(&options.output))?);
     let folder = options.temporary.as_deref().unwrap_or(folder_of(&options.output));
-    let mut users = Names::new("users");
-    let mut items = Names::new("items");
-    let mut sorter = ExternalSorter::new(folder, options.sort_memory);
     let mut rows = Rows::new(options, progress);
-    let mut liked = 0u64;
-    for input in &options.inputs {
-        rows.read(input, &mut |row| {
-            let (user, item) = (users.intern(row.user)?, items.intern(row.item)?);
-            let RawTime { whole: time, billionths: fraction } = row.time;
-            liked += u64::from(row.liked);
-            sorter.push(Event { time, fraction, user, item, feedback: row.liked.into() })
-        })?;
-    }
+    let mut numbered = Numbered::new(folder, options.sort_memory);
+    numbered.take_all(&mut |each| options.inputs.iter().try_for_each(|input| rows.read(input, each)))?;
+    let Numbered { users, items, events: sorter, liked } = numbered;
     rows.check_others()?;
     let unit = rows.clock.decide()?;
     let read = users.len() > 0;

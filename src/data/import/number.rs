@@ -1,0 +1,191 @@
+//! Numbers the users and items of rows and sorts their events: on a second thread, beside the
+//! reading of the rows.
+
+use super::DataError;
+use super::rows::{Each, Row};
+use super::time::RawTime;
+use crate::data::external_sort::ExternalSorter;
+use crate::data::log::Event;
+use crate::data::names::Names;
+use std::path::Path;
+use std::sync::mpsc::{channel, sync_channel};
+use std::thread::{Builder, ScopedJoinHandle, scope};
+
+/// Batches that the reader may be ahead.
+const AHEAD: usize = 32;
+
+/// The users, items and events of the rows so far.
+pub(super) struct Numbered {
+    pub users: Names,
+    pub items: Names,
+    /// Events in the order of the log, with times in its unit.
+    pub events: ExternalSorter<Event>,
+    /// Number of liked events.
+    pub liked: u64,
+}
+
+impl Numbered {
+    pub(super) fn new(folder: &Path, sort_memory: usize) -> Numbered {
+        Numbered {
+            users: Names::new("users"),
+            items: Names::new("items"),
+            events: ExternalSorter::new(folder, sort_memory),
+            liked: 0,
+        }
+    }
+
+    /// Takes all rows that `read` finds, in their order.
+    pub(super) fn take_all(
+        &mut self,
+        read: &mut dyn FnMut(Each) -> Result<(), DataError>,
+    ) -> Result<(), DataError> {
+        if let Some(result) = self.take_on_second_thread(read) {
+            return result;
+        }
+        let mut batch = RowBatch::default();
+        read(&mut |row| match batch.push(&row) {
+            true => self.take(&mut batch),
+            false => Ok(()),
+        })?;
+        self.take(&mut batch)
+    }
+
+    /// `None` if the system refuses a second thread; nothing is read then.
+    fn take_on_second_thread(
+        &mut self,
+        read: &mut dyn FnMut(Each) -> Result<(), DataError>,
+    ) -> Option<Result<(), DataError>> {
+        scope(|scope| {
+            let (filled, batches) = sync_channel::<RowBatch>(AHEAD);
+            let (emptied, reuse) = channel();
+            let take = move || {
+                for mut batch in batches {
+                    self.take(&mut batch)?;
+                    // The reader may have finished.
+                    let _ = emptied.send(batch);
+                }
+                Ok(())
+            };
+            let mut second = Some(Builder::new().spawn_scoped(scope, take).ok()?);
+            let mut send = |batch| match filled.send(batch) {
+                Ok(()) => Ok(()),
+                // Only an error ends the second thread before the channel is closed.
+                Err(_) => second.take().map_or(Ok(()), join),
+            };
+            let mut batch = RowBatch::default();
+            let mut result = read(&mut |row| match batch.push(&row) {
+                true => send(std::mem::replace(&mut batch, reuse.try_recv().unwrap_or_default())),
+                false => Ok(()),
+            });
+            if result.is_ok() {
+                result = send(batch);
+            }
+            drop(filled);
+            Some(result.and(second.map_or(Ok(()), join)))
+        })
+    }
+
+    /// Takes the rows of a batch, and empties it.
+    fn take(&mut self, batch: &mut RowBatch) -> Result<(), DataError> {
+        let (mut user, mut item) = (vec![0; batch.rows.len()], vec![0; batch.rows.len()]);
+        let (users, items) = batch.names();
+        self.users.intern_all(&users, &mut user)?;
+        self.items.intern_all(&items, &mut item)?;
+        for (row, (user, item)) in batch.rows.drain(..).zip(user.into_iter().zip(item)) {
+            let RawTime { whole: time, billionths: fraction } = row.time;
+            self.liked += u64::from(row.liked);
+            self.events.push(Event { time, fraction, user, item, feedback: row.liked.into() })?;
+        }
+        batch.text.clear();
+        Ok(())
+    }
+}
+
+/// The result of the thread; its panic goes on in this one.
+fn join(thread: ScopedJoinHandle<Result<(), DataError>>) -> Result<(), DataError> {
+    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+/// Rows that are handed over together.
+#[derive(Default)]
+struct RowBatch {
+    /// The user and the item of each row, end to end.
+    text: String,
+    rows: Vec<BatchRow>,
+}
+
+struct BatchRow {
+    /// Ends in the text.
+    user: usize,
+    item: usize,
+    time: RawTime,
+    liked: bool,
+}
+
+impl RowBatch {
+    /// Rows of a full batch: they should stay in the second-level cache.
+    const FULL: usize = 2048;
+
+    /// Adds a row. Returns whether the batch is full.
+    fn push(&mut self, row: &Row) -> bool {
+        self.text.push_str(row.user);
+        let user = self.text.len();
+        self.text.push_str(row.item);
+        self.rows.push(BatchRow { user, item: self.text.len(), time: row.time, liked: row.liked });
+        self.rows.len() >= Self::FULL
+    }
+
+    /// The users and the items of the rows.
+    fn names(&self) -> (Vec<&str>, Vec<&str>) {
+        let mut from = 0;
+        self.rows
+            .iter()
+            .map(|row| {
+                let names = (&self.text[from..row.user], &self.text[row.user..row.item]);
+                from = row.item;
+                names
+            })
+            .unzip()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(user: &str) -> Row<'_> {
+        Row { user, item: "item", time: RawTime { whole: 1, billionths: 0 }, liked: true }
+    }
+
+    /// Reads `count` rows of different users.
+    fn read(numbered: &mut Numbered, count: usize) -> Result<(), DataError> {
+        numbered.take_all(&mut |each| (0..count).try_for_each(|user| each(row(&user.to_string()))))
+    }
+
+    #[test]
+    fn rows_of_all_batches_are_taken_in_order() {
+        for count in [0, 1, RowBatch::FULL, 3 * RowBatch::FULL + 1] {
+            let folder = tempfile::tempdir().unwrap();
+            let mut numbered = Numbered::new(folder.path(), 1 << 20);
+            read(&mut numbered, count).unwrap();
+            assert_eq!((numbered.users.len(), numbered.liked), (count, count as u64));
+            assert!((0..count).all(|user| numbered.users.get(user as u32) == user.to_string()));
+        }
+    }
+
+    #[test]
+    fn an_error_of_either_thread_ends_both() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut numbered = Numbered::new(folder.path(), 1 << 20);
+        let error = numbered.take_all(&mut |each| {
+            each(row("a"))?;
+            Err(DataError::TooMany { what: "rows", limit: 1 })
+        });
+        assert!(matches!(error, Err(DataError::TooMany { what: "rows", .. })), "{error:?}");
+
+        // No folder for temporary files: the first run of the sort cannot be written.
+        let mut numbered = Numbered::new(&folder.path().join("missing"), 1 << 10);
+        let error = read(&mut numbered, 10_000 * RowBatch::FULL);
+        assert!(matches!(error, Err(DataError::Write { .. })), "{error:?}");
+    }
+}

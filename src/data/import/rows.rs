@@ -410,7 +410,7 @@ fn id<'r>(cell: &'r Cell, buffer: &'r mut String) -> Result<&'r str, &'static st
     };
     match text {
         "" => Err("empty"),
-        text if text.contains(['\n', '\r']) => Err("a line end within an id"),
+        text if text.bytes().any(|byte| matches!(byte, b'\n' | b'\r')) => Err("a line end within an id"),
         text => Ok(text),
     }
 }

@@ -23,8 +23,9 @@ fn main() {
         });
         // Not the folder's own path: it would be wrong after a move of the checkout, which does not
         // run this script again.
-        let text =
-            |name: &str| format!("include_str!(concat!(env!(\"CARGO_MANIFEST_DIR\"), \"/kernels/{name}\"))");
+        let text = |name: &str| {
+            format!("include_str!(concat!(env!(\"CARGO_MANIFEST_DIR\"), {:?}))", format!("/kernels/{name}"))
+        };
         writeln!(
             code,
             "    Source {{ name: {name:?}, hash: {hash:#018x}, text: {}, headers: &[",

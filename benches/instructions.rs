@@ -1,9 +1,10 @@
 //! Small fixed jobs whose instructions `.ci/instructions` counts under callgrind. Run alone, it
 //! prints their names.
 //!
-//! Counts depend on the program, not on the load of the machine. Everything runs on one thread.
-//! `.ci/instructions` tells callgrind to count inside of [`measured`] only and to write a total at
-//! each of its returns, so every job is one call of it, after a first run that fills buffers.
+//! Counts depend on the program, not on the load of the machine. Everything runs on one thread,
+//! except the import, which has two. `.ci/instructions` tells callgrind to count inside of
+//! [`measured`] only and to write a total at each of its returns, so every job is one call of it,
+//! after a first run that fills buffers.
 
 use dfar::attention::FhaOptions;
 use dfar::batch::{Batch, Feedback};

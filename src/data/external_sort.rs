@@ -5,7 +5,6 @@
 use super::DataError;
 use crate::memory::fallible;
 use bytemuck::Pod;
-use rayon::slice::ParallelSliceMut;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
@@ -169,7 +168,7 @@ impl<R: Record> ExternalSorter<R> {
     /// Calls `each` with every record in order.
     pub(super) fn drain(mut self, mut each: impl FnMut(R) -> Result<(), DataError>) -> Result<(), DataError> {
         if self.runs.is_empty() {
-            self.buffer.par_sort_by_key(R::key);
+            self.buffer.sort_by_key(R::key);
             return self.buffer.into_iter().try_for_each(each);
         }
         self.spill()?;
@@ -179,7 +178,7 @@ impl<R: Record> ExternalSorter<R> {
     }
 
     fn spill(&mut self) -> Result<(), DataError> {
-        self.buffer.par_sort_by_key(R::key);
+        self.buffer.sort_by_key(R::key);
         // Written to disk at once: small runs kept in memory would add up.
         let mut run = RecordWriter::spooled(&self.folder, 0);
         run.extend(&self.buffer)?;

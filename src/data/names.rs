@@ -10,7 +10,7 @@ const FREE: u32 = u32::MAX;
 /// Longest name that its slot holds.
 const SHORT: usize = 11;
 
-/// Names whose slots are read together.
+/// Number of names whose slots are read together.
 const GROUP: usize = 32;
 
 /// Distinct names, end to end in one buffer, found through a hash table: 23 to 46 bytes plus the

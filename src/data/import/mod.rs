@@ -142,7 +142,7 @@ pub struct ImportOptions {
     pub skip_bad_rows: u64,
     /// Folder of temporary files; `None`: the folder of the output.
     pub temporary: Option<PathBuf>,
-    /// Bytes of events sorted in memory at a time; the sort takes as many again.
+    /// Bytes of events sorted in memory at a time; the sort takes half as many again.
     pub sort_memory: usize,
 }
 
@@ -234,8 +234,9 @@ impl Progress for () {}
 
 /// Imports logs into a data set file.
 ///
-/// Memory: one entry per user and item, one history, and twice [`ImportOptions::sort_memory`]. Only
-/// the temporary files grow with the number of rows (24 bytes per row, up to three times).
+/// Memory: one entry per user and item, one history, and one and a half times
+/// [`ImportOptions::sort_memory`]. Only the temporary files grow with the number of rows (24 bytes
+/// per row, up to three times).
 ///
 /// `progress` is called on the calling thread.
 pub fn import(options: &ImportOptions, progress: &dyn Progress) -> Result<Made, DataError> {

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::sync::mpsc::{channel, sync_channel};
 use std::thread::{Builder, ScopedJoinHandle, scope};
 
-/// Batches that the reader may be ahead.
+/// Number of batches that the reader may be ahead.
 const AHEAD: usize = 32;
 
 /// The users, items and events of the rows so far.
@@ -39,9 +39,13 @@ impl Numbered {
         &mut self,
         read: &mut dyn FnMut(Each) -> Result<(), DataError>,
     ) -> Result<(), DataError> {
-        if let Some(result) = self.take_on_second_thread(read) {
-            return result;
+        match self.take_on_second_thread(read) {
+            Some(result) => result,
+            None => self.take_here(read),
         }
+    }
+
+    fn take_here(&mut self, read: &mut dyn FnMut(Each) -> Result<(), DataError>) -> Result<(), DataError> {
         let mut batch = RowBatch::default();
         read(&mut |row| match batch.push(&row) {
             true => self.take(&mut batch),
@@ -81,7 +85,8 @@ impl Numbered {
                 result = send(batch);
             }
             drop(filled);
-            Some(result.and(second.map_or(Ok(()), join)))
+            // An error of the second thread is of an earlier row.
+            Some(second.map_or(Ok(()), join).and(result))
         })
     }
 
@@ -96,7 +101,9 @@ impl Numbered {
             self.liked += u64::from(row.liked);
             self.events.push(Event { time, fraction, user, item, feedback: row.liked.into() })?;
         }
+        // Long names leave no large buffer behind.
         batch.text.clear();
+        batch.text.shrink_to(2 * RowBatch::FULL_BYTES);
         Ok(())
     }
 }
@@ -125,6 +132,8 @@ struct BatchRow {
 impl RowBatch {
     /// Rows of a full batch: they should stay in the second-level cache.
     const FULL: usize = 2048;
+    /// Bytes of names that fill a batch, however few its rows: batches ahead are held in memory.
+    const FULL_BYTES: usize = 128 << 10;
 
     /// Adds a row. Returns whether the batch is full.
     fn push(&mut self, row: &Row) -> bool {
@@ -132,7 +141,7 @@ impl RowBatch {
         let user = self.text.len();
         self.text.push_str(row.item);
         self.rows.push(BatchRow { user, item: self.text.len(), time: row.time, liked: row.liked });
-        self.rows.len() >= Self::FULL
+        self.rows.len() >= Self::FULL || self.text.len() >= Self::FULL_BYTES
     }
 
     /// The users and the items of the rows.
@@ -157,35 +166,52 @@ mod tests {
         Row { user, item: "item", time: RawTime { whole: 1, billionths: 0 }, liked: true }
     }
 
-    /// Reads `count` rows of different users.
-    fn read(numbered: &mut Numbered, count: usize) -> Result<(), DataError> {
-        numbered.take_all(&mut |each| (0..count).try_for_each(|user| each(row(&user.to_string()))))
+    /// Finds `count` rows of different users, then fails if `fails`.
+    fn find(count: usize, fails: bool) -> impl FnMut(Each) -> Result<(), DataError> {
+        move |each| {
+            (0..count).try_for_each(|user| each(row(&user.to_string())))?;
+            if fails { Err(DataError::TooMany { what: "rows", limit: count as u64 }) } else { Ok(()) }
+        }
     }
 
     #[test]
     fn rows_of_all_batches_are_taken_in_order() {
         for count in [0, 1, RowBatch::FULL, 3 * RowBatch::FULL + 1] {
-            let folder = tempfile::tempdir().unwrap();
-            let mut numbered = Numbered::new(folder.path(), 1 << 20);
-            read(&mut numbered, count).unwrap();
-            assert_eq!((numbered.users.len(), numbered.liked), (count, count as u64));
-            assert!((0..count).all(|user| numbered.users.get(user as u32) == user.to_string()));
+            for second in [false, true] {
+                let folder = tempfile::tempdir().unwrap();
+                let mut numbered = Numbered::new(folder.path(), 1 << 20);
+                let mut find = find(count, false);
+                match second {
+                    true => numbered.take_on_second_thread(&mut find).expect("a second thread"),
+                    false => numbered.take_here(&mut find),
+                }
+                .unwrap();
+                assert_eq!((numbered.users.len(), numbered.liked), (count, count as u64));
+                assert!((0..count).all(|user| numbered.users.get(user as u32) == user.to_string()));
+            }
         }
     }
 
     #[test]
-    fn an_error_of_either_thread_ends_both() {
+    fn long_names_fill_a_batch_early() {
+        let long = "x".repeat(1 << 14);
+        let mut batch = RowBatch::default();
+        let rows = (1..).find(|_| batch.push(&row(&long)));
+        assert_eq!(rows, Some(RowBatch::FULL_BYTES >> 14));
+    }
+
+    #[test]
+    fn the_error_of_the_earliest_row_ends_both_threads() {
         let folder = tempfile::tempdir().unwrap();
         let mut numbered = Numbered::new(folder.path(), 1 << 20);
-        let error = numbered.take_all(&mut |each| {
-            each(row("a"))?;
-            Err(DataError::TooMany { what: "rows", limit: 1 })
-        });
+        let error = numbered.take_all(&mut find(1, true));
         assert!(matches!(error, Err(DataError::TooMany { what: "rows", .. })), "{error:?}");
 
         // No folder for temporary files: the first run of the sort cannot be written.
-        let mut numbered = Numbered::new(&folder.path().join("missing"), 1 << 10);
-        let error = read(&mut numbered, 10_000 * RowBatch::FULL);
-        assert!(matches!(error, Err(DataError::Write { .. })), "{error:?}");
+        for (count, fails) in [(10_000 * RowBatch::FULL, false), (2 * RowBatch::FULL, true)] {
+            let mut numbered = Numbered::new(&folder.path().join("missing"), 1 << 10);
+            let error = numbered.take_all(&mut find(count, fails));
+            assert!(matches!(error, Err(DataError::Write { .. })), "{error:?}");
+        }
     }
 }

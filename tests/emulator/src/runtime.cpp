@@ -127,7 +127,7 @@ struct Device {
     unsigned block_time = 0;
     bool vote = false, voted = false;  // of the next barrier; of the last barrier
     std::vector<Touch> writes, reads;
-    Touch now;  // of the running fibre
+    Touch now;  // an access of the running fibre
     bool failed = false;
     char message[512];
 
@@ -204,8 +204,8 @@ static void touch(Device& d, size_t offset, size_t bytes, Access kind) {
     }
 }
 
-// Judges an access in few instructions, as nearly all are valid: whether it is valid for certain. If
-// not, nothing has changed, and `judge` examines each byte.
+// A quick check, which nearly all accesses pass. True: the access is valid. False: nothing has
+// changed, and `judge` examines each byte.
 template <size_t bytes, Access kind> static bool is_plainly_valid(Device& d, const void* at, Touch now) {
     const size_t offset = static_cast<const unsigned char*>(at) - d.memory;
     if (offset >= ARENA) return reinterpret_cast<uintptr_t>(at) >= GAP;  // stack or constant
@@ -374,6 +374,7 @@ static bool run_warp(Device& d, int first) {
         }
         if (one.wait != Wait::warp) return true;
         d.running = &d.fibres[first];
+        d.now = touch_now(d, *d.running);
         if (one.run) {
             void* arguments[32];
             for (int i = 0; i < 32; ++i) arguments[i] = d.fibres[first + i].argument;

@@ -267,11 +267,13 @@ pub struct BadRow {
 }
 
 impl DataError {
-    /// Exit code of the binaries: 3 for bad input, 1 if only writing failed or memory is refused.
+    /// Exit code of the binaries: 2 for an invalid option, 3 for bad input, 1 if only writing failed
+    /// or memory is refused.
     pub fn exit_code(&self) -> u8 {
         match self {
             DataError::Read { source, .. } if source.kind() == ErrorKind::OutOfMemory => 1,
             DataError::Write { .. } | DataError::Memory { .. } => 1,
+            DataError::InvalidOption { .. } => 2,
             _ => 3,
         }
     }

@@ -192,11 +192,19 @@ mod tests {
         fn numbers_by_first_appearance(words in prop::collection::vec("[ab]{0,6}|[ab]{10,13}|\u{0}{0,12}|é{4,7}", 0..300)) {
             let mut names = Names::new("users");
             let mut model = HashMap::new();
+            let mut ids = Vec::new();
             for word in &words {
                 let next = model.len() as u32;
-                let expected = *model.entry(word.clone()).or_insert(next);
-                prop_assert_eq!(names.intern(word).unwrap(), expected);
+                ids.push(*model.entry(word.clone()).or_insert(next));
+                prop_assert_eq!(names.intern(word).unwrap(), ids[ids.len() - 1]);
             }
+            let (mut together, mut found) = (Names::new("users"), vec![0; ids.len()]);
+            let words: Vec<&str> = words.iter().map(String::as_str).collect();
+            together.intern_all(&words, &mut found).unwrap();
+            prop_assert_eq!(&found, &ids);
+            // Once more, when all are known.
+            together.intern_all(&words, &mut found).unwrap();
+            prop_assert_eq!((found, together.len()), (ids, model.len()));
             prop_assert_eq!(names.len(), model.len());
             for (word, id) in model {
                 prop_assert_eq!(names.get(id), word);

@@ -3,7 +3,47 @@
 mod bench_attention;
 mod bench_train;
 mod data;
+mod kill;
 mod manual;
 mod score;
 mod train;
 mod verify;
+
+use dfar::data::synthetic::{self, SyntheticOptions};
+use std::path::Path;
+use std::process::Command;
+
+/// `dfar-train` in `dir`, on one thread.
+fn dfar_train(dir: &Path, args: &[&str]) -> Command {
+    command(env!("CARGO_BIN_EXE_dfar-train"), dir, args)
+}
+
+/// A program in `dir`, on one thread.
+fn command(program: &str, dir: &Path, args: &[&str]) -> Command {
+    let mut command = Command::new(program);
+    command.current_dir(dir).args(args).env("RAYON_NUM_THREADS", "1");
+    command
+}
+
+/// Writes a small synthetic set to `x.dfar` in `dir`: users 0 to 39, items 0 to 39.
+fn write_set(dir: &Path) {
+    let options =
+        SyntheticOptions { users: 40, items: 40, events_per_user: 15.0, ..SyntheticOptions::default() };
+    synthetic::write(&options, dir.join("x.dfar")).unwrap();
+}
+
+/// Trains on `x.dfar` for one epoch; the run is `run`.
+const SHORT_RUN: [&str; 12] = [
+    "--data",
+    "x.dfar",
+    "--out",
+    "run",
+    "--width",
+    "8",
+    "--max-length",
+    "10",
+    "--epochs",
+    "1",
+    "--negatives",
+    "3",
+];

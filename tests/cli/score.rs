@@ -1,18 +1,15 @@
 //! `dfar-train score` on the command line.
 
-use dfar::data::synthetic::{self, SyntheticOptions};
+use crate::{SHORT_RUN, command, write_set};
 use dfar::data::{Dataset, Part};
 use dfar::evaluate;
 use serde_json::Value;
 use std::io::Write;
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Output, Stdio};
 
 fn dfar(dir: &Path, program: &str, args: &[&str], stdin: &str) -> Output {
-    let mut child = Command::new(program)
-        .current_dir(dir)
-        .args(args)
-        .env("RAYON_NUM_THREADS", "1")
+    let mut child = command(program, dir, args)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -37,28 +34,11 @@ struct Fixture {
     dir: tempfile::TempDir,
 }
 
-const TRAIN: [&str; 12] = [
-    "--data",
-    "x.dfar",
-    "--out",
-    "run",
-    "--width",
-    "8",
-    "--max-length",
-    "10",
-    "--epochs",
-    "1",
-    "--negatives",
-    "3",
-];
-
 impl Fixture {
-    /// A run on a synthetic set: users 0 to 39, items 0 to 39.
+    /// A run on the small synthetic set.
     fn synthetic() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let options =
-            SyntheticOptions { users: 40, items: 40, events_per_user: 15.0, ..SyntheticOptions::default() };
-        synthetic::write(&options, dir.path().join("x.dfar")).unwrap();
+        write_set(dir.path());
         Self::trained(dir)
     }
 
@@ -100,7 +80,7 @@ impl Fixture {
     }
 
     fn trained(dir: tempfile::TempDir) -> Self {
-        success(dfar(dir.path(), env!("CARGO_BIN_EXE_dfar-train"), &TRAIN, ""));
+        success(dfar(dir.path(), env!("CARGO_BIN_EXE_dfar-train"), &SHORT_RUN, ""));
         Self { dir }
     }
 

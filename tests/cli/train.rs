@@ -1,6 +1,6 @@
 //! `dfar-train` on the command line.
 
-use dfar::data::synthetic::{self, SyntheticOptions};
+use crate::write_set;
 use dfar::train::checkpoint::{Checkpoint, ModelFile};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
@@ -8,14 +8,8 @@ use std::time::{Duration, Instant};
 
 const SMALL: [&str; 8] = ["--width", "8", "--max-length", "10", "--batch-tokens", "150", "--epochs", "2"];
 
-fn command(dir: &Path, args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_dfar-train"));
-    command.current_dir(dir).args(args).env("RAYON_NUM_THREADS", "1");
-    command
-}
-
 fn dfar_train(dir: &Path, args: &[&str]) -> Output {
-    command(dir, args).output().unwrap()
+    crate::dfar_train(dir, args).output().unwrap()
 }
 
 fn code(output: &Output) -> i32 {
@@ -32,9 +26,7 @@ fn stderr(output: &Output) -> String {
 
 fn folder() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
-    let options =
-        SyntheticOptions { users: 40, items: 40, events_per_user: 15.0, ..SyntheticOptions::default() };
-    synthetic::write(&options, dir.path().join("x.dfar")).unwrap();
+    write_set(dir.path());
     dir
 }
 
@@ -104,7 +96,7 @@ fn a_device_is_chosen_and_a_missing_one_reported() {
     let run = |more: &[&str]| dfar_train(dir.path(), &[&small[..], more].concat());
     // Without AVX-512 there is no bf16.
     let bf16 = [&small[..], &["--device", "cpu", "--precision", "bf16"]].concat();
-    let refused = command(dir.path(), &bf16).env("DFAR_SIMD", "portable").output().unwrap();
+    let refused = crate::dfar_train(dir.path(), &bf16).env("DFAR_SIMD", "portable").output().unwrap();
     assert_eq!(code(&refused), 2);
     for words in ["--precision: products in bf16 on the CPU need AVX512-BF16", "use --precision f32"] {
         assert!(stderr(&refused).contains(words), "{}", stderr(&refused));
@@ -146,7 +138,7 @@ fn a_run_in_bf16_resumes_in_bf16_and_is_evaluated_in_f32_where_bf16_is_missing()
     assert!(model("parts") == model("whole") && model("f32") != model("whole"));
 
     let evaluate = |run: &str, simd: Option<&str>| {
-        let mut command = command(dir.path(), &["evaluate", "--run", run, "--json"]);
+        let mut command = crate::dfar_train(dir.path(), &["evaluate", "--run", run, "--json"]);
         let output = command.envs(simd.map(|simd| ("DFAR_SIMD", simd))).output().unwrap();
         assert_eq!(code(&output), 0, "{}", stderr(&output));
         let report: serde_json::Value = serde_json::from_str(&stdout(&output)).unwrap();
@@ -321,7 +313,8 @@ const ENDLESS: [&str; 6] = ["--data", "x.dfar", "--out", "run", "--patience", "0
 fn an_interrupt_saves_and_names_the_command_to_resume() {
     let dir = folder();
     let args = [&ENDLESS[..], &SMALL[..6], &["--epochs", "100000"]].concat();
-    let child = command(dir.path(), &args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let child =
+        crate::dfar_train(dir.path(), &args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     wait_for(&dir.path().join("run"), "\"epoch\":2");
     let killed = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
     assert!(killed.success());
@@ -348,7 +341,7 @@ fn a_killed_run_can_be_loaded_and_ends_the_same() {
     for round in 0..5u64 {
         let args = if resume.is_empty() { &args } else { &resume };
         let mut child =
-            command(dir.path(), args).stderr(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+            crate::dfar_train(dir.path(), args).stderr(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
         let start = Instant::now();
         while !run.join("checkpoint.safetensors").exists() && start.elapsed() < Duration::from_secs(60) {
             std::thread::sleep(Duration::from_millis(1));

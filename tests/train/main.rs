@@ -1,5 +1,4 @@
-//! Training: what is drawn, and runs that are stopped, killed and resumed.
+//! Training: what is drawn, and runs that are stopped and resumed.
 
 mod draw;
-mod kill;
 mod resume;

@@ -1,14 +1,14 @@
 //! `dfar-train` killed (SIGKILL) at random moments: the run can always be continued, ends with the
 //! same bytes, and leaves only the documented files.
 //!
-//! `DFAR_KILL_CHAINS=500 cargo test --test train kill` kills for longer.
+//! `DFAR_KILL_CHAINS=500 cargo test --test cli kill::` kills for longer.
 #![cfg(unix)]
 
-use dfar::data::synthetic::{self, SyntheticOptions};
+use crate::{SHORT_RUN, dfar_train, write_set};
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Output, Stdio};
 use std::time::{Duration, Instant};
 
 /// Number of kills of a run before it may finish.
@@ -17,14 +17,8 @@ const KILLS: usize = 4;
 const RUN_FILES: [&str; 6] =
     ["checkpoint.safetensors", "config.toml", "curves.svg", "log.jsonl", "metrics.json", "model.safetensors"];
 
-fn command(dir: &Path, args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_dfar-train"));
-    command.current_dir(dir).args(args).env("RAYON_NUM_THREADS", "1");
-    command
-}
-
 fn run(dir: &Path, args: &[&str]) -> Output {
-    command(dir, args).output().unwrap()
+    dfar_train(dir, args).output().unwrap()
 }
 
 #[track_caller]
@@ -37,7 +31,7 @@ fn succeeds(dir: &Path, args: &[&str]) -> Output {
 
 /// Starts the command, and kills it after `delay` unless it has finished.
 fn killed(dir: &Path, args: &[&str], delay: Duration) {
-    let mut child = command(dir, args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let mut child = dfar_train(dir, args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     std::thread::sleep(delay);
     child.kill().unwrap();
     let status = child.wait().unwrap();
@@ -105,16 +99,10 @@ fn kill_in_chains(dir: &Path, start: &[&str], chains: usize, expected: &[&str]) 
     }
 }
 
-fn data(dir: &Path) {
-    let options =
-        SyntheticOptions { users: 40, items: 40, events_per_user: 15.0, ..SyntheticOptions::default() };
-    synthetic::write(&options, dir.join("x.dfar")).unwrap();
-}
-
 #[test]
 fn a_run_killed_at_any_moment_continues_and_leaves_no_other_files() {
     let dir = tempfile::tempdir().unwrap();
-    data(dir.path());
+    write_set(dir.path());
     let start = [
         "--data",
         "x.dfar",
@@ -152,26 +140,11 @@ struct Killed {
     run: PathBuf,
 }
 
-const SMALL: [&str; 12] = [
-    "--data",
-    "x.dfar",
-    "--out",
-    "run",
-    "--width",
-    "8",
-    "--max-length",
-    "10",
-    "--epochs",
-    "1",
-    "--negatives",
-    "3",
-];
-
 impl Killed {
     fn new(files: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        data(dir.path());
-        succeeds(dir.path(), &SMALL);
+        write_set(dir.path());
+        succeeds(dir.path(), &SHORT_RUN);
         let run = dir.path().join("run");
         let config = std::fs::read(run.join("config.toml")).unwrap();
         std::fs::remove_dir_all(&run).unwrap();
@@ -197,7 +170,7 @@ fn a_run_killed_during_its_start_can_be_started_again() {
         &[".lock", "config.toml", "log.jsonl", ".checkpoint.safetensors.partial", "synthetic.dfar"],
     ] {
         let killed = Killed::new(files);
-        let output = succeeds(killed.dir.path(), &SMALL);
+        let output = succeeds(killed.dir.path(), &SHORT_RUN);
         assert!(!String::from_utf8_lossy(&output.stderr).contains("resum"));
         assert_eq!(listing(&killed.run), RUN_FILES, "after {files:?}");
     }
@@ -221,8 +194,8 @@ fn a_run_killed_before_its_first_checkpoint_starts_from_the_beginning() {
 #[test]
 fn resuming_removes_its_own_leftovers_only() {
     let dir = tempfile::tempdir().unwrap();
-    data(dir.path());
-    succeeds(dir.path(), &SMALL);
+    write_set(dir.path());
+    succeeds(dir.path(), &SHORT_RUN);
     let run = dir.path().join("run");
     for name in [".checkpoint.safetensors.partial", ".lock"] {
         std::fs::write(run.join(name), "half a fi").unwrap();
@@ -239,7 +212,7 @@ fn resuming_removes_its_own_leftovers_only() {
 #[test]
 fn a_configuration_that_no_run_wrote_is_not_overwritten() {
     let dir = tempfile::tempdir().unwrap();
-    data(dir.path());
+    write_set(dir.path());
     let mine = "# my notes\nwidth = 8\nepochs = 1\n";
     std::fs::create_dir(dir.path().join("run")).unwrap();
     std::fs::write(dir.path().join("run/config.toml"), mine).unwrap();

@@ -3,6 +3,7 @@
 use super::DataError;
 use crate::memory::fallible;
 use std::hash::{BuildHasher, RandomState};
+use std::hint::black_box;
 
 /// Marks a free slot; hence ids go up to `u32::MAX - 1`.
 const FREE: u32 = u32::MAX;
@@ -30,12 +31,6 @@ pub(super) struct Names {
 struct Slot {
     id: u32,
     key: Key,
-}
-
-impl Default for Slot {
-    fn default() -> Slot {
-        Slot { id: FREE, key: Key::default() }
-    }
 }
 
 /// The length and the bytes of a short name, or a mark and the hash of a longer one.
@@ -94,25 +89,23 @@ impl Names {
             for (place, name) in places.iter_mut().zip(names) {
                 *place = self.place(name);
             }
-            let mut found = [Slot::default(); GROUP];
-            for (found, (slot, _)) in found.iter_mut().zip(&places[..names.len()]) {
-                *found = self.slots[*slot];
+            for (slot, _) in &places[..names.len()] {
+                // Only to have the slot in the cache below.
+                black_box(self.slots[*slot].id);
             }
-            for ((id, name), (found, (slot, key))) in ids.iter_mut().zip(names).zip(found.iter().zip(places))
-            {
-                let known = found.id != FREE && found.key == key && key.is_whole();
-                *id = if known { found.id } else { self.intern_from(slot, name, key)? };
+            for ((id, name), (slot, key)) in ids.iter_mut().zip(names).zip(places) {
+                let slot = self.find(slot, name, key);
+                *id = match self.slots[slot].id {
+                    FREE => self.add(slot, name, key)?,
+                    id => id,
+                };
             }
         }
         Ok(())
     }
 
-    /// The id of a name whose search begins at `slot`.
-    fn intern_from(&mut self, slot: usize, name: &str, key: Key) -> Result<u32, DataError> {
-        let slot = self.find(slot, name, key);
-        if self.slots[slot].id != FREE {
-            return Ok(self.slots[slot].id);
-        }
+    /// Adds a new name, whose free slot this is.
+    fn add(&mut self, slot: usize, name: &str, key: Key) -> Result<u32, DataError> {
         let id = self.len() as u32;
         if id == FREE {
             return Err(DataError::TooMany { what: self.what, limit: u64::from(FREE) });
@@ -170,7 +163,7 @@ impl Names {
         self.slots = Vec::new();
         fallible(|| self.slots.try_reserve_exact(count))
             .map_err(|_| DataError::Memory { what: self.what, bytes: size_of::<Slot>() * count })?;
-        self.slots.resize(count, Slot::default());
+        self.slots.resize(count, Slot { id: FREE, key: Key::default() });
         for id in 0..self.len() as u32 {
             let name = self.get(id);
             let (slot, key) = self.place(name);

@@ -42,7 +42,7 @@ test_program() {
 }
 
 if [ "${DFAR_BUILT:-0}" != 1 ]; then
-    step build 900 cargo build --profile "$profile" -p dfar --bins
+    step build 900 cargo build --profile "$profile" -p dfar -p dfar-baselines --bins
 fi
 bench=$programs/dfar-bench
 
@@ -67,6 +67,7 @@ fi
 for precision in f32 bf16 f16; do
     step "verify_$precision" 120 "$bench" verify "$cases" --device cuda --precision "$precision"
 done
+step verify_systems 120 "$programs/dfar-compare" verify baselines/tests/golden --device cuda
 for name in $tests; do
     program=$(test_program "$name")
     if [ -n "$program" ]; then step "$name" 240 "$program"; else skip "$name" "it does not build"; fi

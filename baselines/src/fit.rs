@@ -54,7 +54,7 @@ pub struct Fitted {
 ///
 /// # Errors
 /// No training targets, a non-finite value, and failures of the device.
-pub fn fit<L: Learner + Sync>(
+pub fn fit<L: Learner>(
     learner: &mut L,
     data: &Dataset,
     config: &Config,

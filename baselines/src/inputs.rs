@@ -5,60 +5,91 @@
 //! pairs (a history and a distinct candidate), as in [`Batch`].
 
 use crate::{Indices, Result};
-use dfar::batch::{Batch, BatchError, History, Touched, touched};
+use dfar::batch::{Batch, BatchError, History, Lists, Touched, touched};
 use dfar::device::cpu::Cpu;
-use dfar::device::{Memory, Prefixes, Segments};
+use dfar::device::{Buffer, Device, Prefixes, Segments};
 use dfar::evaluate::EvaluateError;
 use dfar::model::ModelError;
 use dfar::train::TrainError;
 
-/// Rows of an embedding table, and the places of their gradients, as device buffers.
-pub struct TouchedRows {
-    /// `[U]` distinct rows, ascending.
-    pub row: Indices,
-    /// `[U + 1]`
-    pub offsets: Indices,
-    /// Places of the contributions to each row.
-    pub members: Indices,
+/// [`Lists`] as device buffers.
+pub(crate) struct DeviceLists<D: Device = Cpu> {
+    offsets: Indices<D>,
+    members: Indices<D>,
 }
 
-impl TouchedRows {
-    fn new(device: &Cpu, Touched { row, source }: &Touched) -> Result<Self> {
-        Ok(Self {
-            row: device.upload(row)?,
-            offsets: device.upload(&source.offsets)?,
-            members: device.upload(&source.members)?,
-        })
+impl<D: Device> DeviceLists<D> {
+    /// In a staging buffer.
+    ///
+    /// # Errors
+    /// Failures of the device.
+    pub(crate) fn stage(device: &D, staging: &mut D::Staging, lists: &Lists) -> Result<Self> {
+        let Lists { offsets, members } = lists;
+        Ok(Self { offsets: device.stage(staging, offsets)?, members: device.stage(staging, members)? })
     }
 
-    /// The contributions to each row.
-    pub fn segments(&self) -> Segments<&Indices> {
+    /// Number of lists.
+    pub(crate) fn len(&self) -> usize {
+        self.offsets.len() - 1
+    }
+
+    /// As an argument of an operation.
+    pub(crate) fn segments(&self) -> Segments<&Indices<D>> {
         Segments { offsets: &self.offsets, members: &self.members }
     }
 }
 
+/// Rows of an embedding table, and the places of their gradients, as device buffers.
+pub(crate) struct TouchedRows<D: Device = Cpu> {
+    /// `[U]` distinct rows, ascending.
+    pub(crate) row: Indices<D>,
+    /// Places of the contributions to each row.
+    pub(crate) source: DeviceLists<D>,
+}
+
+impl<D: Device> TouchedRows<D> {
+    fn stage(device: &D, staging: &mut D::Staging, Touched { row, source }: &Touched) -> Result<Self> {
+        let row = device.stage(staging, row)?;
+        Ok(Self { row, source: DeviceLists::stage(device, staging, source)? })
+    }
+}
+
 /// A batch and its indices as device buffers, which have the names of the fields of [`Batch`].
-pub struct Inputs {
+pub struct Inputs<D: Device = Cpu> {
     /// The batch.
     pub batch: Batch,
-    pub(crate) item: Indices,
-    pub(crate) position: Indices,
-    pub(crate) label_row: Indices,
-    pub(crate) pair_item: Indices,
+    pub(crate) item: Indices<D>,
+    pub(crate) position: Indices<D>,
+    pub(crate) label_row: Indices<D>,
+    pub(crate) pair_item: Indices<D>,
+    /// `[R]`
+    pub(crate) row_pair: Indices<D>,
+    /// `[R]`
+    pub(crate) row_group: Indices<D>,
+    /// Rows of each pair.
+    pub(crate) pair_rows: DeviceLists<D>,
+    /// Rows of each group.
+    pub(crate) group_rows: DeviceLists<D>,
     /// `[N]` a sampled item for each token, for the auxiliary loss of DIEN; else empty. That of the
     /// first token of a history is not used.
-    pub(crate) negative_item: Indices,
-    pub(crate) cu_seqlens: Indices,
-    pub(crate) group_offsets: Indices,
-    pub(crate) group_length: Indices,
+    pub(crate) negative_item: Indices<D>,
+    pub(crate) cu_seqlens: Indices<D>,
+    pub(crate) group_offsets: Indices<D>,
+    pub(crate) group_length: Indices<D>,
     /// `[G]` ones.
-    pub(crate) ones: Indices,
+    pub(crate) ones: Indices<D>,
     /// Places are tokens, then pairs (`N + c`), then the tokens' negatives (`N + C + n`).
-    pub(crate) touched_item: TouchedRows,
+    pub(crate) touched_item: TouchedRows<D>,
     /// Places are tokens.
-    pub(crate) touched_position: TouchedRows,
+    pub(crate) touched_position: TouchedRows<D>,
     /// Places are tokens.
-    pub(crate) touched_label: TouchedRows,
+    pub(crate) touched_label: TouchedRows<D>,
+}
+
+/// A batch in a staging buffer. Any thread may make it; the thread of the model sends it.
+pub struct StagedInputs<D: Device = Cpu> {
+    inputs: Inputs<D>,
+    staging: D::Staging,
 }
 
 /// What the tables of a model allow.
@@ -70,14 +101,14 @@ pub struct Limits {
     pub positions: Option<usize>,
 }
 
-impl Inputs {
+impl<D: Device> StagedInputs<D> {
     /// Packs histories. `negatives` holds an item for each event of the histories (that of a
     /// history's first event is not used), or nothing.
     ///
     /// # Errors
     /// [`InputError`].
     pub fn new(
-        device: &Cpu,
+        device: &D,
         limits: Limits,
         histories: &[History],
         negatives: &[u32],
@@ -86,7 +117,7 @@ impl Inputs {
         Ok(Self::from_batch(device, limits, batch, negatives)?)
     }
 
-    fn from_batch(device: &Cpu, limits: Limits, batch: Batch, negatives: &[u32]) -> Result<Self> {
+    fn from_batch(device: &D, limits: Limits, batch: Batch, negatives: &[u32]) -> Result<Self> {
         assert!(negatives.is_empty() || negatives.len() == batch.tokens(), "one negative for each event");
         let below = |what, found: Option<&u32>, limit: usize| match found {
             Some(&found) if found as usize >= limit => {
@@ -103,25 +134,45 @@ impl Inputs {
         let mut of_label = Touched { row: vec![0, 1], ..Touched::default() };
         of_label.source.offsets = vec![0, of_0.len() as u32, batch.tokens() as u32];
         of_label.source.members = [of_0, of_1].concat();
-        Ok(Self {
-            item: device.upload(&batch.item)?,
-            position: device.upload(&batch.position)?,
-            label_row: device.upload(&labels)?,
-            pair_item: device.upload(&batch.pair_item)?,
-            negative_item: device.upload(negatives)?,
-            cu_seqlens: device.upload(&batch.cu_seqlens)?,
-            group_offsets: device.upload(&batch.group_offsets)?,
-            group_length: device.upload(&batch.group_length)?,
-            ones: device.upload(&vec![1; batch.groups()])?,
-            touched_item: TouchedRows::new(device, &touched_items(&batch, negatives))?,
-            touched_position: TouchedRows::new(device, &batch.touched_position)?,
-            touched_label: TouchedRows::new(device, &of_label)?,
+        let group_rows =
+            Lists { offsets: batch.row_offsets.clone(), members: (0..batch.rows() as u32).collect() };
+        let mut staging = device.staging()?;
+        let to = &mut staging;
+        let inputs = Inputs {
+            item: device.stage(to, &batch.item)?,
+            position: device.stage(to, &batch.position)?,
+            label_row: device.stage(to, &labels)?,
+            pair_item: device.stage(to, &batch.pair_item)?,
+            row_pair: device.stage(to, &batch.row_pair)?,
+            row_group: device.stage(to, &batch.row_group)?,
+            pair_rows: DeviceLists::stage(device, to, &batch.pair_rows)?,
+            group_rows: DeviceLists::stage(device, to, &group_rows)?,
+            negative_item: device.stage(to, negatives)?,
+            cu_seqlens: device.stage(to, &batch.cu_seqlens)?,
+            group_offsets: device.stage(to, &batch.group_offsets)?,
+            group_length: device.stage(to, &batch.group_length)?,
+            ones: device.stage(to, &vec![1; batch.groups()])?,
+            touched_item: TouchedRows::stage(device, to, &touched_items(&batch, negatives))?,
+            touched_position: TouchedRows::stage(device, to, &batch.touched_position)?,
+            touched_label: TouchedRows::stage(device, to, &of_label)?,
             batch,
-        })
+        };
+        Ok(Self { inputs, staging })
     }
 
+    /// Uploads the batch, for operations called later.
+    ///
+    /// # Errors
+    /// Failures of the device.
+    pub fn send(self, device: &D) -> Result<Inputs<D>> {
+        device.send(self.staging)?;
+        Ok(self.inputs)
+    }
+}
+
+impl<D: Device> Inputs<D> {
     /// The prefix of each group, for means.
-    pub(crate) fn prefixes(&self) -> Prefixes<&Indices> {
+    pub(crate) fn prefixes(&self) -> Prefixes<&Indices<D>> {
         Prefixes {
             cu_seqlens: &self.cu_seqlens,
             group_offsets: &self.group_offsets,
@@ -132,17 +183,17 @@ impl Inputs {
     }
 
     /// The prefix of each group, for sums.
-    pub(crate) fn prefixes_summed(&self) -> Prefixes<&Indices> {
+    pub(crate) fn prefixes_summed(&self) -> Prefixes<&Indices<D>> {
         Prefixes { divisor: &self.ones, ..self.prefixes() }
     }
 
-    /// `[G]` the last token of each group's prefix; `None` for an empty one.
-    pub(crate) fn last_tokens(&self) -> Vec<Option<usize>> {
+    /// `[G]` the last token of each group's prefix; `None` for an empty one. They ascend.
+    pub(crate) fn last_tokens(&self) -> Vec<Option<u32>> {
         let batch = &self.batch;
         let of_history = |(b, bounds): (usize, &[u32])| {
-            let first = batch.cu_seqlens[b] as usize;
+            let first = batch.cu_seqlens[b];
             let lengths = &batch.group_length[bounds[0] as usize..bounds[1] as usize];
-            lengths.iter().map(move |&length| (length as usize).checked_sub(1).map(|last| first + last))
+            lengths.iter().map(move |&length| length.checked_sub(1).map(|last| first + last))
         };
         batch.group_offsets.windows(2).enumerate().flat_map(of_history).collect()
     }

@@ -1,9 +1,10 @@
 //! A model to train: a compared system, or DFAR itself.
 
-use crate::inputs::{Inputs, Limits};
+use crate::inputs::{Limits, StagedInputs};
+use crate::on_device::Systems;
 use crate::{LossOptions, Model, Optimizer};
 use dfar::batch::{Batch, History};
-use dfar::device::cpu::Cpu;
+use dfar::device::Device;
 use dfar::evaluate::EvaluateError;
 use dfar::model::{self, AdamOptions, HostTensor, ModelError, StagedBatch, Stager};
 use dfar::train::TrainError;
@@ -56,27 +57,27 @@ pub trait Learner {
 }
 
 /// A compared system.
-pub struct Baseline {
-    model: Model,
-    optimizer: Optimizer,
+pub struct Baseline<D: Systems> {
+    model: Model<D>,
+    optimizer: Optimizer<D>,
     loss: LossOptions,
     adam: AdamOptions,
 }
 
-impl Baseline {
+impl<D: Systems> Baseline<D> {
     /// A model that has not been trained.
     ///
     /// # Errors
     /// Failures of the device.
-    pub fn new(model: Model, loss: LossOptions, adam: AdamOptions) -> Result<Self, ModelError> {
+    pub fn new(model: Model<D>, loss: LossOptions, adam: AdamOptions) -> Result<Self, ModelError> {
         let optimizer = Optimizer::new(&model)?;
         Ok(Self { model, optimizer, loss, adam })
     }
 }
 
-impl Learner for Baseline {
-    type Packer = (Arc<Cpu>, Limits);
-    type Packed = Inputs;
+impl<D: Systems> Learner for Baseline<D> {
+    type Packer = (Arc<D>, Limits);
+    type Packed = StagedInputs<D>;
 
     fn max_length(&self) -> usize {
         self.model.settings().max_length
@@ -94,15 +95,16 @@ impl Learner for Baseline {
         (device, limits): &Self::Packer,
         histories: &[History],
         negatives: &[u32],
-    ) -> Result<Inputs, TrainError> {
-        Ok(Inputs::new(device, *limits, histories, negatives)?)
+    ) -> Result<StagedInputs<D>, TrainError> {
+        Ok(StagedInputs::new(&**device, *limits, histories, negatives)?)
     }
-    fn step(&mut self, x: Inputs) -> Result<(usize, f64), ModelError> {
+    fn step(&mut self, x: StagedInputs<D>) -> Result<(usize, f64), ModelError> {
+        let x = x.send(self.model.device())?;
         let step = self.model.train_step(&x, &self.loss, &self.adam, &mut self.optimizer)?;
         Ok((x.batch.rows(), step.loss))
     }
-    fn score(&self, x: Inputs) -> Result<Vec<f32>, ModelError> {
-        self.model.score(&x)
+    fn score(&self, x: StagedInputs<D>) -> Result<Vec<f32>, ModelError> {
+        self.model.score(&x.send(self.model.device())?)
     }
     fn tensors(&self) -> Result<Vec<HostTensor>, ModelError> {
         self.model.tensors()
@@ -115,20 +117,20 @@ impl Learner for Baseline {
 }
 
 /// DFAR.
-pub struct Dfar {
-    model: model::Model<Cpu>,
-    optimizer: model::Optimizer<Cpu>,
+pub struct Dfar<D: Device> {
+    model: model::Model<D>,
+    optimizer: model::Optimizer<D>,
     loss: model::LossOptions,
     adam: AdamOptions,
 }
 
-impl Dfar {
+impl<D: Device> Dfar<D> {
     /// A model that has not been trained.
     ///
     /// # Errors
     /// Failures of the device.
     pub fn new(
-        model: model::Model<Cpu>,
+        model: model::Model<D>,
         loss: model::LossOptions,
         adam: AdamOptions,
     ) -> Result<Self, ModelError> {
@@ -137,9 +139,9 @@ impl Dfar {
     }
 }
 
-impl Learner for Dfar {
-    type Packer = Stager<Cpu>;
-    type Packed = StagedBatch<Cpu>;
+impl<D: Device> Learner for Dfar<D> {
+    type Packer = Stager<D>;
+    type Packed = StagedBatch<D>;
 
     fn max_length(&self) -> usize {
         self.model.config().max_length
@@ -150,18 +152,18 @@ impl Learner for Dfar {
     fn samples_items(&self) -> bool {
         false
     }
-    fn packer(&self) -> Stager<Cpu> {
+    fn packer(&self) -> Stager<D> {
         self.model.stager()
     }
-    fn pack(stager: &Stager<Cpu>, histories: &[History], _: &[u32]) -> Result<StagedBatch<Cpu>, TrainError> {
+    fn pack(stager: &Stager<D>, histories: &[History], _: &[u32]) -> Result<StagedBatch<D>, TrainError> {
         Ok(stager.stage(&Batch::pack(histories)?)?)
     }
-    fn step(&mut self, batch: StagedBatch<Cpu>) -> Result<(usize, f64), ModelError> {
+    fn step(&mut self, batch: StagedBatch<D>) -> Result<(usize, f64), ModelError> {
         let rows = batch.rows();
         let step = self.model.train_staged(batch, &self.loss, &self.adam, &mut self.optimizer, &mut ())?;
         Ok((rows, step.loss))
     }
-    fn score(&self, batch: StagedBatch<Cpu>) -> Result<Vec<f32>, ModelError> {
+    fn score(&self, batch: StagedBatch<D>) -> Result<Vec<f32>, ModelError> {
         self.model.score_staged(batch)
     }
     fn tensors(&self) -> Result<Vec<HostTensor>, ModelError> {

@@ -17,8 +17,9 @@
 //! | [`inputs`] | a packed batch, as all systems read it |
 //! | [`parameters`] | names, shapes and initial values of tensors |
 //! | [`system`] | the trait, and the systems by name |
+//! | [`on_device`] | the systems that a device computes: all on the CPU, some on CUDA |
 //! | [`systems`] | one file for each system |
-//! | [`ops`] | operations that only these systems need, on slices |
+//! | [`ops`] | operations that only these systems need; most are on slices, for the CPU alone |
 //! | [`tower`], [`loss`] | what all systems share behind their encoders |
 //! | [`model`] | forward, backward, Adam |
 //! | [`learner`], [`fit`] | a model to train, and the training loop: that of DFAR, for all |
@@ -35,6 +36,7 @@ pub mod loss;
 pub mod machine;
 pub mod markdown;
 pub mod model;
+pub mod on_device;
 pub mod ops;
 pub mod page;
 pub mod parameters;
@@ -52,15 +54,16 @@ pub mod verify;
 
 pub use inputs::Inputs;
 pub use model::{LossOptions, Model, Optimizer, StepLoss};
+pub use on_device::Systems;
 pub use system::{Kind, Settings, System};
 
-use dfar::device::cpu::CpuBuffer;
+use dfar::device::cpu::Cpu;
 
-/// `f32` values in pooled memory; a slice by dereference.
-pub type Floats = CpuBuffer<f32>;
-/// Indices in pooled memory; a slice by dereference.
-pub type Indices = CpuBuffer<u32>;
+/// `f32` values on a device; on the CPU, a slice by dereference.
+pub type Floats<D = Cpu> = dfar::device::Floats<D>;
+/// Indices on a device; on the CPU, a slice by dereference.
+pub type Indices<D = Cpu> = dfar::device::Indices<D>;
 /// One buffer per parameter: values, gradients or moments.
-pub type Tensors = dfar::model::tensors::Tensors<dfar::device::cpu::Cpu>;
+pub type Tensors<D = Cpu> = dfar::model::tensors::Tensors<D>;
 /// Result of a step of a model.
 pub type Result<T> = std::result::Result<T, dfar::model::ModelError>;

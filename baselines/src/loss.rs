@@ -1,6 +1,6 @@
 //! The ranking loss of all systems, and its gradient.
 
-use crate::inputs::Inputs;
+use dfar::batch::Batch;
 use serde::{Deserialize, Serialize};
 
 /// Which loss.
@@ -17,8 +17,7 @@ pub enum Ranking {
 
 impl Ranking {
     /// The loss, and its gradient to `d_logits`. 0 for a batch without rows.
-    pub fn loss(self, x: &Inputs, logits: &[f32], d_logits: &mut [f32]) -> f64 {
-        let batch = &x.batch;
+    pub fn loss(self, batch: &Batch, logits: &[f32], d_logits: &mut [f32]) -> f64 {
         if batch.rows() == 0 {
             return 0.0;
         }

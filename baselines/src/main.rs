@@ -12,11 +12,16 @@ mod manual;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use compare::{Compare, Failure};
+use dfar::device::Precision;
+use dfar::device::cpu::Cpu;
+use dfar::device::cuda::{Cuda, Gpu};
+use dfar_baselines::Systems;
 use dfar_baselines::results::to_json;
 use dfar_baselines::verify::verify;
 use dfar_tools::verify::{Summary, VerifyError, cases};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 /// Train DIN, Caser, GRU4REC, DIEN, SASRec, THA4Rec, DFN, FeedRec and DFAR on a data set, and
 /// compare them on its test groups (Table 2 of the paper).
@@ -42,6 +47,9 @@ enum Command {
     Verify {
         /// Folder of case files (*.safetensors)
         folder: PathBuf,
+        /// Device to run on
+        #[arg(long, value_enum, default_value_t = Device::Cpu)]
+        device: Device,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -50,10 +58,17 @@ enum Command {
     Manual(manual::Manual),
 }
 
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Device {
+    Cpu,
+    /// DIN and SASRec; cases of other systems are skipped
+    Cuda,
+}
+
 fn main() -> ExitCode {
     let Cli { command, compare } = parse();
     match command {
-        Some(Command::Verify { folder, json }) => run_verify(&folder, json),
+        Some(Command::Verify { folder, device, json }) => run_verify(&folder, device, json),
         Some(Command::Manual(manual)) => cli::exit(manual.run(command_line())),
         None => match compare::run(&compare) {
             Ok(()) => ExitCode::SUCCESS,
@@ -71,6 +86,7 @@ fn parse() -> Cli {
 fn command_line() -> clap::Command {
     let differs = [
         ("data", "Data set made by `dfar-data`"),
+        ("device", "Device; cuda runs DIN, SASRec and DFAR [default: cpu]"),
         ("seed", "First seed of initial values, shuffles and negatives [default: 2020]"),
         ("feedback", "Feedback that all systems read [default: that of each system's paper]"),
         ("idl", "Weight of the disentangling loss of DFAR and FeedRec [default: 0.001]"),
@@ -84,11 +100,18 @@ fn command_line() -> clap::Command {
     unused.fold(command, |command, (key, _)| command.mut_arg(key, |argument| argument.hide(true)))
 }
 
-fn run_verify(folder: &Path, json: bool) -> ExitCode {
+fn run_verify(folder: &Path, device: Device, json: bool) -> ExitCode {
     if let Err(error) = cli::start_threads(0) {
         return cli::exit(Err(error));
     }
-    match reports(folder, json) {
+    let reports = match device {
+        Device::Cpu => reports(&Arc::new(Cpu::new()), folder, json),
+        Device::Cuda => match open_gpu() {
+            Ok(gpu) => reports(&gpu, folder, json),
+            Err(error) => return cli::exit(Err(error)),
+        },
+    };
+    match reports {
         Err(error) => cli::fail(&error, 3),
         Ok(Err(error)) => cli::exit(Err(error)),
         Ok(Ok(true)) => ExitCode::SUCCESS,
@@ -96,12 +119,23 @@ fn run_verify(folder: &Path, json: bool) -> ExitCode {
     }
 }
 
+/// The first GPU, in f32.
+fn open_gpu() -> dfar::Result<Arc<Gpu<Cuda>>> {
+    let cuda = Cuda::new(0)?;
+    cuda.require_libraries()?;
+    Ok(Arc::new(Gpu::new(cuda, Precision::F32)))
+}
+
 /// Whether every case passes. The outer error is a case that cannot be read, the inner one a
 /// failure to print.
-fn reports(folder: &Path, json: bool) -> Result<dfar::Result<bool>, VerifyError> {
+fn reports<D: Systems>(
+    device: &Arc<D>,
+    folder: &Path,
+    json: bool,
+) -> Result<dfar::Result<bool>, VerifyError> {
     let mut reports = Vec::new();
     for path in cases(folder)? {
-        let report = verify(&path)?;
+        let report = verify(device, &path)?;
         if !json && let Err(error) = cli::print(&report.to_string()) {
             return Ok(Err(error));
         }

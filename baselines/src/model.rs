@@ -1,16 +1,15 @@
 //! A system with its parameters: scores, gradients, training steps.
 
-use crate::inputs::{InputError, Inputs, Limits};
+use crate::inputs::{InputError, Inputs, Limits, StagedInputs};
 use crate::loss::Ranking;
+use crate::on_device::Systems;
 use crate::parameters::{self, Names, Spec, Start};
-use crate::system::{Context, Encoded, Gradients, Kind, Settings, System, Tables};
+use crate::system::{Built, Context, Encoded, Gradients, Kind, Settings, System, Tables};
 use crate::tower::Tower;
 use crate::{Floats, Indices, Result, Tensors};
 use dfar::batch::History;
 use dfar::device::cpu::Cpu;
-use dfar::device::{
-    AdamRows, AdamStep, AdamTensor, Embedding, Lookup, Memory, Optimizer as _, SegmentSum, Slot,
-};
+use dfar::device::{AdamRows, AdamStep, AdamTensor, Buffer, Device, Lookup, SegmentSum, Slot};
 use dfar::model::parameters::Id;
 use dfar::model::{AdamOptions, HostTensor, Initialization, ModelError};
 use std::sync::Arc;
@@ -40,38 +39,38 @@ pub struct StepLoss {
 }
 
 /// A system with the values of its parameters.
-pub struct Model {
-    device: Arc<Cpu>,
+pub struct Model<D: Systems = Cpu> {
+    device: Arc<D>,
     kind: Kind,
     settings: Settings,
     specs: Vec<Spec>,
     tables: Tables,
-    system: Box<dyn System>,
+    system: Box<dyn System<D>>,
     tower: Tower,
-    p: Tensors,
+    p: Tensors<D>,
 }
 
 /// Moments and step count of Adam.
-pub struct Optimizer {
-    first: Tensors,
-    second: Tensors,
+pub struct Optimizer<D: Device = Cpu> {
+    first: Tensors<D>,
+    second: Tensors<D>,
     steps: u64,
 }
 
 /// Gradients of the rows of an embedding table.
-struct TableGradient<'a> {
+struct TableGradient<'a, D: Device> {
     id: Id,
-    row: &'a Indices,
-    values: Floats,
+    row: &'a Indices<D>,
+    values: Floats<D>,
 }
 
-impl Model {
+impl<D: Systems> Model<D> {
     /// Initial values from `seed`.
     ///
     /// # Errors
-    /// Invalid settings, and failures of the device.
+    /// Invalid settings, a system that the device does not compute, and failures of the device.
     pub fn initialized(
-        device: Arc<Cpu>,
+        device: Arc<D>,
         kind: Kind,
         settings: Settings,
         seed: u64,
@@ -86,7 +85,7 @@ impl Model {
     /// # Errors
     /// Invalid settings, a missing or unknown name or a wrong shape, and failures of the device.
     pub fn from_tensors(
-        device: Arc<Cpu>,
+        device: Arc<D>,
         kind: Kind,
         settings: Settings,
         tensors: &[HostTensor],
@@ -97,7 +96,7 @@ impl Model {
     }
 
     fn build(
-        device: Arc<Cpu>,
+        device: Arc<D>,
         kind: Kind,
         settings: Settings,
         values: impl FnOnce(&[Spec]) -> Result<Vec<Vec<f32>>>,
@@ -110,12 +109,12 @@ impl Model {
             position: kind.has_positions().then(|| table("position", settings.max_length)),
             label: kind.has_labels().then(|| table("label", 2)),
         };
-        let built = kind.build(&mut names, &settings);
-        let tower = Tower::new(&mut names, &settings, built.parts);
+        let Built { system, parts } = D::build(kind, &mut names, &settings)?;
+        let tower = Tower::new(&mut names, &settings, parts);
         let specs = names.specs;
         let values = values(&specs)?;
-        let p = Tensors::upload(&device, values.iter().map(|v| &v[..]))?;
-        Ok(Self { device, kind, settings, specs, tables, system: built.system, tower, p })
+        let p = Tensors::upload(&*device, values.iter().map(|v| &v[..]))?;
+        Ok(Self { device, kind, settings, specs, tables, system, tower, p })
     }
 
     /// Which system.
@@ -147,7 +146,7 @@ impl Model {
         Limits { items: self.settings.items, positions }
     }
 
-    /// Packs histories for this model, see [`Inputs::new`].
+    /// Packs and uploads histories for this model, see [`StagedInputs::new`].
     ///
     /// # Errors
     /// [`InputError`].
@@ -155,12 +154,13 @@ impl Model {
         &self,
         histories: &[History],
         negatives: &[u32],
-    ) -> std::result::Result<Inputs, InputError> {
-        Inputs::new(&self.device, self.limits(), histories, negatives)
+    ) -> std::result::Result<Inputs<D>, InputError> {
+        let staged = StagedInputs::new(&*self.device, self.limits(), histories, negatives)?;
+        Ok(staged.send(&self.device)?)
     }
 
     /// The device of the parameters.
-    pub fn device(&self) -> &Arc<Cpu> {
+    pub fn device(&self) -> &Arc<D> {
         &self.device
     }
 
@@ -173,10 +173,10 @@ impl Model {
     ///
     /// # Errors
     /// Failures of the device.
-    pub fn score(&self, x: &Inputs) -> Result<Vec<f32>> {
+    pub fn score(&self, x: &Inputs<D>) -> Result<Vec<f32>> {
         let cx = self.context(x, None);
         let Encoded { parts, .. } = self.system.encode(cx)?;
-        Ok(self.tower.forward(cx, &parts)?.logits.to_vec())
+        Ok(self.device.download(&self.tower.forward(cx, &parts)?.logits)?)
     }
 
     /// Losses, and the gradient of each parameter. Embedding rows outside the batch have gradient
@@ -184,7 +184,7 @@ impl Model {
     ///
     /// # Errors
     /// Failures of the device.
-    pub fn gradients(&self, x: &Inputs, options: &LossOptions) -> Result<(StepLoss, Vec<HostTensor>)> {
+    pub fn gradients(&self, x: &Inputs<D>, options: &LossOptions) -> Result<(StepLoss, Vec<HostTensor>)> {
         let (loss, mut dense, tables) = self.backward(x, options)?;
         for TableGradient { id, row, values } in tables {
             dense[id] = self.device.zeros(self.specs[id].len())?;
@@ -200,10 +200,10 @@ impl Model {
     /// then. Failures of the device.
     pub fn train_step(
         &mut self,
-        x: &Inputs,
+        x: &Inputs<D>,
         options: &LossOptions,
         adam: &AdamOptions,
-        optimizer: &mut Optimizer,
+        optimizer: &mut Optimizer<D>,
     ) -> Result<StepLoss> {
         let (loss, mut gradients, tables) = self.backward(x, options)?;
         let mut rows = vec![None; self.specs.len()];
@@ -239,18 +239,20 @@ impl Model {
         // The loss stands in front of the norm: where it is non-finite, nothing changes.
         let mut report = self.device.upload(&[loss.loss, 0.0])?;
         self.device.adam(&step, &mut tensors, Slot { values: &mut report, index: 1 }, None)?;
-        if !report.iter().all(|x| x.is_finite()) {
-            let bad = |(_, gradient): &(&Spec, &Floats)| gradient.iter().any(|x| !x.is_finite());
-            let found = self.specs.iter().zip(gradients.iter()).find(bad);
-            let tensor = found.map_or("loss".to_owned(), |(spec, _)| format!("gradient of {}", spec.name));
-            return Err(ModelError::NonFinite { tensor });
+        if self.device.download(&report)?.iter().all(|x| x.is_finite()) {
+            optimizer.steps += 1;
+            return Ok(loss);
         }
-        optimizer.steps += 1;
-        Ok(loss)
+        for (spec, gradient) in self.specs.iter().zip(gradients.iter()) {
+            if self.device.download(gradient)?.iter().any(|x| !x.is_finite()) {
+                return Err(ModelError::NonFinite { tensor: format!("gradient of {}", spec.name) });
+            }
+        }
+        Err(ModelError::NonFinite { tensor: "loss".into() })
     }
 
     /// With the options of the losses if the backward pass follows.
-    fn context<'a>(&'a self, x: &'a Inputs, options: Option<&LossOptions>) -> Context<'a> {
+    fn context<'a>(&'a self, x: &'a Inputs<D>, options: Option<&LossOptions>) -> Context<'a, D> {
         let (device, p, tables) = (&*self.device, &self.p, &self.tables);
         let auxiliary = options.map_or(0.0, |options| options.auxiliary);
         let gradients = options.is_some();
@@ -260,15 +262,17 @@ impl Model {
     /// Losses, gradients of whole tensors, and those of the embedding tables by row.
     fn backward<'a>(
         &self,
-        x: &'a Inputs,
+        x: &'a Inputs<D>,
         options: &LossOptions,
-    ) -> Result<(StepLoss, Tensors, Vec<TableGradient<'a>>)> {
+    ) -> Result<(StepLoss, Tensors<D>, Vec<TableGradient<'a, D>>)> {
         let (device, width) = (&*self.device, self.settings.width);
         let cx = self.context(x, Some(options));
         let Encoded { parts, backward } = self.system.encode(cx)?;
         let tower = self.tower.forward(cx, &parts)?;
-        let mut d_logits: Floats = device.alloc(x.batch.rows())?;
-        let ranking = options.ranking.loss(x, &tower.logits, &mut d_logits);
+        let logits = device.download(&tower.logits)?;
+        let mut d_logits = vec![0.0; logits.len()];
+        let ranking = options.ranking.loss(&x.batch, &logits, &mut d_logits);
+        let d_logits = device.upload(&d_logits)?;
 
         let mut grads = Gradients {
             dense: self.zero_gradients()?,
@@ -285,26 +289,25 @@ impl Model {
             (self.tables.position, &x.touched_position, &sources[..1]),
             (self.tables.label, &x.touched_label, &sources[..1]),
         ];
-        let mut l2 = 0.0;
+        let mut squares = device.zeros(tables.len())?;
         let mut by_row = Vec::with_capacity(tables.len());
-        for (id, touched, sources) in tables {
+        for (index, (id, touched, sources)) in tables.into_iter().enumerate() {
             let Some(id) = id else { continue };
             let mut values = device.alloc(touched.row.len() * width)?;
             let rows = Lookup { table: &self.p[id], index: &touched.row };
-            let sum = SegmentSum { sources, segments: touched.segments(), l2: options.embed_l2, rows };
+            let sum = SegmentSum { sources, segments: touched.source.segments(), l2: options.embed_l2, rows };
             device.segment_sum(width, sum, &mut values)?;
-            let mut square = device.zeros(1)?;
-            device.half_square_sum(width, rows, Slot { values: &mut square, index: 0 })?;
-            l2 += square[0];
+            device.half_square_sum(width, rows, Slot { values: &mut squares, index })?;
             by_row.push(TableGradient { id, row: &touched.row, values });
         }
+        let l2 = device.download(&squares)?.iter().sum();
         let loss = ranking + f64::from(options.embed_l2) * l2 + f64::from(options.auxiliary) * auxiliary;
         Ok((StepLoss { loss, ranking, l2, auxiliary }, grads.dense, by_row))
     }
 
     /// Zeros for each parameter but the embedding tables: a system whose part has no events leaves
     /// them.
-    fn zero_gradients(&self) -> Result<Tensors> {
+    fn zero_gradients(&self) -> Result<Tensors<D>> {
         let Tables { item, position, label } = self.tables;
         let is_table = |id| id == item || Some(id) == position || Some(id) == label;
         let len = |id: Id| if is_table(id) { 0 } else { self.specs[id].len() };
@@ -312,23 +315,25 @@ impl Model {
         Ok(Tensors::new(zeros.collect::<std::result::Result<_, _>>()?))
     }
 
-    fn host(&self, tensors: &Tensors) -> Result<Vec<HostTensor>> {
-        let tensor = |(spec, values): (&Spec, &Floats)| HostTensor {
-            name: spec.name.clone(),
-            shape: spec.shape.clone(),
-            values: values.to_vec(),
+    fn host(&self, tensors: &Tensors<D>) -> Result<Vec<HostTensor>> {
+        let tensor = |(spec, values): (&Spec, &Floats<D>)| {
+            let values = self.device.download(values)?;
+            Ok(HostTensor { name: spec.name.clone(), shape: spec.shape.clone(), values })
         };
-        Ok(self.specs.iter().zip(tensors.iter()).map(tensor).collect())
+        self.specs.iter().zip(tensors.iter()).map(tensor).collect()
     }
 }
 
-impl Optimizer {
+impl<D: Device> Optimizer<D> {
     /// Zero moments for the parameters of `model`.
     ///
     /// # Errors
     /// Failures of the device.
-    pub fn new(model: &Model) -> Result<Self> {
-        let zeros = || parameters::zeros(&model.device, &model.specs);
+    pub fn new(model: &Model<D>) -> Result<Self>
+    where
+        D: Systems,
+    {
+        let zeros = || parameters::zeros(&*model.device, &model.specs);
         Ok(Self { first: zeros()?, second: zeros()?, steps: 0 })
     }
 

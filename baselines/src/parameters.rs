@@ -1,7 +1,7 @@
 //! Names, shapes and initial values of the parameters of a system.
 
 use crate::Tensors;
-use dfar::device::cpu::Cpu;
+use dfar::device::Device;
 use dfar::model::parameters::{Block, Id, Linear, Norm, truncated_normal};
 use dfar::model::{HostTensor, Initialization, ModelError};
 use rand::{Rng, RngExt, SeedableRng};
@@ -173,8 +173,7 @@ pub fn arrange<'a>(specs: &[Spec], tensors: &'a [HostTensor]) -> crate::Result<V
 }
 
 /// Zeros for each parameter.
-pub fn zeros(device: &Cpu, specs: &[Spec]) -> crate::Result<Tensors> {
-    use dfar::device::Memory;
+pub fn zeros<D: Device>(device: &D, specs: &[Spec]) -> crate::Result<Tensors<D>> {
     let zeros = specs.iter().map(|spec| device.zeros(spec.len()));
     Ok(Tensors::new(zeros.collect::<std::result::Result<_, _>>()?))
 }

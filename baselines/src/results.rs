@@ -4,13 +4,13 @@
 use crate::fit::{Epoch, Fitted, fit};
 use crate::learner::{Baseline, Dfar, Learner};
 use crate::loss::Ranking;
+use crate::on_device::Systems;
 use crate::system::{Kind, Settings};
 use crate::systems::sasrec::Pool;
 use crate::users::UserFigures;
 use crate::{LossOptions, Model};
 use dfar::batch::Feedback;
 use dfar::data::Dataset;
-use dfar::device::cpu::Cpu;
 use dfar::model::{self, HostTensor};
 use dfar::train::checkpoint::{DataInfo, ModelFile, ModelInfo};
 use dfar::train::file::{FileError, replace_bytes};
@@ -124,6 +124,9 @@ impl Identity {
             workers: defaults.workers,
             checkpoint_seconds: defaults.checkpoint_seconds,
             tensorboard: defaults.tensorboard,
+            // All systems compute in f32, whatever a file of `dfar-train` says.
+            precision: defaults.precision,
+            cuda_graphs: defaults.cuda_graphs,
             ..config.clone()
         };
         config.feedback = options.feedback_of(system);
@@ -199,17 +202,18 @@ impl Identity {
         model_path(out, &self.name())
     }
 
-    /// Trains and tests.
+    /// Trains and tests on a device, that of the configuration.
     ///
     /// # Errors
-    /// As [`fit`], and invalid settings.
-    pub fn run(
+    /// As [`fit`], invalid settings, and a system that the device does not compute.
+    pub fn run<D: Systems>(
         &self,
+        device: Arc<D>,
         data: &Dataset,
         workers: usize,
         observe: &mut dyn FnMut(&Epoch),
     ) -> Result<Trained, TrainError> {
-        let (device, config) = (Arc::new(Cpu::new()), &self.config);
+        let config = &self.config;
         let mut scoring = score_options(config, &*device);
         if workers > 0 {
             scoring.workers = workers;
@@ -273,6 +277,8 @@ pub struct Trained {
 /// Where and how long a run was computed.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Provenance {
+    /// [`dfar::device::Execution::name`] of the device.
+    pub device: String,
     /// Threads of the run.
     pub threads: usize,
     /// Runs at the same time.
@@ -512,13 +518,15 @@ impl RunResult {
         model_path(out, &run_name(self.system, &self.setting, self.seed))
     }
 
-    /// Machine, threads and commit, in words.
+    /// Machine, GPU, threads and commit, in words.
     pub fn origin(&self) -> String {
         let field = |name: &str| self.file.pointer(&format!("/provenance/{name}"));
         let text = |name: &str| field(name).and_then(Value::as_str).map(str::to_owned);
         let number = |name: &str| field(name).map_or("?".to_owned(), Value::to_string);
+        let gpu = text("device").filter(|device| !device.starts_with("cpu"));
+        let processor = text("machine/processor").unwrap_or("unknown processor".to_owned());
         let words = [
-            text("machine/processor").unwrap_or("unknown processor".to_owned()),
+            gpu.map_or(processor.clone(), |gpu| format!("{gpu}, {processor}")),
             format!("{} cores", number("machine/cores")),
             format!("{} GiB", number("machine/memory_gib")),
             format!("{} threads a run", number("threads")),

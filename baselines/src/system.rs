@@ -1,33 +1,24 @@
 //! A system: what differs between the compared models, and the systems by name.
 
 use crate::inputs::Inputs;
-use crate::parameters::Names;
-use crate::systems::caser::Caser;
-use crate::systems::dfn::Dfn;
-use crate::systems::dien::Dien;
-use crate::systems::din::Din;
-use crate::systems::feedrec::Feedrec;
-use crate::systems::gru4rec::Gru4rec;
-use crate::systems::sasrec::{Pool, Sasrec};
-use crate::systems::tha4rec::tha4rec;
+use crate::systems::sasrec::Pool;
 use crate::{Floats, Indices, Result, Tensors};
 use dfar::batch::Feedback;
 use dfar::device::cpu::Cpu;
-use dfar::device::{Embedding, Lookup, Memory};
+use dfar::device::{Device, Lookup};
 use dfar::model::ModelError;
 use dfar::model::parameters::Id;
 
 /// What a system computes from.
-#[derive(Clone, Copy)]
-pub struct Context<'a> {
-    /// The engine.
-    pub device: &'a Cpu,
+pub struct Context<'a, D: Device = Cpu> {
+    /// The device.
+    pub device: &'a D,
     /// Values of the parameters.
-    pub p: &'a Tensors,
+    pub p: &'a Tensors<D>,
     /// The embedding tables among them.
     pub tables: &'a Tables,
     /// The batch.
-    pub x: &'a Inputs,
+    pub x: &'a Inputs<D>,
     /// Model width `D`.
     pub width: usize,
     /// Weight of the auxiliary loss.
@@ -35,6 +26,15 @@ pub struct Context<'a> {
     /// Whether the backward pass follows. Without it, a system need not keep what only that reads.
     pub gradients: bool,
 }
+
+// Derived, it would ask for a device that can be copied.
+impl<D: Device> Clone for Context<'_, D> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<D: Device> Copy for Context<'_, D> {}
 
 /// The embedding tables of a system.
 #[derive(Clone, Copy, Debug)]
@@ -57,9 +57,9 @@ pub enum Per {
 }
 
 /// A part of the tower's input, behind the candidate `e`.
-pub struct Part {
+pub struct Part<D: Device = Cpu> {
     /// `[G, width]` or `[R, width]`
-    pub values: Floats,
+    pub values: Floats<D>,
     /// Width of a row.
     pub width: usize,
     /// Granularity.
@@ -68,37 +68,39 @@ pub struct Part {
 
 /// Gradients of a batch. A backward pass writes the parameters of its system to `dense`, and adds
 /// to the others.
-pub struct Gradients {
+pub struct Gradients<D: Device = Cpu> {
     /// One buffer per parameter; those of embedding tables are empty.
-    pub dense: Tensors,
+    pub dense: Tensors<D>,
     /// `[N, D]` of the embedded events: of the rows of `item`, and of `position` and `label` where
     /// the system has them.
-    pub tokens: Floats,
+    pub tokens: Floats<D>,
     /// `[C, D]` of the rows of `item` as candidates.
-    pub candidates: Floats,
+    pub candidates: Floats<D>,
     /// `[N, D]` of the rows of `item` as the events' sampled negatives; empty without such.
-    pub negatives: Floats,
+    pub negatives: Floats<D>,
 }
 
 /// The backward pass of a batch: from the parts and their gradients to [`Gradients`]. Returns the
 /// auxiliary loss without its weight, whose gradient it adds.
-pub type Backward<'a> = Box<dyn FnOnce(&[Part], Vec<Floats>, &mut Gradients) -> Result<f64> + 'a>;
+pub type Backward<'a, D = Cpu> =
+    Box<dyn FnOnce(&[Part<D>], Vec<Floats<D>>, &mut Gradients<D>) -> Result<f64> + 'a>;
 
 /// The result of a forward pass.
-pub struct Encoded<'a> {
+pub struct Encoded<'a, D: Device = Cpu> {
     /// Input of the tower, behind the candidate.
-    pub parts: Vec<Part>,
+    pub parts: Vec<Part<D>>,
     /// Dropped where only scores are asked for.
-    pub backward: Backward<'a>,
+    pub backward: Backward<'a, D>,
 }
 
-/// A history encoder, the way in which the candidate enters, and an auxiliary loss.
-pub trait System: Send + Sync {
+/// A history encoder, the way in which the candidate enters, and an auxiliary loss. A system that
+/// needs no more than the operations of [`Device`] computes on every device, the others on the CPU.
+pub trait System<D: Device = Cpu>: Send + Sync {
     /// The forward pass.
     ///
     /// # Errors
     /// Failures of the device.
-    fn encode<'a>(&'a self, cx: Context<'a>) -> Result<Encoded<'a>>;
+    fn encode<'a>(&'a self, cx: Context<'a, D>) -> Result<Encoded<'a, D>>;
 }
 
 /// The systems, in the order of Table 2.
@@ -217,9 +219,9 @@ impl Settings {
 }
 
 /// A system with the parameters it named.
-pub struct Built {
+pub struct Built<D: Device = Cpu> {
     /// The system.
-    pub system: Box<dyn System>,
+    pub system: Box<dyn System<D>>,
     /// Width of its parts together, without the candidate.
     pub parts: usize,
 }
@@ -301,32 +303,29 @@ impl Kind {
     pub fn has_labels(self) -> bool {
         self == Self::Feedrec
     }
-
-    /// Names the parameters of the system behind those of its tables.
-    pub fn build(self, names: &mut Names, settings: &Settings) -> Built {
-        let width = settings.width;
-        match self {
-            Self::Din => Built::new(2 * width, Din::new(names, settings)),
-            Self::Caser => Built::new(Caser::parts(settings), Caser::new(names, settings)),
-            Self::Gru4rec => Built::new(width, Gru4rec::new(names, settings)),
-            Self::Dien => Built::new(3 * width, Dien::new(names, settings)),
-            Self::Sasrec => Built::new(width, Sasrec::new(names, settings)),
-            Self::Tha4rec => Built::new(width, tha4rec(names, settings)),
-            Self::Dfn => Built::new(3 * width, Dfn::new(names, settings)),
-            Self::Feedrec => Built::new(3 * width, Feedrec::new(names, settings)),
-        }
-    }
 }
 
-impl Built {
-    fn new(parts: usize, system: impl System + 'static) -> Self {
+impl<D: Device> Built<D> {
+    /// With the width of its parts.
+    pub fn new(parts: usize, system: impl System<D> + 'static) -> Self {
         Self { system: Box::new(system), parts }
     }
 }
 
-impl<'a> Context<'a> {
+impl<'a, D: Device> Context<'a, D> {
+    /// Indices or a plan that `stage` puts into a staging buffer, uploaded.
+    ///
+    /// # Errors
+    /// Failures of the device.
+    pub fn staged<T>(self, stage: impl FnOnce(&mut D::Staging) -> Result<T>) -> Result<T> {
+        let mut staging = self.device.staging()?;
+        let staged = stage(&mut staging)?;
+        self.device.send(staging)?;
+        Ok(staged)
+    }
+
     /// The tables whose rows add up to the embedded events `[N, D]`.
-    pub fn event_tables(self) -> Vec<Lookup<&'a Floats, &'a Indices>> {
+    pub fn event_tables(self) -> Vec<Lookup<&'a Floats<D>, &'a Indices<D>>> {
         let Tables { item, position, label } = *self.tables;
         let tables = [
             Some((item, &self.x.item)),
@@ -340,7 +339,7 @@ impl<'a> Context<'a> {
     ///
     /// # Errors
     /// Failures of the device.
-    pub fn events(self) -> Result<Floats> {
+    pub fn events(self) -> Result<Floats<D>> {
         let mut events = self.device.alloc(self.x.batch.tokens() * self.width)?;
         self.device.gather_sum(self.width, &self.event_tables(), &mut events)?;
         Ok(events)
@@ -350,7 +349,7 @@ impl<'a> Context<'a> {
     ///
     /// # Errors
     /// Failures of the device.
-    pub fn candidates(self) -> Result<Floats> {
+    pub fn candidates(self) -> Result<Floats<D>> {
         let mut e = self.device.alloc(self.x.batch.pairs() * self.width)?;
         let rows = Lookup { table: &self.p[self.tables.item], index: &self.x.pair_item };
         self.device.gather_sum(self.width, &[rows], &mut e)?;

@@ -10,10 +10,9 @@
 use crate::inputs::InputError;
 use crate::loss::Ranking;
 use crate::system::{Kind, Settings};
-use crate::{Inputs, LossOptions, Model, Optimizer};
+use crate::{Inputs, LossOptions, Model, Optimizer, Systems};
 use dfar::batch::{Cut, Feedback, History, Question, View};
 use dfar::device::Clip;
-use dfar::device::cpu::Cpu;
 use dfar::model::{AdamOptions, HostTensor, ModelError};
 use dfar_tools::verify::{Case, Outcome, Report, TensorError, VerifyError, compare, compare_gradients};
 use serde::Deserialize;
@@ -36,27 +35,30 @@ struct Meta {
     steps: usize,
 }
 
-/// Reads a case and compares what the system computes with it.
+/// Reads a case and compares what the system computes on a device with it. A system that the device
+/// does not compute is skipped.
 ///
 /// # Errors
-/// A file that cannot be read or is not a case of this kind.
-pub fn verify(path: &Path) -> Result<Report, VerifyError> {
+/// A file that cannot be read or is not a case of this kind, and failures of the device.
+pub fn verify<D: Systems>(device: &Arc<D>, path: &Path) -> Result<Report, VerifyError> {
     let case = Case::read(path)?;
     if case.kind != "baseline" {
         return Err(VerifyError::Kind { path: path.to_owned(), kind: case.kind });
     }
-    let errors = compare_case(&case)?;
-    Ok(Report { case: case.name, outcome: Outcome::Checked(errors), differs: None })
+    let outcome = match D::computes(case.options::<Meta>()?.system) {
+        true => Outcome::Checked(compare_case(device, &case)?),
+        false => Outcome::Skipped("there are no CUDA kernels for this system".into()),
+    };
+    Ok(Report { case: case.name, outcome, differs: None })
 }
 
-fn compare_case(case: &Case) -> Result<Vec<TensorError>, VerifyError> {
+fn compare_case<D: Systems>(device: &Arc<D>, case: &Case) -> Result<Vec<TensorError>, VerifyError> {
     let refused =
         |source: ModelError| VerifyError::Model { path: case.path.clone(), source: Box::new(source) };
     let meta: Meta = case.options()?;
     let settings: Settings = case.options()?;
     let tensors = parameters(case)?;
-    let mut model =
-        Model::from_tensors(Arc::new(Cpu::new()), meta.system, settings, &tensors).map_err(refused)?;
+    let mut model = Model::from_tensors(device.clone(), meta.system, settings, &tensors).map_err(refused)?;
     let x = inputs(case, &meta, &model)?;
     let options = LossOptions {
         ranking: Ranking::Bce,
@@ -102,7 +104,7 @@ fn compare_case(case: &Case) -> Result<Vec<TensorError>, VerifyError> {
 }
 
 /// The seen events of each history, and its groups.
-fn inputs(case: &Case, meta: &Meta, model: &Model) -> Result<Inputs, VerifyError> {
+fn inputs<D: Systems>(case: &Case, meta: &Meta, model: &Model<D>) -> Result<Inputs<D>, VerifyError> {
     let cu_seqlens = offsets(case, "cu_seqlens", None)?;
     let histories = cu_seqlens.len() - 1;
     let group_offsets = offsets(case, "group_offsets", Some(histories + 1))?;

@@ -4,15 +4,18 @@
 use super::Failure;
 use super::progress::Progress;
 use dfar::data::Dataset;
+use dfar_baselines::Systems;
 use dfar_baselines::machine::Machine;
 use dfar_baselines::results::{Identity, Provenance, RunResult};
 use std::path::Path;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 /// How runs are executed.
-pub struct Jobs<'a> {
+pub struct Jobs<'a, D> {
+    /// Makes the device of a run.
+    pub device: &'a (dyn Fn() -> Arc<D> + Sync),
     /// The data set.
     pub data: &'a Dataset,
     /// Directory of the results.
@@ -25,7 +28,7 @@ pub struct Jobs<'a> {
     pub workers: usize,
 }
 
-impl Jobs<'_> {
+impl<D: Systems> Jobs<'_, D> {
     /// Executes all runs and files each result when it is finished. After a failure, no further run
     /// starts.
     pub fn execute(&self, runs: &[Identity], progress: &Progress) -> Result<(), Failure> {
@@ -67,8 +70,12 @@ impl Jobs<'_> {
     /// One run. Its model is written before its result, with which the run is finished.
     fn one(&self, job: usize, run: &Identity, progress: &Progress) -> Result<RunResult, Failure> {
         let start = Instant::now();
-        let trained = run.run(self.data, self.workers, &mut |epoch| progress.epoch(job, run, epoch))?;
+        let device = (self.device)();
+        let name = device.name();
+        let mut observe = |epoch: &_| progress.epoch(job, run, epoch);
+        let trained = run.run(device, self.data, self.workers, &mut observe)?;
         let provenance = Provenance {
+            device: name,
             threads: rayon::current_num_threads(),
             jobs: self.jobs,
             seconds: start.elapsed().as_secs_f64(),

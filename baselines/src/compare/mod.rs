@@ -9,12 +9,15 @@ use clap::Args;
 use dfar::batch::Feedback;
 use dfar::data::{Dataset, Part};
 use dfar::device::cpu::Cpu;
+use dfar::device::cuda::{Cuda, Gpu};
 use dfar::evaluate::{self, part_report, popularity_scores};
 use dfar::model::Model;
 use dfar::train::checkpoint::{DataInfo, ModelFile};
+use dfar::train::config::DeviceChoice;
 use dfar::train::draw::TrainTargets;
 use dfar::train::file::replace_bytes;
 use dfar::train::{Config, TrainError, draw, score_options};
+use dfar_baselines::Systems;
 use dfar_baselines::loss::Ranking;
 use dfar_baselines::markdown::{csv, markdown};
 use dfar_baselines::page::page;
@@ -37,7 +40,7 @@ pub struct Compare {
     /// Systems: din, caser, gru4rec, dien, sasrec, tha4rec, dfn, feedrec, dfar, in the order of
     /// their runs; `all` or nothing for all.
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = systems)]
-    systems: Vec<Systems>,
+    systems: Vec<Listed>,
     /// Number of seeds, from --seed on.
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..))]
     seeds: u64,
@@ -70,8 +73,7 @@ pub struct Compare {
 
 /// Keys of a configuration that a comparison does not use, with their flags. They may be in a file
 /// of `dfar-train`.
-pub const UNUSED_FLAGS: [(&str, &str); 5] = [
-    ("device", "--device"),
+pub const UNUSED_FLAGS: [(&str, &str); 4] = [
     ("precision", "--precision"),
     ("cuda_graphs", "--cuda-graphs"),
     ("checkpoint_seconds", "--checkpoint-seconds"),
@@ -80,13 +82,13 @@ pub const UNUSED_FLAGS: [(&str, &str); 5] = [
 
 /// An entry of `--systems`.
 #[derive(Clone)]
-enum Systems {
+enum Listed {
     All,
     One(Row),
 }
 
-fn systems(name: &str) -> Result<Systems, String> {
-    if name == "all" { Ok(Systems::All) } else { Row::parse(name).map(Systems::One) }
+fn systems(name: &str) -> Result<Listed, String> {
+    if name == "all" { Ok(Listed::All) } else { Row::parse(name).map(Listed::One) }
 }
 
 /// Why a comparison ended.
@@ -119,7 +121,7 @@ pub fn run(arguments: &Compare) -> Result<(), Failure> {
     let usage = |argument, reason: &str| TrainError::Usage { argument, reason: reason.to_owned() };
     let flags = arguments.flags.table()?;
     if let Some(&(_, flag)) = UNUSED_FLAGS.iter().find(|(key, _)| flags.contains_key(*key)) {
-        return Err(usage(flag, "dfar-compare has no such option: it runs on the CPU only, in f32").into());
+        return Err(usage(flag, "dfar-compare has no such option: all systems compute in f32").into());
     }
     let reads_own_feedback = !flags.contains_key("feedback");
     let config = Config::layered(arguments.config.as_deref(), flags).map_err(TrainError::from)?;
@@ -148,7 +150,13 @@ pub fn run(arguments: &Compare) -> Result<(), Failure> {
         data: DataInfo::of(&data),
     };
     check_targets(&study)?;
-    let searches = execute(&study, &data, arguments)?;
+    let searches = match study.config.device {
+        DeviceChoice::Cpu => execute(&study, &data, arguments, &|| Arc::new(Cpu::new())),
+        _ => {
+            let gpu = open_gpu(&study, arguments)?;
+            execute(&study, &data, arguments, &|| gpu.clone())
+        }
+    }?;
     write_tables(&arguments.out, &data, &study, &searches)
 }
 
@@ -156,8 +164,8 @@ impl Compare {
     fn systems(&self) -> Vec<Row> {
         let mut systems = Vec::new();
         let listed = self.systems.iter().flat_map(|entry| match entry {
-            Systems::All => Row::all(),
-            Systems::One(row) => vec![*row],
+            Listed::All => Row::all(),
+            Listed::One(row) => vec![*row],
         });
         for row in listed {
             if !systems.contains(&row) {
@@ -185,12 +193,44 @@ fn check_targets(study: &Study) -> Result<(), TrainError> {
     }
 }
 
+/// Opens the GPU, for a study that can run on it.
+fn open_gpu(study: &Study, arguments: &Compare) -> Result<Arc<Gpu<Cuda>>, Failure> {
+    let usage = |argument, reason: String| TrainError::Usage { argument, reason };
+    if study.config.device == DeviceChoice::Auto {
+        let reason = "auto: results name their device, so a comparison has one; use cpu or cuda";
+        return Err(usage("--device", reason.to_owned()).into());
+    }
+    let runs = |row: &Row| match row {
+        Row::Baseline(kind) => Gpu::<Cuda>::computes(*kind),
+        Row::Dfar => true,
+    };
+    let others: Vec<&str> = study.systems.iter().filter(|row| !runs(row)).map(|row| row.title()).collect();
+    if !others.is_empty() {
+        let on_gpu: Vec<&str> = Row::all().iter().filter(|row| runs(row)).map(|row| row.name()).collect();
+        let reason = format!(
+            "there are no CUDA kernels for {}: list some of {}, or use --device cpu",
+            others.join(", "),
+            on_gpu.join(", ")
+        );
+        return Err(usage("--systems", reason).into());
+    }
+    if arguments.jobs > 1 {
+        return Err(usage("--jobs", "a GPU executes one run at a time".to_owned()).into());
+    }
+    Ok(crate::open_gpu()?)
+}
+
 /// Executes the search and then the runs of the tables. Returns the searches.
-fn execute(study: &Study, data: &Dataset, arguments: &Compare) -> Result<Vec<Search>, Failure> {
+fn execute<D: Systems>(
+    study: &Study,
+    data: &Dataset,
+    arguments: &Compare,
+    device: &(dyn Fn() -> Arc<D> + Sync),
+) -> Result<Vec<Search>, Failure> {
     let out = &arguments.out;
     let jobs = usize::from(arguments.jobs);
     let threads = (rayon::current_num_threads() / jobs).max(1);
-    let jobs = Jobs { data, out, jobs, threads, workers: study.config.workers };
+    let jobs = Jobs { device, data, out, jobs, threads, workers: study.config.workers };
     let search = study.search();
     // The settings are not chosen yet, but the number of runs is nearly known.
     let later = study.runs(|_| 0);

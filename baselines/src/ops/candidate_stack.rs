@@ -11,7 +11,7 @@
 //! on, every sequence has its own tokens; so have the blocks behind the first.
 
 use super::candidate_attention::{CandidateAttention, CandidateSequences};
-use super::stack::{Stack, StackState};
+use super::stack::{Encoder, Stack, StackState};
 use crate::parameters::Names;
 use crate::system::{Context, Settings};
 use crate::{Floats, Result, Tensors};

@@ -15,6 +15,7 @@ mod rows;
 pub mod sequences;
 pub mod stack;
 pub mod talking_heads;
+pub mod talking_stack;
 pub mod target;
 #[cfg(test)]
 mod testing;

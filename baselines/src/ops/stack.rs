@@ -1,33 +1,59 @@
-//! Encoder blocks over packed sequences: those of DFAR without factorization heads, or with talking
-//! heads.
+//! Encoder blocks over packed sequences: those of DFAR without factorization heads.
 
-use crate::ops::talking_heads::BlockHeads;
-use crate::parameters::{Names, Start, numbered};
+use crate::parameters::Names;
 use crate::system::{Context, Settings};
 use crate::{Floats, Indices, Result, Tensors};
 use dfar::attention::{FhaOptions, LabelMask, Pairing};
 use dfar::device::cpu::Cpu;
-use dfar::device::{Attention, Lookup};
-use dfar::model::block::{Attend, BlockState, Encoder, Sequences};
-use dfar::model::parameters::{Block, Id};
+use dfar::device::{Device, Lookup};
+use dfar::model::block::{self, Attend, BlockState};
+use dfar::model::parameters::Block;
 
-/// Blocks `NAME`, `NAME.1`, ...
+/// An encoder of the events of a history, which sees no future.
+pub trait Encoder<D: Device>: Send + Sync {
+    /// What the backward pass reads.
+    type State;
+
+    /// Encodes rows that are sums of rows of `tables`: `[N, D]`, with the state for
+    /// [`Encoder::backward`].
+    ///
+    /// # Errors
+    /// Failures of the device.
+    fn forward(
+        &self,
+        cx: Context<D>,
+        tables: &[Lookup<&Floats<D>, &Indices<D>>],
+        cu_seqlens: &[u32],
+    ) -> Result<(Floats<D>, Self::State)>;
+
+    /// Gradient `dy: [N, D]` of the output to that of the input. Writes those of the parameters.
+    ///
+    /// # Errors
+    /// Failures of the device.
+    fn backward(
+        &self,
+        cx: Context<D>,
+        grads: &mut Tensors<D>,
+        state: Self::State,
+        dy: Floats<D>,
+    ) -> Result<Floats<D>>;
+}
+
+/// Blocks `NAME`, `NAME.1`, ... with plain heads.
 pub struct Stack {
     blocks: Vec<Block>,
-    /// Mixing matrices of each block, or none.
-    mix: Vec<[Id; 2]>,
     options: FhaOptions,
 }
 
 /// What the backward pass reads.
-pub struct StackState {
-    cu_seqlens: Vec<u32>,
-    plan: <Cpu as Attention>::AttentionPlan,
-    blocks: Vec<BlockState<Cpu>>,
+pub struct StackState<D: Device = Cpu> {
+    tokens: usize,
+    plan: D::AttentionPlan,
+    blocks: Vec<BlockState<D>>,
 }
 
 impl Stack {
-    /// Names the parameters of causal blocks with plain heads.
+    /// Names the parameters of causal blocks.
     pub fn new(names: &mut Names, name: &str, settings: &Settings) -> Self {
         let options = FhaOptions {
             label_mask: LabelMask::None,
@@ -35,7 +61,7 @@ impl Stack {
             ..FhaOptions::new(settings.heads, settings.width / settings.heads)
         };
         let blocks = names.blocks(name, settings.blocks, settings.width);
-        Self { blocks, mix: Vec::new(), options }
+        Self { blocks, options }
     }
 
     /// The same, with every token attending to all tokens of its sequence.
@@ -50,62 +76,52 @@ impl Stack {
         (first, (!self.blocks.is_empty()).then_some(self))
     }
 
-    /// Causal blocks with talking heads: also names `mix_logits` and `mix_weights`, which start as
-    /// the identity.
-    pub fn talking(names: &mut Names, name: &str, settings: &Settings) -> Self {
-        let plain = Self::new(names, name, settings);
-        let shape = [settings.heads; 2];
-        let mix = |i: usize| {
-            ["mix_logits", "mix_weights"]
-                .map(|mix| names.tensor(format!("{}.{mix}", numbered(name, i)), &shape, Start::Identity))
-        };
-        Self { mix: (0..settings.blocks).map(mix).collect(), ..plain }
+    /// Options of the attention.
+    pub(super) fn options(&self) -> &FhaOptions {
+        &self.options
     }
 
-    /// Encodes rows that are sums of rows of `tables`: `[N, D]`, with the state for
-    /// [`Stack::backward`].
-    ///
-    /// # Errors
-    /// Failures of the device.
-    pub fn forward(
+    /// The blocks over `tokens` tokens, with an attention.
+    pub(super) fn encoder<'a, D: Device>(
+        &'a self,
+        cx: Context<'a, D>,
+        tokens: usize,
+        attend: Attend<'a, D>,
+    ) -> block::Encoder<'a, D> {
+        // The labels are not read without a label mask.
+        let tokens_by_label = [&cx.x.item, &cx.x.item];
+        let sequences = block::Sequences { tokens, attend, tokens_by_label, options: &self.options };
+        block::Encoder { device: cx.device, blocks: &self.blocks, p: cx.p, sequences }
+    }
+}
+
+/// Number of tokens of packed sequences.
+pub(super) fn tokens(cu_seqlens: &[u32]) -> usize {
+    cu_seqlens.last().map_or(0, |&end| end as usize)
+}
+
+impl<D: Device> Encoder<D> for Stack {
+    type State = StackState<D>;
+
+    fn forward(
         &self,
-        cx: Context,
-        tables: &[Lookup<&Floats, &Indices>],
+        cx: Context<D>,
+        tables: &[Lookup<&Floats<D>, &Indices<D>>],
         cu_seqlens: &[u32],
-    ) -> Result<(Floats, StackState)> {
-        let plan = cx.device.attention_plan(&mut (), &self.options, cu_seqlens, &[])?;
-        let mut state = StackState { cu_seqlens: cu_seqlens.to_vec(), plan, blocks: Vec::new() };
-        let (y, blocks) = self.with_encoder(cx, &state, |encoder| encoder.forward(tables))?;
-        state.blocks = blocks;
-        Ok((y, state))
+    ) -> Result<(Floats<D>, StackState<D>)> {
+        let plan = |staging: &mut _| Ok(cx.device.attention_plan(staging, &self.options, cu_seqlens, &[])?);
+        let (tokens, plan) = (tokens(cu_seqlens), cx.staged(plan)?);
+        let (y, blocks) = self.encoder(cx, tokens, Attend::Plan(&plan)).forward(tables)?;
+        Ok((y, StackState { tokens, plan, blocks }))
     }
 
-    /// Gradient `dy: [N, D]` of the output to that of the input. Writes those of the parameters.
-    ///
-    /// # Errors
-    /// Failures of the device.
-    pub fn backward(
+    fn backward(
         &self,
-        cx: Context,
-        grads: &mut Tensors,
-        mut state: StackState,
-        dy: Floats,
-    ) -> Result<Floats> {
-        let blocks = std::mem::take(&mut state.blocks);
-        Ok(self.with_encoder(cx, &state, |encoder| encoder.backward(grads, blocks, dy))?)
-    }
-
-    fn with_encoder<T>(&self, cx: Context, state: &StackState, run: impl FnOnce(Encoder<Cpu>) -> T) -> T {
-        let StackState { cu_seqlens, plan, .. } = state;
-        let FhaOptions { heads, head_dim, .. } = self.options;
-        let talking = BlockHeads { cu_seqlens, heads, head_dim, mix: &self.mix, p: cx.p };
-        let sequences = Sequences {
-            tokens: cu_seqlens.last().map_or(0, |&end| end as usize),
-            attend: if self.mix.is_empty() { Attend::Plan(plan) } else { Attend::Other(&talking) },
-            // Not read without a label mask.
-            tokens_by_label: [&cx.x.item, &cx.x.item],
-            options: &self.options,
-        };
-        run(Encoder { device: cx.device, blocks: &self.blocks, p: cx.p, sequences })
+        cx: Context<D>,
+        grads: &mut Tensors<D>,
+        StackState { tokens, plan, blocks }: StackState<D>,
+        dy: Floats<D>,
+    ) -> Result<Floats<D>> {
+        Ok(self.encoder(cx, tokens, Attend::Plan(&plan)).backward(grads, blocks, dy)?)
     }
 }

@@ -20,14 +20,10 @@
 //! A tile of queries keeps the `[rows, keys]` matrices of all heads in the first cache levels. The
 //! backward pass recomputes them. Sequences run in parallel; a sequence is one task.
 
-use crate::{Floats, Tensors};
-use dfar::device::cpu::Cpu;
+use dfar::device::Qkv;
 use dfar::device::cpu::elementwise::exp_sum;
 use dfar::device::cpu::product::{Finish, Left, product};
 use dfar::device::cpu::scratch::{padded, with_scratch};
-use dfar::device::{DeviceError, Qkv, QkvGradients, SoftmaxState};
-use dfar::model::block::Heads;
-use dfar::model::parameters::Id;
 use dfar::simd::{Kernel, Simd, dispatch};
 use rayon::prelude::*;
 
@@ -368,55 +364,6 @@ fn dot(x: &[f32], y: &[f32]) -> f32 {
 
 fn slice<'a>(x: &'a [f32], width: usize, rows: &std::ops::Range<usize>) -> &'a [f32] {
     &x[rows.start * width..rows.end * width]
-}
-
-/// Talking heads in encoder blocks: the mixing matrices of each.
-pub struct BlockHeads<'a> {
-    /// `[B + 1]`
-    pub cu_seqlens: &'a [u32],
-    /// Heads `H`.
-    pub heads: usize,
-    /// Width `d` of a head.
-    pub head_dim: usize,
-    /// `ML` and `MW` of each block.
-    pub mix: &'a [[Id; 2]],
-    /// Values of the parameters.
-    pub p: &'a Tensors,
-}
-
-impl BlockHeads<'_> {
-    fn of(&self, layer: usize) -> TalkingHeads<'_> {
-        let [logits, weights] = self.mix[layer];
-        let Self { cu_seqlens, heads, head_dim, p, .. } = *self;
-        TalkingHeads { heads, head_dim, cu_seqlens, mix_logits: &p[logits], mix_weights: &p[weights] }
-    }
-}
-
-impl Heads<Cpu> for BlockHeads<'_> {
-    fn forward(
-        &self,
-        layer: usize,
-        Qkv { q, k, v }: Qkv<&Floats>,
-        SoftmaxState { o, lse }: SoftmaxState<&mut Floats>,
-    ) -> Result<(), DeviceError> {
-        self.of(layer).forward(Qkv { q: &q[..], k: &k[..], v: &v[..] }, o, lse);
-        Ok(())
-    }
-
-    fn backward(
-        &self,
-        layer: usize,
-        grads: &mut Tensors,
-        Qkv { q, k, v }: Qkv<&Floats>,
-        SoftmaxState { lse, .. }: SoftmaxState<&Floats>,
-        d_o: &Floats,
-        QkvGradients { dq, dk, dv }: QkvGradients<&mut Floats>,
-    ) -> Result<(), DeviceError> {
-        let [d_mix_logits, d_mix_weights] = grads.several(self.mix[layer]);
-        let gradients = TalkingGradients { dq, dk, dv, d_mix_logits, d_mix_weights };
-        self.of(layer).backward(Qkv { q: &q[..], k: &k[..], v: &v[..] }, lse, d_o, gradients);
-        Ok(())
-    }
 }
 
 #[cfg(test)]

@@ -5,8 +5,7 @@ use crate::system::{Context, Settings};
 use crate::{Floats, Result, Tensors};
 use dfar::device::cpu::Cpu;
 use dfar::device::{
-    Memory, TargetAttention, TargetCounts, TargetGradients, TargetIndex, TargetInputs, TargetShape,
-    TargetState,
+    Device, TargetCounts, TargetGradients, TargetIndex, TargetInputs, TargetShape, TargetState,
 };
 use dfar::model::parameters::Linear;
 
@@ -17,23 +16,21 @@ pub struct Target {
 }
 
 /// What the backward pass reads.
-pub struct TargetPass {
-    plan: <Cpu as TargetAttention>::TargetPlan,
+pub struct TargetPass<D: Device = Cpu> {
+    plan: D::TargetPlan,
     counts: TargetCounts,
-    e: Floats,
-    lse: Floats,
-    /// `[R, D]` attended tokens of each row.
-    pub att: Floats,
+    e: Floats<D>,
+    lse: Floats<D>,
 }
 
 /// Gradients of the inputs.
-pub struct InputGradients {
+pub struct InputGradients<D: Device = Cpu> {
     /// `[N, D]` of the averaged tokens.
-    pub ds: Floats,
+    pub ds: Floats<D>,
     /// `[N, D]` of the scored tokens.
-    pub da: Floats,
+    pub da: Floats<D>,
     /// `[C, D]` of the candidates.
-    pub dr: Floats,
+    pub dr: Floats<D>,
 }
 
 impl Target {
@@ -44,38 +41,39 @@ impl Target {
         Self { mlp, shape: TargetShape { width, hidden: attention, half_life: 0.0 } }
     }
 
-    /// Attends to `s`, scored by `a` and `r`.
+    /// Attends to `s`, scored by `a` and `r`. Returns the attended tokens `[R, D]`.
     ///
     /// # Errors
     /// Failures of the device.
-    pub fn forward(
+    pub fn forward<D: Device>(
         &self,
-        cx: Context,
+        cx: Context<D>,
         index: TargetIndex<&[u32]>,
-        inputs: TargetInputs<&Floats>,
-    ) -> Result<TargetPass> {
+        inputs: TargetInputs<&Floats<D>>,
+    ) -> Result<(Floats<D>, TargetPass<D>)> {
         let (device, counts) = (cx.device, index.counts());
-        let plan = device.target_plan(&mut (), self.shape, index)?;
+        let plan = cx.staged(|staging| Ok(device.target_plan(staging, self.shape, index)?))?;
         let (mut e, mut lse) = (device.alloc(counts.scores)?, device.alloc(counts.rows)?);
         let mut att = device.alloc(counts.rows * cx.width)?;
         let state = TargetState { e: &mut e, lse: &mut lse, att: &mut att };
         device.target_attention(&plan, inputs, cx.p.target_weights(&self.mlp), state)?;
-        Ok(TargetPass { plan, counts, e, lse, att })
+        Ok((att, TargetPass { plan, counts, e, lse }))
     }
 
-    /// Gradients from those of the attended tokens. Writes those of the parameters.
+    /// Gradients from `[att, d_att]`, the attended tokens and their gradients. Writes those of the
+    /// parameters.
     ///
     /// # Errors
     /// Failures of the device.
-    pub fn backward(
+    pub fn backward<D: Device>(
         &self,
-        cx: Context,
-        inputs: TargetInputs<&Floats>,
-        pass: &TargetPass,
-        d_att: &Floats,
-        grads: &mut Tensors,
-    ) -> Result<InputGradients> {
-        let (device, TargetPass { plan, counts, e, lse, att }) = (cx.device, pass);
+        cx: Context<D>,
+        inputs: TargetInputs<&Floats<D>>,
+        pass: &TargetPass<D>,
+        [att, d_att]: [&Floats<D>; 2],
+        grads: &mut Tensors<D>,
+    ) -> Result<InputGradients<D>> {
+        let (device, TargetPass { plan, counts, e, lse }) = (cx.device, pass);
         let mut ds = device.zeros(counts.tokens * cx.width)?;
         let (mut da, mut dr) =
             (device.alloc(counts.tokens * cx.width)?, device.alloc(counts.pairs * cx.width)?);

@@ -177,14 +177,14 @@ impl System for Dfn {
         let z_skipped = device.upload(&of_skipped.x[..skipped.token.len() * width])?;
         let index = CrossIndex::new(batch, skipped);
         let inputs = TargetInputs { s: &z_skipped, a: &z_skipped, r: &f_pos };
-        let pass = self.cross.forward(cx, index.target_index(skipped), inputs)?;
-        let f_skip = device.upload(&pass.att)?;
+        let (f_skip, pass) = self.cross.forward(cx, index.target_index(skipped), inputs)?;
         let part = |values| Part { values, width, per: Per::Row };
         let parts = vec![part(f_pos), part(f_neg), part(f_skip)];
         let backward: Backward = Box::new(move |parts, mut d_parts, grads| {
+            let skip = [&parts[2].values, &d_parts[2]];
             let inputs = TargetInputs { s: &z_skipped, a: &z_skipped, r: &parts[0].values };
             let InputGradients { mut ds, da, dr } =
-                self.cross.backward(cx, inputs, &pass, &d_parts[2], &mut grads.dense)?;
+                self.cross.backward(cx, inputs, &pass, skip, &mut grads.dense)?;
             add(&da, &mut ds);
             device.scatter_add(width, &ds, &of_skipped.token, &mut grads.tokens)?;
             add(&dr, &mut d_parts[0]);

@@ -10,13 +10,12 @@
 //! prefixes with the candidate. The sum is a running one.
 
 use crate::Result;
-use crate::ops::lists::add;
 use crate::ops::prefix;
 use crate::ops::target::{InputGradients, Target};
 use crate::parameters::{Names, Start};
 use crate::system::{Backward, Context, Encoded, Part, Per, Settings, System};
 use dfar::device::{
-    Activation, Dense, Linear, LinearGradients, Memory, Output, Segments, TargetIndex, TargetInputs,
+    Activation, Buffer, Device, Linear, LinearGradients, Output, Segments, TargetIndex, TargetInputs,
 };
 use dfar::model::parameters::Id;
 
@@ -34,8 +33,8 @@ impl Din {
     }
 }
 
-impl System for Din {
-    fn encode<'a>(&'a self, cx: Context<'a>) -> Result<Encoded<'a>> {
+impl<D: Device> System<D> for Din {
+    fn encode<'a>(&'a self, cx: Context<'a, D>) -> Result<Encoded<'a, D>> {
         let batch = &cx.x.batch;
         let projection = Linear {
             w: &cx.p[self.w],
@@ -55,21 +54,22 @@ impl System for Din {
             rows: Segments { offsets: &batch.pair_rows.offsets[..], members: &batch.pair_rows.members },
             row_length: &batch.row_length,
         };
-        let pass = self.target.forward(cx, index, TargetInputs { s: &s, a: &a, r: &r })?;
+        let (att, pass) = self.target.forward(cx, index, TargetInputs { s: &s, a: &a, r: &r })?;
         let parts = vec![
-            Part { values: cx.device.upload(&pass.att)?, width: cx.width, per: Per::Row },
+            Part { values: att, width: cx.width, per: Per::Row },
             Part { values: prefix::sum(cx, &s)?, width: cx.width, per: Per::Group },
         ];
-        let backward: Backward = Box::new(move |_, d_parts, grads| {
+        let backward: Backward<D> = Box::new(move |parts, d_parts, grads| {
+            let att = [&parts[0].values, &d_parts[0]];
             let inputs = TargetInputs { s: &s, a: &a, r: &r };
             let InputGradients { mut ds, mut da, dr } =
-                self.target.backward(cx, inputs, &pass, &d_parts[0], &mut grads.dense)?;
+                self.target.backward(cx, inputs, &pass, att, &mut grads.dense)?;
             let dw = &mut grads.dense[self.w];
             let gradients = LinearGradients { dx: Some(Output::add(&mut ds)), dw, dbias: None };
             cx.device.linear_backward(projection, &s, &a, &mut da, gradients)?;
-            add(&ds, &mut grads.tokens);
-            add(&prefix::sum_backward(cx, &d_parts[1])?, &mut grads.tokens);
-            add(&dr, &mut grads.candidates);
+            cx.device.add(&ds, &mut grads.tokens)?;
+            cx.device.add(&prefix::sum_backward(cx, &d_parts[1])?, &mut grads.tokens)?;
+            cx.device.add(&dr, &mut grads.candidates)?;
             Ok(0.0)
         });
         Ok(Encoded { parts, backward })

@@ -14,7 +14,7 @@ use crate::Result;
 use crate::ops::attentive::Attentive;
 use crate::ops::lists::add;
 use crate::ops::prefix;
-use crate::ops::stack::Stack;
+use crate::ops::stack::{Encoder, Stack};
 use crate::parameters::Names;
 use crate::system::{Backward, Context, Encoded, Part, Per, Settings, System};
 use dfar::device::{Embedding, Interests, Lookup, Losses, Memory, Slot};

@@ -8,11 +8,11 @@
 //! One pass serves all prefixes of a history and all candidates.
 
 use crate::Result;
-use crate::ops::lists::add;
 use crate::ops::prefix;
-use crate::ops::stack::Stack;
+use crate::ops::stack::{Encoder, Stack};
 use crate::parameters::Names;
 use crate::system::{Backward, Context, Encoded, Part, Per, Settings, System};
+use dfar::device::Device;
 
 /// How a prefix becomes one vector.
 #[derive(
@@ -27,9 +27,9 @@ pub enum Pool {
     Last,
 }
 
-/// SASRec.
-pub struct Sasrec {
-    pub(super) encoder: Stack,
+/// SASRec; with another encoder, THA4Rec.
+pub struct Sasrec<E = Stack> {
+    pub(super) encoder: E,
     pub(super) pool: Pool,
 }
 
@@ -40,20 +40,20 @@ impl Sasrec {
     }
 }
 
-impl System for Sasrec {
-    fn encode<'a>(&'a self, cx: Context<'a>) -> Result<Encoded<'a>> {
+impl<D: Device, E: Encoder<D>> System<D> for Sasrec<E> {
+    fn encode<'a>(&'a self, cx: Context<'a, D>) -> Result<Encoded<'a, D>> {
         let (seq, state) = self.encoder.forward(cx, &cx.event_tables(), &cx.x.batch.cu_seqlens)?;
         let pooled = match self.pool {
             Pool::Mean => prefix::mean(cx, &seq)?,
             Pool::Last => prefix::last(cx, &seq)?,
         };
-        let backward: Backward = Box::new(move |_, d_parts, grads| {
+        let backward: Backward<D> = Box::new(move |_, d_parts, grads| {
             let d_seq = match self.pool {
                 Pool::Mean => prefix::mean_backward(cx, &d_parts[0])?,
                 Pool::Last => prefix::last_backward(cx, &d_parts[0])?,
             };
             let d_events = self.encoder.backward(cx, &mut grads.dense, state, d_seq)?;
-            add(&d_events, &mut grads.tokens);
+            cx.device.add(&d_events, &mut grads.tokens)?;
             Ok(0.0)
         });
         let parts = vec![Part { values: pooled, width: cx.width, per: Per::Group }];

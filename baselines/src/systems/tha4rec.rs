@@ -8,11 +8,11 @@
 //! identity, with which it is SASRec. [`crate::ops::talking_heads`] computes it.
 
 use super::sasrec::Sasrec;
-use crate::ops::stack::Stack;
+use crate::ops::talking_stack::TalkingStack;
 use crate::parameters::Names;
 use crate::system::Settings;
 
 /// Names the parameters `encoder.*`, with `encoder.mix_logits` and `encoder.mix_weights`.
-pub fn tha4rec(names: &mut Names, settings: &Settings) -> Sasrec {
-    Sasrec { encoder: Stack::talking(names, "encoder", settings), pool: settings.pool }
+pub fn tha4rec(names: &mut Names, settings: &Settings) -> Sasrec<TalkingStack> {
+    Sasrec { encoder: TalkingStack::new(names, "encoder", settings), pool: settings.pool }
 }

@@ -3,6 +3,7 @@
 use dfar::batch::Feedback;
 use dfar::data::Dataset;
 use dfar::data::synthetic::{self, SyntheticOptions};
+use dfar::device::Precision;
 use dfar::device::cpu::Cpu;
 use dfar::train::checkpoint::DataInfo;
 use dfar::train::draw::Drawer;
@@ -47,7 +48,7 @@ fn text(path: &Path) -> String {
 /// A result file without what depends on the machine.
 fn figures(path: &Path) -> serde_json::Value {
     let mut result: serde_json::Value = serde_json::from_str(&text(path)).expect("a result is JSON");
-    for field in ["seconds", "threads", "jobs"] {
+    for field in ["seconds", "threads", "jobs", "device"] {
         result["provenance"][field] = 0.into();
     }
     for epoch in result["fitted"]["epochs"].as_array_mut().expect("epochs") {
@@ -243,7 +244,14 @@ fn wrong_usage_is_named() {
     fails(&["--systems", "gru4rec", "--lr", "0.5"], 1, "gru4rec-positive-only-2020.json has another lr");
     fails(&["--systems", "gru4rec,bert"], 2, "there are din, caser, gru4rec");
     fails(&["--systems", "dfar,din", "--train-targets", "feedback"], 2, "DIN does not read skipped events");
-    fails(&["--systems", "din", "--device", "cuda"], 2, "on the CPU only");
+    fails(&["--systems", "din", "--precision", "bf16"], 2, "all systems compute in f32");
+    let on_gpu = |systems, more: &[&str], reason: &str| {
+        fails(&[&["--systems", systems, "--device", "cuda"], more].concat(), 2, reason);
+    };
+    on_gpu("din,caser,dfn", &[], "no CUDA kernels for Caser, DFN: list some of din, sasrec, dfar");
+    on_gpu("all", &[], "no CUDA kernels for Caser, GRU4REC");
+    on_gpu("din,dfar", &["--jobs", "2"], "one run at a time");
+    fails(&["--systems", "din", "--device", "auto"], 2, "use cpu or cuda");
     fails(&["--systems", "din", "--heads", "3"], 2, "must be a multiple of the number of heads");
     std::fs::write(&file, "{").expect("a file");
     fails(&["--systems", "gru4rec"], 1, "is not a result of dfar-compare");
@@ -264,8 +272,10 @@ fn dfar_is_trained_as_by_dfar_train() {
     let data = Dataset::open(dir.path().join("x.dfar")).expect("a data set");
     let (config, info) = small(&data);
     let dfar = Row::parse("dfar").expect("a system");
-    let found =
-        Identity::new(dfar, &config, &options(), &info).run(&data, 0, &mut |_| {}).expect("a run").fitted;
+    let found = Identity::new(dfar, &config, &options(), &info)
+        .run(Arc::new(Cpu::new()), &data, 0, &mut |_| {})
+        .expect("a run")
+        .fitted;
     let run = Run::create(&dir.path().join("run")).expect("a directory");
     let mut fit = Fit::start(Arc::new(Cpu::new()), &data, config.clone(), &run).expect("a run");
     fit.run(&mut |_| ControlFlow::Continue(())).expect("training");
@@ -288,15 +298,39 @@ fn every_switch_trains() {
     for (kind, feedback) in [(Kind::Caser, Feedback::Ignored), (Kind::Feedrec, Feedback::PositiveOnly)] {
         let options = Options { feedback: Some(feedback), ranking: Ranking::Softmax, ..options() };
         let run = Identity::new(Row::Baseline(kind), &config, &options, &info);
-        let fitted = run.run(&data, 0, &mut |_| {}).expect("a run").fitted;
+        let fitted = run.run(Arc::new(Cpu::new()), &data, 0, &mut |_| {}).expect("a run").fitted;
         assert!(fitted.epochs[2].loss < fitted.epochs[0].loss, "{kind:?}: {:?}", fitted.epochs);
         assert!(run.setting().ends_with(" softmax"), "{}", run.setting());
     }
     let options = Options { pool: Pool::Last, ..options() };
     let run = Identity::new(Row::Baseline(Kind::Tha4rec), &config, &options, &info);
-    let fitted = run.run(&data, 0, &mut |_| {}).expect("a run").fitted;
+    let fitted = run.run(Arc::new(Cpu::new()), &data, 0, &mut |_| {}).expect("a run").fitted;
     assert!(fitted.epochs[2].loss < fitted.epochs[0].loss, "{:?}", fitted.epochs);
     assert_eq!(run.setting(), "positive-only last");
+}
+
+/// The losses of an epoch on the kernels in the emulator are those of the CPU.
+#[test]
+fn din_sasrec_and_dfar_train_in_the_emulator() {
+    let dir = folder();
+    let data = Dataset::open(dir.path().join("x.dfar")).expect("a data set");
+    let (config, info) = small(&data);
+    let config = Config { epochs: 1, sample_rate: 0.2, ..config };
+    let gpu = Arc::new(dfar_emulator::gpu(Precision::F32));
+    let last = Options { pool: Pool::Last, ..options() };
+    for (name, options) in [("din", options()), ("sasrec", options()), ("sasrec", last), ("dfar", options())]
+    {
+        let run = Identity::new(Row::parse(name).expect("a system"), &config, &options, &info);
+        let on_cpu = run.run(Arc::new(Cpu::new()), &data, 0, &mut |_| {}).expect("a run").fitted;
+        let on_gpu = run.run(gpu.clone(), &data, 0, &mut |_| {}).expect("a run").fitted;
+        let (a, b) = (on_cpu.epochs[0].loss, on_gpu.epochs[0].loss);
+        assert!((a - b).abs() < 1e-5 * a, "{name}: {a} on the CPU, {b} on the GPU");
+        let [a, b] = [&on_cpu, &on_gpu].map(|fitted| fitted.test.as_ref().expect("a test part").liked.auc);
+        assert!((a - b).abs() < 1e-3, "{name}: test AUC {a} on the CPU, {b} on the GPU");
+    }
+    let caser = Identity::new(Row::Baseline(Kind::Caser), &config, &self::options(), &info);
+    let error = caser.run(gpu, &data, 0, &mut |_| {}).expect_err("there are no kernels").to_string();
+    assert!(error.contains("Caser") && error.contains("no CUDA kernels"), "{error}");
 }
 
 #[test]

@@ -1,0 +1,64 @@
+//! The first layer on any device: one product over the concatenated parts.
+
+use super::FirstLayer;
+use crate::inputs::DeviceLists;
+use crate::system::{Context, Gradients, Part, Per};
+use crate::{Floats, Result};
+use dfar::device::{Activation, Columns, ConcatPart, Device, Output};
+use dfar::model::parameters::Linear;
+
+/// One product, for parts as wide as the candidate.
+pub struct Concatenated;
+
+impl<D: Device> FirstLayer<D> for Concatenated {
+    /// `[R, inputs]` the concatenated parts.
+    type State = Floats<D>;
+
+    fn forward(
+        cx: Context<D>,
+        layer: &Linear,
+        e: &Floats<D>,
+        parts: &[Part<D>],
+    ) -> Result<(Floats<D>, Floats<D>)> {
+        assert!(parts.iter().all(|part| part.width == cx.width), "the parts should be as wide as the model");
+        let (device, rows) = (cx.device, cx.x.batch.rows());
+        let candidate = ConcatPart { values: e, index: Some(&cx.x.row_pair) };
+        let others = parts.iter().map(|part| match part.per {
+            Per::Group => ConcatPart { values: &part.values, index: Some(&cx.x.row_group) },
+            Per::Row => ConcatPart { values: &part.values, index: None },
+        });
+        let mut input = device.alloc(rows * layer.inputs)?;
+        device.concat(cx.width, &std::iter::once(candidate).chain(others).collect::<Vec<_>>(), &mut input)?;
+        let mut h = device.alloc(rows * layer.outputs)?;
+        device.linear(cx.p.linear(layer, Activation::Relu), &input, Output::overwrite(&mut h))?;
+        Ok((h, input))
+    }
+
+    fn backward(
+        cx: Context<D>,
+        layer: &Linear,
+        (_, parts, input): (&Floats<D>, &[Part<D>], Floats<D>),
+        (h, mut d_h): (&Floats<D>, Floats<D>),
+        grads: &mut Gradients<D>,
+    ) -> Result<Vec<Floats<D>>> {
+        let (device, batch) = (cx.device, &cx.x.batch);
+        let mut d_input = device.alloc(batch.rows() * layer.inputs)?;
+        let gradients = grads.dense.linear_gradients(layer, Output::overwrite(&mut d_input));
+        device.linear_backward(cx.p.linear(layer, Activation::Relu), &input, h, &mut d_h, gradients)?;
+        let of_part = |part, lists: Option<&DeviceLists<D>>, dx: Output<&mut Floats<D>>| {
+            let columns = Columns { width: cx.width, part, parts: parts.len() + 1 };
+            device.concat_backward(columns, &d_input, lists.map(DeviceLists::segments), dx)
+        };
+        of_part(0, Some(&cx.x.pair_rows), Output::add(&mut grads.candidates))?;
+        let gradient = |(i, part): (usize, &Part<D>)| {
+            let (n, lists) = match part.per {
+                Per::Group => (batch.groups(), Some(&cx.x.group_rows)),
+                Per::Row => (batch.rows(), None),
+            };
+            let mut dx = device.alloc(n * part.width)?;
+            of_part(i + 1, lists, Output::overwrite(&mut dx))?;
+            Ok(dx)
+        };
+        parts.iter().enumerate().map(gradient).collect()
+    }
+}

@@ -146,26 +146,23 @@ fn train(args: Train) -> dfar::Result<()> {
     let open = |config: &Config| {
         device::open(config.device, config.precision, config.cuda_graphs, &|line| progress.line(line))
     };
-    let (run, config, chosen, checkpoint) = match &args.resume {
+    let (run, config, chosen, checkpoint, opened) = match &args.resume {
         None => {
             let config = Config::layered(args.config.as_deref(), flags).map_err(TrainError::from)?;
             cli::start_threads(config.threads)?;
             // Checked before the directory is created, so that an error leaves no files.
-            let items = match &config.data {
-                Some(path) => {
-                    let data = Dataset::open(path)?;
-                    draw::require_targets(&data, config.train_targets)?;
-                    data.items()
-                }
-                None => SYNTHETIC.items,
-            };
+            let data = config.data.as_ref().map(Dataset::open).transpose()?;
+            if let Some(data) = &data {
+                draw::require_targets(data, config.train_targets)?;
+            }
+            let items = data.as_ref().map_or(SYNTHETIC.items, Dataset::items);
             config.model(items).check().map_err(TrainError::from)?;
             let chosen = open(&config)?;
             let run = match &args.out {
                 Some(dir) => Run::create(dir),
                 None => Run::create_numbered(Path::new("runs"), &default_name(&config)),
             };
-            (run.map_err(TrainError::from)?, config, chosen, None)
+            (run.map_err(TrainError::from)?, config, chosen, None, data)
         }
         Some(dir) => {
             let run = Run::resume(dir).map_err(TrainError::from)?;
@@ -183,7 +180,7 @@ fn train(args: Train) -> dfar::Result<()> {
             let config = saved.resumed(flags).map_err(TrainError::from)?;
             cli::start_threads(config.threads)?;
             let chosen = open(&config)?;
-            (run, config, chosen, checkpoint)
+            (run, config, chosen, checkpoint, None)
         }
     };
     stop_on_interrupt(&progress);
@@ -191,9 +188,10 @@ fn train(args: Train) -> dfar::Result<()> {
         // Written first: with it, the run can be resumed.
         run.write_config(&config.to_toml()).map_err(TrainError::from)?;
     }
-    let data = match &config.data {
-        Some(path) => Dataset::open(path)?,
-        None => synthetic_data(&run, &progress)?,
+    let data = match (opened, &config.data) {
+        (Some(data), _) => data,
+        (None, Some(path)) => Dataset::open(path)?,
+        (None, None) => synthetic_data(&run, &progress)?,
     };
     progress.line(&format!(
         "{}: {} users, {} items, {} events; run in {}",

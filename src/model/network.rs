@@ -153,6 +153,18 @@ struct Attended<D: Device> {
 /// Input of a tower and the outputs of its layers; the last is the logit.
 type Tower<D> = [Floats<D>; 4];
 
+/// Gradients of the inputs of both towers.
+struct TowerGradients<D: Device> {
+    /// `[C, D]`
+    d_candidate: Floats<D>,
+    /// `[G, D]` of the mean of the history.
+    d_mean: Floats<D>,
+    /// `[G, D]` of the mean of each interest.
+    d_means: [Floats<D>; 2],
+    /// `[R, D]` of the attended tokens of each interest.
+    d_atts: [Floats<D>; 2],
+}
+
 type Done = Result<(), DeviceError>;
 
 impl<D: Device> Network<'_, D> {
@@ -198,7 +210,7 @@ impl<D: Device> Network<'_, D> {
         let mut d_logit = [device.alloc(batch.rows)?, device.alloc(batch.rows)?];
         let [neg, pos] = &towers;
         let logits = Interests { positive: &pos[3], negative: &neg[3] };
-        let [item_l2, position_l2, label_l2] = report::L2;
+        let [.., label_l2] = report::L2;
         device.side_by_side(|which| match which {
             0 => {
                 let (gradients, slot) = (by_interest(&mut d_logit), report.slot(report::BCE));
@@ -208,39 +220,10 @@ impl<D: Device> Network<'_, D> {
         })?;
 
         let mut grads = Tensors::gradients(device, self.layout)?;
-        let mut d_mean = device.alloc(batch.groups * width)?;
-        let mut d_candidate = device.alloc(batch.pairs * width)?;
-        let mut d_means = [device.alloc(batch.groups * width)?, device.alloc(batch.groups * width)?];
-        let mut d_atts = [device.alloc(batch.rows * width)?, device.alloc(batch.rows * width)?];
         let dx_towers =
             device.side_by_side(|f| self.tower_backward(&towers[f], f, &mut d_logit[f], &mut grads))?;
-        let (pairs, groups) = (batch.pair_rows.segments(), batch.group_rows.segments());
-        for (f, store) in [(NEGATIVE, Store::Overwrite), (POSITIVE, Store::Add)] {
-            // The second interest adds to the gradients of the first.
-            device.side_by_side(|which| match which {
-                0 => self.part_backward(
-                    &dx_towers[f],
-                    CANDIDATE,
-                    Some(pairs),
-                    Output { values: &mut d_candidate, store },
-                ),
-                _ => self.part_backward(
-                    &dx_towers[f],
-                    MEAN,
-                    Some(groups),
-                    Output { values: &mut d_mean, store },
-                ),
-            })?;
-        }
-        device.side_by_side(|f| {
-            self.part_backward(
-                &dx_towers[f],
-                MEAN_OF_INTEREST,
-                Some(groups),
-                Output::overwrite(&mut d_means[f]),
-            )?;
-            self.part_backward(&dx_towers[f], ATTENDED, None, Output::overwrite(&mut d_atts[f]))
-        })?;
+        let TowerGradients { mut d_candidate, d_mean, mut d_means, mut d_atts } =
+            self.inputs_backward(&dx_towers)?;
         device.side_by_side(|which| {
             let ([negative, positive], gradients) = match which {
                 0 => (duals.each_ref().map(|dual| &dual.mean), &mut d_means),
@@ -274,28 +257,70 @@ impl<D: Device> Network<'_, D> {
         })?;
         device.add(&d_r[POSITIVE], &mut d_candidate)?;
 
+        let [item, position, label] =
+            self.tables_backward(options.embed_l2, &d_s, &d_candidate, &d_r, &mut report)?;
+        device.settle()?;
+        Ok((report, Gradients { dense: grads, item, position, label }))
+    }
+
+    /// Gradients of the parts of the towers' inputs.
+    fn inputs_backward(&self, dx_towers: &[Floats<D>; 2]) -> Result<TowerGradients<D>, DeviceError> {
+        let (device, batch, width) = (self.device, self.batch, self.config.width);
+        let two = |len| -> Result<_, DeviceError> { Ok([device.alloc(len)?, device.alloc(len)?]) };
+        let mut d_candidate = device.alloc(batch.pairs * width)?;
+        let mut d_mean = device.alloc(batch.groups * width)?;
+        let (mut d_means, mut d_atts) = (two(batch.groups * width)?, two(batch.rows * width)?);
+        let (pairs, groups) = (Some(batch.pair_rows.segments()), Some(batch.group_rows.segments()));
+        for (f, store) in [(NEGATIVE, Store::Overwrite), (POSITIVE, Store::Add)] {
+            // The second interest adds to the gradients of the first.
+            let dx = &dx_towers[f];
+            device.side_by_side(|which| match which {
+                0 => self.part_backward(dx, CANDIDATE, pairs, Output { values: &mut d_candidate, store }),
+                _ => self.part_backward(dx, MEAN, groups, Output { values: &mut d_mean, store }),
+            })?;
+        }
+        device.side_by_side(|f| {
+            let dx = &dx_towers[f];
+            self.part_backward(dx, MEAN_OF_INTEREST, groups, Output::overwrite(&mut d_means[f]))?;
+            self.part_backward(dx, ATTENDED, None, Output::overwrite(&mut d_atts[f]))
+        })?;
+        Ok(TowerGradients { d_candidate, d_mean, d_means, d_atts })
+    }
+
+    /// Gradients of the rows of the tables `item`, `position` and `label`, from those of the
+    /// embedded tokens `d_s`, of the candidates, and of the candidates of each interest `d_r`.
+    /// Reports the L2 of the rows of items and positions.
+    fn tables_backward(
+        &self,
+        l2: f32,
+        d_s: &Floats<D>,
+        d_candidate: &Floats<D>,
+        d_r: &[Floats<D>; 2],
+        report: &mut Report<D>,
+    ) -> Result<[Floats<D>; 3], DeviceError> {
+        let (device, layout, batch) = (self.device, self.layout, self.batch);
         let rows = |id, touched: &DeviceTouched<D>, sources: &[&Floats<D>]| -> Result<_, DeviceError> {
-            let mut y = device.alloc(touched.row.len() * width)?;
+            let mut y = device.alloc(touched.row.len() * self.config.width)?;
             let rows = Lookup { table: &self.p[id], index: &touched.row };
-            let (segments, l2) = (touched.source.segments(), options.embed_l2);
-            device.segment_sum(width, SegmentSum { sources, segments, l2, rows }, &mut y)?;
+            let sum = SegmentSum { sources, segments: touched.source.segments(), l2, rows };
+            device.segment_sum(self.config.width, sum, &mut y)?;
             Ok(y)
         };
         let (items, positions) = (&batch.touched_item, &batch.touched_position);
+        let [item_l2, position_l2, _] = report::L2;
         let [item, position] = device.side_by_side(|which| match which {
             0 => {
-                self.half_squares(self.layout.item, items, report.slot(item_l2))?;
-                rows(self.layout.item, items, &[&d_s, &d_candidate])
+                self.half_squares(layout.item, items, report.slot(item_l2))?;
+                rows(layout.item, items, &[d_s, d_candidate])
             }
             _ => {
-                self.half_squares(self.layout.position, positions, report.slot(position_l2))?;
-                rows(self.layout.position, positions, &[&d_s])
+                self.half_squares(layout.position, positions, report.slot(position_l2))?;
+                rows(layout.position, positions, &[d_s])
             }
         })?;
-        let sources = [&d_s, &d_r[NEGATIVE], &d_r[POSITIVE]];
-        let label = rows(self.layout.label, &batch.touched_label, &sources)?;
-        device.settle()?;
-        Ok((report, Gradients { dense: grads, item, position, label }))
+        let sources = [d_s, &d_r[NEGATIVE], &d_r[POSITIVE]];
+        let label = rows(layout.label, &batch.touched_label, &sources)?;
+        Ok([item, position, label])
     }
 
     /// Half the squares of the rows of a table that the batch touches.

@@ -53,13 +53,13 @@ bench=$programs/dfar-bench
 } >"$out/environment.txt"
 
 if [ "$small" = 1 ]; then
-    tests="" repeats=2 cases=$(mktemp -d) lengths=20
+    tests="" repeats=2 cases=$(mktemp -d) lengths=20 users=8
     trap 'rm -rf "$cases"' EXIT
     cp tests/golden/fha_paper.safetensors tests/golden/dfar_small.safetensors "$cases"
     attention=(--quick --batch-tokens 40 --seq-lens "$lengths")
     steps=(--quick --batches 1 --batch-tokens 24 --batch-rows 64 --max-length 8 --negatives 2)
 else
-    tests="cuda_attention cuda_step cuda_curves" repeats=1000 cases=tests/golden
+    tests="cuda_attention cuda_step cuda_curves" repeats=1000 cases=tests/golden users=1000
     attention=() steps=()
 fi
 
@@ -68,6 +68,9 @@ for precision in f32 bf16 f16; do
     step "verify_$precision" 120 "$bench" verify "$cases" --device cuda --precision "$precision"
 done
 step verify_systems 120 "$programs/dfar-compare" verify baselines/tests/golden --device cuda
+step systems_data 60 "$programs/dfar-data" synth --users "$users" --output "$out/systems.dfar" --quiet
+step train_systems 300 "$programs/dfar-compare" --data "$out/systems.dfar" --systems din,sasrec --seeds 1 --epochs 1 \
+    --device cuda --out "$out/systems"
 for name in $tests; do
     program=$(test_program "$name")
     if [ -n "$program" ]; then step "$name" 240 "$program"; else skip "$name" "it does not build"; fi

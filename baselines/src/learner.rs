@@ -1,7 +1,7 @@
 //! A model to train: a compared system, or DFAR itself.
 
 use crate::inputs::{Limits, StagedInputs};
-use crate::on_device::Systems;
+use crate::system_device::SystemDevice;
 use crate::{LossOptions, Model, Optimizer};
 use dfar::batch::{Batch, History};
 use dfar::device::Device;
@@ -57,14 +57,14 @@ pub trait Learner {
 }
 
 /// A compared system.
-pub struct Baseline<D: Systems> {
+pub struct Baseline<D: SystemDevice> {
     model: Model<D>,
     optimizer: Optimizer<D>,
     loss: LossOptions,
     adam: AdamOptions,
 }
 
-impl<D: Systems> Baseline<D> {
+impl<D: SystemDevice> Baseline<D> {
     /// A model that has not been trained.
     ///
     /// # Errors
@@ -75,7 +75,7 @@ impl<D: Systems> Baseline<D> {
     }
 }
 
-impl<D: Systems> Learner for Baseline<D> {
+impl<D: SystemDevice> Learner for Baseline<D> {
     type Packer = (Arc<D>, Limits);
     type Packed = StagedInputs<D>;
 

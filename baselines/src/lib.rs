@@ -17,7 +17,7 @@
 //! | [`inputs`] | a packed batch, as all systems read it |
 //! | [`parameters`] | names, shapes and initial values of tensors |
 //! | [`system`] | the trait, and the systems by name |
-//! | [`on_device`] | the systems that a device computes: all on the CPU, some on CUDA |
+//! | [`system_device`] | the systems that a device computes: all on the CPU, some on CUDA |
 //! | [`systems`] | one file for each system |
 //! | [`ops`] | operations that only these systems need; most are on slices, for the CPU alone |
 //! | [`tower`], [`loss`] | what all systems share behind their encoders |
@@ -36,7 +36,6 @@ pub mod loss;
 pub mod machine;
 pub mod markdown;
 pub mod model;
-pub mod on_device;
 pub mod ops;
 pub mod page;
 pub mod parameters;
@@ -45,6 +44,7 @@ pub mod results;
 pub mod statistics;
 pub mod svg;
 pub mod system;
+pub mod system_device;
 pub mod systems;
 pub mod table;
 pub mod tower;
@@ -54,8 +54,8 @@ pub mod verify;
 
 pub use inputs::Inputs;
 pub use model::{LossOptions, Model, Optimizer, StepLoss};
-pub use on_device::Systems;
 pub use system::{Kind, Settings, System};
+pub use system_device::SystemDevice;
 
 use dfar::device::cpu::Cpu;
 

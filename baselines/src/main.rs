@@ -15,7 +15,7 @@ use compare::{Compare, Failure};
 use dfar::device::Precision;
 use dfar::device::cpu::Cpu;
 use dfar::device::cuda::{Cuda, Gpu};
-use dfar_baselines::Systems;
+use dfar_baselines::SystemDevice;
 use dfar_baselines::results::to_json;
 use dfar_baselines::verify::verify;
 use dfar_tools::verify::{Summary, VerifyError, cases};
@@ -29,8 +29,8 @@ use std::sync::Arc;
 /// All systems read the same events, targets and negatives, and are scored on the same groups. Each
 /// finished run is a file in `DIR/results`; the same command continues an interrupted comparison.
 /// The tables go to stdout and to `DIR/table.md`, `table.csv`, `table.json` and the page
-/// `index.html`, progress to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 bad input, 5
-/// non-finite loss.
+/// `index.html`, progress to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 bad input, 4
+/// no usable GPU, 5 non-finite loss.
 #[derive(Parser)]
 #[command(name = "dfar-compare", version, args_conflicts_with_subcommands = true)]
 struct Cli {
@@ -126,9 +126,9 @@ fn open_gpu() -> dfar::Result<Arc<Gpu<Cuda>>> {
     Ok(Arc::new(Gpu::new(cuda, Precision::F32)))
 }
 
-/// Whether every case passes. The outer error is a case that cannot be read, the inner one a
-/// failure to print.
-fn reports<D: Systems>(
+/// Whether every case passes that the device computes, and there is one. The outer error is a case
+/// that cannot be read or computed, the inner one a failure to print.
+fn reports<D: SystemDevice>(
     device: &Arc<D>,
     folder: &Path,
     json: bool,
@@ -146,5 +146,5 @@ fn reports<D: Systems>(
         true => format!("{:#}\n", to_json(&summary)),
         false => summary.to_string(),
     };
-    Ok(cli::print(&text).map(|()| summary.failed == 0))
+    Ok(cli::print(&text).map(|()| summary.failed == 0 && summary.passed > 0))
 }

@@ -2,9 +2,9 @@
 
 use crate::inputs::{InputError, Inputs, Limits, StagedInputs};
 use crate::loss::Ranking;
-use crate::on_device::Systems;
 use crate::parameters::{self, Names, Spec, Start};
 use crate::system::{Built, Context, Encoded, Gradients, Kind, Settings, System, Tables};
+use crate::system_device::SystemDevice;
 use crate::tower::Tower;
 use crate::{Floats, Indices, Result, Tensors};
 use dfar::batch::History;
@@ -39,7 +39,7 @@ pub struct StepLoss {
 }
 
 /// A system with the values of its parameters.
-pub struct Model<D: Systems = Cpu> {
+pub struct Model<D: SystemDevice = Cpu> {
     device: Arc<D>,
     kind: Kind,
     settings: Settings,
@@ -64,7 +64,7 @@ struct TableGradient<'a, D: Device> {
     values: Floats<D>,
 }
 
-impl<D: Systems> Model<D> {
+impl<D: SystemDevice> Model<D> {
     /// Initial values from `seed`.
     ///
     /// # Errors
@@ -331,7 +331,7 @@ impl<D: Device> Optimizer<D> {
     /// Failures of the device.
     pub fn new(model: &Model<D>) -> Result<Self>
     where
-        D: Systems,
+        D: SystemDevice,
     {
         let zeros = || parameters::zeros(&*model.device, &model.specs);
         Ok(Self { first: zeros()?, second: zeros()?, steps: 0 })

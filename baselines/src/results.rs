@@ -4,8 +4,8 @@
 use crate::fit::{Epoch, Fitted, fit};
 use crate::learner::{Baseline, Dfar, Learner};
 use crate::loss::Ranking;
-use crate::on_device::Systems;
 use crate::system::{Kind, Settings};
+use crate::system_device::SystemDevice;
 use crate::systems::sasrec::Pool;
 use crate::users::UserFigures;
 use crate::{LossOptions, Model};
@@ -13,6 +13,7 @@ use dfar::batch::Feedback;
 use dfar::data::Dataset;
 use dfar::model::{self, HostTensor};
 use dfar::train::checkpoint::{DataInfo, ModelFile, ModelInfo};
+use dfar::train::config::DeviceChoice;
 use dfar::train::file::{FileError, replace_bytes};
 use dfar::train::{Config, TrainError, score_options};
 use serde::Serialize;
@@ -206,7 +207,7 @@ impl Identity {
     ///
     /// # Errors
     /// As [`fit`], invalid settings, and a system that the device does not compute.
-    pub fn run<D: Systems>(
+    pub fn run<D: SystemDevice>(
         &self,
         device: Arc<D>,
         data: &Dataset,
@@ -460,6 +461,10 @@ impl RunResult {
         }
         let found = Self::read(&path)?;
         let mut of_file = found.file["run"].clone();
+        if found.has_no_device() {
+            of_file["config"]["device"] = to_json(&DeviceChoice::Cpu);
+            of_file["config"]["precision"] = to_json(&Config::default().precision);
+        }
         // A file of an older version lacks keys that came later: its run had their defaults.
         if let (Value::Object(config), Value::Object(defaults)) =
             (&mut of_file["config"], to_json(&Config::default()))
@@ -472,6 +477,28 @@ impl RunResult {
             None => Ok(Some(found)),
             Some(what) => Err(ResultError::Other { path, what }),
         }
+    }
+
+    /// Whether it is of a version that had the CPU only, whatever its configuration says.
+    fn has_no_device(&self) -> bool {
+        self.file.pointer("/provenance/device").is_none()
+    }
+
+    /// Refuses a result of another device: a table has one.
+    ///
+    /// # Errors
+    /// [`ResultError::Other`].
+    pub fn check_device(&self, device: DeviceChoice, out: &Path) -> Result<(), ResultError> {
+        let own = match self.has_no_device() {
+            true => to_json(&DeviceChoice::Cpu),
+            false => self.file["run"]["config"]["device"].clone(),
+        };
+        if own == to_json(&device) {
+            return Ok(());
+        }
+        let name = run_name(self.system, &self.setting, self.seed);
+        let path = out.join("results").join(format!("{name}.json"));
+        Err(ResultError::Other { path, what: "device".into() })
     }
 
     /// All results in `out`, in the order of their files.

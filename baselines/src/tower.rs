@@ -6,9 +6,9 @@ mod split;
 pub use concatenated::Concatenated;
 pub use split::Split;
 
-use crate::on_device::Systems;
 use crate::parameters::Names;
 use crate::system::{Context, Gradients, Part, Settings};
+use crate::system_device::SystemDevice;
 use crate::{Floats, Result};
 use dfar::device::{Activation, Device, Output};
 use dfar::model::parameters::{self, Linear};
@@ -30,28 +30,40 @@ pub trait FirstLayer<D: Device> {
         parts: &[Part<D>],
     ) -> Result<(Floats<D>, Self::State)>;
 
-    /// Gradients of the parts from the output `h` and its gradient `d_h`. Writes those of the
-    /// parameters, adds that of `e` to `grads.candidates`.
+    /// Gradients of the parts from `d_h`, that of the output. Writes those of the parameters, adds
+    /// that of `e` to `grads.candidates`.
     ///
     /// # Errors
     /// Failures of the device.
     fn backward(
         cx: Context<D>,
         layer: &Linear,
-        inputs: (&Floats<D>, &[Part<D>], Self::State),
-        outputs: (&Floats<D>, Floats<D>),
+        pass: FirstPass<D, Self::State>,
+        d_h: Floats<D>,
         grads: &mut Gradients<D>,
     ) -> Result<Vec<Floats<D>>>;
+}
+
+/// Input and output of the first layer.
+pub struct FirstPass<'a, D: Device, S> {
+    /// `[C, D]` the candidates.
+    pub e: &'a Floats<D>,
+    /// The other parts.
+    pub parts: &'a [Part<D>],
+    /// `[R, outputs]` the output.
+    pub h: &'a Floats<D>,
+    /// [`FirstLayer::State`].
+    pub state: S,
 }
 
 /// The layers.
 pub struct Tower([Linear; 3]);
 
 /// Activations that the backward pass reads.
-pub struct TowerState<D: Systems> {
+pub struct TowerState<D: SystemDevice> {
     /// `[C, D]`
     e: Floats<D>,
-    first: <D::FirstLayer as FirstLayer<D>>::State,
+    first_state: <D::FirstLayer as FirstLayer<D>>::State,
     h0: Floats<D>,
     h1: Floats<D>,
     /// `[R]`
@@ -68,11 +80,11 @@ impl Tower {
     ///
     /// # Errors
     /// Failures of the device.
-    pub fn forward<D: Systems>(&self, cx: Context<D>, parts: &[Part<D>]) -> Result<TowerState<D>> {
+    pub fn forward<D: SystemDevice>(&self, cx: Context<D>, parts: &[Part<D>]) -> Result<TowerState<D>> {
         let (device, rows) = (cx.device, cx.x.batch.rows());
         let [first, second, last] = &self.0;
         let e = cx.candidates()?;
-        let (h0, first) = D::FirstLayer::forward(cx, first, &e, parts)?;
+        let (h0, first_state) = D::FirstLayer::forward(cx, first, &e, parts)?;
         let layer = |layer: &parameters::Linear, activation, x: &Floats<D>| -> Result<Floats<D>> {
             let mut y = device.alloc(rows * layer.outputs)?;
             device.linear(cx.p.linear(layer, activation), x, Output::overwrite(&mut y))?;
@@ -80,14 +92,14 @@ impl Tower {
         };
         let h1 = layer(second, Activation::Relu, &h0)?;
         let logits = layer(last, Activation::None, &h1)?;
-        Ok(TowerState { e, first, h0, h1, logits })
+        Ok(TowerState { e, first_state, h0, h1, logits })
     }
 
     /// Gradients of the parts from those of the logits. Adds that of `e` to `grads.candidates`.
     ///
     /// # Errors
     /// Failures of the device.
-    pub fn backward<D: Systems>(
+    pub fn backward<D: SystemDevice>(
         &self,
         cx: Context<D>,
         parts: &[Part<D>],
@@ -96,8 +108,8 @@ impl Tower {
         grads: &mut Gradients<D>,
     ) -> Result<Vec<Floats<D>>> {
         let (device, rows) = (cx.device, cx.x.batch.rows());
-        let [of_first, second, last] = &self.0;
-        let TowerState { e, first, h0, h1, logits } = state;
+        let [first, second, last] = &self.0;
+        let TowerState { e, first_state, h0, h1, logits } = state;
         let mut layer = |layer: &Linear,
                          activation,
                          x: &Floats<D>,
@@ -111,6 +123,7 @@ impl Tower {
         };
         let mut d_h1 = layer(last, Activation::None, &h1, &logits, &mut d_logits)?;
         let d_h0 = layer(second, Activation::Relu, &h0, &h1, &mut d_h1)?;
-        D::FirstLayer::backward(cx, of_first, (&e, parts, first), (&h0, d_h0), grads)
+        let pass = FirstPass { e: &e, parts, h: &h0, state: first_state };
+        D::FirstLayer::backward(cx, first, pass, d_h0, grads)
     }
 }

@@ -10,7 +10,7 @@
 use crate::inputs::InputError;
 use crate::loss::Ranking;
 use crate::system::{Kind, Settings};
-use crate::{Inputs, LossOptions, Model, Optimizer, Systems};
+use crate::{Inputs, LossOptions, Model, Optimizer, SystemDevice};
 use dfar::batch::{Cut, Feedback, History, Question, View};
 use dfar::device::Clip;
 use dfar::model::{AdamOptions, HostTensor, ModelError};
@@ -40,7 +40,7 @@ struct Meta {
 ///
 /// # Errors
 /// A file that cannot be read or is not a case of this kind, and failures of the device.
-pub fn verify<D: Systems>(device: &Arc<D>, path: &Path) -> Result<Report, VerifyError> {
+pub fn verify<D: SystemDevice>(device: &Arc<D>, path: &Path) -> Result<Report, VerifyError> {
     let case = Case::read(path)?;
     if case.kind != "baseline" {
         return Err(VerifyError::Kind { path: path.to_owned(), kind: case.kind });
@@ -52,7 +52,7 @@ pub fn verify<D: Systems>(device: &Arc<D>, path: &Path) -> Result<Report, Verify
     Ok(Report { case: case.name, outcome, differs: None })
 }
 
-fn compare_case<D: Systems>(device: &Arc<D>, case: &Case) -> Result<Vec<TensorError>, VerifyError> {
+fn compare_case<D: SystemDevice>(device: &Arc<D>, case: &Case) -> Result<Vec<TensorError>, VerifyError> {
     let refused =
         |source: ModelError| VerifyError::Model { path: case.path.clone(), source: Box::new(source) };
     let meta: Meta = case.options()?;
@@ -104,7 +104,7 @@ fn compare_case<D: Systems>(device: &Arc<D>, case: &Case) -> Result<Vec<TensorEr
 }
 
 /// The seen events of each history, and its groups.
-fn inputs<D: Systems>(case: &Case, meta: &Meta, model: &Model<D>) -> Result<Inputs<D>, VerifyError> {
+fn inputs<D: SystemDevice>(case: &Case, meta: &Meta, model: &Model<D>) -> Result<Inputs<D>, VerifyError> {
     let cu_seqlens = offsets(case, "cu_seqlens", None)?;
     let histories = cu_seqlens.len() - 1;
     let group_offsets = offsets(case, "group_offsets", Some(histories + 1))?;

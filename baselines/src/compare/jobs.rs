@@ -4,7 +4,7 @@
 use super::Failure;
 use super::progress::Progress;
 use dfar::data::Dataset;
-use dfar_baselines::Systems;
+use dfar_baselines::SystemDevice;
 use dfar_baselines::machine::Machine;
 use dfar_baselines::results::{Identity, Provenance, RunResult};
 use std::path::Path;
@@ -14,8 +14,8 @@ use std::time::Instant;
 
 /// How runs are executed.
 pub struct Jobs<'a, D> {
-    /// Makes the device of a run.
-    pub device: &'a (dyn Fn() -> Arc<D> + Sync),
+    /// The device of a run.
+    pub device: &'a (dyn Fn() -> Result<Arc<D>, Failure> + Sync),
     /// The data set.
     pub data: &'a Dataset,
     /// Directory of the results.
@@ -28,7 +28,7 @@ pub struct Jobs<'a, D> {
     pub workers: usize,
 }
 
-impl<D: Systems> Jobs<'_, D> {
+impl<D: SystemDevice> Jobs<'_, D> {
     /// Executes all runs and files each result when it is finished. After a failure, no further run
     /// starts.
     pub fn execute(&self, runs: &[Identity], progress: &Progress) -> Result<(), Failure> {
@@ -70,7 +70,7 @@ impl<D: Systems> Jobs<'_, D> {
     /// One run. Its model is written before its result, with which the run is finished.
     fn one(&self, job: usize, run: &Identity, progress: &Progress) -> Result<RunResult, Failure> {
         let start = Instant::now();
-        let device = (self.device)();
+        let device = (self.device)()?;
         let name = device.name();
         let mut observe = |epoch: &_| progress.epoch(job, run, epoch);
         let trained = run.run(device, self.data, self.workers, &mut observe)?;

@@ -9,6 +9,7 @@ use clap::Args;
 use dfar::batch::Feedback;
 use dfar::data::{Dataset, Part};
 use dfar::device::cpu::Cpu;
+use dfar::device::cuda::plan::target_shape::MAX_WIDTH;
 use dfar::device::cuda::{Cuda, Gpu};
 use dfar::evaluate::{self, part_report, popularity_scores};
 use dfar::model::Model;
@@ -17,7 +18,6 @@ use dfar::train::config::DeviceChoice;
 use dfar::train::draw::TrainTargets;
 use dfar::train::file::replace_bytes;
 use dfar::train::{Config, TrainError, draw, score_options};
-use dfar_baselines::Systems;
 use dfar_baselines::loss::Ranking;
 use dfar_baselines::markdown::{csv, markdown};
 use dfar_baselines::page::page;
@@ -26,11 +26,12 @@ use dfar_baselines::results::{Identity, Options, ResultError, Row, RunResult, to
 use dfar_baselines::systems::sasrec::Pool;
 use dfar_baselines::table::{PairsCell, References, Table};
 use dfar_baselines::tune::Search;
+use dfar_baselines::{Kind, SystemDevice};
 use jobs::Jobs;
 use progress::Progress;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 #[derive(Args)]
 pub struct Compare {
@@ -121,7 +122,11 @@ pub fn run(arguments: &Compare) -> Result<(), Failure> {
     let usage = |argument, reason: &str| TrainError::Usage { argument, reason: reason.to_owned() };
     let flags = arguments.flags.table()?;
     if let Some(&(_, flag)) = UNUSED_FLAGS.iter().find(|(key, _)| flags.contains_key(*key)) {
-        return Err(usage(flag, "dfar-compare has no such option: all systems compute in f32").into());
+        let reason = match flag {
+            "--precision" => "dfar-compare has no such option: all systems compute in f32",
+            _ => "dfar-compare has no such option",
+        };
+        return Err(usage(flag, reason).into());
     }
     let reads_own_feedback = !flags.contains_key("feedback");
     let config = Config::layered(arguments.config.as_deref(), flags).map_err(TrainError::from)?;
@@ -151,10 +156,21 @@ pub fn run(arguments: &Compare) -> Result<(), Failure> {
     };
     check_targets(&study)?;
     let searches = match study.config.device {
-        DeviceChoice::Cpu => execute(&study, &data, arguments, &|| Arc::new(Cpu::new())),
+        DeviceChoice::Cpu => execute(&study, &data, arguments, &|| Ok(Arc::new(Cpu::new()))),
         _ => {
-            let gpu = open_gpu(&study, arguments)?;
-            execute(&study, &data, arguments, &|| gpu.clone())
+            check_gpu_runs(&study, arguments)?;
+            // Opened by the first run: tables of finished runs need none.
+            let opened = OnceLock::new();
+            let gpu = || match opened.get() {
+                Some(gpu) => Ok(Arc::clone(gpu)),
+                None => Ok(opened
+                    .get_or_init({
+                        let gpu = crate::open_gpu()?;
+                        || gpu
+                    })
+                    .clone()),
+            };
+            execute(&study, &data, arguments, &gpu)
         }
     }?;
     write_tables(&arguments.out, &data, &study, &searches)
@@ -193,12 +209,12 @@ fn check_targets(study: &Study) -> Result<(), TrainError> {
     }
 }
 
-/// Opens the GPU, for a study that can run on it.
-fn open_gpu(study: &Study, arguments: &Compare) -> Result<Arc<Gpu<Cuda>>, Failure> {
-    let usage = |argument, reason: String| TrainError::Usage { argument, reason };
+/// Refuses a study that cannot run on a GPU.
+fn check_gpu_runs(study: &Study, arguments: &Compare) -> Result<(), TrainError> {
+    let usage = |argument, reason: String| Err(TrainError::Usage { argument, reason });
     if study.config.device == DeviceChoice::Auto {
-        let reason = "auto: results name their device, so a comparison has one; use cpu or cuda";
-        return Err(usage("--device", reason.to_owned()).into());
+        let reason = "a comparison has one device, which its results name: choose cpu or cuda, not auto";
+        return usage("--device", reason.to_owned());
     }
     let runs = |row: &Row| match row {
         Row::Baseline(kind) => Gpu::<Cuda>::computes(*kind),
@@ -212,20 +228,27 @@ fn open_gpu(study: &Study, arguments: &Compare) -> Result<Arc<Gpu<Cuda>>, Failur
             others.join(", "),
             on_gpu.join(", ")
         );
-        return Err(usage("--systems", reason).into());
+        return usage("--systems", reason);
     }
     if arguments.jobs > 1 {
-        return Err(usage("--jobs", "a GPU executes one run at a time".to_owned()).into());
+        return usage("--jobs", "with --device cuda, one run follows the other: use --jobs 1".to_owned());
     }
-    Ok(crate::open_gpu()?)
+    let attends = |row: &&Row| matches!(row, Row::Baseline(Kind::Din) | Row::Dfar);
+    match study.systems.iter().find(attends) {
+        Some(row) if study.config.width > MAX_WIDTH => {
+            let reason = format!("{} is at most {MAX_WIDTH} wide on a GPU", row.title());
+            usage("--width", reason)
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Executes the search and then the runs of the tables. Returns the searches.
-fn execute<D: Systems>(
+fn execute<D: SystemDevice>(
     study: &Study,
     data: &Dataset,
     arguments: &Compare,
-    device: &(dyn Fn() -> Arc<D> + Sync),
+    device: &(dyn Fn() -> Result<Arc<D>, Failure> + Sync),
 ) -> Result<Vec<Search>, Failure> {
     let out = &arguments.out;
     let jobs = usize::from(arguments.jobs);
@@ -236,6 +259,10 @@ fn execute<D: Systems>(
     let later = study.runs(|_| 0);
     let (_, planned) = unfinished(search.iter().chain(&later), out)?;
     let known = if out.join("results").exists() { RunResult::all(out)? } else { Vec::new() };
+    known
+        .iter()
+        .filter(|result| result.data == to_json(&study.data))
+        .try_for_each(|result| result.check_device(study.config.device, out))?;
     let progress = Progress::new(jobs.jobs, &planned, &known);
     let execute = |runs: &[Identity], names_finished: bool| -> Result<(), Failure> {
         let (finished, left) = unfinished(runs.iter(), out)?;

@@ -1,13 +1,13 @@
-//! The first layer on any device: one product over the concatenated parts.
+//! The first layer by the operations of a device: one product over the concatenated parts.
 
-use super::FirstLayer;
+use super::{FirstLayer, FirstPass};
 use crate::inputs::DeviceLists;
 use crate::system::{Context, Gradients, Part, Per};
 use crate::{Floats, Result};
 use dfar::device::{Activation, Columns, ConcatPart, Device, Output};
 use dfar::model::parameters::Linear;
 
-/// One product, for parts as wide as the candidate.
+/// One product, for parts as wide as the candidate. A GPU concatenates at most 4, with it.
 pub struct Concatenated;
 
 impl<D: Device> FirstLayer<D> for Concatenated {
@@ -37,8 +37,8 @@ impl<D: Device> FirstLayer<D> for Concatenated {
     fn backward(
         cx: Context<D>,
         layer: &Linear,
-        (_, parts, input): (&Floats<D>, &[Part<D>], Floats<D>),
-        (h, mut d_h): (&Floats<D>, Floats<D>),
+        FirstPass { parts, h, state: input, .. }: FirstPass<D, Floats<D>>,
+        mut d_h: Floats<D>,
         grads: &mut Gradients<D>,
     ) -> Result<Vec<Floats<D>>> {
         let (device, batch) = (cx.device, &cx.x.batch);

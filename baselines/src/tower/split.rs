@@ -4,7 +4,7 @@
 //! for each row of its part: that of `e` once for each (history, candidate), that of a history's
 //! vector once for each prefix.
 
-use super::FirstLayer;
+use super::{FirstLayer, FirstPass};
 use crate::ops::lists::{Lists, add, sum_by_list};
 use crate::system::{Context, Gradients, Part, Per};
 use crate::{Floats, Result};
@@ -66,8 +66,8 @@ impl FirstLayer<Cpu> for Split {
     fn backward(
         cx: Context,
         layer: &parameters::Linear,
-        (e, parts, ()): (&Floats, &[Part], ()),
-        (h, mut d_h): (&Floats, Floats),
+        FirstPass { e, parts, h, .. }: FirstPass<Cpu, ()>,
+        mut d_h: Floats,
         grads: &mut Gradients,
     ) -> Result<Vec<Floats>> {
         let (device, rows, width) = (cx.device, cx.x.batch.rows(), layer.outputs);

@@ -250,8 +250,10 @@ fn wrong_usage_is_named() {
     };
     on_gpu("din,caser,dfn", &[], "no CUDA kernels for Caser, DFN: list some of din, sasrec, dfar");
     on_gpu("all", &[], "no CUDA kernels for Caser, GRU4REC");
-    on_gpu("din,dfar", &["--jobs", "2"], "one run at a time");
-    fails(&["--systems", "din", "--device", "auto"], 2, "use cpu or cuda");
+    on_gpu("din,dfar", &["--jobs", "2"], "one run follows the other");
+    fails(&["--systems", "din", "--device", "auto"], 2, "choose cpu or cuda");
+    let of_cpu = "gru4rec-positive-only-2020.json has another device";
+    fails(&["--systems", "din", "--device", "cuda"], 1, of_cpu);
     fails(&["--systems", "din", "--heads", "3"], 2, "must be a multiple of the number of heads");
     std::fs::write(&file, "{").expect("a file");
     fails(&["--systems", "gru4rec"], 1, "is not a result of dfar-compare");

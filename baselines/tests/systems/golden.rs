@@ -3,7 +3,7 @@
 use dfar::device::Precision;
 use dfar::device::cpu::Cpu;
 use dfar_baselines::verify::verify;
-use dfar_baselines::{Kind, Systems};
+use dfar_baselines::{Kind, SystemDevice};
 use dfar_tools::verify::{Outcome, VerifyError, cases};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,7 +17,7 @@ fn cpu() -> Arc<Cpu> {
 }
 
 /// Number of cases that the device computes, all of which pass.
-fn check<D: Systems>(device: &Arc<D>, folder: &Path) -> usize {
+fn check<D: SystemDevice>(device: &Arc<D>, folder: &Path) -> usize {
     let mut checked = 0;
     for path in cases(folder).expect("there should be cases") {
         let report = verify(device, &path).unwrap_or_else(|error| panic!("{error}"));

@@ -369,7 +369,9 @@ impl Runtime for Cuda {
         self.bind()?;
         let (free, total) = result::mem_get_info()
             .map_err(|error| CudaError::driver("querying the device's memory", error, 0))?;
-        Ok(Memory { free, total })
+        // Memory of the pool is used again, or returned when an allocation fails.
+        let idle: usize = lock(&self.pool).iter().map(|(size, blocks)| size * blocks.len()).sum();
+        Ok(Memory { free: free + idle, total })
     }
 
     fn allocate(&self, bytes: usize) -> Result<Pointer, CudaError> {

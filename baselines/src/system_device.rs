@@ -20,7 +20,7 @@ use dfar::device::cuda::runtime::Runtime;
 use dfar::model::ModelError;
 
 /// A device with its systems.
-pub trait Systems: Device + Sized {
+pub trait SystemDevice: Device + Sized {
     /// How it computes the first layer of the tower.
     type FirstLayer: FirstLayer<Self>;
 
@@ -34,7 +34,7 @@ pub trait Systems: Device + Sized {
     fn build(kind: Kind, names: &mut Names, settings: &Settings) -> Result<Built<Self>>;
 }
 
-impl Systems for Cpu {
+impl SystemDevice for Cpu {
     type FirstLayer = Split;
 
     fn computes(_: Kind) -> bool {
@@ -56,7 +56,7 @@ impl Systems for Cpu {
     }
 }
 
-impl<R: Runtime> Systems for Gpu<R> {
+impl<R: Runtime> SystemDevice for Gpu<R> {
     type FirstLayer = Concatenated;
 
     fn computes(kind: Kind) -> bool {

@@ -2,7 +2,7 @@
 # Times dfar beside PyTorch, JAX, candle, pandas and polars on this machine's CPU.
 #   benches/peers/cpu.sh OUT              everything; again to continue after a stop
 #   benches/peers/cpu.sh OUT --quick      tiny sizes, to see that everything works
-#   benches/peers/cpu.sh OUT --only attention|training|import|check
+#   benches/peers/cpu.sh OUT --only attention|training|systems|import|check
 # OUT gets rows.jsonl, table.md, plots, golden.txt (results on the golden cases) and
 # environment.json. A complete run is also filed in benches/results/MACHINE. README.md explains the
 # rows.
@@ -49,6 +49,7 @@ fi
 
 say "dfar"
 cargo build --quiet --release --locked -p dfar -p dfar-python --bins --lib
+cargo build --quiet --release --locked -p dfar-baselines --example peer
 rm -f "$folder"/wheels/*.whl
 "$folder/venv/bin/maturin" build --quiet --release --locked -m python/Cargo.toml --interpreter "$python" --out "$folder/wheels"
 "$python" -m pip install --quiet --no-deps --force-reinstall "$folder"/wheels/*.whl

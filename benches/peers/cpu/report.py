@@ -12,6 +12,7 @@ import shutil
 OPERATIONS = {
     "attention": "Attention",
     "training": "Training step",
+    "systems": "Training step of the compared systems",
     "import": "Import of a CSV log",
 }
 PASSES = {
@@ -34,6 +35,13 @@ def arguments(p):
     p.add_argument(
         "--threads", type=int, nargs="+", help="numbers of threads [default: 1 and all cores]"
     )
+    p.add_argument(
+        "--data", nargs="+", help="data sets of the compared systems [default: a synthetic one]"
+    )
+    p.add_argument(
+        "--batch-tokens", type=int, nargs="+", help="events of their batches [default: 512 4096]"
+    )
+    p.add_argument("--rounds", type=int, help="turns of each peer in the compared systems [default: 7]")
     p.add_argument(
         "--results", help="file the tables and plots in this folder, under the name of the machine"
     )
@@ -177,7 +185,7 @@ def markdown(rows, about):
                 ),
             ]
             continue
-        unit = "events" if op == "training" else "length"
+        unit = {"training": "events", "systems": "system"}.get(op, "length")
         lines = [
             (
                 PASSES[e["pass"]],
@@ -221,6 +229,23 @@ def markdown(rows, about):
                 )
             )
         text += _table(["pass", "threads", unit, *peers], lines)
+        if op == "systems":
+            text += ["", "Medians of the turns, with their quartiles, and the ratio of medians:", ""]
+            lines = [
+                (
+                    e["case"],
+                    e["threads"],
+                    r["peer"],
+                    " ".join(_number(r[n]) for n in ("median_ms", "low_ms", "high_ms")),
+                    f"{r['instances_per_s']:.0f}",
+                    _number(r["median_ms"] / e["ours"][0]["median_ms"]),
+                    f"{r['max_rel_err']:.1e}",
+                )
+                for e in mine
+                for r in rows_of(e)
+            ]
+            header = ["system", "threads", "program", "ms", "instances/s", "ms / dfar's", "error"]
+            text += _table(header, lines)
     failed = [row for row in rows if "error" in row]
     if failed:
         text += ["", "## Not timed", ""]

@@ -26,6 +26,10 @@ from safetensors.numpy import load_file, save_file
 from turns import Failed, Worker, environment, interleave, restrict
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(HERE, ".."))
+
+from systems import agreement
+
 ROOT = os.path.abspath(os.path.join(HERE, "..", "..", ".."))
 HEADS, WIDTH = 2, 16
 LENGTHS = (20, 50, 100, 300, 1024, 16_384)
@@ -45,6 +49,7 @@ class Sizes:
         LENGTHS,
         EVENTS,
     )
+    users, batch_tokens = 5000, (512, 4096)
 
 
 class Quick(Sizes):
@@ -59,6 +64,7 @@ class Quick(Sizes):
         (20, 300),
         (20,),
     )
+    users, batch_tokens = 500, (512,)
 
 
 # Inputs
@@ -317,6 +323,132 @@ def training(a, out, log, folder):
             out.finish(key)
 
 
+# Compared systems
+
+
+SYSTEMS = {"sasrec": "SASRec", "gru4rec": "GRU4REC"}
+BATCHES = 2
+
+
+def synthetic_data(a, folder):
+    path = os.path.join(folder, "synthetic.dfar")
+    if os.path.exists(path):
+        return path
+    command = [os.path.join(a.bin, "dfar-data"), "synth", "--users", a.size.users, "-q", "-o", path]
+    subprocess.run([str(x) for x in command], check=True)
+    return path
+
+
+def agreeing(peers, folder, expected):
+    """-> {peer: worst error}, {peer: reason}, as `checked`: losses and gradients of each batch, and the
+    losses of steps."""
+    good, bad = {}, {}
+    path = os.path.join(folder, "results.safetensors")
+    for peer, worker in peers.items():
+        try:
+            worker.ask(do="check", peer=peer, path=path)
+        except Failed as e:
+            bad[peer] = str(e)
+            continue
+        worst, above = agreement.judge(load_file(path), expected)
+        if above:
+            bad[peer] = "wrong: " + ", ".join(f"{n} {e:.1e}" for n, e in list(above.items())[:5])
+        else:
+            good[peer] = worst
+    return good, bad
+
+
+def float64(inputs, folder, log):
+    """The results in float64 of what dfar's worker wrote."""
+    path = os.path.join(folder, "float64.safetensors")
+    program = os.path.join(HERE, "worker_systems.py")
+    subprocess.run(
+        [sys.executable, program, "reference", inputs, path], check=True, stdout=log, stderr=log,
+        env=environment(1),
+    )
+    return load_file(path)
+
+
+def seconds_of_turns(worker, peer, seconds, turns):
+    """A measure for `interleave`, which also adds the shortest call of the turn to `turns`."""
+    def measure():
+        times = worker.ask(do="time", peer=peer, seconds=seconds, **{"pass": "step"})["times"]
+        turns.append(min(times))
+        return times
+
+    return measure
+
+
+def per_step(row, turns, batches):
+    """The row of one call, a step on each batch, as that of a step; with the quartiles of the turns."""
+    low, high = np.quantile(turns, (0.25, 0.75))
+    times = dict(ms=row["ms"], median_ms=row["median_ms"], low_ms=1e3 * low, high_ms=1e3 * high)
+    return {**row, **{n: float(ms) / batches for n, ms in times.items()}}
+
+
+def system_case(a, out, log, folder, data, system, tokens, threads, key):
+    config, inputs = (os.path.join(folder, f"systems.{x}") for x in ("json", "safetensors"))
+    report.write_json(
+        config,
+        {
+            "data": data,
+            "system": system,
+            "max_length": 50,
+            "negatives": CANDIDATES - 1,
+            "negative_pool": 30,
+            "batch_tokens": tokens,
+            "batches": BATCHES,
+            "inputs": inputs,
+        },
+    )
+    # dfar's worker writes the batches that the others read.
+    ours = {"dfar": [os.path.join(a.bin, "examples", "peer")]}
+    peers, absent, workers = start(ours, threads, log, config)
+    if peers:
+        theirs = {"torch": [sys.executable, os.path.join(HERE, "worker_systems.py")]}
+        found, more, others = start(theirs, threads, log, inputs)
+        peers, absent, workers = {**peers, **found}, {**absent, **more}, workers + others
+        errors, bad = agreeing(peers, folder, float64(inputs, folder, log))
+        if "dfar f32" not in errors:
+            bad.update({peer: "not compared: dfar is wrong" for peer in errors})
+            errors = {}
+        absent.update(bad)
+        targets = load_file(inputs)
+        batches = sum(n.endswith(".target") for n in targets)
+        rows = sum(x.size for n, x in targets.items() if n.endswith(".target")) / batches
+        measures, turns, fewer = {}, {}, {}
+        for peer in errors:
+            seconds = peers[peer].ask(do="warm", peer=peer, **{"pass": "step"})["seconds"]
+            if seconds > 2:
+                fewer[peer] = 1 if seconds > 20 else 3
+            turns[peer] = []
+            measures[peer] = seconds_of_turns(peers[peer], peer, a.size.seconds, turns[peer])
+        rounds = a.rounds or a.size.rounds
+        for peer, row in (interleave(measures, rounds, fewer) if measures else {}).items():
+            if "ms" in row:
+                row = per_step(row, turns[peer], batches)
+                row.update(rows=rows, instances_per_s=1e3 * rows / row["median_ms"])
+            out.row(key, peer=peer, max_rel_err=errors[peer], **row)
+    for peer, reason in absent.items():
+        out.row(key, peer=peer, error=reason)
+    for worker in workers:
+        worker.close()
+    out.finish(key)
+
+
+def systems(a, out, log, folder):
+    for data in a.data or [None]:
+        name = os.path.splitext(os.path.basename(data))[0] if data else "synthetic"
+        for tokens in a.batch_tokens or a.size.batch_tokens:
+            for system, title in SYSTEMS.items():
+                for threads in a.threads:
+                    case = f"{title}, {name}, {tokens} tokens"
+                    key = dict(op="systems", case=case, threads=threads, **{"pass": "step"})
+                    if not out.done(key):
+                        path = os.path.abspath(data) if data else synthetic_data(a, folder)
+                        system_case(a, out, log, folder, path, system, tokens, threads, key)
+
+
 # Import
 
 
@@ -538,7 +670,7 @@ def main():
     p.add_argument(
         "--bin",
         default=os.path.join(ROOT, "target", "release"),
-        help="folder of dfar-bench and dfar-data",
+        help="folder of dfar-bench, dfar-data and examples/peer",
     )
     p.add_argument("--candle", help="the program of ../candle; without it, candle is skipped")
     a = p.parse_args()
@@ -570,6 +702,7 @@ def main():
         for name, measure in (
             ("attention", attention),
             ("training", training),
+            ("systems", systems),
             ("import", import_log),
         ):
             if a.only in (None, name):

@@ -13,6 +13,8 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import argparse
 
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+
 import report
 import turns
 
@@ -116,6 +118,18 @@ class Table(unittest.TestCase):
         self.assertNotIn("quick run", page)
         self.assertIn("quick run", report.markdown(rows, {**ABOUT, "quick": True}))
 
+    def test_the_compared_systems_have_medians_quartiles_and_errors(self):
+        step = {"op": "systems", "case": "SASRec, x, 512 tokens", "pass": "step", "max_rel_err": 2e-6}
+        of = lambda peer, ms: timed(
+            peer, ms, **step, median_ms=2 * ms, low_ms=1.5 * ms, high_ms=3 * ms, instances_per_s=1e5
+        )
+        page = report.markdown([of("dfar f32", 2.0), of("torch eager f32", 5.0)], ABOUT)
+        for part in (
+            "| step | 1 | SASRec, x, 512 tokens | 2 | torch eager f32 | 2.5 |",
+            "| SASRec, x, 512 tokens | 1 | torch eager f32 | 10 7.5 15 | 100000 | 2.5 | 2.0e-06 |",
+        ):
+            self.assertIn(part, page)
+
     def test_a_run_is_filed_under_its_machine_date_and_commit(self):
         with tempfile.TemporaryDirectory() as out, tempfile.TemporaryDirectory() as results:
             report.write_json(os.path.join(out, "environment.json"), ABOUT)
@@ -202,6 +216,70 @@ class Reference(unittest.TestCase):
         self.assertEqual(
             sorted(np.concatenate([b.token[b.valid] for b in found])), list(range(sum(lengths)))
         )
+
+
+@unittest.skipIf(np is None, "NumPy is not installed")
+class Systems(unittest.TestCase):
+    def batch(self):
+        from systems import batch
+
+        whole = lambda *values: np.array(values, np.int64)
+        return batch.pack(
+            {
+                "cu_seqlens": whole(0, 3, 4),
+                "item": whole(7, 5, 7, 9),
+                "group_offsets": whole(0, 2, 3),
+                "group_length": whole(0, 3, 1),
+                "row_offsets": whole(0, 2, 4, 6),
+                "row_pair": whole(0, 1, 0, 2, 3, 4),
+                "pair_item": whole(5, 2, 9, 7, 2),
+                "target": np.array([1, 0, 1, 0, 1, 0], np.float32),
+            }
+        )
+
+    def test_padding_keeps_every_event_candidate_and_prefix(self):
+        b = self.batch()
+        self.assertEqual(b.touched.tolist(), [2, 5, 7, 9])
+        self.assertEqual(b.touched[b.items[0]].tolist(), [7, 5, 7])
+        self.assertEqual(b.touched[b.items[1, 0]], 9)
+        self.assertEqual(b.touched[b.pair[b.candidate]].tolist(), [[5, 2], [5, 9], [7, 2]])
+        self.assertEqual((b.last.tolist(), b.seen.ravel().tolist()), ([0, 2, 3], [0, 1, 1]))
+
+    def test_instances_are_the_prefixes_with_one_candidate_each(self):
+        from systems import batch
+
+        b, one = self.batch(), batch.by_instance(self.batch())
+        self.assertEqual(one.lengths.tolist(), [0, 0, 3, 3, 1, 1])
+        self.assertEqual(one.touched[one.items[2]].tolist(), [7, 5, 7])
+        self.assertEqual(one.pair[one.candidate].ravel().tolist(), b.pair[b.candidate].ravel().tolist())
+        self.assertEqual((one.target.shape, one.last.tolist()), ((6, 1), [0, 0, 8, 11, 12, 15]))
+
+    def test_groups_of_different_sizes_are_refused(self):
+        from systems import batch
+
+        whole = lambda *values: np.array(values, np.int64)
+        x = {"cu_seqlens": whole(0, 1), "item": whole(0), "pair_item": whole(1)}
+        with self.assertRaises(ValueError):
+            batch.pack({**x, "row_offsets": whole(0, 1, 3)})
+
+    def test_results_agree_within_the_tolerance_and_on_either_side_of_a_kink(self):
+        from systems import agreement
+
+        reference = {
+            "0.loss": np.array([[0.5], [0.5]]),
+            "0.grad.w": np.array([[10.0, 1.0], [10.0, 2.0]]),
+            "0.grad.b": np.array([[1e-9], [1e-9]]),
+        }
+        found = {"0.loss": 0.5, "0.grad.w": [10.0, 1.5], "0.grad.b": 3e-7}
+        found = {n: np.atleast_1d(x) for n, x in found.items()}
+        worst, above = agreement.judge(found, reference)
+        self.assertAlmostEqual(worst, 2.99e-5, places=7)
+        self.assertEqual(above, {})
+        wrong = {**found, "0.grad.w": np.array([10.0, 2.002]), "0.loss": np.array([np.nan])}
+        _, above = agreement.judge(wrong, reference)
+        self.assertEqual(set(above), {"0.grad.w", "0.loss"})
+        _, above = agreement.judge({**found, "0.loss": np.zeros(2)}, reference)
+        self.assertEqual(set(above), {"0.loss"})
 
 
 if __name__ == "__main__":

@@ -41,6 +41,9 @@ def arguments(p):
     p.add_argument(
         "--batch-tokens", type=int, nargs="+", help="events of their batches [default: 512 4096]"
     )
+    p.add_argument(
+        "--without", metavar="WORD", help="leave out compared systems' peers with it in their names"
+    )
     p.add_argument("--rounds", type=int, help="turns of each peer in the compared systems [default: 7]")
     p.add_argument(
         "--results", help="file the tables and plots in this folder, under the name of the machine"

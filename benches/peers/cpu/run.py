@@ -408,6 +408,9 @@ def system_case(a, out, log, folder, data, system, tokens, threads, key):
         theirs = {"torch": [sys.executable, os.path.join(HERE, "worker_systems.py")]}
         found, more, others = start(theirs, threads, log, inputs)
         peers, absent, workers = {**peers, **found}, {**absent, **more}, workers + others
+        for peer in [peer for peer in peers if a.without and a.without in peer]:
+            absent[peer] = f"left out by --without {a.without}"
+            del peers[peer]
         errors, bad = agreeing(peers, folder, float64(inputs, folder, log))
         if "dfar f32" not in errors:
             bad.update({peer: "not compared: dfar is wrong" for peer in errors})

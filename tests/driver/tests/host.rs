@@ -9,9 +9,9 @@ mod curves;
 
 use common::{Control, on_the_driver};
 use dfar::batch::Batch;
-use dfar::device::DeviceError;
 use dfar::device::cpu::Cpu;
 use dfar::device::cuda::{Captures, Cuda, CudaError, Gpu, Precision, device_count};
+use dfar::device::{DeviceError, Memory};
 use dfar::model::{Model, ModelError, Optimizer};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -163,6 +163,22 @@ fn a_failed_allocation_is_recovered_or_typed() {
             let typed = matches!(CudaError::of(&error), Some(CudaError::OutOfMemory { bytes }) if *bytes > 0);
             assert!(typed, "allocation {k}: {error}");
         });
+    });
+}
+
+/// A second model of a process: the memory of the first lies idle in the pool.
+#[test]
+fn memory_given_back_is_room_for_another_model() {
+    on_the_driver(&[], || {
+        let gpu = Gpu::new(Cuda::new(0).expect("the driver has a device"), Precision::F32);
+        // 600 MiB of the device's 1 GiB.
+        let parameters = 150 << 20;
+        drop(gpu.alloc::<f32>(parameters).expect("it is free"));
+        gpu.check_room(parameters, 1).expect("it is free again");
+        // Of another size: the pool is emptied for it.
+        drop(gpu.alloc::<f32>(parameters / 4 * 5).expect("the pool makes room"));
+        let error = gpu.check_room(2 * parameters, 1).expect_err("the device is smaller");
+        assert!(matches!(CudaError::of(&error), Some(CudaError::NoRoom { .. })), "{error}");
     });
 }
 

@@ -161,14 +161,12 @@ pub fn run(arguments: &Compare) -> Result<(), Failure> {
             check_gpu_runs(&study, arguments)?;
             // Opened by the first run: tables of finished runs need none.
             let opened = OnceLock::new();
-            let gpu = || match opened.get() {
-                Some(gpu) => Ok(Arc::clone(gpu)),
-                None => Ok(opened
-                    .get_or_init({
-                        let gpu = crate::open_gpu()?;
-                        || gpu
-                    })
-                    .clone()),
+            let gpu = || -> Result<Arc<Gpu<Cuda>>, Failure> {
+                if let Some(gpu) = opened.get() {
+                    return Ok(Arc::clone(gpu));
+                }
+                let gpu = crate::open_gpu()?;
+                Ok(opened.get_or_init(|| gpu).clone())
             };
             execute(&study, &data, arguments, &gpu)
         }

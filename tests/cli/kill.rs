@@ -4,7 +4,7 @@
 //! `DFAR_KILL_CHAINS=500 cargo test --test cli kill::` kills for longer.
 #![cfg(unix)]
 
-use crate::{SHORT_RUN, dfar_train, write_set};
+use crate::{SMALL_RUN, dfar_train, short_run, write_set};
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::path::{Path, PathBuf};
@@ -103,24 +103,8 @@ fn kill_in_chains(dir: &Path, start: &[&str], chains: usize, expected: &[&str]) 
 fn a_run_killed_at_any_moment_continues_and_leaves_no_other_files() {
     let dir = tempfile::tempdir().unwrap();
     write_set(dir.path());
-    let start = [
-        "--data",
-        "x.dfar",
-        "--out",
-        "run",
-        "--width",
-        "8",
-        "--max-length",
-        "10",
-        "--batch-tokens",
-        "150",
-        "--epochs",
-        "3",
-        "--patience",
-        "0",
-        "--checkpoint-seconds",
-        "0",
-    ];
+    let more = ["--batch-tokens", "150", "--epochs", "3", "--patience", "0", "--checkpoint-seconds", "0"];
+    let start = [&SMALL_RUN[..], &more].concat();
     kill_in_chains(dir.path(), &start, chains(8), &RUN_FILES);
 }
 
@@ -144,7 +128,7 @@ impl Killed {
     fn new(files: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         write_set(dir.path());
-        succeeds(dir.path(), &SHORT_RUN);
+        succeeds(dir.path(), &short_run());
         let run = dir.path().join("run");
         let config = std::fs::read(run.join("config.toml")).unwrap();
         std::fs::remove_dir_all(&run).unwrap();
@@ -170,7 +154,7 @@ fn a_run_killed_during_its_start_can_be_started_again() {
         &[".lock", "config.toml", "log.jsonl", ".checkpoint.safetensors.partial", "synthetic.dfar"],
     ] {
         let killed = Killed::new(files);
-        let output = succeeds(killed.dir.path(), &SHORT_RUN);
+        let output = succeeds(killed.dir.path(), &short_run());
         assert!(!String::from_utf8_lossy(&output.stderr).contains("resum"));
         assert_eq!(listing(&killed.run), RUN_FILES, "after {files:?}");
     }
@@ -195,7 +179,7 @@ fn a_run_killed_before_its_first_checkpoint_starts_from_the_beginning() {
 fn resuming_removes_its_own_leftovers_only() {
     let dir = tempfile::tempdir().unwrap();
     write_set(dir.path());
-    succeeds(dir.path(), &SHORT_RUN);
+    succeeds(dir.path(), &short_run());
     let run = dir.path().join("run");
     for name in [".checkpoint.safetensors.partial", ".lock"] {
         std::fs::write(run.join(name), "half a fi").unwrap();

@@ -32,18 +32,10 @@ fn write_set(dir: &Path) {
     synthetic::write(&options, dir.join("x.dfar")).unwrap();
 }
 
-/// Trains on `x.dfar` for one epoch; the run is `run`.
-const SHORT_RUN: [&str; 12] = [
-    "--data",
-    "x.dfar",
-    "--out",
-    "run",
-    "--width",
-    "8",
-    "--max-length",
-    "10",
-    "--epochs",
-    "1",
-    "--negatives",
-    "3",
-];
+/// A small model on `x.dfar`; the run is `run`.
+const SMALL_RUN: [&str; 8] = ["--data", "x.dfar", "--out", "run", "--width", "8", "--max-length", "10"];
+
+/// Trains the small model for one epoch.
+fn short_run() -> Vec<&'static str> {
+    [&SMALL_RUN[..], &["--epochs", "1", "--negatives", "3"]].concat()
+}

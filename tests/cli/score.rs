@@ -1,6 +1,6 @@
 //! `dfar-train score` on the command line.
 
-use crate::{SHORT_RUN, command, write_set};
+use crate::{command, short_run, write_set};
 use dfar::data::{Dataset, Part};
 use dfar::evaluate;
 use serde_json::Value;
@@ -80,7 +80,7 @@ impl Fixture {
     }
 
     fn trained(dir: tempfile::TempDir) -> Self {
-        success(dfar(dir.path(), env!("CARGO_BIN_EXE_dfar-train"), &SHORT_RUN, ""));
+        success(dfar(dir.path(), env!("CARGO_BIN_EXE_dfar-train"), &short_run(), ""));
         Self { dir }
     }
 

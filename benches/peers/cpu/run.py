@@ -129,9 +129,10 @@ def start(commands, threads, log, path):
     return peers, absent, workers
 
 
-def checked(peers, folder, rows, wanted):
-    """-> {peer: error}, {peer: reason}: the worst relative error of those that agree with float64 (on
-    the rows `rows`), and why the others do not."""
+def checked(peers, folder, judge):
+    """-> {peer: error}, {peer: reason}: the worst relative error of those that agree with float64, and
+    why the others do not. `judge(peer, results)` -> all errors by name, and those above the
+    tolerance."""
     good, bad = {}, {}
     path = os.path.join(folder, "results.safetensors")
     for peer, worker in peers.items():
@@ -141,9 +142,9 @@ def checked(peers, folder, rows, wanted):
             bad[peer] = str(e)
             continue
         print(f"{peer}: first call, with compilation: {seconds:.1f} s", flush=True)
-        errors, above = reference.judge(load_file(path), rows, wanted, peer.split()[-1])
+        errors, above = judge(peer, load_file(path))
         if above:
-            bad[peer] = "wrong: " + ", ".join(f"{n} {e:.1e}" for n, e in above.items())
+            bad[peer] = "wrong: " + ", ".join(f"{n} {e:.1e}" for n, e in list(above.items())[:5])
         else:
             good[peer] = max(errors.values())
     return good, bad
@@ -209,7 +210,8 @@ def attention(a, out, log, folder):
             if out.done(key):
                 continue
             peers, absent, workers = start(attention_workers(a), threads, log, path)
-            errors, bad = checked(peers, folder, rows, wanted)
+            judge = lambda peer, x: reference.judge(x, rows, wanted, peer.split()[-1])
+            errors, bad = checked(peers, folder, judge)
             for peer, reason in {**absent, **bad}.items():
                 out.row(key, peer=peer, error=reason)
             for direction in ("forward", "both"):
@@ -339,25 +341,6 @@ def synthetic_data(a, folder):
     return path
 
 
-def agreeing(peers, folder, expected):
-    """-> {peer: worst error}, {peer: reason}, as `checked`: losses and gradients of each batch, and the
-    losses of steps."""
-    good, bad = {}, {}
-    path = os.path.join(folder, "results.safetensors")
-    for peer, worker in peers.items():
-        try:
-            worker.ask(do="check", peer=peer, path=path)
-        except Failed as e:
-            bad[peer] = str(e)
-            continue
-        worst, above = agreement.judge(load_file(path), expected)
-        if above:
-            bad[peer] = "wrong: " + ", ".join(f"{n} {e:.1e}" for n, e in list(above.items())[:5])
-        else:
-            good[peer] = worst
-    return good, bad
-
-
 def float64(inputs, folder, log):
     """The results in float64 of what dfar's worker wrote."""
     path = os.path.join(folder, "float64.safetensors")
@@ -411,7 +394,8 @@ def system_case(a, out, log, folder, data, system, tokens, threads, key):
         for peer in [peer for peer in peers if a.without and a.without in peer]:
             absent[peer] = f"left out by --without {a.without}"
             del peers[peer]
-        errors, bad = agreeing(peers, folder, float64(inputs, folder, log))
+        expected = float64(inputs, folder, log)
+        errors, bad = checked(peers, folder, lambda _, x: agreement.judge(x, expected))
         if "dfar f32" not in errors:
             bad.update({peer: "not compared: dfar is wrong" for peer in errors})
             errors = {}

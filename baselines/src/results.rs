@@ -460,28 +460,10 @@ impl RunResult {
             return Ok(None);
         }
         let found = Self::read(&path)?;
-        let mut of_file = found.file["run"].clone();
-        if found.has_no_device() {
-            of_file["config"]["device"] = to_json(&DeviceChoice::Cpu);
-            of_file["config"]["precision"] = to_json(&Config::default().precision);
-        }
-        // A file of an older version lacks keys that came later: its run had their defaults.
-        if let (Value::Object(config), Value::Object(defaults)) =
-            (&mut of_file["config"], to_json(&Config::default()))
-        {
-            for (key, value) in defaults {
-                config.entry(key).or_insert(value);
-            }
-        }
-        match difference("run", &to_json(run), &of_file) {
+        match difference("run", &to_json(run), &found.file["run"]) {
             None => Ok(Some(found)),
             Some(what) => Err(ResultError::Other { path, what }),
         }
-    }
-
-    /// Whether it is of a version that had the CPU only, whatever its configuration says.
-    fn has_no_device(&self) -> bool {
-        self.file.pointer("/provenance/device").is_none()
     }
 
     /// Refuses a result of another device: a table has one.
@@ -489,11 +471,7 @@ impl RunResult {
     /// # Errors
     /// [`ResultError::Other`].
     pub fn check_device(&self, device: DeviceChoice, out: &Path) -> Result<(), ResultError> {
-        let own = match self.has_no_device() {
-            true => to_json(&DeviceChoice::Cpu),
-            false => self.file["run"]["config"]["device"].clone(),
-        };
-        if own == to_json(&device) {
+        if self.file["run"]["config"]["device"] == to_json(&device) {
             return Ok(());
         }
         let name = run_name(self.system, &self.setting, self.seed);
@@ -524,7 +502,8 @@ impl RunResult {
         let io = |source| ResultError::Io { path: path.to_owned(), source };
         let text = std::fs::read_to_string(path).map_err(io)?;
         let bad = |reason| ResultError::Format { path: path.to_owned(), reason };
-        let file = serde_json::from_str(&text).map_err(|error| bad(error.to_string()))?;
+        let mut file = serde_json::from_str(&text).map_err(|error| bad(error.to_string()))?;
+        complete(&mut file);
         Self::parse(file).map_err(bad)
     }
 
@@ -561,6 +540,22 @@ impl RunResult {
             format!("commit {}", text("commit").unwrap_or("unknown".to_owned())),
         ];
         words.join(", ")
+    }
+}
+
+/// Adds to the file of an older version what its run had without saying so.
+fn complete(file: &mut Value) {
+    // It knew the CPU in f32 only, whatever the configuration says.
+    let had_device = file.pointer("/provenance/device").is_some();
+    let Some(Value::Object(config)) = file.pointer_mut("/run/config") else { return };
+    if !had_device {
+        config.retain(|key, _| !["device", "precision"].contains(&&key[..]));
+    }
+    // Keys that came later have their defaults.
+    if let Value::Object(defaults) = to_json(&Config::default()) {
+        for (key, value) in defaults {
+            config.entry(key).or_insert(value);
+        }
     }
 }
 

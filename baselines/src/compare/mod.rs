@@ -257,10 +257,10 @@ fn execute<D: SystemDevice>(
     let later = study.runs(|_| 0);
     let (_, planned) = unfinished(search.iter().chain(&later), out)?;
     let known = if out.join("results").exists() { RunResult::all(out)? } else { Vec::new() };
-    known
-        .iter()
-        .filter(|result| result.data == to_json(&study.data))
-        .try_for_each(|result| result.check_device(study.config.device, out))?;
+    let own = to_json(&study.data);
+    for result in known.iter().filter(|result| result.data == own) {
+        result.check_device(study.config.device, out)?;
+    }
     let progress = Progress::new(jobs.jobs, &planned, &known);
     let execute = |runs: &[Identity], names_finished: bool| -> Result<(), Failure> {
         let (finished, left) = unfinished(runs.iter(), out)?;

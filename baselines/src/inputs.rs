@@ -5,54 +5,13 @@
 //! pairs (a history and a distinct candidate), as in [`Batch`].
 
 use crate::{Indices, Result};
-use dfar::batch::{Batch, BatchError, History, Lists, Touched, touched};
+use dfar::batch::{Batch, BatchError, History, Touched, touched};
 use dfar::device::cpu::Cpu;
-use dfar::device::{Buffer, Device, Prefixes, Segments};
+use dfar::device::{Device, Prefixes};
 use dfar::evaluate::EvaluateError;
 use dfar::model::ModelError;
+use dfar::model::indices::DeviceTouched;
 use dfar::train::TrainError;
-
-/// [`Lists`] as device buffers.
-pub(crate) struct DeviceLists<D: Device = Cpu> {
-    offsets: Indices<D>,
-    members: Indices<D>,
-}
-
-impl<D: Device> DeviceLists<D> {
-    /// In a staging buffer.
-    ///
-    /// # Errors
-    /// Failures of the device.
-    pub(crate) fn stage(device: &D, staging: &mut D::Staging, lists: &Lists) -> Result<Self> {
-        let Lists { offsets, members } = lists;
-        Ok(Self { offsets: device.stage(staging, offsets)?, members: device.stage(staging, members)? })
-    }
-
-    /// Number of lists.
-    pub(crate) fn len(&self) -> usize {
-        self.offsets.len() - 1
-    }
-
-    /// As an argument of an operation.
-    pub(crate) fn segments(&self) -> Segments<&Indices<D>> {
-        Segments { offsets: &self.offsets, members: &self.members }
-    }
-}
-
-/// Rows of an embedding table, and the places of their gradients, as device buffers.
-pub(crate) struct TouchedRows<D: Device = Cpu> {
-    /// `[U]` distinct rows, ascending.
-    pub(crate) row: Indices<D>,
-    /// Places of the contributions to each row.
-    pub(crate) source: DeviceLists<D>,
-}
-
-impl<D: Device> TouchedRows<D> {
-    fn stage(device: &D, staging: &mut D::Staging, Touched { row, source }: &Touched) -> Result<Self> {
-        let row = device.stage(staging, row)?;
-        Ok(Self { row, source: DeviceLists::stage(device, staging, source)? })
-    }
-}
 
 /// A batch and its indices as device buffers, which have the names of the fields of [`Batch`].
 pub struct Inputs<D: Device = Cpu> {
@@ -62,14 +21,6 @@ pub struct Inputs<D: Device = Cpu> {
     pub(crate) position: Indices<D>,
     pub(crate) label_row: Indices<D>,
     pub(crate) pair_item: Indices<D>,
-    /// `[R]`
-    pub(crate) row_pair: Indices<D>,
-    /// `[R]`
-    pub(crate) row_group: Indices<D>,
-    /// Rows of each pair.
-    pub(crate) pair_rows: DeviceLists<D>,
-    /// Rows of each group.
-    pub(crate) group_rows: DeviceLists<D>,
     /// `[N]` a sampled item for each token, for the auxiliary loss of DIEN; else empty. That of the
     /// first token of a history is not used.
     pub(crate) negative_item: Indices<D>,
@@ -79,11 +30,11 @@ pub struct Inputs<D: Device = Cpu> {
     /// `[G]` ones.
     pub(crate) ones: Indices<D>,
     /// Places are tokens, then pairs (`N + c`), then the tokens' negatives (`N + C + n`).
-    pub(crate) touched_item: TouchedRows<D>,
+    pub(crate) touched_item: DeviceTouched<D>,
     /// Places are tokens.
-    pub(crate) touched_position: TouchedRows<D>,
+    pub(crate) touched_position: DeviceTouched<D>,
     /// Places are tokens.
-    pub(crate) touched_label: TouchedRows<D>,
+    pub(crate) touched_label: DeviceTouched<D>,
 }
 
 /// A batch in a staging buffer. Any thread may make it; the thread of the model sends it.
@@ -134,8 +85,6 @@ impl<D: Device> StagedInputs<D> {
         let mut of_label = Touched { row: vec![0, 1], ..Touched::default() };
         of_label.source.offsets = vec![0, of_0.len() as u32, batch.tokens() as u32];
         of_label.source.members = [of_0, of_1].concat();
-        let group_rows =
-            Lists { offsets: batch.row_offsets.clone(), members: (0..batch.rows() as u32).collect() };
         let mut staging = device.staging()?;
         let to = &mut staging;
         let inputs = Inputs {
@@ -143,18 +92,14 @@ impl<D: Device> StagedInputs<D> {
             position: device.stage(to, &batch.position)?,
             label_row: device.stage(to, &labels)?,
             pair_item: device.stage(to, &batch.pair_item)?,
-            row_pair: device.stage(to, &batch.row_pair)?,
-            row_group: device.stage(to, &batch.row_group)?,
-            pair_rows: DeviceLists::stage(device, to, &batch.pair_rows)?,
-            group_rows: DeviceLists::stage(device, to, &group_rows)?,
             negative_item: device.stage(to, negatives)?,
             cu_seqlens: device.stage(to, &batch.cu_seqlens)?,
             group_offsets: device.stage(to, &batch.group_offsets)?,
             group_length: device.stage(to, &batch.group_length)?,
             ones: device.stage(to, &vec![1; batch.groups()])?,
-            touched_item: TouchedRows::stage(device, to, &touched_items(&batch, negatives))?,
-            touched_position: TouchedRows::stage(device, to, &batch.touched_position)?,
-            touched_label: TouchedRows::stage(device, to, &of_label)?,
+            touched_item: DeviceTouched::stage(device, to, &touched_items(&batch, negatives))?,
+            touched_position: DeviceTouched::stage(device, to, &batch.touched_position)?,
+            touched_label: DeviceTouched::stage(device, to, &of_label)?,
             batch,
         };
         Ok(Self { inputs, staging })

@@ -12,7 +12,8 @@ pub struct DeviceLists<D: Device> {
 }
 
 impl<D: Device> DeviceLists<D> {
-    fn stage(device: &D, staging: &mut D::Staging, lists: &Lists) -> Result<Self, DeviceError> {
+    /// Stages the lists.
+    pub fn stage(device: &D, staging: &mut D::Staging, lists: &Lists) -> Result<Self, DeviceError> {
         let (offsets, members) =
             (device.stage(staging, &lists.offsets)?, device.stage(staging, &lists.members)?);
         Ok(Self { offsets, members })
@@ -31,7 +32,8 @@ pub struct DeviceTouched<D: Device> {
 }
 
 impl<D: Device> DeviceTouched<D> {
-    fn stage(device: &D, staging: &mut D::Staging, touched: &Touched) -> Result<Self, DeviceError> {
+    /// Stages the rows and their contributions.
+    pub fn stage(device: &D, staging: &mut D::Staging, touched: &Touched) -> Result<Self, DeviceError> {
         let row = device.stage(staging, &touched.row)?;
         Ok(Self { row, source: DeviceLists::stage(device, staging, &touched.source)? })
     }

@@ -3,7 +3,8 @@
 #[doc(hidden)]
 pub mod block;
 mod config;
-mod indices;
+#[doc(hidden)]
+pub mod indices;
 mod network;
 mod optimizer;
 #[doc(hidden)]

@@ -1,11 +1,11 @@
 //! One vector for each prefix from the vectors of its tokens: mean, sum, last. 0 for an empty
 //! prefix.
 
-use crate::inputs::DeviceLists;
 use crate::system::Context;
 use crate::{Floats, Result};
 use dfar::batch::Lists;
 use dfar::device::{Columns, Device, Output};
+use dfar::model::indices::DeviceLists;
 
 /// `[G, D]` means of the prefixes of `x: [N, D]`.
 pub fn mean<D: Device>(cx: Context<D>, x: &Floats<D>) -> Result<Floats<D>> {
@@ -64,8 +64,9 @@ pub fn last_backward<D: Device>(cx: Context<D>, dy: &Floats<D>) -> Result<Floats
 
 /// The sums of the rows of `x` in each list.
 fn sums<D: Device>(cx: Context<D>, x: &Floats<D>, lists: &Lists) -> Result<Floats<D>> {
-    let lists = cx.staged(|staging| DeviceLists::stage(cx.device, staging, lists))?;
-    let mut y = cx.device.alloc(lists.len() * cx.width)?;
+    let count = lists.offsets.len() - 1;
+    let lists = cx.staged(|staging| Ok(DeviceLists::stage(cx.device, staging, lists)?))?;
+    let mut y = cx.device.alloc(count * cx.width)?;
     let all = Columns { width: cx.width, part: 0, parts: 1 };
     cx.device.concat_backward(all, x, Some(lists.segments()), Output::overwrite(&mut y))?;
     Ok(y)

@@ -5,6 +5,7 @@ use super::talking_heads::{TalkingGradients, TalkingHeads};
 use crate::parameters::{Names, Start, numbered};
 use crate::system::{Context, Settings};
 use crate::{Floats, Indices, Result, Tensors};
+use dfar::attention::FhaOptions;
 use dfar::device::cpu::Cpu;
 use dfar::device::{DeviceError, Lookup, Qkv, QkvGradients, SoftmaxState};
 use dfar::model::block::{Attend, BlockState, Heads};
@@ -34,11 +35,6 @@ impl TalkingStack {
         };
         Self { blocks, mix: (0..settings.blocks).map(mix).collect() }
     }
-
-    fn heads<'a>(&'a self, p: &'a Tensors, cu_seqlens: &'a [u32]) -> BlockHeads<'a> {
-        let options = self.blocks.options();
-        BlockHeads { cu_seqlens, heads: options.heads, head_dim: options.head_dim, mix: &self.mix, p }
-    }
 }
 
 impl Encoder<Cpu> for TalkingStack {
@@ -50,7 +46,7 @@ impl Encoder<Cpu> for TalkingStack {
         tables: &[Lookup<&Floats, &Indices>],
         cu_seqlens: &[u32],
     ) -> Result<(Floats, TalkingState)> {
-        let heads = self.heads(cx.p, cu_seqlens);
+        let heads = BlockHeads { stack: self, p: cx.p, cu_seqlens };
         let encoder = self.blocks.encoder(cx, tokens(cu_seqlens), Attend::Other(&heads));
         let (y, blocks) = encoder.forward(tables)?;
         Ok((y, TalkingState { cu_seqlens: cu_seqlens.to_vec(), blocks }))
@@ -63,25 +59,24 @@ impl Encoder<Cpu> for TalkingStack {
         TalkingState { cu_seqlens, blocks }: TalkingState,
         dy: Floats,
     ) -> Result<Floats> {
-        let heads = self.heads(cx.p, &cu_seqlens);
+        let heads = BlockHeads { stack: self, p: cx.p, cu_seqlens: &cu_seqlens };
         let encoder = self.blocks.encoder(cx, tokens(&cu_seqlens), Attend::Other(&heads));
         Ok(encoder.backward(grads, blocks, dy)?)
     }
 }
 
-/// The attention of the blocks, with the mixing matrices of each.
+/// The attention of the blocks over packed sequences.
 struct BlockHeads<'a> {
-    cu_seqlens: &'a [u32],
-    heads: usize,
-    head_dim: usize,
-    mix: &'a [[Id; 2]],
+    stack: &'a TalkingStack,
     p: &'a Tensors,
+    cu_seqlens: &'a [u32],
 }
 
 impl BlockHeads<'_> {
     fn of(&self, layer: usize) -> TalkingHeads<'_> {
-        let [logits, weights] = self.mix[layer];
-        let Self { cu_seqlens, heads, head_dim, p, .. } = *self;
+        let Self { stack, p, cu_seqlens } = *self;
+        let [logits, weights] = stack.mix[layer];
+        let &FhaOptions { heads, head_dim, .. } = stack.blocks.options();
         TalkingHeads { heads, head_dim, cu_seqlens, mix_logits: &p[logits], mix_weights: &p[weights] }
     }
 }
@@ -106,7 +101,7 @@ impl Heads<Cpu> for BlockHeads<'_> {
         d_o: &Floats,
         QkvGradients { dq, dk, dv }: QkvGradients<&mut Floats>,
     ) -> std::result::Result<(), DeviceError> {
-        let [d_mix_logits, d_mix_weights] = grads.several(self.mix[layer]);
+        let [d_mix_logits, d_mix_weights] = grads.several(self.stack.mix[layer]);
         let gradients = TalkingGradients { dq, dk, dv, d_mix_logits, d_mix_weights };
         self.of(layer).backward(Qkv { q: &q[..], k: &k[..], v: &v[..] }, lse, d_o, gradients);
         Ok(())

@@ -71,6 +71,8 @@ pub mod evaluate;
 pub mod model;
 #[doc(hidden)]
 pub mod replacement;
+#[doc(hidden)]
+pub mod threads;
 pub mod train;
 
 #[doc(inline)]

@@ -3,7 +3,7 @@
 use crate::errors;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use rayon::{ThreadPool, ThreadPoolBuilder};
+use rayon::ThreadPool;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -40,12 +40,7 @@ fn pool() -> PyResult<Arc<ThreadPool>> {
 }
 
 fn start(threads: usize) -> PyResult<Arc<ThreadPool>> {
-    let started = ThreadPoolBuilder::new().num_threads(threads).build();
-    Ok(Arc::new(started.map_err(|error| refused(&error))?))
-}
-
-fn refused(error: &dyn std::error::Error) -> PyErr {
-    errors::python(dfar::Error::Threads { reason: error.to_string() })
+    Ok(Arc::new(dfar::threads::pool(threads).map_err(errors::python)?))
 }
 
 /// Sets the number of threads of later calls; 0: one per core.
@@ -124,8 +119,9 @@ pub fn interruptible<T: Send, M: Send>(
     };
     let result = std::thread::scope(|scope| {
         // `link` is moved, so that the channel closes when the work is done, or has panicked.
-        let spawn = std::thread::Builder::new().spawn_scoped(scope, move || pool.install(|| work(link)));
-        let worker = spawn.map_err(|error| refused(&error))?;
+        let started = dfar::threads::start(scope, move || pool.install(|| work(link)));
+        let worker =
+            started.map_err(|error| errors::python(dfar::Error::Threads { reason: error.to_string() }))?;
         loop {
             let inbox = &mut inbox;
             match py.detach(move || inbox.recv_timeout(POLL)) {

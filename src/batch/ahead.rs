@@ -3,6 +3,7 @@
 //! An item depends only on its index, so the number of workers does not change results. The number
 //! of items in preparation is bounded, and so is their memory.
 
+use crate::threads;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -39,7 +40,7 @@ pub fn ahead<T: Send, R>(
     thread::scope(|scope| {
         // If the system refuses some of the threads, the others do the work; without any, the
         // consumer does it.
-        let start = || thread::Builder::new().spawn_scoped(scope, || line.work(&make)).is_ok();
+        let start = || threads::start(scope, || line.work(&make)).is_ok();
         let started = (0..workers).take_while(|_| start()).count();
         let inline: Option<&dyn Fn(usize) -> T> = if started == 0 { Some(&make) } else { None };
         consume(&mut Made { line: &line, inline, waited: Duration::ZERO })

@@ -57,8 +57,7 @@ impl<D: SystemDevice> Jobs<'_, D> {
         next: &AtomicUsize,
         progress: &Progress,
     ) -> Result<(), Failure> {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(self.threads).build();
-        let pool = pool.map_err(|error| dfar::Error::Threads { reason: error.to_string() })?;
+        let pool = dfar::threads::pool(self.threads)?;
         while let Some(run) = runs.get(next.fetch_add(1, Ordering::SeqCst)) {
             progress.begin(job, run);
             let result = pool.install(|| self.one(job, run, progress))?;

@@ -348,5 +348,7 @@ fn stop_on_interrupt(progress: &Progress) {
         shown.line("stopping after this batch; press Ctrl-C again to stop at once");
     };
     // Without a handler, Ctrl-C still ends the program; the last checkpoint remains.
-    let _ = ctrlc::set_handler(handler);
+    if dfar::threads::check_room().is_ok() {
+        let _ = ctrlc::set_handler(handler);
+    }
 }

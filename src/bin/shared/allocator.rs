@@ -6,11 +6,14 @@
 //!
 //! The C library allocates too, a few bytes at a time, and glibc aborts where it is refused (when
 //! a thread registers the destructor of a thread-local). So memory must run out here first: after
-//! every [`EVERY`] bytes that a thread allocates, [`ROOM`] more bytes must be free.
+//! every [`EVERY`] bytes that a thread allocates, [`ROOM`] more bytes must be free. And under a
+//! limit, all threads allocate from one heap ([`share_heap`]): the room is then free for each,
+//! also for a new thread, which registers destructors before it allocates anything here.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::hint::black_box;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 #[global_allocator]
 static ALLOCATOR: Reporting = Reporting;
@@ -69,8 +72,32 @@ fn given(memory: *mut u8, bytes: usize) -> *mut u8 {
     memory
 }
 
+/// Whether [`share_heap`] was called: by the first allocation, when there is one thread.
+static HEAP_CHOSEN: AtomicBool = AtomicBool::new(false);
+
+/// Under a limit on address space, lets all threads allocate from one heap. By default glibc
+/// reserves 128 MiB of addresses for a heap of each thread, and where it cannot, every allocation
+/// of that thread is a mapping of its own, although other heaps have free memory.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+fn share_heap() {
+    let mut limit = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
+    // SAFETY: `limit` is valid for writes; `mallopt` has no conditions.
+    unsafe {
+        if libc::getrlimit(libc::RLIMIT_AS, &raw mut limit) == 0 && limit.rlim_cur != libc::RLIM_INFINITY {
+            libc::mallopt(libc::M_ARENA_MAX, 1);
+        }
+    }
+}
+
+/// Other C libraries have one heap, or do not abort.
+#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+fn share_heap() {}
+
 #[cold]
 fn leave_room() {
+    if !HEAP_CHOSEN.swap(true, Ordering::Relaxed) {
+        share_heap();
+    }
     let layout = Layout::new::<[u128; ROOM / 16]>();
     // SAFETY: the layout is not empty. The optimiser must not remove the pair of calls.
     let room = black_box(unsafe { System.alloc(layout) });

@@ -38,6 +38,5 @@ pub fn start_threads(threads: usize) -> Result<()> {
     if threads > MOST_THREADS {
         return Err(Error::Threads { reason: format!("--threads {threads} is above {MOST_THREADS}") });
     }
-    let started = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
-    started.map_err(|error| Error::Threads { reason: error.to_string() })
+    dfar::threads::global_pool(threads)
 }

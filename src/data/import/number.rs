@@ -7,9 +7,10 @@ use super::time::RawTime;
 use crate::data::external_sort::ExternalSorter;
 use crate::data::log::Event;
 use crate::data::names::Names;
+use crate::threads;
 use std::path::Path;
 use std::sync::mpsc::{channel, sync_channel};
-use std::thread::{Builder, ScopedJoinHandle, scope};
+use std::thread::{ScopedJoinHandle, scope};
 
 /// Number of batches that the reader may be ahead.
 const AHEAD: usize = 32;
@@ -70,7 +71,7 @@ impl Numbered {
                 }
                 Ok(())
             };
-            let mut second = Some(Builder::new().spawn_scoped(scope, take).ok()?);
+            let mut second = Some(threads::start(scope, take).ok()?);
             let mut send = |batch| match filled.send(batch) {
                 Ok(()) => Ok(()),
                 // Only an error ends the second thread before the channel is closed.

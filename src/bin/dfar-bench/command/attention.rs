@@ -1,12 +1,13 @@
 //! `dfar-bench attention`: the attention operation, naive and fused, by sequence length.
 
-use super::{Device, Precision, at_least_one, effort, open_gpu, pool, refuse_precision, usage};
+use super::{Device, Precision, at_least_one, effort, open_gpu, refuse_precision, usage};
 use crate::attention::{batch, gpu, predict};
 use crate::limits::gpu::Card;
 use crate::{limits, say};
 use clap::ValueEnum;
 use dfar::Result;
 use dfar::attention::{FhaOptions, Normalization};
+use dfar::threads;
 use dfar::train::{TrainError, file};
 use std::path::PathBuf;
 
@@ -120,7 +121,7 @@ pub fn run(arguments: &Attention) -> Result<()> {
         return run_on_gpu(arguments, &plan);
     }
     let plan = batch::Plan { options, batch_tokens, forward, backward, naive };
-    let pool = pool(arguments.threads)?;
+    let pool = threads::pool(arguments.threads)?;
     say!("{}", plan.conditions(pool.current_num_threads()));
     say!("{}", batch::Row::HEADER);
     let mut rows = Vec::new();

@@ -1,8 +1,7 @@
 //! `dfar-bench limits`: the peak rates of the CPU.
 
-use super::pool;
 use crate::{limits, say};
-use dfar::Result;
+use dfar::{Result, threads};
 
 #[derive(clap::Args)]
 pub struct Limits {
@@ -16,7 +15,7 @@ pub struct Limits {
 
 /// Measures and prints the rates.
 pub fn run(arguments: &Limits) -> Result<()> {
-    let limits = pool(arguments.threads)?.install(limits::cpu::measure);
+    let limits = threads::pool(arguments.threads)?.install(limits::cpu::measure);
     if arguments.json {
         say!("{}", serde_json::to_string_pretty(&limits).expect("numbers and strings are valid JSON"));
     } else {

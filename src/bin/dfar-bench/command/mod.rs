@@ -15,10 +15,10 @@ use crate::limits::gpu::Effort;
 use clap::builder::RangedU64ValueParser;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, ValueEnum};
+use dfar::Result;
 use dfar::device;
 use dfar::device::cpu::Cpu;
 use dfar::device::cuda::{Cuda, Element, Gpu};
-use dfar::{Error, Result};
 use std::sync::Arc;
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -63,11 +63,6 @@ fn effort(quick: bool) -> Effort {
 /// Parses a size above 0.
 fn at_least_one() -> RangedU64ValueParser<usize> {
     RangedU64ValueParser::new().range(1..)
-}
-
-fn pool(threads: usize) -> Result<rayon::ThreadPool> {
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
-    pool.map_err(|error| Error::io("start threads on", "this machine")(std::io::Error::other(error)))
 }
 
 /// Exits with a usage error.

@@ -1,6 +1,6 @@
 //! `dfar-bench train`: training steps, with and without sharing, and by part.
 
-use super::{Device, Precision, at_least_one, effort, open_cpu, open_gpu, pool};
+use super::{Device, Precision, at_least_one, effort, open_cpu, open_gpu};
 use crate::limits::gpu::Card;
 use crate::train::steps::{self, Batches, Peak};
 use crate::train::{launches, sharing};
@@ -8,7 +8,7 @@ use crate::{cli, limits, say};
 use dfar::data::Dataset;
 use dfar::data::synthetic::{self, SyntheticOptions};
 use dfar::train::{Config, TrainError};
-use dfar::{Error, Result};
+use dfar::{Error, Result, threads};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -103,7 +103,7 @@ pub fn run(arguments: &Train) -> Result<()> {
     if let Some(card) = arguments.predict {
         return predict_steps(arguments, &config, data, card);
     }
-    let pool = pool(arguments.threads)?;
+    let pool = threads::pool(arguments.threads)?;
     match arguments.device {
         Device::Cpu => {
             let cpu = open_cpu(arguments.precision);

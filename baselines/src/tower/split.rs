@@ -5,7 +5,7 @@
 //! vector once for each prefix.
 
 use super::{FirstLayer, FirstPass};
-use crate::ops::lists::{Lists, add, sum_by_list};
+use crate::ops::lists::{Lists, add, add_vectors, sum_by_list};
 use crate::system::{Context, Gradients, Part, Per};
 use crate::{Floats, Result};
 use dfar::device::cpu::Cpu;
@@ -14,6 +14,7 @@ use dfar::device::cpu::linear;
 use dfar::device::cpu::product::F32;
 use dfar::device::{Activation, Linear, LinearGradients, Memory, Output};
 use dfar::model::parameters;
+use dfar::simd::{Kernel, Simd, dispatch};
 use rayon::prelude::*;
 
 /// Rows per task.
@@ -50,15 +51,9 @@ impl FirstLayer<Cpu> for Split {
             from += term.width;
         }
         let mut h: Floats = device.alloc(batch.rows() * width)?;
-        let bias = &cx.p[layer.b][..];
-        h.par_chunks_mut(width).with_min_len(ROWS).enumerate().for_each(|(row, h)| {
-            h.copy_from_slice(bias);
-            for (y, index) in &sums {
-                let at = index.map_or(row, |index| index[row] as usize);
-                add(&y[at * width..][..width], h);
-            }
-            // Keeps a NaN, unlike f32::max.
-            h.iter_mut().filter(|h| **h < 0.0).for_each(|h| *h = 0.0);
+        let (bias, terms) = (&cx.p[layer.b][..], &sums[..]);
+        h.par_chunks_mut(ROWS * width).enumerate().for_each(|(chunk, h)| {
+            dispatch(SumTerms { bias, terms, first: chunk * ROWS, h });
         });
         Ok((h, ()))
     }
@@ -102,6 +97,37 @@ impl FirstLayer<Cpu> for Split {
             from += term.width;
         }
         Ok(d_parts)
+    }
+}
+
+/// `h[row] = ReLU(bias + sum of y[index[row]] over the terms)` for the rows from `first` on.
+struct SumTerms<'a> {
+    bias: &'a [f32],
+    /// The rows of each term, and which of them a row of the tower reads: without an index its own.
+    terms: &'a [(Floats, Option<&'a [u32]>)],
+    first: usize,
+    h: &'a mut [f32],
+}
+
+impl Kernel for SumTerms<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let width = self.bias.len();
+        for (i, h) in self.h.chunks_exact_mut(width).enumerate() {
+            h.copy_from_slice(self.bias);
+            for (y, index) in self.terms {
+                let row = index.map_or(self.first + i, |index| index[self.first + i] as usize);
+                add_vectors(s, &y[row * width..][..width], h);
+            }
+            let mut vectors = h.chunks_exact_mut(S::LANES);
+            for h in &mut vectors {
+                s.store(s.max(s.zero(), s.load(h)), h);
+            }
+            // Keeps a NaN, unlike f32::max.
+            vectors.into_remainder().iter_mut().filter(|h| **h < 0.0).for_each(|h| *h = 0.0);
+        }
     }
 }
 

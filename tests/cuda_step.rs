@@ -57,7 +57,7 @@ on_the_gpu! {
     operation: layer_norm fused_layer_norms linear nan_survives_relu label_linear gather_and_segment_sum segments_of_any_length attention
         prefix_mean recent_events_weigh_more concat rank_loss cosine_loss adam;
     network: shared_prefixes_and_candidates_do_not_change_results lazy_and_dense_adam_agree_while_every_row_is_touched
-        threads_may_share_a_device
+        threads_may_share_a_device attention_by_feedback_matches_the_cpu
         steps_are_deterministic a_non_finite_value_stops_the_step_and_is_named errors_name_the_index_beyond_the_model
         histories_without_events_or_of_one_label_score_finitely;
     step: an_observer_does_not_change_a_step parts_add_up_to_the_step batches_are_staged_on_any_thread

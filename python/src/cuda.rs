@@ -122,9 +122,7 @@ fn refused(error: DeviceError) -> PyErr {
     let message = error.to_string();
     match CudaError::of(&error) {
         Some(CudaError::Attention(error)) => crate::attention::invalid(error),
-        Some(error) if error.is_argument() || matches!(error, CudaError::HeadDim { .. }) => {
-            PyValueError::new_err(message)
-        }
+        Some(error) if error.is_argument() => PyValueError::new_err(message),
         _ => PyRuntimeError::new_err(message),
     }
 }

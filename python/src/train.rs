@@ -120,7 +120,7 @@ fn go(
     let work = |link: Link<Json>| {
         let config = &start.config;
         let note = |line: &str| link.tell(json!({ "event": "note", "text": line }));
-        let chosen = device::open(config.device, config.precision, config.cuda_graphs, &note)?;
+        let chosen = device::open(config, &note)?;
         let mut observe = |event: Event<'_>| {
             if events && let Some(event) = describe(event, steps) {
                 link.tell(event);

@@ -4,16 +4,16 @@ use super::{EvaluateError, ScoreOptions, batches, histories};
 use crate::attention::head_pairs::HeadPairs;
 use crate::batch::{Batch, Cut};
 use crate::data::{Dataset, Part};
-use crate::device::cpu::Cpu;
+use crate::device::Device;
 use crate::model::Model;
 
 /// The weights of the history encoder, all of its blocks together, over the histories before the
-/// events of a part. A history that several events share counts once. On the CPU only.
+/// events of a part. A history that several events share counts once.
 ///
 /// # Errors
 /// As [`score_part`](super::score_part).
-pub fn head_pairs(
-    model: &Model<Cpu>,
+pub fn head_pairs<D: Device>(
+    model: &Model<D>,
     data: &Dataset,
     part: Part,
     options: &ScoreOptions,

@@ -80,9 +80,9 @@ impl<D: Device> BlockState<D> {
         &self.x
     }
 
-    /// Queries, keys and logarithms of the softmax denominators of the attention.
-    pub fn attended(&self) -> [&Floats<D>; 3] {
-        [&self.q, &self.k, &self.lse]
+    /// Of the attention, `[N, H, d]` each.
+    pub fn queries_and_keys(&self) -> [&Floats<D>; 2] {
+        [&self.q, &self.k]
     }
 }
 

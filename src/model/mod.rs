@@ -21,10 +21,9 @@ pub use parts::{PartSeconds, PartTimer, StepObserver, StepPart, StepTimer};
 pub use staged::{SentBatch, StagedBatch, Stager};
 pub use step::PendingStep;
 
-use crate::attention::head_pairs::{Attended, HeadPairs, head_pairs};
+use crate::attention::head_pairs::{HeadPairs, indicator};
 use crate::batch::Batch;
-use crate::device::Device;
-use crate::device::cpu::Cpu;
+use crate::device::{Device, SoftmaxState};
 use indices::Indices;
 use network::{Gradients, Network};
 use parameters::Layout;
@@ -290,19 +289,23 @@ impl<D: Device> Model<D> {
         }
         Ok(dense)
     }
-}
 
-impl Model<Cpu> {
-    /// Attention weight of the history encoder by feedback, see [`head_pairs`].
+    /// Attention weight of the history encoder by feedback, all blocks together.
     #[doc(hidden)]
     pub fn head_pairs(&self, batch: &Batch) -> Result<HeadPairs, ModelError> {
-        let options = self.config.encoder_attention();
+        let (options, label) = (self.config.encoder_attention(), &batch.label[..]);
+        let device = &*self.device;
         self.with_network(self.stager().stage(batch)?, |network| {
+            let mut o = device.alloc(options.output_len(label.len()))?;
+            let mut lse = device.alloc(options.lse_len(label.len()))?;
             let mut sum = HeadPairs::default();
             for state in network.encoder_states()? {
-                let [q, k, lse] = state.attended();
-                let (cu_seqlens, label) = (&batch.cu_seqlens[..], &batch.label[..]);
-                sum += head_pairs(&options, Attended { q, k, lse, cu_seqlens, label });
+                sum += HeadPairs::count(options.causal, &batch.cu_seqlens, label);
+                for key in [0, 1] {
+                    let v = device.upload(&indicator(&options, label, key))?;
+                    network.attend(&state, &v, SoftmaxState { o: &mut o, lse: &mut lse })?;
+                    sum.add_output(&options, key, label, &device.download(&o)?);
+                }
             }
             Ok(sum)
         })

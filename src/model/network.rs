@@ -17,8 +17,8 @@ use super::{LossOptions, ModelConfig, ModelError, StepLoss, StepObserver, StepPa
 use crate::attention::FhaOptions;
 use crate::device::{
     self, Activation, Buffer, Columns, ConcatPart, Device, DeviceError, Floats, Interests, Linear as Layer,
-    LinearGradients, Lookup, Output, SegmentSum, Segments, Slot, Store, TargetGradients, TargetInputs,
-    TargetState,
+    LinearGradients, Lookup, Output, Qkv, SegmentSum, Segments, Slot, SoftmaxState, Store, TargetGradients,
+    TargetInputs, TargetState,
 };
 
 /// Indices of the interests.
@@ -189,6 +189,17 @@ impl<D: Device> Network<'_, D> {
     /// The states of the blocks of the history encoder.
     pub fn encoder_states(&self) -> Result<Vec<BlockState<D>>, DeviceError> {
         Ok(self.encode(&mut ())?.blocks)
+    }
+
+    /// The attention of a block of the history encoder with other values, `[N, H, d]`.
+    pub fn attend(
+        &self,
+        state: &BlockState<D>,
+        v: &Floats<D>,
+        out: SoftmaxState<&mut Floats<D>>,
+    ) -> Result<(), DeviceError> {
+        let [q, k] = state.queries_and_keys();
+        self.device.attention(&self.batch.attention, Qkv { q, k, v }, out)
     }
 
     /// Loss and gradients. `observer` follows the parts.

@@ -5,6 +5,7 @@
 use dfar::attention::Normalization;
 use dfar::batch::without_sharing;
 use dfar::batch::{Batch, Group, History};
+use dfar::device::cpu::Cpu;
 use dfar::device::{Clip, Device};
 use dfar::model::{AdamOptions, HostTensor, LossOptions, Model, ModelConfig, ModelError, Optimizer};
 use dfar_tools::verify::network::{adam_amplifies, compare_after_adam};
@@ -199,6 +200,37 @@ pub fn lazy_and_dense_adam_agree_while_every_row_is_touched<D: Device>(new: &dyn
         step(true, &[&batch, &other])[0],
         "dense Adam also moves rows outside the batch"
     );
+}
+
+/// A device in f32 sums the attention weights by feedback as the CPU does.
+pub fn attention_by_feedback_matches_the_cpu<D: Device>(new: &dyn Fn() -> Arc<D>) {
+    let (found, cpu) = (head_pairs(new), head_pairs(&|| Arc::new(Cpu::new())));
+    assert!(found.iter().zip(&cpu).all(|(found, cpu)| (found - cpu).abs() < 1e-5 * cpu), "{found:?} {cpu:?}");
+}
+
+/// Attention weight by feedback, with the label mask and without FHA: `[setting][from][to]`. The
+/// softmax of each token adds up to 1 over the keys of both labels where no mask drops weights.
+pub fn head_pairs<D: Device>(new: &dyn Fn() -> Arc<D>) -> Vec<f64> {
+    let batch = Batch::pack(&histories(&[12, 3, 9, 12, 5, 8, 12, 1], 9)).unwrap();
+    let liked = batch.label.iter().filter(|&&label| label == 1).count();
+    let queries = [batch.label.len() - liked, liked];
+    let mut found = Vec::new();
+    for fha in [true, false] {
+        let config = ModelConfig { fha, width: 32, attention: [80, 40], tower: [100, 64], ..config() };
+        let (heads, blocks) = (config.heads, config.blocks);
+        let sums = model_of_order_one(new(), config).head_pairs(&batch).unwrap();
+        for query in [0, 1] {
+            let weight = sums.weight[0][query] + sums.weight[1][query];
+            let rows = (queries[query] * heads * blocks) as f64;
+            if fha {
+                assert!(weight > 0.0 && weight < rows, "{weight} of {rows}");
+            } else {
+                assert!((weight - rows).abs() < 1e-2 * rows, "{weight} of {rows}");
+            }
+        }
+        found.extend(sums.weight.iter().flatten());
+    }
+    found
 }
 
 /// The losses and the parameters after three steps, which lower the loss.

@@ -111,6 +111,10 @@ fn a_device_is_chosen_and_a_missing_one_reported() {
     assert_eq!(stderr(&auto).contains("computing on the CPU"), without_gpu, "{}", stderr(&auto));
     if without_gpu {
         std::fs::remove_dir_all(dir.path().join("run")).unwrap();
+        let wide = ["--data", "x.dfar", "--out", "run", "--device", "cuda", "--width", "256"];
+        let output = dfar_train(dir.path(), &wide);
+        assert_eq!(code(&output), 2, "{}", stderr(&output));
+        assert!(stderr(&output).contains("--width: cuda: no target attention"), "{}", stderr(&output));
         let output = run(&["--device", "cuda"]);
         assert_eq!(code(&output), 4, "{}", stderr(&output));
         assert!(!dir.path().join("run").exists());

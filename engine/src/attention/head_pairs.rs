@@ -1,10 +1,9 @@
 //! Attention weight by the feedback of the two tokens (Figure 4 of the paper).
 //!
-//! The weights are recomputed from queries, keys and softmax denominators, one at a time, and added
-//! up at once: no matrix of weights exists.
+//! An attention adds up its weights itself where the values are 1 at the tokens of one label and 0
+//! at the others ([`indicator`]). So every device has the sums, and no matrix of weights exists.
 
-use super::{FhaOptions, LabelMask, Normalization, Pairing};
-use rayon::prelude::*;
+use super::{FhaOptions, LabelMask, Normalization};
 use std::ops::AddAssign;
 
 /// Sums over pairs of a query token and a visible key token, `[label of the key][label of the
@@ -27,6 +26,46 @@ impl HeadPairs {
     }
 }
 
+impl HeadPairs {
+    /// Counts the pairs of packed sequences, without weights.
+    ///
+    /// # Panics
+    /// If `cu_seqlens` does not fit the labels.
+    pub fn count(causal: bool, cu_seqlens: &[u32], label: &[u8]) -> Self {
+        let mut counts = Self::default();
+        for bounds in cu_seqlens.windows(2) {
+            let labels = &label[bounds[0] as usize..bounds[1] as usize];
+            let mut visible = [0; 2];
+            if !causal {
+                labels.iter().for_each(|&label| visible[usize::from(label)] += 1);
+            }
+            for &query in labels {
+                if causal {
+                    visible[usize::from(query)] += 1;
+                }
+                for key in [0, 1] {
+                    counts.pairs[key][usize::from(query)] += visible[key];
+                }
+            }
+        }
+        counts
+    }
+
+    /// Adds the weights of the key tokens with label `key`. `o: [N, Q, K, d]` is the output of the
+    /// attention with the values [`indicator`]: each is a sum of weights.
+    ///
+    /// # Panics
+    /// If the lengths do not agree.
+    pub fn add_output(&mut self, options: &FhaOptions, key: usize, label: &[u8], o: &[f32]) {
+        assert_eq!(o.len(), options.output_len(label.len()), "o is [N, Q, K, d]");
+        let rows = o.chunks_exact(options.output_len(1));
+        for (row, &query) in rows.zip(label) {
+            let sum: f64 = row.iter().step_by(options.head_dim).map(|&weight| f64::from(weight)).sum();
+            self.weight[key][usize::from(query)] += sum;
+        }
+    }
+}
+
 impl AddAssign for HeadPairs {
     fn add_assign(&mut self, more: Self) {
         let weights = self.weight.iter_mut().flatten().zip(more.weight.into_iter().flatten());
@@ -36,73 +75,12 @@ impl AddAssign for HeadPairs {
     }
 }
 
-/// Queries, keys (`[N, H, d]` each) and the logarithms of the denominators (`[N, Q]`) of an
-/// attention over packed sequences, and the label of each token, which a mask need not read.
-#[derive(Clone, Copy, Debug)]
-pub struct Attended<'a> {
-    /// Queries.
-    pub q: &'a [f32],
-    /// Keys.
-    pub k: &'a [f32],
-    /// Logarithms of the denominators.
-    pub lse: &'a [f32],
-    /// Prefix sums of the sequence lengths.
-    pub cu_seqlens: &'a [u32],
-    /// Feedback of each token, 0 or 1.
-    pub label: &'a [u8],
-}
-
-/// Sums the weights that reach the output: those that the label mask drops count as 0. Equal for
-/// any number of threads.
-///
-/// # Panics
-/// If the lengths do not agree.
-pub fn head_pairs(options: &FhaOptions, attended: Attended) -> HeadPairs {
-    let tokens = attended.label.len();
+/// The values `[N, H, d]` for [`HeadPairs::add_output`]: 1 at the tokens with label `key`, 0 at the
+/// others.
+pub fn indicator(options: &FhaOptions, label: &[u8], key: usize) -> Vec<f32> {
     let width = options.heads * options.head_dim;
-    assert_eq!([attended.q.len(), attended.k.len()], [tokens * width; 2], "q and k are [N, H, d]");
-    assert_eq!(attended.lse.len(), options.lse_len(tokens), "lse is [N, Q]");
-    let of_sequence = |bounds: &[u32]| sequence(options, attended, bounds[0] as usize, bounds[1] as usize);
-    let sums: Vec<HeadPairs> = attended.cu_seqlens.par_windows(2).map(of_sequence).collect();
-    let mut total = HeadPairs::default();
-    sums.into_iter().for_each(|sum| total += sum);
-    total
-}
-
-fn sequence(options: &FhaOptions, x: Attended, start: usize, end: usize) -> HeadPairs {
-    let mut sum = HeadPairs::default();
-    for i in start..end {
-        for j in start..if options.causal { i + 1 } else { end } {
-            let (key, query) = (usize::from(x.label[j]), usize::from(x.label[i]));
-            sum.pairs[key][query] += 1;
-            sum.weight[key][query] += weight(options, x, i, j);
-        }
-    }
-    sum
-}
-
-/// The weight from key token `j` to query token `i`, over all pairs of heads.
-fn weight(options: &FhaOptions, x: Attended, i: usize, j: usize) -> f64 {
-    let (heads, d) = (options.heads, options.head_dim);
-    let masked = options.label_mask == LabelMask::Feedback;
-    let slots = options.query_slots();
-    let half = |label: u8| usize::from(label) * (heads / 2);
-    let mut sum = 0.0;
-    for slot in 0..slots {
-        let query_head = if masked { slot + half(x.label[i]) } else { slot };
-        let key_heads = match options.pairing {
-            Pairing::PerHead => query_head..query_head + 1,
-            Pairing::Factorized if masked => half(x.label[j])..half(x.label[j]) + heads / 2,
-            Pairing::Factorized => 0..heads,
-        };
-        let q = &x.q[(i * heads + query_head) * d..][..d];
-        for head in key_heads {
-            let k = &x.k[(j * heads + head) * d..][..d];
-            let score: f64 = q.iter().zip(k).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum();
-            sum += (f64::from(options.scale) * score - f64::from(x.lse[i * slots + slot])).exp();
-        }
-    }
-    sum
+    let value = |&label: &u8| if usize::from(label) == key { 1.0 } else { 0.0 };
+    label.iter().flat_map(|label| std::iter::repeat_n(value(label), width)).collect()
 }
 
 /// Whether each row of weights adds up to 1: not where the mask drops weights after the softmax.
@@ -112,51 +90,90 @@ pub fn rows_add_up(options: &FhaOptions) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Inputs, forward};
+    use super::super::{Inputs, Pairing, forward};
     use super::*;
     use rand::{RngExt, SeedableRng};
 
-    /// Values of 1 make the output of a head pair the weight that reaches it.
-    fn sums_of_outputs(options: FhaOptions) {
-        let (tokens, width) = (11, options.heads * options.head_dim);
+    const LABEL: [u8; 11] = [1, 0, 0, 1, 1, 0, 1, 0, 1, 1, 0];
+    const CU_SEQLENS: [u32; 4] = [0, 4, 4, 11];
+
+    /// The scores of a pair of tokens and the weights that reach the output, by the definition, in
+    /// f64.
+    fn defined(options: &FhaOptions, q: &[f32], k: &[f32]) -> HeadPairs {
+        let (heads, d) = (options.heads, options.head_dim);
+        let half = |label: u8| {
+            let first = usize::from(label) * (heads / 2);
+            first..first + heads / 2
+        };
+        let masked = options.label_mask == LabelMask::Feedback;
+        let mut sum = HeadPairs::default();
+        for bounds in CU_SEQLENS.windows(2) {
+            let (start, end) = (bounds[0] as usize, bounds[1] as usize);
+            for i in start..end {
+                let visible = start..if options.causal { i + 1 } else { end };
+                for j in visible.clone() {
+                    sum.pairs[usize::from(LABEL[j])][usize::from(LABEL[i])] += 1;
+                }
+                for a in 0..heads {
+                    let score = |j: usize, b: usize| {
+                        let (q, k) = (&q[(i * heads + a) * d..][..d], &k[(j * heads + b) * d..][..d]);
+                        let dot: f64 = q.iter().zip(k).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum();
+                        (f64::from(options.scale) * dot).exp()
+                    };
+                    let kept = |j: usize, b: usize| {
+                        !masked || half(LABEL[i]).contains(&a) && half(LABEL[j]).contains(&b)
+                    };
+                    let paired = match options.pairing {
+                        Pairing::PerHead => a..a + 1,
+                        Pairing::Factorized => 0..heads,
+                    };
+                    let each = || visible.clone().flat_map(|j| paired.clone().map(move |b| (j, b)));
+                    let joint = options.normalization == Normalization::Joint;
+                    let all = each().filter(|&(j, b)| joint || kept(j, b));
+                    let total: f64 = all.map(|(j, b)| score(j, b)).sum();
+                    for (j, b) in each().filter(|&(j, b)| kept(j, b)) {
+                        sum.weight[usize::from(LABEL[j])][usize::from(LABEL[i])] += score(j, b) / total;
+                    }
+                }
+            }
+        }
+        sum
+    }
+
+    fn agrees_with_the_definition(options: FhaOptions) {
+        let (tokens, width) = (LABEL.len(), options.heads * options.head_dim);
         let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(4);
         let mut random = || (0..tokens * width).map(|_| rng.random::<f32>() - 0.5).collect::<Vec<f32>>();
         let (q, k) = (random(), random());
-        let v = vec![1.0; tokens * width];
-        let label = [1, 0, 0, 1, 1, 0, 1, 0, 1, 1, 0];
-        let cu_seqlens = [0, 4, 4, 11];
-        let mut o = vec![0.0; options.output_len(tokens)];
-        let mut lse = vec![0.0; options.lse_len(tokens)];
-        let inputs = Inputs { q: &q, k: &k, v: &v, cu_seqlens: &cu_seqlens, label: &label };
-        forward(&options, inputs, &mut o, &mut lse).expect("valid inputs");
-        let attended = Attended { q: &q, k: &k, lse: &lse, cu_seqlens: &cu_seqlens, label: &label };
-        let found = head_pairs(&options, attended);
-        let by_query = |label_of: u8| {
-            let row = o.len() / tokens;
-            let own = (0..tokens).filter(|&i| label[i] == label_of);
-            own.flat_map(|i| o[i * row..(i + 1) * row].iter().step_by(options.head_dim))
-                .map(|o| f64::from(*o))
-                .sum::<f64>()
-        };
-        for query in [0, 1] {
-            let sum = found.weight[0][query] + found.weight[1][query];
-            let expected = by_query(query as u8);
-            assert!((sum - expected).abs() < 1e-4, "{options:?}: {sum}, not {expected}");
+        let mut found = HeadPairs::count(options.causal, &CU_SEQLENS, &LABEL);
+        for key in [0, 1] {
+            let v = indicator(&options, &LABEL, key);
+            let mut o = vec![0.0; options.output_len(tokens)];
+            let mut lse = vec![0.0; options.lse_len(tokens)];
+            let inputs = Inputs { q: &q, k: &k, v: &v, cu_seqlens: &CU_SEQLENS, label: &LABEL };
+            forward(&options, inputs, &mut o, &mut lse).expect("valid inputs");
+            found.add_output(&options, key, &LABEL, &o);
         }
-        let rows = tokens * options.query_slots();
+        let expected = defined(&options, &q, &k);
+        assert_eq!(found.pairs, expected.pairs);
+        for (found, expected) in found.weight.iter().flatten().zip(expected.weight.iter().flatten()) {
+            assert!((found - expected).abs() < 1e-4, "{options:?}: {found}, not {expected}");
+        }
+        let rows = (tokens * options.query_slots()) as f64;
         let all: f64 = found.weight.iter().flatten().sum();
-        assert_eq!(rows_add_up(&options), (all - rows as f64).abs() < 1e-4, "{options:?}: {all} of {rows}");
-        assert_eq!(found.pairs.iter().flatten().sum::<u64>(), 10 + 28);
+        assert_eq!(rows_add_up(&options), (all - rows).abs() < 1e-4, "{options:?}: {all} of {rows}");
     }
 
     #[test]
-    fn the_weights_are_those_of_the_engine() {
+    fn the_weights_are_those_of_the_definition() {
         let paper = FhaOptions::new(2, 8);
         let unmasked = FhaOptions { label_mask: LabelMask::None, ..paper };
-        sums_of_outputs(paper);
-        sums_of_outputs(FhaOptions::new(4, 8));
-        sums_of_outputs(FhaOptions { normalization: Normalization::Masked, ..paper });
-        sums_of_outputs(unmasked);
-        sums_of_outputs(FhaOptions { pairing: Pairing::PerHead, ..unmasked });
+        agrees_with_the_definition(paper);
+        agrees_with_the_definition(FhaOptions::new(4, 8));
+        agrees_with_the_definition(FhaOptions::new(2, 1));
+        agrees_with_the_definition(FhaOptions { normalization: Normalization::Masked, ..paper });
+        agrees_with_the_definition(FhaOptions { causal: false, ..paper });
+        agrees_with_the_definition(unmasked);
+        agrees_with_the_definition(FhaOptions { pairing: Pairing::PerHead, ..unmasked });
     }
 }

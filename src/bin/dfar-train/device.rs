@@ -1,6 +1,7 @@
 //! `--device`, `--precision` and `--cuda-graphs`: opens the device of a command.
 
 use dfar::device::cpu::Cpu;
+use dfar::device::cuda::plan::target_shape::MAX_WIDTH;
 use dfar::device::cuda::{Captures, Cuda, CudaError, Gpu};
 use dfar::device::{DeviceError, Precision};
 use dfar::train::TrainError;
@@ -44,35 +45,38 @@ pub(crate) use on_device;
 pub fn open_for(config: &Config, asked: Option<DeviceChoice>, note: &dyn Fn(&str)) -> dfar::Result<Chosen> {
     match asked.unwrap_or(config.device) {
         DeviceChoice::Cpu => Ok(cpu_or_f32(config.precision, note)),
-        choice => open(choice, config.precision, false, note),
+        device => open(&Config { device, cuda_graphs: false, ..config.clone() }, note),
     }
 }
 
-/// Opens the device; `graphs` applies only to a GPU. `note` receives the reason when `auto` selects
-/// the CPU, or f32.
+/// Opens the device of a new run. `note` receives the reason when `auto` selects the CPU, or f32.
 ///
 /// # Errors
-/// `cuda` without a usable GPU, or `cpu` with a precision that this CPU does not support.
-pub fn open(
-    choice: DeviceChoice,
-    precision: Precision,
-    graphs: bool,
-    note: &dyn Fn(&str),
-) -> dfar::Result<Chosen> {
+/// `cuda` without a usable GPU or with a model too wide for its kernels, or `cpu` with a precision
+/// that this CPU does not support.
+pub fn open(config: &Config, note: &dyn Fn(&str)) -> dfar::Result<Chosen> {
+    let usage = |argument, reason| TrainError::Usage { argument, reason };
+    let (precision, graphs) = (config.precision, config.cuda_graphs);
     let cuda = || -> Result<Chosen, CudaError> {
+        // Refused before a GPU is opened.
+        if config.width > MAX_WIDTH {
+            return Err(CudaError::TargetWidth { width: config.width, widest: MAX_WIDTH });
+        }
         let cuda = Cuda::new(0)?;
         cuda.require_libraries()?;
         let gpu = Gpu::new(cuda, precision);
         Ok(Chosen::Cuda(Arc::new(if graphs { gpu.with_graphs() } else { gpu })))
     };
-    match choice {
-        DeviceChoice::Cuda => Ok(cuda()?),
+    match config.device {
+        DeviceChoice::Cuda => Ok(cuda().map_err(|error| match error {
+            CudaError::TargetWidth { .. } => dfar::Error::from(usage("--width", error.to_string())),
+            error => error.into(),
+        })?),
         DeviceChoice::Cpu => {
             if graphs {
                 note("--cuda-graphs has no effect on the CPU");
             }
-            Ok(cpu(precision)
-                .map_err(|error| TrainError::Usage { argument: "--precision", reason: error.to_string() })?)
+            Ok(cpu(precision).map_err(|error| usage("--precision", error.to_string()))?)
         }
         DeviceChoice::Auto => Ok(cuda().unwrap_or_else(|error| {
             note(&format!("computing on the CPU ({error})"));

@@ -13,7 +13,7 @@ mod report;
 mod score;
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
-use device::{Chosen, on_device};
+use device::on_device;
 use dfar::data::synthetic::{self, SyntheticOptions};
 use dfar::data::{Dataset, Split};
 use dfar::device::Device;
@@ -98,7 +98,7 @@ struct Evaluate {
     #[arg(long, value_name = "EVENTS", value_delimiter = ',')]
     length_edges: Option<Vec<u32>>,
     /// Add the attention weight of the history encoder by the feedback of the two events (Figure 4
-    /// of the paper). On the CPU only.
+    /// of the paper)
     #[arg(long)]
     head_pairs: bool,
     /// Users that count in GAUC [default: the run's].
@@ -143,9 +143,7 @@ fn main() -> ExitCode {
 fn train(args: Train) -> dfar::Result<()> {
     let flags = args.flags.table()?;
     let progress = Progress::new(args.output.quiet, args.output.no_progress, &STOP);
-    let open = |config: &Config| {
-        device::open(config.device, config.precision, config.cuda_graphs, &|line| progress.line(line))
-    };
+    let open = |config: &Config| device::open(config, &|line| progress.line(line));
     let (run, config, chosen, checkpoint, opened) = match &args.resume {
         None => {
             let config = Config::layered(args.config.as_deref(), flags).map_err(TrainError::from)?;
@@ -266,20 +264,15 @@ fn evaluate(args: Evaluate) -> dfar::Result<()> {
     config.length_edges = args.length_edges.unwrap_or(config.length_edges);
     config.check_length_edges().map_err(TrainError::from)?;
     let chosen = device::open_for(&config, args.device, &|line| progress.line(line))?;
-    let head_pairs = match (args.head_pairs, &chosen) {
-        (false, _) => None,
-        (true, Chosen::Cpu(device)) => Some(report::HeadPairsReport::of(device, &file, &data, &config)?),
-        (true, Chosen::Cuda(_)) => {
-            let reason = "computed on the CPU only so far; add --device cpu".to_owned();
-            return Err(TrainError::Usage { argument: "--head-pairs", reason }.into());
-        }
-    };
-    let evaluation = on_device!(chosen, |device| {
+    let evaluated = on_device!(chosen, |device| {
         let model = Model::from_tensors(device, file.info.model, &file.parameters)?;
+        let pairs =
+            args.head_pairs.then(|| report::HeadPairsReport::of(&model, &data, &config)).transpose()?;
         report::evaluate_model(&model, &data, &config, &mut |event| progress.observe(event))
+            .map(|evaluation| (evaluation, pairs))
     });
     progress.clear();
-    let evaluation = evaluation?;
+    let (evaluation, head_pairs) = evaluated?;
     cli::print(&match args.output.json {
         true => {
             let mut json = serde_json::to_value(&evaluation).expect("an evaluation is plain numbers");

@@ -228,6 +228,8 @@ impl CudaError {
                 | CudaError::Misaligned { .. }
                 | CudaError::PerThreadStream
                 | CudaError::Element { .. }
+                | CudaError::HeadDim { .. }
+                | CudaError::TargetWidth { .. }
         )
     }
 }

@@ -3,14 +3,12 @@
 use super::table::{count, table};
 use dfar::attention::head_pairs::{HeadPairs, rows_add_up};
 use dfar::data::{Dataset, Part};
-use dfar::device::cpu::Cpu;
+use dfar::device::Device;
 use dfar::evaluate;
 use dfar::model::Model;
-use dfar::train::checkpoint::ModelFile;
 use dfar::train::{Config, TrainError, score_options};
 use serde::Serialize;
 use std::fmt;
-use std::sync::Arc;
 
 /// Attention weight of the history encoder by feedback, over the test histories.
 #[derive(Debug, Serialize)]
@@ -25,16 +23,11 @@ pub struct HeadPairsReport {
 }
 
 impl HeadPairsReport {
-    pub fn of(
-        device: &Arc<Cpu>,
-        file: &ModelFile,
-        data: &Dataset,
-        config: &Config,
-    ) -> Result<Self, TrainError> {
-        let model = Model::from_tensors(device.clone(), file.info.model.clone(), &file.parameters)?;
-        let sums = evaluate::head_pairs(&model, data, Part::Test, &score_options(config, &**device))?;
+    pub fn of<D: Device>(model: &Model<D>, data: &Dataset, config: &Config) -> Result<Self, TrainError> {
+        let options = score_options(config, &**model.device());
+        let sums = evaluate::head_pairs(model, data, Part::Test, &options)?;
         let mean = [0, 1].map(|from| [0, 1].map(|to| sums.mean(from, to)));
-        Ok(Self { sums, mean, rows_add_up: rows_add_up(&file.info.model.encoder_attention()) })
+        Ok(Self { sums, mean, rows_add_up: rows_add_up(&model.config().encoder_attention()) })
     }
 }
 

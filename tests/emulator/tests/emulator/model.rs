@@ -27,6 +27,7 @@ on_the_emulator! {
     gradients_match_finite_differences(9)
     lazy_and_dense_adam_agree_while_every_row_is_touched()
     threads_may_share_a_device()
+    attention_by_feedback_matches_the_cpu()
     #[cfg_attr(not(feature = "sweep"), ignore = "takes long: --features sweep")]
     steps_are_deterministic()
     a_non_finite_value_stops_the_step_and_is_named()
@@ -80,11 +81,17 @@ fn a_run_goes_on_on_the_other_device() {
 
 /// bf16 products, everything else in f32: close to the f32 steps but not equal.
 #[test]
-fn bf16_steps_are_near() {
+fn bf16_steps_and_attention_by_feedback_are_near() {
     let (losses, _) = bodies::three_steps(&|| Arc::new(gpu(Precision::Bf16)));
     let (exact, _) = bodies::three_steps(&|| Arc::new(gpu(Precision::F32)));
     for (found, exact) in losses.iter().zip(&exact) {
         let error = (found - exact).abs() / exact.abs();
         assert!(error > 0.0 && error < 2e-2, "{losses:?} in bf16, {exact:?} in f32");
+    }
+    let [weights, exact] =
+        [Precision::Bf16, Precision::F32].map(|precision| bodies::head_pairs(&|| Arc::new(gpu(precision))));
+    for (found, exact) in weights.iter().zip(&exact) {
+        let error = (found - exact).abs() / exact;
+        assert!(error > 0.0 && error < 1e-2, "{weights:?} in bf16, {exact:?} in f32");
     }
 }

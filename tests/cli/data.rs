@@ -184,6 +184,8 @@ fn exit_codes() {
     fails(&["info", &missing], 3);
     let err = fails(&["info", &log], 3);
     assert!(err.contains("not a dfar data set"), "{err}");
+    let err = fails(&folder.import(&log, &output, &["--member", "*.csv"]), 3);
+    assert!(err.contains("log.csv: it is not a tar archive"), "{err}");
     // The data are valid, but writing fails: exit code 1.
     let nowhere: PathBuf = Path::new(&missing).join("x.dfar");
     fails(&folder.import(&log, nowhere.to_str().unwrap(), &[]), 1);

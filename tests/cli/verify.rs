@@ -1,8 +1,8 @@
 //! `dfar-bench verify` on good, bad and broken cases.
 
 use dfar_tools::verify::{
-    Case, CpuEngine, Difference, GRADIENT_TOLERANCE, Outcome, VerifyError, compare, compare_gradients,
-    relative_error, verify,
+    Case, CpuEngine, Difference, GRADIENT_TOLERANCE, Outcome, Report, Summary, VerifyError, compare,
+    compare_gradients, relative_error, verify,
 };
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -48,6 +48,15 @@ fn good_cases_pass() {
     let tensors = json["cases"][0]["outcome"]["checked"].as_array().expect("a checked case lists tensors");
     let names: Vec<&str> = tensors.iter().filter_map(|t| t["tensor"].as_str()).collect();
     assert_eq!(names, ["o", "lse", "dq", "dk", "dv"]);
+}
+
+/// A run that compares nothing has verified nothing.
+#[test]
+fn skipped_cases_alone_do_not_pass() {
+    let report = |outcome| Report { case: "case".to_owned(), outcome, differs: None };
+    let skipped = || report(Outcome::Skipped("not on this device".to_owned()));
+    assert!(!Summary::new(vec![skipped()]).passes());
+    assert!(Summary::new(vec![skipped(), report(Outcome::Checked(Vec::new()))]).passes());
 }
 
 /// Repeated runs give the same bits; a run that does not fails the case, and is named.

@@ -13,6 +13,7 @@ use crate::data::{BadRow, DataError, TimeSighting};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt::Write;
+use std::io::{self, ErrorKind};
 use std::path::Path;
 
 /// Number of other event names that are listed individually.
@@ -101,7 +102,13 @@ impl<'a> Rows<'a> {
     pub(super) fn read(&mut self, path: &Path, each: Each) -> Result<(), DataError> {
         let (schema, pattern) = (self.schema, self.options.member.as_deref());
         let choose = move |member: &Path| schema.is_log(member, pattern);
-        source::each_log(path, self.progress, &choose, &mut |log| self.read_log(log, each))
+        source::each_log(path, self.progress, &choose, &mut |log| {
+            if pattern.is_some() && log.name == path {
+                let reason = "it is not a tar archive, so there is nothing to choose with --member";
+                return Err(DataError::read(path)(io::Error::new(ErrorKind::InvalidInput, reason)));
+            }
+            self.read_log(log, each)
+        })
     }
 
     fn read_log(&mut self, log: Log, each: Each) -> Result<(), DataError> {

@@ -44,7 +44,7 @@ impl From<Error> for Failure {
     }
 }
 
-/// Verifies all cases; returns whether all passed.
+/// Verifies all cases. Returns [`Summary::passes`].
 pub fn run(arguments: &Verify) -> Result<bool, Failure> {
     match arguments.device {
         Device::Cpu if arguments.precision == Precision::F32 => run_on(arguments, &CpuEngine),
@@ -77,5 +77,5 @@ fn run_on<E: Engine>(arguments: &Verify, engine: &E) -> Result<bool, Failure> {
             say!("each case computed {} times", arguments.repeat);
         }
     }
-    Ok(summary.failed == 0)
+    Ok(summary.passes())
 }

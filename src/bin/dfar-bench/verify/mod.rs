@@ -162,6 +162,11 @@ impl Summary {
         let skipped = cases.iter().filter(|report| matches!(report.outcome, Outcome::Skipped(_))).count();
         Self { passed: cases.len() - failed - skipped, failed, skipped, cases }
     }
+
+    /// Whether no case failed, and at least one was compared.
+    pub fn passes(&self) -> bool {
+        self.failed == 0 && self.passed > 0
+    }
 }
 
 /// The counts.

@@ -3,6 +3,7 @@
 use crate::attention::AttentionError;
 use crate::data::DataError;
 use crate::device::cuda::CudaError;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
@@ -69,6 +70,7 @@ impl Error {
                 CudaError::of(error).map_or(1, CudaError::exit_code)
             }
             Error::Model(crate::model::ModelError::NonFinite { .. }) => 5,
+            Error::Io { action: "read", source, .. } if source.kind() != ErrorKind::OutOfMemory => 3,
             Error::Attention(_)
             | Error::Batch(_)
             | Error::Model(_)

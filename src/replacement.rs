@@ -13,7 +13,12 @@ pub struct Replacement {
 
 impl Replacement {
     /// Creates the temporary file, with the permissions of an ordinary new file.
+    ///
+    /// # Errors
+    /// A missing folder, or one that cannot be written; a `path` that is a folder, a device or a
+    /// pipe, which a rename would remove.
     pub fn new(path: &Path) -> io::Result<Replacement> {
+        let path = &behind_links(path)?;
         let mut builder = tempfile::Builder::new();
         builder.prefix(".").suffix(".dfar-partial");
         #[cfg(unix)]
@@ -42,6 +47,24 @@ impl Replacement {
     }
 }
 
+/// The regular or missing file that `path` names: a symbolic link stays, and the file behind it is
+/// replaced.
+fn behind_links(path: &Path) -> io::Result<PathBuf> {
+    let refuse = |kind, reason| Err(io::Error::new(kind, reason));
+    match path.metadata() {
+        Ok(found) if found.is_dir() => {
+            refuse(io::ErrorKind::IsADirectory, "it is a folder; name a file in it")
+        }
+        Ok(found) if !found.is_file() => {
+            refuse(io::ErrorKind::InvalidInput, "it is not a regular file, but a device or a pipe")
+        }
+        Ok(_) if path.is_symlink() => path.canonicalize(),
+        // A link to a missing file. The target is relative to the folder of the link.
+        Err(_) if path.is_symlink() => Ok(folder_of(path).join(path.read_link()?)),
+        _ => Ok(path.to_owned()),
+    }
+}
+
 impl Write for Replacement {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.file.write(bytes)
@@ -63,5 +86,43 @@ pub fn folder_of(path: &Path) -> &Path {
     match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),
+    }
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+
+    fn write(path: &Path, text: &str) -> io::Result<()> {
+        let mut file = Replacement::new(path)?;
+        file.write_all(text.as_bytes())?;
+        file.finish()
+    }
+
+    #[test]
+    fn links_stay_and_their_files_are_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let [file, link, missing] = ["file", "link", "missing"].map(|name| folder.path().join(name));
+        std::fs::write(&file, "old").unwrap();
+        std::os::unix::fs::symlink("file", &link).unwrap();
+        write(&link, "new").unwrap();
+        assert!(link.is_symlink() && std::fs::read_to_string(&file).unwrap() == "new");
+        std::fs::remove_file(&link).unwrap();
+        std::os::unix::fs::symlink("missing", &link).unwrap();
+        write(&link, "made").unwrap();
+        assert!(link.is_symlink() && std::fs::read_to_string(&missing).unwrap() == "made");
+    }
+
+    #[test]
+    fn devices_pipes_and_folders_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let pipe = folder.path().join("pipe");
+        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        for path in [Path::new("/dev/null"), &pipe, folder.path()] {
+            let kind = path.metadata().unwrap().file_type();
+            let error = write(path, "text").unwrap_err();
+            assert!(error.to_string().starts_with("it is "), "{error}");
+            assert_eq!(path.metadata().unwrap().file_type(), kind);
+        }
     }
 }

@@ -72,7 +72,7 @@ fn main() -> ExitCode {
         Some(Command::Manual(manual)) => cli::exit(manual.run(command_line())),
         None => match compare::run(&compare) {
             Ok(()) => ExitCode::SUCCESS,
-            Err(Failure::Result(error)) => cli::fail(&error, 1),
+            Err(Failure::Result(error)) => cli::fail(&error, error.exit_code()),
             Err(Failure::Other(error)) => cli::exit(Err(error)),
         },
     }

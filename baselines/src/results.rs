@@ -386,6 +386,13 @@ pub enum ResultError {
     },
 }
 
+impl ResultError {
+    /// Exit code of `dfar-compare`: 2 for an `--out` of other runs, as in `dfar-train`.
+    pub fn exit_code(&self) -> u8 {
+        if matches!(self, Self::Other { .. }) { 2 } else { 1 }
+    }
+}
+
 impl RunResult {
     /// The content of the file of a finished run.
     ///
@@ -462,6 +469,9 @@ impl RunResult {
         let found = Self::read(&path)?;
         match difference("run", &to_json(run), &found.file["run"]) {
             None => Ok(Some(found)),
+            Some(_) if found.data != to_json(&run.data) => {
+                Err(ResultError::Other { path, what: "data set".into() })
+            }
             Some(what) => Err(ResultError::Other { path, what }),
         }
     }
@@ -569,8 +579,19 @@ fn model_path(out: &Path, name: &str) -> PathBuf {
 }
 
 fn make_folder_of(path: &Path) -> Result<(), ResultError> {
-    let folder = path.parent().expect("a file of a comparison has a directory");
+    make_folder(path.parent().expect("a file of a comparison has a directory"))
+}
+
+fn make_folder(folder: &Path) -> Result<(), ResultError> {
     std::fs::create_dir_all(folder).map_err(|source| ResultError::Io { path: folder.to_owned(), source })
+}
+
+/// Makes the directory of the results, so that an unusable `out` is reported before the first run.
+///
+/// # Errors
+/// As for any directory.
+pub fn make_results_folder(out: &Path) -> Result<(), ResultError> {
+    make_folder(&out.join("results"))
 }
 
 /// Objects down to `levels`, one field a line; what is deeper on one line, which keeps lists of

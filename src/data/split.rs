@@ -67,6 +67,16 @@ pub enum Split {
 }
 
 impl Split {
+    /// Checks the shares.
+    pub(super) fn check(&self) -> Result<(), DataError> {
+        match *self {
+            Split::LeaveLast => Ok(()),
+            Split::Temporal { train, valid } | Split::ByUser { train, valid } => {
+                places(train, valid, 0).map(|_| ())
+            }
+        }
+    }
+
     /// The same kind of split with other shares ([`Split::LeaveLast`] has none).
     pub fn with_shares(self, train: f64, valid: f64) -> Split {
         match self {

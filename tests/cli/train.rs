@@ -71,6 +71,7 @@ fn usage_errors_name_the_mistake_and_leave_no_files() {
     for (args, expected, message) in [
         (&["--heads", "two"][..], 2, "invalid value 'two'"),
         (&["--no-such-flag"], 2, "--no-such-flag"),
+        (&["--threads", "4097"], 2, "--threads: 4097 is above 4096"),
         (&["--config", "bad.toml"], 2, "did you mean `patience`?"),
         (&["--config", "missing.toml"], 2, "missing.toml"),
         (&["--lr", "nan"], 2, "lr = NaN"),

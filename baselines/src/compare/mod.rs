@@ -22,7 +22,7 @@ use dfar_baselines::loss::Ranking;
 use dfar_baselines::markdown::{csv, markdown};
 use dfar_baselines::page::page;
 use dfar_baselines::plan::{Study, Variant};
-use dfar_baselines::results::{Identity, Options, ResultError, Row, RunResult, to_json};
+use dfar_baselines::results::{Identity, Options, ResultError, Row, RunResult, make_results_folder, to_json};
 use dfar_baselines::systems::sasrec::Pool;
 use dfar_baselines::table::{PairsCell, References, Table};
 use dfar_baselines::tune::Search;
@@ -249,6 +249,7 @@ fn execute<D: SystemDevice>(
     device: &(dyn Fn() -> Result<Arc<D>, Failure> + Sync),
 ) -> Result<Vec<Search>, Failure> {
     let out = &arguments.out;
+    make_results_folder(out)?;
     let jobs = usize::from(arguments.jobs);
     let threads = (rayon::current_num_threads() / jobs).max(1);
     let jobs = Jobs { device, data, out, jobs, threads, workers: study.config.workers };
@@ -256,7 +257,7 @@ fn execute<D: SystemDevice>(
     // The settings are not chosen yet, but the number of runs is nearly known.
     let later = study.runs(|_| 0);
     let (_, planned) = unfinished(search.iter().chain(&later), out)?;
-    let known = if out.join("results").exists() { RunResult::all(out)? } else { Vec::new() };
+    let known = RunResult::all(out)?;
     let own = to_json(&study.data);
     for result in known.iter().filter(|result| result.data == own) {
         result.check_device(study.config.device, out)?;

@@ -241,7 +241,7 @@ fn wrong_usage_is_named() {
     older["run"]["config"].as_object_mut().expect("a table").remove("tensorboard").expect("a key");
     std::fs::write(&file, older.to_string()).expect("a file");
     assert!(finished(&compare(dir.path(), &one)).contains("finished before"));
-    fails(&["--systems", "gru4rec", "--lr", "0.5"], 1, "gru4rec-positive-only-2020.json has another lr");
+    fails(&["--systems", "gru4rec", "--lr", "0.5"], 2, "gru4rec-positive-only-2020.json has another lr");
     fails(&["--systems", "gru4rec,bert"], 2, "there are din, caser, gru4rec");
     fails(&["--systems", "dfar,din", "--train-targets", "feedback"], 2, "DIN does not read skipped events");
     fails(&["--systems", "din", "--precision", "bf16"], 2, "all systems compute in f32");
@@ -253,7 +253,10 @@ fn wrong_usage_is_named() {
     on_gpu("din,dfar", &["--jobs", "2"], "one run follows the other");
     fails(&["--systems", "din", "--device", "auto"], 2, "choose cpu or cuda");
     let of_cpu = "gru4rec-positive-only-2020.json has another device";
-    fails(&["--systems", "din", "--device", "cuda"], 1, of_cpu);
+    fails(&["--systems", "din", "--device", "cuda"], 2, of_cpu);
+    let onto_a_file = compare(dir.path(), &["--out", "x.dfar", "--seeds", "1", "--systems", "gru4rec"]);
+    let stderr = String::from_utf8_lossy(&onto_a_file.stderr);
+    assert!(stderr.contains("x.dfar/results") && !stderr.contains("epoch"), "{stderr}");
     fails(&["--systems", "din", "--heads", "3"], 2, "must be a multiple of the number of heads");
     std::fs::write(&file, "{").expect("a file");
     fails(&["--systems", "gru4rec"], 1, "is not a result of dfar-compare");

@@ -1,5 +1,6 @@
 //! Shared by the binaries: printing results, and exit codes of errors.
 
+use dfar::train::TrainError;
 use dfar::{Error, Result};
 use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
@@ -36,7 +37,8 @@ const MOST_THREADS: usize = 4096;
 /// which would otherwise start threads with other settings, and panic if the system refuses them.
 pub fn start_threads(threads: usize) -> Result<()> {
     if threads > MOST_THREADS {
-        return Err(Error::Threads { reason: format!("--threads {threads} is above {MOST_THREADS}") });
+        let reason = format!("{threads} is above {MOST_THREADS}");
+        return Err(TrainError::Usage { argument: "--threads", reason }.into());
     }
     dfar::threads::global_pool(threads)
 }

@@ -216,6 +216,8 @@ pub(super) struct Objects<'a> {
     lines: Lines<'a>,
     /// Whether the text is an array.
     array: bool,
+    /// Whether an array is open.
+    open: bool,
     /// Whether every object ends on the line on which it begins.
     one_line: bool,
     text: Vec<u8>,
@@ -236,8 +238,9 @@ impl<'a> Objects<'a> {
                 *(if depth == 0 && fault.is_none() { &mut whole } else { &mut open }) += 1;
             }
         }
-        let one_line = whole >= open;
-        Objects { lines, array, one_line, text: Vec::new(), pending: Vec::new(), line: 0 }
+        // Brackets and commas separate the objects of an array, so a doubt costs nothing there.
+        let one_line = if array { whole > open } else { whole >= open };
+        Objects { lines, array, open: false, one_line, text: Vec::new(), pending: Vec::new(), line: 0 }
     }
 
     pub(super) fn next(&mut self) -> std::io::Result<Option<Object<'_>>> {
@@ -248,8 +251,12 @@ impl<'a> Objects<'a> {
             if self.pending.is_empty() {
                 let Some(line) = self.lines.next()? else {
                     if self.text.is_empty() {
-                        return Ok(None);
+                        let fault = Some("the array does not end: the file is cut short");
+                        let unclosed = std::mem::take(&mut self.open);
+                        return Ok(unclosed.then_some(Object { line: self.line, text: b"[", fault }));
                     }
+                    // One row for the object and its array.
+                    self.open = false;
                     return Ok(Some(Object {
                         line: begun,
                         text: &self.text,
@@ -266,8 +273,7 @@ impl<'a> Objects<'a> {
                 self.pending.extend_from_slice(line.text.trim_ascii());
             }
             if depth == 0 {
-                let skipped = self.skip_punctuation();
-                self.pending.drain(..skipped);
+                self.skip_punctuation();
                 if self.pending.is_empty() {
                     continue;
                 }
@@ -300,11 +306,20 @@ impl<'a> Objects<'a> {
         }
     }
 
-    /// Number of bytes before the next object: brackets and commas of the array, and blanks.
-    fn skip_punctuation(&self) -> usize {
-        let skipped =
-            |&&byte: &&u8| byte.is_ascii_whitespace() || self.array && matches!(byte, b'[' | b']' | b',');
-        self.pending.iter().take_while(skipped).count()
+    /// Skips what is before the next object: brackets and commas of the array, and blanks.
+    fn skip_punctuation(&mut self) {
+        let mut skipped = 0;
+        for byte in &self.pending {
+            match byte {
+                b'[' if self.array => self.open = true,
+                b']' if self.array => self.open = false,
+                b',' if self.array => {}
+                byte if byte.is_ascii_whitespace() => {}
+                _ => break,
+            }
+            skipped += 1;
+        }
+        self.pending.drain(..skipped);
     }
 
     /// Whether the text after an object is valid there.
@@ -371,6 +386,10 @@ mod tests {
             ("[\n  {\n \"a\": \"}\"\n },\n {\n}\n]\n", vec![good(2, "{\n\"a\": \"}\"\n}"), good(5, "{\n}")]),
             ("{\n\"a\":1\n}\n{\n}\n", vec![good(1, "{\n\"a\":1\n}"), good(4, "{\n}")]),
             ("[]\n", vec![]),
+            ("[\n{\"a\":\n1},\n{}]\n", vec![good(2, "{\"a\":\n1}"), good(4, "{}")]),
+            ("[\n{},\n{},\n", vec![good(2, "{}"), good(3, "{}"), bad(3, "[")]),
+            ("[{}", vec![good(1, "{}"), bad(1, "[")]),
+            ("[{},\n{\"a\":1,", vec![good(1, "{}"), bad(2, "{\"a\":1,\n")]),
             ("{}\n{\"a\":\n{}\n", vec![good(1, "{}"), bad(2, "{\"a\":"), good(3, "{}")]),
             ("{}\n{\"a\n{}\n", vec![good(1, "{}"), bad(2, "{\"a"), good(3, "{}")]),
             ("{}\n{}{}\n{}\n", vec![good(1, "{}"), bad(2, "{}{}"), good(3, "{}")]),

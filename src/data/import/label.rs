@@ -40,7 +40,10 @@ impl Rule {
             Liked::Above(threshold) => Rule::Above(*threshold),
             Liked::Every => Rule::Every,
             Liked::Named { liked, skipped, .. } => {
-                Rule::Named { liked: liked.clone(), skipped: skipped.clone() }
+                // As the labels of the log are.
+                let trimmed =
+                    |names: &[String]| names.iter().map(|name| name.trim_ascii().to_owned()).collect();
+                Rule::Named { liked: trimmed(liked), skipped: trimmed(skipped) }
             }
         }
     }

@@ -305,7 +305,13 @@ fn check(options: &ImportOptions) -> Result<(), DataError> {
             return invalid("positive-above", "NaN".to_owned(), "is not a threshold");
         }
         Liked::Named { liked, skipped, .. } => {
-            if let Some(both) = liked.iter().find(|name| skipped.contains(name)) {
+            for (option, names) in [("liked", liked), ("skipped", skipped)] {
+                if names.iter().any(|name| name.trim_ascii().is_empty()) {
+                    return invalid(option, format!("`{}`", names.join(",")), "has an empty name");
+                }
+            }
+            let same = |name: &&String| skipped.iter().any(|other| other.trim_ascii() == name.trim_ascii());
+            if let Some(both) = liked.iter().find(same) {
                 return invalid("liked", both.clone(), "is named under --skipped too");
             }
             if liked.is_empty() {
@@ -313,6 +319,10 @@ fn check(options: &ImportOptions) -> Result<(), DataError> {
             }
         }
         _ => {}
+    }
+    options.split.check()?;
+    if let Some(folder) = options.temporary.as_deref().filter(|folder| !folder.is_dir()) {
+        return invalid("temp-dir", folder.display().to_string(), "is not a folder");
     }
     if options.inputs.iter().filter(|input| *input == Path::new("-")).count() > 1 {
         return invalid("input", "-".to_owned(), "is standard input, which can be read only once");

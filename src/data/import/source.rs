@@ -8,7 +8,7 @@ use super::{DataError, Progress};
 use flate2::bufread::GzDecoder;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Cursor, ErrorKind, Read};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 /// Number of bytes needed to recognise a container; the magic of tar is at 257.
 const MAGIC_BYTES: usize = 512;
@@ -106,11 +106,12 @@ impl Unpack<'_> {
         for entry in archive.entries().map_err(DataError::read(name))? {
             let entry = entry.map_err(DataError::read(name))?;
             let member = entry.path().map_err(DataError::read(name))?.into_owned();
-            if !entry.header().entry_type().is_file() || hidden(&member) {
+            let kind = entry.header().entry_type();
+            if kind.is_dir() {
                 continue;
             }
             let whole = name.join(member.strip_prefix("/").unwrap_or(&member));
-            if !(self.choose)(&member) {
+            if !kind.is_file() || hidden(&member) || !(self.choose)(&member) {
                 self.progress.note(&format!("{}: not read", whole.display()));
                 continue;
             }
@@ -125,9 +126,12 @@ impl Unpack<'_> {
     }
 }
 
-/// Files that archivers add: `.DS_Store`, `._log.csv`.
+/// Files that archivers and editors add: `.DS_Store`, `._log.csv`, `.ipynb_checkpoints/log.csv`.
 fn hidden(member: &Path) -> bool {
-    member.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b"."))
+    member.components().any(|part| match part {
+        Component::Normal(name) => name.as_encoded_bytes().starts_with(b"."),
+        _ => false,
+    })
 }
 
 /// Whether `path` or its last component matches `pattern`, in which `*` stands for any text and `?`

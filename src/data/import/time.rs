@@ -200,7 +200,7 @@ impl Clock {
             Some(_) => format!("{}, as given", unit.name()),
             None if self.dates.is_some() => "dates; those without a zone are UTC".to_owned(),
             None if self.modern[unit as usize].is_some() => format!("{} since 1970", unit.name()),
-            None => "a counter (no time after 1990)".to_owned(),
+            None => format!("a counter (read as {} since 1970, no time is after 1990)", unit.name()),
         }
     }
 }
@@ -264,9 +264,16 @@ fn instant(text: &str) -> Option<RawTime> {
 pub(super) fn day_and_time(day: &[u8], time: &[u8]) -> Result<Stamp, &'static str> {
     let day = std::str::from_utf8(day).ok().and_then(parse_day);
     let day = day.ok_or("not a date (ISO 8601, such as 2019-10-01 or 20191001)")?;
-    let time = std::str::from_utf8(time).ok().and_then(parse_time_of_day);
-    let time = time.ok_or("not a time of day (13:45, 13:45:10.5 or 1345)")?;
-    of_civil(day.to_datetime(time)).map(Stamp::Instant).ok_or("no date of this calendar")
+    const NO_TIME_OF_DAY: &str = "not a time of day (13:45, 13:45:10.5, 13:45+02:00 or 1345)";
+    let time = std::str::from_utf8(time).map_err(|_| NO_TIME_OF_DAY)?;
+    let (clock, zone) = time.split_at(time.find(['+', '-', 'Z', 'z', 'U', 'G']).unwrap_or(time.len()));
+    let clock = parse_time_of_day(clock.trim_ascii_end()).ok_or(NO_TIME_OF_DAY)?;
+    let moment = day.to_datetime(clock);
+    let found = match zone {
+        "" | "UTC" | "GMT" => of_civil(moment).ok_or("no date of this calendar"),
+        zone => format!("{moment}{zone}").parse().map(of_timestamp).map_err(|_| NO_TIME_OF_DAY),
+    };
+    found.map(Stamp::Instant)
 }
 
 fn parse_day(text: &str) -> Option<civil::Date> {
@@ -353,17 +360,31 @@ mod tests {
         ] {
             assert_eq!(ms(text, Unit::Seconds), midnight + offset, "{text}");
         }
-        for (day, time) in
-            [("2019-10-01", "04:05"), ("20191001", "405"), ("2019/10/01", "4:05:00"), ("20191001", "040500")]
-        {
+        for (day, time) in [
+            ("2019-10-01", "04:05"),
+            ("20191001", "405"),
+            ("2019/10/01", "4:05:00"),
+            ("20191001", "040500"),
+            ("2019-10-01", "06:05+02:00"),
+            ("2019-10-01", "6:05:00 +0200"),
+            ("20190930", "2305-0500"),
+            ("2019-10-01", "04:05Z"),
+            ("2019-10-01", "04:05 UTC"),
+        ] {
             let Ok(Stamp::Instant(time)) = day_and_time(day.as_bytes(), time.as_bytes()) else {
                 panic!("{day} {time}")
             };
             assert_eq!(time.milliseconds(Unit::Seconds), midnight + (4 * 60 + 5) * 60_000);
         }
-        for (day, time) in
-            [("01.10.2019", "04:05"), ("20191001", "2460"), ("20191301", "0"), ("2019-10-01", "noon")]
-        {
+        for (day, time) in [
+            ("01.10.2019", "04:05"),
+            ("20191001", "2460"),
+            ("20191301", "0"),
+            ("2019-10-01", "noon"),
+            ("2019-10-01", "04:05 EST"),
+            ("2019-10-01", "04:05+"),
+            ("2019-10-01", "Z"),
+        ] {
             assert!(day_and_time(day.as_bytes(), time.as_bytes()).is_err(), "{day} {time}");
         }
     }

@@ -379,7 +379,7 @@ fn events_are_liked_by_name() {
     let log = LOG.replace(",1,", ",buy,").replace(",0,", ",dismiss,") + "u2,c,view,7\nu2,d,view,8\nu2,d,,9\n";
     let mut bench = csv(log.as_bytes());
     let named = |ignore_others| Liked::Named {
-        liked: vec!["cart".to_owned(), "buy".to_owned()],
+        liked: vec!["cart".to_owned(), " buy".to_owned()],
         skipped: vec!["dismiss".to_owned()],
         ignore_others,
     };
@@ -395,9 +395,13 @@ fn events_are_liked_by_name() {
     assert_eq!(bench.events(), log_events());
     let source = bench.run().unwrap().protocol().source.clone();
     assert_eq!((source.rows, source.bad_rows, source.other_events), (6, 1, 2));
-    bench.options.liked =
-        Liked::Named { liked: vec!["a".into()], skipped: vec!["a".into()], ignore_others: true };
-    assert!(matches!(bench.run(), Err(DataError::InvalidOption { option: "liked", .. })));
+    for (liked, skipped, refused) in
+        [("a", "a", "liked"), ("a ", " a", "liked"), (" ", "a", "liked"), ("a", "", "skipped")]
+    {
+        bench.options.liked =
+            Liked::Named { liked: vec![liked.into()], skipped: vec![skipped.into()], ignore_others: true };
+        assert!(matches!(bench.run(), Err(DataError::InvalidOption { option, .. }) if option == refused));
+    }
 }
 
 #[test]
@@ -497,7 +501,8 @@ fn containers_are_unpacked_or_named() {
 fn archives_hold_several_logs() {
     let header = "user_id,video_id,time_ms,long_view\n";
     let logs = [format!("{header}1,10,1,1\n1,11,2,0\n"), format!("{header}2,10,3,1\n")];
-    let members: [(&str, &[u8]); 6] = [
+    let members: [(&str, &[u8]); 7] = [
+        ("KuaiRand/.ipynb_checkpoints/log_standard_4_08.csv", logs[0].as_bytes()),
         ("KuaiRand/README.md", b"# about"),
         ("KuaiRand/data/log_standard_4_08.csv", logs[0].as_bytes()),
         ("KuaiRand/data/._log_standard_4_08.csv", b"\0\x05\x16\x07"),

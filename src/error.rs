@@ -59,8 +59,8 @@ impl Error {
         move |source| Error::Io { action, path, source }
     }
 
-    /// Exit code of the binaries: 1 the run failed, 3 bad input data, 4 no usable GPU, 5 non-finite
-    /// loss, 130 interrupted. (clap exits with 2 for wrong usage.)
+    /// Exit code of the binaries: 1 the run failed, 2 wrong usage or configuration (as clap), 3 bad
+    /// input data, 4 no usable GPU, 5 non-finite loss, 130 interrupted.
     pub fn exit_code(&self) -> u8 {
         match self {
             Error::Data(error) => error.exit_code(),

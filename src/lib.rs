@@ -39,7 +39,7 @@
 //! ```
 //! use dfar::batch::{Batch, Group, History};
 //! use dfar::device::{Clip, cpu::Cpu};
-//! use dfar::model::{AdamOptions, LossOptions, Model, ModelConfig, Optimizer};
+//! use dfar::model::{AdamOptions, Initialization, LossOptions, Model, ModelConfig, Optimizer};
 //! use std::sync::Arc;
 //!
 //! // A user liked item 3, skipped 7, liked 2, and then liked 5 rather than 1 or 8.
@@ -50,9 +50,10 @@
 //! };
 //! let batch = Batch::pack(&[history])?;
 //!
-//! let mut model = Model::new(Arc::new(Cpu::new()), ModelConfig::new(10, 20), 2020)?;
+//! let (cpu, config) = (Arc::new(Cpu::new()), ModelConfig::new(10, 20));
+//! let mut model = Model::initialized(cpu, config, 2020, Initialization::Scaled)?;
 //! let mut optimizer = Optimizer::new(&model)?;
-//! let loss = LossOptions { bpr: 0.1, idl: 0.1, embed_l2: 1e-6 };
+//! let loss = LossOptions { bpr: 0.1, idl: 0.001, embed_l2: 1e-6 };
 //! let adam = AdamOptions { lr: 1e-2, clip: Some(Clip::PerTensor(2.0)), dense_embeddings: false };
 //! for _ in 0..30 {
 //!     model.train_step(&batch, &loss, &adam, &mut optimizer)?;

@@ -14,7 +14,6 @@
 //
 // The length of a sequence alone decides how many warps share it. Its bits depend neither on that
 // number nor on the rest of the batch.
-// nor the rest of the batch.
 #pragma once
 #include "attention/backward.cuh"
 #include "attention/whole.cuh"

@@ -192,7 +192,7 @@ def import_log(
     split: Split | None = None,
     train_share: float = 0.8,
     valid_share: float = 0.1,
-    candidates: int = 9,
+    negatives: int = 9,
     exclude_seen: bool = False,
     seed: int = 1,
     member: str | None = None,
@@ -216,7 +216,7 @@ def import_log(
         liked, skipped, ignore_others: names of labels, if labels are names.
         k_core: fewest events of an item, then of a user; 0: no filter.
         split: ``"leave-last"``, ``"temporal"`` or ``"by-user"``; ``None``: by the format.
-        candidates: negatives of each evaluation group.
+        negatives: negatives of each evaluation group.
         sort_memory: mebibytes of events to sort in memory at a time.
 
     Raises:
@@ -245,7 +245,7 @@ def import_log(
             all_liked=all_liked, liked=list(liked), skipped=list(skipped),
             ignore_others=ignore_others, skip_bad_rows=skip_bad_rows, keep_repeats=keep_repeats,
             k_core=k_core, k_core_on=k_core_on, k_core_until_stable=k_core_until_stable,
-            split=split, train_share=train_share, valid_share=valid_share, candidates=candidates,
+            split=split, train_share=train_share, valid_share=valid_share, negatives=negatives,
             exclude_seen=exclude_seen, seed=seed, member=member, temp_dir=temp_dir,
             sort_memory=sort_memory, observe=logging.getLogger("dfar").info,
         )
@@ -259,9 +259,9 @@ def synthetic(
     items: int = 500,
     events_per_user: float = 50.0,
     seed: int = 1,
-    candidates: int = 9,
+    negatives: int = 9,
     split: Split = "temporal",
 ) -> Dataset:
     """Makes a data set whose best possible AUC is known, as ``dfar-data synth``, and opens it."""
-    _dfar.synthetic(output, users, items, events_per_user, seed, candidates, split)
+    _dfar.synthetic(output, users, items, events_per_user, seed, negatives, split)
     return Dataset.open(output)

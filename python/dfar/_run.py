@@ -101,7 +101,7 @@ class Run:
         }
 
     def parameters(self) -> dict[str, npt.NDArray[np.float32]]:
-        """The parameters by name, e.g. ``encoder.0.q.w``; new arrays."""
+        """The parameters by name, e.g. ``encoder.q.w``; new arrays."""
         return dict(self._run.parameters())
 
     @property

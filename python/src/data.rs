@@ -140,7 +140,7 @@ pub fn split(kind: &str, train: f64, valid: f64) -> PyResult<Split> {
 
 /// Writes a synthetic data set.
 #[pyfunction]
-#[pyo3(name = "synthetic", signature = (path, users, items, events_per_user, seed, candidates, split))]
+#[pyo3(name = "synthetic", signature = (path, users, items, events_per_user, seed, negatives, split))]
 #[expect(clippy::too_many_arguments, reason = "the arguments of the Python function")]
 pub fn make_synthetic(
     py: Python<'_>,
@@ -149,11 +149,11 @@ pub fn make_synthetic(
     items: usize,
     events_per_user: f64,
     seed: u64,
-    candidates: usize,
+    negatives: usize,
     split: &str,
 ) -> PyResult<()> {
     let split = self::split(split, 0.8, 0.1)?;
-    let options = SyntheticOptions { users, items, events_per_user, seed, negatives: candidates, split };
+    let options = SyntheticOptions { users, items, events_per_user, seed, negatives, split };
     py.detach(|| threads::install(|| synthetic::write(&options, &path)))?.map_err(python)?;
     Ok(())
 }

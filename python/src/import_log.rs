@@ -23,7 +23,7 @@ use std::path::PathBuf;
 #[pyo3(signature = (
     source, output, *, format, user, item, time, date, label, delimiter, time_unit, positive_above,
     all_liked, liked, skipped, ignore_others, skip_bad_rows, keep_repeats, k_core, k_core_on,
-    k_core_until_stable, split, train_share, valid_share, candidates, exclude_seen, seed, member,
+    k_core_until_stable, split, train_share, valid_share, negatives, exclude_seen, seed, member,
     temp_dir, sort_memory, observe
 ))]
 #[expect(clippy::too_many_arguments, reason = "the flags of the command")]
@@ -52,7 +52,7 @@ pub fn import_log(
     split: Option<&str>,
     train_share: f64,
     valid_share: f64,
-    candidates: usize,
+    negatives: usize,
     exclude_seen: bool,
     seed: u64,
     member: Option<String>,
@@ -85,7 +85,7 @@ pub fn import_log(
         Some(kind) => self::split(kind, train_share, valid_share)?,
         None => options.split.with_shares(train_share, valid_share),
     };
-    options.candidates = CandidateOptions { negatives: candidates, exclude_seen, seed };
+    options.candidates = CandidateOptions { negatives, exclude_seen, seed };
     if !(1..=1 << 20).contains(&sort_memory) {
         return Err(PyValueError::new_err(format!("sort_memory is {sort_memory}, but must be 1 to 1048576")));
     }

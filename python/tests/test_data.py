@@ -23,7 +23,7 @@ bob,tea,0,250
 bob,rum,1,350
 """
 COLUMNS = {"user": "user", "item": "item", "label": "liked", "time": "time"}
-SMALL = {"k_core": 0, "split": "leave-last", "candidates": 1}
+SMALL = {"k_core": 0, "split": "leave-last", "negatives": 1}
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ pub fn evaluation_text(evaluation: &Evaluation, negatives: usize) -> String {
             ceiling.as_ref().and_then(|c| c.valid.as_ref()),
         ),
         (None, None) if negatives == 0 => text.push_str(
-            "no metrics: the evaluation groups have no negatives (the data set was made with --candidates 0)\n",
+            "no metrics: the evaluation groups have no negatives (the data set was made with --negatives 0)\n",
         ),
         (None, None) => text.push_str("no metrics: no event of the validation and test parts is liked\n"),
     }

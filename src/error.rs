@@ -52,6 +52,12 @@ pub enum Error {
     },
 }
 
+impl From<rayon::ThreadPoolBuildError> for Error {
+    fn from(error: rayon::ThreadPoolBuildError) -> Self {
+        Error::Threads { reason: error.to_string() }
+    }
+}
+
 impl Error {
     /// Converts an I/O error, for `map_err`: `file.read(..).map_err(Error::io("read", path))`.
     pub fn io(action: &'static str, path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Error {

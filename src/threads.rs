@@ -5,8 +5,7 @@
 //! panics outside of any `catch_unwind`, or glibc aborts: the process ends. So a thread is started
 //! only where more than its stack fits, and the caller waits until its own work begins.
 
-use crate::error::{Error, Result};
-use rayon::{ThreadBuilder, ThreadPool, ThreadPoolBuilder};
+use rayon::{ThreadBuilder, ThreadPool, ThreadPoolBuildError, ThreadPoolBuilder};
 use std::io;
 use std::sync::mpsc::{Receiver, channel};
 use std::thread::{Builder, Scope, ScopedJoinHandle};
@@ -16,16 +15,14 @@ use std::thread::{Builder, Scope, ScopedJoinHandle};
 const ROOM: usize = 4 << 20;
 
 /// A pool of `threads` threads; 0: one per core.
-pub fn pool(threads: usize) -> Result<ThreadPool> {
-    let built = ThreadPoolBuilder::new().num_threads(threads).spawn_handler(start_worker).build();
-    built.map_err(|error| Error::Threads { reason: error.to_string() })
+pub fn pool(threads: usize) -> Result<ThreadPool, ThreadPoolBuildError> {
+    ThreadPoolBuilder::new().num_threads(threads).spawn_handler(start_worker).build()
 }
 
 /// The same for the pool of the process. Call it before any parallel computation, which would
 /// otherwise start threads with other settings, and panic where the system refuses them.
-pub fn global_pool(threads: usize) -> Result<()> {
-    let built = ThreadPoolBuilder::new().num_threads(threads).spawn_handler(start_worker).build_global();
-    built.map_err(|error| Error::Threads { reason: error.to_string() })
+pub fn global_pool(threads: usize) -> Result<(), ThreadPoolBuildError> {
+    ThreadPoolBuilder::new().num_threads(threads).spawn_handler(start_worker).build_global()
 }
 
 /// A thread of `scope` that does `work`.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 /// The boxes of the drawing, top to bottom: (module path, name in the drawing). A module belongs to
 /// the longest path that it begins with.
-const BOXES: [(&str, &str); 22] = [
+const BOXES: [(&str, &str); 23] = [
     ("error", "error"),
     ("train", "train"),
     ("evaluate", "evaluate"),
@@ -15,6 +15,7 @@ const BOXES: [(&str, &str); 22] = [
     ("data", "data"),
     ("auc", "auc"),
     ("replacement", "replacement"),
+    ("threads", "threads"),
     ("device::cuda", "cuda"),
     ("device::cuda::device", "cuda/device"),
     ("device::cuda::ops", "cuda/ops"),

@@ -198,7 +198,7 @@ pub enum DataError {
         reason: String,
     },
     /// A step of the preparation left no events.
-    #[error("nothing is left after {step} ({before} events before it)")]
+    #[error("{}", nothing_left(step, *before))]
     NothingLeft {
         /// The step.
         step: &'static str,
@@ -236,6 +236,13 @@ pub enum DataError {
         /// The reason.
         reason: &'static str,
     },
+}
+
+fn nothing_left(step: &str, before: u64) -> String {
+    match before {
+        0 => "the log has no events: no rows, or none that is read".to_owned(),
+        _ => format!("nothing is left after {step} ({before} events before it)"),
+    }
 }
 
 /// A time and its place in a log.

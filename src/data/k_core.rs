@@ -96,8 +96,7 @@ pub(super) fn filter(
     }
     let events = kept.finish()?;
     if events.len() == 0 {
-        let step = if before == 0 { "reading the log" } else { "the k-core filter" };
-        return Err(DataError::NothingLeft { step, before });
+        return Err(DataError::NothingLeft { step: "the k-core filter", before });
     }
     Ok(Log { events, users, items })
 }

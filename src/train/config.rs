@@ -305,7 +305,7 @@ impl Config {
 
     /// This configuration with the keys of `flags` replaced; only [`RESUME_KEYS`] may differ.
     pub fn resumed(&self, flags: toml::Table) -> Result<Self, ConfigError> {
-        let mut table = toml::Table::try_from(self).expect("a config is a table");
+        let mut table = self.to_table();
         for (key, value) in flags {
             if !RESUME_KEYS.contains(&key.as_str()) && table.get(&key) != Some(&value) {
                 return Err(ConfigError::FixedKey { key });
@@ -323,6 +323,11 @@ impl Config {
             origin: origin.to_owned(),
             reason: wrong_value(&error),
         })
+    }
+
+    /// As a table of all keys.
+    pub fn to_table(&self) -> toml::Table {
+        toml::Table::try_from(self).expect("a config is a table")
     }
 
     /// As TOML.

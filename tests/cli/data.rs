@@ -278,6 +278,19 @@ fn export_and_import_again_give_the_same_events() {
 }
 
 #[test]
+fn a_reader_may_stop_reading_an_export() {
+    let folder = Folder::new();
+    let output = folder.path("x.dfar");
+    succeeds(&["synth", "--users", "500", "--events", "20000", "--output", &output]);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dfar-data"));
+    let command = command.args(["export", &output, "--output", "-"]);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+}
+
+#[test]
 fn an_export_does_not_replace_its_data_set() {
     let folder = Folder::new();
     let output = folder.path("x.dfar");

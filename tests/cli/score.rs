@@ -197,6 +197,9 @@ fn seen_and_unknown_items_are_left_out_on_request() {
     assert_eq!(rows.len(), 2, "an item listed twice is ranked once");
     let output = fixture.score_with(&["--all-users", "--json", "--output", "x.csv"], "");
     assert_eq!(output.status.code(), Some(2), "--json is for stdout");
+    // As from an unset variable of a shell.
+    let output = fixture.score_with(&["--history", "1:1", "--candidates", ""], "");
+    assert_eq!(output.status.code(), Some(2), "no candidate");
     let output = fixture.score_with(&["--history", "1:1,nope:0,nix:1", "--skip-unknown"], "");
     assert!(stderr(&output).contains("left out 2 unknown items"), "{}", stderr(&output));
     assert_eq!(success(output), fixture.score(&["--history", "1:1"]));

@@ -299,7 +299,17 @@ fn only_the_length_of_a_resumed_run_may_change() {
     let args = ["--data", "x.dfar", "--out", "three", "--epochs", "3"];
     let output = dfar_train(dir.path(), &[&args, &SMALL[..6]].concat());
     assert_eq!(code(&output), 0, "{}", stderr(&output));
+    assert!(!stderr(&output).contains("was edited"), "{}", stderr(&output));
     assert!(bytes(longer) == bytes(dir.path().join("three/model.safetensors")));
+
+    // The configuration of the checkpoint counts.
+    let path = dir.path().join("run/config.toml");
+    let edited = std::fs::read_to_string(&path).unwrap().replace("seed = ", "seed = 1");
+    std::fs::write(&path, edited).unwrap();
+    let output = dfar_train(dir.path(), &["--resume", "run", "--epochs", "4"]);
+    assert_eq!(code(&output), 0, "{}", stderr(&output));
+    assert!(stderr(&output).contains("config.toml was edited"), "{}", stderr(&output));
+    assert!(stderr(&output).contains("--seed cannot change"), "{}", stderr(&output));
 }
 
 /// Waits until the run in `dir` has a line with `text` in its log.

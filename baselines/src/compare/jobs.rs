@@ -57,7 +57,7 @@ impl<D: SystemDevice> Jobs<'_, D> {
         next: &AtomicUsize,
         progress: &Progress,
     ) -> Result<(), Failure> {
-        let pool = dfar::threads::pool(self.threads)?;
+        let pool = dfar::threads::pool(self.threads).map_err(dfar::Error::from)?;
         while let Some(run) = runs.get(next.fetch_add(1, Ordering::SeqCst)) {
             progress.begin(job, run);
             let result = pool.install(|| self.one(job, run, progress))?;

@@ -86,10 +86,15 @@ fn write_csv(data: &Dataset, out: &mut impl Write) -> std::io::Result<()> {
     // Ids are always quoted: they may begin with a byte order mark, and "007" must not become a
     // number.
     let mut writer = csv::WriterBuilder::new().quote_style(csv::QuoteStyle::NonNumeric).from_writer(out);
-    writer.write_record(COLUMNS)?;
+    // The kind is kept: a closed pipe is not a failure.
+    let failed = |error: csv::Error| match error.into_kind() {
+        csv::ErrorKind::Io(error) => error,
+        kind => std::io::Error::other(format!("{kind:?}")),
+    };
+    writer.write_record(COLUMNS).map_err(failed)?;
     for event in events(data) {
         let (label, time) = (event.label.to_string(), event.time.to_string());
-        writer.write_record([event.user, event.item, &label, &time, event.part])?;
+        writer.write_record([event.user, event.item, &label, &time, event.part]).map_err(failed)?;
     }
     writer.flush()
 }

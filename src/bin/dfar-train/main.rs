@@ -175,6 +175,11 @@ fn train(args: Train) -> dfar::Result<()> {
                     (saved.map_err(TrainError::from)?, None)
                 }
             };
+            let edited = Config::layered(Some(&run.config()), toml::Table::new())
+                .and_then(|edited| saved.resumed(edited.to_table()));
+            if let Err(error) = edited {
+                progress.line(&format!("note: config.toml was edited, the checkpoint counts: {error}"));
+            }
             let config = saved.resumed(flags).map_err(TrainError::from)?;
             cli::start_threads(config.threads)?;
             let chosen = open(&config)?;

@@ -40,5 +40,5 @@ pub fn start_threads(threads: usize) -> Result<()> {
         let reason = format!("{threads} is above {MOST_THREADS}");
         return Err(TrainError::Usage { argument: "--threads", reason }.into());
     }
-    dfar::threads::global_pool(threads)
+    Ok(dfar::threads::global_pool(threads)?)
 }

@@ -284,6 +284,9 @@ impl<'a, D: Device> Scorer<'a, D> {
         if let Some(list) = &args.candidates {
             let usage = |reason| TrainError::Usage { argument: "--candidates", reason };
             let ids = list::items(list).map_err(usage)?;
+            if ids.is_empty() {
+                return Err(usage("no item is named".to_owned()));
+            }
             let found =
                 ids.iter().map(|id| scorer.find_id(id, "--candidates")).collect::<Result<Vec<_>, _>>()?;
             scorer.candidates = Some(found.into_iter().flatten().collect());

@@ -30,8 +30,7 @@ pub fn start<'scope, T: Send + 'scope>(
     scope: &'scope Scope<'scope, '_>,
     work: impl FnOnce() -> T + Send + 'scope,
 ) -> io::Result<ScopedJoinHandle<'scope, T>> {
-    check_room()?;
-    let (work, begun) = announced(work);
+    let (work, begun) = announced(work)?;
     let thread = Builder::new().spawn_scoped(scope, work)?;
     let _ = begun.recv();
     Ok(thread)
@@ -43,21 +42,21 @@ pub fn check_room() -> io::Result<()> {
 }
 
 fn start_worker(worker: ThreadBuilder) -> io::Result<()> {
-    check_room()?;
-    let (work, begun) = announced(|| worker.run());
+    let (work, begun) = announced(|| worker.run())?;
     Builder::new().spawn(work)?;
     let _ = begun.recv();
     Ok(())
 }
 
-/// `work`, and a channel that closes when it begins.
-fn announced<T>(work: impl FnOnce() -> T) -> (impl FnOnce() -> T, Receiver<()>) {
+/// `work` for a thread that has room, and a channel that closes when it begins.
+fn announced<T>(work: impl FnOnce() -> T) -> io::Result<(impl FnOnce() -> T, Receiver<()>)> {
+    check_room()?;
     let (begins, begun) = channel();
     let work = move || {
         drop(begins);
         work()
     };
-    (work, begun)
+    Ok((work, begun))
 }
 
 #[cfg(test)]

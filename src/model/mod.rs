@@ -298,12 +298,14 @@ impl<D: Device> Model<D> {
         self.with_network(self.stager().stage(batch)?, |network| {
             let mut o = device.alloc(options.output_len(label.len()))?;
             let mut lse = device.alloc(options.lse_len(label.len()))?;
+            let indicator = |key| device.upload(&indicator(&options, label, key));
+            let indicators = [indicator(0)?, indicator(1)?];
+            let pairs = HeadPairs::count(options.causal, &batch.cu_seqlens, label);
             let mut sum = HeadPairs::default();
             for state in network.encoder_states()? {
-                sum += HeadPairs::count(options.causal, &batch.cu_seqlens, label);
-                for key in [0, 1] {
-                    let v = device.upload(&indicator(&options, label, key))?;
-                    network.attend(&state, &v, SoftmaxState { o: &mut o, lse: &mut lse })?;
+                sum += pairs;
+                for (key, v) in indicators.iter().enumerate() {
+                    network.attend(&state, v, SoftmaxState { o: &mut o, lse: &mut lse })?;
                     sum.add_output(&options, key, label, &device.download(&o)?);
                 }
             }

@@ -1,7 +1,7 @@
 //! `--device`, `--precision` and `--cuda-graphs`: opens the device of a command.
 
 use dfar::device::cpu::Cpu;
-use dfar::device::cuda::plan::target_shape::MAX_WIDTH;
+use dfar::device::cuda::plan::target_shape::check_width;
 use dfar::device::cuda::{Captures, Cuda, CudaError, Gpu};
 use dfar::device::{DeviceError, Precision};
 use dfar::train::TrainError;
@@ -59,19 +59,17 @@ pub fn open(config: &Config, note: &dyn Fn(&str)) -> dfar::Result<Chosen> {
     let (precision, graphs) = (config.precision, config.cuda_graphs);
     let cuda = || -> Result<Chosen, CudaError> {
         // Refused before a GPU is opened.
-        if config.width > MAX_WIDTH {
-            return Err(CudaError::TargetWidth { width: config.width, widest: MAX_WIDTH });
-        }
+        check_width(config.width)?;
         let cuda = Cuda::new(0)?;
         cuda.require_libraries()?;
         let gpu = Gpu::new(cuda, precision);
         Ok(Chosen::Cuda(Arc::new(if graphs { gpu.with_graphs() } else { gpu })))
     };
     match config.device {
-        DeviceChoice::Cuda => Ok(cuda().map_err(|error| match error {
-            CudaError::TargetWidth { .. } => dfar::Error::from(usage("--width", error.to_string())),
+        DeviceChoice::Cuda => cuda().map_err(|error| match error {
+            CudaError::TargetWidth { .. } => usage("--width", error.to_string()).into(),
             error => error.into(),
-        })?),
+        }),
         DeviceChoice::Cpu => {
             if graphs {
                 note("--cuda-graphs has no effect on the CPU");

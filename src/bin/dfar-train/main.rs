@@ -167,7 +167,14 @@ fn train(args: Train) -> dfar::Result<()> {
             let (saved, checkpoint) = match run.checkpoint().exists() {
                 true => {
                     let checkpoint = Checkpoint::load(&run.checkpoint()).map_err(TrainError::from)?;
-                    (checkpoint.info.config.clone(), Some(checkpoint))
+                    let saved = checkpoint.info.config.clone();
+                    let edited = Config::layered(Some(&run.config()), toml::Table::new())
+                        .and_then(|edited| saved.resumed(edited.to_table()));
+                    if let Err(error) = edited {
+                        progress
+                            .line(&format!("note: config.toml was edited, the checkpoint counts: {error}"));
+                    }
+                    (saved, Some(checkpoint))
                 }
                 false => {
                     progress.line("stopped before the first checkpoint: starting from the beginning");
@@ -175,11 +182,6 @@ fn train(args: Train) -> dfar::Result<()> {
                     (saved.map_err(TrainError::from)?, None)
                 }
             };
-            let edited = Config::layered(Some(&run.config()), toml::Table::new())
-                .and_then(|edited| saved.resumed(edited.to_table()));
-            if let Err(error) = edited {
-                progress.line(&format!("note: config.toml was edited, the checkpoint counts: {error}"));
-            }
             let config = saved.resumed(flags).map_err(TrainError::from)?;
             cli::start_threads(config.threads)?;
             let chosen = open(&config)?;

@@ -32,6 +32,7 @@ use super::{
     Candidates, CountedRecords, DataError, KCore, Made, Protocol, Repeats, Source, Split, Weighting,
 };
 use crate::replacement::{Replacement, folder_of, replaced};
+use label::Rule;
 use layout::Schema;
 use number::Numbered;
 use rows::Rows;
@@ -300,18 +301,18 @@ pub fn import(options: &ImportOptions, progress: &dyn Progress) -> Result<Made, 
 /// Checks the options before any input is read.
 fn check(options: &ImportOptions) -> Result<(), DataError> {
     let invalid = |option, value: String, reason| Err(DataError::InvalidOption { option, value, reason });
-    match &options.liked {
-        Liked::Above(threshold) if threshold.is_nan() => {
+    // As the rule that judges has them: the names are trimmed.
+    match Rule::new(options, None) {
+        Rule::Above(threshold) if threshold.is_nan() => {
             return invalid("positive-above", "NaN".to_owned(), "is not a threshold");
         }
-        Liked::Named { liked, skipped, .. } => {
-            for (option, names) in [("liked", liked), ("skipped", skipped)] {
-                if names.iter().any(|name| name.trim_ascii().is_empty()) {
+        Rule::Named { liked, skipped } => {
+            for (option, names) in [("liked", &liked), ("skipped", &skipped)] {
+                if names.iter().any(String::is_empty) {
                     return invalid(option, format!("`{}`", names.join(",")), "has an empty name");
                 }
             }
-            let same = |name: &&String| skipped.iter().any(|other| other.trim_ascii() == name.trim_ascii());
-            if let Some(both) = liked.iter().find(same) {
+            if let Some(both) = liked.iter().find(|name| skipped.contains(name)) {
                 return invalid("liked", both.clone(), "is named under --skipped too");
             }
             if liked.is_empty() {

@@ -24,6 +24,17 @@ pub struct Shape {
     pub hidden1: usize,
 }
 
+/// Refuses tokens that no kernel is compiled for.
+///
+/// # Errors
+/// [`CudaError::TargetWidth`] if `width` exceeds [`MAX_WIDTH`].
+pub fn check_width(width: usize) -> Result<(), CudaError> {
+    match width > MAX_WIDTH {
+        true => Err(CudaError::TargetWidth { width, widest: MAX_WIDTH }),
+        false => Ok(()),
+    }
+}
+
 impl Shape {
     /// The smallest shape for tokens of `width` values and a perceptron of these hidden widths.
     ///
@@ -31,9 +42,7 @@ impl Shape {
     /// [`CudaError::TargetWidth`] if `width` exceeds [`MAX_WIDTH`].
     pub fn of(width: usize, [hidden0, hidden1]: [usize; 2]) -> Result<Self, CudaError> {
         assert!(width > 0 && hidden0 > 0 && hidden1 > 0, "a layer of width 0");
-        if width > MAX_WIDTH {
-            return Err(CudaError::TargetWidth { width, widest: MAX_WIDTH });
-        }
+        check_width(width)?;
         Ok(Self {
             width: width.next_power_of_two().max(16),
             hidden0: hidden0.next_multiple_of(16),

@@ -209,8 +209,8 @@ def import_log(
             the path of a log, or several. A table is read through the Arrow C stream interface and
             passes through a temporary Arrow file, because the importer reads it twice.
         output: the ``.dfar`` file to make; an existing file is replaced.
-        format: format of the log; ``"csv"`` stands for any table or file whose columns you name.
-        user, item, time, label, date: names of columns.
+        format: format of the log; ``"csv"`` stands for any table or file.
+        user, item, time, label, date: names of columns; for ``"csv"``, these words by default.
         positive_above: a label above it is liked. By default a label is a flag: 1 liked, 0 skipped.
         all_liked: every event is liked; no label is needed.
         liked, skipped, ignore_others: names of labels, if labels are names.

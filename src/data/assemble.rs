@@ -51,7 +51,8 @@ pub(super) fn assemble(
     writer.put_names([Section::ItemNameOffsets, Section::ItemNames, Section::ItemOrder], &log.items)?;
 
     let mut hash = Fnv::default();
-    for part in [Part::Valid, Part::Test] {
+    let mut groups = [0; 2];
+    for (part, groups) in [Part::Valid, Part::Test].into_iter().zip(&mut groups) {
         let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
         rng.set_stream(part as u64 + 1);
         let [users, events, negatives, ceiling] = part.sections();
@@ -62,6 +63,7 @@ pub(super) fn assemble(
                 sampler.exclude(history.iter().map(|event| event.item));
             }
             for event in part.events(cuts.cut(user, history), history.len()) {
+                *groups += 1;
                 let target = history[event].item;
                 drawn.clear();
                 drawn.push(target);
@@ -94,7 +96,7 @@ pub(super) fn assemble(
         ceiling: scorer.is_some(),
     };
     writer.finish(output, counts, &protocol)?;
-    Ok(Made { users: counts.users, items: counts.items, events: counts.events, protocol })
+    Ok(Made { users: counts.users, items: counts.items, events: counts.events, groups, protocol })
 }
 
 /// Writes histories and their split; returns each item's number of training events.

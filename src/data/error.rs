@@ -141,11 +141,16 @@ pub enum DataError {
         row: Box<BadRow>,
     },
     /// The header lacks a column that the format or an option needs.
-    #[error("{}: no column {column} (the columns are: {})", path.display(), available.join(", "))]
+    #[error(
+        "{}: no column {column} for the {role}: give --{role}-column{} (the columns are: {})",
+        path.display(), if *role == "label" { " or --all-liked" } else { "" }, available.join(", ")
+    )]
     MissingColumn {
         /// The log.
         path: PathBuf,
-        /// The missing column.
+        /// What the column holds: user, item, time, label or date.
+        role: &'static str,
+        /// The missing column; `a or b` if either would do.
         column: String,
         /// The columns of the header.
         available: Vec<String>,

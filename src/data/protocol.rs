@@ -13,6 +13,8 @@ pub struct Made {
     pub items: usize,
     /// Events in the file.
     pub events: u64,
+    /// Evaluation groups of the validation and of the test part.
+    pub groups: [u64; 2],
     /// The protocol the file carries.
     pub protocol: Protocol,
 }

@@ -278,7 +278,10 @@ pub fn part_report(
         if let Some(metrics) = metrics_of(&inside) {
             by_length.push(LengthBucket { from, to, metrics });
         }
-        from = to.map_or(from, |to| to + 1);
+        match to.and_then(|to| to.checked_add(1)) {
+            Some(next) => from = next,
+            None => break, // no history is longer
+        }
     }
     Some(PartReport {
         liked,

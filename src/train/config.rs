@@ -335,7 +335,11 @@ impl Config {
         toml::to_string(self).expect("a flat table of plain values is TOML")
     }
 
-    fn check(&self) -> Result<(), ConfigError> {
+    /// Checks that each value is one that training accepts. [`Config::layered`] does so too.
+    ///
+    /// # Errors
+    /// [`ConfigError::Value`] for the first that is not.
+    pub fn check(&self) -> Result<(), ConfigError> {
         let refuse = |key, value: String, reason| Err(ConfigError::Value { key, value, reason });
         for (key, value) in [
             ("batch_tokens", self.batch_tokens),

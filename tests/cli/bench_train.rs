@@ -94,6 +94,14 @@ fn random_batches_exclude_a_data_set() {
 }
 
 #[test]
+fn a_window_stride_beyond_the_window_is_wrong_usage() {
+    let output = bench_train(&[&SMALL[..], &["--window-stride", "11"]].concat());
+    let message = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{message}");
+    assert!(message.contains("window_stride"), "{message}");
+}
+
+#[test]
 fn a_set_without_training_targets_is_named() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("x.dfar");

@@ -173,12 +173,27 @@ fn bad_rows_exit_3_with_their_place() {
 }
 
 #[test]
+fn an_import_says_how_many_events_can_be_evaluated() {
+    let folder = Folder::new();
+    let [log, output] = ["short.csv", "x.dfar"].map(|name| folder.path(name));
+    for (rows, validation, test, nothing) in [(2, 0, 0, true), (3, 1, 1, false)] {
+        let events: String = (0..rows).map(|row| format!("u,i{row},1,{row}\n")).collect();
+        std::fs::write(&log, format!("user,item,label,time\n{events}")).unwrap();
+        let flags = ["--input", &log, "--output", &output, "--k-core", "0", "--negatives", "0"];
+        let (_, err) = succeeds(&[&["import", "--format", "csv"][..], &flags].concat());
+        assert!(err.contains(&format!("{validation} events for validation, {test} for the test")), "{err}");
+        assert_eq!(err.contains("nothing can be evaluated"), nothing, "{err}");
+    }
+}
+
+#[test]
 fn exit_codes() {
     let folder = Folder::new();
     let [log, output, missing] = ["log.csv", "x.dfar", "missing"].map(|name| folder.path(name));
     fails(&["import"], 2);
     fails(&["import", "--format", "nothing", "--input", &log, "--output", &output], 2);
     fails(&folder.import(&log, &output, &["--delimiter", "ab"]), 2);
+    assert!(fails(&folder.import(&log, "-", &[]), 2).contains("name a file"));
     fails(&folder.import(&missing, &output, &[]), 3);
     fails(&folder.import(&log, &output, &["--label-column", "nothing"]), 3);
     fails(&["info", &missing], 3);
@@ -210,6 +225,22 @@ fn a_closed_pipe_is_no_error() {
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(0));
     assert!(output.stderr.is_empty());
+}
+
+#[cfg(unix)]
+#[test]
+fn an_import_goes_on_when_nobody_reads_its_messages() {
+    let folder = Folder::new();
+    let [log, output] = ["bad.csv", "x.dfar"].map(|name| folder.path(name));
+    std::fs::write(&log, LOG.replacen("1000000000005", "later", 1)).unwrap();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_dfar-data"))
+        .args(folder.import(&log, &output, &["--skip-bad-rows", "1"]))
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stderr.take());
+    assert!(child.wait().unwrap().success());
+    assert!(succeeds(&["info", &output]).0.contains("9 rows"));
 }
 
 #[test]
@@ -255,8 +286,7 @@ fn export_and_import_again_give_the_same_events() {
         let export = format!("{export}.{ending}");
         succeeds(&["export", &output, "--output", &export]);
         let mut flags = vec!["import", "--format", "csv", "--input", &export, "--output", &again];
-        flags.extend(["--user-column", "user", "--item-column", "item", "--time-column", "time"]);
-        flags.extend(["--label-column", "label", "--time-unit", "ms", "--k-core", "0", "--negatives", "1"]);
+        flags.extend(["--time-unit", "ms", "--k-core", "0", "--negatives", "1"]);
         flags.extend(leave_last);
         succeeds(&flags);
         let copy = dfar::data::Dataset::open(&again).unwrap();
@@ -275,6 +305,9 @@ fn export_and_import_again_give_the_same_events() {
     let (out, _) = succeeds(&["export", &output, "--output", "-"]);
     assert_eq!(out, std::fs::read_to_string(format!("{export}.csv")).unwrap());
     assert_eq!(out.lines().next(), Some("\"user\",\"item\",\"label\",\"time\",\"part\""));
+    let other = format!("{export}.json");
+    assert!(fails(&["export", &output, "--output", &other], 2).contains("give --to"));
+    assert!(!Path::new(&other).exists());
 }
 
 #[test]
@@ -282,12 +315,15 @@ fn a_reader_may_stop_reading_an_export() {
     let folder = Folder::new();
     let output = folder.path("x.dfar");
     succeeds(&["synth", "--users", "500", "--events", "20000", "--output", &output]);
-    let mut command = Command::new(env!("CARGO_BIN_EXE_dfar-data"));
-    let command = command.args(["export", &output, "--output", "-"]);
-    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    drop(child.stdout.take());
-    let output = child.wait_with_output().unwrap();
-    assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+    let formats: &[&str] = if cfg!(feature = "parquet") { &["csv", "parquet"] } else { &["csv"] };
+    for format in formats {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_dfar-data"));
+        let command = command.args(["export", &output, "--output", "-", "--to", format]);
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        drop(child.stdout.take());
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success() && output.stderr.is_empty(), "{format}: {output:?}");
+    }
 }
 
 #[test]

@@ -170,7 +170,7 @@ fn a_user_is_scored_by_the_whole_history_of_the_data_set() {
     let all = fixture.score(&["--all-users", "--json"]);
     assert_eq!(of_user(&all), expected);
     assert_eq!(lines(&all).len(), 40 * 10);
-    let some = success(fixture.score_with(&["--users", "-", "--json"], "3\r\n\"7\"\n"));
+    let some = success(fixture.score_with(&["--users", "-", "--json"], "\u{feff}3\r\n\"7\"\n"));
     assert_eq!((of_user(&some), lines(&some).len()), (expected.clone(), 20));
     let events: Vec<(&str, u8)> = events
         .items
@@ -351,6 +351,8 @@ fn refused_input_leaves_nothing_on_stdout() {
     assert!(found.status.code() == Some(3) && found.stdout.is_empty(), "{}", stderr(&found));
     let found = fixture.score_with(&["--histories", "-"], "{\"history\": []}\n{\"history\": NaN}\n");
     assert!(stderr(&found).contains(":2: ") && !stderr(&found).contains("at line"), "{}", stderr(&found));
+    let found = fixture.score_with(&["--histories", "-"], "user,item,label,item\nu,1,1,2\n");
+    assert!(stderr(&found).contains(":1: two columns are called `item`"), "{}", stderr(&found));
     // A byte order mark is no part of the first line.
     let marked =
         fixture.score_with(&["--histories", "-"], "\u{feff}{\"user\": \"u\", \"history\": [[\"1\", 1]]}\n");

@@ -557,6 +557,11 @@ fn evaluate_adds_attention_by_feedback_and_chosen_history_lengths() {
         assert!(mean > 0.0 && mean < 1.0 && (mean - field("mean")).abs() < 1e-12, "{pair:?} {mean}");
     }
     assert!(!evaluate(&["--json"]).contains("head_pairs"));
+    // No history is longer than the largest edge.
+    assert!(!evaluate(&["--length-edges", "10,4294967295"]).contains("0-\n"));
+    let all = evaluate(&["--length-edges", "4294967295", "--json"]);
+    let all: serde_json::Value = serde_json::from_str(&all).unwrap();
+    assert_eq!(all["test"]["by_length"].as_array().unwrap().len(), 1, "{all}");
     for edges in ["5,3", "5,5"] {
         let output = dfar_train(dir.path(), &["evaluate", "--run", "run", "--length-edges", edges]);
         assert!(code(&output) == 2 && stderr(&output).contains("must ascend"), "{}", stderr(&output));

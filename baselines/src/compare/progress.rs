@@ -1,10 +1,11 @@
 //! Progress of the runs on stderr: a bar for each job and one for the plan on a terminal, else
 //! lines.
 
+use crate::cli::note;
 use dfar_baselines::fit::Epoch;
 use dfar_baselines::results::{Identity, Row, RunResult};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::sync::Mutex;
 use std::time::Instant;
 
@@ -78,10 +79,7 @@ impl Progress {
 
     /// Prints a line.
     pub fn line(&self, text: &str) {
-        let print = || {
-            // A closed stderr cannot be reported.
-            let _ = writeln!(std::io::stderr(), "{text}");
-        };
+        let print = || note(text);
         match &self.bars {
             Some(bars) => bars.all.suspend(print),
             None => print(),

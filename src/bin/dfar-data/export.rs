@@ -14,7 +14,7 @@ pub struct Export {
     /// File to write; `-` is standard output.
     #[arg(long, short, value_name = "FILE")]
     output: PathBuf,
-    /// Format of the output [default: parquet if it ends in .parquet, else csv].
+    /// Format of the output [default: by its ending, .csv or .parquet; csv if it has none].
     #[arg(long, value_enum)]
     to: Option<To>,
 }
@@ -36,9 +36,16 @@ pub fn export(args: &Export) -> dfar::Result<()> {
             DataError::InvalidOption { option: "output", value, reason: "is the data set itself" }.into()
         );
     }
-    let parquet = args
-        .to
-        .map_or(args.output.extension().is_some_and(|ending| ending == "parquet"), |to| to == To::Parquet);
+    let parquet = match (args.to, args.output.extension().and_then(|ending| ending.to_str())) {
+        (Some(to), _) => to == To::Parquet,
+        (None, Some("parquet")) => true,
+        (None, None | Some("csv")) => false,
+        (None, Some(_)) => {
+            let value = args.output.display().to_string();
+            let reason = "ends in neither .csv nor .parquet: give --to";
+            return Err(DataError::InvalidOption { option: "output", value, reason }.into());
+        }
+    };
     let failed = |source: std::io::Error| Error::io("write", &args.output)(source);
     if args.output == Path::new("-") {
         let mut out = BufWriter::new(std::io::stdout());
@@ -110,11 +117,17 @@ fn write_parquet(data: &Dataset, out: &mut (impl Write + Send)) -> std::io::Resu
     use arrow_array::{ArrayRef, Int8Array, RecordBatch, StringArray, TimestampMillisecondArray};
     use parquet::arrow::ArrowWriter;
     use parquet::basic::{Compression, ZstdLevel};
+    use parquet::errors::ParquetError;
     use parquet::file::properties::WriterProperties;
+    use std::io::Error;
     use std::sync::Arc;
 
     const BATCH_ROWS: usize = 1 << 16;
-    let failed = std::io::Error::other::<parquet::errors::ParquetError>;
+    // The kind of an error of the output is kept, as above.
+    let failed = |error: ParquetError| match error {
+        ParquetError::External(source) => source.downcast().map_or_else(Error::other, |error| *error),
+        error => Error::other(error),
+    };
     let batch = |events: &[Event]| {
         let texts = |column: fn(&Event) -> String| {
             Arc::new(StringArray::from_iter_values(events.iter().map(column))) as ArrayRef

@@ -1,5 +1,6 @@
 //! `dfar-data import`: makes a data set file from logs.
 
+use crate::cli::note;
 use crate::{Cli, SplitKind, report};
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, ValueEnum};
@@ -45,7 +46,7 @@ pub struct Import {
     /// Character between fields (`tab` for a tab) [default: by the first line].
     #[arg(long, value_parser = delimiter, value_name = "CHARACTER", help_heading = "Columns")]
     delimiter: Option<u8>,
-    /// Unit of times that are numbers; `auto` decides once for the whole log, by its largest time.
+    /// Unit of times that are numbers; `auto` decides once for the whole log.
     #[arg(long, value_enum, default_value = "auto", help_heading = "Columns")]
     time_unit: Unit,
 
@@ -138,7 +139,7 @@ enum Format {
     Kuairec,
     /// RecBole atomic files
     Inter,
-    /// Any log; give the columns
+    /// Any log with the columns user, item, time and label, or others that options name
     Csv,
 }
 
@@ -268,13 +269,13 @@ impl Progress for Bar {
 
     fn skipped(&self, row: &BadRow) {
         if !self.quiet {
-            self.bar.suspend(|| eprintln!("skipped: {row}"));
+            self.bar.suspend(|| note(format_args!("skipped: {row}")));
         }
     }
 
     fn note(&self, decision: &str) {
         if !self.quiet {
-            self.bar.suspend(|| eprintln!("{decision}"));
+            self.bar.suspend(|| note(decision));
         }
     }
 

@@ -12,6 +12,7 @@ mod import;
 mod info;
 
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use cli::note;
 use dfar::data::synthetic::{self, SyntheticOptions};
 use dfar::data::{Made, Split};
 use std::path::{Path, PathBuf};
@@ -123,13 +124,17 @@ fn synth(args: Synth) -> dfar::Result<()> {
 
 /// Prints a summary of the data set to stderr.
 fn report(output: &Path, made: &Made) {
-    let Made { users, items, events, protocol } = made;
+    let Made { users, items, events, groups: [valid, test], protocol } = made;
     let source = &protocol.source;
-    eprintln!(
-        "{}: {users} users, {items} items, {events} events of {} rows ({} bad, {} repeated)",
+    note(format_args!(
+        "{}: {users} users, {items} items, {events} events of {} rows ({} bad, {} repeated); \
+         {valid} events for validation, {test} for the test",
         output.display(),
         source.rows,
         source.bad_rows,
         source.repeated_rows,
-    );
+    ));
+    if valid + test == 0 {
+        note("nothing can be evaluated: no history is long enough for the split");
+    }
 }

@@ -1,10 +1,11 @@
 //! Progress on stderr: bars on a terminal, else one line per epoch.
 
+use crate::cli::note;
 use crate::report::count;
 use dfar::data::Part;
 use dfar::train::Event;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -33,10 +34,7 @@ impl Progress {
 
     /// Prints a line even with `--quiet`.
     pub fn always(&self, text: &str) {
-        let print = || {
-            // A closed stderr cannot be reported.
-            let _ = writeln!(std::io::stderr(), "{text}");
-        };
+        let print = || note(text);
         match &self.bar {
             Some(bar) => bar.suspend(print),
             None => print(),

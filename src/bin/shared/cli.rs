@@ -2,6 +2,7 @@
 
 use dfar::train::TrainError;
 use dfar::{Error, Result};
+use std::fmt::Display;
 use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
 
@@ -19,9 +20,14 @@ pub fn exit(result: Result<()>) -> ExitCode {
 
 /// Prints the error to stderr and returns `code`.
 pub fn fail(error: &dyn std::error::Error, code: u8) -> ExitCode {
-    // A closed stderr cannot be reported anywhere.
-    let _ = writeln!(std::io::stderr(), "error: {error}");
+    note(format_args!("error: {error}"));
     ExitCode::from(code)
+}
+
+/// Prints a line to stderr. Unlike `eprintln!`, it does not panic if stderr is closed, which cannot
+/// be reported anywhere.
+pub fn note(line: impl Display) {
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 /// Writes results to stdout. Unlike `print!`, it does not panic if the pipe is closed.

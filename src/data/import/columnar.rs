@@ -55,7 +55,7 @@ pub(super) use with_arrow::read;
 mod with_arrow {
     use super::super::arrow_claims;
     use super::super::fields::SLOTS;
-    use super::super::layout::{Columns, Role};
+    use super::super::layout::{Columns, Role, label_name};
     use super::super::rows::{Cell, Reading};
     use super::super::time::RawTime;
     use super::*;
@@ -204,7 +204,7 @@ mod with_arrow {
         mut batches: impl FnMut() -> Result<Option<RecordBatch>, DataError>,
         each: Each,
     ) -> Result<(), DataError> {
-        let rule = context.rule(columns);
+        let rule = context.rule(label_name(columns));
         let reading = Reading { name: context.name, columns, rule: &rule };
         rows.decided(&reading, kind.name());
         let needed: BTreeSet<usize> = columns.iter().flatten().map(|column| column.index).collect();

@@ -1,4 +1,4 @@
-//! Any log. The user names the columns, or gives all of them by number.
+//! Any log. Columns have common names, or the user gives them by name, or all of them by number.
 //!
 //! The label is a flag unless a threshold or names of events are given.
 
@@ -6,7 +6,12 @@ use super::fields::Delimiter;
 use super::layout::Schema;
 
 pub(super) const SCHEMA: Schema = Schema {
-    names: [&[]; 4],
+    names: [
+        &["user", "user_id", "userId"],
+        &["item", "item_id", "itemId"],
+        &["time", "timestamp"],
+        &["label"],
+    ],
     positions: None,
     delimiters: &[
         Delimiter::Byte(b','),

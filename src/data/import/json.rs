@@ -3,10 +3,11 @@
 //! Only scalars under the keys of the needed columns are read: a string as it is, a number by its
 //! digits.
 
+use super::Liked;
 use super::fields::SLOTS;
+use super::label::Rule;
 use super::layout::{Column, Context, Role};
 use super::lines::Lines;
-use super::{DataError, Liked};
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 use std::borrow::Cow;
@@ -17,35 +18,32 @@ const LONGEST_OBJECT: usize = super::lines::LONGEST_LINE;
 /// The keys of a role, the preferred one first.
 type Keys<'a> = [Vec<&'a str>; SLOTS];
 
-/// The keys of the columns, and the names of the columns in messages.
+/// The keys of the columns, the names of the columns in messages, and the rule for labels.
 pub(super) struct JsonLayout<'a> {
     keys: Keys<'a>,
     pub columns: [Option<Column>; SLOTS],
+    pub rule: Rule,
 }
 
 impl<'a> JsonLayout<'a> {
     /// The keys given by options, or else those of the format.
-    pub(super) fn new(context: &'a Context) -> Result<JsonLayout<'a>, DataError> {
+    pub(super) fn new(context: &'a Context) -> JsonLayout<'a> {
         let options = context.options;
-        let mut layout = JsonLayout { keys: Default::default(), columns: [const { None }; SLOTS] };
+        let mut keys: Keys = Default::default();
+        let mut columns = [const { None }; SLOTS];
         for role in Role::ALL {
             let slot = role as usize;
-            let keys = match role.wanted(&options.columns) {
+            keys[slot] = match role.wanted(&options.columns) {
                 Some(key) => vec![key],
                 None if role == Role::Date || role == Role::Label && options.liked == Liked::Every => {
                     continue;
                 }
                 None => context.schema.names[slot].to_vec(),
             };
-            let Some(first) = keys.first() else {
-                return Err(
-                    context.unknown(format!("JSON has no columns by number: give --{}-column", role.name()))
-                );
-            };
-            layout.columns[slot] = Some(Column { index: slot, name: (*first).to_owned() });
-            layout.keys[slot] = keys;
+            columns[slot] = Some(Column { index: slot, name: keys[slot].join(" or ") });
         }
-        Ok(layout)
+        let rule = context.rule(keys[Role::Label as usize].first().copied());
+        JsonLayout { keys, columns, rule }
     }
 
     /// The values of an object, or the reason why it is malformed.

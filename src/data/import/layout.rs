@@ -108,6 +108,11 @@ pub(super) struct Column {
 /// The columns of the roles that are read.
 pub(super) type Columns = [Option<Column>; SLOTS];
 
+/// The name of the label column.
+pub(super) fn label_name(columns: &Columns) -> Option<&str> {
+    columns[Role::Label as usize].as_ref().map(|column| &*column.name)
+}
+
 /// How the lines of a delimited text are read.
 #[derive(Debug, Clone)]
 pub(super) struct Layout {
@@ -159,11 +164,8 @@ impl Context<'_> {
         };
         let missing = || DataError::MissingColumn {
             path: self.name.to_owned(),
-            column: match wanted {
-                Some(wanted) => wanted.to_owned(),
-                None if aliases.is_empty() => format!("for the {0}: give --{0}-column", role.name()),
-                None => aliases.join(" or "),
-            },
+            role: role.name(),
+            column: wanted.map_or_else(|| aliases.join(" or "), str::to_owned),
             available: names.to_vec(),
         };
         let index = index.ok_or_else(missing)?;
@@ -193,10 +195,9 @@ impl Context<'_> {
         Some(columns)
     }
 
-    /// The rule for a label column.
-    pub(super) fn rule(&self, columns: &Columns) -> Rule {
-        let name = columns[Role::Label as usize].as_ref().map_or("", |column| &column.name);
-        Rule::new(self.options, (self.schema.threshold)(name))
+    /// The rule for a label column with this name.
+    pub(super) fn rule(&self, label: Option<&str>) -> Rule {
+        Rule::new(self.options, (self.schema.threshold)(label.unwrap_or_default()))
     }
 
     /// The layout of a delimited text, from its first lines.
@@ -207,7 +208,7 @@ impl Context<'_> {
             delimiter,
             header: Some(first.text.trim_ascii().to_vec()),
             fields: (names.len(), first.number),
-            rule: self.rule(&columns),
+            rule: self.rule(label_name(&columns)),
             columns,
         };
         let by_numbers = self.by_numbers(self.schema.positions);
@@ -240,7 +241,7 @@ impl Context<'_> {
 
     fn without_header(&self, lines: &Lines, delimiter: Delimiter) -> Result<Layout, DataError> {
         let columns = self.positional(lines, delimiter)?;
-        let (rule, fields) = (self.rule(&columns), most_common_count(lines, delimiter));
+        let (rule, fields) = (self.rule(label_name(&columns)), most_common_count(lines, delimiter));
         Ok(Layout { delimiter, header: None, fields, columns, rule })
     }
 
@@ -288,7 +289,7 @@ impl Context<'_> {
         if Role::ALL.into_iter().any(known) {
             return true;
         }
-        let rule = self.rule(columns);
+        let rule = self.rule(label_name(columns));
         let numeric = |role: Role| match role {
             Role::Time | Role::Date => true,
             Role::Label => rule.numeric(),

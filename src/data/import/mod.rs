@@ -52,7 +52,7 @@ pub enum LogFormat {
     KuaiRec,
     /// RecBole's atomic files.
     Inter,
-    /// Any delimited text; options give the columns.
+    /// Any log with the columns `user`, `item`, `time` and `label`, or others that options give.
     Csv,
 }
 
@@ -78,7 +78,9 @@ pub struct ColumnOptions {
 pub enum TimeUnit {
     /// One unit for the whole log, decided by its largest time in magnitude: below 10^11 seconds
     /// (until the year 5138), below 10^14 milliseconds, below 10^17 microseconds, else nanoseconds.
-    /// A log whose times lie between 1990 and 2100 by two different units is refused.
+    /// If none of its times is between 1990 and 2100 by that unit, but more than half of them are
+    /// by a coarser one, it is the coarser one. A log whose times lie between 1990 and 2100 by two
+    /// different units is refused.
     #[default]
     Auto,
     /// Seconds, with a fraction or without.
@@ -263,7 +265,9 @@ pub fn import(options: &ImportOptions, progress: &dyn Progress) -> Result<Made, 
     let mut repeats = RepeatFilter::new(options.repeats, items.len());
     let mut events = RecordWriter::new(folder);
     sorter.drain(|event| {
-        let time = RawTime { whole: event.time, billionths: event.fraction }.milliseconds(unit);
+        let time = RawTime { whole: event.time, billionths: event.fraction }
+            .milliseconds(unit)
+            .expect("the clock takes only times that fit");
         let event = Event { time, fraction: 0, ..event };
         if repeats.keeps(&event) { events.push(&event) } else { Ok(()) }
     })?;
@@ -333,6 +337,10 @@ fn check(options: &ImportOptions) -> Result<(), DataError> {
 
 /// The output replaces an existing file, which must not be one of the logs.
 fn refuse_own_input(options: &ImportOptions) -> Result<(), DataError> {
+    if options.output == Path::new("-") {
+        let reason = "is standard output, but a data set is mapped into memory: name a file";
+        return Err(DataError::InvalidOption { option: "output", value: "-".to_owned(), reason });
+    }
     match replaced(&options.output, options.inputs.iter().map(PathBuf::as_path)) {
         Some(input) => Err(DataError::InvalidOption {
             option: "output",

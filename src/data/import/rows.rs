@@ -181,9 +181,8 @@ impl<'a> Rows<'a> {
     }
 
     fn read_json(&mut self, context: &Context, lines: Lines, each: Each) -> Result<(), DataError> {
-        let layout = JsonLayout::new(context)?;
-        let rule = context.rule(&layout.columns);
-        let reading = Reading { name: context.name, columns: &layout.columns, rule: &rule };
+        let layout = JsonLayout::new(context);
+        let reading = Reading { name: context.name, columns: &layout.columns, rule: &layout.rule };
         self.decided(&reading, "JSON");
         let mut objects = Objects::new(lines);
         while let Some(object) = objects.next().map_err(DataError::read(context.name))? {

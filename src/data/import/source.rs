@@ -173,9 +173,22 @@ fn unread_container(magic: &[u8]) -> Option<&'static str> {
         return Some("a data set (.dfar), which is imported already,");
     }
     // Logs may begin with the words "BZh" and "ORC", so the following bytes are examined.
-    let text = |bytes: &[u8]| bytes.iter().all(|byte| matches!(byte, b' '..=b'~' | b'\t' | b'\r' | b'\n'));
-    let found = CONTAINERS.into_iter().find(|(start, _)| magic.starts_with(start))?;
-    (!text(magic)).then_some(found.1)
+    let found = CONTAINERS.into_iter().find(|(start, _)| magic.starts_with(start));
+    match found {
+        Some((_, container)) => (!magic.iter().all(is_text)).then_some(container),
+        None => is_utf_16(magic).then_some("UTF-16 text"),
+    }
+}
+
+fn is_text(byte: &u8) -> bool {
+    matches!(byte, b' '..=b'~' | b'\t' | b'\r' | b'\n')
+}
+
+/// Whether the text is ASCII in UTF-16 without a byte order mark.
+fn is_utf_16(magic: &[u8]) -> bool {
+    let (pairs, _) = magic.as_chunks::<2>();
+    let all = |low: usize| pairs.iter().all(|pair| is_text(&pair[low]) && pair[1 - low] == 0);
+    pairs.len() >= 2 && (all(0) || all(1))
 }
 
 /// Whether text begins with a UTF-8 byte order mark.
@@ -274,5 +287,8 @@ mod tests {
         assert_eq!(unread_container(b"BZhang,1,2,3\n"), None);
         assert_eq!(unread_container(b"ORC;label\n"), None);
         assert_eq!(unread_container(b"BZh91AY&SY\x07\x82"), Some("bzip2"));
+        assert_eq!(unread_container(b"u\0s\0e\0r\0"), Some("UTF-16 text"));
+        assert_eq!(unread_container(b"\0u\0s\0e\0r"), Some("UTF-16 text"));
+        assert_eq!(unread_container(b"u\0ser"), None);
     }
 }

@@ -1,7 +1,6 @@
 //! The times of a log: numbers in one unit, or dates.
 //!
-//! The unit is decided once for the whole log, after all rows are read, when the largest time is
-//! known. Events are sorted by the numbers as they are, so their order does not depend on the unit.
+//! The unit is decided once for the whole log, after all rows are read, when all times are known. Events are sorted by the numbers as they are, so their order does not depend on the unit.
 
 use super::TimeUnit;
 use crate::data::{DataError, TimeSighting};
@@ -54,17 +53,18 @@ impl RawTime {
         RawTime::new(number.div_euclid(per_second), rest as u32)
     }
 
-    /// Rounds a time in `unit` to milliseconds.
-    pub(super) fn milliseconds(self, unit: Unit) -> i64 {
+    /// Rounds a time in `unit` to milliseconds; `None` if they do not fit.
+    pub(super) fn milliseconds(self, unit: Unit) -> Option<i64> {
         let RawTime { whole, billionths } = self;
-        match unit {
-            Unit::Seconds => whole * 1000 + i64::from((billionths + 500_000) / 1_000_000),
-            Unit::Milliseconds => whole + i64::from(billionths >= BILLION / 2),
-            Unit::Microseconds => whole.div_euclid(1000) + i64::from(whole.rem_euclid(1000) >= 500),
+        let (whole, rest) = match unit {
+            Unit::Seconds => (whole.checked_mul(1000)?, i64::from((billionths + 500_000) / 1_000_000)),
+            Unit::Milliseconds => (whole, i64::from(billionths >= BILLION / 2)),
+            Unit::Microseconds => (whole.div_euclid(1000), i64::from(whole.rem_euclid(1000) >= 500)),
             Unit::Nanoseconds => {
-                whole.div_euclid(1_000_000) + i64::from(whole.rem_euclid(1_000_000) >= 500_000)
+                (whole.div_euclid(1_000_000), i64::from(whole.rem_euclid(1_000_000) >= 500_000))
             }
-        }
+        };
+        whole.checked_add(rest)
     }
 }
 
@@ -109,15 +109,28 @@ impl Unit {
     }
 }
 
+/// The time, if it has milliseconds.
+fn in_range(time: RawTime, unit: Unit) -> Result<RawTime, &'static str> {
+    time.milliseconds(unit).map(|_| time).ok_or(TOO_LARGE)
+}
+
 /// Decides the unit of a log from its times, one by one.
 #[derive(Debug)]
 pub(super) struct Clock {
     given: Option<Unit>,
     largest: u64,
+    count: u64,
     numbers: Option<TimeSighting>,
     dates: Option<TimeSighting>,
-    /// The first time between 1990 and 2100 by each unit.
-    modern: [Option<TimeSighting>; 4],
+    /// The times between 1990 and 2100 by each unit.
+    modern: [Modern; 4],
+}
+
+/// The times of a log that lie between 1990 and 2100 by one unit.
+#[derive(Debug, Default)]
+struct Modern {
+    count: u64,
+    first: Option<TimeSighting>,
 }
 
 impl Clock {
@@ -129,44 +142,43 @@ impl Clock {
             TimeUnit::Microseconds => Some(Unit::Microseconds),
             TimeUnit::Nanoseconds => Some(Unit::Nanoseconds),
         };
-        Clock { given, largest: 0, numbers: None, dates: None, modern: [const { None }; 4] }
+        Clock { given, largest: 0, count: 0, numbers: None, dates: None, modern: Default::default() }
     }
 
-    /// Takes a time. `seen` returns its place, and is called only if an error may need it.
+    /// Takes a time, which has milliseconds in the unit that will be decided. `seen` returns its
+    /// place, and is called only if an error may need it.
     pub(super) fn take(
         &mut self,
         stamp: Stamp,
         seen: impl Fn() -> TimeSighting,
     ) -> Result<RawTime, &'static str> {
         match (stamp, self.given) {
-            (Stamp::Number(time), Some(unit)) => {
-                if unit == Unit::Seconds && time.whole.checked_mul(1000).is_none_or(|ms| ms == i64::MAX) {
-                    return Err(TOO_LARGE);
-                }
-                Ok(time)
-            }
+            (Stamp::Number(time), Some(unit)) => in_range(time, unit),
             (Stamp::Instant(time), Some(unit)) => {
                 let per_second = unit.per_second();
                 let parts = i64::from(time.billionths) * per_second;
                 let billion = i64::from(BILLION);
                 let whole =
                     time.whole.checked_mul(per_second).and_then(|whole| whole.checked_add(parts / billion));
-                Ok(RawTime::new(whole.ok_or(TOO_LARGE)?, (parts % billion) as u32))
+                in_range(RawTime::new(whole.ok_or(TOO_LARGE)?, (parts % billion) as u32), unit)
             }
             (Stamp::Number(time), None) => {
                 let magnitude = time.whole.unsigned_abs();
                 self.largest = self.largest.max(magnitude);
+                self.count += 1;
                 if self.numbers.is_none() {
                     self.numbers = Some(seen());
                 }
                 if let Some(unit) = Unit::of_modern(magnitude) {
-                    self.modern[unit as usize].get_or_insert_with(seen);
+                    let modern = &mut self.modern[unit as usize];
+                    modern.count += 1;
+                    modern.first.get_or_insert_with(seen);
                 }
                 Ok(time)
             }
             (Stamp::Instant(time), None) => {
                 self.dates.get_or_insert_with(seen);
-                Ok(time)
+                in_range(time, Unit::Seconds)
             }
         }
     }
@@ -184,14 +196,22 @@ impl Clock {
             return Err(mixed(date, "a date", number, "a number"));
         }
         let unit = Unit::of_largest(self.largest);
-        let [own, ..] = [&self.modern[unit as usize]];
+        let own = self.modern[unit as usize].first.as_ref();
         let coarser = Unit::ALL[..unit as usize]
             .iter()
-            .find_map(|&unit| Some((unit, self.modern[unit as usize].as_ref()?)));
+            .find_map(|&unit| Some((unit, self.modern[unit as usize].first.as_ref()?)));
         match (own, coarser) {
             (Some(own), Some((coarser, other))) => Err(mixed(other, coarser.name(), own, unit.name())),
+            // A time far in the future, such as 253402300799 for "never", is not another unit.
+            (None, Some((coarser, _))) if self.mostly(coarser) => Ok(coarser),
             _ => Ok(unit),
         }
+    }
+
+    /// Whether most times lie between 1990 and 2100 by `unit`, and the largest fits in any unit.
+    fn mostly(&self, unit: Unit) -> bool {
+        let fits = self.largest < i64::MAX as u64 / 1000;
+        fits && self.modern[unit as usize].count > self.count / 2
     }
 
     /// The decision in words.
@@ -199,7 +219,7 @@ impl Clock {
         match self.given {
             Some(_) => format!("{}, as given", unit.name()),
             None if self.dates.is_some() => "dates; those without a zone are UTC".to_owned(),
-            None if self.modern[unit as usize].is_some() => format!("{} since 1970", unit.name()),
+            None if self.modern[unit as usize].count > 0 => format!("{} since 1970", unit.name()),
             None => format!("a counter (read as {} since 1970, no time is after 1990)", unit.name()),
         }
     }
@@ -242,7 +262,10 @@ fn instant(text: &str) -> Option<RawTime> {
         return None;
     }
     let text = text.replace('/', "-");
-    let utc = ["UTC", "GMT", "utc"].iter().find_map(|zone| text.strip_suffix(zone)).map(str::trim_ascii_end);
+    let utc = ["UTC", "GMT", "utc", "Z", "z"]
+        .iter()
+        .find_map(|zone| text.strip_suffix(zone))
+        .map(str::trim_ascii_end);
     if utc.is_none()
         && let Ok(timestamp) = text.parse::<jiff::Timestamp>()
     {
@@ -257,7 +280,7 @@ fn instant(text: &str) -> Option<RawTime> {
         return Some(of_timestamp(timestamp));
     }
     let moment: civil::DateTime = utc.unwrap_or(&text).parse().ok()?;
-    of_civil(moment)
+    Some(of_civil(moment))
 }
 
 /// A day and a time of day in separate fields.
@@ -270,7 +293,7 @@ pub(super) fn day_and_time(day: &[u8], time: &[u8]) -> Result<Stamp, &'static st
     let clock = parse_time_of_day(clock.trim_ascii_end()).ok_or(NO_TIME_OF_DAY)?;
     let moment = day.to_datetime(clock);
     let found = match zone {
-        "" | "UTC" | "GMT" => of_civil(moment).ok_or("no date of this calendar"),
+        "" | "UTC" | "GMT" => Ok(of_civil(moment)),
         zone => format!("{moment}{zone}").parse().map(of_timestamp).map_err(|_| NO_TIME_OF_DAY),
     };
     found.map(Stamp::Instant)
@@ -304,8 +327,14 @@ fn parse_time_of_day(text: &str) -> Option<civil::Time> {
     }
 }
 
-fn of_civil(moment: civil::DateTime) -> Option<RawTime> {
-    Some(of_timestamp(jiff::tz::Offset::UTC.to_timestamp(moment).ok()?))
+/// A time of UTC. Unlike jiff's timestamps, it may be on the last day of the year 9999.
+fn of_civil(moment: civil::DateTime) -> RawTime {
+    const EPOCH: civil::DateTime = civil::datetime(1970, 1, 1, 0, 0, 0, 0);
+    let since = EPOCH.duration_until(moment);
+    // The fraction of a duration has the sign of its seconds.
+    let borrow = i64::from(since.subsec_nanos() < 0);
+    let billionths = since.subsec_nanos().rem_euclid(BILLION as i32);
+    RawTime::new(since.as_secs() - borrow, billionths as u32)
 }
 
 fn of_timestamp(timestamp: jiff::Timestamp) -> RawTime {
@@ -320,8 +349,8 @@ mod tests {
 
     fn ms(text: &str, unit: Unit) -> i64 {
         match parse(text.as_bytes()) {
-            Ok(Stamp::Number(time)) => time.milliseconds(unit),
-            Ok(Stamp::Instant(time)) => time.milliseconds(Unit::Seconds),
+            Ok(Stamp::Number(time)) => time.milliseconds(unit).unwrap(),
+            Ok(Stamp::Instant(time)) => time.milliseconds(Unit::Seconds).unwrap(),
             Err(reason) => panic!("{text}: {reason}"),
         }
     }
@@ -360,6 +389,15 @@ mod tests {
         ] {
             assert_eq!(ms(text, Unit::Seconds), midnight + offset, "{text}");
         }
+        for (text, expected) in [
+            ("1969-12-31T23:59:59.25Z", -750),
+            ("1969-12-31 23:59:59.25", -750),
+            ("0001-01-01", -62_135_596_800_000),
+            ("9999-12-31", 253_402_214_400_000),
+            ("9999-12-31T23:59:59.999Z", 253_402_300_799_999),
+        ] {
+            assert_eq!(ms(text, Unit::Seconds), expected, "{text}");
+        }
         for (day, time) in [
             ("2019-10-01", "04:05"),
             ("20191001", "405"),
@@ -374,7 +412,7 @@ mod tests {
             let Ok(Stamp::Instant(time)) = day_and_time(day.as_bytes(), time.as_bytes()) else {
                 panic!("{day} {time}")
             };
-            assert_eq!(time.milliseconds(Unit::Seconds), midnight + (4 * 60 + 5) * 60_000);
+            assert_eq!(time.milliseconds(Unit::Seconds), Some(midnight + (4 * 60 + 5) * 60_000));
         }
         for (day, time) in [
             ("01.10.2019", "04:05"),
@@ -408,6 +446,11 @@ mod tests {
             (&["1600000000000000"], Unit::Microseconds),
             (&["1600000000000000000", "-5"], Unit::Nanoseconds),
             (&["2019-10-01"], Unit::Seconds),
+            // The last second of the year 9999 as a mark for "never".
+            (&["1600000000", "1600000001", "253402300799"], Unit::Seconds),
+            (&["1600000000000", "1600000000001", "253402300799000"], Unit::Milliseconds),
+            (&["1600000000", "253402300799"], Unit::Milliseconds),
+            (&["1600000000", "1600000001", "9223372036854775807"], Unit::Nanoseconds),
         ] {
             assert_eq!(decided(times).unwrap(), unit, "{times:?}");
         }
@@ -434,7 +477,26 @@ mod tests {
         let nowhere = || TimeSighting { path: "log".into(), line: 1, value: String::new() };
         for text in ["1569888000250", "2019-10-01T00:00:00.25Z"] {
             let time = clock.take(parse(text.as_bytes()).unwrap(), nowhere).unwrap();
-            assert_eq!(time.milliseconds(clock.decide().unwrap()), 1_569_888_000_250, "{text}");
+            assert_eq!(time.milliseconds(clock.decide().unwrap()), Some(1_569_888_000_250), "{text}");
         }
+    }
+
+    #[test]
+    fn a_time_without_milliseconds_is_refused() {
+        let nowhere = || TimeSighting { path: "log".into(), line: 1, value: String::new() };
+        let largest = i64::MAX / 1000;
+        for (unit, stamp) in [
+            (TimeUnit::Auto, Stamp::Instant(RawTime::new(largest + 1, 0))),
+            (TimeUnit::Auto, Stamp::Instant(RawTime::new(-largest - 2, 0))),
+            (TimeUnit::Auto, Stamp::Instant(RawTime::new(largest, 900_000_000))),
+            (TimeUnit::Seconds, Stamp::Number(RawTime::new(largest, 900_000_000))),
+            (TimeUnit::Milliseconds, Stamp::Number(RawTime::new(i64::MAX, 500_000_000))),
+            (TimeUnit::Nanoseconds, Stamp::Instant(RawTime::new(largest, 0))),
+        ] {
+            assert_eq!(Clock::new(unit).take(stamp, nowhere), Err(TOO_LARGE), "{unit:?} {stamp:?}");
+        }
+        let last = Stamp::Number(RawTime::new(i64::MAX, 0));
+        assert!(Clock::new(TimeUnit::Milliseconds).take(last, nowhere).is_ok());
+        assert!(Clock::new(TimeUnit::Auto).take(last, nowhere).is_ok());
     }
 }

@@ -484,6 +484,7 @@ fn containers_are_unpacked_or_named() {
         (b"\xfd7zXZ\0\0", "xz"),
         (b"7z\xbc\xaf\x27\x1c\0", "7-Zip"),
         (b"\xff\xfeu\0s\0e\0r\0", "UTF-16"),
+        (b"u\0s\0e\0r\0,\0", "UTF-16"),
         (b"PAR1 and no more", "Parquet"),
         (b"ARROW1\0\0", "Arrow"),
         (b"SQLite format 3\0", "SQLite"),

@@ -191,8 +191,23 @@ fn csv_columns_are_given_by_name_or_number() {
     bench.options.columns.delimiter = Some(b' ');
     assert_eq!(bench.events(), usual());
 
+    for text in [
+        "user,item,label,time\n196,242,0,881250949\n196,302,1,891717742\n",
+        "timestamp;user_id;item_id;label\n881250949;196;242;0\n891717742;196;302;1\n",
+        "{\"user\":196,\"itemId\":242,\"label\":0,\"time\":881250949}\n\
+         {\"user\":196,\"itemId\":302,\"label\":1,\"time\":891717742}\n",
+    ] {
+        assert_eq!(Bench::new(LogFormat::Csv, &[text]).events(), usual(), "{text}");
+    }
+
     let mut bench = Bench::new(LogFormat::Csv, &["a,b\n1,2\n"]);
     assert!(bench.run().unwrap_err().to_string().contains("--user-column"));
+    // A log without header whose label is not given.
+    let mut unlabelled = Bench::new(LogFormat::Csv, &["1,2,3\n"]);
+    columns(&mut unlabelled, ["0", "1", "2", "label"]);
+    unlabelled.options.columns.label = None;
+    let error = unlabelled.run().unwrap_err().to_string();
+    assert!(error.contains("no column label for the label: give --label-column or --all-liked"), "{error}");
     columns(&mut bench, ["a", "b", "c", "d"]);
     assert!(matches!(bench.run(), Err(DataError::MissingColumn { column, .. }) if column == "c"));
 }
@@ -259,7 +274,7 @@ fn bad_rows_are_named() {
     let bad = Bench::new(LogFormat::KuaiRand, &["user_id,video_id,time_ms,long_view\n1,2,3,4\n"]).bad_row();
     assert_eq!((bad.line, &bad.field[..], &bad.value[..]), (2, "long_view", "4"));
     let bad = Bench::new(LogFormat::Amazon, &["{\"rating\": 5, \"user_id\": \"A\"}\n"]).bad_row();
-    assert_eq!((bad.line, &bad.field[..]), (1, "parent_asin"));
+    assert_eq!((bad.line, &bad.field[..]), (1, "parent_asin or asin"));
     let bad = Bench::new(LogFormat::Amazon, &["{\"rating\": 5, \n"]).bad_row();
     assert_eq!((bad.line, &bad.field[..]), (1, "object"));
 }

@@ -89,6 +89,7 @@ pub fn run(arguments: &Train) -> Result<()> {
         workers: arguments.workers,
         ..Config::default()
     };
+    config.check().map_err(TrainError::from)?;
     let folder = tempfile::tempdir().map_err(Error::io("make", "a temporary folder"))?;
     let data = match &arguments.data {
         _ if arguments.uniform => None,
@@ -119,7 +120,7 @@ pub fn run(arguments: &Train) -> Result<()> {
             let peak = Peak { limits, precision: arguments.precision.products() };
             pool.install(|| time_steps(arguments, &config, data, &gpu, Some(&peak)))?;
             if let Some(captures) = gpu.captures() {
-                eprintln!("{captures}");
+                cli::note(captures);
             }
             Ok(())
         }

@@ -17,13 +17,18 @@ pub struct Named {
     pub line: usize,
 }
 
-/// Opens a file, or standard input for `-`.
-pub fn open(path: &Path) -> dfar::Result<(String, Box<dyn BufRead>)> {
-    if path == Path::new("-") {
-        return Ok(("<stdin>".to_owned(), Box::new(BufReader::new(std::io::stdin()))));
+/// Opens a file, or standard input for `-`, after its byte order mark.
+fn open(path: &Path) -> dfar::Result<(String, Box<dyn BufRead>)> {
+    let (name, mut input): (_, Box<dyn BufRead>) = if path == Path::new("-") {
+        ("<stdin>".to_owned(), Box::new(BufReader::new(std::io::stdin())))
+    } else {
+        let file = File::open(path).map_err(Error::io("read", path))?;
+        (path.display().to_string(), Box::new(BufReader::new(file)))
+    };
+    if input.fill_buf().map_err(Error::io("read", path))?.starts_with(b"\xef\xbb\xbf") {
+        input.consume(3);
     }
-    let file = File::open(path).map_err(Error::io("read", path))?;
-    Ok((path.display().to_string(), Box::new(BufReader::new(file))))
+    Ok((name, input))
 }
 
 /// Ids of users, one per line; a line that begins with `"` is a JSON string.
@@ -75,9 +80,6 @@ impl From<JsonId> for String {
 /// rows of one user are one history. The first character decides between the two.
 pub fn histories(path: &Path, each: &mut dyn FnMut(&str, Named) -> dfar::Result<()>) -> dfar::Result<()> {
     let (name, mut input) = open(path)?;
-    if input.fill_buf().map_err(Error::io("read", path))?.starts_with(b"\xef\xbb\xbf") {
-        input.consume(3); // a byte order mark
-    }
     let first = input.fill_buf().map_err(Error::io("read", path))?.trim_ascii_start().first().copied();
     match first {
         Some(b'{') => json_lines(&name, path, input, each),
@@ -129,14 +131,15 @@ fn csv_rows(
     let mut reader = csv::Reader::from_reader(input);
     let header = reader.headers().map_err(|error| bad(name, 1, error.to_string()))?.clone();
     let column = |wanted: &str| {
-        let found = header.iter().position(|column| column == wanted);
-        found.ok_or_else(|| {
-            bad(
-                name,
-                1,
-                format!("no column `{wanted}`; the header is `user,item,label`, or lines are JSON objects"),
-            )
-        })
+        let mut found = header.iter().enumerate().filter(|(_, column)| *column == wanted);
+        match (found.next(), found.next()) {
+            (Some((at, _)), None) => Ok(at),
+            (Some(_), Some(_)) => Err(bad(name, 1, format!("two columns are called `{wanted}`"))),
+            (None, _) => {
+                let usual = "the header is `user,item,label`, or lines are JSON objects";
+                Err(bad(name, 1, format!("no column `{wanted}`; {usual}")))
+            }
+        }
     };
     let [user, item, label] = [column("user")?, column("item")?, column("label")?];
     let mut current: Option<Named> = None;

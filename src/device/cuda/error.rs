@@ -230,6 +230,7 @@ impl CudaError {
                 | CudaError::Element { .. }
                 | CudaError::HeadDim { .. }
                 | CudaError::TargetWidth { .. }
+                | CudaError::TooLarge { .. }
         )
     }
 }

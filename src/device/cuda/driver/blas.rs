@@ -158,9 +158,27 @@ pub struct Blas {
 // SAFETY: any thread may use a cuBLASLt handle, one at a time; `&mut` ensures that.
 unsafe impl Send for Blas {}
 
-/// Key of an algorithm: rounded shape, number of products, transposes, precision, epilogue, whether
-/// it adds to `c`, and the common alignment in bytes.
-type Key = ([u64; 3], usize, [bool; 2], Precision, u32, bool, u32);
+/// Key of an algorithm: shape, number of products, transposes, precision, epilogue, whether it adds
+/// to `c`, and the common alignment in bytes.
+type Key = (Shape, usize, [bool; 2], Precision, u32, bool, u32);
+
+/// The shape that an algorithm was chosen for.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+enum Shape {
+    /// All shapes that round to this one.
+    Rounded([u64; 3]),
+    /// One shape, for which the algorithm of the rounded shape has failed. It is not used for other
+    /// shapes, whose results would then depend on the products before them.
+    Exact([u64; 3]),
+}
+
+impl Shape {
+    fn sizes(self) -> [u64; 3] {
+        match self {
+            Shape::Rounded(sizes) | Shape::Exact(sizes) => sizes,
+        }
+    }
+}
 
 /// An algorithm that has worked, and its compute type.
 #[derive(Clone, Copy)]
@@ -225,22 +243,23 @@ impl Blas {
     /// As [`Runtime::gemm_batch`](crate::device::cuda::runtime::Runtime::gemm_batch). No other
     /// stream uses the workspace.
     pub unsafe fn gemm<T>(&mut self, gemm: &Gemm, count: usize, stream: *mut T) -> Result<(), CudaError> {
-        let exact = gemm.shape.map(|n| n as u64);
+        let sizes = gemm.shape.map(|n| n as u64);
+        let (rounded, exact) = (Shape::Rounded(sizes.map(rounded)), Shape::Exact(sizes));
         let compute = match gemm.precision {
             Precision::F32 => COMPUTE_32F,
             Precision::Bf16 => COMPUTE_32F_FAST_16BF,
         };
         let attempts = [
-            (exact.map(rounded), compute, false),
+            (rounded, compute),
             // The algorithm of the rounded shape may not support the exact shape.
-            (exact, compute, true),
-            (exact, COMPUTE_32F, true),
+            (exact, compute),
+            (exact, COMPUTE_32F),
         ];
         let attempts = &attempts[..if compute == COMPUTE_32F { 2 } else { 3 }];
         let mut first = None;
-        for &(shape, compute, chooses) in attempts {
+        for &(shape, compute) in attempts {
             // SAFETY: guaranteed by the caller.
-            match unsafe { self.run(gemm, count, shape, compute, chooses, stream.cast()) } {
+            match unsafe { self.run(gemm, count, shape, compute, stream.cast()) } {
                 Ok(()) => return Ok(()),
                 Err(status) => first = first.or(Some(status)),
             }
@@ -248,8 +267,8 @@ impl Blas {
         Err(CudaError::Blas { action: format!("{gemm:?}"), status: first.unwrap_or(NOT_SUPPORTED) })
     }
 
-    /// Enqueues the products with the algorithm chosen for `shape`. `chooses`: with one chosen now;
-    /// if it succeeds, it replaces the algorithm of the rounded shape.
+    /// Enqueues the products. For a rounded shape, with the algorithm kept for the exact shape or for
+    /// the rounded one; for an exact shape, with one chosen now. One that succeeds is kept.
     ///
     /// # Safety
     /// As [`Blas::gemm`].
@@ -257,9 +276,8 @@ impl Blas {
         &mut self,
         gemm: &Gemm,
         count: usize,
-        shape: [u64; 3],
+        shape: Shape,
         compute: c_int,
-        chooses: bool,
         stream: Stream,
     ) -> Result<(), Status> {
         let epilogue = match (gemm.bias != 0, gemm.activation) {
@@ -272,16 +290,22 @@ impl Blas {
         let alignment = 1u32 << bits.trailing_zeros().min(8);
         let adds = gemm.store == Store::Add;
         let transposed = [gemm.a_transposed, gemm.b_transposed];
-        let key = (shape.map(rounded), count, transposed, gemm.precision, epilogue, adds, alignment);
-        let kept = self.algorithms.get(&key).copied().filter(|_| !chooses);
+        let sizes = gemm.shape.map(|n| n as u64);
+        let key = |shape| (shape, count, transposed, gemm.precision, epilogue, adds, alignment);
+        let kept = match shape {
+            Shape::Rounded(_) => [Shape::Exact(sizes), shape]
+                .into_iter()
+                .find_map(|shape| self.algorithms.get(&key(shape)).copied()),
+            Shape::Exact(_) => None,
+        };
         let Chosen { algorithm, compute } = match kept {
             Some(chosen) => chosen,
             None => {
-                let call = self.describe(gemm, count, shape, compute, epilogue)?;
+                let call = self.describe(gemm, count, shape.sizes(), compute, epilogue)?;
                 Chosen { algorithm: self.choose(&call, alignment)?, compute }
             }
         };
-        let call = self.describe(gemm, count, gemm.shape.map(|n| n as u64), compute, epilogue)?;
+        let call = self.describe(gemm, count, sizes, compute, epilogue)?;
         let (alpha, beta) = (1.0f32, if adds { 1.0f32 } else { 0.0 });
         let c = gemm.c as *mut c_void;
         // SAFETY: the caller guarantees the matrices; the descriptors have the same shapes; alpha
@@ -307,7 +331,7 @@ impl Blas {
             )
         });
         if done.is_ok() && kept.is_none() {
-            self.algorithms.insert(key, Chosen { algorithm, compute });
+            self.algorithms.insert(key(shape), Chosen { algorithm, compute });
         }
         done
     }

@@ -69,13 +69,14 @@ pub(crate) unsafe fn zero(stream: &CudaStream, at: Pointer, bytes: usize) -> Res
     unsafe { result::memset_d8_async(at, 0, bytes, stream.cu_stream()) }
 }
 
-/// Copies from pageable host memory. The driver has read `host` on return.
+/// Copies from the host and waits for the copy: the driver would read page-locked memory later.
 ///
 /// # Safety
 /// `host.len()` bytes from `at` on lie inside one allocation.
 pub(crate) unsafe fn write(stream: &CudaStream, at: Pointer, host: &[u8]) -> Result<(), DriverError> {
-    // SAFETY: guaranteed by the caller.
-    unsafe { result::memcpy_htod_async(at, host, stream.cu_stream()) }
+    // SAFETY: guaranteed by the caller; `host` is borrowed until the stream has synchronised.
+    unsafe { result::memcpy_htod_async(at, host, stream.cu_stream())? };
+    stream.synchronize()
 }
 
 /// Copies to the host and waits for the copy.
@@ -107,9 +108,9 @@ impl Pinned {
         // SAFETY: `new_event` has bound the context to this thread. Flags 0: cached, for this
         // context only.
         let at = unsafe { result::malloc_host(bytes, 0)? }.cast::<u8>();
+        let at = NonNull::new(at).expect("the driver reports a failure rather than return null");
         // SAFETY: allocated with this many bytes.
         unsafe { at.write_bytes(0, bytes) };
-        let at = NonNull::new(at).expect("the driver reports a failure rather than return null");
         Ok(Self { at, bytes, copied })
     }
 

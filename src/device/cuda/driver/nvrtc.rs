@@ -64,15 +64,22 @@ pub struct Refused {
 }
 
 impl Nvrtc {
-    /// The library, loaded once per process.
+    /// The library, loaded once per process: the first that is new enough.
     ///
     /// # Errors
     /// [`CudaError::NoNvrtc`] and [`CudaError::OldNvrtc`].
     pub fn get() -> Result<&'static Nvrtc, CudaError> {
         static NVRTC: OnceLock<Option<Nvrtc>> = OnceLock::new();
         let found = NVRTC.get_or_init(|| {
-            let paths = library::candidates(file_name, launch::driver_version());
-            paths.iter().find_map(|path| Nvrtc::load(path).ok())
+            let mut old = None;
+            for path in library::candidates(file_name, launch::driver_version()) {
+                match Nvrtc::load(&path) {
+                    Ok(nvrtc) if nvrtc.version >= OLDEST => return Some(nvrtc),
+                    Ok(nvrtc) => _ = old.get_or_insert(nvrtc),
+                    Err(_) => {}
+                }
+            }
+            old
         });
         let nvrtc = found.as_ref().ok_or(CudaError::NoNvrtc { tried: NAMES })?;
         if nvrtc.version < OLDEST {

@@ -144,8 +144,10 @@ impl Plan {
             let whole = [Some(Pass::ForwardShort), sharing.map(Pass::ForwardWhole)];
             let forward = whole.into_iter().flatten().find(takes);
             let one = sharing.map(Pass::BackwardWhole).filter(takes);
-            let two =
-                [Pass::DqWhole, Pass::DkDvWhole].into_iter().filter(|pass| one.is_none() && takes(pass));
+            // Only sequences that share no block take two passes; a shorter one in the batch must
+            // take the passes that it takes alone.
+            let may_take_two = one.is_none() && sharing == Some(Sharing::Four);
+            let two = [Pass::DqWhole, Pass::DkDvWhole].into_iter().filter(|pass| may_take_two && takes(pass));
             let backward: Vec<Pass> = one.into_iter().chain(two).collect();
             for pass in forward.into_iter().chain(backward.iter().copied()) {
                 items[pass.index()].push((length, item(0)));
@@ -263,6 +265,36 @@ mod tests {
         let whole = plan.items(Pass::ForwardShort);
         let negatives: Vec<_> = whole.iter().map(|i| (i.start, i.length, i.negatives)).collect();
         assert_eq!(negatives, [(0, 5, 3), (5, 2, 0), (0, 0, 0), (0, 0, 0)], "filled up to the block's four");
+    }
+
+    /// With six heads of width 32, 17 to 21 tokens share two warps and do not fit in one pass.
+    #[test]
+    fn a_batch_does_not_change_the_passes_of_a_sequence() {
+        let lengths: Vec<u32> = (1..=100).collect();
+        let cu: Vec<u32> = (0..=lengths.len() as u32).map(|at| at * (at + 1) / 2).collect();
+        let label = vec![1; *cu.last().expect("there are sequences") as usize];
+        for (heads, head_dim) in [(6, 32), (6, 16), (4, 32), (2, 64), (8, 16)] {
+            for (element, limit) in
+                [(Element::Bf16, 227 << 10), (Element::Bf16, 163 << 10), (Element::F32, 99 << 10)]
+            {
+                let options = FhaOptions::new(heads, head_dim);
+                let plan = |cu: &[u32], label: &[u8]| {
+                    Plan::new(element, &options, cu, label, Room::of(limit)).expect("it should fit")
+                };
+                let all = plan(&cu, &label);
+                for &length in &lengths {
+                    let alone = plan(&[0, length], &label[..length as usize]);
+                    for pass in Pass::ALL {
+                        let of = |plan: &Plan| plan.items(pass).iter().any(|item| item.length == length);
+                        assert_eq!(
+                            of(&all),
+                            of(&alone),
+                            "{pass:?}, {length} tokens, {options:?}, {element:?}"
+                        );
+                    }
+                }
+            }
+        }
     }
 
     #[test]

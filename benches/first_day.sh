@@ -76,13 +76,17 @@ for name in $tests; do
     if [ -n "$program" ]; then step "$name" 240 "$program"; else skip "$name" "it does not build"; fi
 done
 sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
-for tool in memcheck racecheck; do
+for tool in memcheck racecheck initcheck synccheck; do
     if [ -x "$sanitizer" ]; then
         step "sanitizer_$tool" 240 "$sanitizer" --tool "$tool" --error-exitcode 9 "$bench" verify "$cases" --device cuda
     else
         skip "sanitizer_$tool" "compute-sanitizer is not installed"
     fi
 done
+if [ -x "$sanitizer" ]; then
+    step sanitizer_steps 240 "$sanitizer" --tool memcheck --error-exitcode 9 "$bench" train --device cuda \
+        --precision bf16 --cuda-graphs --quick --batches 2 --batch-tokens 24 --batch-rows 64 --max-length 8 --negatives 2
+fi
 # The same bits from every run.
 step repeat 240 "$bench" verify "$cases" --device cuda --repeat "$repeats"
 

@@ -30,10 +30,10 @@ template <class E> __device__ __forceinline__ float add_product(const uint4& x, 
 
 // delta = <o, d_o> over all key heads, for this thread's two accumulator rows: lane / 4 and lane /
 // 4 + 8 of the `rows` rows from `first` on. The four lanes of a row share the work, and all get the
-// sum. Calls `see`(row, chunk, x) for each 16-byte chunk x of d_o.
-template <class E, int D, class See>
+// sum.
+template <class E, int D>
 __device__ __forceinline__ void compute_delta(float (&delta)[2], const AttentionParams& p, const Problem& problem,
-                                              const Item& item, int first, int rows, See see) {
+                                              const Item& item, int first, int rows) {
     constexpr int PER_CHUNK = Tile<E, D>::PER_CHUNK;
     const int chunks = problem.key_heads * Tile<E, D>::CHUNKS;
 #pragma unroll
@@ -47,7 +47,6 @@ __device__ __forceinline__ void compute_delta(float (&delta)[2], const Attention
                 const size_t at = start + chunk * PER_CHUNK;
                 const uint4 x = *reinterpret_cast<const uint4*>(static_cast<const E*>(p.o) + at);
                 const uint4 y = *reinterpret_cast<const uint4*>(static_cast<const E*>(p.d_o) + at);
-                see(row, chunk, y);
                 delta[i] = add_product<E>(x, y, delta[i]);
             }
         }
@@ -213,7 +212,7 @@ template <class E, int D, bool CAREFUL> __device__ __forceinline__ bool dq(const
             lse[i] = base_2_lse(p.lse[problem.row(p, item, first + row)]);
         }
     }
-    compute_delta<E, D>(delta, p, problem, item, first, rows, [](int, int, const uint4&) {});
+    compute_delta<E, D>(delta, p, problem, item, first, rows);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const int row = (lane >> 2) + i * 8;

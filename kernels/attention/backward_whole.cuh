@@ -12,8 +12,8 @@
 // a time; dk_dv_whole holds the queries and d_o and takes 16 keys at a time. Each output element
 // has one writer.
 //
-// The length of a sequence alone decides how many warps share it. Its bits depend neither on that
-// number nor on the rest of the batch.
+// The length of a sequence alone decides how many warps share it, so that its bits do not depend on
+// the rest of the batch.
 #pragma once
 #include "attention/backward.cuh"
 #include "attention/whole.cuh"
@@ -339,7 +339,7 @@ template <class E, int D> struct WholeDq {
         const unsigned most = shuffle_from(visible, rows - 1), least = rows == 16 ? shuffle_from(visible, 0) : 0;
         const unsigned own[2] = {shuffle_from(visible, lane >> 2), shuffle_from(visible, (lane >> 2) + 8)};
         float lse[2], delta[2];
-        compute_delta<E, D>(delta, p, problem, item, first, rows, [](int, int, const uint4&) {});
+        compute_delta<E, D>(delta, p, problem, item, first, rows);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int row = (lane >> 2) + i * 8;

@@ -17,7 +17,7 @@ using E = DFAR_ELEMENT;
 constexpr int D = DFAR_WIDTH;      // width, padded to a multiple of 16
 constexpr int H0 = DFAR_HIDDEN0;   // first hidden layer, padded to a multiple of 16
 constexpr int H1 = DFAR_HIDDEN1;   // second hidden layer, padded to a multiple of 8
-static_assert(D % 16 == 0 && H0 % 16 == 0 && H1 % 8 == 0, "padded by src/device/cuda/target_attention.rs");
+static_assert(D % 16 == 0 && H0 % 16 == 0 && H1 % 8 == 0, "padded by src/device/cuda/plan/target_shape.rs");
 template <class T> constexpr bool IS_EXACT = sizeof(T) == 4;
 constexpr bool EXACT = IS_EXACT<E>;
 

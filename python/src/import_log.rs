@@ -61,7 +61,11 @@ pub fn import_log(
     observe: &Bound<'_, PyAny>,
 ) -> PyResult<Dataset> {
     let format = named("format", format, &FORMATS)?;
-    let columns = [&user, &item, &time, &date, &label].map(Clone::clone);
+    // The columns of a table that are read, where all of them are named.
+    let columns: Option<Vec<String>> = (label.is_some() || all_liked)
+        .then(|| [&user, &item, &time].into_iter().cloned().collect::<Option<Vec<_>>>())
+        .flatten()
+        .map(|needed| needed.into_iter().chain(date.clone()).chain(label.clone()).collect());
     let mut options = ImportOptions::new(format, Vec::new(), output);
     options.columns = ColumnOptions { user, item, time, date, label, delimiter: byte(delimiter)? };
     options.member = member;
@@ -99,7 +103,7 @@ pub fn import_log(
             let table = tempfile::Builder::new().prefix(".dfar-table").tempdir_in(&folder);
             let table = table.map_err(|error| python(dfar::Error::io("write", &folder)(error)))?;
             let path = table.path().join("table.arrow");
-            copy(py, stream, &path, &columns)?;
+            copy(py, stream, &path, columns.as_deref())?;
             options.inputs = vec![path];
             Some(table)
         }
@@ -193,19 +197,20 @@ fn stream(source: &Bound<'_, PyAny>) -> PyResult<Option<RecordBatchStreamReader>
     reader.map(Some).map_err(|error| DataError::new_err(format!("table: {error}")))
 }
 
-/// Writes the rows to an Arrow stream file: the wanted columns only, if all of them are named.
+/// Writes the rows to an Arrow stream file: only the wanted columns, if the table has all of them.
+/// Otherwise the importer looks among all columns, by its own names or by number.
 fn copy(
     py: Python<'_>,
     rows: RecordBatchStreamReader,
     path: &std::path::Path,
-    wanted: &[Option<String>],
+    wanted: Option<&[String]>,
 ) -> PyResult<()> {
     let schema = rows.schema();
-    let wanted: Vec<usize> = wanted.iter().flatten().filter_map(|name| schema.index_of(name).ok()).collect();
-    // Without user, item and time by name, the importer looks for them among all columns.
-    let all = wanted.len() < 3;
-    let mut kept: Vec<usize> = (0..schema.fields().len()).filter(|at| all || wanted.contains(at)).collect();
-    kept.dedup();
+    let wanted: Option<Vec<usize>> =
+        wanted.and_then(|names| names.iter().map(|name| schema.index_of(name).ok()).collect());
+    let kept: Vec<usize> = (0..schema.fields().len())
+        .filter(|at| wanted.as_ref().is_none_or(|wanted| wanted.contains(at)))
+        .collect();
     let write = move || -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         let schema = schema.project(&kept)?;
         let mut writer = StreamWriter::try_new(BufWriter::new(File::create(path)?), &schema)?;

@@ -18,7 +18,7 @@ use pyo3::types::PyDict;
 use serde_json::{Value as Json, json};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// Starts a run. `config` is a file, a dictionary, or both, where the dictionary has precedence.
 /// Returns its directory, and whether it is finished.
@@ -35,19 +35,20 @@ pub fn train(
 ) -> PyResult<(PathBuf, bool)> {
     let data = data.get().engine().clone();
     let config = configuration(config_file.as_deref(), config, data.path())?;
-    // Checked before the directory is created, so that an error leaves no files.
+    // Checked, and the device opened, before the directory is created: an error leaves no files.
     draw::require_targets(&data, config.train_targets).map_err(python)?;
     config.model(data.items()).check().map_err(python)?;
-    let run = match &out {
-        Some(dir) => Run::create(dir),
-        None => {
-            let name = data.path().file_stem().unwrap_or_default().to_string_lossy().into_owned();
-            Run::create_numbered(Path::new("runs"), &name)
-        }
+    let name = data.path().file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    let text = config.to_toml();
+    let create = move || {
+        let run = match &out {
+            Some(dir) => Run::create(dir)?,
+            None => Run::create_numbered(Path::new("runs"), &name)?,
+        };
+        run.write_config(&text)?;
+        Ok(run)
     };
-    let run = run.map_err(TrainError::from).map_err(python)?;
-    run.write_config(&config.to_toml()).map_err(TrainError::from).map_err(python)?;
-    go(py, Start { data, config, run, checkpoint: None }, observe, steps)
+    go(py, Start { data, config, checkpoint: None }, create, observe, steps)
 }
 
 /// Continues a run; only some keys may differ from its configuration.
@@ -71,7 +72,7 @@ pub fn resume(
     let config = saved.resumed(table(config)?).map_err(TrainError::from).map_err(python)?;
     let path = config.data.clone().unwrap_or_else(|| run.synthetic_data());
     let data = Dataset::read(py, path)?.engine().clone();
-    go(py, Start { data, config, run, checkpoint }, observe, steps)
+    go(py, Start { data, config, checkpoint }, || Ok(run), observe, steps)
 }
 
 /// Defaults, then the file, then the dictionary; the data set is that of the call.
@@ -105,35 +106,39 @@ fn configuration(file: Option<&Path>, config: &Bound<'_, PyDict>, data: &Path) -
 struct Start {
     data: Arc<dfar::data::Dataset>,
     config: Config,
-    run: Run,
     checkpoint: Option<Checkpoint>,
 }
 
+/// Opens the device, then the run, and trains.
 fn go(
     py: Python<'_>,
     start: Start,
+    open: impl FnOnce() -> Result<Run, TrainError> + Send,
     observe: Option<Bound<'_, PyAny>>,
     steps: bool,
 ) -> PyResult<(PathBuf, bool)> {
-    let dir = start.run.dir().to_owned();
+    let dir = OnceLock::new();
     let (events, threads) = (observe.is_some(), start.config.threads);
     let work = |link: Link<Json>| {
         let config = &start.config;
         let note = |line: &str| link.tell(json!({ "event": "note", "text": line }));
         let chosen = device::open(config, &note)?;
+        let run = open()?;
+        let _ = dir.set(run.dir().to_owned());
         let mut observe = |event: Event<'_>| {
             if events && let Some(event) = describe(event, steps) {
                 link.tell(event);
             }
             if link.stopped() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
-        on_device!(chosen, |device| fit(device, start, &mut observe))
+        on_device!(chosen, |device| fit(device, start, &run, &mut observe))
     };
     let deal = |py: Python<'_>, event: Json| match &observe {
         Some(observe) => observe.call1((from_json(py, &event)?,))?.extract(),
         None => Ok(true),
     };
     let (result, raised) = threads::interruptible(py, threads, work, deal)?;
+    let dir = dir.into_inner().unwrap_or_default();
     match (result, raised) {
         // The checkpoint is saved.
         (_, Some(raised)) => Err(raised),
@@ -147,16 +152,17 @@ fn go(
 fn fit<D: Device>(
     device: Arc<D>,
     start: Start,
+    run: &Run,
     observe: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
 ) -> dfar::Result<()> {
-    let Start { data, config, run, checkpoint } = start;
+    let Start { data, config, checkpoint } = start;
     let mut fit = match checkpoint {
-        None => Fit::start(device.clone(), &data, config.clone(), &run)?,
-        Some(checkpoint) => Fit::resume(device.clone(), &data, config.clone(), &run, checkpoint)?,
+        None => Fit::start(device.clone(), &data, config.clone(), run)?,
+        Some(checkpoint) => Fit::resume(device.clone(), &data, config.clone(), run, checkpoint)?,
     };
     match fit.run(observe)? {
         Outcome::Finished => {
-            report::finish(device, &data, &config, &run, (fit.state(), fit.data_info()), observe)?;
+            report::finish(device, &data, &config, run, (fit.state(), fit.data_info()), observe)?;
             Ok(())
         }
         Outcome::Interrupted => Err(TrainError::Interrupted.into()),

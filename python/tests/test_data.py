@@ -127,6 +127,26 @@ def test_a_table_gives_the_same_events_as_the_file(table, log: Path, tmp_path: P
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file.dfar", "log.csv", "table.dfar"]
 
 
+def test_a_column_is_given_by_number_in_a_table_whose_others_are_named(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    table = {"uid": ["a", "a", "b"], "item": ["x", "y", "z"], "time": [1, 2, 3], "label": [1, 0, 1]}
+    data = dfar.import_log(
+        pyarrow.table(table), tmp_path / "x.dfar", user="0", item="item", time="time", label="label",
+        k_core=0, negatives=0,
+    )
+    assert data.user_ids() == ["a", "b"] and data.item_ids() == ["x", "y", "z"]
+
+
+def test_the_label_column_of_a_format_is_found_in_a_table(tmp_path: Path) -> None:
+    table = {"u": ["a"] * 4, "i": ["w", "x", "y", "z"], "t": [1, 2, 3, 4], "rating": [5, 1, 4, 2]}
+    pyarrow = pytest.importorskip("pyarrow")
+    data = dfar.import_log(
+        pyarrow.table(table), tmp_path / "x.dfar", format="movielens", user="u", item="i", time="t",
+        k_core=0, negatives=0,
+    )
+    assert data.histories.feedback.tolist() == [1, 0, 1, 0]
+
+
 def test_a_table_has_the_checks_of_the_command_line(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     good = {"user": ["a", "a"], "item": ["x", "y"], "liked": [1, 0], "time": [1, 2]}

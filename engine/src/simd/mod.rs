@@ -79,7 +79,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn mul_sub(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// [`mul_add`](Self::mul_add) of single values, with the same rounding.
     fn mul_add_one(self, a: f32, b: f32, c: f32) -> f32;
-    /// Lane-wise maximum. Keeps a NaN in `b`.
+    /// Lane-wise `if a > b { a } else { b }`: keeps a NaN in `b`, and drops one in `a`.
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a` where `condition > 0`, else `b`, also where `condition` is NaN.
     fn select_positive(self, condition: Self::V, a: Self::V, b: Self::V) -> Self::V;
@@ -302,6 +302,10 @@ mod tests {
             check(s.mul_sub(s.splat(x), s.splat(y), s.splat(x * y)), &|_, _| rounding);
             check(s.mul_add(va, vb, vc), &|a, b| s.mul_add_one(a, b, 0.3));
             check(s.max(va, vb), &f32::max);
+            check(s.max(s.splat(f32::NAN), vb), &|_, b| b);
+            let mut kept = vec![0.0; S::LANES];
+            s.store(s.max(va, s.splat(f32::NAN)), &mut kept);
+            assert!(kept.iter().all(|x| x.is_nan()), "{}", S::NAME);
             check(s.where_positive(va, vb), &|a, b| if a > 0.0 { b } else { 0.0 });
             check(s.round(va), &|a, _| a.round_ties_even());
             check(s.scale_by_power(va, s.splat(-3.0)), &|a, _| a / 8.0);

@@ -35,8 +35,13 @@ impl Simd for Neon {
         sub(a, b) = vsubq_f32;
         mul(a, b) = vmulq_f32;
         div(a, b) = vdivq_f32;
-        max(a, b) = vmaxq_f32;
         round(a) = vrndnq_f32;
+    }
+    #[inline(always)]
+    fn max(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
+        // Not `vmaxq_f32`, which also keeps a NaN in `a`.
+        // SAFETY: NEON is part of aarch64.
+        unsafe { vbslq_f32(vcgtq_f32(a, b), a, b) }
     }
     #[inline(always)]
     fn mul_sub(self, a: float32x4_t, b: float32x4_t, c: float32x4_t) -> float32x4_t {

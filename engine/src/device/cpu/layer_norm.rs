@@ -23,6 +23,9 @@ const TOGETHER: usize = 8;
 impl Norm for Cpu {
     fn layer_norm(&self, norm: LayerNorm<&Floats>, x: &Floats, y: &mut Floats) -> Done {
         let LayerNorm { width, gamma, beta } = norm.slices();
+        assert_eq!(x.len(), y.len(), "x and y differ in length");
+        assert!(x.len().is_multiple_of(width), "x is not [rows, width]");
+        assert_eq!([gamma.len(), beta.len()], [width; 2], "gamma and beta are not [width]");
         let chunk = ROWS * width;
         y.par_chunks_mut(chunk)
             .zip(x.par_chunks(chunk))
@@ -39,6 +42,13 @@ impl Norm for Cpu {
     ) -> Done {
         let LayerNorm { width, gamma, .. } = norm.slices();
         let LayerNormGradients { dx: Output { values: dx, store }, dgamma, dbeta } = gradients.slices();
+        assert!(x.len().is_multiple_of(width), "x is not [rows, width]");
+        assert_eq!([dy.len(), dx.len()], [x.len(); 2], "x, dy and dx differ in length");
+        assert_eq!(
+            [gamma.len(), dgamma.len(), dbeta.len()],
+            [width; 3],
+            "gamma, dgamma or dbeta is not [width]"
+        );
         let chunk = ROWS * width;
         let parts: Vec<(Vec<f32>, Vec<f32>)> = dx
             .par_chunks_mut(chunk)

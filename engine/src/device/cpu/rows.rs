@@ -10,6 +10,7 @@ pub const ROWS: usize = 256;
 
 impl Rows for Cpu {
     fn add(&self, x: &Floats, y: &mut Floats) -> Done {
+        assert_eq!(x.len(), y.len(), "x and y differ in length");
         y.par_chunks_mut(1 << 14).zip(x.par_chunks(1 << 14)).for_each(|(y, x)| add_to(x, y));
         Ok(())
     }

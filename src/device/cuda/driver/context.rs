@@ -617,7 +617,7 @@ mod tests {
     use super::size_class;
 
     #[test]
-    fn memory_is_rounded_up_by_an_eighth_at_most() {
+    fn memory_is_rounded_up_by_a_quarter_at_most() {
         for bytes in [1, 255, 256, 257, 1000, 4096, 5000, 1 << 20, (1 << 20) + 1, 12_345_678] {
             let size = size_class(bytes);
             assert!(

@@ -1,4 +1,5 @@
-//! Linear layers: products by [`Runtime::gemm`]; bias gradients and label order by `step/rows.cu`.
+//! Linear layers: small products by `step/products.cu`, large ones by [`Runtime::gemm`]; bias
+//! gradients and label order by `step/rows.cu`.
 
 use super::rows::{self, Dy};
 use crate::device::cuda::array::Array;

@@ -8,7 +8,7 @@ use crate::device::cuda::kernel::{Block, Element};
 /// Compiled head widths.
 pub const HEAD_DIMS: [usize; 5] = [8, 16, 32, 64, 128];
 
-/// Maximum warps per block: `MAX_WARPS` of `attention/attention.cu`.
+/// Maximum warps per block: `MAX_WARPS` of `attention/rows.cuh`.
 pub const MAX_WARPS: usize = 4;
 
 /// Query rows (or keys) per warp: the M of `mma.m16n8k16`.
@@ -126,8 +126,8 @@ impl Whole {
 pub struct Tile {
     /// Forward over short sequences, whose scores fit registers; `None` without any.
     pub forward_short: Option<Whole>,
-    /// Forward over whole sequences by [`Sharing`]; `None` without any. Short sequences are
-    /// excluded.
+    /// Forward over whole sequences by [`Sharing`]; `None` without any. A sequence that is also
+    /// short takes `forward_short`.
     pub forward_whole: [Option<Whole>; 3],
     /// Forward over streamed sequences, in query rows.
     pub forward: Block,

@@ -13,7 +13,6 @@ use dfar::batch::Feedback;
 use dfar::data::Dataset;
 use dfar::model::{self, HostTensor};
 use dfar::train::checkpoint::{DataInfo, ModelFile, ModelInfo};
-use dfar::train::config::DeviceChoice;
 use dfar::train::file::{FileError, replace_bytes};
 use dfar::train::{Config, TrainError, score_options};
 use serde::Serialize;
@@ -476,17 +475,36 @@ impl RunResult {
         }
     }
 
-    /// Refuses a result of another device: a table has one.
+    /// Refuses a result that another study made: one table has one configuration. `of_study` is the
+    /// full system of this result in the study, with this setting and seed; what `setting` names
+    /// may differ.
     ///
     /// # Errors
-    /// [`ResultError::Other`].
-    pub fn check_device(&self, device: DeviceChoice, out: &Path) -> Result<(), ResultError> {
-        if self.file["run"]["config"]["device"] == to_json(&device) {
-            return Ok(());
+    /// [`ResultError::Other`] names the first field that differs.
+    pub fn check_study(&self, of_study: &Identity, out: &Path) -> Result<(), ResultError> {
+        let (mut wanted, found) = (to_json(of_study), &self.file["run"]);
+        let mut allow = |pointer: &str| {
+            if let (Some(wanted), Some(found)) = (wanted.pointer_mut(pointer), found.pointer(pointer)) {
+                *wanted = found.clone();
+            }
+        };
+        for name in ["feedback", "fha", "label_mask", "half_life"] {
+            allow(&format!("/config/{name}"));
         }
-        let name = run_name(self.system, &self.setting, self.seed);
-        let path = out.join("results").join(format!("{name}.json"));
-        Err(ResultError::Other { path, what: "device".into() })
+        allow("/ranking");
+        allow("/settings/pool");
+        for weight in ["/config/idl", "/config/bpr"] {
+            if found.pointer(weight).and_then(Value::as_f64) == Some(0.0) {
+                allow(weight);
+            }
+        }
+        match difference("run", &wanted, found) {
+            None => Ok(()),
+            Some(what) => {
+                let name = run_name(self.system, &self.setting, self.seed);
+                Err(ResultError::Other { path: out.join("results").join(format!("{name}.json")), what })
+            }
+        }
     }
 
     /// All results in `out`, in the order of their files.

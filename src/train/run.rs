@@ -213,15 +213,20 @@ impl Run {
     }
 }
 
-/// An exclusive lock on `.lock`. Dropping it removes the file, which remains after a kill.
+/// An exclusive lock on a directory, held on its file `.lock`. Dropping it removes the file, which
+/// remains after a kill.
 #[derive(Debug)]
-struct Lock {
+pub struct Lock {
     _file: File,
     path: PathBuf,
 }
 
 impl Lock {
-    fn take(dir: &Path) -> Result<Self, RunError> {
+    /// Locks an existing directory.
+    ///
+    /// # Errors
+    /// [`RunError::Locked`] if another process holds the lock, [`RunError::Io`].
+    pub fn take(dir: &Path) -> Result<Self, RunError> {
         let path = dir.join(".lock");
         loop {
             let file = File::create(&path).map_err(io_error(dir))?;

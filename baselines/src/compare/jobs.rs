@@ -34,16 +34,20 @@ impl<D: SystemDevice> Jobs<'_, D> {
     pub fn execute(&self, runs: &[Identity], progress: &Progress) -> Result<(), Failure> {
         let next = AtomicUsize::new(0);
         let failure = Mutex::new(None);
+        let fail = |error: Failure| {
+            next.store(runs.len(), Ordering::SeqCst);
+            failure.lock().expect("no job panics while it stores its error").get_or_insert(error);
+        };
         std::thread::scope(|scope| {
-            for job in 0..self.jobs {
-                let (next, failure) = (&next, &failure);
-                scope.spawn(move || {
-                    let outcome = self.work(job, runs, next, progress);
-                    if let Err(error) = outcome {
-                        next.store(runs.len(), Ordering::SeqCst);
-                        failure.lock().expect("no job panics while it stores its error").get_or_insert(error);
-                    }
+            for job in 0..self.jobs.min(runs.len()) {
+                let (next, fail) = (&next, &fail);
+                let started = dfar::threads::start(scope, move || {
+                    self.work(job, runs, next, progress).unwrap_or_else(fail);
                 });
+                if let Err(error) = started {
+                    fail(dfar::Error::io("start", "a thread for a run")(error).into());
+                    break;
+                }
             }
         });
         progress.clear();

@@ -17,6 +17,7 @@ use dfar::train::checkpoint::{DataInfo, ModelFile};
 use dfar::train::config::DeviceChoice;
 use dfar::train::draw::TrainTargets;
 use dfar::train::file::replace_bytes;
+use dfar::train::run::Lock;
 use dfar::train::{Config, TrainError, draw, score_options};
 use dfar_baselines::loss::Ranking;
 use dfar_baselines::markdown::{csv, markdown};
@@ -155,6 +156,9 @@ pub fn run(arguments: &Compare) -> Result<(), Failure> {
         data: DataInfo::of(&data),
     };
     check_targets(&study)?;
+    check_sizes(&study)?;
+    make_results_folder(&arguments.out)?;
+    let _lock = Lock::take(&arguments.out).map_err(TrainError::from)?;
     let searches = match study.config.device {
         DeviceChoice::Cpu => execute(&study, &data, arguments, &|| Ok(Arc::new(Cpu::new()))),
         _ => {
@@ -207,6 +211,17 @@ fn check_targets(study: &Study) -> Result<(), TrainError> {
     }
 }
 
+/// Refuses a network that some system cannot have, before the first run.
+fn check_sizes(study: &Study) -> Result<(), TrainError> {
+    for run in study.runs(|_| 0) {
+        match &run.settings {
+            Some(settings) => settings.check()?,
+            None => run.config.model(study.data.items).check()?,
+        }
+    }
+    Ok(())
+}
+
 /// Refuses a study that cannot run on a GPU.
 fn check_gpu_runs(study: &Study, arguments: &Compare) -> Result<(), TrainError> {
     let usage = |argument, reason: String| Err(TrainError::Usage { argument, reason });
@@ -249,7 +264,6 @@ fn execute<D: SystemDevice>(
     device: &(dyn Fn() -> Result<Arc<D>, Failure> + Sync),
 ) -> Result<Vec<Search>, Failure> {
     let out = &arguments.out;
-    make_results_folder(out)?;
     let jobs = usize::from(arguments.jobs);
     let threads = (rayon::current_num_threads() / jobs).max(1);
     let jobs = Jobs { device, data, out, jobs, threads, workers: study.config.workers };
@@ -260,7 +274,7 @@ fn execute<D: SystemDevice>(
     let known = RunResult::all(out)?;
     let own = to_json(&study.data);
     for result in known.iter().filter(|result| result.data == own) {
-        result.check_device(study.config.device, out)?;
+        result.check_study(&study.run(result.system, Variant::Full, result.tuned, result.seed), out)?;
     }
     let progress = Progress::new(jobs.jobs, &planned, &known);
     let execute = |runs: &[Identity], names_finished: bool| -> Result<(), Failure> {
@@ -295,23 +309,24 @@ fn unfinished<'a>(
     Ok((finished, left))
 }
 
-/// The finished searches; none without `--tune`.
+/// The finished searches, also those of other systems with results in `out`; none without `--tune`.
 fn searches(study: &Study, out: &Path) -> Result<Vec<Search>, ResultError> {
     if study.settings < 2 {
         return Ok(Vec::new());
     }
     let seed = study.seeds[0];
-    let of_system = |&system: &Row| {
-        let valid_auc = (0..study.settings)
-            .map(|number| {
-                let run = study.run(system, Variant::Full, number, seed);
-                let result = RunResult::load(&run, out)?;
-                Ok(result.and_then(|result| result.valid).and_then(|valid| valid.values[0]))
-            })
-            .collect::<Result<Vec<_>, ResultError>>()?;
-        Ok(Search::new(system, seed, &study.config, study.options.aux, &valid_auc))
+    let of_system = |system: Row| {
+        let mut valid_auc = Vec::new();
+        for number in 0..study.settings {
+            let run = study.run(system, Variant::Full, number, seed);
+            let Some(result) = RunResult::load(&run, out)? else { return Ok(None) };
+            valid_auc.push(result.valid.and_then(|valid| valid.values[0]));
+        }
+        Ok(Some(Search::new(system, seed, &study.config, study.options.aux, &valid_auc)))
     };
-    study.systems.iter().map(of_system).collect()
+    let others = Row::all().into_iter().filter(|row| !study.systems.contains(row));
+    let systems = study.systems.iter().copied().chain(others);
+    systems.filter_map(|system| of_system(system).transpose()).collect()
 }
 
 /// The setting of a system in the tables.
@@ -323,7 +338,18 @@ fn chosen(searches: &[Search], system: Row) -> usize {
 fn write_tables(out: &Path, data: &Dataset, study: &Study, searches: &[Search]) -> Result<(), Failure> {
     let mut results = RunResult::all(out)?;
     let own = to_json(&study.data);
-    results.retain(|result| result.data == own && result.tuned == chosen(searches, result.system));
+    results.retain(|result| result.data == own);
+    if study.settings > 1 {
+        let searched = |system| searches.iter().any(|search| search.system == system);
+        for row in Row::all() {
+            if !searched(row) && results.iter().any(|result| result.system == row) {
+                let reason = format!("its search with --tune {} is not finished", study.settings);
+                cli::note(format_args!("{} is not in the tables: {reason}", row.title()));
+            }
+        }
+        results.retain(|result| searched(result.system));
+    }
+    results.retain(|result| result.tuned == chosen(searches, result.system));
     let edges = evaluate::length_edges(data, &study.config.length_edges);
     let report = |part, scores: &[f32]| part_report(data, part, scores, study.config.gauc_compat, &edges);
     let parts = [Part::Test, Part::Valid];

@@ -189,6 +189,63 @@ fn seeds_and_systems_added_later_add_only_their_runs() {
 }
 
 #[test]
+fn tables_have_one_configuration() {
+    let dir = folder();
+    let run = |systems, more: &[&str]| {
+        let arguments = [&["--out", "out", "--seeds", "1", "--systems", systems][..], more].concat();
+        compare(dir.path(), &arguments)
+    };
+    finished(&run("sasrec", &[]));
+    for (systems, more, other) in [
+        ("caser", ["--lr", "0.5"], "another lr"),
+        ("caser", ["--negatives", "3"], "another negatives"),
+        ("dfar", ["--seed", "7"], ""),
+        ("dfar", ["--half-life", "2"], ""),
+        ("gru4rec", ["--feedback", "ignored"], ""),
+    ] {
+        let output = run(systems, &more);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.success(), other.is_empty(), "{more:?}: {stderr}");
+        assert!(other.is_empty() || stderr.contains(other), "{more:?}: {stderr}");
+    }
+}
+
+#[test]
+fn tables_have_the_chosen_settings_of_all_finished_searches() {
+    let dir = folder();
+    let run = |systems, settings| {
+        finished(&compare(
+            dir.path(),
+            &["--out", "out", "--seeds", "1", "--systems", systems, "--tune", settings],
+        ))
+    };
+    run("sasrec", "2");
+    run("caser", "2");
+    let table = text(&dir.path().join("out/table.md"));
+    let table: serde_json::Value = {
+        assert!(table.contains("SASRec") && table.contains("Caser"), "{table}");
+        serde_json::from_str(&text(&dir.path().join("out/table.json"))).expect("JSON")
+    };
+    assert_eq!(table["searches"].as_array().expect("a list").len(), 2);
+    let said = run("gru4rec", "3");
+    assert!(said.contains("SASRec is not in the tables: its search with --tune 3 is not finished"), "{said}");
+    assert!(!text(&dir.path().join("out/table.md")).contains("SASRec"));
+}
+
+#[test]
+fn a_directory_in_use_is_refused() {
+    let dir = folder();
+    let out = dir.path().join("out");
+    std::fs::create_dir(&out).expect("a folder");
+    let arguments = ["--out", "out", "--seeds", "1", "--systems", "sasrec"];
+    let lock = dfar::train::run::Lock::take(&out).expect("nobody uses it");
+    let output = compare(dir.path(), &arguments);
+    assert!(String::from_utf8_lossy(&output.stderr).contains("in use by another process"), "{output:?}");
+    drop(lock);
+    finished(&compare(dir.path(), &arguments));
+}
+
+#[test]
 fn the_page_and_the_tables_have_every_system() {
     let dir = folder();
     let all = ["--out", "out", "--seeds", "2", "--ablations", "--systems", "caser,sasrec,dfar"];
@@ -257,7 +314,10 @@ fn wrong_usage_is_named() {
     let onto_a_file = compare(dir.path(), &["--out", "x.dfar", "--seeds", "1", "--systems", "gru4rec"]);
     let stderr = String::from_utf8_lossy(&onto_a_file.stderr);
     assert!(stderr.contains("x.dfar/results") && !stderr.contains("epoch"), "{stderr}");
-    fails(&["--systems", "din", "--heads", "3"], 2, "must be a multiple of the number of heads");
+    // Also of a system whose turn comes last.
+    for systems in ["din", "gru4rec,dfar"] {
+        fails(&["--systems", systems, "--heads", "3"], 2, "must be a multiple of the number of heads");
+    }
     std::fs::write(&file, "{").expect("a file");
     fails(&["--systems", "gru4rec"], 1, "is not a result of dfar-compare");
 }

@@ -57,9 +57,9 @@ fn train(error: &TrainError, message: String) -> PyErr {
         | TrainError::NoTargets { .. }
         | TrainError::OtherData { .. }
         | TrainError::Model(ModelError::Config { .. }) => PyValueError::new_err(message),
-        TrainError::Run(RunError::Exists { .. } | RunError::OtherConfig { .. }) => {
-            PyFileExistsError::new_err(message)
-        }
+        TrainError::Run(
+            RunError::Exists { .. } | RunError::OtherConfig { .. } | RunError::OtherFile { .. },
+        ) => PyFileExistsError::new_err(message),
         TrainError::Run(
             RunError::NoRun { .. } | RunError::NoModel { .. } | RunError::NoCheckpoint { .. },
         ) => PyFileNotFoundError::new_err(message),

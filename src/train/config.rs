@@ -275,6 +275,12 @@ impl Config {
             table.insert("max_length".to_owned(), SYNTHETIC_MAX_LENGTH.into());
         }
         let mut config = Self::from_table(table, "flags")?;
+        // The run may be continued from another working directory.
+        if let Some(path) = config.data.as_ref().and_then(|path| std::path::absolute(path).ok())
+            && path.to_str().is_some()
+        {
+            config.data = Some(path);
+        }
         config.label_mask &= config.fha && config.heads > 1;
         config.check()?;
         Ok(config)
@@ -315,6 +321,12 @@ impl Config {
         let config = Self::from_table(table, "flags")?;
         config.check()?;
         Ok(config)
+    }
+
+    /// The first key whose values differ.
+    pub fn first_difference(&self, other: &Self) -> Option<String> {
+        let (own, other) = (self.to_table(), other.to_table());
+        own.keys().chain(other.keys()).find(|key| own.get(*key) != other.get(*key)).cloned()
     }
 
     /// Not checked. `origin` is for messages.

@@ -175,25 +175,33 @@ impl<'a, D: Device> Fit<'a, D> {
         run: &'a Run,
         checkpoint: Checkpoint,
     ) -> Result<Self, TrainError> {
-        let CheckpointInfo { model: network, data: expected, state, .. } = checkpoint.info;
+        let CheckpointInfo { model: network, data: expected, mut state, .. } = checkpoint.info;
         let info = DataInfo::of(data);
         check_data(data, &expected, &info)?;
         Model::check_room(&*device, &network, config.dense_embeddings)?;
         let model = Model::from_tensors(device.clone(), network, &checkpoint.parameters)?;
         let optimizer = Optimizer::from_tensors(&model, &checkpoint.moments, state.steps)?;
-        if let Some(best) = &state.best {
-            let file = ModelFile::load(&run.model())?;
-            // A model file newer than the checkpoint will be written again. Any other difference is
-            // an error.
-            if file.crc32 != best.crc32 && file.info.epoch <= state.epoch {
-                return Err(TrainError::OtherModel { path: run.model() });
+        if let Some(best) = &mut state.best {
+            let ModelFile { info, crc32, .. } = ModelFile::load(&run.model())?;
+            if crc32 != best.crc32 {
+                // A model newer than the checkpoint is of an epoch that will be repeated.
+                if info.epoch <= state.epoch {
+                    return Err(TrainError::OtherModel { path: run.model() });
+                }
+                *best = Best { epoch: info.epoch, valid_auc: info.valid_auc, crc32 };
             }
         }
         run.write_config(&config.to_toml())?;
         let mut log = Log::open(&run.log(), state.log_bytes, events(&config, run, state.steps + 1)?)?;
         log.line(&json!({ "event": "resume", "epoch": state.epoch + 1, "batch": state.batch }))?;
         let now = Instant::now();
-        Ok(Self { device, data, config, run, model, optimizer, info, state, log, session: now, saved: now })
+        let fit =
+            Self { device, data, config, run, model, optimizer, info, state, log, session: now, saved: now };
+        if !fit.finished() {
+            // Those of a run that had finished, and goes on.
+            run.remove_metrics()?;
+        }
+        Ok(fit)
     }
 
     /// Progress of the run.
@@ -420,6 +428,8 @@ impl<'a, D: Device> Fit<'a, D> {
         };
         // Without validation there is no criterion, so the last epoch is kept.
         let best = match (&self.state.best, record.valid_auc) {
+            // Its model was written before a kill, in place of an earlier one that is gone.
+            (Some(Best { epoch, .. }), _) if *epoch == record.epoch => true,
             (Some(Best { valid_auc: Some(best), .. }), Some(auc)) => auc > *best,
             _ => true,
         };

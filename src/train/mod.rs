@@ -134,7 +134,9 @@ impl TrainError {
             }
             TrainError::Config(_) | TrainError::Usage { .. } => 2,
             TrainError::Model(ModelError::Config { .. }) => 2,
-            TrainError::Run(RunError::Exists { .. } | RunError::OtherConfig { .. }) => 2,
+            TrainError::Run(
+                RunError::Exists { .. } | RunError::OtherConfig { .. } | RunError::OtherFile { .. },
+            ) => 2,
             TrainError::Run(
                 RunError::NoRun { .. } | RunError::NoCheckpoint { .. } | RunError::NoModel { .. },
             ) => 3,

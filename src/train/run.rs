@@ -31,6 +31,12 @@ pub enum RunError {
         /// The directory.
         dir: PathBuf,
     },
+    /// The directory holds a file that no run wrote, which a new run would overwrite.
+    #[error("{} is not of a run, and a run would overwrite it; move it, or give another --out", path.display())]
+    OtherFile {
+        /// The file.
+        path: PathBuf,
+    },
     /// The directory does not exist, or holds no run.
     #[error("{} holds no run: config.toml is missing; start one with --out {}", dir.display(), dir.display())]
     NoRun {
@@ -92,6 +98,11 @@ impl Run {
         let started = run.config().exists();
         if started && !is_written_by_a_run(&run.config()) {
             return Err(RunError::OtherConfig { dir: dir.to_owned() });
+        }
+        if !started
+            && let Some(path) = [run.log(), run.synthetic_data()].into_iter().find(|path| path.exists())
+        {
+            return Err(RunError::OtherFile { path });
         }
         run.remove_leftovers()?;
         if started {
@@ -173,6 +184,13 @@ impl Run {
     /// Final metrics.
     pub fn metrics(&self) -> PathBuf {
         self.dir.join(METRICS)
+    }
+    /// Removes the final metrics, if there are any.
+    ///
+    /// # Errors
+    /// [`RunError::Io`].
+    pub fn remove_metrics(&self) -> Result<(), RunError> {
+        remove_file(&self.metrics()).map_err(io_error(&self.metrics()))
     }
     /// The log: one JSON object per line.
     pub fn log(&self) -> PathBuf {

@@ -5,6 +5,7 @@
 #![cfg(unix)]
 
 use crate::{SMALL_RUN, dfar_train, short_run, write_set};
+use dfar::train::checkpoint::{Checkpoint, ModelFile};
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::path::{Path, PathBuf};
@@ -206,4 +207,40 @@ fn a_configuration_that_no_run_wrote_is_not_overwritten() {
     assert!(message.contains("holds a config.toml that no run wrote"), "{message}");
     assert_eq!(std::fs::read_to_string(dir.path().join("run/config.toml")).unwrap(), mine);
     assert_eq!(listing(&dir.path().join("run")), ["config.toml"]);
+}
+
+#[test]
+fn files_that_no_run_wrote_are_not_overwritten() {
+    for name in ["log.jsonl", "synthetic.dfar"] {
+        let dir = tempfile::tempdir().unwrap();
+        write_set(dir.path());
+        std::fs::create_dir(dir.path().join("run")).unwrap();
+        std::fs::write(dir.path().join("run").join(name), "mine").unwrap();
+        let output = run(dir.path(), &["--data", "x.dfar", "--out", "run"]);
+        assert_eq!(output.status.code(), Some(2));
+        let message = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(message.contains(&format!("{name} is not of a run")), "{message}");
+        assert_eq!(std::fs::read(dir.path().join("run").join(name)).unwrap(), b"mine");
+    }
+}
+
+/// A kill between the model of an epoch and its checkpoint, then a resume whose repeated epoch is
+/// not the best, as on another device.
+#[test]
+fn a_model_newer_than_the_checkpoint_does_not_end_the_run() {
+    let dir = tempfile::tempdir().unwrap();
+    write_set(dir.path());
+    succeeds(dir.path(), &short_run());
+    let [model, checkpoint] =
+        ["model.safetensors", "checkpoint.safetensors"].map(|name| dir.path().join("run").join(name));
+    let data = dfar::data::Dataset::open(dir.path().join("x.dfar")).unwrap();
+    let mut newer = ModelFile::load(&model).unwrap();
+    newer.info.epoch = 2;
+    newer.parameters[0].values[0] += 1.0;
+    ModelFile::save(&model, &newer.info, newer.parameters, &data).unwrap();
+    let mut older = Checkpoint::load(&checkpoint).unwrap();
+    older.info.state.best.as_mut().expect("an epoch has ended").valid_auc = Some(1.0);
+    older.save(&checkpoint).unwrap();
+    succeeds(dir.path(), &["--resume", "run", "--epochs", "2"]);
+    assert_eq!(ModelFile::load(&model).unwrap().info.epoch, 2);
 }

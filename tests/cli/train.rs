@@ -299,17 +299,55 @@ fn only_the_length_of_a_resumed_run_may_change() {
     let args = ["--data", "x.dfar", "--out", "three", "--epochs", "3"];
     let output = dfar_train(dir.path(), &[&args, &SMALL[..6]].concat());
     assert_eq!(code(&output), 0, "{}", stderr(&output));
-    assert!(!stderr(&output).contains("was edited"), "{}", stderr(&output));
+    assert!(!stderr(&output).contains("differs from the checkpoint"), "{}", stderr(&output));
     assert!(bytes(longer) == bytes(dir.path().join("three/model.safetensors")));
 
     // The configuration of the checkpoint counts.
     let path = dir.path().join("run/config.toml");
-    let edited = std::fs::read_to_string(&path).unwrap().replace("seed = ", "seed = 1");
-    std::fs::write(&path, edited).unwrap();
-    let output = dfar_train(dir.path(), &["--resume", "run", "--epochs", "4"]);
+    for (from, to, key) in [("seed = ", "seed = 1", "seed"), ("epochs = 4", "epochs = 9", "epochs")] {
+        let edited = std::fs::read_to_string(&path).unwrap().replace(from, to);
+        std::fs::write(&path, edited).unwrap();
+        let output = dfar_train(dir.path(), &["--resume", "run", "--epochs", "4"]);
+        assert_eq!(code(&output), 0, "{}", stderr(&output));
+        let note = format!("config.toml differs from the checkpoint ({key})");
+        assert!(stderr(&output).contains(&note), "{}", stderr(&output));
+    }
+}
+
+#[test]
+fn a_run_that_goes_on_has_no_metrics_until_it_ends() {
+    let dir = folder();
+    trained(dir.path(), "run", &[]);
+    let metrics = dir.path().join("run/metrics.json");
+    let first = bytes(&metrics);
+    // A refused command changes nothing.
+    let fails =
+        dfar_train(dir.path(), &["--resume", "run", "--epochs", "100", "--quiet", "--threads", "4097"]);
+    assert!(code(&fails) == 2 && metrics.exists(), "{}", stderr(&fails));
+    let mut child = Command::new(env!("CARGO_BIN_EXE_dfar-train"))
+        .current_dir(dir.path())
+        .args(["--resume", "run", "--epochs", "100000", "--patience", "0", "--quiet"])
+        .spawn()
+        .unwrap();
+    wait_for(&dir.path().join("run"), "\"event\":\"resume\"");
+    wait_for(&dir.path().join("run"), "\"epoch\":5,");
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(!metrics.exists(), "the run is not finished");
+    let output = dfar_train(dir.path(), &["--resume", "run", "--epochs", "3"]);
     assert_eq!(code(&output), 0, "{}", stderr(&output));
-    assert!(stderr(&output).contains("config.toml was edited"), "{}", stderr(&output));
-    assert!(stderr(&output).contains("--seed cannot change"), "{}", stderr(&output));
+    assert!(metrics.exists() && bytes(&metrics) != first);
+}
+
+#[test]
+fn a_relative_data_set_of_a_configuration_is_found_from_other_folders() {
+    let dir = folder();
+    std::fs::write(dir.path().join("my.toml"), "data = \"x.dfar\"\nepochs = 1\n").unwrap();
+    let args = [&["--config", "my.toml", "--out", "run"], &SMALL[..]].concat();
+    let output = dfar_train(dir.path(), &args);
+    assert_eq!(code(&output), 0, "{}", stderr(&output));
+    let output = dfar_train(&dir.path().join("run"), &["evaluate", "--run", "."]);
+    assert_eq!(code(&output), 0, "{}", stderr(&output));
 }
 
 /// Waits until the run in `dir` has a line with `text` in its log.

@@ -168,11 +168,15 @@ fn train(args: Train) -> dfar::Result<()> {
                 true => {
                     let checkpoint = Checkpoint::load(&run.checkpoint()).map_err(TrainError::from)?;
                     let saved = checkpoint.info.config.clone();
-                    let edited = Config::layered(Some(&run.config()), toml::Table::new())
-                        .and_then(|edited| saved.resumed(edited.to_table()));
-                    if let Err(error) = edited {
-                        progress
-                            .line(&format!("note: config.toml was edited, the checkpoint counts: {error}"));
+                    let edited = match Config::layered(Some(&run.config()), toml::Table::new()) {
+                        Ok(edited) => edited.first_difference(&saved),
+                        Err(error) => Some(error.to_string()),
+                    };
+                    if let Some(key) = edited {
+                        progress.line(&format!(
+                            "note: config.toml differs from the checkpoint ({key}); the checkpoint counts, \
+                             with the flags of this command"
+                        ));
                     }
                     (saved, Some(checkpoint))
                 }
@@ -308,9 +312,11 @@ fn open_run(dir: &Path) -> dfar::Result<(Config, ModelFile)> {
     if !run::model_path(dir).exists() {
         return Err(TrainError::Run(RunError::NoModel { dir: dir.to_owned() }).into());
     }
-    let config =
+    let mut config =
         Config::layered(Some(&run::config_path(dir)), toml::Table::new()).map_err(TrainError::from)?;
     let file = ModelFile::load(&run::model_path(dir)).map_err(TrainError::from)?;
+    // What the model was trained on, also if config.toml was edited since.
+    config.feedback = file.info.feedback;
     Ok((config, file))
 }
 

@@ -186,8 +186,8 @@ pub fn csv(table: &Table) -> String {
             Section::Ablations => "ablations",
             Section::Blind => "blind",
         };
-        // A title with a comma: DFAR without two parts.
-        let title = line.title.replace(',', " and");
+        // Quoted if it has a comma, as that of DFAR without two parts or with a half-life.
+        let title = if line.title.contains(',') { format!("\"{}\"", line.title) } else { line.title.clone() };
         let _ = write!(text, "{section},{title},{},{}", line.setting, line.seeds.len());
         for cell in line.cells {
             let (mean, deviation) = (cell.map(|c| c.mean), cell.and_then(|c| c.deviation));

@@ -190,8 +190,8 @@ def import_log(
     k_core_on: Literal["all", "positive"] | None = None,
     k_core_until_stable: bool = False,
     split: Split | None = None,
-    train_share: float = 0.8,
-    valid_share: float = 0.1,
+    train_share: float | None = None,
+    valid_share: float | None = None,
     negatives: int = 9,
     exclude_seen: bool = False,
     seed: int = 1,
@@ -216,6 +216,7 @@ def import_log(
         liked, skipped, ignore_others: names of labels, if labels are names.
         k_core: fewest events of an item, then of a user; 0: no filter.
         split: ``"leave-last"``, ``"temporal"`` or ``"by-user"``; ``None``: by the format.
+        train_share, valid_share: shares of the other two splits; 0.8 and 0.1 by default.
         negatives: negatives of each evaluation group.
         sort_memory: mebibytes of events to sort in memory at a time.
 

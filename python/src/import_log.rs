@@ -8,7 +8,7 @@ use arrow_array::ffi_stream::{FFI_ArrowArrayStream, RecordBatchStreamReader};
 use arrow_ipc::writer::StreamWriter;
 use dfar::data::candidates::CandidateOptions;
 use dfar::data::import::{self, ColumnOptions, ImportOptions, Liked, LogFormat, Progress, TimeUnit};
-use dfar::data::{BadRow, CountedRecords, KCore, Repeats};
+use dfar::data::{BadRow, CountedRecords, KCore, Repeats, Split};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyCapsule;
@@ -50,8 +50,8 @@ pub fn import_log(
     k_core_on: Option<&str>,
     k_core_until_stable: bool,
     split: Option<&str>,
-    train_share: f64,
-    valid_share: f64,
+    train_share: Option<f64>,
+    valid_share: Option<f64>,
     negatives: usize,
     exclude_seen: bool,
     seed: u64,
@@ -85,10 +85,16 @@ pub fn import_log(
         None => format.counted_records(),
     };
     options.k_core = (k_core > 0).then_some(KCore { k: k_core, on, until_stable: k_core_until_stable });
+    let [train, valid] = [train_share.unwrap_or(0.8), valid_share.unwrap_or(0.1)];
     options.split = match split {
-        Some(kind) => self::split(kind, train_share, valid_share)?,
-        None => options.split.with_shares(train_share, valid_share),
+        Some(kind) => self::split(kind, train, valid)?,
+        None => options.split.with_shares(train, valid),
     };
+    if train_share.or(valid_share).is_some() && options.split == Split::LeaveLast {
+        let reason = "train_share and valid_share are for split='temporal' and 'by-user'; \
+                      this split is 'leave-last'";
+        return Err(PyValueError::new_err(reason));
+    }
     options.candidates = CandidateOptions { negatives, exclude_seen, seed };
     if !(1..=1 << 20).contains(&sort_memory) {
         return Err(PyValueError::new_err(format!("sort_memory is {sort_memory}, but must be 1 to 1048576")));

@@ -298,7 +298,10 @@ impl Run {
                 ids.into_iter().map(find).collect::<Result<_, _>>().map_err(python)?
             }
         };
-        let candidates = self.candidates(candidates)?;
+        // An item listed twice is ranked once, as by `dfar-train score`.
+        let mut listed = HashSet::new();
+        let mut candidates = self.candidates(candidates)?;
+        candidates.retain(|item| listed.insert(*item));
         Ok(Wanted { users, k: k.min(candidates.len()), candidates })
     }
 

@@ -196,6 +196,7 @@ BAD = [
     ({"skipped": ["x"]}, ValueError, "need liked"),
     ({"sort_memory": 0}, ValueError, "sort_memory is 0"),
     ({"train_share": 2.0, "split": "temporal"}, dfar.DataError, "train-share: 2 is not above 0"),
+    ({"train_share": 0.7}, ValueError, "this split is 'leave-last'"),
 ]
 
 

@@ -85,7 +85,7 @@ def test_recommendations_are_the_best_unseen_items(run, data) -> None:
     assert everyone.users == data.user_ids() and everyone.items.shape == (80, 2)
     seen_too = run.recommend(["5"], k=40, exclude_seen=False)
     assert sorted(seen_too.items[0]) == sorted(run.item_ids)
-    short = run.recommend(["5"], k=100, candidates=["1", "2"], exclude_seen=False)
+    short = run.recommend(["5"], k=100, candidates=["1", "2", "1"], exclude_seen=False)
     assert short.items.shape == (1, 2)
     left_out = run.recommend(["5"], k=40)
     assert left_out.items[0, -1] is None and np.isnan(left_out.logits[0, -1])

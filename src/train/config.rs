@@ -244,7 +244,8 @@ const ALIASES: [(&str, &str); 10] = [
 /// last one.
 pub const SYNTHETIC_MAX_LENGTH: i64 = 20;
 
-/// Keys that may change when a run is resumed: its duration and its machine, not its result.
+/// Keys that may change when a run is resumed: its duration and its machine. Another device or
+/// precision gives other last digits.
 pub const RESUME_KEYS: [&str; 10] = [
     "epochs",
     "patience",

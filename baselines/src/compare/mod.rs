@@ -31,6 +31,7 @@ use dfar_baselines::{Kind, SystemDevice};
 use jobs::Jobs;
 use progress::Progress;
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
@@ -394,8 +395,10 @@ fn head_pairs(
         let model = Model::from_tensors(device.clone(), file.info.model, &file.parameters)
             .map_err(TrainError::from)?;
         let config = Config { feedback: file.info.feedback, ..config.clone() };
-        let of_run = evaluate::head_pairs(&model, data, Part::Test, &score_options(&config, &*device))
-            .map_err(TrainError::from)?;
+        let options = score_options(&config, &*device);
+        let go_on = &mut |_| ControlFlow::Continue(());
+        let of_run =
+            evaluate::head_pairs(&model, data, Part::Test, &options, go_on).map_err(TrainError::from)?;
         sums.entry((place, &result.setting)).or_default().push(of_run);
     }
     Ok(sums.iter().filter_map(|((_, setting), of_seeds)| PairsCell::new(setting, of_seeds)).collect())

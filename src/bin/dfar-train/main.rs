@@ -277,10 +277,12 @@ fn evaluate(args: Evaluate) -> dfar::Result<()> {
     let chosen = device::open_for(&config, args.device, &|line| progress.line(line))?;
     let evaluated = on_device!(chosen, |device| {
         let model = Model::from_tensors(device, file.info.model, &file.parameters)?;
-        let pairs =
-            args.head_pairs.then(|| report::HeadPairsReport::of(&model, &data, &config)).transpose()?;
-        report::evaluate_model(&model, &data, &config, &mut |event| progress.observe(event))
-            .map(|evaluation| (evaluation, pairs))
+        let mut observe = |event: dfar::train::Event<'_>| progress.observe(event);
+        let pairs = args
+            .head_pairs
+            .then(|| report::HeadPairsReport::of(&model, &data, &config, &mut observe))
+            .transpose()?;
+        report::evaluate_model(&model, &data, &config, &mut observe).map(|evaluation| (evaluation, pairs))
     });
     progress.clear();
     let (evaluation, head_pairs) = evaluated?;

@@ -79,7 +79,8 @@ impl Streams {
     ///
     /// # Safety
     /// - The stream belongs to the primary context of the device, or is a default stream, and exists
-    ///   until `self` is dropped.
+    ///   until `self` is dropped. It is not being captured into a graph: the graph would read host
+    ///   memory that later calls use again.
     /// - Each address refers to memory of the shape in [`Tensors`], which the device can access and
     ///   which stays until the work enqueued here has run. `o` and `lse` overlap no other.
     /// - Work on other streams is ordered with the stream as for a kernel launch with these

@@ -6,9 +6,10 @@ use dfar::data::{Dataset, Part};
 use dfar::device::Device;
 use dfar::evaluate;
 use dfar::model::Model;
-use dfar::train::{Config, TrainError, score_options};
+use dfar::train::{Config, Event, TrainError, score_options};
 use serde::Serialize;
 use std::fmt;
+use std::ops::ControlFlow;
 
 /// Attention weight of the history encoder by feedback, over the test histories.
 #[derive(Debug, Serialize)]
@@ -23,9 +24,17 @@ pub struct HeadPairsReport {
 }
 
 impl HeadPairsReport {
-    pub fn of<D: Device>(model: &Model<D>, data: &Dataset, config: &Config) -> Result<Self, TrainError> {
+    pub fn of<D: Device>(
+        model: &Model<D>,
+        data: &Dataset,
+        config: &Config,
+        observe: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
+    ) -> Result<Self, TrainError> {
         let options = score_options(config, &**model.device());
-        let sums = evaluate::head_pairs(model, data, Part::Test, &options)?;
+        let (part, groups) = (Part::Test, data.groups(Part::Test).len());
+        let sums = evaluate::head_pairs(model, data, part, &options, &mut |done| {
+            observe(Event::Scored { part, done, groups })
+        })?;
         let mean = [0, 1].map(|from| [0, 1].map(|to| sums.mean(from, to)));
         Ok(Self { sums, mean, rows_add_up: rows_add_up(&model.config().encoder_attention()) })
     }

@@ -144,7 +144,7 @@ def test_the_label_column_of_a_format_is_found_in_a_table(tmp_path: Path) -> Non
         pyarrow.table(table), tmp_path / "x.dfar", format="movielens", user="u", item="i", time="t",
         k_core=0, negatives=0,
     )
-    assert data.histories.feedback.tolist() == [1, 0, 1, 0]
+    assert data.histories.labels.tolist() == [1, 0, 1, 0]
 
 
 def test_a_table_has_the_checks_of_the_command_line(tmp_path: Path) -> None:
@@ -156,7 +156,12 @@ def test_a_table_has_the_checks_of_the_command_line(tmp_path: Path) -> None:
         (good | {"user": ["a", None]}, {}, "table"),
         ({k: v for k, v in good.items() if k != "time"}, {}, "table: no column time"),
         (good, {"label": "rating"}, "table: no column rating"),
-        (good, {"time": None}, "no column for the time: give `time`"),
+        (
+            {"when" if name == "time" else name: values for name, values in good.items()},
+            {"time": None},
+            "no column time or timestamp for the time: give `time`",
+        ),
+        (good, {"label": None}, "no column label for the label: give `label` or `all_liked`"),
     ]
     for columns, change, words in cases:
         with pytest.raises(dfar.DataError, match=words):

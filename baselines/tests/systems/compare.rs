@@ -208,6 +208,9 @@ fn tables_have_one_configuration() {
         assert_eq!(output.status.success(), other.is_empty(), "{more:?}: {stderr}");
         assert!(other.is_empty() || stderr.contains(other), "{more:?}: {stderr}");
     }
+    // A title with a comma is quoted.
+    let csv = text(&dir.path().join("out/table.csv"));
+    assert!(csv.contains("systems,\"DFAR, half-life 2\",mixed half-life-2,1,"), "{csv}");
 }
 
 #[test]

@@ -76,17 +76,17 @@ for name in $tests; do
     if [ -n "$program" ]; then step "$name" 240 "$program"; else skip "$name" "it does not build"; fi
 done
 sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
-for tool in memcheck racecheck initcheck synccheck; do
+# sanitize NAME TOOL ARGUMENTS...: a command of dfar-bench under a tool of compute-sanitizer.
+sanitize() {
+    local name=sanitizer_$1 tool=$2
+    shift 2
     if [ -x "$sanitizer" ]; then
-        step "sanitizer_$tool" 240 "$sanitizer" --tool "$tool" --error-exitcode 9 "$bench" verify "$cases" --device cuda
+        step "$name" 240 "$sanitizer" --tool "$tool" --error-exitcode 9 "$bench" "$@"
     else
-        skip "sanitizer_$tool" "compute-sanitizer is not installed"
+        skip "$name" "compute-sanitizer is not installed"
     fi
-done
-if [ -x "$sanitizer" ]; then
-    step sanitizer_steps 240 "$sanitizer" --tool memcheck --error-exitcode 9 "$bench" train --device cuda \
-        --precision bf16 --cuda-graphs --quick --batches 2 --batch-tokens 24 --batch-rows 64 --max-length 8 --negatives 2
-fi
+}
+for tool in memcheck racecheck; do sanitize $tool $tool verify "$cases" --device cuda; done
 # The same bits from every run.
 step repeat 240 "$bench" verify "$cases" --device cuda --repeat "$repeats"
 
@@ -108,6 +108,12 @@ if python3 -c 'import torch; raise SystemExit(not torch.cuda.is_available())' 2>
 else
     skip peers "PyTorch with CUDA is not installed"
 fi
+
+# ----------------------------------------------------------------------------------- more sanitizers
+for tool in initcheck synccheck; do sanitize $tool $tool verify "$cases" --device cuda; done
+# Launches of several operations in one, and graphs.
+sanitize steps memcheck train --device cuda --precision bf16 --cuda-graphs --quick --batches 2 --batch-tokens 24 \
+    --batch-rows 64 --max-length 8 --negatives 2
 
 printf '\n'
 column -t -s '	' "$out/steps.tsv"

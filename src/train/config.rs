@@ -623,7 +623,7 @@ mod tests {
     #[test]
     fn what_is_saved_is_what_is_read() {
         let config = Config {
-            data: Some("a b.dfar".into()),
+            data: Some("/a b.dfar".into()),
             length_edges: vec![5, 9],
             lr: 0.1 + 0.2,
             feedback: Feedback::PositiveOnly,

@@ -168,7 +168,8 @@ pub fn write<T: Serialize>(
 pub fn read<T: DeserializeOwned>(path: &Path, kind: &'static str) -> Result<(T, Tensors, u32), FileError> {
     let bytes = std::fs::read(path).map_err(|source| FileError::Read { path: path.to_owned(), source })?;
     let refuse = |reason: String| FileError::Format { path: path.to_owned(), kind, reason };
-    let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| refuse(e.to_string()))?;
+    let (_, header) = SafeTensors::read_metadata(&bytes)
+        .map_err(|e| refuse(format!("it is damaged, cut short, or no safetensors file ({e})")))?;
     let text = header.metadata().as_ref().and_then(|m| m.get(KEY));
     let text = text.ok_or_else(|| refuse(format!("no `{KEY}` entry in its metadata")))?;
     // The version first: later versions may have other content.

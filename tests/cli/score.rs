@@ -205,6 +205,7 @@ fn seen_and_unknown_items_are_left_out_on_request() {
     assert_eq!(success(output), fixture.score(&["--history", "1:1"]));
     for (args, stdin, message) in [
         (&["--user", "nobody"][..], "", "unknown user `nobody` in --user"),
+        (&["--users", "-"], "3\nnobody\n", "unknown user `nobody` in <stdin>:2"),
         (
             &["--histories", "-"],
             "{\"history\": [[\"1\", 1], [\"nope\", 0]]}\n",

@@ -31,18 +31,21 @@ fn open(path: &Path) -> dfar::Result<(String, Box<dyn BufRead>)> {
     Ok((name, input))
 }
 
-/// Ids of users, one per line; a line that begins with `"` is a JSON string.
-pub fn users(path: &Path) -> dfar::Result<Vec<String>> {
+/// Ids of users with their places, one per line; a line that begins with `"` is a JSON string.
+pub fn users(path: &Path) -> dfar::Result<Vec<(String, String)>> {
     let (name, input) = open(path)?;
     let mut users = Vec::new();
     for (line, number) in input.lines().zip(1..) {
         let line = line.map_err(Error::io("read", path))?;
         let line = line.strip_suffix('\r').unwrap_or(&line);
-        if line.starts_with('"') {
-            users.push(serde_json::from_str(line).map_err(|error| bad(&name, number, json_reason(&error)))?);
-        } else if !line.is_empty() {
-            users.push(line.to_owned());
-        }
+        let user = match line {
+            "" => continue,
+            json if json.starts_with('"') => {
+                serde_json::from_str(json).map_err(|error| bad(&name, number, json_reason(&error)))?
+            }
+            id => id.to_owned(),
+        };
+        users.push((user, format!("{name}:{number}")));
     }
     Ok(users)
 }

@@ -331,9 +331,8 @@ impl<'a, D: Device> Scorer<'a, D> {
         let users: Vec<u32> = match (&self.args.user, &self.args.users) {
             (Some(name), _) => self.find_user(&data, name, "--user")?.into_iter().collect(),
             (None, Some(path)) => {
-                let names = input::users(path)?;
-                let source = path.display().to_string();
-                let found = names.iter().map(|name| self.find_user(&data, name, &source));
+                let named = input::users(path)?;
+                let found = named.iter().map(|(name, place)| self.find_user(&data, name, place));
                 found.collect::<Result<Vec<_>, _>>()?.into_iter().flatten().collect()
             }
             (None, None) => (0..data.users() as u32).collect(),

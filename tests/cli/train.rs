@@ -213,6 +213,12 @@ fn a_saved_configuration_repeats_the_run_and_flags_win_over_it() {
     assert!(repeat("second", &[]) == first);
     assert!(repeat("by three workers", &["--workers", "3"]) == first);
     assert!(repeat("third", &["--seed", "9"]) != first);
+    trained(dir.path(), "dense", &["--dense-embeddings"]);
+    trained(dir.path(), "sparse", &[]);
+    let args = ["--config", "dense/config.toml", "--out", "switched", "--dense-embeddings=false"];
+    assert_eq!(code(&dfar_train(dir.path(), &args)), 0);
+    let model = |run: &str| bytes(dir.path().join(run).join("model.safetensors"));
+    assert!(model("switched") == model("sparse") && model("switched") != model("dense"));
 }
 
 #[test]
@@ -229,6 +235,9 @@ fn tensorboard_events_follow_the_log_and_change_no_result() {
         let contains = |text: &str| events.windows(text.len()).any(|window| window == text.as_bytes());
         assert!(contains("brain.Event:2") && contains("epoch/valid_auc"), "session {session}");
     }
+    let output = dfar_train(dir.path(), &["--resume", "run", "--epochs", "4", "--tensorboard=false"]);
+    assert_eq!(code(&output), 0, "{}", stderr(&output));
+    assert!(!dir.path().join("run/events.out.tfevents.0003.dfar").exists());
 }
 
 #[test]

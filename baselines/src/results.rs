@@ -194,7 +194,7 @@ impl Identity {
 
     /// Its file in the directory of a comparison.
     pub fn path(&self, out: &Path) -> PathBuf {
-        out.join("results").join(format!("{}.json", self.name()))
+        result_path(out, &self.name())
     }
 
     /// The file of its model in the directory of a comparison. DFAR only.
@@ -500,10 +500,7 @@ impl RunResult {
         }
         match difference("run", &wanted, found) {
             None => Ok(()),
-            Some(what) => {
-                let name = run_name(self.system, &self.setting, self.seed);
-                Err(ResultError::Other { path: out.join("results").join(format!("{name}.json")), what })
-            }
+            Some(what) => Err(ResultError::Other { path: result_path(out, &self.name()), what }),
         }
     }
 
@@ -512,7 +509,7 @@ impl RunResult {
     /// # Errors
     /// A file that cannot be read.
     pub fn all(out: &Path) -> Result<Vec<Self>, ResultError> {
-        let folder = out.join("results");
+        let folder = results_folder(out);
         let io = |source| ResultError::Io { path: folder.clone(), source };
         let mut paths = Vec::new();
         for entry in std::fs::read_dir(&folder).map_err(io)? {
@@ -549,7 +546,11 @@ impl RunResult {
 
     /// [`Identity::model_path`].
     pub fn model_path(&self, out: &Path) -> PathBuf {
-        model_path(out, &run_name(self.system, &self.setting, self.seed))
+        model_path(out, &self.name())
+    }
+
+    fn name(&self) -> String {
+        run_name(self.system, &self.setting, self.seed)
     }
 
     /// Machine, GPU, threads and commit, in words.
@@ -592,6 +593,14 @@ fn run_name(system: Row, setting: &str, seed: u64) -> String {
     format!("{}-{}-{seed}", system.name(), setting.replace(' ', "-"))
 }
 
+fn result_path(out: &Path, name: &str) -> PathBuf {
+    results_folder(out).join(format!("{name}.json"))
+}
+
+fn results_folder(out: &Path) -> PathBuf {
+    out.join("results")
+}
+
 fn model_path(out: &Path, name: &str) -> PathBuf {
     out.join("models").join(format!("{name}.safetensors"))
 }
@@ -609,7 +618,7 @@ fn make_folder(folder: &Path) -> Result<(), ResultError> {
 /// # Errors
 /// As for any directory.
 pub fn make_results_folder(out: &Path) -> Result<(), ResultError> {
-    make_folder(&out.join("results"))
+    make_folder(&results_folder(out))
 }
 
 /// Objects down to `levels`, one field a line; what is deeper on one line, which keeps lists of

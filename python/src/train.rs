@@ -81,10 +81,7 @@ fn configuration(file: Option<&Path>, config: &Bound<'_, PyDict>, data: &Path) -
     if flags.contains_key("data") {
         return Err(PyValueError::new_err("config: data is the first argument of dfar.train"));
     }
-    let data = std::path::absolute(data)?;
-    let data = data.into_os_string().into_string().map_err(|path| {
-        PyValueError::new_err(format!("{} is not UTF-8 and cannot be written to config.toml", path.display()))
-    })?;
+    let data = Config::absolute_data(data).map_err(PyValueError::new_err)?;
     let layered = |flags| Config::layered(file, flags).map_err(TrainError::from);
     if file.is_some() {
         // Alone first, so that an error names the file.

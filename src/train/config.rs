@@ -276,11 +276,8 @@ impl Config {
             table.insert("max_length".to_owned(), SYNTHETIC_MAX_LENGTH.into());
         }
         let mut config = Self::from_table(table, "flags")?;
-        // The run may be continued from another working directory.
-        if let Some(path) = config.data.as_ref().and_then(|path| std::path::absolute(path).ok())
-            && path.to_str().is_some()
-        {
-            config.data = Some(path);
+        if let Some(Ok(path)) = config.data.as_deref().map(Self::absolute_data) {
+            config.data = Some(path.into());
         }
         config.label_mask &= config.fha && config.heads > 1;
         config.check()?;
@@ -322,6 +319,18 @@ impl Config {
         let config = Self::from_table(table, "flags")?;
         config.check()?;
         Ok(config)
+    }
+
+    /// A value of the key `data`: an absolute path, since a run may be repeated or continued from
+    /// another working directory.
+    ///
+    /// # Errors
+    /// Why the path cannot be written to `config.toml`, in words.
+    pub fn absolute_data(path: &Path) -> Result<String, String> {
+        let path = std::path::absolute(path).map_err(|error| error.to_string())?;
+        path.into_os_string()
+            .into_string()
+            .map_err(|path| format!("{} is not UTF-8 and cannot be written to config.toml", path.display()))
     }
 
     /// The first key whose values differ.

@@ -288,7 +288,7 @@ fn execute<D: SystemDevice>(
     execute(&search, true)?;
     let searches = searches(study, out)?;
     // After a search, some of the runs have just finished.
-    execute(&study.runs(|system| chosen(&searches, system)), search.is_empty())?;
+    execute(&study.runs(|system| chosen(study, &searches, system).unwrap_or(0)), search.is_empty())?;
     Ok(searches)
 }
 
@@ -330,9 +330,12 @@ fn searches(study: &Study, out: &Path) -> Result<Vec<Search>, ResultError> {
     systems.filter_map(|system| of_system(system).transpose()).collect()
 }
 
-/// The setting of a system in the tables.
-fn chosen(searches: &[Search], system: Row) -> usize {
-    searches.iter().find(|search| search.system == system).map_or(0, |search| search.chosen)
+/// The setting of a system in the tables; `None` if its search is not finished.
+fn chosen(study: &Study, searches: &[Search], system: Row) -> Option<usize> {
+    if study.settings < 2 {
+        return Some(0);
+    }
+    searches.iter().find(|search| search.system == system).map(|search| search.chosen)
 }
 
 /// The tables of all results in `out` that are of this data set.
@@ -340,17 +343,13 @@ fn write_tables(out: &Path, data: &Dataset, study: &Study, searches: &[Search]) 
     let mut results = RunResult::all(out)?;
     let own = to_json(&study.data);
     results.retain(|result| result.data == own);
-    if study.settings > 1 {
-        let searched = |system| searches.iter().any(|search| search.system == system);
-        for row in Row::all() {
-            if !searched(row) && results.iter().any(|result| result.system == row) {
-                let reason = format!("its search with --tune {} is not finished", study.settings);
-                cli::note(format_args!("{} is not in the tables: {reason}", row.title()));
-            }
+    for row in Row::all().into_iter().filter(|&row| chosen(study, searches, row).is_none()) {
+        if results.iter().any(|result| result.system == row) {
+            let reason = format!("its search with --tune {} is not finished", study.settings);
+            cli::note(format_args!("{} is not in the tables: {reason}", row.title()));
         }
-        results.retain(|result| searched(result.system));
     }
-    results.retain(|result| result.tuned == chosen(searches, result.system));
+    results.retain(|result| chosen(study, searches, result.system) == Some(result.tuned));
     let edges = evaluate::length_edges(data, &study.config.length_edges);
     let report = |part, scores: &[f32]| part_report(data, part, scores, study.config.gauc_compat, &edges);
     let parts = [Part::Test, Part::Valid];

@@ -7,10 +7,10 @@ use dfar::batch::Feedback;
 use dfar::device::Precision;
 use dfar::evaluate::metrics::GaucRule;
 use dfar::model::Initialization;
-use dfar::train::TrainError;
 use dfar::train::config::{ClipMode, DeviceChoice};
 use dfar::train::draw::TrainTargets;
 use dfar::train::negatives::NegativeSource;
+use dfar::train::{Config, TrainError};
 use serde::Serialize;
 use std::path::PathBuf;
 
@@ -154,13 +154,8 @@ impl Flags {
         let mut table = toml::Table::try_from(self)
             .map_err(|e| TrainError::Usage { argument: "flags", reason: e.to_string() })?;
         if let Some(path) = &self.data {
-            // The run may be repeated from another working directory.
-            let path = std::path::absolute(path)
-                .map_err(|e| TrainError::Usage { argument: "--data", reason: e.to_string() })?;
-            let path = path.into_os_string().into_string().map_err(|path| TrainError::Usage {
-                argument: "--data",
-                reason: format!("{} is not UTF-8 and cannot be written to config.toml", path.display()),
-            })?;
+            let path = Config::absolute_data(path)
+                .map_err(|reason| TrainError::Usage { argument: "--data", reason })?;
             table.insert("data".to_owned(), path.into());
         }
         Ok(table)

@@ -332,15 +332,15 @@ fn check(options: &ImportOptions) -> Result<(), DataError> {
     if options.inputs.iter().filter(|input| *input == Path::new("-")).count() > 1 {
         return invalid("input", "-".to_owned(), "is standard input, which can be read only once");
     }
+    if options.output == Path::new("-") {
+        let reason = "is standard output, but a data set is mapped into memory: name a file";
+        return invalid("output", "-".to_owned(), reason);
+    }
     refuse_own_input(options)
 }
 
 /// The output replaces an existing file, which must not be one of the logs.
 fn refuse_own_input(options: &ImportOptions) -> Result<(), DataError> {
-    if options.output == Path::new("-") {
-        let reason = "is standard output, but a data set is mapped into memory: name a file";
-        return Err(DataError::InvalidOption { option: "output", value: "-".to_owned(), reason });
-    }
     match replaced(&options.output, options.inputs.iter().map(PathBuf::as_path)) {
         Some(input) => Err(DataError::InvalidOption {
             option: "output",

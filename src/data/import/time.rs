@@ -1,6 +1,7 @@
 //! The times of a log: numbers in one unit, or dates.
 //!
-//! The unit is decided once for the whole log, after all rows are read, when all times are known. Events are sorted by the numbers as they are, so their order does not depend on the unit.
+//! The unit is decided once for the whole log, after all rows are read, when all times are known.
+//! Events are sorted by the numbers as they are, so their order does not depend on the unit.
 
 use super::TimeUnit;
 use crate::data::{DataError, TimeSighting};

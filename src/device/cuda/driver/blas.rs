@@ -267,8 +267,8 @@ impl Blas {
         Err(CudaError::Blas { action: format!("{gemm:?}"), status: first.unwrap_or(NOT_SUPPORTED) })
     }
 
-    /// Enqueues the products. For a rounded shape, with the algorithm kept for the exact shape or for
-    /// the rounded one; for an exact shape, with one chosen now. One that succeeds is kept.
+    /// Enqueues the products. For a rounded shape, with the algorithm kept for the exact shape or
+    /// for the rounded one; for an exact shape, with one chosen now. One that succeeds is kept.
     ///
     /// # Safety
     /// As [`Blas::gemm`].

@@ -314,7 +314,8 @@ pub(crate) fn resident_blocks(
 /// Launches a kernel on the stream.
 ///
 /// # Safety
-/// As [`Runtime::launch`](crate::device::cuda::runtime::Runtime::launch), for the kernel of `function`.
+/// As [`Runtime::launch`](crate::device::cuda::runtime::Runtime::launch), for the kernel of
+/// `function`.
 pub(crate) unsafe fn launch(
     stream: &CudaStream,
     function: &CudaFunction,

@@ -8,7 +8,7 @@
 //
 // Once every row has a reference, columns that all rows see need no maximum. Their terms are taken
 // relative to the current reference; their sum, needed anyway, then shows whether the reference was
-// high enough (`serves`).
+// high enough (`reference_holds`).
 //
 // The warp branches together, but each row decides alone: its bits do not depend on its neighbours,
 // even on non-finite ones.
@@ -27,8 +27,8 @@ constexpr float LN_2 = 0.6931471805599453f;
 #endif
 
 // 2^x for x from -125 to 127, with a relative error of 7.6e-5. x is clamped to this range. NaN
-// becomes 127, which `serves` rejects. The nearest integer goes to the exponent bits, the remainder
-// through a minimax polynomial.
+// becomes 127, which `reference_holds` rejects. The nearest integer goes to the exponent bits, the
+// remainder through a minimax polynomial.
 __device__ __forceinline__ float exp2_polynomial(float x) {
     constexpr float WHOLE = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
     x = largest(-largest(-x, -127.0f), -125.0f);
@@ -78,7 +78,7 @@ struct OnlineSoftmax {
     // Whether the sums of a tile's terms show that the reference was high enough in all rows of the
     // warp. If not, `slack` becomes the excess that the repetition allows: infinite for rows whose
     // reference was high enough, which thus keep it.
-    static __device__ __forceinline__ bool serves(const float (&tile)[2], float (&slack)[2]) {
+    static __device__ __forceinline__ bool reference_holds(const float (&tile)[2], float (&slack)[2]) {
         if (!any_lane(!(tile[0] <= MOST) || !(tile[1] <= MOST))) return true;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {

@@ -37,7 +37,7 @@ __device__ __forceinline__ bool any_thread(bool x) { return __syncthreads_or(x);
 
 // Returns x, opaque to the compiler: expressions of the result are recomputed at each use instead
 // of occupying registers across a loop.
-__device__ __forceinline__ int unforeseen(int x) {
+__device__ __forceinline__ int opaque(int x) {
     asm volatile("" : "+r"(x));
     return x;
 }

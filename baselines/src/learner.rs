@@ -10,7 +10,7 @@ use dfar::model::{self, AdamOptions, HostTensor, ModelError, StagedBatch, Stager
 use dfar::train::TrainError;
 use std::sync::Arc;
 
-/// A model with its optimiser.
+/// A model with its optimizer.
 pub trait Learner {
     /// Packs batches on other threads.
     type Packer: Sync;

@@ -1,7 +1,7 @@
 //! The systems that DFAR is compared with in Table 2 of its paper: DIN, Caser, GRU4REC, DIEN,
 //! SASRec, THA4Rec, DFN and FeedRec.
 //!
-//! All of them read the batches, draw the negatives, take the optimiser steps and answer the
+//! All of them read the batches, draw the negatives, take the optimizer steps and answer the
 //! evaluation groups of DFAR. A [`System`] is what differs: how the history is encoded, how the
 //! candidate enters, and an auxiliary loss. The head of each file in [`systems`] states the
 //! equations of one. Gradients are derived by hand and checked against float64 cases of an

@@ -9,6 +9,8 @@ mod compare;
 mod flags;
 #[path = "../../src/bin/shared/manual.rs"]
 mod manual;
+#[path = "../../src/bin/shared/output.rs"]
+mod output;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use compare::{Compare, Failure};

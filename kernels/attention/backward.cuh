@@ -10,7 +10,7 @@ template <class E, int D> constexpr int DK_DV_BLOCKS = sizeof(E) == 4 ? (D == 8 
 
 // Whether backward isolates non-finite values from rows that do not see them. f32 with D = 128 has
 // no registers left for it.
-template <class E, int D> constexpr bool MENDED = sizeof(E) == 2 || D < 128;
+template <class E, int D> constexpr bool ISOLATES = sizeof(E) == 2 || D < 128;
 
 // sum += <x, y> over 16 bytes of elements.
 template <class E> __device__ __forceinline__ float add_product(const uint4& x, const uint4& y, float sum) {
@@ -426,9 +426,9 @@ template <class E, int D, bool CAREFUL> __device__ __forceinline__ bool dk_dv(co
     store_accumulator<D>(out, D + 4, dv, 1.0f);
     __syncwarp();
     write_rows<E, D>(p.dv, out, D + 4, keys, key_index);
-    return MENDED<E, D> && any_thread(zero != 0.0f);
+    return ISOLATES<E, D> && any_thread(zero != 0.0f);
 }
 
 template <class E, int D> __device__ __forceinline__ void dk_dv_carefully(const AttentionParams& p) {
-    if constexpr (MENDED<E, D>) dk_dv<E, D, true>(p);
+    if constexpr (ISOLATES<E, D>) dk_dv<E, D, true>(p);
 }

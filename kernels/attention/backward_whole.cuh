@@ -278,31 +278,31 @@ template <class E, int D, bool SUMS> struct WholeBackward {
     template <bool CAREFUL> __device__ __forceinline__ bool run(const AttentionParams& p) const {
         load(p);
         copy_wait();
-        keys.meet(p);
+        keys.sync(p);
         if constexpr (CORRECTED<E> && SUMS) {
             correct(p);
-            keys.meet(p);
+            keys.sync(p);
         }
-        bool spoiled = false;
+        bool non_finite = false;
         for (int head = 0; head < int(keys.problem.key_heads); ++head) {
             const int count = keys.list_length(p, keys.list_of(p, head));
-            for (Pieces piece(p, unforeseen(member)); piece.at * 16 < count; piece.advance()) {
-                spoiled |= take_keys<CAREFUL>(p, head, piece.at * 16);
+            for (Pieces piece(p, opaque(member)); piece.at * 16 < count; piece.advance()) {
+                non_finite |= take_keys<CAREFUL>(p, head, piece.at * 16);
             }
             if (keys.by_label(p)) clear_unlisted(p, head);
         }
         if constexpr (SUMS) {
-            keys.meet(p);
-            spoiled |= write_queries(p);
+            keys.sync(p);
+            non_finite |= write_queries(p);
         }
-        return p.item_warps == 1 ? any_lane(spoiled) : any_thread(spoiled);
+        return p.item_warps == 1 ? any_lane(non_finite) : any_thread(non_finite);
     }
 };
 
 // Not inlined: only sequences with non-finite values call it.
 template <class E, int D, bool SUMS> __device__ __noinline__ void backward_whole_carefully(const AttentionParams& p) {
     const WholeBackward<E, D, SUMS> backward(p, Carve{shared_memory()}, blockDim.x / 32, uniform(warp_index()));
-    backward.keys.meet(p);
+    backward.keys.sync(p);
     backward.template run<true>(p);
 }
 
@@ -408,6 +408,6 @@ template <class E, int D> __device__ __forceinline__ void dq_whole(const Attenti
     const WholeDq<E, D> dq(p, Carve{shared_memory()}, blockDim.x / 32, uniform(warp_index()));
     dq.keys.template load<0>(p);
     copy_wait();
-    dq.keys.meet(p);
+    dq.keys.sync(p);
     if (dq.template take_all<false>(p)) dq_whole_carefully<E, D>(p);
 }

@@ -60,8 +60,8 @@ template <class E, int D, int HEADS, int CHUNKS> struct ShortForward {
 #pragma unroll
         for (int head = 0; head < HEADS; ++head) {
             const int list = keys.list_of(p, head);
-            columns[head] = unforeseen(head < int(problem.key_heads) ? keys.of_list(most, list) : 0);
-            seen_by_all[head] = unforeseen(keys.of_list(least, list));
+            columns[head] = opaque(head < int(problem.key_heads) ? keys.of_list(most, list) : 0);
+            seen_by_all[head] = opaque(keys.of_list(least, list));
         }
         // Whether the pair of element i of a chunk of scores is visible.
         const auto sees = [&](int head, int chunk, int i) {

@@ -27,7 +27,7 @@ __device__ __forceinline__ bool take_seen_tile(float (&acc)[D / 8][4], OnlineSof
         }
         if constexpr (KEPT) round_pairs<E>(pairs[j], s[j]);
     }
-    if (!OnlineSoftmax::serves(sum, slack)) return false;
+    if (!OnlineSoftmax::reference_holds(sum, slack)) return false;
     softmax.sum[0] += sum[0];
     softmax.sum[1] += sum[1];
     if constexpr (KEPT) {
@@ -62,7 +62,7 @@ __device__ __forceinline__ void take_tile(float (&acc)[D / 8][4], OnlineSoftmax&
                     sum[i / 2 % 2] += exp2_fast(exponent<E>(c[i / 4][i % 4], 0.0f, scale, softmax.peak[i / 2 % 2]));
                 }
             }
-            if (seen && OnlineSoftmax::serves(sum, slack)) slack[0] = slack[1] = INF;
+            if (seen && OnlineSoftmax::reference_holds(sum, slack)) slack[0] = slack[1] = INF;
         } else if (seen) {
             const bool taken = kept ? take_seen_tile<E, D, true>(acc, softmax, q, scale, keys, values, slack)
                                     : take_seen_tile<E, D, false>(acc, softmax, q, scale, keys, values, slack);

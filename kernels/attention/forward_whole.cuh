@@ -37,7 +37,7 @@ template <class E, int D> struct WholeForward {
         const unsigned own[2] = {shuffle_from(visible, lane >> 2), shuffle_from(visible, (lane >> 2) + 8)};
         __syncwarp();
         Rows<E, D, !CAREFUL> q;
-        q.set(q_tile + unforeseen(0));
+        q.set(q_tile + opaque(0));
 
         const Scale<E> scale(p);
         OnlineSoftmax softmax;
@@ -80,6 +80,6 @@ template <class E, int D> __device__ __forceinline__ void forward_whole(const At
     const WholeForward<E, D> forward(p, Carve{shared_memory()}, blockDim.x / 32, uniform(warp_index()));
     forward.keys.template load<0>(p);
     copy_wait();
-    forward.keys.meet(p);
+    forward.keys.sync(p);
     if (forward.template take_all<false>(p)) forward_whole_carefully<E, D>(p);
 }

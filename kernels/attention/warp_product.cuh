@@ -26,7 +26,7 @@ template <> struct Exponent<bf16> { static constexpr unsigned BITS = 0x7f807f80,
 template <> struct Exponent<f16> { static constexpr unsigned BITS = 0x7c007c00, STEP = 0x04000400, SIGN = 0x80008000; };
 
 // Whether any element in these 16 bytes is non-finite.
-template <class E> __device__ __forceinline__ bool is_spoiled(const uint4& x) {
+template <class E> __device__ __forceinline__ bool has_non_finite(const uint4& x) {
     using X = Exponent<E>;
     const unsigned all = ((x.x & X::BITS) + X::STEP) | ((x.y & X::BITS) + X::STEP) | ((x.z & X::BITS) + X::STEP) |
                          ((x.w & X::BITS) + X::STEP);
@@ -34,14 +34,14 @@ template <class E> __device__ __forceinline__ bool is_spoiled(const uint4& x) {
 }
 
 // Bit mask of those of 16 rows that hold a non-finite element.
-template <class E, int D> __device__ __forceinline__ unsigned spoiled_rows(const E* tile) {
+template <class E, int D> __device__ __forceinline__ unsigned non_finite_rows(const E* tile) {
     using T = Tile<E, D>;
     const E* const row = tile + (lane_index() & 15) * T::STRIDE;
-    bool spoiled = false;
+    bool non_finite = false;
     for (int chunk = lane_index() >> 4; chunk < T::CHUNKS; chunk += 2) {
-        spoiled |= is_spoiled<E>(*reinterpret_cast<const uint4*>(row + chunk * T::PER_CHUNK));
+        non_finite |= has_non_finite<E>(*reinterpret_cast<const uint4*>(row + chunk * T::PER_CHUNK));
     }
-    const unsigned rows = ballot(spoiled);
+    const unsigned rows = ballot(non_finite);
     return (rows | rows >> 16) & 0xffff;
 }
 
@@ -198,11 +198,11 @@ template <bool TRANSPOSED> __device__ __forceinline__ void exchange(float* scrat
     __syncwarp();
 }
 
-// acc += exchanged c times COUNT * 8 columns of the tile. CAREFUL: `spoiled` rows of the tile count
-// as zeros.
+// acc += exchanged c times COUNT * 8 columns of the tile. CAREFUL: `non_finite` rows of the tile
+// count as zeros.
 template <int COUNT, bool CAREFUL>
 __device__ __forceinline__ void accumulate_exchanged(float (&acc)[COUNT][4], const float* scratch, const float* tile, int stride,
-                                                     unsigned spoiled) {
+                                                     unsigned non_finite) {
     const int lane = lane_index(), row = lane >> 2, column = (lane & 3) * 2;
 #pragma unroll 4
     for (int k = 0; k < 16; ++k) {
@@ -211,7 +211,7 @@ __device__ __forceinline__ void accumulate_exchanged(float (&acc)[COUNT][4], con
 #pragma unroll
         for (int n = 0; n < COUNT; ++n) {
             float2 b = *reinterpret_cast<const float2*>(tile + k * stride + n * 8 + column);
-            if (CAREFUL && spoiled >> k & 1) b = make_float2(0.0f, 0.0f);
+            if (CAREFUL && non_finite >> k & 1) b = make_float2(0.0f, 0.0f);
             acc[n][0] = multiply_add(low, b.x, acc[n][0]);
             acc[n][1] = multiply_add(low, b.y, acc[n][1]);
             acc[n][2] = multiply_add(high, b.x, acc[n][2]);
@@ -226,14 +226,14 @@ template <class E> __device__ __forceinline__ void round_pairs(unsigned (&a)[4],
     for (int i = 0; i < 4; ++i) a[i] = pack<E>(c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]);
 }
 
-// `load_matrices_transposed`. CAREFUL: `spoiled` rows of the tile count as zeros.
+// `load_matrices_transposed`. CAREFUL: `non_finite` rows of the tile count as zeros.
 template <bool CAREFUL, int COUNT>
-__device__ __forceinline__ void load_rows(unsigned (&b)[COUNT], const void* row, unsigned spoiled) {
+__device__ __forceinline__ void load_rows(unsigned (&b)[COUNT], const void* row, unsigned non_finite) {
     load_matrices_transposed(b, row);
     if constexpr (CAREFUL) {
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
-            const unsigned two = spoiled >> ((lane_index() & 3) * 2 + i % 2 * 8);
+            const unsigned two = non_finite >> ((lane_index() & 3) * 2 + i % 2 * 8);
             b[i] &= (two & 1 ? 0 : 0x0000ffffu) | (two & 2 ? 0 : 0xffff0000u);
         }
     }
@@ -241,18 +241,18 @@ __device__ __forceinline__ void load_rows(unsigned (&b)[COUNT], const void* row,
 
 // acc += a tile, where `a` comes from `round_pairs`.
 template <class E, int D, bool CAREFUL = false>
-__device__ __forceinline__ void accumulate_pairs(float (&acc)[D / 8][4], const unsigned (&a)[4], const E* tile, unsigned spoiled = 0) {
+__device__ __forceinline__ void accumulate_pairs(float (&acc)[D / 8][4], const unsigned (&a)[4], const E* tile, unsigned non_finite = 0) {
     const int lane = lane_index();
     const E* at = tile + (lane & 15) * Tile<E, D>::STRIDE;
     if constexpr (D == 8) {
         unsigned b[2];
-        load_rows<CAREFUL>(b, at, spoiled);
+        load_rows<CAREFUL>(b, at, non_finite);
         multiply<E>(acc[0], a, b[0], b[1]);
     } else {
 #pragma unroll
         for (int n = 0; n < D / 16; ++n) {
             unsigned b[4];
-            load_rows<CAREFUL>(b, at + n * 16 + (lane >> 4) * 8, spoiled);
+            load_rows<CAREFUL>(b, at + n * 16 + (lane >> 4) * 8, non_finite);
             multiply<E>(acc[2 * n], a, b[0], b[1]);
             multiply<E>(acc[2 * n + 1], a, b[2], b[3]);
         }
@@ -262,14 +262,14 @@ __device__ __forceinline__ void accumulate_pairs(float (&acc)[D / 8][4], const u
 // `scratch`: SCRATCH<E> floats of this warp.
 template <class E, int D, bool CAREFUL = false>
 __device__ __forceinline__ void accumulate(float (&acc)[D / 8][4], const float (&c)[2][4], const E* tile, float* scratch,
-                                           unsigned spoiled = 0) {
+                                           unsigned non_finite = 0) {
     if constexpr (sizeof(E) == 4) {
         exchange<false>(scratch, c);
-        accumulate_exchanged<D / 8, CAREFUL>(acc, scratch, tile, Tile<E, D>::STRIDE, spoiled);
+        accumulate_exchanged<D / 8, CAREFUL>(acc, scratch, tile, Tile<E, D>::STRIDE, non_finite);
     } else {
         unsigned a[4];
         round_pairs<E>(a, c);
-        accumulate_pairs<E, D, CAREFUL>(acc, a, tile, spoiled);
+        accumulate_pairs<E, D, CAREFUL>(acc, a, tile, non_finite);
     }
 }
 
@@ -278,13 +278,13 @@ __device__ __forceinline__ void accumulate(float (&acc)[D / 8][4], const float (
 // visible.
 template <class E, int D, class Sees>
 __device__ __forceinline__ void accumulate_carefully(float (&acc)[D / 8][4], float (&c)[2][4], const E* tile, float* scratch, Sees sees) {
-    const unsigned spoiled = spoiled_rows<E, D>(tile);
+    const unsigned non_finite = non_finite_rows<E, D>(tile);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
         const int column = i / 4 * 8 + (lane_index() & 3) * 2 + i % 2;
-        if (spoiled >> column & 1) c[i / 4][i % 4] = sees(i) ? NOT_A_NUMBER : 0.0f;
+        if (non_finite >> column & 1) c[i / 4][i % 4] = sees(i) ? NOT_A_NUMBER : 0.0f;
     }
-    accumulate<E, D, true>(acc, c, tile, scratch, spoiled);
+    accumulate<E, D, true>(acc, c, tile, scratch, non_finite);
 }
 
 // sums[16 x D] += c[16 x 16]^T tile[16 x D], with sums in shared memory. A fixed lane owns each
@@ -292,7 +292,7 @@ __device__ __forceinline__ void accumulate_carefully(float (&acc)[D / 8][4], flo
 // no more registers.
 template <class E, int D, bool CAREFUL = false>
 __device__ __forceinline__ void accumulate_transposed(float* sums, int stride, const float (&c)[2][4], const E* tile,
-                                                      float* scratch, unsigned spoiled = 0) {
+                                                      float* scratch, unsigned non_finite = 0) {
     constexpr int STRIDE = Tile<E, D>::STRIDE, MOST = sizeof(E) == 4 ? 4 : 2, COUNT = D / 8 < MOST ? D / 8 : MOST;
     const int lane = lane_index(), column = (lane & 3) * 2;
     unsigned a[4];
@@ -315,14 +315,14 @@ __device__ __forceinline__ void accumulate_transposed(float* sums, int stride, c
             acc[m][0] = low.x, acc[m][1] = low.y, acc[m][2] = high.x, acc[m][3] = high.y;
         }
         if constexpr (sizeof(E) == 4) {
-            accumulate_exchanged<COUNT, CAREFUL>(acc, scratch, tile + n * 8, STRIDE, spoiled);
+            accumulate_exchanged<COUNT, CAREFUL>(acc, scratch, tile + n * 8, STRIDE, non_finite);
         } else if constexpr (COUNT == 1) {
             unsigned b[2];
-            load_rows<CAREFUL>(b, tile + (lane & 15) * STRIDE, spoiled);
+            load_rows<CAREFUL>(b, tile + (lane & 15) * STRIDE, non_finite);
             multiply<E>(acc[0], a, b[0], b[1]);
         } else {
             unsigned b[4];
-            load_rows<CAREFUL>(b, tile + (lane & 15) * STRIDE + n * 8 + (lane >> 4) * 8, spoiled);
+            load_rows<CAREFUL>(b, tile + (lane & 15) * STRIDE + n * 8 + (lane >> 4) * 8, non_finite);
             multiply<E>(acc[0], a, b[0], b[1]);
             multiply<E>(acc[1], a, b[2], b[3]);
         }
@@ -338,12 +338,12 @@ __device__ __forceinline__ void accumulate_transposed(float* sums, int stride, c
 template <class E, int D, class Sees>
 __device__ __forceinline__ void accumulate_transposed_carefully(float* sums, int stride, float (&c)[2][4], const E* tile, float* scratch,
                                                                 Sees sees) {
-    const unsigned spoiled = spoiled_rows<E, D>(tile);
+    const unsigned non_finite = non_finite_rows<E, D>(tile);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        if (spoiled >> ((lane_index() >> 2) + i / 2 % 2 * 8) & 1) c[i / 4][i % 4] = sees(i) ? NOT_A_NUMBER : 0.0f;
+        if (non_finite >> ((lane_index() >> 2) + i / 2 % 2 * 8) & 1) c[i / 4][i % 4] = sees(i) ? NOT_A_NUMBER : 0.0f;
     }
-    accumulate_transposed<E, D, true>(sums, stride, c, tile, scratch, spoiled);
+    accumulate_transposed<E, D, true>(sums, stride, c, tile, scratch, non_finite);
 }
 
 // Adds 0 times the first accumulator row of this thread to `zero`, which becomes NaN if an element

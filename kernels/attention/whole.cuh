@@ -87,7 +87,7 @@ template <class E, int D> struct WholeKeys {
     }
 
     // Barrier for the warps that share the sequence.
-    __device__ __forceinline__ void meet(const AttentionParams& p) const {
+    __device__ __forceinline__ void sync(const AttentionParams& p) const {
         if (p.item_warps == 1) __syncwarp();
         else __syncthreads();
     }

@@ -1,4 +1,4 @@
-// Backward of the perceptron. A block of four warps takes an item; a warp takes one pair at a time.
+// Backward of the MLP. A block of four warps takes an item; a warp takes one pair at a time.
 //
 // In a round each warp recomputes the activations of a pair, computes their gradients, and stages
 // them in shared memory: 64 rows in all. Each warp writes the pair's sums over its 16 tokens. From
@@ -118,7 +118,7 @@ __device__ __forceinline__ float lanes_sum(float x) {
 
 __device__ constexpr int quads_of_thread(int quads) { return (quads + THREADS - 1) / THREADS; }
 
-__device__ __forceinline__ void perceptron_backward(const PerceptronParams& p) {
+__device__ __forceinline__ void mlp_backward(const MlpParams& p) {
     Carve carve{shared_memory()};
     const Weights weights(carve, p);
     const LaneTile<D> a{carve.take<float>(LaneTile<D>::FLOATS)};

@@ -1,4 +1,4 @@
-// Layers of the target perceptron for 16 scores at a time: one pair by 16 consecutive tokens.
+// Layers of the target MLP for 16 scores at a time: one pair by 16 consecutive tokens.
 //
 // A warp keeps activations in the accumulators of mma.sync (primitives.cuh); those of one layer are
 // the left operand of the next. Columns are permuted within groups of 16: the lanes at position q
@@ -267,7 +267,7 @@ __device__ __forceinline__ float4 row_sums(const float (&c)[2][4], const T* rows
 
 // ----------------------------------------------------------------------------------------- weights
 
-// Weights of the perceptron in shared memory, by position, padded with zeros to the compiled sizes.
+// Weights of the MLP in shared memory, by position, padded with zeros to the compiled sizes.
 struct Weights {
     E* product;  // [D, H0], H0_STRIDE per row: the block P of the first layer
     E* second;   // [H0, H1], H1_STRIDE per row

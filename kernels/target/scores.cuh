@@ -1,4 +1,4 @@
-// The forward pass of the perceptron; work items and arguments of both directions.
+// The forward pass of the MLP; work items and arguments of both directions.
 #pragma once
 #include "target/layers.cuh"
 
@@ -23,7 +23,7 @@ struct Pair {
 static_assert(sizeof(Pair) == 16, "mirrored by src/device/cuda/plan/target.rs");
 
 // Arguments of forward and backward. N tokens, C pairs, S scores; padded sizes D, H0, H1.
-struct PerceptronParams {
+struct MlpParams {
     const void* items;    // [item_count] Item
     const void* pairs;    // [C] Pair
     const float* a;       // [N, width]
@@ -44,7 +44,7 @@ struct PerceptronParams {
     unsigned blocks;      // gridDim.x
     float slope;          // what a score loses for each later token of its pair
 };
-static_assert(sizeof(PerceptronParams) == 152, "mirrored by src/device/cuda/plan/target_params.rs");
+static_assert(sizeof(MlpParams) == 152, "mirrored by src/device/cuda/plan/target_params.rs");
 
 __device__ __forceinline__ Item read_item(const void* items, unsigned index) {
     const uint4 raw = static_cast<const uint4*>(items)[index];
@@ -91,7 +91,7 @@ constexpr int AT_ONCE = 2;
 
 // e = relu(relu(z + c + (a * r) P) W1 + b1) . w2 + b2 - slope * later, one warp per item. `later` is
 // the number of later tokens of the pair.
-__device__ __forceinline__ void scores(const PerceptronParams& p) {
+__device__ __forceinline__ void scores(const MlpParams& p) {
     Carve carve{shared_memory()};
     const Weights weights(carve, p);
     const int warp = warp_index(), lane = lane_index();

@@ -1,4 +1,4 @@
-// Before the perceptron: combines the blocks of the first layer's weight. After it: adds the
+// Before the MLP: combines the blocks of the first layer's weight. After it: adds the
 // partial sums of backward by item, unit and block.
 #pragma once
 #include "target/softmax.cuh"

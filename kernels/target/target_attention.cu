@@ -1,4 +1,4 @@
-// Target attention (docs/mathematics.md, section 2): a perceptron 4D -> H0 -> H1 -> 1 scores
+// Target attention (docs/mathematics.md, section 2): an MLP 4D -> H0 -> H1 -> 1 scores
 // (history token, candidate) pairs; a softmax over each row's history weighs its tokens.
 //
 // MATHEMATICS. With the blocks A, R, S, P of the first layer's weight,
@@ -26,7 +26,7 @@ KERNEL_FOR_BOTH(target_combine, CombineParams, SUM_THREADS) { combine(p); }
 // ----------------------------------------------------------------------------------------- forward
 
 // Writes e.
-KERNEL(target_scores, PerceptronParams, THREADS, 2) { scores(p); }
+KERNEL(target_scores, MlpParams, THREADS, 2) { scores(p); }
 // Writes att and lse from s and e.
 KERNEL_FOR_BOTH(target_softmax, SoftmaxParams, ROW_THREADS) { softmax(p); }
 
@@ -35,7 +35,7 @@ KERNEL_FOR_BOTH(target_softmax, SoftmaxParams, ROW_THREADS) { softmax(p); }
 // Writes de, adds to ds.
 KERNEL(target_softmax_backward, SoftmaxParams, ROW_THREADS) { softmax_backward(p); }
 // Writes token_sums, pair_sums, weight_sums.
-KERNEL(target_backward, PerceptronParams, THREADS, 2) { perceptron_backward(p); }
+KERNEL(target_backward, MlpParams, THREADS, 2) { mlp_backward(p); }
 // Write dZ and part of da from token_sums; dc and part of dr from pair_sums.
 KERNEL_FOR_BOTH(target_sum_tokens, SumParams, SUM_THREADS) { sum_tokens(p); }
 KERNEL_FOR_BOTH(target_sum_pairs, SumParams, SUM_THREADS) { sum_pairs(p); }

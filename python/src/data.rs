@@ -126,12 +126,12 @@ fn index(name: &str, value: usize, count: usize) -> PyResult<u32> {
     Err(PyIndexError::new_err(format!("{name} is {value}, but there are {count}")))
 }
 
-/// Reads `kind`, `train_share` and `valid_share`.
-pub fn split(kind: &str, train: f64, valid: f64) -> PyResult<Split> {
-    match kind {
+/// The split of this name, with the usual shares.
+pub fn split(name: &str) -> PyResult<Split> {
+    match name {
         "leave-last" => Ok(Split::LeaveLast),
-        "temporal" => Ok(Split::Temporal { train, valid }),
-        "by-user" => Ok(Split::ByUser { train, valid }),
+        "temporal" => Ok(Split::TEMPORAL),
+        "by-user" => Ok(Split::BY_USER),
         other => Err(PyValueError::new_err(format!(
             "split is '{other}', but must be 'leave-last', 'temporal' or 'by-user'"
         ))),
@@ -152,7 +152,7 @@ pub fn make_synthetic(
     negatives: usize,
     split: &str,
 ) -> PyResult<()> {
-    let split = self::split(split, 0.8, 0.1)?;
+    let split = self::split(split)?;
     let options = SyntheticOptions { users, items, events_per_user, seed, negatives, split };
     py.detach(|| threads::install(|| synthetic::write(&options, &path)))?.map_err(python)?;
     Ok(())

@@ -8,7 +8,7 @@ use arrow_array::ffi_stream::{FFI_ArrowArrayStream, RecordBatchStreamReader};
 use arrow_ipc::writer::StreamWriter;
 use dfar::data::candidates::CandidateOptions;
 use dfar::data::import::{self, ColumnOptions, ImportOptions, Liked, LogFormat, Progress, TimeUnit};
-use dfar::data::{BadRow, CountedRecords, KCore, Repeats, Split};
+use dfar::data::{BadRow, CountedRecords, KCore, Repeats};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyCapsule;
@@ -85,16 +85,13 @@ pub fn import_log(
         None => format.counted_records(),
     };
     options.k_core = (k_core > 0).then_some(KCore { k: k_core, on, until_stable: k_core_until_stable });
-    let [train, valid] = [train_share.unwrap_or(0.8), valid_share.unwrap_or(0.1)];
-    options.split = match split {
-        Some(kind) => self::split(kind, train, valid)?,
-        None => options.split.with_shares(train, valid),
-    };
-    if train_share.or(valid_share).is_some() && options.split == Split::LeaveLast {
-        let reason = "train_share and valid_share are for split='temporal' and 'by-user'; \
-                      this split is 'leave-last'";
-        return Err(PyValueError::new_err(reason));
-    }
+    let split = split.map_or(Ok(options.split), self::split)?;
+    options.split = split.with_shares(train_share, valid_share).ok_or_else(|| {
+        PyValueError::new_err(
+            "train_share and valid_share are for split='temporal' and 'by-user'; this split is \
+             'leave-last'",
+        )
+    })?;
     options.candidates = CandidateOptions { negatives, exclude_seen, seed };
     if !(1..=1 << 20).contains(&sort_memory) {
         return Err(PyValueError::new_err(format!("sort_memory is {sort_memory}, but must be 1 to 1048576")));

@@ -67,6 +67,11 @@ pub enum Split {
 }
 
 impl Split {
+    /// [`Split::Temporal`] with the usual shares: 0.8, 0.1, and the rest for testing.
+    pub const TEMPORAL: Split = Split::Temporal { train: 0.8, valid: 0.1 };
+    /// [`Split::ByUser`] with the usual shares.
+    pub const BY_USER: Split = Split::ByUser { train: 0.8, valid: 0.1 };
+
     /// Checks the shares.
     pub(super) fn check(&self) -> Result<(), DataError> {
         match *self {
@@ -77,13 +82,18 @@ impl Split {
         }
     }
 
-    /// The same kind of split with other shares ([`Split::LeaveLast`] has none).
-    pub fn with_shares(self, train: f64, valid: f64) -> Split {
-        match self {
-            Split::LeaveLast => Split::LeaveLast,
-            Split::Temporal { .. } => Split::Temporal { train, valid },
-            Split::ByUser { .. } => Split::ByUser { train, valid },
+    /// The split with the given shares in place of its own. None: shares were given, but
+    /// [`Split::LeaveLast`] has none.
+    pub fn with_shares(mut self, new_train: Option<f64>, new_valid: Option<f64>) -> Option<Split> {
+        match &mut self {
+            Split::LeaveLast if new_train.or(new_valid).is_some() => return None,
+            Split::LeaveLast => {}
+            Split::Temporal { train, valid } | Split::ByUser { train, valid } => {
+                *train = new_train.unwrap_or(*train);
+                *valid = new_valid.unwrap_or(*valid);
+            }
         }
+        Some(self)
     }
 }
 

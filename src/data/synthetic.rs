@@ -25,6 +25,7 @@ use super::assemble::{Scorer, Workplace, assemble};
 use super::external_sort::RecordWriter;
 use super::log::{Event, Log};
 use super::names::Names;
+use super::writer::check_output;
 use super::{Candidates, DataError, Made, Protocol, Repeats, Source, Split, Weighting};
 use crate::replacement::folder_of;
 use rand::{RngExt, SeedableRng};
@@ -80,7 +81,7 @@ impl Default for SyntheticOptions {
             events_per_user: 50.0,
             seed: 1,
             negatives: 9,
-            split: Split::Temporal { train: 0.8, valid: 0.1 },
+            split: Split::TEMPORAL,
         }
     }
 }
@@ -88,6 +89,7 @@ impl Default for SyntheticOptions {
 /// Makes a data set file.
 pub fn write(options: &SyntheticOptions, path: impl AsRef<Path>) -> Result<Made, DataError> {
     let path = path.as_ref();
+    check_output(path)?;
     let folder = folder_of(path);
     let process = Process::new(options)?;
     let mut events = RecordWriter::new(folder);

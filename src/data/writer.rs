@@ -13,6 +13,18 @@ use tempfile::SpooledTempFile;
 /// A section up to this size stays in memory.
 const SPOOL_BYTES: usize = 1 << 18;
 
+/// Refuses standard output.
+pub(super) fn check_output(path: &Path) -> Result<(), DataError> {
+    if path != Path::new("-") {
+        return Ok(());
+    }
+    Err(DataError::InvalidOption {
+        option: "output",
+        value: "-".to_owned(),
+        reason: "is standard output, but a data set is mapped into memory: name a file",
+    })
+}
+
 /// The sections written so far.
 #[derive(Debug)]
 pub(super) struct Writer {

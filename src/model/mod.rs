@@ -1,4 +1,4 @@
-//! DFAR: parameters, forward and backward pass, loss and optimiser, for every device.
+//! DFAR: parameters, forward and backward pass, loss and optimizer, for every device.
 
 #[doc(hidden)]
 pub mod block;
@@ -30,7 +30,7 @@ use parameters::Layout;
 use std::sync::Arc;
 use tensors::Tensors;
 
-/// A named parameter, gradient or optimiser moment on the host.
+/// A named parameter, gradient or optimizer moment on the host.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HostTensor {
     /// E.g. `encoder.q.w`.
@@ -54,7 +54,7 @@ pub struct StepLoss {
     pub idl: f64,
     /// Half the sum of squares of the embedding rows of the batch.
     pub l2: f64,
-    /// Norm of all gradients before clipping; 0 if the optimiser did not run.
+    /// Norm of all gradients before clipping; 0 if the optimizer did not run.
     pub gradient_norm: f64,
 }
 

@@ -37,7 +37,7 @@ impl StepPart {
             Self::Dual => "dual",
             Self::TargetAttention => "target attention",
             Self::Towers => "towers",
-            Self::Optimizer => "optimiser",
+            Self::Optimizer => "optimizer",
         }
     }
 }

@@ -42,7 +42,7 @@ impl<D: Device> PendingStep<D> {
     ///
     /// # Errors
     /// [`ModelError::NonFinite`] names a non-finite loss or gradient: the device has refused the
-    /// step, and the optimiser no longer counts it. [`ModelError::Refused`] for a step in flight
+    /// step, and the optimizer no longer counts it. [`ModelError::Refused`] for a step in flight
     /// behind it. Failures of the device.
     pub fn finish(self, optimizer: &mut Optimizer<D>) -> Result<StepLoss, ModelError> {
         if self.refusals != optimizer.refusals {

@@ -11,7 +11,7 @@ use std::path::Path;
 
 const CHECKPOINT: &str = "checkpoint";
 const MODEL: &str = "model";
-/// Prefix of the optimiser's tensors.
+/// Prefix of the optimizer's tensors.
 const ADAM: &str = "adam.";
 const ITEM_NAMES: &str = "vocabulary.items.names";
 const ITEM_NAME_ENDS: &str = "vocabulary.items.ends";
@@ -171,7 +171,7 @@ pub struct State {
     pub epoch: usize,
     /// Batches of the current epoch completed.
     pub batch: usize,
-    /// Optimiser steps taken.
+    /// Optimizer steps taken.
     pub steps: u64,
     /// Sums of the current epoch.
     pub sums: EpochSums,

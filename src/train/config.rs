@@ -450,7 +450,7 @@ impl Config {
         if self.workers == 0 { device.default_workers() } else { self.workers }
     }
 
-    /// The options of the optimiser.
+    /// The options of the optimizer.
     pub fn adam(&self) -> AdamOptions {
         let norm = self.max_grad_norm as f32;
         let clip = match self.clip {

@@ -17,7 +17,7 @@ pub struct Results {
 
 /// The tensor with a non-finite value.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Spoiled {
+enum Poisoned {
     Q,
     K,
     V,
@@ -26,14 +26,14 @@ enum Spoiled {
 
 /// Tokens of a sequence of `tokens` whose (`o`, `lse`, `dq`, `dk`, `dv`) depend on a non-finite
 /// token `at`, as in docs/kernels/attention.md.
-fn may_show(spoiled: Spoiled, causal: bool, at: usize, tokens: usize) -> [Range<usize>; 5] {
+fn may_show(poisoned: Poisoned, causal: bool, at: usize, tokens: usize) -> [Range<usize>; 5] {
     let (none, own, all) = (0..0, at..at + 1, 0..tokens);
     let (later, earlier) = if causal { (at..tokens, 0..at + 1) } else { (all.clone(), all.clone()) };
-    match spoiled {
-        Spoiled::Q => [own.clone(), own.clone(), own, earlier.clone(), earlier],
-        Spoiled::K => [later.clone(), later.clone(), later, all.clone(), all],
-        Spoiled::V => [later.clone(), none.clone(), later, all, none],
-        Spoiled::DO => [none.clone(), none, own, earlier.clone(), earlier],
+    match poisoned {
+        Poisoned::Q => [own.clone(), own.clone(), own, earlier.clone(), earlier],
+        Poisoned::K => [later.clone(), later.clone(), later, all.clone(), all],
+        Poisoned::V => [later.clone(), none.clone(), later, all, none],
+        Poisoned::DO => [none.clone(), none, own, earlier.clone(), earlier],
     }
 }
 
@@ -61,7 +61,7 @@ pub fn check_propagation(
         run(&options, Inputs { q, k, v, cu_seqlens: &cu_seqlens, label: &label }, d_o)
     };
     let (clean, start) = (run(&tensors), lengths[..sequence].iter().sum::<usize>());
-    for spoiled in [Spoiled::Q, Spoiled::K, Spoiled::V, Spoiled::DO] {
+    for poisoned in [Poisoned::Q, Poisoned::K, Poisoned::V, Poisoned::DO] {
         // All features of the token, or one feature per head.
         for (bad, step) in [
             (f32::NAN, 1),
@@ -70,11 +70,11 @@ pub fn check_propagation(
             (f32::NEG_INFINITY, 1),
         ] {
             let mut tensors = tensors.clone();
-            let row = if spoiled == Spoiled::DO { out } else { width };
-            let values = &mut tensors[spoiled as usize][(start + at) * row..][..row];
+            let row = if poisoned == Poisoned::DO { out } else { width };
+            let values = &mut tensors[poisoned as usize][(start + at) * row..][..row];
             values.iter_mut().skip(step - 1).step_by(step).for_each(|x| *x = bad);
             let results = run(&tensors);
-            let name = format!("{bad} in each {step} of {spoiled:?}, {options:?} {lengths:?}");
+            let name = format!("{bad} in each {step} of {poisoned:?}, {options:?} {lengths:?}");
             let [dq, dk, dv] = &results.gradients;
             let [clean_dq, clean_dk, clean_dv] = &clean.gradients;
             let tensors = [
@@ -84,7 +84,7 @@ pub fn check_propagation(
                 ("dk", dk, clean_dk, width),
                 ("dv", dv, clean_dv, width),
             ];
-            let may_show = may_show(spoiled, options.causal, at, lengths[sequence]);
+            let may_show = may_show(poisoned, options.causal, at, lengths[sequence]);
             for ((tensor, x, clean, row), may_show) in tensors.into_iter().zip(may_show) {
                 let mut shows = false;
                 for (token, (x, clean)) in x.chunks(row).zip(clean.chunks(row)).enumerate() {

@@ -77,7 +77,7 @@ fn floors_are_predicted_without_a_gpu() {
     for word in [
         "H200 SXM, by its datasheet",
         "target attention",
-        "optimiser",
+        "optimizer",
         "floor us",
         "host link",
         "3 us each by assumption",

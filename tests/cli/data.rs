@@ -260,6 +260,7 @@ fn synth_prints_the_ceiling() {
     assert!((4500..7500).contains(&events), "{events}");
     assert_eq!(json["protocol"]["synthetic"]["seed"], 4);
     assert!(succeeds(&["info", &output]).0.contains("ceiling"));
+    assert!(fails(&["synth", "--output", "-"], 2).contains("name a file"));
     let err = fails(&["synth", "--users", "0", "--output", &output], 2);
     assert!(err.contains("users"), "{err}");
 }

@@ -5,6 +5,7 @@ mod progress;
 
 use crate::cli;
 use crate::flags::Flags;
+use crate::output::Output;
 use clap::Args;
 use dfar::batch::Feedback;
 use dfar::data::{Dataset, Part};
@@ -72,6 +73,8 @@ pub struct Compare {
     config: Option<PathBuf>,
     #[command(flatten)]
     flags: Flags,
+    #[command(flatten)]
+    output: Output,
 }
 
 /// Keys of a configuration that a comparison does not use, with their flags. They may be in a file
@@ -176,7 +179,7 @@ pub fn run(arguments: &Compare) -> Result<(), Failure> {
             execute(&study, &data, arguments, &gpu)
         }
     }?;
-    write_tables(&arguments.out, &data, &study, &searches)
+    write_tables(arguments, &data, &study, &searches)
 }
 
 impl Compare {
@@ -277,7 +280,7 @@ fn execute<D: SystemDevice>(
     for result in known.iter().filter(|result| result.data == own) {
         result.check_study(&study.run(result.system, Variant::Full, result.tuned, result.seed), out)?;
     }
-    let progress = Progress::new(jobs.jobs, &planned, &known);
+    let progress = Progress::new(arguments.output, jobs.jobs, &planned, &known);
     let execute = |runs: &[Identity], names_finished: bool| -> Result<(), Failure> {
         let (finished, left) = unfinished(runs.iter(), out)?;
         for run in finished.iter().filter(|_| names_finished) {
@@ -339,7 +342,13 @@ fn chosen(study: &Study, searches: &[Search], system: Row) -> Option<usize> {
 }
 
 /// The tables of all results in `out` that are of this data set.
-fn write_tables(out: &Path, data: &Dataset, study: &Study, searches: &[Search]) -> Result<(), Failure> {
+fn write_tables(
+    arguments: &Compare,
+    data: &Dataset,
+    study: &Study,
+    searches: &[Search],
+) -> Result<(), Failure> {
+    let out = &arguments.out;
     let mut results = RunResult::all(out)?;
     let own = to_json(&study.data);
     results.retain(|result| result.data == own);
@@ -359,17 +368,17 @@ fn write_tables(out: &Path, data: &Dataset, study: &Study, searches: &[Search]) 
     };
     let head_pairs = head_pairs(out, data, &study.config, &results)?;
     let table = Table::new(&results, references, searches.to_vec(), head_pairs);
-    let markdown = markdown(&table);
+    let (markdown, json) = (markdown(&table), format!("{:#}\n", to_json(&table)));
     let (title, about) = about(data, &study.data);
     for (name, text) in [
         ("table.md", &markdown),
         ("table.csv", &csv(&table)),
-        ("table.json", &format!("{:#}\n", to_json(&table))),
+        ("table.json", &json),
         ("index.html", &page(&table, &title, &about)),
     ] {
         replace_bytes(&out.join(name), text.as_bytes()).map_err(TrainError::from)?;
     }
-    Ok(cli::print(&markdown)?)
+    Ok(cli::print(if arguments.output.json { &json } else { &markdown })?)
 }
 
 /// Figure 4: the attention of DFAR and of DFAR without FHA, from the models of their runs.

@@ -2,15 +2,16 @@
 //! lines.
 
 use crate::cli::note;
+use crate::output::Output;
 use dfar_baselines::fit::Epoch;
 use dfar_baselines::results::{Identity, Row, RunResult};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
-use std::io::IsTerminal;
 use std::sync::Mutex;
 use std::time::Instant;
 
 /// Reports the progress of a plan.
 pub struct Progress {
+    quiet: bool,
     bars: Option<Bars>,
     clock: Mutex<Clock>,
 }
@@ -23,8 +24,8 @@ struct Bars {
 
 impl Progress {
     /// For `runs` on this many jobs. `known` are results of the past, for the time left.
-    pub fn new(jobs: usize, runs: &[Identity], known: &[RunResult]) -> Self {
-        let bars = std::io::stderr().is_terminal().then(|| Bars::new(jobs, runs.len()));
+    pub fn new(output: Output, jobs: usize, runs: &[Identity], known: &[RunResult]) -> Self {
+        let bars = output.has_bars().then(|| Bars::new(jobs, runs.len()));
         let mut clock = Clock {
             left: runs.iter().map(|run| run.system).collect(),
             running: vec![None; jobs],
@@ -32,7 +33,7 @@ impl Progress {
             total: runs.len(),
         };
         clock.seconds.retain(|(_, seconds)| seconds.is_finite());
-        Self { bars, clock: Mutex::new(clock) }
+        Self { quiet: output.quiet, bars, clock: Mutex::new(clock) }
     }
 
     /// A run begins on a job.
@@ -81,6 +82,7 @@ impl Progress {
     pub fn line(&self, text: &str) {
         let print = || note(text);
         match &self.bars {
+            _ if self.quiet => {}
             Some(bars) => bars.all.suspend(print),
             None => print(),
         }

@@ -249,6 +249,15 @@ fn a_directory_in_use_is_refused() {
 }
 
 #[test]
+fn a_quiet_comparison_prints_only_the_table() {
+    let dir = folder();
+    let arguments = ["--out", "out", "--seeds", "1", "--systems", "sasrec", "--quiet", "--json"];
+    let output = compare(dir.path(), &arguments);
+    assert_eq!(finished(&output), "");
+    assert_eq!(String::from_utf8_lossy(&output.stdout), text(&dir.path().join("out/table.json")));
+}
+
+#[test]
 fn the_page_and_the_tables_have_every_system() {
     let dir = folder();
     let all = ["--out", "out", "--seeds", "2", "--ablations", "--systems", "caser,sasrec,dfar"];

@@ -1,4 +1,4 @@
-"""The model against the golden DFAR cases: losses, logits, all gradients, two optimiser steps."""
+"""The model against the golden DFAR cases: losses, logits, all gradients, two optimizer steps."""
 import glob
 import json
 import os

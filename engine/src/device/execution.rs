@@ -53,7 +53,7 @@ pub trait Execution: Send + Sync {
     }
 
     /// Completes the gradients of parameters. Until then, a device may keep partial sums of them;
-    /// a download and the optimiser complete them too.
+    /// a download and the optimizer complete them too.
     fn settle(&self) -> Result<(), DeviceError> {
         Ok(())
     }

@@ -28,7 +28,7 @@ pub struct AdamStep {
     pub clip: Option<Clip>,
 }
 
-/// A tensor with its optimiser state and gradient.
+/// A tensor with its optimizer state and gradient.
 pub struct AdamTensor<'a, F: ?Sized, U: ?Sized> {
     /// Values, updated.
     pub value: &'a mut F,
@@ -52,7 +52,7 @@ pub struct AdamRows<U> {
     pub width: usize,
 }
 
-/// The optimiser.
+/// The optimizer.
 pub trait Optimizer: Memory {
     /// Clips all gradients and takes one Adam step on all tensors. Writes the norm of all gradients
     /// before clipping to `norm`.

@@ -6,7 +6,7 @@ use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, ValueEnum};
 use dfar::data::candidates::CandidateOptions;
 use dfar::data::import::{self, ColumnOptions, ImportOptions, Liked, LogFormat, Progress, TimeUnit};
-use dfar::data::{BadRow, CountedRecords, KCore, Repeats, Split};
+use dfar::data::{BadRow, CountedRecords, KCore, Repeats};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::IsTerminal;
 use std::path::PathBuf;
@@ -213,17 +213,12 @@ pub fn import(args: Import) -> dfar::Result<()> {
     };
     let rule = KCore { k: args.k_core, on, until_stable: args.k_core_until_stable };
     options.k_core = (args.k_core > 0).then_some(rule);
-    let shares = args.train_share.or(args.valid_share).is_some();
-    let [train, valid] = [args.train_share.unwrap_or(0.8), args.valid_share.unwrap_or(0.1)];
-    options.split = match args.split {
-        Some(kind) => kind.with(train, valid),
-        None => options.split.with_shares(train, valid),
-    };
-    if shares && options.split == Split::LeaveLast {
+    let split = args.split.map_or(options.split, SplitKind::with_usual_shares);
+    options.split = split.with_shares(args.train_share, args.valid_share).unwrap_or_else(|| {
         let reason = "--train-share and --valid-share are for --split temporal and by-user; \
                       this split is leave-last";
-        Cli::command().error(ErrorKind::ArgumentConflict, reason).exit();
-    }
+        Cli::command().error(ErrorKind::ArgumentConflict, reason).exit()
+    });
     options.candidates =
         CandidateOptions { negatives: args.negatives, exclude_seen: args.exclude_seen, seed: args.seed };
     options.temporary = args.temp_dir;

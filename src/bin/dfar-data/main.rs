@@ -82,11 +82,11 @@ enum SplitKind {
 }
 
 impl SplitKind {
-    fn with(self, train: f64, valid: f64) -> Split {
+    fn with_usual_shares(self) -> Split {
         match self {
             SplitKind::LeaveLast => Split::LeaveLast,
-            SplitKind::Temporal => Split::Temporal { train, valid },
-            SplitKind::ByUser => Split::ByUser { train, valid },
+            SplitKind::Temporal => Split::TEMPORAL,
+            SplitKind::ByUser => Split::BY_USER,
         }
     }
 }
@@ -113,7 +113,7 @@ fn synth(args: Synth) -> dfar::Result<()> {
         },
         seed: args.seed,
         negatives: args.negatives,
-        split: args.split.with(0.8, 0.1),
+        split: args.split.with_usual_shares(),
     };
     let made = synthetic::write(&options, &args.output)?;
     if !args.quiet {

@@ -8,6 +8,8 @@ mod device;
 mod flags;
 #[path = "../shared/manual.rs"]
 mod manual;
+#[path = "../shared/output.rs"]
+mod output;
 mod progress;
 mod report;
 mod score;
@@ -23,6 +25,7 @@ use dfar::train::config::{Config, DeviceChoice};
 use dfar::train::run::{self, Run, RunError};
 use dfar::train::{Fit, Outcome, TrainError, draw};
 use flags::Flags;
+use output::Output;
 use progress::Progress;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -69,20 +72,6 @@ struct Train {
     flags: Flags,
     #[command(flatten)]
     output: Output,
-}
-
-/// Output options.
-#[derive(Args, Clone, Copy)]
-struct Output {
-    /// Print results as JSON.
-    #[arg(long)]
-    json: bool,
-    /// Print only errors.
-    #[arg(long, short)]
-    quiet: bool,
-    /// Print lines instead of progress bars, as when stderr is not a terminal.
-    #[arg(long)]
-    no_progress: bool,
 }
 
 #[derive(Args)]
@@ -142,7 +131,7 @@ fn main() -> ExitCode {
 
 fn train(args: Train) -> dfar::Result<()> {
     let flags = args.flags.table()?;
-    let progress = Progress::new(args.output.quiet, args.output.no_progress, &STOP);
+    let progress = Progress::new(args.output, &STOP);
     let open = |config: &Config| device::open(config, &|line| progress.line(line));
     let (run, config, chosen, checkpoint, opened) = match &args.resume {
         None => {
@@ -261,7 +250,7 @@ fn fit<D: Device>(device: Arc<D>, start: Start, progress: &Progress, json: bool)
 fn evaluate(args: Evaluate) -> dfar::Result<()> {
     cli::start_threads(args.threads)?;
     let (mut config, file) = open_run(&args.run)?;
-    let progress = Progress::new(args.output.quiet, args.output.no_progress, &STOP);
+    let progress = Progress::new(args.output, &STOP);
     stop_on_interrupt(&progress);
     let data = Dataset::open(data_path(args.data.as_deref(), &config, &args.run))?;
     let info = DataInfo::of(&data);

@@ -1,11 +1,11 @@
 //! Progress on stderr: bars on a terminal, else one line per epoch.
 
 use crate::cli::note;
+use crate::output::Output;
 use crate::report::count;
 use dfar::data::Part;
 use dfar::train::Event;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use std::io::IsTerminal;
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -18,11 +18,9 @@ pub struct Progress {
 }
 
 impl Progress {
-    pub fn new(quiet: bool, no_progress: bool, stop: &'static AtomicBool) -> Self {
-        let bars = !quiet && !no_progress && std::io::stderr().is_terminal();
-        let bar =
-            bars.then(|| ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr_with_hz(10)));
-        Self { bar, quiet, stop }
+    pub fn new(output: Output, stop: &'static AtomicBool) -> Self {
+        let bar = || ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr_with_hz(10));
+        Self { bar: output.has_bars().then(bar), quiet: output.quiet, stop }
     }
 
     /// Prints a line of the log.

@@ -99,7 +99,7 @@ fn leave_room() {
         share_heap();
     }
     let layout = Layout::new::<[u128; ROOM / 16]>();
-    // SAFETY: the layout is not empty. The optimiser must not remove the pair of calls.
+    // SAFETY: the layout is not empty. The optimizer must not remove the pair of calls.
     let room = black_box(unsafe { System.alloc(layout) });
     if room.is_null() {
         refuse(ROOM);

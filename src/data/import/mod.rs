@@ -29,7 +29,7 @@ use super::external_sort::RecordWriter;
 use super::k_core::{self, RepeatFilter};
 use super::log::Event;
 use super::{
-    Candidates, CountedRecords, DataError, KCore, Made, Protocol, Repeats, Source, Split, Weighting,
+    Candidates, CountedRecords, DataError, KCore, Made, Protocol, Repeats, Source, Split, Weighting, writer,
 };
 use crate::replacement::{Replacement, folder_of, replaced};
 use label::Rule;
@@ -164,11 +164,7 @@ impl ImportOptions {
             time_unit: TimeUnit::Auto,
             repeats: Repeats::First,
             k_core: Some(KCore { k: 10, on: format.counted_records(), until_stable: false }),
-            split: if format.micro_video() {
-                Split::Temporal { train: 0.8, valid: 0.1 }
-            } else {
-                Split::LeaveLast
-            },
+            split: if format.micro_video() { Split::TEMPORAL } else { Split::LeaveLast },
             candidates: CandidateOptions::default(),
             skip_bad_rows: 0,
             temporary: None,
@@ -332,10 +328,7 @@ fn check(options: &ImportOptions) -> Result<(), DataError> {
     if options.inputs.iter().filter(|input| *input == Path::new("-")).count() > 1 {
         return invalid("input", "-".to_owned(), "is standard input, which can be read only once");
     }
-    if options.output == Path::new("-") {
-        let reason = "is standard output, but a data set is mapped into memory: name a file";
-        return invalid("output", "-".to_owned(), reason);
-    }
+    writer::check_output(&options.output)?;
     refuse_own_input(options)
 }
 

@@ -28,7 +28,7 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
-inline int unforeseen(int x) { return x; }
+inline int opaque(int x) { return x; }
 inline unsigned multiply_high(unsigned a, unsigned b) { return unsigned(std::uint64_t(a) * b >> 32); }
 
 namespace emulator {

@@ -48,16 +48,17 @@ pub(super) fn confine(
 ) {
     let shape = sequence.shape;
     let (width, tokens) = (shape.width(), sequence.tokens);
-    let spoiled = |x: &[f32], width: usize| -> Vec<bool> {
+    let non_finite = |x: &[f32], width: usize| -> Vec<bool> {
         x.chunks_exact(width).map(|token| !is_finite(token)).collect()
     };
-    let [q, k, v] = [sequence.q, sequence.k, sequence.v].map(|x| spoiled(x, width));
-    let [o, d_o] = [saved.o, saved.d_o].map(|x| spoiled(x, shape.output_width()));
-    let lse = spoiled(saved.lse, shape.query_slots);
+    let [q, k, v] = [sequence.q, sequence.k, sequence.v].map(|x| non_finite(x, width));
+    let [o, d_o] = [saved.o, saved.d_o].map(|x| non_finite(x, shape.output_width()));
+    let lse = non_finite(saved.lse, shape.query_slots);
 
     // A query reads earlier keys; the gradient of a key reads later queries.
     let seen_from = (0..tokens).find(|&t| k[t] || v[t]).unwrap_or(tokens);
-    let end = |spoiled: &dyn Fn(usize) -> bool| (0..tokens).rev().find(|&t| spoiled(t)).map_or(0, |t| t + 1);
+    let end =
+        |non_finite: &dyn Fn(usize) -> bool| (0..tokens).rev().find(|&t| non_finite(t)).map_or(0, |t| t + 1);
     let row = |t: usize| q[t] || lse[t] || d_o[t];
     let dk_end = if seen_from < tokens { tokens } else { end(&|t| row(t) || o[t]) };
     let dv_end = if k.contains(&true) { tokens } else { end(&row) };

@@ -23,7 +23,7 @@
 mod backward;
 #[cfg(target_arch = "x86_64")]
 mod bf16;
-mod perceptron;
+mod mlp;
 pub mod unfused;
 
 pub use backward::backward;
@@ -40,7 +40,7 @@ use crate::device::{
     TargetShape, TargetState, TargetWeights,
 };
 use crate::simd::{Kernel, Simd, dispatch};
-use perceptron::{Perceptron, TileInputs};
+use mlp::{Mlp, TileInputs};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -370,7 +370,7 @@ impl TargetAttention for Cpu {
 ///
 /// # Panics
 /// If the lengths of the buffers contradict each other.
-pub fn forward<P: Perceptron>(
+pub fn forward<P: Mlp>(
     products: P,
     shape: TargetShape,
     index: TargetIndex<&[u32]>,
@@ -417,7 +417,7 @@ fn split<'a>(rest: &mut &'a mut [f32], len: usize) -> &'a mut [f32] {
 }
 
 /// `lse` and `att` are in the order of the members of the segments.
-fn forward_chunk<P: Perceptron>(
+fn forward_chunk<P: Mlp>(
     shape: Shape,
     index: &TargetIndex<&[u32]>,
     TargetInputs { s, a, r }: TargetInputs<&[f32]>,

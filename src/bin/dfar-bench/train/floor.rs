@@ -388,7 +388,7 @@ mod tests {
     }
 
     #[test]
-    fn towers_and_the_optimiser_by_hand() {
+    fn towers_and_the_optimizer_by_hand() {
         let PartWork { always, again, .. } = part(StepPart::Towers);
         let forward = 2.0 * (32.0 * 7.0 + 7.0 * 2.0 + 2.0);
         assert_eq!((always.multiply_adds, again.multiply_adds), (6.0 * forward, 2.0 * forward));

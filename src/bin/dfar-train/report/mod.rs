@@ -70,7 +70,7 @@ pub struct RunReport {
     pub best_epoch: usize,
     /// Number of epochs.
     pub epochs: usize,
-    /// Number of optimiser steps.
+    /// Number of optimizer steps.
     pub steps: u64,
     /// Wall-clock seconds of all sessions, evaluation included.
     pub seconds: f64,

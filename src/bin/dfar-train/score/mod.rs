@@ -6,8 +6,9 @@ mod output;
 
 use crate::cli;
 use crate::device::{self, on_device};
+use crate::output::Output;
 use crate::progress::Progress;
-use crate::{Output, STOP, data_path, open_run, stop_on_interrupt};
+use crate::{STOP, data_path, open_run, stop_on_interrupt};
 use clap::{ArgGroup, Args, ValueEnum};
 use dfar::data::{Dataset, Part};
 use dfar::device::Device;
@@ -23,7 +24,6 @@ use input::Named;
 use list::Id;
 use output::{Format, Value, Writer};
 use std::collections::{HashMap, HashSet};
-use std::io::IsTerminal;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
@@ -111,7 +111,7 @@ struct Asked {
 pub fn score(args: Score) -> dfar::Result<()> {
     cli::start_threads(args.threads)?;
     let (config, file) = open_run(&args.run)?;
-    let progress = Progress::new(args.print.quiet, args.print.no_progress, &STOP);
+    let progress = Progress::new(args.print, &STOP);
     stop_on_interrupt(&progress);
     args.refuse_to_replace_input(&config)?;
     let chosen = device::open_for(&config, args.device, &|line| progress.line(line))?;
@@ -233,7 +233,7 @@ fn score_groups<D: Device>(
 }
 
 fn bar(print: &Output, length: usize, what: &str) -> ProgressBar {
-    if print.quiet || print.no_progress || !std::io::stderr().is_terminal() {
+    if !print.has_bars() {
         return ProgressBar::hidden();
     }
     let template = format!("{{bar:30}} {{pos}}/{{len}} {what}, {{per_sec}}, {{eta}} left");

@@ -136,7 +136,7 @@ struct Call<'a, R: Runtime> {
     plan: &'a TargetPlan<R>,
 }
 
-/// The first layer of the perceptron: `z = a token: [N, H0]` and `c = r candidate + bias: [C, H0]`,
+/// The first layer of the MLP: `z = a token: [N, H0]` and `c = r candidate + bias: [C, H0]`,
 /// with the combined weights `token` and `candidate`, `[D, H0]` each.
 struct FirstLayer<R: Runtime> {
     token: Array<R, f32>,
@@ -236,16 +236,16 @@ impl<R: Runtime> Call<'_, R> {
         Ok(FirstLayer { token, candidate, z, c })
     }
 
-    /// Parameters of the perceptron kernels, without the outputs.
-    fn perceptron(
+    /// Parameters of the MLP kernels, without the outputs.
+    fn mlp_params(
         &self,
         [a, r]: [&Array<R, f32>; 2],
         first: &FirstLayer<R>,
         weights: &TargetWeights<&Array<R, f32>>,
         blocks: usize,
-    ) -> PerceptronParams {
+    ) -> MlpParams {
         let plan = self.plan;
-        PerceptronParams {
+        MlpParams {
             items: plan.items.pointer(),
             pairs: plan.pairs.pointer(),
             a: a.pointer(),
@@ -263,7 +263,7 @@ impl<R: Runtime> Call<'_, R> {
             hidden1: plan.hidden[1] as u32,
             blocks: blocks as u32,
             slope: plan.slope,
-            ..PerceptronParams::zeroed()
+            ..MlpParams::zeroed()
         }
     }
 
@@ -300,7 +300,7 @@ impl<R: Runtime> Call<'_, R> {
     }
 }
 
-/// Number of blocks of a perceptron pass over `items`: as many as are resident on the device at
+/// Number of blocks of an MLP pass over `items`: as many as are resident on the device at
 /// once; each takes items in turn. More would wait for a second wave. The number of blocks
 /// determines the order of summation of the weight gradients, so it depends on the batch, the
 /// device and the compiled kernel only.
@@ -350,7 +350,7 @@ impl<R: Runtime> TargetAttention for Gpu<R> {
         let block = plan.shape.scores(element(gpu.precision()));
         let kernel = call.kernel("target_scores");
         let count = resident(gpu, kernel, block, plan.items.len().div_ceil(WARPS))?;
-        let params = PerceptronParams { e: e.pointer(), ..call.perceptron([a, r], &first, &weights, count) };
+        let params = MlpParams { e: e.pointer(), ..call.mlp_params([a, r], &first, &weights, count) };
         // SAFETY: `check` and `first_layer` have checked the shapes; the plan's lists stay inside
         // them; e is borrowed mutably.
         unsafe { call.launch("target_scores", launch_of(block, count), &params)? };
@@ -396,12 +396,12 @@ impl<R: Runtime> TargetAttention for Gpu<R> {
         let token_sums = gpu.array::<f32>(plan.items.len() * 16 * shape.sums())?;
         let pair_sums = gpu.array::<f32>(plan.units * shape.sums())?;
         let weight_sums = gpu.array::<f32>(count * shape.weight_sums())?;
-        let params = PerceptronParams {
+        let params = MlpParams {
             de: de.pointer(),
             token_sums: token_sums.pointer(),
             pair_sums: pair_sums.pointer(),
             weight_sums: weight_sums.pointer(),
-            ..call.perceptron([a, r], &first, &weights, count)
+            ..call.mlp_params([a, r], &first, &weights, count)
         };
         // SAFETY: as above; the sums have the sizes of all items, units and blocks.
         unsafe { call.launch("target_backward", launch_of(block, count), &params)? };

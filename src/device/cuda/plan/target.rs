@@ -84,7 +84,7 @@ const _: () = assert!(size_of::<Row>() == 16 && size_of::<Tile>() == 32);
 pub struct TargetLists {
     /// Sizes of the batch.
     pub counts: TargetCounts,
-    /// Work items of the perceptron.
+    /// Work items of the MLP.
     pub items: Vec<Item>,
     /// `[C]`, by sequence, longest first.
     pub pairs: Vec<Pair>,

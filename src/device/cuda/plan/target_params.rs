@@ -6,7 +6,7 @@ use std::mem::size_of;
 
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
-pub(crate) struct PerceptronParams {
+pub(crate) struct MlpParams {
     pub(crate) items: Pointer,
     pub(crate) pairs: Pointer,
     pub(crate) a: Pointer,
@@ -92,7 +92,7 @@ pub(crate) struct GradientParams {
 }
 
 // As in the headers of target/target_attention.cu.
-const _: () = assert!(size_of::<PerceptronParams>() == 152);
+const _: () = assert!(size_of::<MlpParams>() == 152);
 const _: () = assert!(size_of::<SoftmaxParams>() == 96);
 const _: () = assert!(size_of::<CombineParams>() == 48);
 const _: () = assert!(size_of::<SumParams>() == 40);

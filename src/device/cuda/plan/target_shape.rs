@@ -4,7 +4,7 @@ use super::shared_memory::Carve;
 use crate::device::cuda::error::CudaError;
 use crate::device::cuda::kernel::{Block, Element};
 
-/// Warps per block of the perceptron: `WARPS` of `target/layers.cuh`.
+/// Warps per block of the MLP: `WARPS` of `target/layers.cuh`.
 pub const WARPS: usize = 4;
 /// Pairs that a warp scores at once: `AT_ONCE` of `target/scores.cuh`.
 const AT_ONCE: usize = 2;
@@ -36,7 +36,7 @@ pub fn check_width(width: usize) -> Result<(), CudaError> {
 }
 
 impl Shape {
-    /// The smallest shape for tokens of `width` values and a perceptron of these hidden widths.
+    /// The smallest shape for tokens of `width` values and an MLP of these hidden widths.
     ///
     /// # Errors
     /// [`CudaError::TargetWidth`] if `width` exceeds [`MAX_WIDTH`].

@@ -120,7 +120,7 @@ impl Sums<'_> {
 /// # Panics
 /// If the lengths of the buffers contradict each other.
 #[allow(clippy::too_many_arguments)] // those of the operation, and the products
-pub fn backward<P: Perceptron>(
+pub fn backward<P: Mlp>(
     products: P,
     shape: TargetShape,
     index: TargetIndex<&[u32]>,
@@ -196,7 +196,7 @@ struct Task<'a, P> {
     sums: Sums<'a>,
 }
 
-impl<P: Perceptron> Task<'_, P> {
+impl<P: Mlp> Task<'_, P> {
     fn run(
         &mut self,
         TargetInputs { s, a, r }: TargetInputs<&[f32]>,

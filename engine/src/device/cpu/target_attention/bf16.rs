@@ -1,4 +1,4 @@
-//! The perceptron in bf16, in tiles. Factors of products are rounded: `x = a * r`, both hidden
+//! The MLP in bf16, in tiles. Factors of products are rounded: `x = a * r`, both hidden
 //! layers as inputs of products, the gradients `dh1` and `dz`, all weights except `w2`. Everything
 //! else is f32, so biases, `de`, the last layer and its gradients, and the sums of `y` and `dz`
 //! over tokens and pairs.
@@ -7,7 +7,7 @@
 //! convert for the next, most of the rest. A pass therefore keeps what belongs to 32 columns in
 //! registers and goes down the rows.
 
-use super::perceptron::{Perceptron, TileInputs};
+use super::mlp::{Mlp, TileInputs};
 use super::*;
 use crate::device::cpu::bf16::{Bf16, pairs_of, transpose_pairs};
 use crate::simd::bf16::{Begin, TILE, Unit, pairs};
@@ -367,7 +367,7 @@ impl Bf16 {
 /// Between a product and the pass that reads its sums stands work that does not, so that a
 /// processor with AMX need not wait for the tiles.
 #[allow(private_interfaces)]
-impl Perceptron for Bf16 {
+impl Mlp for Bf16 {
     /// So many rows that the sums of the weight gradients, which do not fit the first-level cache
     /// with the rest, are seldom read and written. A multiple of [`BLOCK`].
     const TILE: usize = 128;

@@ -1,4 +1,4 @@
-//! The perceptron of target attention on a tile of scores: [`Perceptron`], and its form in f32.
+//! The MLP of target attention on a tile of scores: [`Mlp`], and its form in f32.
 
 use super::backward::{Sums, Transposed};
 use super::*;
@@ -17,9 +17,9 @@ pub struct TileInputs<'a> {
     pub(super) c: &'a [f32],
 }
 
-/// The perceptron in one precision of the factors.
+/// The MLP in one precision of the factors.
 #[allow(private_interfaces)] // the trait is public for the bound of `forward` only
-pub trait Perceptron: Products {
+pub trait Mlp: Products {
     /// Scores per tile.
     const TILE: usize;
 
@@ -56,7 +56,7 @@ pub trait Perceptron: Products {
 }
 
 #[allow(private_interfaces)]
-impl Perceptron for F32 {
+impl Mlp for F32 {
     /// A compromise between activations that fit the first-level cache together with one weight,
     /// and few passes over the weight gradients. A multiple of 5 and 8, the rows of the register
     /// tiles of [`product`].

@@ -172,6 +172,19 @@ __device__ __forceinline__ void multiply<f16>(float (&c)[4], const unsigned (&a)
 
 #endif
 
+// ------------------------------------------------------------------------------ over a whole warp
+
+// Sum over the lanes of the warp, in each of them.
+template <class T> __device__ __forceinline__ T warp_sum(T x) {
+    for (int lanes = 16; lanes; lanes >>= 1) x += shuffle_xor(x, lanes);
+    return x;
+}
+// The largest over the lanes of the warp, in each of them.
+__device__ __forceinline__ float warp_largest(float x) {
+    for (int lanes = 16; lanes; lanes >>= 1) x = largest(x, shuffle_xor(x, lanes));
+    return x;
+}
+
 // ----------------------------------------------------------------------------- one or two problems
 
 // The argument of a kernel for one or two problems. Mirrored by src/device/cuda/gpu/queue.rs.

@@ -47,7 +47,7 @@ struct RowGroup {
 
 // Sum over the block, in thread 0. `shared` has one value per warp. All threads must call it.
 __device__ __forceinline__ double block_sum(double x, double* shared) {
-    for (int lanes = 16; lanes; lanes >>= 1) x += shuffle_xor(x, lanes);
+    x = warp_sum(x);
     __syncthreads();  // all threads have read the previous sums
     if (lane_index() == 0) shared[warp_index()] = x;
     __syncthreads();

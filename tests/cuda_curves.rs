@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 #[test]
 fn the_loss_decreases_as_on_the_cpu() {
-    let Some(gpu) = gpu("the_loss_decreases_as_on_the_cpu", Precision::F32) else { return };
+    let Some(gpu) = gpu(Precision::F32) else { return };
     let batches = bodies::batches();
     let reference = bodies::curve(Arc::new(Cpu::new()), &batches);
     bodies::assert_curves_agree(&bodies::curve(Arc::new(gpu), &batches), &reference);
@@ -23,8 +23,7 @@ fn the_loss_decreases_as_on_the_cpu() {
 /// their kernels are not yet loaded.
 #[test]
 fn graphs_change_no_bit() {
-    let test = "graphs_change_no_bit";
-    let (Some(plain), Some(captured)) = (gpu(test, Precision::F32), gpu(test, Precision::F32)) else {
+    let (Some(plain), Some(captured)) = (gpu(Precision::F32), gpu(Precision::F32)) else {
         return;
     };
     let batches = bodies::batches();
@@ -38,8 +37,7 @@ fn graphs_change_no_bit() {
 /// Products in bf16 move the losses by less than their rounding, 2^-8 a factor.
 #[test]
 fn the_first_losses_in_bf16_are_near_those_in_f32() {
-    let test = "the_first_losses_in_bf16_are_near_those_in_f32";
-    let (Some(plain), Some(narrow)) = (gpu(test, Precision::F32), gpu(test, Precision::Bf16)) else { return };
+    let (Some(plain), Some(narrow)) = (gpu(Precision::F32), gpu(Precision::Bf16)) else { return };
     let batches = &bodies::batches()[..10];
     let [plain, narrow] = [plain, narrow].map(|gpu| bodies::curve(Arc::new(gpu), batches));
     for (step, (narrow, plain)) in narrow.iter().zip(&plain).enumerate() {

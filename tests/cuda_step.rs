@@ -67,7 +67,7 @@ on_the_gpu! {
 
 #[test]
 fn target_attention_agrees_with_the_definition() {
-    let Some(device) = gpu("target_attention_agrees_with_the_definition", Precision::F32) else { return };
+    let Some(device) = gpu(Precision::F32) else { return };
     for (name, case) in target_attention::cases().into_iter().chain(target_attention::kernel_cases()) {
         let found = case.run_on(&device);
         target_attention::assert_close(&name, &found, &case.reference());
@@ -77,7 +77,7 @@ fn target_attention_agrees_with_the_definition() {
 
 #[test]
 fn target_attention_in_bf16_is_as_exact_as_unfused() {
-    let Some(device) = gpu("target_attention_in_bf16_is_as_exact_as_unfused", Precision::Bf16) else {
+    let Some(device) = gpu(Precision::Bf16) else {
         return;
     };
     let mut errors = target_attention::InBf16::default();
@@ -89,21 +89,21 @@ fn target_attention_in_bf16_is_as_exact_as_unfused() {
 
 #[test]
 fn gradients_match_finite_differences() {
-    let Some(device) = gpu("gradients_match_finite_differences", Precision::F32) else { return };
+    let Some(device) = gpu(Precision::F32) else { return };
     let device = Arc::new(device);
     model::gradients_match_finite_differences(&|| device.clone(), 1);
 }
 
 #[test]
 fn steps_match_the_cpu() {
-    let Some(device) = gpu("steps_match_the_cpu", Precision::F32) else { return };
+    let Some(device) = gpu(Precision::F32) else { return };
     let device = Arc::new(device);
     model::steps_agree(&|| Arc::new(Cpu::new()), &|| device.clone());
 }
 
 #[test]
 fn the_network_matches_the_golden_cases() {
-    let Some(device) = gpu("the_network_matches_the_golden_cases", Precision::F32) else { return };
+    let Some(device) = gpu(Precision::F32) else { return };
     let device = Arc::new(device);
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
     for path in cases(&folder).expect("golden cases should be there") {
@@ -121,7 +121,7 @@ fn the_network_matches_the_golden_cases() {
 #[test]
 fn nan_survives_the_relu_of_the_library() {
     for precision in [Precision::F32, Precision::Bf16] {
-        let Some(gpu) = gpu("nan_survives_the_relu_of_the_library", precision) else { return };
+        let Some(gpu) = gpu(precision) else { return };
         layers::nan_survives_relu(&gpu.with_library_products());
     }
 }
@@ -131,7 +131,7 @@ fn nan_survives_the_relu_of_the_library() {
 #[test]
 fn products_of_any_shape_and_alignment() {
     for precision in [Precision::F32, Precision::Bf16] {
-        let Some(gpu) = gpu("products_of_any_shape_and_alignment", precision) else { return };
+        let Some(gpu) = gpu(precision) else { return };
         for shape in [[1, 1, 1], [5, 1, 3], [3, 7, 1], [1, 9, 33], [17, 1, 64], [300, 5, 2]] {
             for [a_transposed, b_transposed] in [[false, false], [false, true], [true, false], [true, true]] {
                 check_product(&gpu, precision, shape, a_transposed, b_transposed);

@@ -1,6 +1,7 @@
 //! The ranking loss of all systems, and its gradient.
 
 use dfar::batch::Batch;
+use dfar::device::cpu::elementwise::{sigmoid, softplus};
 use serde::{Deserialize, Serialize};
 
 /// Which loss.
@@ -59,17 +60,6 @@ fn softmax(target: &[f32], logits: &[f32], weight: f64, d_logits: &mut [f32]) ->
         *d = (weight * (positives * exp(logit) / denominator - z)) as f32;
     }
     loss
-}
-
-/// `log(1 + exp(x))` without overflow.
-pub fn softplus(x: f64) -> f64 {
-    x.max(0.0) + (-x.abs()).exp().ln_1p()
-}
-
-/// `1 / (1 + exp(-x))` without overflow.
-pub fn sigmoid(x: f64) -> f64 {
-    let e = (-x.abs()).exp();
-    if x >= 0.0 { 1.0 / (1.0 + e) } else { e / (1.0 + e) }
 }
 
 #[cfg(test)]

@@ -14,3 +14,6 @@ pub mod device;
 pub mod memory;
 #[doc(hidden)]
 pub mod simd;
+#[cfg(test)]
+#[path = "../../tests/common/skip.rs"]
+mod skip;

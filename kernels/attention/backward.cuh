@@ -180,7 +180,7 @@ __device__ __forceinline__ void correct_rows(float (&acc)[D / 8][4], float (&sum
 // delta of its rows; dq of its tokens, with zeros for the heads of the other group; and in f32
 // correction.
 template <class E, int D, bool CAREFUL> __device__ __forceinline__ bool dq(const AttentionParams& p) {
-    constexpr int KEYS = CAREFUL ? 16 : TILE<E, D>, STRIDE = Tile<E, D>::STRIDE;
+    constexpr int KEYS = CAREFUL ? 16 : TILE_ROWS<E, D>, STRIDE = Tile<E, D>::STRIDE;
     const int lane = lane_index(), warp = uniform(warp_index()), warps = blockDim.x / 32;
     const Item item = load_item(p, blockIdx.x);
     const Problem problem(p);
@@ -301,7 +301,7 @@ template <class E, int D> __device__ __forceinline__ void dq_carefully(const Att
 // feedback, and in f32 correction. Writes dk and dv of its keys, with zeros where no pair is kept.
 // Works on transposed scores: rows are keys, columns are query rows.
 template <class E, int D, bool CAREFUL> __device__ __forceinline__ bool dk_dv(const AttentionParams& p) {
-    constexpr int QUERIES = CAREFUL ? 16 : TILE<E, D>, STRIDE = Tile<E, D>::STRIDE;
+    constexpr int QUERIES = CAREFUL ? 16 : TILE_ROWS<E, D>, STRIDE = Tile<E, D>::STRIDE;
     const int lane = lane_index(), warp = uniform(warp_index()), warps = blockDim.x / 32;
     const Item item = load_item(p, blockIdx.x);
     const Problem problem(p);

@@ -18,7 +18,7 @@ constexpr int FORWARD_BLOCKS = sizeof(E) == 4 ? (D <= 32 ? 3 : 1)
 
 // True if an output is non-finite: the caller then repeats the work in CAREFUL mode.
 template <class E, int D, bool CAREFUL> __device__ __forceinline__ bool forward(const AttentionParams& p) {
-    constexpr int KEYS = TILE<E, D>, STRIDE = Tile<E, D>::STRIDE;
+    constexpr int KEYS = TILE_ROWS<E, D>, STRIDE = Tile<E, D>::STRIDE;
     const int lane = lane_index(), warp = uniform(warp_index()), warps = blockDim.x / 32;
     const Item item = load_item(p, blockIdx.x);
     const Problem problem(p);

@@ -11,7 +11,7 @@
 template <class E, int D, bool KEPT>
 __device__ __forceinline__ bool take_seen_tile(float (&acc)[D / 8][4], OnlineSoftmax& softmax, const Rows<E, D, true>& q, float scale,
                                                const E* keys, const E* values, float (&slack)[2]) {
-    constexpr int CHUNKS = TILE<E, D> / 16, STRIDE = Tile<E, D>::STRIDE;
+    constexpr int CHUNKS = TILE_ROWS<E, D> / 16, STRIDE = Tile<E, D>::STRIDE;
     float s[CHUNKS][2][4], sum[2] = {0.0f, 0.0f};
     unsigned pairs[CHUNKS][4];
 #pragma unroll
@@ -44,7 +44,7 @@ template <class E, int D, bool CAREFUL>
 __device__ __forceinline__ void take_tile(float (&acc)[D / 8][4], OnlineSoftmax& softmax, bool& started, const Rows<E, D, !CAREFUL>& q,
                                           float scale, const E* keys, const E* values, bool kept, float* scratch, int columns,
                                           int seen_by_all, const int (&limit)[2]) {
-    constexpr int KEYS = TILE<E, D>, STRIDE = Tile<E, D>::STRIDE;
+    constexpr int KEYS = TILE_ROWS<E, D>, STRIDE = Tile<E, D>::STRIDE;
     constexpr int AT_ONCE = CAREFUL ? 1 : KEYS / 16;  // chunks with scores in registers
     const int lane = lane_index();
     float slack[2] = {OnlineSoftmax::SLACK, OnlineSoftmax::SLACK};

@@ -28,7 +28,7 @@ template <class E, int D> struct WholeForward {
 
     // Takes 16 query rows from `first` on. True if an output is non-finite.
     template <bool CAREFUL> __device__ __forceinline__ bool take_rows(const AttentionParams& p, int first) const {
-        constexpr int KEYS = TILE<E, D>, STRIDE = Tile<E, D>::STRIDE;
+        constexpr int KEYS = TILE_ROWS<E, D>, STRIDE = Tile<E, D>::STRIDE;
         const Problem& problem = keys.problem;
         const Item& item = keys.item;
         const int lane = lane_index(), left = item.length * problem.slots - first, rows = left < 16 ? left : 16;

@@ -11,7 +11,7 @@
 // TRAFFIC. softmax reads the scores three times and writes them once; softmax_backward reads scores
 // and dp twice and writes both once. The invisible half of a causal [T, T] is written as zeros,
 // because the products read it.
-#include "primitives.cuh"
+#include "online_softmax.cuh"
 
 struct HeadsParams {
     const float* x;
@@ -86,13 +86,6 @@ struct ScoreRow {
     }
 };
 
-constexpr float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
-
-__device__ __forceinline__ float warp_sum(float x) {
-    for (int lanes = 16; lanes > 0; lanes /= 2) x += shuffle_xor(x, lanes);
-    return x;
-}
-
 KERNEL(naive_softmax, SoftmaxParams, 256) {
     const ScoreRow row(p);
     if (!row.exists) return;
@@ -101,7 +94,7 @@ KERNEL(naive_softmax, SoftmaxParams, 256) {
     for (unsigned b = 0; b < p.keys; ++b)
         for (unsigned j = lane_index(); j < p.length; j += 32)
             if (row.visible(p, j) && (!p.masked || row.kept(p, b, j))) peak = largest(peak, scale * p.scores[row.at(p, b) + j]);
-    for (int lanes = 16; lanes > 0; lanes /= 2) peak = largest(peak, shuffle_xor(peak, lanes));
+    peak = warp_largest(peak);
     // With an empty denominator all probabilities are 0, and lse is -inf.
     const float shift = peak == -INF ? 0.0f : peak;
     for (unsigned b = 0; b < p.keys; ++b)

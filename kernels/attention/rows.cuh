@@ -19,7 +19,7 @@ constexpr bool AMPERE = false, BLACKWELL = false;
 #endif
 
 // Keys (dk_dv: query rows) per tile. 64 keep more loads in flight; wide heads have room for 32.
-template <class E, int D> constexpr int TILE = sizeof(E) == 2 && D <= 32 ? 64 : 32;
+template <class E, int D> constexpr int TILE_ROWS = sizeof(E) == 2 && D <= 32 ? 64 : 32;
 
 // Rows and heads of a block. With one key slot, heads are separate problems along blockIdx.y.
 // Tensor rows are numbered in 32 bits: the host has checked the range.

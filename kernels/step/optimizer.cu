@@ -1,4 +1,5 @@
 // Gradient clipping and Adam over all tensors of a model, in three launches.
+//
 // MATHEMATICS. With c the clip factor of the gradient (1, or limit / norm if the norm is larger),
 // step t:
 //
@@ -90,7 +91,7 @@ KERNEL(optimizer_norms, OptimizerParams, NORM_THREADS) {
         const unsigned end = t + 1 < p.tensor_count ? p.tensors[t + 1].first_chunk : p.chunk_count;
         double sum = 0.0;
         for (unsigned i = p.tensors[t].first_chunk + lane_index(); i < end; i += 32) sum += p.squares[i];
-        for (int lanes = 16; lanes; lanes >>= 1) sum += shuffle_xor(sum, lanes);
+        sum = warp_sum(sum);
         if (lane_index() == 0) p.tensor_square[t] = sum;
     }
     __syncthreads();

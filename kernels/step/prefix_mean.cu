@@ -17,6 +17,7 @@
 // run of tokens and sums it. It reads the sums of the runs before it (backward: behind it) from
 // shared memory, and loops over its run again to write the prefixes that end in it. Sums are f64,
 // because a prefix may be as long as a history.
+//
 // TRAFFIC. x is read twice, the second time from L1 or L2, and mean is written once. Backward reads
 // dmean twice and writes dx once.
 #include "row_group.cuh"

@@ -18,32 +18,33 @@ constexpr int COLUMNS = 32;         // of a tile of c
 constexpr int CHUNK = 32;           // of the inner dimension
 constexpr int A_STRIDE = CHUNK + 1; // odd: lanes that differ in the row use different banks
 constexpr int B_STRIDE = COLUMNS + 4;
-constexpr int PROBLEMS = 16;
-constexpr int SUMS = 96;
+constexpr int MOST_PRODUCTS = 16;
+constexpr int MOST_SUMS = 96;
 constexpr int SUM_THREADS = 256;
 
-// Bits of Problem::flags.
+// Bits of Product::flags.
 constexpr unsigned A_TRANSPOSED = 1, B_TRANSPOSED = 2, ADDS = 4, RELU = 8, GATES_B = 16, ROUNDS = 32, ADDS_COLUMNS = 64,
                    ALIGNED = 128;
 
-struct Problem {
+struct Product {
     const float* a;       // [m, k]; transposed: [k, m]
     const float* b;       // [k, n]; transposed: [n, k]
     const float* a2;      // as a; null: no second term
     const float* b2;      // as b
     float* c;             // [m, n]; in shares: [shares, m * n + n], c then column sums of b
     const float* bias;    // [n]; null: none
-    const float* gate;    // as a (GATES_B: as b), which counts as 0 where gate <= 0; null: none
+    const float* gate;    // as a (GATES_B: as b), which counts as 0 where gate <= 0. Not for a
+                          // transposed factor. Null: none
     const unsigned* rows; // rows of a and c; of a and b if a is transposed; null: all
     unsigned m, n, k;
     unsigned share;       // of k per share; 0: no shares
     unsigned first_block;
     unsigned flags;
 };
-static_assert(sizeof(Problem) == 88, "mirrored by src/device/cuda/gpu/products.rs");
+static_assert(sizeof(Product) == 88, "mirrored by src/device/cuda/gpu/products.rs");
 
 struct ProductsParams {
-    Problem problems[PROBLEMS];
+    Product products[MOST_PRODUCTS];
     unsigned count, unused;
 };
 static_assert(sizeof(ProductsParams) == 1416, "mirrored by src/device/cuda/gpu/products.rs");
@@ -51,7 +52,7 @@ static_assert(sizeof(ProductsParams) == 1416, "mirrored by src/device/cuda/gpu/p
 __device__ __forceinline__ float rounded(float x, bool rounds) { return rounds ? unpack<bf16>(pack<bf16>(x, 0.0f)).x : x; }
 
 // ROWS: rows of c per thread.
-template <int ROWS> __device__ __forceinline__ void tile(const Problem& p) {
+template <int ROWS> __device__ __forceinline__ void tile(const Product& p) {
     constexpr unsigned HEIGHT = 16 * ROWS;
     float* const a_tile = reinterpret_cast<float*>(shared_memory());  // [HEIGHT][A_STRIDE]
     float* const b_tile = a_tile + 64 * A_STRIDE;                     // [CHUNK][B_STRIDE]
@@ -166,9 +167,9 @@ template <int ROWS> __device__ __forceinline__ void tile(const Problem& p) {
 
 KERNEL(products, ProductsParams, THREADS) {
     unsigned i = 0;
-    while (i + 1 < p.count && blockIdx.x >= p.problems[i + 1].first_block) ++i;
-    if (p.problems[i].m <= 32) tile<2>(p.problems[i]);
-    else tile<4>(p.problems[i]);
+    while (i + 1 < p.count && blockIdx.x >= p.products[i + 1].first_block) ++i;
+    if (p.products[i].m <= 32) tile<2>(p.products[i]);
+    else tile<4>(p.products[i]);
 }
 
 // ------------------------------------------------------------------------------------------- sums
@@ -182,7 +183,7 @@ struct Sum {
 static_assert(sizeof(Sum) == 32, "mirrored by src/device/cuda/gpu/products.rs");
 
 struct SumsParams {
-    Sum sums[SUMS];
+    Sum sums[MOST_SUMS];
     unsigned count, unused;
 };
 static_assert(sizeof(SumsParams) == 3080, "mirrored by src/device/cuda/gpu/products.rs");

@@ -66,7 +66,7 @@ __device__ __forceinline__ void softmax(const SoftmaxParams& p) {
     const float* const e = p.e + row.score;
     float peak = -INF;
     for (unsigned t = lane; t < row.length; t += 32) peak = largest(peak, e[t]);
-    for (int lanes = 16; lanes; lanes >>= 1) peak = largest(peak, shuffle_xor(peak, lanes));
+    peak = warp_largest(peak);
     // reference() replaces the -inf of an empty history by 0.
     const float reference = OnlineSoftmax::reference(peak) * LOG2_E;
     constexpr int LANES = D / 4 < 32 ? D / 4 : 32, GROUPS = 32 / LANES;

@@ -9,13 +9,12 @@ use numpy::ndarray::{ArrayViewMut, Dimension};
 use pyo3::exceptions::PyMemoryError;
 use pyo3::prelude::*;
 use std::collections::VecDeque;
-use std::mem::MaybeUninit;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// A cache line, the unit of allocation: results start on a 64-byte boundary.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-struct Line([MaybeUninit<f32>; LINE]);
+struct Line([f32; LINE]);
 
 /// Values of a line.
 const LINE: usize = 16;
@@ -82,18 +81,15 @@ fn fresh(lines: usize) -> PyResult<Box<[Line]>> {
     memory.try_reserve_exact(lines).map_err(|_| {
         PyMemoryError::new_err(format!("the system refused {} bytes for a result", lines * size_of::<Line>()))
     })?;
-    memory.resize(lines, Line([MaybeUninit::uninit(); LINE]));
+    memory.resize(lines, Line([0.0; LINE]));
     Ok(memory.into_boxed_slice())
 }
 
-/// A new array whose values are not set yet.
-///
-/// The caller must write all of them before Python sees the array.
+/// A new array, for a caller that overwrites its values: they are 0 or those of an earlier result.
 pub fn unset<D: Dimension>(py: Python<'_>, shape: D) -> PyResult<Bound<'_, PyArray<f32, D>>> {
     let len = shape.size();
     if len < SMALLEST {
-        // SAFETY: the array owns its memory, and every bit pattern of it is an f32.
-        return Ok(unsafe { PyArray::<f32, D>::new(py, shape, false) });
+        return Ok(PyArray::zeros(py, shape, false));
     }
     // Rounded up to a multiple of an eighth of a power of two, so that results of nearly equal size
     // use the same memory.
@@ -105,7 +101,7 @@ pub fn unset<D: Dimension>(py: Python<'_>, shape: D) -> PyResult<Bound<'_, PyArr
     });
     let owner = Bound::new(py, Memory { lines })?;
     // SAFETY: `len` values of the memory, which `owner` keeps and does not touch until the array,
-    // and with it every view of the array, is gone. Every bit pattern is an f32.
+    // and with it every view of the array, is gone.
     unsafe {
         let view = ArrayViewMut::from_shape_ptr(shape, lines.cast());
         Ok(PyArray::borrow_from_array(&view, owner.into_any()))

@@ -5,6 +5,7 @@ use arrow_array::ffi_stream::FFI_ArrowArrayStream;
 use arrow_array::{ArrayRef, RecordBatch, RecordBatchIterator};
 use arrow_schema::ffi::FFI_ArrowSchema;
 use arrow_schema::{ArrowError, DataType, Field, Schema, SchemaRef};
+use dfar::evaluate::probability;
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::types::PyCapsule;
@@ -125,8 +126,7 @@ impl Rows {
         }
         self.rank.append_value(row.rank);
         self.item.append_value(row.item);
-        // As in `dfar-train score`.
-        self.probability.append_value(1.0 / (1.0 + (-row.logit).exp()));
+        self.probability.append_value(probability(row.logit));
         self.logit.append_value(row.logit);
         self.rows += 1;
         if self.rows == BATCH {

@@ -16,9 +16,10 @@ use tempfile::SpooledTempFile;
 const SPOOL_BYTES: usize = 1 << 20;
 /// Bytes read from a run at a time.
 const BLOCK_BYTES: usize = 1 << 16;
-/// Most runs merged at once: each holds an open file and a block.
+/// Most runs of one level, each of which holds an open file: as many are merged into a run of the
+/// next level. The last merge reads the runs of all levels.
 const WIDEST: usize = 256;
-/// Fewest runs merged at once, however small the memory.
+/// The same, however small the memory.
 const NARROWEST: usize = 16;
 
 /// A record with a sort key.
@@ -148,7 +149,7 @@ impl<R: Record> ExternalSorter<R> {
     /// Keeps at most `memory` bytes of records before a run is written to a file in `folder`.
     pub(super) fn new(folder: &Path, memory: usize) -> Self {
         let capacity = (memory / size_of::<R>()).max(2);
-        // During a merge, the blocks use the memory of the buffer.
+        // The blocks of a merge take at most as much memory as the buffer.
         let fan_in = (memory / BLOCK_BYTES).clamp(NARROWEST, WIDEST);
         ExternalSorter { folder: folder.to_owned(), buffer: Vec::new(), capacity, fan_in, runs: Vec::new() }
     }

@@ -10,7 +10,7 @@ mod rank;
 
 #[doc(hidden)]
 pub use head_pairs::head_pairs;
-pub use rank::{Query, rank, top};
+pub use rank::{Query, probability, rank, top};
 
 use crate::batch::ahead;
 use crate::batch::{Batch, BatchError, History};

@@ -94,6 +94,11 @@ pub fn rank<D: Device>(
     Ok(scores)
 }
 
+/// The probability that an item is liked, from its logit: `1 / (1 + exp(-logit))`.
+pub fn probability(logit: f32) -> f32 {
+    1.0 / (1.0 + (-logit).exp())
+}
+
 /// Indices of the `n` largest scores, largest first; equal scores keep their order.
 pub fn top(scores: &[f32], n: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..scores.len()).collect();

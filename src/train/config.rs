@@ -688,19 +688,24 @@ mod tests {
 
     #[test]
     fn values_that_make_no_run_are_refused() {
-        for text in [
-            "heads = 0",
-            "half_life = -1.0",
-            "half_life = 0.01",
-            "half_life = inf",
-            "half_life = nan",
-            "lr = -1.0",
-            "lr = nan",
-            "sample_rate = 0.0",
-            "length_edges = [3, 3]",
-            "lr = 'x'",
+        for (text, key) in [
+            ("heads = 0", "heads"),
+            ("half_life = -1.0", "half_life"),
+            ("half_life = 0.01", "half_life"),
+            ("half_life = inf", "half_life"),
+            ("half_life = nan", "half_life"),
+            ("lr = -1.0", "lr"),
+            ("lr = nan", "lr"),
+            ("sample_rate = 0.0", "sample_rate"),
+            ("length_edges = [3, 3]", "length_edges"),
+            ("window_stride = 9\nmax_length = 8", "window_stride"),
+            ("feedback = 'ignored'\ntrain_targets = 'feedback'", "train_targets"),
+            ("lr = 'x'", "lr"),
         ] {
-            assert!(Config::layered(Some(file(text).path()), toml::Table::new()).is_err(), "{text}");
+            let error = Config::layered(Some(file(text).path()), toml::Table::new()).unwrap_err();
+            assert!(!matches!(error, ConfigError::UnknownKey { .. }), "{text}: {error}");
+            let message = error.to_string().replace('-', "_");
+            assert!(message.contains(key), "{text}: {message}");
         }
     }
 }

@@ -453,6 +453,7 @@ impl<'a, D: Device> Fit<'a, D> {
         self.state.history.push(record.clone());
         let mut line = serde_json::to_value(&record).expect("a record is plain numbers");
         line["event"] = "epoch".into();
+        line["step"] = self.state.steps.into();
         line["best"] = best.into();
         self.log.line(&line)?;
         Ok((record, best))

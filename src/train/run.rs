@@ -100,14 +100,15 @@ impl Run {
             return Err(RunError::OtherConfig { dir: dir.to_owned() });
         }
         if !started
-            && let Some(path) = [run.log(), run.synthetic_data()].into_iter().find(|path| path.exists())
+            && let Some(path) =
+                [run.log(), run.synthetic_data(), run.curves()].into_iter().find(|path| path.exists())
         {
             return Err(RunError::OtherFile { path });
         }
         run.remove_leftovers()?;
         if started {
             // Removes the configuration last: it marks the other files as those of a run.
-            for file in [run.log(), run.synthetic_data(), run.config()] {
+            for file in [run.log(), run.synthetic_data(), run.curves(), run.config()] {
                 remove_file(&file).map_err(io_error(&file))?;
             }
         }

@@ -54,8 +54,8 @@ impl EventFile {
         Ok(events)
     }
 
-    /// Appends the numbers of a line of the log, named `event/key`. Lines without a step or epoch
-    /// have no place on the axis and are skipped.
+    /// Appends the numbers of a line of the log, named `event/key`. Lines without a step have no
+    /// place on the axis and are skipped.
     pub fn line(&mut self, line: &Value) -> Result<(), FileError> {
         let Some((step, summary)) = summary(line) else { return Ok(()) };
         let mut message = event(seconds_since_1970(), step);
@@ -73,7 +73,7 @@ impl EventFile {
 /// The step and the encoded `Summary` of a line of the log.
 fn summary(line: &Value) -> Option<(u64, Vec<u8>)> {
     let kind = line["event"].as_str()?;
-    let step = line["step"].as_u64().or_else(|| line["epoch"].as_u64())?;
+    let step = line["step"].as_u64()?;
     let mut values = Vec::new();
     scalars(kind, line, &mut values);
     Some((step, values))
@@ -160,7 +160,12 @@ mod tests {
 
     #[test]
     fn lines_without_a_place_on_the_axis_are_skipped() {
-        assert!(summary(&serde_json::json!({ "event": "start", "parameters": 7 })).is_none());
+        for line in [
+            serde_json::json!({ "event": "start", "parameters": 7 }),
+            serde_json::json!({ "event": "resume", "epoch": 2, "batch": 5 }),
+        ] {
+            assert!(summary(&line).is_none(), "{line}");
+        }
     }
 
     #[test]

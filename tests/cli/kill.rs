@@ -211,7 +211,7 @@ fn a_configuration_that_no_run_wrote_is_not_overwritten() {
 
 #[test]
 fn files_that_no_run_wrote_are_not_overwritten() {
-    for name in ["log.jsonl", "synthetic.dfar"] {
+    for name in ["log.jsonl", "synthetic.dfar", "curves.svg"] {
         let dir = tempfile::tempdir().unwrap();
         write_set(dir.path());
         std::fs::create_dir(dir.path().join("run")).unwrap();

@@ -6,6 +6,8 @@ mod data;
 mod kill;
 mod manual;
 mod score;
+#[path = "../common/skip.rs"]
+mod skip;
 mod train;
 mod verify;
 

@@ -1,5 +1,6 @@
 //! `dfar-train` on the command line.
 
+use crate::skip::skip;
 use crate::write_set;
 use dfar::train::checkpoint::{Checkpoint, ModelFile};
 use std::path::Path;
@@ -126,10 +127,7 @@ fn a_device_is_chosen_and_a_missing_one_reported() {
 #[test]
 fn a_run_in_bf16_resumes_in_bf16_and_is_evaluated_in_f32_where_bf16_is_missing() {
     if let Err(error) = dfar::device::cpu::Cpu::bf16() {
-        println!(
-            "a_run_in_bf16_resumes_in_bf16_and_is_evaluated_in_f32_where_bf16_is_missing is SKIPPED: {error}"
-        );
-        return;
+        return skip(error);
     }
     let dir = folder();
     let bf16 = ["--precision", "bf16"];

@@ -1,5 +1,6 @@
 //! `dfar-bench verify` on good, bad and broken cases.
 
+use crate::skip::skip;
 use dfar_tools::verify::{
     Case, CpuEngine, Difference, GRADIENT_TOLERANCE, Outcome, Report, Summary, VerifyError, compare,
     compare_gradients, relative_error, verify,
@@ -90,8 +91,7 @@ fn in_bf16_a_case_is_judged_by_the_unfused_computation_in_bf16() {
     assert_eq!(refused.status.code(), Some(2), "{text}");
     assert!(text.contains("need AVX512-BF16") && text.contains("use --precision f32"), "{text}");
     if let Err(error) = dfar::device::cpu::Cpu::bf16() {
-        let test = "in_bf16_a_case_is_judged_by_the_unfused_computation_in_bf16";
-        return println!("{test} is SKIPPED from here on: {error}");
+        return skip(format_args!("the rest: {error}"));
     }
     for name in ["fha_tiny", "fha_masked", "fha_paper", "dfar_small"] {
         let bytes = std::fs::read(golden(name)).expect("the case should be there");

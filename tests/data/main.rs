@@ -7,3 +7,5 @@ mod format;
 mod import;
 mod model;
 mod real;
+#[path = "../common/skip.rs"]
+mod skip;

@@ -1,17 +1,16 @@
 //! Real logs from `../shared/data`. Without them, every test prints that it is skipped.
 
+use crate::skip::skip;
 use dfar::data::import::{ImportOptions, LogFormat, import};
 use dfar::data::statistics::statistics;
 use dfar::data::{Dataset, Part};
 use std::collections::{HashMap, HashSet};
-use std::io::Write;
 use std::path::PathBuf;
 
 fn log(name: &str) -> Option<PathBuf> {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../shared/data").join(name);
     if !path.exists() {
-        // Not `eprintln!`: the test harness hides its output if the test passes.
-        let _ = writeln!(std::io::stderr(), "skipped: {} is not there", path.display());
+        skip(format_args!("{} is not there", path.display()));
         return None;
     }
     Some(path)

@@ -7,5 +7,7 @@ mod launches;
 mod layers;
 mod metrics;
 mod network;
+#[path = "../common/skip.rs"]
+mod skip;
 mod step_parts;
 mod target_attention;

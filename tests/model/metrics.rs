@@ -1,7 +1,10 @@
 //! Metrics against a naive computation and against cases computed by hand.
 
+use dfar::data::synthetic::{self, SyntheticOptions};
+use dfar::data::{Dataset, Part};
 use dfar::evaluate::metrics::auc;
 use dfar::evaluate::metrics::{GaucRule, ScoredGroups, expected_ndcg, expected_reciprocal_rank};
+use dfar::evaluate::{part_report, quartile_edges};
 use proptest::prelude::*;
 
 /// Every (positive, negative) pair, one at a time.
@@ -89,6 +92,80 @@ fn without_groups_or_negatives_there_are_no_metrics() {
         ScoredGroups { user: &[0], scores: &[1.0], candidates: 1 }.metrics(GaucRule::BothClasses),
         None
     );
+}
+
+/// A data set, and scores for its test groups, with ties.
+fn scored_set() -> (Dataset, Vec<f32>) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("x.dfar");
+    let options =
+        SyntheticOptions { users: 60, items: 40, events_per_user: 25.0, ..SyntheticOptions::default() };
+    synthetic::write(&options, &path).unwrap();
+    let data = Dataset::open(&path).unwrap();
+    let groups = data.groups(Part::Test);
+    let rows = groups.len() * (1 + groups.negatives_per_group);
+    (data, (0..rows).map(|i| (i * 7919 % 23) as f32).collect())
+}
+
+/// The metrics of the test groups with this feedback whose target is one of `events`.
+fn metrics_of(
+    data: &Dataset,
+    scores: &[f32],
+    feedback: u8,
+    events: std::ops::RangeInclusive<u32>,
+) -> Option<dfar::evaluate::metrics::Metrics> {
+    let groups = data.groups(Part::Test);
+    let candidates = 1 + groups.negatives_per_group;
+    let (mut user, mut kept) = (Vec::new(), Vec::new());
+    for (group, scores) in groups.iter().zip(scores.chunks(candidates)) {
+        let liked = data.user(group.user).feedback[group.event as usize];
+        if liked == feedback && events.contains(&group.event) {
+            user.push(group.user);
+            kept.extend_from_slice(scores);
+        }
+    }
+    ScoredGroups { user: &user, scores: &kept, candidates }.metrics(GaucRule::BothClasses)
+}
+
+#[test]
+fn a_report_has_liked_and_skipped_targets_apart_and_against_each_other() {
+    let (data, scores) = scored_set();
+    let report = part_report(&data, Part::Test, &scores, GaucRule::BothClasses, &[]).unwrap();
+    let all = 0..=u32::MAX;
+    assert_eq!(Some(report.liked), metrics_of(&data, &scores, 1, all.clone()));
+    assert!(report.skipped.is_some());
+    assert_eq!(report.skipped, metrics_of(&data, &scores, 0, all));
+    let groups = data.groups(Part::Test);
+    let targets: Vec<(f32, bool)> = groups
+        .iter()
+        .zip(scores.chunks(1 + groups.negatives_per_group))
+        .map(|(group, scores)| (scores[0], data.user(group.user).feedback[group.event as usize] == 1))
+        .collect();
+    assert!((report.liked_above_skipped.unwrap() - naive_auc(&targets).unwrap()).abs() < 1e-12);
+}
+
+#[test]
+fn every_liked_group_is_in_one_length_bucket() {
+    let (data, scores) = scored_set();
+    let quartiles = quartile_edges(&data, Part::Test);
+    assert_eq!(quartiles.len(), 3, "{quartiles:?}");
+    for edges in [quartiles.clone(), vec![0, 3, 4], vec![u32::MAX]] {
+        let report = part_report(&data, Part::Test, &scores, GaucRule::BothClasses, &edges).unwrap();
+        let groups: usize = report.by_length.iter().map(|bucket| bucket.metrics.groups).sum();
+        assert_eq!(groups, report.liked.groups, "{edges:?}");
+        for bucket in report.by_length {
+            let to = bucket.to.unwrap_or(u32::MAX);
+            assert!(bucket.from == 0 || edges.contains(&(bucket.from - 1)), "{edges:?}");
+            assert!(bucket.to.is_none_or(|to| edges.contains(&to)), "{edges:?}");
+            assert_eq!(Some(bucket.metrics), metrics_of(&data, &scores, 1, bucket.from..=to), "{edges:?}");
+        }
+    }
+    let liked = metrics_of(&data, &scores, 1, 0..=u32::MAX).unwrap().groups;
+    for (edge, quarter) in quartiles.into_iter().zip(1..) {
+        let up_to = |last| metrics_of(&data, &scores, 1, 0..=last).map_or(0, |metrics| metrics.groups);
+        let place = liked * quarter / 4;
+        assert!(up_to(edge - 1) <= place && place < up_to(edge), "{edge}");
+    }
 }
 
 proptest! {

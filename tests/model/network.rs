@@ -3,6 +3,7 @@
 #[path = "../bodies/model.rs"]
 mod bodies;
 
+use crate::skip::skip;
 use dfar::batch::Batch;
 use dfar::device::cpu::Cpu;
 use dfar::model::{Model, ModelConfig};
@@ -59,9 +60,9 @@ fn nan_stays_in_its_model() {
 }
 
 /// The CPU in bf16; `None`, with a line that says so, where the processor lacks it.
-fn bf16(test: &str) -> Option<impl Fn() -> Arc<Cpu>> {
+fn bf16() -> Option<impl Fn() -> Arc<Cpu>> {
     if let Err(error) = Cpu::bf16() {
-        println!("{test} is SKIPPED: {error}");
+        skip(error);
         return None;
     }
     Some(|| Arc::new(Cpu::bf16().expect("bf16 is available")))
@@ -70,7 +71,7 @@ fn bf16(test: &str) -> Option<impl Fn() -> Arc<Cpu>> {
 /// bf16 products, everything else in f32: close to the f32 steps but not equal.
 #[test]
 fn bf16_steps_are_near_and_the_same_for_any_number_of_threads() {
-    let Some(bf16) = bf16("bf16_steps_are_near_and_the_same_for_any_number_of_threads") else { return };
+    let Some(bf16) = bf16() else { return };
     let run = |threads| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| bodies::three_steps(&bf16))
@@ -86,8 +87,7 @@ fn bf16_steps_are_near_and_the_same_for_any_number_of_threads() {
 
 #[test]
 fn in_bf16_a_non_finite_value_stops_the_step_and_empty_histories_score_finitely() {
-    let test = "in_bf16_a_non_finite_value_stops_the_step_and_empty_histories_score_finitely";
-    let Some(bf16) = bf16(test) else { return };
+    let Some(bf16) = bf16() else { return };
     bodies::a_non_finite_value_stops_the_step_and_is_named(&bf16);
     bodies::histories_without_events_or_of_one_label_score_finitely(&bf16);
 }

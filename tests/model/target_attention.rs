@@ -3,6 +3,7 @@
 #[path = "../bodies/target_attention.rs"]
 mod bodies;
 
+use crate::skip::skip;
 use bodies::{Case, InBf16, NAMES, Output, assert_close, cases, ds_before, error, kernel_cases, last, wide};
 use dfar::device::TargetState;
 use dfar::device::cpu::Cpu;
@@ -147,13 +148,13 @@ fn results_are_bitwise_equal_for_any_number_of_threads() {
 }
 
 /// The CPU in bf16; `None`, with a line that says so, where the processor lacks it.
-fn bf16(test: &str) -> Option<Cpu> {
-    Cpu::bf16().map_err(|error| println!("{test} is SKIPPED: {error}")).ok()
+fn bf16() -> Option<Cpu> {
+    Cpu::bf16().map_err(skip).ok()
 }
 
 #[test]
 fn in_bf16_it_is_as_exact_as_the_unfused_computation() {
-    let Some(cpu) = bf16("in_bf16_it_is_as_exact_as_the_unfused_computation") else { return };
+    let Some(cpu) = bf16() else { return };
     let mut errors = InBf16::default();
     for (name, case) in cases().into_iter().chain(kernel_cases()) {
         errors.add(&name, &case.run_on(&cpu), &case.reference(), &case.in_bf16());
@@ -163,7 +164,7 @@ fn in_bf16_it_is_as_exact_as_the_unfused_computation() {
 
 #[test]
 fn in_bf16_results_are_bitwise_equal_for_any_number_of_threads() {
-    let Some(cpu) = bf16("in_bf16_results_are_bitwise_equal_for_any_number_of_threads") else { return };
+    let Some(cpu) = bf16() else { return };
     let lengths: Vec<u32> = (0..120).map(|i| (i * 37) % 90).collect();
     let case = Case::random(32, [80, 40], &lengths, 12, 3, 3);
     let run = |threads| {

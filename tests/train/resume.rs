@@ -5,7 +5,7 @@ use dfar::batch::{Feedback, without_sharing};
 use dfar::data::synthetic::{self, SyntheticOptions};
 use dfar::data::{Dataset, Part};
 use dfar::device::cpu::Cpu;
-use dfar::evaluate::{self, ScoreOptions};
+use dfar::evaluate::{self, EvaluateError, Query, ScoreOptions};
 use dfar::model::{Initialization, Model, ModelError};
 use dfar::train::checkpoint::{Checkpoint, EpochSums, ModelFile, StepTime};
 use dfar::train::draw::Drawer;
@@ -145,6 +145,29 @@ fn the_number_of_workers_changes_nothing() {
         let checkpoint = |dir: &Path| Checkpoint::load(&dir.join("checkpoint.safetensors")).unwrap();
         let [found, expected] = [&parts, &whole].map(|dir| checkpoint(dir));
         assert!(found.parameters == expected.parameters && found.moments == expected.moments, "{name}");
+    }
+}
+
+#[test]
+fn non_finite_scores_are_no_result() {
+    let data = data();
+    let (device, config) = (Arc::new(Cpu::new()), config().model(data.items()));
+    let model = Model::initialized(device.clone(), config.clone(), 5, Initialization::Scaled).unwrap();
+    for bad in [f32::NAN, f32::INFINITY] {
+        let mut tensors = model.tensors().unwrap();
+        let bias = tensors.iter_mut().find(|tensor| tensor.name == "tower_positive.2.b").unwrap();
+        bias.values[0] = bad;
+        let broken = Model::from_tensors(device.clone(), config.clone(), &tensors).unwrap();
+        let options =
+            ScoreOptions { feedback: Feedback::Mixed, batch_tokens: 100, batch_rows: 100, workers: 1 };
+        let go_on = &mut |_| ControlFlow::Continue(());
+        let error = evaluate::score_part(&broken, &data, Part::Test, &options, go_on).unwrap_err();
+        assert!(matches!(error, EvaluateError::NonFinite { candidate: 0, .. }), "{error}");
+        assert_eq!(TrainError::from(error).exit_code(), 5);
+        let query = |item| Query { items: vec![0], labels: vec![1], candidates: vec![item] };
+        let error = evaluate::rank(&broken, Feedback::Mixed, &[query(1), query(2)], 1).unwrap_err();
+        assert!(matches!(error, EvaluateError::NonFiniteScore { query: 0, item: 1, .. }), "{error}");
+        assert_eq!(TrainError::from(error).exit_code(), 5);
     }
 }
 

@@ -26,9 +26,10 @@
 //! A prefix is a task. Nothing but the inputs is kept for the backward pass.
 
 use super::gru::sigmoid;
-use super::lists::add;
-use super::rows::{pad_columns, padded, transpose_padded, unpad_columns};
+use super::rows::{pad_columns, transpose_padded};
+use dfar::device::cpu::elementwise::{add_assign, unpad_rows};
 use dfar::device::cpu::product::{Finish, Left, product};
+use dfar::device::cpu::scratch::padded;
 use dfar::simd::{Kernel, Simd, dispatch};
 use rayon::prelude::*;
 use std::borrow::Cow;
@@ -84,7 +85,7 @@ impl CandidateSequences {
             let (of_tokens, of_candidates) = partial.split_at_mut(tokens);
             for (dy, d_c) in dy.chunks_exact(width + tokens).zip(of_candidates.chunks_exact_mut(width)) {
                 d_c.copy_from_slice(&dy[..width]);
-                add(&dy[width..], of_tokens);
+                add_assign(&dy[width..], of_tokens);
             }
             partial
         };
@@ -97,9 +98,9 @@ impl CandidateSequences {
     fn add_partial(&self, g: usize, width: usize, partial: &[f32], out: &mut [f32]) {
         let tokens = &self.tokens[g];
         let (of_tokens, of_candidates) = partial.split_at(tokens.len() * width);
-        add(of_tokens, &mut out[tokens.start * width..tokens.end * width]);
+        add_assign(of_tokens, &mut out[tokens.start * width..tokens.end * width]);
         for (&c, d) in self.candidate[self.rows[g].clone()].iter().zip(of_candidates.chunks_exact(width)) {
-            add(d, &mut out[c * width..][..width]);
+            add_assign(d, &mut out[c * width..][..width]);
         }
     }
 
@@ -141,7 +142,7 @@ impl CandidateAttention<'_> {
             } else {
                 let mut wide = vec![0.0; o.len() / self.head_dim * padded.wide];
                 padded.forward(g, &mut wide);
-                unpad_columns(&wide, self.head_dim, padded.wide, o);
+                unpad_rows(&wide, self.head_dim, padded.wide, o);
             }
         });
     }
@@ -168,7 +169,7 @@ impl CandidateAttention<'_> {
             for (g, partial) in partials.iter().enumerate() {
                 sequences.add_partial(g, row, &partial[part], &mut wide);
             }
-            unpad_columns(&wide, head_dim, padded.wide, out);
+            unpad_rows(&wide, head_dim, padded.wide, out);
         };
         d_qkv.into_par_iter().enumerate().for_each(sum);
     }

@@ -9,9 +9,10 @@
 //! **Vertical.** [`Vertical`] is a weighted sum of the latest events of a prefix of `L` events, one
 //! weight for each filter `k` and age `j`: `v_k = sum over j < min(L, L_v) of G[k, j] s_(L-j)`.
 
-use super::lists::add;
-use super::rows::{pad_columns, padded, transpose_padded, unpad_columns};
+use super::rows::{pad_columns, transpose_padded};
+use dfar::device::cpu::elementwise::{add_assign, unpad_rows};
 use dfar::device::cpu::product::{Finish, Left, product};
+use dfar::device::cpu::scratch::padded;
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -64,7 +65,7 @@ pub fn windows_backward(cu_seqlens: &[u32], width: usize, height: usize, dy: &[f
         for (t, dy) in rows.clone().zip(dy[rows.start * height * width..].chunks_exact(height * width)) {
             for (age, dy) in dy.chunks_exact(width).enumerate() {
                 if let Some(t) = t.checked_sub(age).filter(|&t| t >= rows.start) {
-                    add(dy, &mut dx[t * width..][..width]);
+                    add_assign(dy, &mut dx[t * width..][..width]);
                 }
             }
         }
@@ -142,7 +143,7 @@ impl Vertical<'_> {
                 let w = Left::rows(&oldest_first[first..], self.length());
                 let shape = [filters, width, rows.len()];
                 product(shape, w, (&x[rows.start * wide..], wide), (&mut out, wide), Finish::Store);
-                unpad_columns(&out, width, wide, v);
+                unpad_rows(&out, width, wide, v);
             }
         });
     }
@@ -170,13 +171,13 @@ impl Vertical<'_> {
                 product(shape, x, (&dvt, many), (&mut dw[first * many..], many), Finish::Add);
             }
             let rows = dx_wide.chunks_exact(wide).zip(dx.chunks_exact_mut(width));
-            rows.for_each(|(from, to)| add(&from[..width], to));
+            rows.for_each(|(from, to)| add_assign(&from[..width], to));
             dw
         };
         let partials: Vec<Vec<f32>> =
             split(prefixes.cu_seqlens, width, dx).into_par_iter().enumerate().map(run).collect();
         let mut sum = vec![0.0; length * many];
-        partials.iter().for_each(|partial| add(partial, &mut sum));
+        partials.iter().for_each(|partial| add_assign(partial, &mut sum));
         for (k, dw) in dw.chunks_exact_mut(length).enumerate() {
             for (age, dw) in dw.iter_mut().enumerate() {
                 *dw = sum[(length - 1 - age) * many + k];

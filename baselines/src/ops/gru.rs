@@ -23,10 +23,11 @@
 //! sequences at a time, the longest first, so that the sequences which have not ended are a prefix
 //! of its rows. Partial gradients are added in the order of the tasks.
 
-use super::lists::add;
-use super::rows::{pad_columns, padded, transpose_padded, unpad_columns};
+use super::rows::{pad_columns, transpose_padded};
 use super::sequences::{RangeSums, Sequences};
+use dfar::device::cpu::elementwise::{add_assign, unpad_rows};
 use dfar::device::cpu::product::{Finish, Left, product};
+use dfar::device::cpu::scratch::padded;
 use dfar::simd::{Kernel, Simd, dispatch};
 use rayon::prelude::*;
 use std::borrow::Cow;
@@ -104,12 +105,12 @@ impl Recurrence<'_> {
         let wide = padded.wide;
         let mut du_wide = vec![0.0; self.width * 3 * wide];
         for partial in &partials {
-            add(&partial.du, &mut du_wide);
+            add_assign(&partial.du, &mut du_wide);
         }
-        unpad_columns(&du_wide, self.width, wide, du);
+        unpad_rows(&du_wide, self.width, wide, du);
         let mut sums = RangeSums::new(dx.len() / (3 * self.width).max(1), 3 * wide);
         partials.into_iter().for_each(|partial| sums.add(partial.inputs.start, &partial.dx));
-        unpad_columns(&sums.values, self.width, wide, dx);
+        unpad_rows(&sums.values, self.width, wide, dx);
     }
 
     /// Sequences of a task. The candidates of a prefix are many equally long sequences; the
@@ -207,10 +208,10 @@ impl Padded<'_> {
                 let step = self.sequences.offsets[i] as usize + t;
                 let dh = &mut dh[k * wide..][..width];
                 if let Some(last) = d_states.last.filter(|_| t + 1 == self.sequences.length(i)) {
-                    add(&last[i * width..][..width], dh);
+                    add_assign(&last[i * width..][..width], dh);
                 }
                 if let Some(every) = d_states.every {
-                    add(&every[step * width..][..width], dh);
+                    add_assign(&every[step * width..][..width], dh);
                 }
                 if t > 0 {
                     h[k * wide..][..width].copy_from_slice(&states[(step - 1) * width..][..width]);

@@ -1,5 +1,6 @@
 //! Sums of rows by list.
 
+use dfar::device::cpu::elementwise::add_assign;
 use dfar::simd::{Kernel, Simd, dispatch};
 use rayon::prelude::*;
 
@@ -80,14 +81,9 @@ pub fn add_vectors<S: Simd>(s: S, x: &[f32], y: &mut [f32]) {
     y.into_remainder().iter_mut().zip(x.remainder()).for_each(|(y, x)| *y += x);
 }
 
-/// `y += x`
-pub fn add(x: &[f32], y: &mut [f32]) {
-    dfar::device::cpu::elementwise::add_assign(x, y);
-}
-
 /// `y[index[n]] += x[n]`, in order. An index may occur any number of times.
 pub fn scatter_sum(width: usize, x: &[f32], index: &[u32], y: &mut [f32]) {
     for (x, &i) in x.chunks_exact(width).zip(index) {
-        add(x, &mut y[i as usize * width..][..width]);
+        add_assign(x, &mut y[i as usize * width..][..width]);
     }
 }

@@ -7,7 +7,7 @@
 //!
 //! The mean is over all pairs of neighbouring events of a batch; 0 without pairs.
 
-use super::lists::add;
+use dfar::device::cpu::elementwise::{add_assign, softplus};
 
 /// `[N, D]` values for the events of packed histories: their states, embeddings, and the
 /// embeddings of the sampled items; or the gradients of these.
@@ -39,23 +39,18 @@ pub fn next_event_loss(
         let dot = |x: &[f32]| h.iter().zip(x).map(|(h, x)| h * x).sum::<f32>();
         let (event, negative) = (row(values.event, next), row(values.negative, next));
         let (liked, sampled) = (dot(&event), dot(&negative));
-        loss += softplus(-liked) + softplus(sampled);
+        loss += softplus(f64::from(-liked)) + softplus(f64::from(sampled));
         if let Some(NextEvent { state, event: d_event, negative: d_negative }) = &mut gradients {
             let [d_liked, d_sampled] = [-sigmoid(-liked), sigmoid(sampled)].map(|d| weight * d);
             let scaled = |d: f32, x: &[f32]| x.iter().map(|x| d * x).collect::<Vec<_>>();
             let d_state = &mut state[(next - 1) * width..next * width];
-            add(&scaled(d_liked, &event), d_state);
-            add(&scaled(d_sampled, &negative), d_state);
-            add(&scaled(d_liked, &h), &mut d_event[next * width..][..width]);
-            add(&scaled(d_sampled, &h), &mut d_negative[next * width..][..width]);
+            add_assign(&scaled(d_liked, &event), d_state);
+            add_assign(&scaled(d_sampled, &negative), d_state);
+            add_assign(&scaled(d_liked, &h), &mut d_event[next * width..][..width]);
+            add_assign(&scaled(d_sampled, &h), &mut d_negative[next * width..][..width]);
         }
     }
     loss / pairs as f64
-}
-
-fn softplus(x: f32) -> f64 {
-    let x = f64::from(x);
-    x.max(0.0) + (-x.abs()).exp().ln_1p()
 }
 
 fn sigmoid(x: f32) -> f32 {

@@ -11,8 +11,10 @@
 //! dl_t = a_t (da_t - sum_s a_s da_s)     dk_t = dl_t e     de = sum_t dl_t k_t
 //! ```
 
-use super::rows::{pad_columns, padded, unpad_columns};
+use super::rows::pad_columns;
 use super::sequences::{RangeSums, Sequences};
+use dfar::device::cpu::elementwise::unpad_rows;
+use dfar::device::cpu::scratch::padded;
 use dfar::simd::{Kernel, Simd, dispatch};
 use rayon::prelude::*;
 use std::borrow::Cow;
@@ -74,9 +76,9 @@ impl PrefixAttention<'_> {
         let mut rows = d_query.chunks_mut(TASK * width);
         for (start, d_key, d_query) in partials {
             sums.add(start, &d_key);
-            unpad_columns(&d_query, width, padded.wide, rows.next().expect("a task has sequences"));
+            unpad_rows(&d_query, width, padded.wide, rows.next().expect("a task has sequences"));
         }
-        unpad_columns(&sums.values, width, padded.wide, d_key);
+        unpad_rows(&sums.values, width, padded.wide, d_key);
     }
 
     fn padded(&self) -> Padded<'_> {

@@ -4,7 +4,7 @@
 //! Each task therefore sums the gradients of its own range of rows, and [`RangeSums`] adds these
 //! partials in the order of the tasks.
 
-use super::lists::add;
+use dfar::device::cpu::elementwise::add_assign;
 use std::ops::Range;
 
 /// Sequences of steps over the rows of an input.
@@ -80,6 +80,6 @@ impl RangeSums {
 
     /// Adds `partial` to the rows from `start` on.
     pub fn add(&mut self, start: usize, partial: &[f32]) {
-        add(partial, &mut self.values[start * self.width..][..partial.len()]);
+        add_assign(partial, &mut self.values[start * self.width..][..partial.len()]);
     }
 }

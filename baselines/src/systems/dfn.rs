@@ -15,12 +15,13 @@
 
 use crate::ops::candidate_attention::CandidateSequences;
 use crate::ops::candidate_stack::{CandidateStack, CandidateState};
-use crate::ops::lists::{add, scatter_sum};
+use crate::ops::lists::scatter_sum;
 use crate::ops::target::{InputGradients, Target};
 use crate::parameters::Names;
 use crate::system::{Backward, Context, Encoded, Gradients, Part, Per, Settings, System};
 use crate::{Floats, Indices, Result};
 use dfar::batch::{Batch, LabelSplit};
+use dfar::device::cpu::elementwise::add_assign;
 use dfar::device::{
     DeviceError, Embedding, Lookup, Memory, PrefixMean, Prefixes, Segments, TargetIndex, TargetInputs,
 };
@@ -122,7 +123,7 @@ impl Side {
         let dx = stack.backward(cx, &mut grads.dense, &self.x, &self.sequences, state, dy)?;
         let (of_tokens, of_candidates) = dx.split_at(self.token.len() * cx.width);
         scatter_sum(cx.width, of_tokens, &self.token, &mut grads.tokens);
-        add(of_candidates, &mut grads.candidates);
+        add_assign(of_candidates, &mut grads.candidates);
         Ok(())
     }
 }
@@ -185,9 +186,9 @@ impl System for Dfn {
             let inputs = TargetInputs { s: &z_skipped, a: &z_skipped, r: &parts[0].values };
             let InputGradients { mut ds, da, dr } =
                 self.cross.backward(cx, inputs, &pass, skip, &mut grads.dense)?;
-            add(&da, &mut ds);
+            add_assign(&da, &mut ds);
             device.scatter_add(width, &ds, &of_skipped.token, &mut grads.tokens)?;
-            add(&dr, &mut d_parts[0]);
+            add_assign(&dr, &mut d_parts[0]);
             let sides = [
                 (of_liked, &self.positive, positive_state, &d_parts[0]),
                 (of_skipped, &self.negative, negative_state, &d_parts[1]),

@@ -15,7 +15,6 @@
 
 use crate::ops::cell::{Cell, Steps};
 use crate::ops::gru::States;
-use crate::ops::lists::add;
 use crate::ops::next_event::{NextEvent, next_event_loss};
 use crate::ops::prefix;
 use crate::ops::prefix_attention::PrefixAttention;
@@ -23,6 +22,7 @@ use crate::ops::sequences::Sequences;
 use crate::parameters::{Names, glorot};
 use crate::system::{Context, Encoded, Gradients, Part, Per, Settings, System};
 use crate::{Floats, Result};
+use dfar::device::cpu::elementwise::add_assign;
 use dfar::device::{
     Activation, Dense, DeviceError, Embedding, Linear, LinearGradients, Lookup, Memory, Output,
 };
@@ -174,7 +174,7 @@ impl Dien {
         let (mut d_key, mut d_e) = (device.alloc(state.key.len())?, device.alloc(state.e.len())?);
         state.attention(width).backward(&state.weights, &d_weights, &mut d_key, &mut d_e);
         for (&pair, d_e) in batch.row_pair.iter().zip(d_e.chunks_exact(width)) {
-            add(d_e, &mut grads.candidates[pair as usize * width..][..width]);
+            add_assign(d_e, &mut grads.candidates[pair as usize * width..][..width]);
         }
         let dw = &mut grads.dense[self.attention];
         let gradients = LinearGradients { dx: Some(Output::add(&mut d_h)), dw, dbias: None };
@@ -185,8 +185,8 @@ impl Dien {
         let d_states = States { every: Some(&d_h[..]), last: None };
         let kept = (&state.events, &state.h);
         let (d_events, _) = self.gru.backward(cx, &mut grads.dense, state.gru(cx), kept, d_states)?;
-        add(&d_events, &mut grads.tokens);
-        add(&prefix::sum_backward(cx, &d_sum)?, &mut grads.tokens);
+        add_assign(&d_events, &mut grads.tokens);
+        add_assign(&prefix::sum_backward(cx, &d_sum)?, &mut grads.tokens);
         Ok(auxiliary)
     }
 

@@ -12,11 +12,11 @@
 
 use crate::Result;
 use crate::ops::attentive::Attentive;
-use crate::ops::lists::add;
 use crate::ops::prefix;
 use crate::ops::stack::{Encoder, Stack};
 use crate::parameters::Names;
 use crate::system::{Backward, Context, Encoded, Part, Per, Settings, System};
+use dfar::device::cpu::elementwise::add_assign;
 use dfar::device::{Embedding, Interests, Lookup, Losses, Memory, Slot};
 
 /// FeedRec.
@@ -84,7 +84,7 @@ impl System for Feedrec {
                 cx.device.scatter_add(cx.width, &d_own, &token, &mut d_seq)?;
             }
             let d_events = self.encoder.backward(cx, &mut grads.dense, encoder_state, d_seq)?;
-            add(&d_events, &mut grads.tokens);
+            add_assign(&d_events, &mut grads.tokens);
             Ok(loss[0])
         });
         Ok(Encoded { parts, backward })

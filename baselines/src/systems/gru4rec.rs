@@ -10,13 +10,13 @@
 
 use crate::ops::cell::{Cell, Steps};
 use crate::ops::gru::States;
-use crate::ops::lists::add;
 use crate::ops::prefix;
 use crate::ops::sequences::Sequences;
 use crate::parameters::Names;
 use crate::system::{Backward, Context, Encoded, Part, Per, Settings, System};
 use crate::{Floats, Result};
 use dfar::device::Memory;
+use dfar::device::cpu::elementwise::add_assign;
 
 /// GRU4REC.
 pub struct Gru4rec {
@@ -43,7 +43,7 @@ impl System for Gru4rec {
             let kept = (&events, &states);
             let (d_events, _) =
                 self.gru.backward(cx, &mut grads.dense, steps(cx, &inputs), kept, d_states)?;
-            add(&d_events, &mut grads.tokens);
+            add_assign(&d_events, &mut grads.tokens);
             Ok(0.0)
         });
         let parts = vec![Part { values: last, width: cx.width, per: Per::Group }];

@@ -5,10 +5,11 @@
 //! vector once for each prefix.
 
 use super::{FirstLayer, FirstPass};
-use crate::ops::lists::{Lists, add, add_vectors, sum_by_list};
+use crate::ops::lists::{Lists, add_vectors, sum_by_list};
 use crate::system::{Context, Gradients, Part, Per};
 use crate::{Floats, Result};
 use dfar::device::cpu::Cpu;
+use dfar::device::cpu::elementwise::add_assign;
 use dfar::device::cpu::elementwise::relu_backward;
 use dfar::device::cpu::linear;
 use dfar::device::cpu::product::F32;
@@ -90,7 +91,7 @@ impl FirstLayer<Cpu> for Split {
             let weight = slice(cx, layer, from, term.width);
             linear::backward(F32, weight, term.values, &y, &mut dy, gradients);
             if i == 0 {
-                add(&dx, &mut grads.candidates);
+                add_assign(&dx, &mut grads.candidates);
             } else {
                 d_parts.push(dx);
             }

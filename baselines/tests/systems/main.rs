@@ -4,3 +4,5 @@ mod compare;
 mod encoders;
 mod golden;
 mod overfit;
+#[path = "../../../tests/common/skip.rs"]
+mod skip;

@@ -108,16 +108,16 @@ impl<'t> Visitor<'t> for Find<'_> {
     fn visit_map<A: MapAccess<'t>>(self, mut map: A) -> Result<Self::Value, A::Error> {
         let mut found: [Option<(usize, &'t str)>; SLOTS] = [None; SLOTS];
         while let Some(key) = map.next_key::<Text<'t>>()? {
-            let mut slots = (0..SLOTS).filter_map(|slot| {
-                Some((slot, self.keys[slot].iter().position(|wanted| **wanted == *key.0)?))
-            });
-            let Some((slot, preference)) = slots.next() else {
+            // Several roles may have the same key.
+            let preferences: [Option<usize>; SLOTS] =
+                std::array::from_fn(|slot| self.keys[slot].iter().position(|wanted| **wanted == *key.0));
+            if preferences.iter().all(Option::is_none) {
                 map.next_value::<IgnoredAny>()?;
                 continue;
-            };
-            let also = slots.next();
+            }
             let raw = map.next_value::<&'t RawValue>()?.get();
-            for (slot, preference) in std::iter::once((slot, preference)).chain(also) {
+            for (slot, preference) in preferences.into_iter().enumerate() {
+                let Some(preference) = preference else { continue };
                 match found[slot] {
                     Some((other, _)) if other == preference => {
                         return Err(serde::de::Error::custom(format!("the key {} occurs twice", key.0)));
@@ -396,6 +396,17 @@ mod tests {
         ] {
             assert_eq!(objects(text), expected, "{text}");
         }
+    }
+
+    #[test]
+    fn a_key_may_have_every_role() {
+        let layout = JsonLayout {
+            keys: std::array::from_fn(|_| vec!["a"]),
+            columns: [const { None }; SLOTS],
+            rule: Rule::Every,
+        };
+        let values = layout.values(b"{\"b\":2,\"a\":1}").unwrap();
+        assert!(values.iter().all(|value| value.as_deref() == Some(b"1")), "{values:?}");
     }
 
     #[test]

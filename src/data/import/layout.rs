@@ -358,7 +358,7 @@ fn most_common_count(lines: &Lines, delimiter: Delimiter) -> (usize, u64) {
             None => counts.push((fields.len(), line.number, 1)),
         }
     }
-    // Of equal counts the first, as above.
+    // Of equal counts, the first: `max_by_key` returns the last.
     let best = counts.iter().rev().max_by_key(|(.., times)| *times);
     best.map_or((0, 1), |&(count, line, _)| (count, line))
 }

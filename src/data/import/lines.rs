@@ -76,7 +76,7 @@ impl<'a> Lines<'a> {
         text.split(|&byte| byte == self.terminator)
             .zip(numbered)
             .map(|(text, number)| Line { number, text: clean(text), too_long: text.len() > LONGEST_LINE })
-            .filter(|line| !line.text.trim_ascii().is_empty())
+            .filter(|line| line.too_long || !line.text.trim_ascii().is_empty())
     }
 
     /// The next line that is not blank.
@@ -85,7 +85,7 @@ impl<'a> Lines<'a> {
             let Some((from, to, too_long)) = self.next_raw()? else { return Ok(None) };
             // `clean` is called again below: a borrow returned from a loop would last for the whole
             // function.
-            if !clean(&self.buffer[from..to]).trim_ascii().is_empty() {
+            if too_long || !clean(&self.buffer[from..to]).trim_ascii().is_empty() {
                 let text = clean(&self.buffer[from..to]);
                 return Ok(Some(Line { number: self.number, text, too_long }));
             }
@@ -218,16 +218,19 @@ mod tests {
     }
 
     #[test]
-    fn a_long_line_is_skipped_and_the_next_is_read() {
-        let mut text = b"first\n".to_vec();
-        text.extend(std::iter::repeat_n(b'x', LONGEST_LINE + 500_000));
-        text.extend(b"\nlast");
-        let mut lines = Lines::new(Box::new(&text[..])).unwrap();
-        assert_eq!(lines.next().unwrap().unwrap().text, b"first");
-        let long = lines.next().unwrap().unwrap();
-        assert_eq!((long.too_long, long.number, long.text.len()), (true, 2, SHOWN));
-        assert_eq!(lines.next().unwrap(), Some(Line { number: 3, text: b"last", too_long: false }));
-        assert_eq!(lines.next().unwrap(), None);
+    fn a_long_line_is_reported_and_the_next_is_read() {
+        for blanks in [0, SHOWN] {
+            let mut text = b"first\n".to_vec();
+            text.extend(std::iter::repeat_n(b' ', blanks));
+            text.extend(std::iter::repeat_n(b'x', LONGEST_LINE + 500_000));
+            text.extend(b"\nlast");
+            let mut lines = Lines::new(Box::new(&text[..])).unwrap();
+            assert_eq!(lines.next().unwrap().unwrap().text, b"first");
+            let long = lines.next().unwrap().unwrap();
+            assert_eq!((long.too_long, long.number, long.text.len()), (true, 2, SHOWN));
+            assert_eq!(lines.next().unwrap(), Some(Line { number: 3, text: b"last", too_long: false }));
+            assert_eq!(lines.next().unwrap(), None);
+        }
     }
 
     #[test]

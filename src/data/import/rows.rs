@@ -251,9 +251,7 @@ impl<'a> Rows<'a> {
         let time = present(Role::Time)?;
         let stamp = match reading.columns[Role::Date as usize] {
             None => time.stamp().map_err(|reason| (Role::Time, reason)),
-            Some(_) => time::day_and_time(&present(Role::Date)?.text(), &time.text()).map_err(|reason| {
-                (if reason.starts_with("not a time") { Role::Time } else { Role::Date }, reason)
-            }),
+            Some(_) => time::day_and_time(&present(Role::Date)?.text(), &time.text()),
         };
         let stamp = stamp.map_err(|(role, reason)| fault(role, reason.into()))?;
         let verdict = match reading.rule {

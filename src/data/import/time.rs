@@ -4,6 +4,7 @@
 //! Events are sorted by the numbers as they are, so their order does not depend on the unit.
 
 use super::TimeUnit;
+use super::layout::Role;
 use crate::data::{DataError, TimeSighting};
 use jiff::civil;
 
@@ -284,11 +285,12 @@ fn instant(text: &str) -> Option<RawTime> {
     Some(of_civil(moment))
 }
 
-/// A day and a time of day in separate fields.
-pub(super) fn day_and_time(day: &[u8], time: &[u8]) -> Result<Stamp, &'static str> {
-    let day = std::str::from_utf8(day).ok().and_then(parse_day);
-    let day = day.ok_or("not a date (ISO 8601, such as 2019-10-01 or 20191001)")?;
-    const NO_TIME_OF_DAY: &str = "not a time of day (13:45, 13:45:10.5, 13:45+02:00 or 1345)";
+/// A day and a time of day in separate fields. The error names the field at fault.
+pub(super) fn day_and_time(day: &[u8], time: &[u8]) -> Result<Stamp, (Role, &'static str)> {
+    const NO_DATE: (Role, &str) = (Role::Date, "not a date (ISO 8601, such as 2019-10-01 or 20191001)");
+    const NO_TIME_OF_DAY: (Role, &str) =
+        (Role::Time, "not a time of day (13:45, 13:45:10.5, 13:45+02:00 or 1345)");
+    let day = std::str::from_utf8(day).ok().and_then(parse_day).ok_or(NO_DATE)?;
     let time = std::str::from_utf8(time).map_err(|_| NO_TIME_OF_DAY)?;
     let (clock, zone) = time.split_at(time.find(['+', '-', 'Z', 'z', 'U', 'G']).unwrap_or(time.len()));
     let clock = parse_time_of_day(clock.trim_ascii_end()).ok_or(NO_TIME_OF_DAY)?;
@@ -415,16 +417,19 @@ mod tests {
             };
             assert_eq!(time.milliseconds(Unit::Seconds), Some(midnight + (4 * 60 + 5) * 60_000));
         }
-        for (day, time) in [
-            ("01.10.2019", "04:05"),
-            ("20191001", "2460"),
-            ("20191301", "0"),
-            ("2019-10-01", "noon"),
-            ("2019-10-01", "04:05 EST"),
-            ("2019-10-01", "04:05+"),
-            ("2019-10-01", "Z"),
+        for (day, time, at_fault) in [
+            ("01.10.2019", "04:05", Role::Date),
+            ("20191001", "2460", Role::Time),
+            ("20191301", "0", Role::Date),
+            ("2019-10-01", "noon", Role::Time),
+            ("2019-10-01", "04:05 EST", Role::Time),
+            ("2019-10-01", "04:05+", Role::Time),
+            ("2019-10-01", "Z", Role::Time),
         ] {
-            assert!(day_and_time(day.as_bytes(), time.as_bytes()).is_err(), "{day} {time}");
+            let Err((role, _)) = day_and_time(day.as_bytes(), time.as_bytes()) else {
+                panic!("{day} {time} is a time")
+            };
+            assert!(role == at_fault, "{day} {time}");
         }
     }
 

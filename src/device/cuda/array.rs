@@ -94,7 +94,8 @@ impl<R: Runtime, T: Pod> Array<R, T> {
     /// # Errors
     /// As [`Runtime::allocate`].
     pub fn new(runtime: &Arc<R>, len: usize) -> Result<Self, CudaError> {
-        let memory = Arc::new(Allocation::new(runtime, len * size_of::<T>())?);
+        let bytes = len.checked_mul(size_of::<T>()).ok_or(CudaError::OutOfMemory { bytes: usize::MAX })?;
+        let memory = Arc::new(Allocation::new(runtime, bytes)?);
         Ok(Self { memory, offset: 0, len, element: PhantomData })
     }
 

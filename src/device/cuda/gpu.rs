@@ -13,7 +13,7 @@ use super::runtime::{Gemm, Runtime, lock};
 use crate::device::DeviceError;
 use crate::device::Precision;
 use bytemuck::Pod;
-use products::{Problem, Sum};
+use products::{Product, Sum};
 use queue::{Recording, Request};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, ThreadId};
@@ -242,9 +242,9 @@ impl<R: Runtime> Gpu<R> {
     /// # Safety
     /// The matrices are alive and of the given shapes; no result overlaps a factor or another
     /// result.
-    pub(super) unsafe fn multiply(&self, problems: Vec<Problem>) -> Result<(), CudaError> {
+    pub(super) unsafe fn multiply(&self, products: Vec<Product>) -> Result<(), CudaError> {
         // SAFETY: guaranteed by the caller.
-        unsafe { self.request(Request::Products(problems)) }
+        unsafe { self.request(Request::Products(products)) }
     }
 
     /// [`Runtime::gemm`].

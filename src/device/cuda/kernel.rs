@@ -1,5 +1,6 @@
 //! Kernels and their modules, element types, launches.
 
+use crate::device::Precision;
 use std::fmt;
 
 /// Address in device memory; 0 is null.
@@ -43,6 +44,15 @@ impl Element {
             Element::F32 => "float",
             Element::Bf16 => "bf16",
             Element::F16 => "f16",
+        }
+    }
+}
+
+impl From<Precision> for Element {
+    fn from(precision: Precision) -> Self {
+        match precision {
+            Precision::F32 => Element::F32,
+            Precision::Bf16 => Element::Bf16,
         }
     }
 }

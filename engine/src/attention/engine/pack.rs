@@ -3,6 +3,7 @@
 //! The copying functions are inlined into the kernels and so compiled for their instruction set.
 
 use super::{Group, Sequence, Shape};
+use bytemuck::{Pod, Zeroable};
 use std::ops::Range;
 
 /// Slots are padded to whole vectors of the widest instruction set.
@@ -14,7 +15,7 @@ pub(super) const STRETCH: usize = 1024;
 /// Distance between the scores of two rows. A whole page would map all rows to the same cache sets.
 pub(super) const STRIDE: usize = STRETCH + ALIGN;
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(64))]
 struct Line([f32; ALIGN]);
 
@@ -29,8 +30,7 @@ impl Buffer {
         if self.0.len() < lines {
             self.0.resize(lines, Line([0.0; ALIGN]));
         }
-        // SAFETY: the vector holds at least `len` f32 values: a `Line` is exactly ALIGN of them.
-        unsafe { std::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), len) }
+        &mut bytemuck::cast_slice_mut(&mut self.0[..lines])[..len]
     }
 
     pub(super) fn bytes(&self) -> usize {

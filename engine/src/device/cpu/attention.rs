@@ -96,7 +96,7 @@ mod tests {
 
     #[test]
     fn in_bf16_attention_reads_rounded_tensors() {
-        let Some(bf16) = bf16("in_bf16_attention_reads_rounded_tensors") else { return };
+        let Some(bf16) = bf16() else { return };
         let tensors = [0.3f32, 0.7, 1.1, 0.9].map(|step| (0..192).map(|i| (i as f32 * step).sin()).collect());
         let rounded = tensors.each_ref().map(|x: &Vec<f32>| {
             let mut out = vec![0.0; x.len()];

@@ -35,9 +35,11 @@ pub fn left_factor(
     (x, row): (&[f32], usize),
     (out, out_row): (&mut [u32], usize),
 ) {
+    /// # Safety
+    /// All rows of `x`, and the padded rows of `out`, are in bounds.
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     unsafe fn inner(s: Avx512, [m, k]: [usize; 2], x: *const f32, row: usize, out: *mut u32, out_row: usize) {
-        // SAFETY: `left_factor` has checked that all rows are in bounds.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             for i in 0..m.next_multiple_of(TILE) {
                 for tile in 0..k.div_ceil(2 * TILE) {
@@ -69,9 +71,11 @@ pub fn right_factor(
     (x, row): (&[f32], usize),
     (out, out_row): (&mut [u32], usize),
 ) {
+    /// # Safety
+    /// All rows of `x`, and the padded rows of `out`, are in bounds.
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     unsafe fn inner(s: Avx512, [k, n]: [usize; 2], x: *const f32, row: usize, out: *mut u32, out_row: usize) {
-        // SAFETY: `right_factor` has checked that all rows are in bounds.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             for l in 0..pairs_of(k) {
                 for tile in 0..n.div_ceil(TILE) {
@@ -100,9 +104,11 @@ pub fn transpose_pairs(
     (from, from_row): (&[u32], usize),
     (to, to_row): (&mut [u32], usize),
 ) {
+    /// # Safety
+    /// Sixteen rows of sixteen pairs are in bounds of `from` and of `to`.
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     unsafe fn inner(from: *const u32, from_row: usize, to: *mut u32, to_row: usize) {
-        // SAFETY: `transpose_pairs` has checked that all rows are in bounds.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             let mut tile = [_mm512_setzero_si512(); TILE];
             for (i, row) in tile.iter_mut().enumerate() {
@@ -280,11 +286,12 @@ impl Products for Bf16 {
 pub mod tests {
     use super::super::product::tests::{every_finish, expected};
     use super::*;
+    use crate::skip::skip;
     use rand::{RngExt, SeedableRng};
 
     /// Products in bf16; `None`, with a line that says so, where the processor lacks them.
-    pub fn bf16(test: &str) -> Option<Bf16> {
-        Unit::new().map(Bf16).map_err(|missing| println!("{test} is SKIPPED: {missing}")).ok()
+    pub fn bf16() -> Option<Bf16> {
+        Unit::new().map(Bf16).map_err(skip).ok()
     }
 
     /// `x` in bf16, by integer arithmetic: to nearest, ties to even; subnormal values become 0.
@@ -301,7 +308,7 @@ pub mod tests {
 
     #[test]
     fn rounding_is_to_nearest_even_and_keeps_nan_and_infinity() {
-        let Some(bf16) = bf16("rounding_is_to_nearest_even_and_keeps_nan_and_infinity") else { return };
+        let Some(bf16) = bf16() else { return };
         let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(3);
         let mut values: Vec<f32> = (0..5000).map(|_| f32::from_bits(rng.random())).collect();
         let ties = [0x3f80_8000, 0x3f81_8000, 0xbf80_8000, 0x3f80_7fff, 0x3f80_8001, 0x7f7f_ffff];
@@ -324,7 +331,7 @@ pub mod tests {
     /// than the matrix hold NaN, which no product may read.
     #[test]
     fn products_agree_with_rounded_factors_in_f64() {
-        let Some(bf16) = bf16("products_agree_with_rounded_factors_in_f64") else { return };
+        let Some(bf16) = bf16() else { return };
         let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(1);
         let sizes = [1, 8, 16, 17, 31, 32, 33, 40, 80, 130];
         let shapes = sizes.iter().flat_map(|m| sizes.map(|n| [*m, n, (m * n) % 143 + 1]));

@@ -125,6 +125,17 @@ pub fn exp_sum(x: &[f32], shift: f32, p: &mut [f32]) -> f32 {
     dispatch(ExpSum(x, shift, p))
 }
 
+/// `log(1 + exp(x))` without overflow.
+pub fn softplus(x: f64) -> f64 {
+    x.max(0.0) + (-x.abs()).exp().ln_1p()
+}
+
+/// `1 / (1 + exp(-x))` without overflow.
+pub fn sigmoid(x: f64) -> f64 {
+    let e = (-x.abs()).exp();
+    if x >= 0.0 { 1.0 / (1.0 + e) } else { e / (1.0 + e) }
+}
+
 /// `y += x`
 pub fn add_assign(x: &[f32], y: &mut [f32]) {
     assert_eq!(x.len(), y.len());
@@ -138,6 +149,13 @@ pub fn pad_rows(x: &[f32], width: usize, padded: usize, out: &mut [f32]) {
     for (x, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(padded)) {
         out[..width].copy_from_slice(x);
         out[width..].fill(0.0);
+    }
+}
+
+/// The inverse of [`pad_rows`].
+pub fn unpad_rows(x: &[f32], width: usize, padded: usize, out: &mut [f32]) {
+    for (x, out) in x.chunks_exact(padded).zip(out.chunks_exact_mut(width)) {
+        out.copy_from_slice(&x[..width]);
     }
 }
 

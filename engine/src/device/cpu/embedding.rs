@@ -1,6 +1,7 @@
 //! Embedding tables: gathering rows, and the gradients of rows.
 
-use super::rows::{ROWS, add_to, members, row};
+use super::elementwise::add_assign;
+use super::rows::{ROWS, members, row};
 use super::slices::Slices;
 use super::{Cpu, Done, Doubles, Floats, Indices};
 use crate::device::{Embedding, Lookup, SegmentSum, Slot};
@@ -14,7 +15,7 @@ impl Embedding for Cpu {
                 let n = chunk * ROWS + i;
                 for (t, Lookup { table, index }) in tables.iter().enumerate() {
                     let x = row(table, index[n] as usize, width);
-                    if t == 0 { y.copy_from_slice(x) } else { add_to(x, y) }
+                    if t == 0 { y.copy_from_slice(x) } else { add_assign(x, y) }
                 }
             }
         });
@@ -24,7 +25,7 @@ impl Embedding for Cpu {
     fn scatter_add(&self, width: usize, x: &Floats, index: &Indices, y: &mut Floats) -> Done {
         let y = y.slices();
         for (x, &i) in x.chunks_exact(width).zip(index.iter()) {
-            add_to(x, &mut y[i as usize * width..][..width]);
+            add_assign(x, &mut y[i as usize * width..][..width]);
         }
         Ok(())
     }

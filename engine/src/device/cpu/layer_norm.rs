@@ -4,7 +4,7 @@
 //! of dependent steps, longer than all other work on a short row. [`TOGETHER`] rows therefore
 //! advance together, one step of each chain after the other.
 
-use super::elementwise::pad_rows;
+use super::elementwise::{pad_rows, unpad_rows};
 use super::scratch::{LINE, carve, carved_len, padded, with_scratch};
 use super::slices::Slices;
 use super::{Cpu, Done, Floats};
@@ -335,13 +335,6 @@ fn in_order<const R: usize>(lanes: &[[f32; LINE]; R]) -> [f32; R] {
         }
     }
     sums
-}
-
-/// The inverse of [`pad_rows`].
-fn unpad_rows(x: &[f32], width: usize, padded: usize, out: &mut [f32]) {
-    for (x, out) in x.chunks_exact(padded).zip(out.chunks_exact_mut(width)) {
-        out.copy_from_slice(&x[..width]);
-    }
 }
 
 #[cfg(test)]

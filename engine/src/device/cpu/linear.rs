@@ -431,7 +431,7 @@ mod tests {
             fn $name() {
                 $check(F32, random);
                 #[cfg(target_arch = "x86_64")]
-                if let Some(bf16) = super::super::bf16::tests::bf16(stringify!($name)) {
+                if let Some(bf16) = super::super::bf16::tests::bf16() {
                     $check(bf16, coarse);
                 }
             }

@@ -1,6 +1,7 @@
 //! The losses and their gradients, in float64 row by row: there are few rows and many
 //! cancellations.
 
+use super::elementwise::{sigmoid, softplus};
 use super::slices::Slices;
 use super::{Cpu, Done, Doubles, Floats};
 use crate::device::{Interests, Losses, Slot};
@@ -87,14 +88,4 @@ fn cosine(
         })
         .collect();
     cosines.iter().sum::<f64>() / rows as f64
-}
-
-/// `log(1 + exp(x))` without overflow.
-fn softplus(x: f64) -> f64 {
-    x.max(0.0) + (-x.abs()).exp().ln_1p()
-}
-
-fn sigmoid(x: f64) -> f64 {
-    let e = (-x.abs()).exp();
-    if x >= 0.0 { 1.0 / (1.0 + e) } else { e / (1.0 + e) }
 }

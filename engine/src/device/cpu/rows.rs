@@ -1,5 +1,6 @@
 //! Addition and concatenation of rows.
 
+use super::elementwise::add_assign;
 use super::slices::Slices;
 use super::{Cpu, Done, Floats, Indices};
 use crate::device::{Columns, ConcatPart, Output, Rows, Segments, Store};
@@ -11,7 +12,7 @@ pub const ROWS: usize = 256;
 impl Rows for Cpu {
     fn add(&self, x: &Floats, y: &mut Floats) -> Done {
         assert_eq!(x.len(), y.len(), "x and y differ in length");
-        y.par_chunks_mut(1 << 14).zip(x.par_chunks(1 << 14)).for_each(|(y, x)| add_to(x, y));
+        y.par_chunks_mut(1 << 14).zip(x.par_chunks(1 << 14)).for_each(|(y, x)| add_assign(x, y));
         Ok(())
     }
 
@@ -45,19 +46,14 @@ impl Rows for Cpu {
                 dx.fill(0.0);
             }
             match segments {
-                None => add_to(gradient(i), dx),
+                None => add_assign(gradient(i), dx),
                 Some(segments) => {
-                    members(segments, i).iter().for_each(|&n| add_to(gradient(n as usize), dx));
+                    members(segments, i).iter().for_each(|&n| add_assign(gradient(n as usize), dx));
                 }
             }
         });
         Ok(())
     }
-}
-
-/// `y += x`
-pub fn add_to(x: &[f32], y: &mut [f32]) {
-    y.iter_mut().zip(x).for_each(|(y, x)| *y += x);
 }
 
 /// Row `i` of `x`.

@@ -37,7 +37,7 @@ impl Amx {
     }
 
     /// Configures the tile registers of this thread.
-    pub fn configure(self) {
+    pub(super) fn configure(self) {
         // SAFETY: `self` exists, so the registers are there. The configuration has 64 bytes.
         unsafe {
             asm!("ldtilecfg [{}]", in(reg) &raw const CONFIGURATION, options(nostack, readonly));
@@ -45,7 +45,7 @@ impl Amx {
     }
 
     /// Ends the configuration of this thread.
-    pub fn release(self) {
+    pub(super) fn release(self) {
         // SAFETY: the registers are there. No value in them is needed.
         unsafe { asm!("tilerelease", options(nostack, nomem)) };
     }
@@ -71,11 +71,13 @@ impl Amx {
     }
 
     /// Runs `4 * rounds` products of tiles, operands in registers, and returns the number of
-    /// multiply-adds. For a thread without a configuration.
-    pub fn multiply_adds(self, rounds: usize) -> usize {
+    /// multiply-adds.
+    ///
+    /// # Safety
+    /// The tile registers of this thread are configured.
+    pub unsafe fn multiply_adds(self, rounds: usize) -> usize {
         if rounds > 0 {
-            self.configure();
-            // SAFETY: the registers are configured; no memory is accessed.
+            // SAFETY: guaranteed by the caller; no memory is accessed.
             unsafe {
                 asm!(
                     "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
@@ -93,7 +95,6 @@ impl Amx {
                     options(nostack, nomem),
                 );
             }
-            self.release();
         }
         4 * rounds * TILE * TILE * 2 * TILE
     }

@@ -12,7 +12,7 @@ use crate::{STOP, data_path, open_run, stop_on_interrupt};
 use clap::{ArgGroup, Args, ValueEnum};
 use dfar::data::{Dataset, Part};
 use dfar::device::Device;
-use dfar::evaluate::{self, Query};
+use dfar::evaluate::{self, Query, probability};
 use dfar::model::Model;
 use dfar::replacement::replaced;
 use dfar::train::checkpoint::{DataInfo, ModelFile};
@@ -184,10 +184,6 @@ impl Score {
             }),
         }
     }
-}
-
-fn probability(logit: f32) -> f32 {
-    1.0 / (1.0 + (-logit).exp())
 }
 
 /// The scores of the stored groups, as `evaluate` computes them.

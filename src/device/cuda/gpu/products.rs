@@ -23,9 +23,9 @@ const THREADS: usize = 128;
 const COLUMNS: u32 = 32;
 const SUM_THREADS: usize = 256;
 /// Products of a launch, at most.
-pub(super) const PROBLEMS: usize = 16;
+pub(super) const MOST_PRODUCTS: usize = 16;
 /// Sums of a launch, at most.
-pub(super) const SUMS: usize = 96;
+pub(super) const MOST_SUMS: usize = 96;
 /// A tile of 64 rows of `a` and one of `b`.
 const SHARED: usize = (64 * 33 + 32 * 36) * size_of::<f32>();
 /// One f64 sum per thread.
@@ -40,10 +40,10 @@ const ROUNDS: u32 = 32;
 const ADDS_COLUMNS: u32 = 64;
 const ALIGNED: u32 = 128;
 
-/// As `Problem` of `step/products.cu`.
+/// As `Product` of `step/products.cu`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
-pub struct Problem {
+pub struct Product {
     a: Pointer,
     b: Pointer,
     a2: Pointer,
@@ -63,7 +63,7 @@ pub struct Problem {
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 pub(super) struct ProductsParams {
-    problems: [Problem; PROBLEMS],
+    products: [Product; MOST_PRODUCTS],
     count: u32,
     unused: u32,
 }
@@ -83,17 +83,17 @@ pub struct Sum {
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 pub(super) struct SumsParams {
-    sums: [Sum; SUMS],
+    sums: [Sum; MOST_SUMS],
     count: u32,
     unused: u32,
 }
 
-const _: () = assert!(size_of::<Problem>() == 88);
+const _: () = assert!(size_of::<Product>() == 88);
 const _: () = assert!(size_of::<ProductsParams>() == 1416);
 const _: () = assert!(size_of::<Sum>() == 32);
 const _: () = assert!(size_of::<SumsParams>() == 3080);
 
-impl Problem {
+impl Product {
     /// `c (+)= a b` for `shape = [m, n, k]`; each factor with whether it is stored transposed.
     pub fn new(
         shape: [usize; 3],
@@ -197,20 +197,20 @@ impl Sum {
     }
 }
 
-/// The launch of at most [`PROBLEMS`] products, with its argument; `None` without work.
-pub(super) fn products(problems: &[Problem]) -> Option<(Launch, ProductsParams)> {
+/// The launch of at most [`MOST_PRODUCTS`] products, with its argument; `None` without work.
+pub(super) fn products(products: &[Product]) -> Option<(Launch, ProductsParams)> {
     let mut params = ProductsParams::zeroed();
     let mut blocks = 0;
-    for problem in problems.iter().filter(|problem| problem.blocks() > 0) {
-        params.problems[params.count as usize] = Problem { first_block: blocks, ..*problem };
+    for product in products.iter().filter(|product| product.blocks() > 0) {
+        params.products[params.count as usize] = Product { first_block: blocks, ..*product };
         params.count += 1;
-        blocks += problem.blocks();
+        blocks += product.blocks();
     }
     let launch = Launch { grid: [blocks, 1], threads: THREADS as u32, shared_bytes: SHARED as u32 };
     (blocks > 0).then_some((launch, params))
 }
 
-/// The launch of at most [`SUMS`] sums, with its argument; `None` without work.
+/// The launch of at most [`MOST_SUMS`] sums, with its argument; `None` without work.
 pub(super) fn sums(sums: &[Sum]) -> Option<(Launch, SumsParams)> {
     let mut params = SumsParams::zeroed();
     let mut blocks = 0;
@@ -235,7 +235,7 @@ mod tests {
     #[test]
     fn products_with_one_result_become_one() {
         let product =
-            |a, store| Problem::new([8, 4, 4], (a, false), (64, true), (256, store), Precision::F32);
+            |a, store| Product::new([8, 4, 4], (a, false), (64, true), (256, store), Precision::F32);
         let (first, second) = (product(512, Store::Overwrite), product(1024, Store::Add));
         let both = first.with(&second).expect("they are alike");
         assert_eq!((both.a, both.a2, both.flags), (512, 1024, first.flags));

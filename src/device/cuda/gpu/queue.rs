@@ -1,7 +1,7 @@
 //! Work that is about to be launched. Independent operations are recorded first and then share
 //! launches: products and sums of partial results in any number, other kernels in pairs.
 
-use super::products::{self, PROBLEMS, Problem, SUMS, Sum};
+use super::products::{self, MOST_PRODUCTS, MOST_SUMS, Product, Sum};
 use crate::device::cuda::error::CudaError;
 use crate::device::cuda::kernel::{Kernel, Launch, Pointer};
 use crate::device::cuda::runtime::{Gemm, Runtime};
@@ -13,7 +13,7 @@ pub(super) enum Request {
     Launch(Kernel, Launch, Vec<u8>),
     /// A kernel for one or two problems.
     Both(Kernel, Vec<(Launch, Vec<u8>)>),
-    Products(Vec<Problem>),
+    Products(Vec<Product>),
     Sums(Vec<Sum>),
     Zero(Pointer, usize),
     Gemm(Gemm),
@@ -93,14 +93,14 @@ fn alike(a: &Request, b: &Request) -> bool {
 fn merge(a: Request, b: Request) -> Vec<Request> {
     match (a, b) {
         (Request::Products(mut a), Request::Products(b)) => {
-            let mut later: Vec<Problem> = vec![];
-            for problem in b {
-                let same = |other: &Problem| other.c() == problem.c();
+            let mut later: Vec<Product> = vec![];
+            for product in b {
+                let same = |other: &Product| other.c() == product.c();
                 match a.iter_mut().find(|other| same(other)) {
-                    None => a.push(problem),
-                    Some(other) => match other.with(&problem) {
+                    None => a.push(product),
+                    Some(other) => match other.with(&product) {
                         Some(both) if !later.iter().any(same) => *other = both,
-                        _ => later.push(problem),
+                        _ => later.push(product),
                     },
                 }
             }
@@ -136,13 +136,14 @@ pub(super) unsafe fn issue<R: Runtime>(runtime: &R, request: Request) -> Result<
                 let (launch, params) = both(&problems);
                 runtime.launch(kernel, launch, &params)
             }
-            Request::Products(problems) => {
-                problems.chunks(PROBLEMS).filter_map(products::products).try_for_each(|(launch, params)| {
+            Request::Products(problems) => problems
+                .chunks(MOST_PRODUCTS)
+                .filter_map(products::products)
+                .try_for_each(|(launch, params)| {
                     runtime.launch(products::PRODUCTS, launch, bytemuck::bytes_of(&params))
-                })
-            }
+                }),
             Request::Sums(sums) => {
-                sums.chunks(SUMS).filter_map(products::sums).try_for_each(|(launch, params)| {
+                sums.chunks(MOST_SUMS).filter_map(products::sums).try_for_each(|(launch, params)| {
                     runtime.launch(products::SUM, launch, bytemuck::bytes_of(&params))
                 })
             }
@@ -192,15 +193,15 @@ mod tests {
     }
 
     fn product(a: Pointer, c: Pointer, store: Store) -> Request {
-        let problem = Problem::new([8, 4, 4], (a, false), (64, false), (c, store), Precision::F32);
-        Request::Products(vec![problem])
+        let product = Product::new([8, 4, 4], (a, false), (64, false), (c, store), Precision::F32);
+        Request::Products(vec![product])
     }
 
     fn names(requests: &[Request]) -> Vec<String> {
         let name = |request: &Request| match request {
             Request::Launch(kernel, ..) => kernel.entry.to_owned(),
             Request::Both(kernel, problems) => format!("{} x {}", kernel.entry, problems.len()),
-            Request::Products(problems) => format!("products x {}", problems.len()),
+            Request::Products(products) => format!("products x {}", products.len()),
             Request::Sums(sums) => format!("sums x {}", sums.len()),
             Request::Zero(..) => "zero".to_owned(),
             Request::Gemm(_) => "gemm".to_owned(),

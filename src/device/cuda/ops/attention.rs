@@ -136,11 +136,8 @@ impl<R: Runtime> DevicePlan<R> {
         let rows = vec![(); tokens * wide.heads * wide.head_dim];
         let inputs = Inputs { q: &rows, k: &rows, v: &rows, cu_seqlens, label };
         wide.check(&inputs)?;
-        let element = match gpu.precision() {
-            Precision::F32 => Element::F32,
-            Precision::Bf16 => Element::Bf16,
-        };
-        Ok(Self { head_dim, batch: gpu.plan(staging, element, &wide, cu_seqlens, label)? })
+        let batch = gpu.plan(staging, gpu.precision().into(), &wide, cu_seqlens, label)?;
+        Ok(Self { head_dim, batch })
     }
 }
 

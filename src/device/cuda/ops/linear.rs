@@ -5,7 +5,7 @@ use super::rows::{self, Dy};
 use crate::device::cuda::array::Array;
 use crate::device::cuda::error::CudaError;
 use crate::device::cuda::gpu::Gpu;
-use crate::device::cuda::gpu::products::{Problem, shares_of};
+use crate::device::cuda::gpu::products::{Product, shares_of};
 use crate::device::cuda::kernel::Pointer;
 use crate::device::cuda::runtime::{Gemm, Runtime};
 use crate::device::{
@@ -59,8 +59,8 @@ impl<R: Runtime> Gpu<R> {
             // A long inner dimension is cut into shares by `weight_gradient` only.
             if self.shares_launch(shape) && k <= 4096 {
                 let (a, b) = ((a.at, a.transposed), (b.at, b.transposed));
-                let problem = Problem::new(shape, a, b, (c, store), self.precision());
-                return self.multiply(vec![problem.activated(bias, activation)]);
+                let product = Product::new(shape, a, b, (c, store), self.precision());
+                return self.multiply(vec![product.activated(bias, activation)]);
             }
             self.gemm(Gemm {
                 shape,
@@ -140,7 +140,7 @@ impl<R: Runtime> Dense for Gpu<R> {
             let partial = self.array::<f32>(shares_of(rows) * (inputs + 1) * outputs)?;
             let shape = [inputs, outputs, rows];
             let dy_at = (dy.pointer(), gate);
-            let mut problems = vec![Problem::weight_gradient(
+            let mut products = vec![Product::weight_gradient(
                 shape,
                 x.pointer(),
                 dy_at,
@@ -150,12 +150,12 @@ impl<R: Runtime> Dense for Gpu<R> {
             if let Some(Output { values: dx, store }) = dx {
                 assert_eq!(dx.len(), x.len(), "dx and x differ in length");
                 let (a, b, c) = ((dy.pointer(), false), (w.pointer(), true), (dx.pointer(), store));
-                let product = Problem::new([rows, inputs, outputs], a, b, c, self.precision());
-                problems.push(product.gated(gate));
+                let product = Product::new([rows, inputs, outputs], a, b, c, self.precision());
+                products.push(product.gated(gate));
             }
             // SAFETY: lengths are checked above; dx is borrowed mutably; partial has one row per
             // share.
-            unsafe { self.multiply(problems)? };
+            unsafe { self.multiply(products)? };
             let (stride, shares) = ((inputs + 1) * outputs, shares_of(rows));
             self.sum_later(&partial, stride, 0..shares, 0, dw);
             if let Some(dbias) = dbias {
@@ -200,17 +200,17 @@ impl<R: Runtime> Dense for Gpu<R> {
         if self.shares_launch([rows, outputs, inputs]) {
             assert_eq!(tokens_by_label[0].len() + tokens_by_label[1].len(), rows, "a row without a label");
             let Output { values: y, store } = y;
-            let problem = |label: usize| {
+            let product = |label: usize| {
                 let half = w.pointer_at(label * inputs * outputs);
                 let shape = [tokens_by_label[label].len(), outputs, inputs];
                 let (a, b, c) = ((x.pointer(), false), (half, false), (y.pointer(), store));
-                Problem::new(shape, a, b, c, self.precision())
+                Product::new(shape, a, b, c, self.precision())
                     .activated(bias.pointer(), Activation::None)
                     .of_rows(tokens_by_label[label].pointer())
             };
             // SAFETY: lengths are checked above; the caller guarantees the rows, which differ; y is
             // borrowed mutably.
-            unsafe { self.multiply(vec![problem(0), problem(1)])? };
+            unsafe { self.multiply(vec![product(0), product(1)])? };
             return Ok(());
         }
         let sorted_x = rows::split(self, inputs, tokens_by_label, x)?;
@@ -247,22 +247,22 @@ impl<R: Runtime> Dense for Gpu<R> {
             assert_eq!(counts[0] + counts[1], all, "a row without a label");
             let (stride, shares) = ((inputs + 1) * outputs, counts.map(shares_of));
             let partial = self.array::<f32>((shares[0] + shares[1]) * stride)?;
-            let mut problems = Vec::with_capacity(4);
+            let mut products = Vec::with_capacity(4);
             for (label, first) in [(0, 0), (1, shares[0])] {
                 let (rows, of) = (counts[label], tokens_by_label[label].pointer());
                 let partial = partial.pointer_at(first * stride);
                 let dy_at = (dy.pointer(), 0);
                 let shape = [inputs, outputs, rows];
                 let of_weight =
-                    Problem::weight_gradient(shape, x.pointer(), dy_at, partial, self.precision());
+                    Product::weight_gradient(shape, x.pointer(), dy_at, partial, self.precision());
                 let half = w.pointer_at(label * inputs * outputs);
                 let (a, b, c) = ((dy.pointer(), false), (half, true), (dx.pointer(), Store::Overwrite));
-                let of_input = Problem::new([rows, inputs, outputs], a, b, c, self.precision());
-                problems.extend([of_weight.of_rows(of), of_input.of_rows(of)]);
+                let of_input = Product::new([rows, inputs, outputs], a, b, c, self.precision());
+                products.extend([of_weight.of_rows(of), of_input.of_rows(of)]);
             }
             // SAFETY: lengths are checked above; the caller guarantees the rows, which differ; dx is
             // borrowed mutably; partial has one row per share.
-            unsafe { self.multiply(problems)? };
+            unsafe { self.multiply(products)? };
             let [end, all] = [shares[0], shares[0] + shares[1]];
             let mut half = dw.part(0, inputs * outputs);
             self.sum_later(&partial, stride, 0..end, 0, &mut half);

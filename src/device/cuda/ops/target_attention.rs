@@ -1,11 +1,10 @@
 //! Launches of `target/target_attention.cu`, and the matrix products around them.
 
 use super::linear::Factor;
-use crate::device::Precision;
 use crate::device::cuda::array::{Array, Staging};
 use crate::device::cuda::error::CudaError;
 use crate::device::cuda::gpu::Gpu;
-use crate::device::cuda::gpu::products::{Problem, shares_of};
+use crate::device::cuda::gpu::products::{Product, shares_of};
 use crate::device::cuda::kernel::{Block, Define, Element, Kernel, Launch, Module, Pointer};
 use crate::device::cuda::plan::rows::blocks;
 use crate::device::cuda::plan::target::{Item, Pair, Row, TargetLists, Tile};
@@ -26,13 +25,6 @@ impl Shape {
             .with("DFAR_WIDTH", Define::Number(self.width as u32))
             .with("DFAR_HIDDEN0", Define::Number(self.hidden0 as u32))
             .with("DFAR_HIDDEN1", Define::Number(self.hidden1 as u32))
-    }
-}
-
-const fn element(precision: Precision) -> Element {
-    match precision {
-        Precision::F32 => Element::F32,
-        Precision::Bf16 => Element::Bf16,
     }
 }
 
@@ -78,7 +70,7 @@ impl<R: Runtime> TargetPlan<R> {
         let TargetShape { width, hidden, .. } = asked;
         let shape = Shape::of(width, hidden)?;
         let available = gpu.runtime().limits().shared_per_block;
-        for (kernel, block) in kernels(element(gpu.precision()), shape) {
+        for (kernel, block) in kernels(Element::from(gpu.precision()), shape) {
             if block.shared_bytes > available {
                 return Err(CudaError::SharedMemory {
                     pass: kernel.entry,
@@ -148,7 +140,7 @@ struct FirstLayer<R: Runtime> {
 impl<R: Runtime> Call<'_, R> {
     /// A kernel of the plan's module.
     fn kernel(&self, entry: &'static str) -> Kernel {
-        Kernel { module: self.plan.shape.module(element(self.gpu.precision())), entry }
+        Kernel { module: self.plan.shape.module(Element::from(self.gpu.precision())), entry }
     }
 
     /// Launches a kernel of the plan's module.
@@ -347,7 +339,7 @@ impl<R: Runtime> TargetAttention for Gpu<R> {
         plan.check(inputs, weights.map(Array::len), state);
         let (gpu, call, e) = (self, Call { gpu: self, plan }, state.e);
         let first = call.first_layer(a, r, &weights)?;
-        let block = plan.shape.scores(element(gpu.precision()));
+        let block = plan.shape.scores(Element::from(gpu.precision()));
         let kernel = call.kernel("target_scores");
         let count = resident(gpu, kernel, block, plan.items.len().div_ceil(WARPS))?;
         let params = MlpParams { e: e.pointer(), ..call.mlp_params([a, r], &first, &weights, count) };
@@ -391,7 +383,7 @@ impl<R: Runtime> TargetAttention for Gpu<R> {
         }
 
         let first = call.first_layer(a, r, &weights)?;
-        let block = shape.backward(element(gpu.precision()));
+        let block = shape.backward(Element::from(gpu.precision()));
         let count = resident(gpu, call.kernel("target_backward"), block, plan.items.len())?;
         let token_sums = gpu.array::<f32>(plan.items.len() * 16 * shape.sums())?;
         let pair_sums = gpu.array::<f32>(plan.units * shape.sums())?;
@@ -420,7 +412,7 @@ impl<R: Runtime> TargetAttention for Gpu<R> {
         let mut of_bias = gpu.array::<f32>(h0)?;
         let (mut of_token, mut of_candidate) = (gpu.array::<f32>(d * h0)?, gpu.array::<f32>(d * h0)?);
         let mut partial_sums = vec![Gpu::sum_of(&weight_sums, shape.weight_sums(), 0..count, 0, &mut sums)];
-        let mut problems = Vec::with_capacity(4);
+        let mut products = Vec::with_capacity(4);
         let mut partials = Vec::with_capacity(2);
         for (x, dx, hidden, weight, gradient, rows) in [
             (a, da, &dz, &first.token, &mut of_token, counts.tokens),
@@ -429,7 +421,7 @@ impl<R: Runtime> TargetAttention for Gpu<R> {
             let (stride, shares) = ((d + 1) * h0, shares_of(rows));
             let partial = gpu.array::<f32>(shares * stride)?;
             let (at, precision) = ((hidden.pointer(), 0), gpu.precision());
-            problems.push(Problem::weight_gradient(
+            products.push(Product::weight_gradient(
                 [d, h0, rows],
                 x.pointer(),
                 at,
@@ -437,7 +429,7 @@ impl<R: Runtime> TargetAttention for Gpu<R> {
                 precision,
             ));
             let (hidden, weight) = ((hidden.pointer(), false), (weight.pointer(), true));
-            problems.push(Problem::new([rows, d, h0], hidden, weight, (dx.pointer(), Store::Add), precision));
+            products.push(Product::new([rows, d, h0], hidden, weight, (dx.pointer(), Store::Add), precision));
             partial_sums.push(Gpu::sum_of(&partial, stride, 0..shares, 0, gradient));
             partials.push((partial, stride, shares));
         }
@@ -446,7 +438,7 @@ impl<R: Runtime> TargetAttention for Gpu<R> {
         // SAFETY: `check` has checked the shapes; da and dr are borrowed mutably; the partial sums
         // have one row per share, and only these sums write the results, allocated above.
         unsafe {
-            gpu.multiply(problems)?;
+            gpu.multiply(products)?;
             gpu.sum_now(partial_sums)?;
         }
         let params = GradientParams {

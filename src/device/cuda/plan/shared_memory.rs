@@ -27,7 +27,7 @@ impl Variant {
     fn stride(&self) -> usize {
         if self.head_dim * self.size == 16 { self.head_dim } else { self.head_dim + 16 / self.size }
     }
-    /// `TILE<E, D>`: 64 rows keep more loads in flight; 32 let wide heads fit shared memory.
+    /// `TILE_ROWS<E, D>`: 64 rows keep more loads in flight; 32 let wide heads fit shared memory.
     fn tile(&self) -> usize {
         if self.size == 2 && self.head_dim <= 32 { 64 } else { 32 }
     }

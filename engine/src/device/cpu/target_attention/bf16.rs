@@ -3,9 +3,9 @@
 //! else is f32, so biases, `de`, the last layer and its gradients, and the sums of `y` and `dz`
 //! over tokens and pairs.
 //!
-//! On AMX, the products take a third of the time; passes over the activations, which finish one product and
-//! convert for the next, most of the rest. A pass therefore keeps what belongs to 32 columns in
-//! registers and goes down the rows.
+//! On AMX, the products take a third of the time. Most of the rest goes to passes over the
+//! activations, which finish one product and convert for the next. A pass therefore keeps what
+//! belongs to 32 columns in registers and goes down the rows.
 
 use super::mlp::{Mlp, TileInputs};
 use super::*;

@@ -30,7 +30,7 @@ fn graphs_change_no_bit() {
     let captured = Arc::new(captured.with_graphs());
     assert_eq!(bodies::curve(captured.clone(), &batches), bodies::curve(Arc::new(plain), &batches));
     let captures = captured.captures().expect("graphs are asked for");
-    eprintln!("{test}: {captures}");
+    eprintln!("{captures}");
     assert!(captures.updated > batches.len() / 2, "{captures}");
 }
 

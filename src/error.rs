@@ -33,9 +33,7 @@ pub enum Error {
     #[error(transparent)]
     Cuda(#[from] CudaError),
     /// The operating system refused threads.
-    #[error(
-        "cannot start threads: {reason}; raise the limit (ulimit -u, ulimit -v), or use fewer (--threads 1)"
-    )]
+    #[error("cannot start threads: {reason}; raise the limit (ulimit -u, ulimit -v), or use fewer threads")]
     Threads {
         /// Why.
         reason: String,

@@ -2,6 +2,7 @@
 
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use tempfile::NamedTempFile;
 
 /// A file under construction. It has a temporary name in the folder of `path`, where
@@ -9,6 +10,39 @@ use tempfile::NamedTempFile;
 pub struct Replacement {
     file: BufWriter<NamedTempFile>,
     path: PathBuf,
+    _named: Named,
+}
+
+/// The temporary names of all files under construction.
+static NAMES: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+fn names() -> std::sync::MutexGuard<'static, Vec<PathBuf>> {
+    NAMES.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Deletes all files under construction. For a handler of an interrupt that ends the process: their
+/// owners are not dropped then.
+pub fn delete_unfinished() {
+    for name in names().drain(..) {
+        // It may just have been moved or deleted.
+        let _ = std::fs::remove_file(name);
+    }
+}
+
+/// A temporary name, listed in [`NAMES`] until it is dropped.
+struct Named(PathBuf);
+
+impl Named {
+    fn new(path: &Path) -> Self {
+        names().push(path.to_owned());
+        Self(path.to_owned())
+    }
+}
+
+impl Drop for Named {
+    fn drop(&mut self) {
+        names().retain(|name| *name != self.0);
+    }
 }
 
 impl Replacement {
@@ -28,14 +62,23 @@ impl Replacement {
             builder.permissions(std::fs::Permissions::from_mode(0o666));
         }
         let folder = folder_of(path);
-        let file = builder.tempfile_in(folder).map_err(|error| match error.kind() {
+        let file = builder.tempfile_in(folder).map_err(|error| {
             // The library's message has the random name.
-            io::ErrorKind::NotFound => {
-                io::Error::new(error.kind(), format!("the folder {} does not exist", folder.display()))
-            }
-            _ => error,
+            let reason = match error.kind() {
+                io::ErrorKind::NotFound => format!("the folder {} does not exist", folder.display()),
+                io::ErrorKind::PermissionDenied => {
+                    format!("the folder {} does not permit new files", folder.display())
+                }
+                _ => return error,
+            };
+            io::Error::new(error.kind(), reason)
         })?;
-        Ok(Replacement { file: BufWriter::with_capacity(1 << 20, file), path: path.to_owned() })
+        let named = Named::new(file.path());
+        Ok(Replacement {
+            file: BufWriter::with_capacity(1 << 20, file),
+            path: path.to_owned(),
+            _named: named,
+        })
     }
 
     /// Flushes the file to the disk and renames it.

@@ -66,11 +66,12 @@ pub fn fit<L: Learner>(
     let report = |part, scores: &[f32]| evaluate::part_report(data, part, scores, config.gauc_compat, &edges);
     let mut epochs: Vec<Epoch> = Vec::new();
     let mut best: Option<Best> = None;
-    let mut stale = 0;
+    let (mut stale, mut steps) = (0, 0);
     while epochs.len() < config.epochs && !(config.patience > 0 && stale >= config.patience) {
         let plan = drawer.training_plan(epochs.len() as u64)?;
         let start = Instant::now();
-        let (rows, loss) = train_epoch(learner, &drawer, &plan, epochs.len(), scoring.workers)?;
+        let (rows, loss) = train_epoch(learner, &drawer, &plan, (epochs.len(), steps), scoring.workers)?;
+        steps += plan.size.batches as u64;
         let train_seconds = start.elapsed().as_secs_f64();
         let start = Instant::now();
         let valid = report(Part::Valid, &score(learner, data, Part::Valid, scoring)?);
@@ -110,12 +111,13 @@ struct Best {
     tensors: Vec<HostTensor>,
 }
 
-/// Trains on all batches of a plan. Returns the number of rows and their mean loss.
+/// Trains on all batches of a plan, after `epoch` epochs of `steps` steps. Returns the number of rows
+/// and their mean loss.
 fn train_epoch<L: Learner>(
     learner: &mut L,
     drawer: &Drawer,
     plan: &Plan,
-    epoch: usize,
+    (epoch, steps): (usize, u64),
     workers: usize,
 ) -> Result<(usize, f64), TrainError> {
     let (packer, samples) = (learner.packer(), learner.samples_items());
@@ -132,7 +134,7 @@ fn train_epoch<L: Learner>(
         for (batch, packed) in made.enumerate() {
             let (of_batch, loss) = learner.step(packed?).map_err(|error| match error {
                 ModelError::NonFinite { tensor } => {
-                    let step = (epoch * plan.size.batches + batch + 1) as u64;
+                    let step = steps + batch as u64 + 1;
                     TrainError::NonFinite { epoch: epoch + 1, batch: batch + 1, step, tensor }
                 }
                 other => other.into(),

@@ -5,7 +5,7 @@ use super::format::Section;
 use super::log::{Event, Log, each_user};
 use super::split::{Cuts, Part};
 use super::writer::{Counts, Writer};
-use super::{DataError, Made, Protocol};
+use super::{DataError, Made, PreparationStep, Protocol};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use std::path::Path;
@@ -44,8 +44,7 @@ pub(super) fn assemble(
         Cuts::new(protocol.split, &mut log.events, log.users.len(), options.seed, folder, sort_memory)?;
     let mut writer = Writer::new(folder);
     let popularity = write_events(&mut log, &cuts, &mut writer)?;
-    let nothing =
-        DataError::NothingLeft { step: "splitting off validation and test", before: log.events.len() };
+    let nothing = DataError::NothingLeft { step: PreparationStep::Split, before: log.events.len() };
     let mut sampler = Sampler::new(popularity).ok_or(nothing)?;
     writer.put_names([Section::UserNameOffsets, Section::UserNames, Section::UserOrder], &log.users)?;
     writer.put_names([Section::ItemNameOffsets, Section::ItemNames, Section::ItemOrder], &log.items)?;

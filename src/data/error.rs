@@ -101,7 +101,10 @@ pub enum DataError {
         actual: u64,
     },
     /// A section's bytes do not match their checksum.
-    #[error("{}: section {section} is damaged (checksum mismatch)", path.display())]
+    #[error(
+        "{}: section {section} is damaged (checksum mismatch); copy the file again, or import the log again",
+        path.display()
+    )]
     Checksum {
         /// The file.
         path: PathBuf,
@@ -143,7 +146,7 @@ pub enum DataError {
     /// The header lacks a column that the format or an option needs.
     #[error(
         "{}: no column {column} for the {role}: give --{role}-column{} (the columns are: {})",
-        path.display(), if *role == "label" { " or --all-liked" } else { "" }, available.join(", ")
+        path.display(), if *role == "label" { " or --all-liked" } else { "" }, listed(available)
     )]
     MissingColumn {
         /// The log.
@@ -203,17 +206,17 @@ pub enum DataError {
         reason: String,
     },
     /// A step of the preparation left no events.
-    #[error("{}", nothing_left(step, *before))]
+    #[error("{}", nothing_left(*step, *before))]
     NothingLeft {
         /// The step.
-        step: &'static str,
+        step: PreparationStep,
         /// Events that entered it.
         before: u64,
     },
     /// Fewer distinct items can be drawn than a group needs negatives.
     #[error(
-        "user {user} needs {needed} negatives for an evaluation group, but only {available} other items \
-         occur in the training events that may be drawn"
+        "user {user} needs {needed} negatives for an evaluation group, but {available} other items may be \
+         drawn from the training events; give a smaller --negatives"
     )]
     NotEnoughItems {
         /// The user of the group, by original id.
@@ -243,11 +246,39 @@ pub enum DataError {
     },
 }
 
-fn nothing_left(step: &str, before: u64) -> String {
-    match before {
-        0 => "the log has no events: no rows, or none that is read".to_owned(),
-        _ => format!("nothing is left after {step} ({before} events before it)"),
+fn nothing_left(step: PreparationStep, before: u64) -> String {
+    let (step, remedy) = match step {
+        _ if before == 0 => return "the log has no events: no rows, or none that is read".to_owned(),
+        PreparationStep::KCore => ("the k-core filter", "give a smaller --k-core, or 0 for no filter"),
+        PreparationStep::Split => {
+            ("splitting off validation and test", "choose another --split, or a larger --train-share")
+        }
+    };
+    format!("nothing is left after {step} ({before} events before it); {remedy}")
+}
+
+/// The first names of a list that may be long.
+fn listed(names: &[String]) -> String {
+    const MOST: usize = 20;
+    const LONGEST: usize = 80;
+    let shown = |name: &String| match name.char_indices().nth(LONGEST) {
+        Some((end, _)) => format!("{}...", &name[..end]),
+        None => name.clone(),
+    };
+    let mut list: Vec<String> = names.iter().take(MOST).map(shown).collect();
+    if let Some(more) = names.len().checked_sub(MOST + 1) {
+        list.push(format!("and {} more", more + 1));
     }
+    list.join(", ")
+}
+
+/// A step of the preparation of a log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PreparationStep {
+    /// The k-core filter.
+    KCore,
+    /// The split into training, validation and test.
+    Split,
 }
 
 /// A time and its place in a log.

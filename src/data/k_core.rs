@@ -4,7 +4,7 @@ use super::external_sort::{RecordFile, RecordWriter};
 use super::log::{Event, ItemSet, Log};
 use super::names::Names;
 use super::protocol::{CountedRecords, KCore};
-use super::{DataError, Repeats};
+use super::{DataError, PreparationStep, Repeats};
 use std::path::Path;
 
 /// Passes on the first event of each (user, item) pair; expects events by user and time.
@@ -96,7 +96,7 @@ pub(super) fn filter(
     }
     let events = kept.finish()?;
     if events.len() == 0 {
-        return Err(DataError::NothingLeft { step: "the k-core filter", before });
+        return Err(DataError::NothingLeft { step: PreparationStep::KCore, before });
     }
     Ok(Log { events, users, items })
 }

@@ -30,6 +30,6 @@ mod validate;
 mod writer;
 
 pub use dataset::{Dataset, EvaluationGroups, Group, Histories, UserEvents};
-pub use error::{BadRow, DataError, TimeSighting};
+pub use error::{BadRow, DataError, PreparationStep, TimeSighting};
 pub use protocol::{Candidates, CountedRecords, KCore, Made, Protocol, Repeats, Source, Weighting};
 pub use split::{Part, Split};

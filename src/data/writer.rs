@@ -1,6 +1,8 @@
 //! Writes a data set file: all sections grow in parallel, then are joined under the final name.
 
-use super::format::{self, ALIGNMENT, ENTRY_LENGTH, Entry, FLAG_CEILING, HEADER_LENGTH, Header, Section};
+use super::format::{
+    self, ALIGNMENT, ENTRY_LENGTH, Entry, FLAG_CEILING, HEADER_LENGTH, Header, MAGIC, Section,
+};
 use super::names::Names;
 use super::{DataError, Protocol};
 use crate::replacement::Replacement;
@@ -13,16 +15,24 @@ use tempfile::SpooledTempFile;
 /// A section up to this size stays in memory.
 const SPOOL_BYTES: usize = 1 << 18;
 
-/// Refuses standard output.
+/// Refuses standard output, and a file that is no data set: a log could be lost.
 pub(super) fn check_output(path: &Path) -> Result<(), DataError> {
-    if path != Path::new("-") {
-        return Ok(());
+    let refuse = |reason| {
+        Err(DataError::InvalidOption { option: "output", value: path.display().to_string(), reason })
+    };
+    if path == Path::new("-") {
+        return refuse("is standard output, but a data set is mapped into memory: name a file");
     }
-    Err(DataError::InvalidOption {
-        option: "output",
-        value: "-".to_owned(),
-        reason: "is standard output, but a data set is mapped into memory: name a file",
-    })
+    // Anything but a regular file is refused when it would be replaced.
+    if path.is_file() {
+        let mut magic = Vec::new();
+        let file = std::fs::File::open(path).map_err(DataError::read(path))?;
+        file.take(MAGIC.len() as u64).read_to_end(&mut magic).map_err(DataError::read(path))?;
+        if !MAGIC.starts_with(&magic) {
+            return refuse("is a file, but not a data set: give another name, or remove it");
+        }
+    }
+    Ok(())
 }
 
 /// The sections written so far.

@@ -61,7 +61,7 @@ pub struct Config {
     pub max_length: usize,
     /// Training windows of histories longer than `max_length` begin at multiples of this stride, so
     /// that neighbouring targets share a window; 1: every target has a window of exactly
-    /// `max_length` events; 0: a quarter of `max_length`.
+    /// `max_length` events; 0: a quarter of `max_length`, rounded up.
     pub window_stride: usize,
     /// Model width `D`.
     pub width: usize,
@@ -259,6 +259,13 @@ pub const RESUME_KEYS: [&str; 10] = [
     "data",
 ];
 
+/// Whether a step, which computes in f32, can use this weight: 0 or above, and it does not become
+/// infinite or 0.
+pub fn is_weight(value: f64) -> bool {
+    let rounded = value as f32;
+    rounded.is_finite() && value >= 0.0 && (rounded > 0.0 || value == 0.0)
+}
+
 impl Config {
     /// Defaults, then the keys of `file`, then those of `flags`.
     pub fn layered(file: Option<&Path>, flags: toml::Table) -> Result<Self, ConfigError> {
@@ -383,9 +390,7 @@ impl Config {
             ("embed_l2", self.embed_l2),
             ("bpr", self.bpr),
         ] {
-            // The step computes in f32, where a small value must not become 0.
-            let rounded = value as f32;
-            if !(rounded.is_finite() && value >= 0.0 && (rounded > 0.0 || value == 0.0)) {
+            if !is_weight(value) {
                 return refuse(key, value.to_string(), "must be a 32-bit floating-point number, 0 or above");
             }
         }

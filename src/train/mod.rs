@@ -45,8 +45,8 @@ pub enum TrainError {
     Evaluate(#[from] EvaluateError),
     /// Training diverged.
     #[error(
-        "non-finite value in {tensor} at step {step} (epoch {epoch}, batch {batch}); the last good checkpoint is kept. \
-         A lower --lr or --max-grad-norm may help"
+        "non-finite value in {tensor} at step {step} (epoch {epoch}, batch {batch}); \
+         a lower --lr or --max-grad-norm may help"
     )]
     NonFinite {
         /// Epoch, from 1.

@@ -313,7 +313,7 @@ fn assert_step_agrees<A: Device, B: Device>(
         };
         errors.push(compare_after_adam(&found.name, &found.values, expected_value, of_adam));
     }
-    let failed: Vec<_> = errors.iter().filter(|e| !e.passes()).collect();
+    let failed: Vec<_> = errors.iter().filter(|e| !e.passes).collect();
     assert!(failed.is_empty(), "step {}: {failed:?}", state.steps);
 }
 

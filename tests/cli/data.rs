@@ -50,6 +50,12 @@ impl Folder {
         self.0.path().join(name).to_str().unwrap().to_owned()
     }
 
+    /// Writes a file, and returns its path.
+    fn write(&self, name: &str, text: &str) -> String {
+        std::fs::write(self.path(name), text).unwrap();
+        self.path(name)
+    }
+
     /// The arguments to import the log with these flags.
     fn import<'a>(&'a self, log: &'a str, output: &'a str, flags: &[&'a str]) -> Vec<&'a str> {
         let usual = ["import", "--format", "kuairand", "--input", log, "--output", output];
@@ -309,6 +315,59 @@ fn export_and_import_again_give_the_same_events() {
     let other = format!("{export}.json");
     assert!(fails(&["export", &output, "--output", &other], 2).contains("give --to"));
     assert!(!Path::new(&other).exists());
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupted_export_leaves_no_file() {
+    let folder = Folder::new();
+    let data = folder.path("x.dfar");
+    succeeds(&["synth", "--users", "4000", "--events", "400000", "--output", &data]);
+    for signal in ["INT", "TERM"] {
+        let output = folder.path("out.csv");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_dfar-data"));
+        let mut child = command.args(["export", &data, "--output", &output]).spawn().unwrap();
+        let partial = || {
+            let files = std::fs::read_dir(folder.0.path()).unwrap();
+            files
+                .filter(|file| file.as_ref().unwrap().path().extension().is_some_and(|e| e == "dfar-partial"))
+                .count()
+        };
+        while partial() == 0 && child.try_wait().unwrap().is_none() {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        let kill = Command::new("kill").args([&format!("-{signal}"), &child.id().to_string()]).status();
+        assert!(kill.unwrap().success());
+        assert_eq!(child.wait().unwrap().code(), Some(130), "{signal}");
+        assert!(partial() == 0 && !Path::new(&output).exists(), "{signal}");
+    }
+}
+
+#[test]
+fn a_file_that_is_no_data_set_is_not_replaced() {
+    let folder = Folder::new();
+    let log = folder.path("log.csv");
+    let other = folder.write("other.csv", "keep me\n");
+    for flags in [&folder.import(&log, &other, &[])[..], &["synth", "--output", &other]] {
+        assert!(fails(flags, 2).contains("is a file, but not a data set"));
+        assert_eq!(std::fs::read_to_string(&other).unwrap(), "keep me\n");
+    }
+    // Standard input may be the file of the output.
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dfar-data"));
+    let command = command.args(folder.import("-", &log, &[])).stdin(std::fs::File::open(&log).unwrap());
+    assert_eq!(command.output().unwrap().status.code(), Some(2));
+    assert!(std::fs::read_to_string(&log).unwrap().starts_with("user"));
+    // An empty file holds nothing.
+    let empty = folder.write("empty", "");
+    succeeds(&["synth", "--output", &empty]);
+}
+
+#[test]
+fn control_characters_do_not_reach_the_terminal() {
+    let folder = Folder::new();
+    let log = folder.write("bad.csv", "user,item,label,time\na,b,1,x\u{1b}[31m\u{7}\n");
+    let error = fails(&["import", "--format", "csv", "--input", &log, "--output", &folder.path("x.dfar")], 3);
+    assert!(error.contains("x\\u{1b}[31m\\u{7}") && !error.contains('\u{1b}'), "{error}");
 }
 
 #[test]

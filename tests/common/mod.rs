@@ -28,7 +28,7 @@ fn read(path: &Path) -> Case {
 /// Fails and names the tensors if an error exceeds its tolerance.
 #[track_caller]
 pub fn assert_within(errors: &[TensorError], context: &dyn std::fmt::Debug) {
-    let failed: Vec<&TensorError> = errors.iter().filter(|e| !e.passes()).collect();
+    let failed: Vec<&TensorError> = errors.iter().filter(|e| !e.passes).collect();
     assert!(failed.is_empty(), "out of tolerance: {failed:?}\nfor {context:?}");
 }
 

@@ -413,11 +413,12 @@ fn unreadable_paths_are_named() {
 fn a_failed_write_leaves_the_old_file_and_no_other() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("kept.dfar");
-    std::fs::write(&path, b"old").unwrap();
-    let options = SyntheticOptions { users: 3, items: 16, negatives: 16, ..SyntheticOptions::default() };
-    let error = synthetic::write(&options, &path).unwrap_err();
+    let options = SyntheticOptions { users: 3, items: 16, negatives: 2, ..SyntheticOptions::default() };
+    synthetic::write(&options, &path).unwrap();
+    let old = std::fs::read(&path).unwrap();
+    let error = synthetic::write(&SyntheticOptions { negatives: 16, ..options }, &path).unwrap_err();
     assert!(matches!(error, DataError::NotEnoughItems { needed: 16, .. }), "{error}");
-    assert_eq!(std::fs::read(&path).unwrap(), b"old");
+    assert_eq!(std::fs::read(&path).unwrap(), old);
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
 }
 

@@ -16,6 +16,7 @@ use dfar::evaluate::{self, part_report, popularity_scores};
 use dfar::model::Model;
 use dfar::train::checkpoint::{DataInfo, ModelFile};
 use dfar::train::config::DeviceChoice;
+use dfar::train::config::is_weight;
 use dfar::train::draw::TrainTargets;
 use dfar::train::file::replace_bytes;
 use dfar::train::run::Lock;
@@ -138,8 +139,8 @@ pub fn run(arguments: &Compare) -> Result<(), Failure> {
     let Some(path) = &config.data else {
         return Err(usage("--data", "a data set is needed; dfar-data makes one").into());
     };
-    if !arguments.aux.is_finite() {
-        return Err(usage("--aux", "it must be a number").into());
+    if !is_weight(arguments.aux) {
+        return Err(usage("--aux", "it must be a 32-bit floating-point number, 0 or above").into());
     }
     cli::start_threads(config.threads)?;
     let data = Dataset::open(path).map_err(dfar::Error::from)?;

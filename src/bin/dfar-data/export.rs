@@ -89,21 +89,28 @@ fn events(data: &Dataset) -> impl Iterator<Item = Event<'_>> {
     })
 }
 
+/// Texts are quoted and numbers are not. Ids are always texts: they may begin with a byte order
+/// mark, and "007" must not become a number.
 fn write_csv(data: &Dataset, out: &mut impl Write) -> std::io::Result<()> {
-    // Ids are always quoted: they may begin with a byte order mark, and "007" must not become a
-    // number.
-    let mut writer = csv::WriterBuilder::new().quote_style(csv::QuoteStyle::NonNumeric).from_writer(out);
-    // The kind is kept: a closed pipe is not a failure.
-    let failed = |error: csv::Error| match error.into_kind() {
-        csv::ErrorKind::Io(error) => error,
-        kind => std::io::Error::other(format!("{kind:?}")),
-    };
-    writer.write_record(COLUMNS).map_err(failed)?;
-    for event in events(data) {
-        let (label, time) = (event.label.to_string(), event.time.to_string());
-        writer.write_record([event.user, event.item, &label, &time, event.part]).map_err(failed)?;
+    let mut out = BufWriter::new(out);
+    let names = COLUMNS.map(|name| format!("\"{name}\"")).join(",");
+    writeln!(out, "{names}")?;
+    for Event { user, item, label, time, part } in events(data) {
+        writeln!(out, "{},{},{label},{time},\"{part}\"", Quoted(user), Quoted(item))?;
     }
-    writer.flush()
+    out.flush()
+}
+
+/// A quoted field of a CSV file.
+struct Quoted<'a>(&'a str);
+
+impl std::fmt::Display for Quoted<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        let mut parts = self.0.split('"');
+        write!(f, "\"{}", parts.next().unwrap_or_default())?;
+        parts.try_for_each(|part| write!(f, "\"\"{part}"))?;
+        f.write_str("\"")
+    }
 }
 
 #[cfg(not(feature = "parquet"))]
@@ -123,7 +130,7 @@ fn write_parquet(data: &Dataset, out: &mut (impl Write + Send)) -> std::io::Resu
     use std::sync::Arc;
 
     const BATCH_ROWS: usize = 1 << 16;
-    // The kind of an error of the output is kept, as above.
+    // The kind of an error of the output is kept: a closed pipe is not a failure.
     let failed = |error: ParquetError| match error {
         ParquetError::External(source) => source.downcast().map_or_else(Error::other, |error| *error),
         error => Error::other(error),

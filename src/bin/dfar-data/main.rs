@@ -15,13 +15,14 @@ use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use cli::note;
 use dfar::data::synthetic::{self, SyntheticOptions};
 use dfar::data::{Made, Split};
+use dfar::replacement::delete_unfinished;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// Import interaction logs into data set files, describe, export and generate them.
 ///
 /// Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 3
-/// bad input.
+/// bad input, 130 interrupted.
 #[derive(Parser)]
 #[command(name = "dfar-data", version)]
 struct Cli {
@@ -93,6 +94,13 @@ impl SplitKind {
 
 fn main() -> ExitCode {
     let command = Cli::parse().command;
+    // Without a handler, Ctrl-C still ends the program, but a partial file remains.
+    if dfar::threads::check_room().is_ok() {
+        let _ = ctrlc::set_handler(|| {
+            delete_unfinished();
+            std::process::exit(130);
+        });
+    }
     cli::exit(cli::start_threads(0).and_then(|()| match command {
         Command::Import(args) => import::import(*args),
         Command::Info(args) => info::info(&args),

@@ -82,7 +82,8 @@ pub struct Flags {
     #[arg(long, help_heading = "Model")]
     max_length: Option<usize>,
     /// Windows of longer training histories begin at multiples of this; 1: always keep exactly
-    /// max-length events; 0: a quarter of max-length [default: 0].
+    /// max-length events; 0: a quarter of max-length, rounded up
+    /// [default: 0].
     #[arg(long, help_heading = "Instances")]
     window_stride: Option<usize>,
     /// Model width [default: 32].

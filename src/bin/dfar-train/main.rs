@@ -20,6 +20,7 @@ use dfar::data::synthetic::{self, SyntheticOptions};
 use dfar::data::{Dataset, Split};
 use dfar::device::Device;
 use dfar::model::Model;
+use dfar::replacement::delete_unfinished;
 use dfar::train::checkpoint::{Checkpoint, DataInfo, ModelFile};
 use dfar::train::config::{Config, DeviceChoice};
 use dfar::train::run::{self, Run, RunError};
@@ -340,6 +341,7 @@ fn stop_on_interrupt(progress: &Progress) {
     let shown = progress.clone();
     let handler = move || {
         if STOP.swap(true, Ordering::SeqCst) {
+            delete_unfinished();
             std::process::exit(130);
         }
         shown.line("stopping after this batch; press Ctrl-C again to stop at once");

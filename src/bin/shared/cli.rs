@@ -24,10 +24,19 @@ pub fn fail(error: &dyn std::error::Error, code: u8) -> ExitCode {
     ExitCode::from(code)
 }
 
-/// Prints a line to stderr. Unlike `eprintln!`, it does not panic if stderr is closed, which cannot
-/// be reported anywhere.
+/// Prints a line to stderr. Control characters, which values from a log may contain, do not reach
+/// the terminal. Unlike `eprintln!`, it does not panic if stderr is closed, which cannot be reported
+/// anywhere.
 pub fn note(line: impl Display) {
-    let _ = writeln!(std::io::stderr(), "{line}");
+    let mut text = String::new();
+    for character in line.to_string().chars() {
+        match character {
+            '\n' | '\t' => text.push(character),
+            _ if character.is_control() => text.extend(character.escape_default()),
+            _ => text.push(character),
+        }
+    }
+    let _ = writeln!(std::io::stderr(), "{text}");
 }
 
 /// Writes results to stdout. Unlike `print!`, it does not panic if the pipe is closed.

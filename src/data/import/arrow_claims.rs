@@ -1,6 +1,7 @@
-//! Compressed buffers of Arrow IPC say how long they are unpacked, and the decoder allocates that
-//! much before it unpacks (arrow 60). A damaged file could thereby abort the program, so these
-//! lengths are checked first. The decoder itself reports all other damage.
+//! Lengths that an Arrow IPC file claims: those of its messages, and those of compressed buffers when
+//! they are unpacked. The decoder allocates that much before it reads (arrow 60). A damaged file
+//! could thereby abort the program, so these lengths are checked first. The decoder itself reports
+//! all other damage.
 
 use crate::memory::fallible;
 use arrow_ipc::{CompressionType, Message, root_as_footer, root_as_message};
@@ -27,9 +28,9 @@ pub(super) fn check_file(file: &mut (impl Read + Seek)) -> Result<(), String> {
     let Ok(footer) = footer else { return PASS };
     let Ok(footer) = root_as_footer(&footer) else { return PASS };
     for block in footer.dictionaries().iter().chain(&footer.recordBatches()).flatten() {
-        let Ok(start) = u64::try_from(block.offset()) else { continue };
-        let Ok(length) = u64::try_from(block.metaDataLength()) else { continue };
-        let Ok(metadata) = read_at(file, start, length) else { continue };
+        let (start, length) = (block.offset(), i64::from(block.metaDataLength()));
+        let [start, length, _] = within(file, [start, length, block.bodyLength()])?;
+        let Ok(metadata) = read_at(file, start, length) else { return PASS };
         let prefix = if metadata.starts_with(&CONTINUATION) { 8 } else { 4 };
         check_message(file, start + length, parse(metadata.get(prefix..).unwrap_or(&[]), start)?)?;
     }
@@ -45,17 +46,28 @@ pub(super) fn check_stream(file: &mut (impl Read + Seek)) -> Result<(), String> 
             Some(length) => (length, 8),
             None => (&prefix[..4], 4),
         };
-        let length = u64::from(u32::from_le_bytes(length.try_into().expect("4 bytes")));
+        let length = i32::from_le_bytes(length.try_into().expect("4 bytes")).into();
         if length == 0 {
             return PASS; // the end of the stream
         }
-        let Ok(metadata) = read_at(file, start + prefix, length) else { return PASS };
+        let [at, length, _] = within(file, [start as i64 + prefix, length, 0])?;
+        let Ok(metadata) = read_at(file, at, length) else { return PASS };
         let message = parse(&metadata, start)?;
-        let body = start + prefix + length;
+        let body = at + length;
+        let [_, _, length] = within(file, [body as i64, 0, message.bodyLength()])?;
         check_message(file, body, message)?;
-        let Ok(length) = u64::try_from(message.bodyLength()) else { return PASS };
-        let Some(next) = body.checked_add(length) else { return PASS };
-        start = next;
+        start = body + length;
+    }
+}
+
+/// The start of a message, the length of its metadata and that of its body; an error if they reach
+/// beyond the file.
+fn within(file: &mut impl Seek, message: [i64; 3]) -> Result<[u64; 3], String> {
+    let end = file.seek(SeekFrom::End(0)).map_err(|error| error.to_string())?;
+    let sum = message.iter().try_fold(0i64, |sum, &x| if x < 0 { None } else { sum.checked_add(x) });
+    match sum.and_then(|sum| u64::try_from(sum).ok()) {
+        Some(sum) if sum <= end => Ok(message.map(|x| x as u64)),
+        _ => Err(format!("its message at byte {} reaches beyond the end of the file", message[0])),
     }
 }
 
@@ -184,7 +196,10 @@ mod tests {
                     }
                 }
                 for length in 0..sound.len() {
-                    assert_eq!(check(&sound[..length]), PASS, "the decoder reports a file that is cut");
+                    // Else, the decoder reports a file that is cut.
+                    if let Err(error) = check(&sound[..length]) {
+                        assert!(error.contains("reaches beyond the end"), "{error}");
+                    }
                 }
             }
         }

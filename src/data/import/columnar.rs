@@ -66,9 +66,11 @@ mod with_arrow {
     use arrow_schema::{DataType, Schema, TimeUnit};
     use parquet::arrow::ProjectionMask;
     use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+    use parquet::file::metadata::ParquetMetaData;
     use std::borrow::Cow;
     use std::collections::BTreeSet;
-    use std::io::{BufReader, Seek};
+    use std::io::{BufReader, Seek, SeekFrom};
+    use std::sync::Once;
 
     /// Rows decoded at a time.
     const BATCH_ROWS: usize = 8192;
@@ -99,8 +101,13 @@ mod with_arrow {
         };
         let (columns, mut batches): (Columns, Batches) = match kind {
             Kind::Parquet => {
-                let file = seekable(bytes, file)?;
-                let builder = decode(|| ParquetRecordBatchReaderBuilder::try_new(file)).map_err(damaged)?;
+                let mut file = seekable(bytes, file)?;
+                let copy = file.try_clone().map_err(DataError::read(context.name))?;
+                let builder = decode(|| ParquetRecordBatchReaderBuilder::try_new(copy)).map_err(damaged)?;
+                if follows_another(&mut file, builder.metadata()) {
+                    let reason = "another Parquet file is in front of it: import them as two files";
+                    return Err(damaged(reason.to_owned()));
+                }
                 let columns = columns(context, builder.schema())?;
                 // Only the needed columns are decoded.
                 let indices = columns.iter().flatten().map(|column| column.index);
@@ -130,13 +137,58 @@ mod with_arrow {
         read_batches(rows, context, kind, &columns, || batches().map_err(damaged), each)
     }
 
+    /// Whether the file is two Parquet files end to end, of which the decoder would read the values
+    /// of the first by the footer of the second.
+    fn follows_another(file: &mut File, metadata: &ParquetMetaData) -> bool {
+        let chunks = metadata.row_groups().iter().flat_map(|group| group.columns());
+        let parts = chunks.flat_map(|chunk| {
+            let (start, length) = chunk.byte_range();
+            let bloom = chunk.bloom_filter_offset().zip(chunk.bloom_filter_length());
+            let bloom = bloom.map(|(start, length)| start as u64 + length as u64);
+            let indices = [chunk.column_index_range(), chunk.offset_index_range()];
+            let indices = indices.map(|range| range.map(|range| range.end));
+            [Some(start + length), bloom, indices[0], indices[1]]
+        });
+        // By its own offsets, the file ends here; the rest of it is footer, length and magic.
+        let Some(end) = parts.flatten().max() else { return false };
+        let mut eight_bytes = |at| {
+            let mut bytes = [0; 8];
+            file.seek(at).and_then(|_| file.read_exact(&mut bytes)).ok()?;
+            Some((file.stream_position().ok()?, bytes))
+        };
+        let Some((whole, tail)) = eight_bytes(SeekFrom::End(-8)) else { return false };
+        let footer = u32::from_le_bytes(tail[..4].try_into().expect("4 bytes"));
+        let border = whole.checked_sub(end + u64::from(footer) + 8).and_then(|first| first.checked_sub(4));
+        border
+            .and_then(|border| eight_bytes(SeekFrom::Start(border)))
+            .is_some_and(|(_, bytes)| bytes == *b"PAR1PAR1")
+    }
+
     /// Returns the next batch of rows, or why the file is damaged.
     type Batches<'a> = Box<dyn FnMut() -> Result<Option<RecordBatch>, String> + 'a>;
 
+    thread_local! {
+        /// Whether this thread is in [`decode`].
+        static DECODING: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+    }
+
     /// Calls a decoder. Some decoders panic on damaged files (arrow 60: a buffer beyond the end of
-    /// a message); the panic becomes an error of the file. A decoder that failed is not used again.
+    /// a message); the panic becomes an error of the file, without a message of its own. A decoder
+    /// that failed is not used again.
     fn decode<T, E: ToString>(call: impl FnOnce() -> Result<T, E>) -> Result<T, String> {
-        match std::panic::catch_unwind(std::panic::AssertUnwindSafe(call)) {
+        static QUIET: Once = Once::new();
+        QUIET.call_once(|| {
+            let hook = std::panic::take_hook();
+            std::panic::set_hook(Box::new(move |panic| {
+                if !DECODING.get() {
+                    hook(panic);
+                }
+            }));
+        });
+        DECODING.set(true);
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(call));
+        DECODING.set(false);
+        match result {
             Ok(result) => result.map_err(|error| error.to_string()),
             Err(_) => Err("its content contradicts itself".to_owned()),
         }
@@ -261,6 +313,14 @@ mod with_arrow {
         }
     }
 
+    /// The number with the same shortest decimal form.
+    fn shortest(x: f32) -> f64 {
+        match x.fract() == 0.0 {
+            true => x.into(),
+            false => x.to_string().parse().unwrap_or(f64::NAN),
+        }
+    }
+
     fn cell(array: &ArrayRef, row: usize) -> Cell<'_> {
         macro_rules! value {
             ($kind:ty) => {
@@ -290,12 +350,11 @@ mod with_arrow {
                 let number = value!(UInt64Type);
                 i64::try_from(number).map_or(Cell::Natural(number), Cell::Whole)
             }
-            DataType::Float32 => Cell::Real(value!(Float32Type).into()),
+            // 0.1, not the 0.10000000149 that it is in f64.
+            DataType::Float32 => Cell::Real(shortest(value!(Float32Type))),
             DataType::Float64 => Cell::Real(value!(Float64Type)),
-            DataType::Decimal128(_, scale) => {
-                Cell::Real(value!(Decimal128Type) as f64 / 10f64.powi(i32::from(*scale)))
-            }
-            DataType::Boolean => Cell::Whole(array.as_boolean().value(row).into()),
+            DataType::Decimal128(_, scale) => Cell::Decimal { number: value!(Decimal128Type), scale: *scale },
+            DataType::Boolean => Cell::Flag(array.as_boolean().value(row)),
             DataType::Date32 => days(value!(Date32Type).into()),
             DataType::Date64 => Cell::Instant(RawTime::seconds(value!(Date64Type), 1000)),
             DataType::Timestamp(unit, _) => Cell::Instant(match unit {

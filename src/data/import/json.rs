@@ -51,7 +51,7 @@ impl<'a> JsonLayout<'a> {
         let text = std::str::from_utf8(text).map_err(|_| "not UTF-8".to_owned())?;
         let found = match self.object(text) {
             Ok(found) => found.map(|value| value.map(Cow::Borrowed)),
-            // Python writes NaN and Infinity, which JSON does not have.
+            // Python writes NaN and Infinity, which JSON does not have, for missing values.
             Err(error) => match without_nan(text).map(|text| self.object(&text).map(owned)) {
                 Some(Ok(found)) => found,
                 _ => return Err(error.to_string()),
@@ -158,7 +158,7 @@ impl<'t> Deserialize<'t> for Text<'t> {
     }
 }
 
-/// The text with `NaN`, `Infinity` and `-Infinity` as strings; `None` if it contains none.
+/// The text with null for `NaN`, `Infinity` and `-Infinity`; `None` if it contains none.
 fn without_nan(text: &str) -> Option<String> {
     let mut out = String::with_capacity(text.len() + 16);
     let (mut rest, mut found) = (text, false);
@@ -170,7 +170,7 @@ fn without_nan(text: &str) -> Option<String> {
             _ => match ["NaN", "Infinity", "-Infinity"].iter().find(|word| rest.starts_with(**word)) {
                 Some(word) => {
                     found = true;
-                    out.push_str(&format!("\"{word}\""));
+                    out.push_str("null");
                     rest = &rest[word.len()..];
                     continue;
                 }
@@ -219,9 +219,13 @@ pub(super) struct Objects<'a> {
     /// Whether every object ends on the line on which it begins.
     one_line: bool,
     text: Vec<u8>,
-    /// In an array: the unread rest of a line, and its number.
+    /// `pending[at..]` is read but not used: the rest of a line, or a part of the rest.
     pending: Vec<u8>,
+    at: usize,
+    /// The number of that line.
     line: u64,
+    /// Whether all of that line is read.
+    line_ends: bool,
 }
 
 impl<'a> Objects<'a> {
@@ -238,51 +242,37 @@ impl<'a> Objects<'a> {
         }
         // Brackets and commas separate the objects of an array, so a doubt costs nothing there.
         let one_line = if array { whole > open } else { whole >= open };
-        Objects { lines, array, open: false, one_line, text: Vec::new(), pending: Vec::new(), line: 0 }
+        let (text, pending) = (Vec::new(), Vec::new());
+        Objects { lines, array, open: false, one_line, text, pending, at: 0, line: 0, line_ends: true }
     }
 
     pub(super) fn next(&mut self) -> std::io::Result<Option<Object<'_>>> {
         self.text.clear();
         let mut begun = 0;
-        let (mut depth, mut fault) = (0usize, None);
+        let mut depth = 0;
         loop {
-            if self.pending.is_empty() {
-                let Some(line) = self.lines.next()? else {
-                    if self.text.is_empty() {
-                        let fault = Some("the array does not end: the file is cut short");
-                        let unclosed = std::mem::take(&mut self.open);
-                        return Ok(unclosed.then_some(Object { line: self.line, text: b"[", fault }));
-                    }
-                    // One row for the object and its array.
-                    self.open = false;
-                    return Ok(Some(Object {
-                        line: begun,
-                        text: &self.text,
-                        fault: Some("it does not end"),
-                    }));
-                };
-                self.line = line.number;
-                if line.too_long {
-                    self.text.clear();
-                    self.text.extend_from_slice(line.text);
-                    let fault = Some("its line is longer than 16 MiB");
-                    return Ok(Some(Object { line: self.line, text: &self.text, fault }));
+            if self.rest().is_empty() && !self.read()? {
+                if self.text.is_empty() {
+                    let fault = Some("the array does not end: the file is cut short");
+                    let unclosed = std::mem::take(&mut self.open);
+                    return Ok(unclosed.then_some(Object { line: self.line, text: b"[", fault }));
                 }
-                self.pending.extend_from_slice(line.text.trim_ascii());
+                // One row for the object and its array.
+                self.open = false;
+                let fault = Some("it does not end");
+                return Ok(Some(Object { line: begun, text: &self.text, fault }));
             }
             if depth == 0 {
                 self.skip_punctuation();
-                if self.pending.is_empty() {
+                if self.rest().is_empty() {
                     continue;
                 }
                 begun = self.line;
             }
-            let length = object_part(&self.pending, &mut depth, &mut fault);
-            self.text.extend_from_slice(&self.pending[..length]);
-            self.pending.drain(..length);
+            let mut fault = self.take_part(&mut depth)?;
             let ended = depth == 0 && fault.is_none();
             // Objects of an array are separated by a comma, others by a line end.
-            if ended && self.one_line && !self.separated() {
+            if ended && self.one_line && !self.separated()? {
                 fault = Some("more text follows the object");
             }
             if depth > 0 && self.one_line {
@@ -293,8 +283,8 @@ impl<'a> Objects<'a> {
             }
             if fault.is_some() {
                 // The rest of the line is lost: one line counts as one bad row.
-                self.text.extend_from_slice(&self.pending);
-                self.pending.clear();
+                self.text.extend_from_slice(&self.pending[self.at..]);
+                self.skip_line()?;
                 return Ok(Some(Object { line: begun, text: &self.text, fault }));
             }
             if ended {
@@ -304,10 +294,52 @@ impl<'a> Objects<'a> {
         }
     }
 
+    /// Moves what belongs to an object, of this line, from the unread text to `text`. Returns its
+    /// fault.
+    fn take_part(&mut self, depth: &mut usize) -> std::io::Result<Option<&'static str>> {
+        loop {
+            let (mut deep, mut fault) = (*depth, None);
+            let length = object_part(self.rest(), &mut deep, &mut fault);
+            let whole = deep == 0 && fault.is_none();
+            // What is read may end within the object, or within one of its strings.
+            if !whole && !self.line_ends && length == self.rest().len() && length <= LONGEST_OBJECT {
+                self.read()?;
+                continue;
+            }
+            self.text.extend_from_slice(&self.pending[self.at..self.at + length]);
+            self.at += length;
+            *depth = deep;
+            return Ok(fault);
+        }
+    }
+
+    fn rest(&self) -> &[u8] {
+        &self.pending[self.at..]
+    }
+
+    /// Reads the next part of the line, or of the next line. Returns whether there is one.
+    fn read(&mut self) -> std::io::Result<bool> {
+        self.pending.drain(..self.at);
+        self.at = 0;
+        let Some(part) = self.lines.next_part()? else { return Ok(false) };
+        self.pending.extend_from_slice(part.text);
+        (self.line, self.line_ends) = (part.number, part.ends);
+        Ok(true)
+    }
+
+    fn skip_line(&mut self) -> std::io::Result<()> {
+        loop {
+            self.at = self.pending.len();
+            if self.line_ends {
+                return Ok(());
+            }
+            self.read()?;
+        }
+    }
+
     /// Skips what is before the next object: brackets and commas of the array, and blanks.
     fn skip_punctuation(&mut self) {
-        let mut skipped = 0;
-        for byte in &self.pending {
+        while let Some(byte) = self.pending.get(self.at) {
             match byte {
                 b'[' if self.array => self.open = true,
                 b']' if self.array => self.open = false,
@@ -315,15 +347,17 @@ impl<'a> Objects<'a> {
                 byte if byte.is_ascii_whitespace() => {}
                 _ => break,
             }
-            skipped += 1;
+            self.at += 1;
         }
-        self.pending.drain(..skipped);
     }
 
     /// Whether the text after an object is valid there.
-    fn separated(&self) -> bool {
-        let rest = self.pending.trim_ascii();
-        rest.is_empty() || self.array && rest.starts_with(b",") || self.array && rest.starts_with(b"]")
+    fn separated(&mut self) -> std::io::Result<bool> {
+        while self.rest().trim_ascii().is_empty() && !self.line_ends {
+            self.read()?;
+        }
+        let rest = self.rest().trim_ascii_start();
+        Ok(rest.is_empty() || self.array && (rest.starts_with(b",") || rest.starts_with(b"]")))
     }
 }
 
@@ -399,6 +433,27 @@ mod tests {
     }
 
     #[test]
+    fn an_array_may_be_one_long_line() {
+        let object = |i: usize| format!("{{\"user\": {i}, \"text\": \"{}\"}}", "[{".repeat(i % 50));
+        for separator in [",", ",\n", " , "] {
+            let rows: Vec<String> = (0..300_000).map(object).collect();
+            let text = format!("[{}]", rows.join(separator));
+            assert!(text.len() > LONGEST_OBJECT);
+            let found = objects(&text);
+            assert_eq!(found.len(), rows.len());
+            assert!(found.iter().zip(&rows).all(|((_, text, good), row)| *good && text == row));
+        }
+    }
+
+    #[test]
+    fn an_object_of_more_than_16_mib_is_one_bad_row() {
+        let long = format!("{{\"a\": \"{}\"}}", "x".repeat(LONGEST_OBJECT + 1));
+        let found = objects(&format!("{{}}\n{long}\n{{}}\n"));
+        let places: Vec<(u64, bool)> = found.iter().map(|(line, _, good)| (*line, *good)).collect();
+        assert_eq!(places, [(1, true), (2, false), (3, true)]);
+    }
+
+    #[test]
     fn a_key_may_have_every_role() {
         let layout = JsonLayout {
             keys: std::array::from_fn(|_| vec!["a"]),
@@ -410,9 +465,9 @@ mod tests {
     }
 
     #[test]
-    fn nan_is_a_text() {
+    fn nan_is_null() {
         assert_eq!(without_nan("{\"NaN\":\"-Infinity\\\"\"}"), None);
         let text = "{\"a\":NaN,\"b\":[-Infinity,-1],\"c\":\"NaN\"}";
-        assert_eq!(without_nan(text).unwrap(), "{\"a\":\"NaN\",\"b\":[\"-Infinity\",-1],\"c\":\"NaN\"}");
+        assert_eq!(without_nan(text).unwrap(), "{\"a\":null,\"b\":[null,-1],\"c\":\"NaN\"}");
     }
 }

@@ -91,6 +91,17 @@ impl Rule {
         }
     }
 
+    /// The names of a flag are `true` and `false`, or its numbers.
+    pub(super) fn judge_flag(&self, flag: bool) -> Result<Verdict, &'static str> {
+        match self {
+            Rule::Named { .. } => match self.judge(if flag { b"true" } else { b"false" })? {
+                Verdict::Other => self.judge_number(flag.into()),
+                verdict => Ok(verdict),
+            },
+            _ => self.judge_number(flag.into()),
+        }
+    }
+
     /// Whether labels are numbers. A word in a label column of numbers must be the column's name.
     pub(super) fn numeric(&self) -> bool {
         matches!(self, Rule::Above(_) | Rule::Flag)

@@ -202,7 +202,10 @@ impl Context<'_> {
 
     /// The layout of a delimited text, from its first lines.
     pub(super) fn delimited(&self, lines: &Lines) -> Result<Layout, DataError> {
-        let first = lines.head().next().ok_or_else(|| self.unknown("it is empty"))?;
+        let first = lines
+            .head()
+            .next()
+            .ok_or_else(|| self.unknown("it is empty (of an archive, choose members with --member)"))?;
         let delimiter = self.delimiter(lines)?;
         let header = |names: &[String], columns: Columns| Layout {
             delimiter,

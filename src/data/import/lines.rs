@@ -4,7 +4,7 @@
 //! and damage in one line (a stray quote, a truncated field) does not affect the next.
 
 use super::source::starts_with_bom;
-use memchr::memchr;
+use memchr::{memchr, memchr2};
 use std::io::{self, Read};
 
 /// A longer line is a bad row; it is skipped without being held in memory.
@@ -12,6 +12,7 @@ pub(super) const LONGEST_LINE: usize = 1 << 24;
 /// Number of bytes used to find the columns of a log.
 const HEAD_BYTES: usize = 1 << 16;
 const FIRST_BUFFER: usize = 1 << 18;
+const LONGEST_PART: usize = 1 << 20;
 /// Number of bytes of an overlong line that messages show.
 const SHOWN: usize = 80;
 
@@ -25,6 +26,8 @@ pub(super) struct Lines<'a> {
     source_ended: bool,
     terminator: u8,
     number: u64,
+    /// Whether the last part did not end its line.
+    within_line: bool,
 }
 
 /// A line without its line end and byte order mark.
@@ -38,6 +41,15 @@ pub(super) struct Line<'b> {
     pub too_long: bool,
 }
 
+/// A part of a line.
+pub(super) struct Part<'b> {
+    /// The number of the line.
+    pub number: u64,
+    pub text: &'b [u8],
+    /// Whether the line ends here.
+    pub ends: bool,
+}
+
 impl<'a> Lines<'a> {
     /// Reads ahead to find the columns: the first non-blank line, and at least 64 KiB.
     pub(super) fn new(source: Box<dyn Read + 'a>) -> io::Result<Self> {
@@ -49,20 +61,18 @@ impl<'a> Lines<'a> {
             source_ended: false,
             terminator: b'\n',
             number: 0,
+            within_line: false,
         };
         while !lines.source_ended && lines.end < LONGEST_LINE {
-            let text = &lines.buffer[..lines.end];
-            let has_line = text
-                .iter()
-                .position(|byte| !byte.is_ascii_whitespace())
-                .is_some_and(|at| memchr(b'\n', &text[at..]).is_some());
-            if has_line && text.len() >= HEAD_BYTES {
+            let text = lines.buffer[..lines.end].trim_ascii();
+            if lines.end >= HEAD_BYTES && memchr2(b'\n', b'\r', text).is_some() {
                 break;
             }
             lines.fill()?;
         }
-        let head = &lines.buffer[..lines.end];
-        // Files of classic Mac OS have only a carriage return at the end of a line.
+        // Files of classic Mac OS have only a carriage return at the end of a line. A program that
+        // appends a line end to the whole file does not change that.
+        let head = lines.buffer[..lines.end].trim_ascii();
         if memchr(b'\n', head).is_none() && memchr(b'\r', head).is_some() {
             lines.terminator = b'\r';
         }
@@ -90,6 +100,41 @@ impl<'a> Lines<'a> {
                 return Ok(Some(Line { number: self.number, text, too_long }));
             }
         }
+    }
+
+    /// The next part of a line of any length, at most 1 MiB long, without the blanks around the
+    /// line.
+    pub(super) fn next_part(&mut self) -> io::Result<Option<Part<'_>>> {
+        let (from, to, ends) = loop {
+            let text = &self.buffer[self.start..self.end];
+            let from = self.start;
+            if let Some(at) = memchr(self.terminator, &text[..text.len().min(LONGEST_PART)]) {
+                self.start += at + 1;
+                break (from, from + at, true);
+            }
+            if text.len() >= LONGEST_PART {
+                self.start += LONGEST_PART;
+                break (from, self.start, false);
+            }
+            if self.source_ended {
+                if text.is_empty() && !self.within_line {
+                    return Ok(None);
+                }
+                self.start = self.end;
+                break (from, self.end, true);
+            }
+            self.fill()?;
+        };
+        let mut text = &self.buffer[from..to];
+        if !self.within_line {
+            self.number += 1;
+            text = clean(text).trim_ascii_start();
+        }
+        if ends {
+            text = text.trim_ascii_end();
+        }
+        self.within_line = !ends;
+        Ok(Some(Part { number: self.number, text, ends }))
     }
 
     /// The span of the next line in the buffer.
@@ -171,10 +216,10 @@ impl<'a> Lines<'a> {
     }
 }
 
-/// Strips a carriage return at the end and a byte order mark at the beginning. (Concatenated files
+/// Strips the other byte of a line end, and a byte order mark at the beginning. (Concatenated files
 /// contain byte order marks in the middle.)
 fn clean(line: &[u8]) -> &[u8] {
-    let line = line.strip_suffix(b"\r").unwrap_or(line);
+    let line = line.strip_suffix(b"\r").or(line.strip_suffix(b"\n")).unwrap_or(line);
     if starts_with_bom(line) { &line[3..] } else { line }
 }
 
@@ -207,10 +252,11 @@ mod tests {
     proptest! {
         #[test]
         fn lines_are_those_of_the_text(text in "[ab \r\n]{0,60}", step in 1usize..9) {
-            let terminator = if text.contains('\n') || !text.contains('\r') { '\n' } else { '\r' };
+            let inside = text.trim_ascii();
+            let terminator = if inside.contains('\n') || !inside.contains('\r') { '\n' } else { '\r' };
             let expected: Vec<(u64, Vec<u8>)> = (1..)
                 .zip(text.split(terminator))
-                .map(|(number, line)| (number, line.strip_suffix('\r').unwrap_or(line).as_bytes().to_vec()))
+                .map(|(number, line)| (number, line.strip_suffix(['\r', '\n']).unwrap_or(line).as_bytes().to_vec()))
                 .filter(|(_, line)| !line.trim_ascii().is_empty())
                 .collect();
             prop_assert_eq!(all(text.as_bytes(), step), expected);
@@ -230,6 +276,18 @@ mod tests {
             assert_eq!((long.too_long, long.number, long.text.len()), (true, 2, SHOWN));
             assert_eq!(lines.next().unwrap(), Some(Line { number: 3, text: b"last", too_long: false }));
             assert_eq!(lines.next().unwrap(), None);
+        }
+    }
+
+    #[test]
+    fn carriage_returns_alone_end_lines_also_before_a_final_line_end() {
+        for rows in [3, 40_000] {
+            for end in ["\r", "\n", "\r\n", "\r\n\r\n"] {
+                let text = "user,item".to_owned() + &"\r1,2".repeat(rows) + end;
+                let lines = all(text.as_bytes(), 7000);
+                assert_eq!(lines.len(), rows + 1, "{end:?}");
+                assert_eq!(lines[rows], (rows as u64 + 1, b"1,2".to_vec()), "{end:?}");
+            }
         }
     }
 

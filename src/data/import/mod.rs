@@ -328,8 +328,8 @@ fn check(options: &ImportOptions) -> Result<(), DataError> {
     if options.inputs.iter().filter(|input| *input == Path::new("-")).count() > 1 {
         return invalid("input", "-".to_owned(), "is standard input, which can be read only once");
     }
-    writer::check_output(&options.output)?;
-    refuse_own_input(options)
+    refuse_own_input(options)?;
+    writer::check_output(&options.output)
 }
 
 /// The output replaces an existing file, which must not be one of the logs.

@@ -42,6 +42,12 @@ pub(super) enum Cell<'a> {
     Whole(i64),
     Natural(u64),
     Real(f64),
+    /// A number times a power of ten, `number / 10^scale`.
+    Decimal {
+        number: i128,
+        scale: i8,
+    },
+    Flag(bool),
     /// A date and time of day, since 1970 in UTC.
     Instant(RawTime),
 }
@@ -174,7 +180,7 @@ impl<'a> Rows<'a> {
             self.row(&reading, line.number, cells, absent, each)?;
         }
         if headers > 1 {
-            let decision = format!("{}: the header occurs {headers} times", context.name.display());
+            let decision = format!("{}: the header occurs {headers} times", last_part(context.name));
             self.note(decision);
         }
         Ok(())
@@ -194,7 +200,9 @@ impl<'a> Rows<'a> {
             match values {
                 Ok(values) => {
                     let cells = values.map(|value| value.map_or(Cell::Absent, Cell::Text));
-                    self.row(&reading, object.line, cells, || "missing".into(), each)?;
+                    let absent =
+                        || "missing; if other keys hold it, name them with --user-column and the like".into();
+                    self.row(&reading, object.line, cells, absent, each)?;
                 }
                 Err(reason) => {
                     let fault = Fault { field: "object", value: object.text.into(), reason: reason.into() };
@@ -263,6 +271,10 @@ impl<'a> Rows<'a> {
                     Cell::Whole(number) => rule.judge_number(*number as f64),
                     Cell::Natural(number) => rule.judge_number(*number as f64),
                     Cell::Real(number) => rule.judge_number(*number),
+                    Cell::Decimal { number, scale } => {
+                        rule.judge_number(*number as f64 / 10f64.powi((*scale).into()))
+                    }
+                    Cell::Flag(flag) => rule.judge_flag(*flag),
                     Cell::Instant(_) | Cell::Absent => Err("not a number"),
                 };
                 verdict.map_err(|reason| fault(Role::Label, reason.into()))?
@@ -386,6 +398,8 @@ impl Cell<'_> {
             Cell::Whole(number) => owned(number.to_string()),
             Cell::Natural(number) => owned(number.to_string()),
             Cell::Real(number) => owned(number.to_string()),
+            Cell::Decimal { number, scale } => owned(format!("{number}e{}", -i32::from(*scale))),
+            Cell::Flag(flag) => owned(flag.to_string()),
             Cell::Instant(time) => owned(time.whole.to_string()),
         }
     }
@@ -395,8 +409,12 @@ impl Cell<'_> {
             Cell::Text(text) => time::parse(text),
             Cell::Whole(number) => Ok(Stamp::Number(RawTime { whole: *number, billionths: 0 })),
             Cell::Real(number) => RawTime::from_f64(*number).map(Stamp::Number),
+            Cell::Decimal { number, scale } => {
+                RawTime::decimal(*number, *scale).map(Stamp::Number).ok_or(time::TOO_LARGE)
+            }
+            Cell::Flag(_) => Err("not a time"),
             Cell::Instant(time) => Ok(Stamp::Instant(*time)),
-            Cell::Natural(_) => Err("not a time: too large"),
+            Cell::Natural(_) => Err(time::TOO_LARGE),
             Cell::Absent => Err("missing"),
         }
     }

@@ -78,7 +78,8 @@ impl Unpack<'_> {
                 let members = Members { decoder: None, rest: Some(buffered(bytes)) };
                 self.open(name, Box::new(members), None, depth + 1, each)
             }
-            [0x28, 0xb5, 0x2f, 0xfd, ..] => {
+            // The second is a skippable frame, with which pzstd begins.
+            [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => {
                 let decoder = zstd::Decoder::with_buffer(buffered(bytes)).map_err(DataError::read(name))?;
                 self.open(name, Box::new(decoder), None, depth + 1, each)
             }
@@ -101,7 +102,7 @@ impl Unpack<'_> {
             let reason = "an archive within an archive is not read; unpack it first";
             return Err(DataError::read(name)(io::Error::new(ErrorKind::Unsupported, reason)));
         }
-        let mut archive = tar::Archive::new(bytes);
+        let mut archive = tar::Archive::new(Tail { bytes, last: Vec::new() });
         let mut chosen = false;
         for entry in archive.entries().map_err(DataError::read(name))? {
             let entry = entry.map_err(DataError::read(name))?;
@@ -118,11 +119,32 @@ impl Unpack<'_> {
             chosen = true;
             self.open(&whole, Box::new(entry), None, depth + 1, each)?;
         }
+        if archive.into_inner().last.iter().any(|byte| *byte != 0) {
+            self.progress.note(&format!("{}: no end mark: it may be cut short", name.display()));
+        }
         if chosen {
             return Ok(());
         }
         let reason = "no member of the archive was read; choose with --member";
         Err(DataError::read(name)(io::Error::new(ErrorKind::NotFound, reason)))
+    }
+}
+
+/// A tar archive, which ends with blocks of zeros.
+struct Tail<'a> {
+    bytes: Box<dyn Read + 'a>,
+    /// The last bytes read, at most a block.
+    last: Vec<u8>,
+}
+
+impl Read for Tail<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        const BLOCK: usize = 512;
+        let count = self.bytes.read(buffer)?;
+        let keep = self.last.len().min(BLOCK.saturating_sub(count));
+        self.last.drain(..self.last.len() - keep);
+        self.last.extend_from_slice(&buffer[count.saturating_sub(BLOCK)..count]);
+        Ok(count)
     }
 }
 
@@ -138,12 +160,25 @@ fn hidden(member: &Path) -> bool {
 /// for any byte.
 pub(super) fn matches(pattern: &str, path: &Path) -> bool {
     fn fits(pattern: &[u8], text: &[u8]) -> bool {
-        match pattern.split_first() {
-            None => text.is_empty(),
-            Some((b'*', rest)) => (0..=text.len()).any(|at| fits(rest, &text[at..])),
-            Some((b'?', rest)) => !text.is_empty() && fits(rest, &text[1..]),
-            Some((byte, rest)) => text.first() == Some(byte) && fits(rest, &text[1..]),
+        let (mut p, mut t) = (0, 0);
+        // The last star, and the end of the text that it stands for so far.
+        let mut star = None;
+        while t < text.len() {
+            match pattern.get(p) {
+                Some(b'*') => {
+                    star = Some((p, t));
+                    p += 1;
+                }
+                Some(&byte) if byte == b'?' || byte == text[t] => (p, t) = (p + 1, t + 1),
+                _ => {
+                    // Only the last star can still help: it takes one more byte.
+                    let Some((at, end)) = star else { return false };
+                    star = Some((at, end + 1));
+                    (p, t) = (at + 1, end + 1);
+                }
+            }
         }
+        pattern[p..].iter().all(|byte| *byte == b'*')
     }
     let last = path.file_name().unwrap_or_default();
     [path.as_os_str(), last].iter().any(|text| fits(pattern.as_bytes(), text.as_encoded_bytes()))

@@ -27,7 +27,7 @@ pub(super) enum Stamp {
 const BILLION: u32 = 1_000_000_000;
 /// Error for a field that is neither a number nor a date.
 const NO_TIME: &str = "not a number or an ISO 8601 date";
-const TOO_LARGE: &str = "not a time: too large";
+pub(super) const TOO_LARGE: &str = "not a time: too large";
 /// Seconds from 1990 to 2100. A number in this range, or in this range converted to another unit,
 /// reveals the unit.
 const MODERN: std::ops::RangeInclusive<u64> = 631_152_000..=4_102_444_800;
@@ -47,6 +47,20 @@ impl RawTime {
         }
         let billionths = ((number - whole) * f64::from(BILLION)).round() as u32;
         Ok(RawTime::new(whole as i64, billionths.min(BILLION - 1)))
+    }
+
+    /// `number / 10^scale`, to billionths; `None` if it does not fit.
+    pub(super) fn decimal(number: i128, scale: i8) -> Option<RawTime> {
+        let factor = 10i128.checked_pow(scale.unsigned_abs().into())?;
+        if scale < 0 {
+            return Some(RawTime::new(i64::try_from(number.checked_mul(factor)?).ok()?, 0));
+        }
+        let (whole, rest) = (number.div_euclid(factor), number.rem_euclid(factor));
+        let billionths = match scale {
+            0..=9 => rest * 10i128.pow(9 - scale as u32),
+            _ => rest / 10i128.pow(scale as u32 - 9),
+        };
+        Some(RawTime::new(i64::try_from(whole).ok()?, billionths as u32))
     }
 
     /// A number of `1 / per_second` seconds, in seconds.
@@ -222,7 +236,9 @@ impl Clock {
             Some(_) => format!("{}, as given", unit.name()),
             None if self.dates.is_some() => "dates; those without a zone are UTC".to_owned(),
             None if self.modern[unit as usize].count > 0 => format!("{} since 1970", unit.name()),
-            None => format!("a counter (read as {} since 1970, no time is after 1990)", unit.name()),
+            None => {
+                format!("a counter (read as {} since 1970, no time is between 1990 and 2100)", unit.name())
+            }
         }
     }
 }
@@ -245,15 +261,25 @@ pub(super) fn parse(text: &[u8]) -> Result<Stamp, &'static str> {
     }
 }
 
-/// `881250949.25`, exactly; `None` for other forms, negative numbers included.
+/// `881250949.25`, exactly to billionths; `None` for other forms.
 fn decimal(text: &str) -> Option<RawTime> {
+    let (negative, text) = match text.strip_prefix('-') {
+        Some(text) => (true, text),
+        None => (false, text),
+    };
     let (whole, fraction) = text.split_once('.')?;
     let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-    if !digits(whole) || !digits(fraction) || fraction.len() > 9 {
+    if !digits(whole) || !digits(fraction) {
         return None;
     }
+    let fraction = &fraction[..fraction.len().min(9)];
     let billionths = fraction.parse::<u32>().ok()? * 10u32.pow(9 - fraction.len() as u32);
-    Some(RawTime::new(whole.parse().ok()?, billionths))
+    let whole: i64 = whole.parse().ok()?;
+    Some(match (negative, billionths) {
+        (false, _) => RawTime::new(whole, billionths),
+        (true, 0) => RawTime::new(-whole, 0),
+        (true, _) => RawTime::new(-whole - 1, BILLION - billionths),
+    })
 }
 
 /// `2019-10-01`, `2019-10-01 00:00:00`, `2019-10-01T00:00:00.25+02:00`, `... UTC`. Without a zone,
@@ -281,7 +307,7 @@ fn instant(text: &str) -> Option<RawTime> {
     {
         return Some(of_timestamp(timestamp));
     }
-    let moment: civil::DateTime = utc.unwrap_or(&text).parse().ok()?;
+    let moment: civil::DateTime = without_zone(utc.unwrap_or(&text))?.parse().ok()?;
     Some(of_civil(moment))
 }
 
@@ -309,10 +335,21 @@ fn parse_day(text: &str) -> Option<civil::Date> {
         return civil::Date::new((number / 10_000) as i16, (number / 100 % 100) as i8, (number % 100) as i8)
             .ok();
     }
-    text.replace('/', "-").parse().ok()
+    without_zone(&text.replace('/', "-"))?.parse().ok()
+}
+
+/// A date, or a date and time; `None` if an offset or a name of a zone follows, which jiff would
+/// ignore.
+fn without_zone(text: &str) -> Option<&str> {
+    const DATE: usize = "2019-10-01".len();
+    let after = text.get(DATE..).unwrap_or("");
+    (!text.contains('[') && !after.contains(['+', '-'])).then_some(text)
 }
 
 fn parse_time_of_day(text: &str) -> Option<civil::Time> {
+    if text.contains('[') {
+        return None; // a zone, which jiff would ignore
+    }
     if text.contains(':') {
         // jiff requires two digits for the hour.
         let padded = if text.find(':') == Some(1) { format!("0{text}") } else { text.to_owned() };
@@ -366,11 +403,44 @@ mod tests {
         assert_eq!(ms("0.0004", Unit::Seconds), 0);
         assert_eq!(ms("0.0005", Unit::Seconds), 1);
         assert_eq!(ms("-1.5", Unit::Seconds), -1500);
+        assert_eq!(ms("-0.25", Unit::Seconds), -250);
+        let whole = |text: &str| match parse(text.as_bytes()) {
+            Ok(Stamp::Number(time)) => (time.whole, time.billionths),
+            other => panic!("{text}: {other:?}"),
+        };
+        assert_eq!(whole("1600000000000000003.0000000000"), (1_600_000_000_000_000_003, 0));
+        assert_eq!(whole("-1600000000000000003.2500000009"), (-1_600_000_000_000_000_004, 750_000_000));
+        for (number, scale, expected) in [
+            (1_600_000_000_000_000_003, 0, Some((1_600_000_000_000_000_003, 0))),
+            (-1_5, 1, Some((-2, 500_000_000))),
+            (12_345_678_901, 10, Some((1, 234_567_890))),
+            (16, -8, Some((1_600_000_000, 0))),
+            (i128::MAX, 0, None),
+            (1, -38, None),
+        ] {
+            let found = RawTime::decimal(number, scale).map(|time| (time.whole, time.billionths));
+            assert_eq!(found, expected, "{number} {scale}");
+        }
         assert_eq!(ms("1600000000000499", Unit::Microseconds), 1_600_000_000_000);
         assert_eq!(ms("1600000000000500", Unit::Microseconds), 1_600_000_000_001);
         assert_eq!(ms("1600000000000499999", Unit::Nanoseconds), 1_600_000_000_000);
-        for bad in ["", "noon", "inf", "NaN", "1e300", "12/31/2019", "2019-13-01", "2019-02-30", "20191001x"]
-        {
+        for bad in [
+            "",
+            "noon",
+            "inf",
+            "NaN",
+            "1e300",
+            "12/31/2019",
+            "2019-13-01",
+            "2019-02-30",
+            "20191001x",
+            // Zones that would be ignored.
+            "2019-10-01T00:00:00[Europe/Berlin]",
+            "2019-10-01[Europe/Berlin]",
+            "2019-10-01 00:00[-05:00]",
+            "2019-10-01 00:00:00+02:00 UTC",
+            "2019-10-01T00:00:00+02:00Z",
+        ] {
             assert!(parse(bad.as_bytes()).is_err(), "{bad}");
         }
     }
@@ -425,6 +495,9 @@ mod tests {
             ("2019-10-01", "04:05 EST", Role::Time),
             ("2019-10-01", "04:05+", Role::Time),
             ("2019-10-01", "Z", Role::Time),
+            ("2019-10-01", "13:45[Europe/Berlin]", Role::Time),
+            ("2019-10-01[Asia/Tokyo]", "13:45", Role::Date),
+            ("2019-10-01T05:00:00+05:00", "13:45", Role::Date),
         ] {
             let Err((role, _)) = day_and_time(day.as_bytes(), time.as_bytes()) else {
                 panic!("{day} {time} is a time")

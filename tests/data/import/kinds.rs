@@ -433,6 +433,13 @@ fn json_is_read_in_every_shape() {
     // value is not needed.
     let text = "{\"user\": 7, \"item\": 1.50, \"label\": \"1\", \"time\": \"2\", \"price\": NaN}\n";
     assert_eq!(csv(text.as_bytes()).events(), [event("7", "1.50", 2000, 1)]);
+    // Python writes NaN for a missing value.
+    for key in ["user", "item", "label", "time"] {
+        let fields = ["user", "item", "label", "time"]
+            .map(|name| format!("\"{name}\": {}", if name == key { "NaN" } else { "1" }));
+        let row = csv(format!("{{{}}}\n", fields.join(", ")).as_bytes()).bad_row();
+        assert!(row.field.starts_with(key) && row.reason.starts_with("missing"), "{row}");
+    }
 }
 
 #[test]
@@ -465,8 +472,11 @@ fn containers_are_unpacked_or_named() {
     let zst = zstd::encode_all(LOG.as_bytes(), 3).unwrap();
     let mut padded = gzip(LOG.as_bytes());
     padded.extend([0; 1000]);
+    // pzstd puts a skippable frame in front of each frame.
+    let pzst = [&b"\x50\x2a\x4d\x18\x04\0\0\0\x10\0\0\0"[..], &zst].concat();
     for bytes in [
         &zst,
+        &pzst,
         &padded,
         &gzip(&zst),
         &tar(&[("log.csv", LOG.as_bytes())]),
@@ -524,6 +534,24 @@ fn archives_hold_several_logs() {
     let broken = tar(&[("data/log.csv", format!("{header}1,10,x,1\n").as_bytes())]);
     let row = Bench::of_bytes(LogFormat::KuaiRand, &[&broken]).bad_row();
     assert!(row.path.ends_with("log0/data/log.csv"), "{}", row.path.display());
+}
+
+#[test]
+fn an_archive_without_an_end_mark_is_noted() {
+    #[derive(Default)]
+    struct Notes(RefCell<Vec<String>>);
+    impl Progress for Notes {
+        fn note(&self, decision: &str) {
+            self.0.borrow_mut().push(decision.to_owned());
+        }
+    }
+    let whole = tar(&[("a.csv", LOG.as_bytes()), ("b.csv", LOG.as_bytes())]);
+    // A member is a header and, here, one block.
+    for (length, noted) in [(whole.len(), false), (4 * 512, true), (2 * 512, true)] {
+        let notes = Notes::default();
+        import(&csv(&whole[..length]).options, &notes).unwrap();
+        assert_eq!(notes.0.borrow().iter().any(|note| note.contains("no end mark")), noted, "{length}");
+    }
 }
 
 #[test]
@@ -617,6 +645,46 @@ mod columnar {
             columns(&mut by_number, ["1", "2", "3", "4"]);
             assert_eq!(by_number.events(), expected);
         }
+    }
+
+    fn of_three(time: ArrayRef, label: ArrayRef) -> RecordBatch {
+        let texts = |values: [&str; 3]| Arc::new(StringArray::from(values.to_vec())) as ArrayRef;
+        batch([("user", texts(["u"; 3])), ("item", texts(["a", "b", "c"])), ("time", time), ("label", label)])
+    }
+
+    #[test]
+    fn labels_of_narrow_types_mean_what_they_print() {
+        let times = || Arc::new(Int64Array::from(vec![1, 2, 3])) as ArrayRef;
+        let feedback = |bench: &Bench| bench.events().iter().map(|event| event.3).collect::<Vec<_>>();
+        let flags = Arc::new(BooleanArray::from(vec![true, false, true]));
+        for names in [["true", "false"], ["1", "0"]] {
+            let mut bench = csv(&parquet(&of_three(times(), flags.clone())));
+            let [liked, skipped] = names.map(|name| vec![name.to_owned()]);
+            bench.options.liked = Liked::Named { liked, skipped, ignore_others: false };
+            assert_eq!(feedback(&bench), [1, 0, 1], "{names:?}");
+        }
+        let ratings = Arc::new(Float32Array::from(vec![0.1, 0.2, 5.0]));
+        let mut bench = csv(&parquet(&of_three(times(), ratings)));
+        bench.options.liked = Liked::Above(0.1);
+        assert_eq!(feedback(&bench), [0, 1, 1]);
+    }
+
+    #[test]
+    fn decimal_times_keep_their_order() {
+        let labels = Arc::new(Int8Array::from(vec![1, 1, 1]));
+        let nanoseconds = 1_600_000_000_000_000_000;
+        let times = [3, 2, 1].map(|i| (nanoseconds + i) * 100);
+        let times = Decimal128Array::from(times.to_vec()).with_precision_and_scale(38, 2).unwrap();
+        let events = csv(&parquet(&of_three(Arc::new(times), labels))).events();
+        assert_eq!(events.iter().map(|event| &event.1[..]).collect::<Vec<_>>(), ["c", "b", "a"]);
+    }
+
+    #[test]
+    fn two_parquet_files_end_to_end_are_refused() {
+        let labels = || Arc::new(Int8Array::from(vec![1, 0, 1])) as ArrayRef;
+        let one = parquet(&of_three(Arc::new(Int64Array::from(vec![1, 2, 3])), labels()));
+        let other = parquet(&of_three(Arc::new(Int64Array::from(vec![4, 5, 6])), labels()));
+        refused(&csv(&[one, other].concat()), "another Parquet file is in front of it");
     }
 
     #[test]

@@ -21,7 +21,7 @@ pub struct Train {
     #[arg(long, default_value_t = 100, value_parser = at_least_one())]
     max_length: usize,
     /// Windows of longer histories begin at multiples of this; 1: keep exactly the last max-length
-    /// events; 0: a quarter of max-length
+    /// events; 0: a quarter of max-length, rounded up
     #[arg(long, default_value_t = 0)]
     window_stride: usize,
     /// Sampled negatives of each target

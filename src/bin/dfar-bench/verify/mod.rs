@@ -44,11 +44,13 @@ pub const GRADIENT_TOLERANCE: f64 = 5e-5;
 pub struct TensorError {
     /// Its name in the case.
     pub tensor: String,
-    /// `max |x - reference| / scale`; infinite where one of the two is not finite and the other
-    /// differs.
+    /// `max |x - reference| / scale`; infinite (null in JSON) where one of the two is not finite and
+    /// the other differs.
     pub error: f64,
     /// Largest error that passes.
     pub tolerance: f64,
+    /// Whether the error is within the tolerance.
+    pub passes: bool,
     /// CRC-32 of the computed values: equal for equal bits.
     pub crc32: u32,
 }
@@ -56,12 +58,7 @@ pub struct TensorError {
 impl TensorError {
     fn new(tensor: &str, values: &[f32], error: f64, tolerance: f64) -> Self {
         let crc32 = crc32fast::hash(bytemuck::cast_slice(values));
-        Self { tensor: tensor.to_owned(), error, tolerance, crc32 }
-    }
-
-    /// Whether the error is within the tolerance.
-    pub fn passes(&self) -> bool {
-        self.error <= self.tolerance
+        Self { tensor: tensor.to_owned(), error, tolerance, passes: error <= tolerance, crc32 }
     }
 }
 
@@ -115,7 +112,7 @@ impl Report {
             return false;
         }
         match &self.outcome {
-            Outcome::Checked(errors) => errors.iter().all(TensorError::passes),
+            Outcome::Checked(errors) => errors.iter().all(|error| error.passes),
             Outcome::Skipped(_) => true,
         }
     }
@@ -128,7 +125,7 @@ impl fmt::Display for Report {
             Outcome::Skipped(reason) => writeln!(f, "{:<28} skipped: {reason}", self.case),
             Outcome::Checked(errors) => errors.iter().enumerate().try_for_each(|(index, error)| {
                 let case = if index == 0 { &self.case } else { "" };
-                let verdict = if error.passes() { "ok" } else { "FAILED" };
+                let verdict = if error.passes { "ok" } else { "FAILED" };
                 let (tensor, error, tolerance) = (&error.tensor, error.error, error.tolerance);
                 writeln!(f, "{case:<28} {tensor:<24} {error:>8.1e}  (tolerance {tolerance:.0e})  {verdict}")
             }),

@@ -213,7 +213,7 @@ fn f32_failures(
     let [dq, dk, dv] = &results.gradients;
     let [rq, rk, rv] = gradients;
     errors.extend(compare_gradients(&[("dq", dq, rq), ("dk", dk, rk), ("dv", dv, rv)]));
-    errors.iter().filter(|e| !e.passes()).map(|e| format!("{name}: {e:?}")).collect()
+    errors.iter().filter(|e| !e.passes).map(|e| format!("{name}: {e:?}")).collect()
 }
 
 #[test]

@@ -46,7 +46,7 @@ fn the_network_matches_the_golden_cases() {
         }
         let errors = verify_dfar(&case, Arc::new(gpu(Precision::F32))).expect("a case should be complete");
         assert!(errors.len() > 100, "{}: only {} tensors compared", case.name, errors.len());
-        let failed: Vec<_> = errors.iter().filter(|e| !e.passes()).collect();
+        let failed: Vec<_> = errors.iter().filter(|e| !e.passes).collect();
         assert!(failed.is_empty(), "{}: {failed:?}", case.name);
         checked += 1;
     }

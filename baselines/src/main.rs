@@ -44,8 +44,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Compare with reference cases: print the relative error of each tensor, exit with 1 beyond
-    /// the tolerance
+    /// Compare with reference cases: print the relative error of each tensor, exit with 1 if one
+    /// exceeds the tolerance
     Verify {
         /// Folder of case files (*.safetensors)
         folder: PathBuf,
@@ -88,6 +88,7 @@ fn parse() -> Cli {
 fn command_line() -> clap::Command {
     let differs = [
         ("data", "Data set made by `dfar-data`"),
+        ("max_length", "Longest history; of longer ones, the most recent events are kept [default: 100]"),
         ("device", "Device; cuda runs DIN, SASRec and DFAR [default: cpu]"),
         ("seed", "First seed of initial values, shuffles and negatives [default: 2020]"),
         ("feedback", "Feedback that all systems read [default: that of each system's paper]"),

@@ -13,23 +13,23 @@ pub fn markdown(table: &Table) -> String {
     );
     let systems = table.section(Section::Systems);
     let references = references(table);
-    text.push_str(&rows("feedback, setting", &systems, &references, "DFAR less it"));
+    text.push_str(&rows("feedback, setting", &systems, &references, "DFAR minus row"));
     improvement(&mut text, table);
     if systems.iter().any(|line| line.against.is_some()) {
         text.push_str(
-            "\n`DFAR less it`: mean over users of the difference in AUC; p: two-sided Wilcoxon signed-rank\n\
+            "\n`DFAR minus row`: mean over users of the difference in AUC; p: two-sided Wilcoxon signed-rank\n\
              test over users (AUC of a user, mean over seeds), corrected by Holm's method.\n",
         );
     }
     let ablations = table.section(Section::Ablations);
     if !ablations.is_empty() {
         let lines: Vec<&Line> = table.dfar().into_iter().chain(ablations).collect();
-        let _ = write!(text, "\n## Ablations\n{}", rows("setting", &lines, &[], "DFAR less it"));
+        let _ = write!(text, "\n## Ablations\n{}", rows("setting", &lines, &[], "DFAR minus row"));
     }
     let blind = table.section(Section::Blind);
     if !blind.is_empty() {
         let heading = "## All events, feedback ignored\n\nThe last columns compare with the row of Table 2.";
-        let _ = write!(text, "\n{heading}\n{}", rows("setting", &blind, &[], "with feedback less it"));
+        let _ = write!(text, "\n{heading}\n{}", rows("setting", &blind, &[], "with feedback minus row"));
     }
     lengths(&mut text, &systems);
     head_pairs(&mut text, table);

@@ -39,13 +39,13 @@ fn systems(text: &mut String, table: &Table) {
     );
     if lines.iter().any(|line| line.against.is_some()) {
         text.push_str(
-            " <em>DFAR less it</em>: mean over users of the difference in AUC. <em>p</em>: two-sided Wilcoxon \
+            " <em>DFAR minus row</em>: mean over users of the difference in AUC. <em>p</em>: two-sided Wilcoxon \
              signed-rank test over users, Holm's correction.",
         );
     }
     text.push_str("</p>\n");
     let references = [("popularity", table.popularity), ("ceiling", table.ceiling)];
-    rows(text, &lines, &references, "DFAR less it");
+    rows(text, &lines, &references, "DFAR minus row");
     let words = METRICS.iter().zip(&table.improvement).filter_map(|(metric, improvement)| {
         let improvement = improvement.as_ref()?;
         Some(format!("{metric} {:+.2} % ({})", improvement.percent, escape(&improvement.over)))
@@ -64,7 +64,7 @@ fn ablations(text: &mut String, table: &Table) {
     }
     let lines: Vec<&Line> = table.dfar().into_iter().chain(without).collect();
     text.push_str("<h2>Ablations (Table 3)</h2>\n");
-    rows(text, &lines, &[], "DFAR less it");
+    rows(text, &lines, &[], "DFAR minus row");
     chart(text, &lines);
 }
 
@@ -76,7 +76,7 @@ fn blind(text: &mut String, table: &Table) {
     text.push_str(
         "<h2>All events, feedback ignored</h2>\n<p>Compared with the row of the same system above.</p>\n",
     );
-    rows(text, &lines, &[], "with feedback less it");
+    rows(text, &lines, &[], "with feedback minus row");
 }
 
 fn rows(text: &mut String, lines: &[&Line], references: &[(&str, Option<[Option<f64>; 4]>)], less: &str) {

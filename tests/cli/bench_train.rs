@@ -50,6 +50,12 @@ fn a_step_is_timed_by_part() {
 }
 
 #[test]
+fn products_in_f16_are_refused() {
+    let output = bench_train(&["--uniform", "--predict", "h200", "--precision", "f16"]);
+    assert_eq!(output.status.code(), Some(2), "{output:?}");
+}
+
+#[test]
 fn floors_are_predicted_without_a_gpu() {
     let floor = |card: &str, precision: &str| {
         let args = ["--uniform", "--predict", card, "--precision", precision];

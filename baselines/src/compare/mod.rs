@@ -43,7 +43,7 @@ pub struct Compare {
     #[arg(long, short, value_name = "DIR", default_value = "runs/compare")]
     out: PathBuf,
     /// Systems: din, caser, gru4rec, dien, sasrec, tha4rec, dfn, feedrec, dfar, in the order of
-    /// their runs; `all` or nothing for all.
+    /// their runs [default: all].
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = systems)]
     systems: Vec<Listed>,
     /// Number of seeds, from --seed on.
@@ -57,7 +57,7 @@ pub struct Compare {
     /// Add Table 3 (DFAR without FHA, MO, IDL, IBL), and each system with `--feedback ignored`.
     #[arg(long)]
     ablations: bool,
-    /// Runs at once; they share the threads. Results do not depend on it.
+    /// Number of concurrent runs; they share --threads. Results do not depend on it.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
     jobs: u16,
     /// Ranking loss of the compared systems; DFAR always has its own.

@@ -83,7 +83,7 @@ fn table(file: &Path, s: &Statistics) -> String {
     line(format_args!("  split       {}", split_words(protocol.split)));
     let candidates = &protocol.candidates;
     line(format_args!(
-        "  candidates  {} by training popularity, seen items {}, seed {}, hash {}",
+        "  negatives   {} by training popularity, seen items {}, seed {}, hash {}",
         candidates.negatives,
         if candidates.exclude_seen { "excluded" } else { "allowed" },
         candidates.seed,

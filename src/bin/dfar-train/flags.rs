@@ -38,11 +38,11 @@ pub struct Flags {
     /// with AVX512-BF16 [default: f32].
     #[arg(long, value_enum)]
     precision: Option<Precision>,
-    /// Launch each step as one CUDA graph, on a GPU; `=false`: not, whatever the file says.
+    /// Launch each step as one CUDA graph, on a GPU; `=false` switches it off and overrides --config.
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
     cuda_graphs: Option<bool>,
     /// Also write the numbers of log.jsonl as TensorBoard events, to the directory of the run;
-    /// `=false`: not, whatever the file says.
+    /// `=false` switches it off and overrides --config.
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
     tensorboard: Option<bool>,
 
@@ -70,8 +70,8 @@ pub struct Flags {
     /// Scope of the limit [default: per-tensor].
     #[arg(long, value_enum, help_heading = "Training")]
     clip: Option<ClipMode>,
-    /// Update every embedding row at every step, not only the rows of the batch; `=false`: not,
-    /// whatever the file says.
+    /// Update every embedding row at every step, not only the rows of the batch; `=false` switches
+    /// it off and overrides --config.
     #[arg(long, help_heading = "Training", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
     dense_embeddings: Option<bool>,
     /// Seconds between checkpoints within an epoch [default: 60].

@@ -40,7 +40,7 @@ pub struct Attention {
     /// Device to run on
     #[arg(long, value_enum, default_value_t = Device::Cpu)]
     device: Device,
-    /// Element type of the tensors [default: f32; with --device cuda bf16]
+    /// Element type of the tensors; on a CPU, f32 [default: f32; with --device cuda bf16]
     #[arg(long, value_enum)]
     precision: Option<Precision>,
     /// Measure nothing: print lower bounds of the kernels' time on this GPU, by its datasheet

@@ -31,9 +31,7 @@ pub enum Device {
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Precision {
     F32,
-    /// On a GPU, or a CPU with AVX512-BF16
     Bf16,
-    /// On a GPU
     F16,
 }
 

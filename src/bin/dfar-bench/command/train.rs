@@ -1,6 +1,6 @@
 //! `dfar-bench train`: training steps, with and without sharing, and by part.
 
-use super::{Device, Precision, at_least_one, effort, open_cpu, open_gpu};
+use super::{Device, Precision, at_least_one, effort, open_cpu, open_gpu, refuse_precision};
 use crate::limits::gpu::Card;
 use crate::train::steps::{self, Batches, Peak};
 use crate::train::{launches, sharing};
@@ -101,6 +101,9 @@ pub fn run(arguments: &Train) -> Result<()> {
         }
     };
     let data = data.as_ref();
+    if arguments.precision == Precision::F16 {
+        refuse_precision("products are computed in f32 or bf16");
+    }
     if let Some(card) = arguments.predict {
         return predict_steps(arguments, &config, data, card);
     }

@@ -14,7 +14,8 @@ pub struct Verify {
     /// Device to run on
     #[arg(long, value_enum, default_value_t = Device::Cpu)]
     device: Device,
-    /// Element type of the attention tensors
+    /// Element type of the attention tensors, and precision of matrix products. bf16 needs a GPU, or a
+    /// CPU with AVX512-BF16; f16 needs a GPU
     #[arg(long, value_enum, default_value_t = Precision::F32)]
     precision: Precision,
     /// Compute each case N times, and compare the bits of the results

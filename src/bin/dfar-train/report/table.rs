@@ -99,12 +99,12 @@ fn part_text(
     if let Some(skipped) = skipped {
         let _ = write!(
             text,
-            "\nskipped events in the place of liked ones ({} groups, lower is better): AUC {:.4}",
+            "\nskipped targets against their negatives ({} groups, lower is better): AUC {:.4}",
             count(skipped.groups),
             skipped.auc
         );
         if let Some(auc) = liked_above_skipped {
-            let _ = write!(text, "; liked above skipped: AUC {auc:.4}");
+            let _ = write!(text, "; liked against skipped targets: AUC {auc:.4}");
         }
         text.push('\n');
     }

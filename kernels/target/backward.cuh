@@ -139,8 +139,8 @@ __device__ __forceinline__ void mlp_backward(const MlpParams& p) {
     float db1[H1 / 8][2] = {}, dw2[H1 / 8][2] = {};
 #pragma unroll 1
     for (unsigned index = blockIdx.x; index < p.item_count; index += p.blocks) {
-        const Item item = read_item(p.items, index);
-        const int rows = rows_within(read_pair(p.pairs, item.first_pair).length, item.position);
+        const Item item = load_item(p.items, index);
+        const int rows = rows_within(load_pair(p.pairs, item.first_pair).length, item.position);
         // The last round of the previous item ended with a barrier, so all threads have read its
         // data.
         a.fill(threadIdx.x, THREADS, p.a + size_t(item.token) * p.width, rows, p.width);
@@ -157,7 +157,7 @@ __device__ __forceinline__ void mlp_backward(const MlpParams& p) {
         for (unsigned first = 0; first < item.pairs; first += WARPS) {
             // A warp without a pair repeats the last pair, with gradients of 0.
             const bool present = first + warp < item.pairs;
-            const Pair pair = read_pair(p.pairs, item.first_pair + (present ? first + warp : item.pairs - 1));
+            const Pair pair = load_pair(p.pairs, item.first_pair + (present ? first + warp : item.pairs - 1));
             float de[2];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {

@@ -46,11 +46,11 @@ struct MlpParams {
 };
 static_assert(sizeof(MlpParams) == 152, "mirrored by src/device/cuda/plan/target_params.rs");
 
-__device__ __forceinline__ Item read_item(const void* items, unsigned index) {
+__device__ __forceinline__ Item load_item(const void* items, unsigned index) {
     const uint4 raw = static_cast<const uint4*>(items)[index];
     return Item{raw.x, raw.y, raw.z, raw.w};
 }
-__device__ __forceinline__ Pair read_pair(const void* pairs, unsigned index) {
+__device__ __forceinline__ Pair load_pair(const void* pairs, unsigned index) {
     const uint4 raw = static_cast<const uint4*>(pairs)[index];
     return Pair{raw.x, raw.y, raw.z, raw.w};
 }
@@ -102,8 +102,8 @@ __device__ __forceinline__ void scores(const MlpParams& p) {
     E* const scratch = carve.take<E>(WARPS * AT_ONCE * SCRATCH) + warp * AT_ONCE * SCRATCH;
     __syncthreads();
     for (unsigned index = blockIdx.x * WARPS + warp; index < p.item_count; index += p.blocks * WARPS) {
-        const Item item = read_item(p.items, index);
-        const int rows = rows_within(read_pair(p.pairs, item.first_pair).length, item.position);
+        const Item item = load_item(p.items, index);
+        const int rows = rows_within(load_pair(p.pairs, item.first_pair).length, item.position);
         a.fill(lane, 32, p.a + size_t(item.token) * p.width, rows, p.width);
         z.fill(lane, 32, p.z + size_t(item.token) * H0, rows, H0);
 #pragma unroll 1
@@ -116,7 +116,7 @@ __device__ __forceinline__ void scores(const MlpParams& p) {
             for (int m = 0; m < AT_ONCE; ++m) {
                 // With an odd number of pairs, the last is scored twice and written once.
                 const unsigned last = item.pairs - 1, at = first + m < last ? first + m : last;
-                pair[m] = read_pair(p.pairs, item.first_pair + at);
+                pair[m] = load_pair(p.pairs, item.first_pair + at);
                 E* const x_rows = scratch + m * SCRATCH;
 #pragma unroll
                 for (int k = 0; k < D / 16; ++k) {

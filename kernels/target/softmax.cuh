@@ -27,11 +27,11 @@ struct Tile {
 };
 static_assert(sizeof(Tile) == 32, "mirrored by src/device/cuda/plan/target.rs");
 
-__device__ __forceinline__ Row read_row(const void* rows, unsigned index) {
+__device__ __forceinline__ Row load_row(const void* rows, unsigned index) {
     const uint4 raw = static_cast<const uint4*>(rows)[index];
     return Row{raw.x, raw.y, raw.z, raw.w};
 }
-__device__ __forceinline__ Tile read_tile(const void* tiles, unsigned index) {
+__device__ __forceinline__ Tile load_tile(const void* tiles, unsigned index) {
     const uint4* const at = static_cast<const uint4*>(tiles) + 2 * size_t(index);
     const uint4 low = at[0], high = at[1];
     return Tile{low.x, low.y, low.z, low.w, high.x, high.y, high.z, 0};
@@ -61,7 +61,7 @@ constexpr int ROW_THREADS = 256;
 __device__ __forceinline__ void softmax(const SoftmaxParams& p) {
     const unsigned index = blockIdx.x * (ROW_THREADS / 32) + warp_index();
     if (index >= p.row_count) return;
-    const Row row = read_row(p.rows, index);
+    const Row row = load_row(p.rows, index);
     const int lane = lane_index();
     const float* const e = p.e + row.score;
     float peak = -INF;
@@ -98,7 +98,7 @@ __device__ __forceinline__ void softmax(const SoftmaxParams& p) {
 // datt. A block takes 16 tokens; its warps take pairs in turn, in accumulator layout. The partial
 // ds of the warps are added in order.
 __device__ __forceinline__ void softmax_backward(const SoftmaxParams& p) {
-    const Tile tile = read_tile(p.tiles, blockIdx.x);
+    const Tile tile = load_tile(p.tiles, blockIdx.x);
     if (tile.pairs == 0) return;
     const LaneTile<D> s{reinterpret_cast<float*>(shared_memory())};
     const int warp = warp_index(), lane = lane_index(), warps = ROW_THREADS / 32;
@@ -107,13 +107,13 @@ __device__ __forceinline__ void softmax_backward(const SoftmaxParams& p) {
     float ds[D / 8][4] = {};
     for (unsigned i = warp; i < tile.pairs; i += warps) {
         const unsigned sorted = tile.first_pair + i;
-        const Pair pair = read_pair(p.pairs, sorted);
+        const Pair pair = load_pair(p.pairs, sorted);
         const unsigned t[2] = {tile.position + (lane >> 2), tile.position + (lane >> 2) + 8};
         float e[2], de[2] = {0.0f, 0.0f};
 #pragma unroll
         for (int half = 0; half < 2; ++half) e[half] = t[half] < pair.length ? p.e[pair.score + t[half]] : 0.0f;
         for (unsigned j = p.pair_rows[sorted]; j < p.pair_rows[sorted + 1]; ++j) {
-            const Row row = read_row(p.rows, j);
+            const Row row = load_row(p.rows, j);
             if (row.length <= tile.position) break;
             const float* const g_row = p.datt + size_t(row.index) * p.width;
             const float* const att_row = p.att + size_t(row.index) * p.width;

@@ -56,7 +56,7 @@ __device__ __forceinline__ void sum_quad(const SumParams& p, size_t first, unsig
 
 // Sums of each token over the items of its tile; 0 without items. One block per tile.
 __device__ __forceinline__ void sum_tokens(const SumParams& p) {
-    const Tile tile = read_tile(p.list, blockIdx.x);
+    const Tile tile = load_tile(p.list, blockIdx.x);
     for (unsigned i = threadIdx.x; i < tile.tokens * SUM_QUADS; i += SUM_THREADS) {
         const unsigned row = i / SUM_QUADS;
         sum_quad(p, size_t(tile.first_item) * 16 + row, tile.items, 16, tile.token + row, i % SUM_QUADS);
@@ -67,7 +67,7 @@ __device__ __forceinline__ void sum_tokens(const SumParams& p) {
 __device__ __forceinline__ void sum_pairs(const SumParams& p) {
     const size_t i = size_t(blockIdx.x) * SUM_THREADS + threadIdx.x;
     if (i / SUM_QUADS >= p.count) return;
-    const Pair pair = read_pair(p.list, i / SUM_QUADS);
+    const Pair pair = load_pair(p.list, i / SUM_QUADS);
     sum_quad(p, pair.unit, (pair.length + 15) / 16, 1, pair.index, i % SUM_QUADS);
 }
 

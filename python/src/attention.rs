@@ -1,6 +1,7 @@
 //! `fha` and `fha_backward` on NumPy arrays; the arguments that all forms share.
 
 use crate::arrays::{Floats, exact, integers};
+use crate::errors::named;
 use crate::results::unset;
 use crate::threads;
 use dfar::attention::{self, AttentionError, FhaOptions, Gradients, Inputs, LabelMask, Normalization};
@@ -66,15 +67,8 @@ pub struct Options<'a> {
 impl Options<'_> {
     /// The options of the engine, for this many heads of this width.
     pub fn resolve(&self, heads: usize, width: usize) -> PyResult<FhaOptions> {
-        let normalization = match self.normalization {
-            "joint" => Normalization::Joint,
-            "masked" => Normalization::Masked,
-            other => {
-                return Err(PyValueError::new_err(format!(
-                    "normalization is '{other}', but must be 'joint' or 'masked'"
-                )));
-            }
-        };
+        let known = [("joint", Normalization::Joint), ("masked", Normalization::Masked)];
+        let normalization = named("normalization", self.normalization, &known)?;
         let mut options = FhaOptions::new(heads, width);
         options.label_mask = if self.label_mask { LabelMask::Feedback } else { LabelMask::None };
         options.normalization = normalization;

@@ -1,14 +1,14 @@
 //! Data sets: views of the memory map, names, and the synthetic log.
 
 use crate::arrays::view;
-use crate::errors::python;
+use crate::errors::{named, python};
 use crate::threads;
 use crate::values::from_json;
 use dfar::data::synthetic::{self, SyntheticOptions};
 use dfar::data::{Part, Split};
 use numpy::ndarray::{ArrayView1, ArrayView2};
 use numpy::{PyArray1, PyArray2};
-use pyo3::exceptions::{PyIndexError, PyValueError};
+use pyo3::exceptions::PyIndexError;
 use pyo3::prelude::*;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -63,15 +63,7 @@ impl Dataset {
 
     /// Users, events, negatives, ceiling of a part.
     fn groups<'py>(this: &Bound<'py, Self>, part: &str) -> PyResult<Groups<'py>> {
-        let part = match part {
-            "valid" => Part::Valid,
-            "test" => Part::Test,
-            other => {
-                return Err(PyValueError::new_err(format!(
-                    "part is '{other}', but must be 'valid' or 'test'"
-                )));
-            }
-        };
+        let part = named("part", part, &[("valid", Part::Valid), ("test", Part::Test)])?;
         let groups = this.get().data.groups(part);
         let (count, negatives) = (groups.len(), groups.negatives_per_group);
         let ceiling = groups.ceiling.is_some().then(|| {
@@ -128,14 +120,9 @@ fn index(name: &str, value: usize, count: usize) -> PyResult<u32> {
 
 /// The split of this name, with the usual shares.
 pub fn split(name: &str) -> PyResult<Split> {
-    match name {
-        "leave-last" => Ok(Split::LeaveLast),
-        "temporal" => Ok(Split::TEMPORAL),
-        "by-user" => Ok(Split::BY_USER),
-        other => Err(PyValueError::new_err(format!(
-            "split is '{other}', but must be 'leave-last', 'temporal' or 'by-user'"
-        ))),
-    }
+    let known =
+        [("leave-last", Split::LeaveLast), ("temporal", Split::TEMPORAL), ("by-user", Split::BY_USER)];
+    named("split", name, &known)
 }
 
 /// Writes a synthetic data set.

@@ -47,6 +47,16 @@ pub fn python(error: impl Into<Error>) -> PyErr {
     }
 }
 
+/// The value of this name; `ValueError` for a name that is none of them.
+pub fn named<T: Copy>(argument: &str, name: &str, values: &[(&str, T)]) -> PyResult<T> {
+    values.iter().find(|(known, _)| *known == name).map(|(_, value)| *value).ok_or_else(|| {
+        let known: Vec<String> = values.iter().map(|(known, _)| format!("'{known}'")).collect();
+        let (last, others) = known.split_last().expect("an argument has values");
+        let known = format!("{} or {last}", others.join(", "));
+        PyValueError::new_err(format!("{argument} is '{name}', but must be {known}"))
+    })
+}
+
 fn train(error: &TrainError, message: String) -> PyErr {
     match error {
         TrainError::Config(_)

@@ -1,7 +1,7 @@
 //! `import_log`: files, and tables through the Arrow C stream interface.
 
 use crate::data::{Dataset, split};
-use crate::errors::{DataError, python};
+use crate::errors::{DataError, named, python};
 use crate::threads::{self, Link};
 use arrow_array::RecordBatchReader;
 use arrow_array::ffi_stream::{FFI_ArrowArrayStream, RecordBatchStreamReader};
@@ -138,13 +138,6 @@ const UNITS: [(&str, TimeUnit); 5] = [
     ("us", TimeUnit::Microseconds),
     ("ns", TimeUnit::Nanoseconds),
 ];
-
-fn named<T: Copy>(argument: &str, name: &str, values: &[(&str, T)]) -> PyResult<T> {
-    values.iter().find(|(known, _)| *known == name).map(|(_, value)| *value).ok_or_else(|| {
-        let known: Vec<&str> = values.iter().map(|(known, _)| *known).collect();
-        PyValueError::new_err(format!("{argument} is '{name}', but must be one of {}", known.join(", ")))
-    })
-}
 
 fn byte(delimiter: Option<char>) -> PyResult<Option<u8>> {
     match delimiter {

@@ -2,7 +2,7 @@
 
 use crate::data::Dataset;
 use crate::device::{self, Chosen};
-use crate::errors::python;
+use crate::errors::{named, python};
 use crate::table::{Ranked, Rows, Table};
 use crate::threads;
 use crate::values::from_json;
@@ -73,17 +73,8 @@ struct Wanted {
 impl Run {
     #[staticmethod]
     fn open(py: Python<'_>, dir: PathBuf, device: Option<&str>) -> PyResult<Self> {
-        let device = match device {
-            None => None,
-            Some("cpu") => Some(DeviceChoice::Cpu),
-            Some("cuda") => Some(DeviceChoice::Cuda),
-            Some("auto") => Some(DeviceChoice::Auto),
-            Some(other) => {
-                return Err(PyValueError::new_err(format!(
-                    "device is '{other}', but must be 'cpu', 'cuda' or 'auto'"
-                )));
-            }
-        };
+        let known = [("cpu", DeviceChoice::Cpu), ("cuda", DeviceChoice::Cuda), ("auto", DeviceChoice::Auto)];
+        let device = device.map(|device| named("device", device, &known)).transpose()?;
         py.detach(|| threads::install(|| Self::load(dir, device)))?.map_err(python)
     }
 

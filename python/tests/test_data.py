@@ -190,7 +190,7 @@ def test_the_reader_s_decisions_are_logged(log: Path, tmp_path: Path, caplog) ->
 
 
 BAD = [
-    ({"format": "excel"}, ValueError, "format is 'excel', but must be one of movielens"),
+    ({"format": "excel"}, ValueError, "format is 'excel', but must be 'movielens', "),
     ({"time_unit": "h"}, ValueError, "time_unit is 'h'"),
     ({"split": "random"}, ValueError, "split is 'random'"),
     ({"k_core": -1}, OverflowError, "k_core|negative|unsigned"),

@@ -60,9 +60,7 @@ impl<T> Made<'_, T> {
     pub fn waited(&self) -> Duration {
         self.waited
     }
-}
 
-impl<T> Made<'_, T> {
     /// The next item if it is ready. Does not wait; `None` does not mean the end of the range.
     pub fn next_if_ready(&mut self) -> Option<T> {
         self.line.take(&mut self.line.lock())

@@ -37,6 +37,11 @@ pub struct ModelConfig {
     pub half_life: Option<f32>,
 }
 
+/// Limits of sizes, so that no product of two of them, nor a list of the tensors, is too large for
+/// the memory of a machine that only reads a corrupt file.
+const LARGEST: usize = 1 << 20;
+const MOST_BLOCKS: usize = 1 << 10;
+
 /// The shortest half-life, in events: the weight of the event before the last is 2^-10.
 pub const SHORTEST_HALF_LIFE: f32 = 0.1;
 
@@ -57,14 +62,7 @@ impl ModelConfig {
             half_life: None,
         }
     }
-}
 
-/// Limits of sizes, so that no product of two of them, nor a list of the tensors, is too large for
-/// the memory of a machine that only reads a corrupt file.
-const LARGEST: usize = 1 << 20;
-const MOST_BLOCKS: usize = 1 << 10;
-
-impl ModelConfig {
     /// Attention of the encoder.
     pub fn encoder_attention(&self) -> FhaOptions {
         let masked = self.label_mask && self.fha && self.heads > 1;

@@ -24,9 +24,7 @@ impl HeadPairs {
             pairs => self.weight[key][query] / pairs as f64,
         }
     }
-}
 
-impl HeadPairs {
     /// Counts the pairs of packed sequences, without weights.
     ///
     /// # Panics

@@ -122,8 +122,9 @@ impl Product {
         Self { bias, ..self }
     }
 
-    /// `a` counts as 0 where `gate` is not positive.
+    /// `a`, which is not transposed, counts as 0 where `gate` is not positive.
     pub fn gated(self, gate: Pointer) -> Self {
+        debug_assert!(self.flags & A_TRANSPOSED == 0, "a transposed factor has no gate");
         Self { gate, ..self }
     }
 

@@ -166,8 +166,8 @@ impl<R: Runtime> Dense for Gpu<R> {
         }
         match (activation, dbias) {
             (Activation::None, None) => {}
-            (Activation::None, dbias) => rows::column_sums(self, outputs, None, Dy::Read(dy), dbias)?,
-            (Activation::Relu, dbias) => rows::column_sums(self, outputs, Some(y), Dy::Updated(dy), dbias)?,
+            (Activation::None, dbias) => rows::column_sums(self, outputs, Dy::Read(dy), dbias)?,
+            (Activation::Relu, dbias) => rows::column_sums(self, outputs, Dy::Masked { dy, y }, dbias)?,
         }
         let (x_at, dy_at) = (x.pointer(), dy.pointer());
         // SAFETY: lengths are checked above and, for dx, below; dw and dx are borrowed mutably.
@@ -271,7 +271,7 @@ impl<R: Runtime> Dense for Gpu<R> {
             self.sum_later(&partial, stride, 0..all, inputs * outputs, dbias);
             return Ok(());
         }
-        rows::column_sums(self, outputs, None, Dy::Read(dy), Some(dbias))?;
+        rows::column_sums(self, outputs, Dy::Read(dy), Some(dbias))?;
         let sorted_x = rows::split(self, inputs, tokens_by_label, x)?;
         let sorted_dy = rows::split(self, outputs, tokens_by_label, dy)?;
         let sorted_dx = self.array::<f32>(dx.len())?;

@@ -174,19 +174,16 @@ impl<R: Runtime> Rows for Gpu<R> {
     }
 }
 
-/// Writes the column sums of `dy: [rows, width]` to `sums`. With `y`, first applies the derivative
-/// of ReLU: sets `dy = 0` where `y <= 0`. Without `sums`, only that.
+/// Writes the column sums of `dy: [rows, width]` to `sums`. Without `sums`, only masks `dy`.
 pub(crate) fn column_sums<R: Runtime>(
     gpu: &Gpu<R>,
     width: usize,
-    y: Option<&Array<R, f32>>,
     dy: Dy<R>,
     sums: Option<&mut Array<R, f32>>,
 ) -> Result<(), CudaError> {
-    let dy = match (dy, y) {
-        (Dy::Updated(dy), _) => &*dy,
-        (Dy::Read(dy), None) => dy,
-        (Dy::Read(_), Some(_)) => unreachable!("a masked gradient is passed as Dy::Updated"),
+    let (dy, y) = match dy {
+        Dy::Read(dy) => (dy, None),
+        Dy::Masked { dy, y } => (&*dy, Some(y)),
     };
     assert!(dy.len().is_multiple_of(width), "dy is not [rows, width]");
     assert!(y.is_none_or(|y| y.len() == dy.len()), "y and dy differ in length");
@@ -219,10 +216,11 @@ pub(crate) fn column_sums<R: Runtime>(
     Ok(())
 }
 
-/// A gradient: read, or multiplied in place by the derivative of ReLU.
+/// A gradient: read, or first multiplied in place by the derivative of ReLU, which is 0 where
+/// `y <= 0`.
 pub(crate) enum Dy<'a, R: Runtime> {
     Read(&'a Array<R, f32>),
-    Updated(&'a mut Array<R, f32>),
+    Masked { dy: &'a mut Array<R, f32>, y: &'a Array<R, f32> },
 }
 
 /// The rows of `x` in label order: label 0 first.

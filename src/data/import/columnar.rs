@@ -104,7 +104,8 @@ mod with_arrow {
                 let mut file = seekable(bytes, file)?;
                 let copy = file.try_clone().map_err(DataError::read(context.name))?;
                 let builder = decode(|| ParquetRecordBatchReaderBuilder::try_new(copy)).map_err(damaged)?;
-                if follows_another(&mut file, builder.metadata()) {
+                let joined = || Ok::<_, String>(follows_another(&mut file, builder.metadata()));
+                if decode(joined).map_err(damaged)? {
                     let reason = "another Parquet file is in front of it: import them as two files";
                     return Err(damaged(reason.to_owned()));
                 }

@@ -312,6 +312,9 @@ mod tests {
             ("data/*", "data/log.csv", true),
             ("*", "x", true),
             ("log", "log.csv", false),
+            ("a*b?c", "a-b-bxc", true),
+            ("a*b?c", "a-b-bc", false),
+            ("*a*a*a*a*a*a*b", &"a".repeat(5000), false),
         ] {
             assert_eq!(matches(pattern, Path::new(path)), fits, "{pattern} {path}");
         }

@@ -92,13 +92,12 @@ fn events(data: &Dataset) -> impl Iterator<Item = Event<'_>> {
 /// Texts are quoted and numbers are not. Ids are always texts: they may begin with a byte order
 /// mark, and "007" must not become a number.
 fn write_csv(data: &Dataset, out: &mut impl Write) -> std::io::Result<()> {
-    let mut out = BufWriter::new(out);
     let names = COLUMNS.map(|name| format!("\"{name}\"")).join(",");
     writeln!(out, "{names}")?;
     for Event { user, item, label, time, part } in events(data) {
         writeln!(out, "{},{},{label},{time},\"{part}\"", Quoted(user), Quoted(item))?;
     }
-    out.flush()
+    Ok(())
 }
 
 /// A quoted field of a CSV file.

@@ -273,13 +273,9 @@ fn decimal(text: &str) -> Option<RawTime> {
         return None;
     }
     let fraction = &fraction[..fraction.len().min(9)];
-    let billionths = fraction.parse::<u32>().ok()? * 10u32.pow(9 - fraction.len() as u32);
     let whole: i64 = whole.parse().ok()?;
-    Some(match (negative, billionths) {
-        (false, _) => RawTime::new(whole, billionths),
-        (true, 0) => RawTime::new(-whole, 0),
-        (true, _) => RawTime::new(-whole - 1, BILLION - billionths),
-    })
+    let number = i128::from(whole) * 10i128.pow(fraction.len() as u32) + fraction.parse::<i128>().ok()?;
+    RawTime::decimal(if negative { -number } else { number }, fraction.len() as i8)
 }
 
 /// `2019-10-01`, `2019-10-01 00:00:00`, `2019-10-01T00:00:00.25+02:00`, `... UTC`. Without a zone,

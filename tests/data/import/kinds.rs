@@ -61,6 +61,16 @@ fn bad_lines(bench: &mut Bench) -> (Vec<u64>, u64) {
     (lines.0.into_inner(), made.events)
 }
 
+/// Keeps the decisions of an import.
+#[derive(Default)]
+struct Notes(RefCell<Vec<String>>);
+
+impl Progress for Notes {
+    fn note(&self, decision: &str) {
+        self.0.borrow_mut().push(decision.to_owned());
+    }
+}
+
 fn gzip(bytes: &[u8]) -> Vec<u8> {
     let mut encoder = GzEncoder::new(Vec::new(), Compression::default());
     encoder.write_all(bytes).unwrap();
@@ -538,13 +548,6 @@ fn archives_hold_several_logs() {
 
 #[test]
 fn an_archive_without_an_end_mark_is_noted() {
-    #[derive(Default)]
-    struct Notes(RefCell<Vec<String>>);
-    impl Progress for Notes {
-        fn note(&self, decision: &str) {
-            self.0.borrow_mut().push(decision.to_owned());
-        }
-    }
     let whole = tar(&[("a.csv", LOG.as_bytes()), ("b.csv", LOG.as_bytes())]);
     // A member is a header and, here, one block.
     for (length, noted) in [(whole.len(), false), (4 * 512, true), (2 * 512, true)] {
@@ -722,13 +725,6 @@ mod columnar {
 
 #[test]
 fn decisions_are_reported_and_stored() {
-    #[derive(Default)]
-    struct Notes(RefCell<Vec<String>>);
-    impl Progress for Notes {
-        fn note(&self, decision: &str) {
-            self.0.borrow_mut().push(decision.to_owned());
-        }
-    }
     let bench = csv(LOG.replace(",1,", ",0,").as_bytes());
     let notes = Notes::default();
     import(&bench.options, &notes).unwrap();

@@ -34,7 +34,7 @@ pub enum CudaError {
     },
     /// The NVRTC library cannot be loaded.
     #[error(
-        "cuda: NVRTC cannot be loaded (tried {} on the loader's path, in the active Python, $CUDA_HOME and \
+        "cuda: NVRTC cannot be loaded (tried {} on the loader's path, in pip's packages, $CUDA_HOME and \
          /usr/local/cuda); install the CUDA toolkit of the driver's major version, or pip's package",
         tried.join(", ")
     )]
@@ -66,7 +66,7 @@ pub enum CudaError {
     },
     /// The cuBLASLt library cannot be loaded.
     #[error(
-        "cuda: cuBLASLt cannot be loaded (tried {} on the loader's path, in the active Python, $CUDA_HOME and \
+        "cuda: cuBLASLt cannot be loaded (tried {} on the loader's path, in pip's packages, $CUDA_HOME and \
          /usr/local/cuda); install the CUDA toolkit of the driver's major version, or pip's package",
         tried.join(", ")
     )]

@@ -29,17 +29,18 @@ fn candidates_in(
     on_path.chain(in_folders).chain([PathBuf::from(name(None))]).collect()
 }
 
-/// Folders of pip's packages in the active Python, and of the CUDA toolkit.
+/// Folders of pip's packages, those of the active Python first, and of the CUDA toolkit.
 fn folders() -> Vec<PathBuf> {
     let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let mut folders: Vec<PathBuf> = vec![];
-    let on_path = variable("PATH").and_then(|path| {
-        std::env::split_paths(&path)
-            .find(|folder| folder.join("python3").exists())?
-            .parent()
-            .map(Path::to_owned)
+    let python = variable("PATH").and_then(|path| {
+        std::env::split_paths(&path).map(|folder| folder.join("python3")).find(|python| python.exists())
     });
-    for prefix in [variable("VIRTUAL_ENV"), variable("CONDA_PREFIX"), on_path].into_iter().flatten() {
+    let mut folders: Vec<PathBuf> = vec![];
+    let active = [variable("VIRTUAL_ENV"), variable("CONDA_PREFIX")].into_iter().flatten();
+    let of_python = python.iter().flat_map(|python| prefixes(python));
+    // `pip install --user`, and pip of Debian as root.
+    let shared = [variable("HOME").map(|home| home.join(".local")), Some("/usr/local".into())];
+    for prefix in active.chain(of_python).chain(shared.into_iter().flatten()) {
         folders.extend(pip_folders(&prefix));
         folders.push(prefix.join("lib")); // of a conda environment
     }
@@ -48,7 +49,19 @@ fn folders() -> Vec<PathBuf> {
     folders
 }
 
-/// `lib/python3.*/site-packages/nvidia/*/lib` below a prefix, in the order of their names.
+/// Prefixes of a Python program: that of its own path, which in a virtual environment is a link to
+/// the program of another prefix, and those of the links' targets, because the path itself may be a
+/// link into an environment.
+fn prefixes(python: &Path) -> impl Iterator<Item = PathBuf> {
+    let target = |program: &PathBuf| Some(program.parent()?.join(program.read_link().ok()?));
+    // Linux follows 40 links.
+    std::iter::successors(Some(python.to_owned()), target)
+        .take(40)
+        .filter_map(|program| Some(program.parent()?.parent()?.to_owned()))
+}
+
+/// `lib/python3*/site-packages/nvidia/*/lib` (and of `dist-packages`) below a prefix, in the order of
+/// their names.
 fn pip_folders(prefix: &Path) -> Vec<PathBuf> {
     let below = |folder: &Path| -> Vec<PathBuf> {
         let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
@@ -60,7 +73,10 @@ fn pip_folders(prefix: &Path) -> Vec<PathBuf> {
         .into_iter()
         .filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("python3")));
     pythons
-        .flat_map(|python| below(&python.join("site-packages/nvidia")))
+        .flat_map(|python| {
+            ["site-packages", "dist-packages"].map(|packages| python.join(packages).join("nvidia"))
+        })
+        .flat_map(|nvidia| below(&nvidia))
         .map(|package| package.join("lib"))
         .filter(|folder| folder.is_dir())
         .collect()
@@ -101,14 +117,45 @@ mod tests {
     }
 
     #[test]
-    fn pips_packages_are_found_below_the_active_python() {
+    fn pips_packages_are_found_below_a_prefix() {
         let prefix = tempfile::tempdir().expect("a folder");
-        let site = prefix.path().join("lib/python3.11/site-packages/nvidia");
+        let lib = prefix.path().join("lib");
+        let site = lib.join("python3.11/site-packages/nvidia");
+        let dist = lib.join("python3/dist-packages/nvidia");
         for package in ["cublas/lib", "cuda_nvrtc/lib", "cublas_headers/include"] {
             std::fs::create_dir_all(site.join(package)).expect("writable");
         }
-        assert_eq!(pip_folders(prefix.path()), [site.join("cublas/lib"), site.join("cuda_nvrtc/lib")]);
+        std::fs::create_dir_all(dist.join("cu13/lib")).expect("writable");
+        assert_eq!(
+            pip_folders(prefix.path()),
+            [dist.join("cu13/lib"), site.join("cublas/lib"), site.join("cuda_nvrtc/lib")]
+        );
         assert_eq!(pip_folders(Path::new("/nowhere")), Vec::<PathBuf>::new());
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn the_prefix_of_a_linked_python_is_found() {
+        use std::os::unix::fs::symlink;
+        let root = tempfile::tempdir().expect("a folder");
+        let folder = |name: &str| {
+            let bin = root.path().join(name).join("bin");
+            std::fs::create_dir_all(&bin).expect("writable");
+            bin
+        };
+        let (system, environment, local) = (folder("usr"), folder("venv"), folder("local"));
+        std::fs::write(system.join("python3"), "").expect("writable");
+        symlink(system.join("python3"), environment.join("python3")).expect("writable");
+        // A relative link too.
+        symlink("../../venv/bin/python3", local.join("python3")).expect("writable");
+        let found: Vec<_> =
+            prefixes(&local.join("python3")).map(|p| p.canonicalize().expect("exists")).collect();
+        let expected =
+            ["local", "venv", "usr"].map(|name| root.path().join(name).canonicalize().expect("exists"));
+        assert_eq!(found, expected);
+        // A link to itself ends.
+        symlink("loop", system.join("loop")).expect("writable");
+        assert_eq!(prefixes(&system.join("loop")).count(), 40);
     }
 
     #[test]

@@ -38,6 +38,14 @@ pub enum Error {
         /// Why.
         reason: String,
     },
+    /// A file of input cannot be read.
+    #[error("cannot read {}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The error of the operating system.
+        source: std::io::Error,
+    },
     /// Any other I/O error.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
@@ -57,7 +65,13 @@ impl From<rayon::ThreadPoolBuildError> for Error {
 }
 
 impl Error {
-    /// Converts an I/O error, for `map_err`: `file.read(..).map_err(Error::io("read", path))`.
+    /// Converts an error of reading input, for `map_err`.
+    pub fn read(path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Error {
+        let path = path.as_ref().to_owned();
+        move |source| Error::Read { path, source }
+    }
+
+    /// Converts any other I/O error, for `map_err`: `file.flush().map_err(Error::io("write", path))`.
     pub fn io(action: &'static str, path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Error {
         let path = path.as_ref().to_owned();
         move |source| Error::Io { action, path, source }
@@ -74,11 +88,12 @@ impl Error {
                 CudaError::of(error).map_or(1, CudaError::exit_code)
             }
             Error::Model(crate::model::ModelError::NonFinite { .. }) => 5,
-            Error::Io { action: "read", source, .. } if source.kind() != ErrorKind::OutOfMemory => 3,
+            Error::Read { source, .. } if source.kind() != ErrorKind::OutOfMemory => 3,
             Error::Attention(_)
             | Error::Batch(_)
             | Error::Model(_)
             | Error::Threads { .. }
+            | Error::Read { .. }
             | Error::Io { .. } => 1,
         }
     }
@@ -99,13 +114,14 @@ mod tests {
         let codes = |kind: std::io::ErrorKind| {
             let path = || std::path::PathBuf::from("x");
             [
+                Error::Read { path: path(), source: kind.into() },
                 Error::from(DataError::Read { path: path(), source: kind.into() }),
                 Error::from(TrainError::from(FileError::Read { path: path(), source: kind.into() })),
                 Error::from(TrainError::from(ConfigError::Read { path: path(), source: kind.into() })),
             ]
             .map(|error| error.exit_code())
         };
-        assert_eq!(codes(NotFound), [3, 3, 2]);
-        assert_eq!(codes(OutOfMemory), [1, 1, 1]);
+        assert_eq!(codes(NotFound), [3, 3, 3, 2]);
+        assert_eq!(codes(OutOfMemory), [1, 1, 1, 1]);
     }
 }

@@ -36,7 +36,7 @@ fn epoch(kind: Kind, data: &Dataset) -> Result<(), Box<dyn Error>> {
     let mut optimizer = Optimizer::new(&model)?;
     let auxiliary = kind.auxiliary().map_or(0.0, |(_, weight)| weight as f32);
     let options = LossOptions { ranking: Ranking::Bce, embed_l2: config.embed_l2 as f32, auxiliary };
-    let samples = kind.auxiliary().is_some_and(|(name, _)| name == "aux");
+    let samples = kind.samples_items();
     let drawer = Drawer::new(data, config.draw());
     let plan = drawer.training_plan(0)?;
     let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(config.seed);

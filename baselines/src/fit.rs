@@ -2,7 +2,7 @@
 //! epoch, early stopping, the test groups with the best epoch. A run depends on its configuration
 //! alone, not on threads.
 
-use crate::learner::{Learner, evaluation_error};
+use crate::learner::Learner;
 use crate::users::{UserFigures, user_figures};
 use dfar::batch::ahead;
 use dfar::data::{Dataset, Part};
@@ -158,7 +158,7 @@ fn score<L: Learner>(
         part,
         learner.max_length(),
         options,
-        |histories| L::pack(&packer, histories, &[]).map_err(evaluation_error),
+        |histories| Ok(L::pack(&packer, histories, &[])?),
         |packed| Ok(learner.score(packed)?),
         &mut |_| ControlFlow::Continue(()),
     )?)

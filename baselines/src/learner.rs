@@ -1,13 +1,11 @@
 //! A model to train: a compared system, or DFAR itself.
 
-use crate::inputs::{Limits, StagedInputs};
+use crate::inputs::{InputError, Limits, StagedInputs};
 use crate::system_device::SystemDevice;
 use crate::{LossOptions, Model, Optimizer};
 use dfar::batch::{Batch, History};
 use dfar::device::Device;
-use dfar::evaluate::EvaluateError;
 use dfar::model::{self, AdamOptions, HostTensor, ModelError, StagedBatch, Stager};
-use dfar::train::TrainError;
 use std::sync::Arc;
 
 /// A model with its optimizer.
@@ -33,7 +31,7 @@ pub trait Learner {
         packer: &Self::Packer,
         histories: &[History],
         negatives: &[u32],
-    ) -> Result<Self::Packed, TrainError>;
+    ) -> Result<Self::Packed, InputError>;
     /// One training step. Returns the number of rows and the loss.
     ///
     /// # Errors
@@ -95,8 +93,8 @@ impl<D: SystemDevice> Learner for Baseline<D> {
         (device, limits): &Self::Packer,
         histories: &[History],
         negatives: &[u32],
-    ) -> Result<StagedInputs<D>, TrainError> {
-        Ok(StagedInputs::new(&**device, *limits, histories, negatives)?)
+    ) -> Result<StagedInputs<D>, InputError> {
+        StagedInputs::new(&**device, *limits, histories, negatives)
     }
     fn step(&mut self, x: StagedInputs<D>) -> Result<(usize, f64), ModelError> {
         let x = x.send(self.model.device())?;
@@ -155,7 +153,7 @@ impl<D: Device> Learner for Dfar<D> {
     fn packer(&self) -> Stager<D> {
         self.model.stager()
     }
-    fn pack(stager: &Stager<D>, histories: &[History], _: &[u32]) -> Result<StagedBatch<D>, TrainError> {
+    fn pack(stager: &Stager<D>, histories: &[History], _: &[u32]) -> Result<StagedBatch<D>, InputError> {
         Ok(stager.stage(&Batch::pack(histories)?)?)
     }
     fn step(&mut self, batch: StagedBatch<D>) -> Result<(usize, f64), ModelError> {
@@ -173,14 +171,5 @@ impl<D: Device> Learner for Dfar<D> {
         let (device, config) = (self.model.device().clone(), self.model.config().clone());
         self.model = model::Model::from_tensors(device, config, tensors)?;
         Ok(())
-    }
-}
-
-/// The error of packing a batch for evaluation.
-pub(crate) fn evaluation_error(error: TrainError) -> EvaluateError {
-    match error {
-        TrainError::Batch(error) => error.into(),
-        TrainError::Model(error) => error.into(),
-        other => unreachable!("packing a batch fails as a batch or a model: {other}"),
     }
 }

@@ -15,7 +15,6 @@
 //! | module | contents |
 //! |---|---|
 //! | [`inputs`] | a packed batch, as all systems read it |
-//! | [`parameters`] | names, shapes and initial values of tensors |
 //! | [`system`] | the trait, and the systems by name |
 //! | [`system_device`] | the systems that a device computes: all on the CPU, some on CUDA |
 //! | [`systems`] | one file for each system |
@@ -38,7 +37,6 @@ pub mod markdown;
 pub mod model;
 pub mod ops;
 pub mod page;
-pub mod parameters;
 pub mod plan;
 pub mod results;
 pub mod statistics;

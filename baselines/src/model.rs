@@ -2,15 +2,14 @@
 
 use crate::inputs::{InputError, Inputs, Limits, StagedInputs};
 use crate::loss::Ranking;
-use crate::parameters::{self, Names, Spec, Start};
 use crate::system::{Built, Context, Encoded, Gradients, Kind, Settings, System, Tables};
 use crate::system_device::SystemDevice;
 use crate::tower::Tower;
 use crate::{Floats, Indices, Result, Tensors};
 use dfar::batch::History;
 use dfar::device::cpu::Cpu;
-use dfar::device::{AdamRows, AdamStep, AdamTensor, Buffer, Device, Lookup, SegmentSum, Slot};
-use dfar::model::parameters::Id;
+use dfar::device::{AdamRows, AdamTensor, Buffer, Device, Lookup, SegmentSum, Slot};
+use dfar::model::parameters::{Id, Initial, Names, Spec, arrange, initial};
 use dfar::model::{AdamOptions, HostTensor, Initialization, ModelError};
 use std::sync::Arc;
 
@@ -76,7 +75,7 @@ impl<D: SystemDevice> Model<D> {
         seed: u64,
         initialization: Initialization,
     ) -> Result<Self> {
-        let values = |specs: &[Spec]| Ok(parameters::initial(specs, seed, initialization));
+        let values = |specs: &[Spec]| Ok(initial(specs, seed, initialization));
         Self::build(device, kind, settings, values)
     }
 
@@ -91,7 +90,7 @@ impl<D: SystemDevice> Model<D> {
         tensors: &[HostTensor],
     ) -> Result<Self> {
         Self::build(device, kind, settings, |specs| {
-            Ok(parameters::arrange(specs, tensors)?.into_iter().map(<[f32]>::to_vec).collect())
+            Ok(arrange(specs, "", tensors)?.into_iter().map(<[f32]>::to_vec).collect())
         })
     }
 
@@ -103,7 +102,7 @@ impl<D: SystemDevice> Model<D> {
     ) -> Result<Self> {
         settings.check()?;
         let mut names = Names::default();
-        let mut table = |name, rows: usize| names.tensor(name, &[rows, settings.width], Start::Embedding);
+        let mut table = |name, rows: usize| names.tensor(name, &[rows, settings.width], Initial::Embedding);
         let tables = Tables {
             item: table("item", settings.items),
             position: kind.has_positions().then(|| table("position", settings.max_length)),
@@ -137,7 +136,7 @@ impl<D: SystemDevice> Model<D> {
     /// # Errors
     /// Failures of the device.
     pub fn tensors(&self) -> Result<Vec<HostTensor>> {
-        self.host(&self.p)
+        self.p.download(&*self.device, &self.specs, "")
     }
 
     /// What its tables allow.
@@ -190,7 +189,7 @@ impl<D: SystemDevice> Model<D> {
             dense[id] = self.device.zeros(self.specs[id].len())?;
             self.device.scatter_add(self.settings.width, &values, row, &mut dense[id])?;
         }
-        Ok((loss, self.host(&dense)?))
+        Ok((loss, dense.download(&*self.device, &self.specs, "")?))
     }
 
     /// One step of Adam.
@@ -217,14 +216,7 @@ impl<D: SystemDevice> Model<D> {
                 rows[id] = Some(AdamRows { index: row, width });
             }
         }
-        let step = AdamStep {
-            lr: adam.lr,
-            beta1: 0.9,
-            beta2: 0.999,
-            eps: 1e-8,
-            step: optimizer.steps + 1,
-            clip: adam.clip,
-        };
+        let step = adam.step(optimizer.steps + 1);
         let moments = optimizer.first.iter_mut().zip(optimizer.second.iter_mut());
         let mut tensors: Vec<_> = (self.p.iter_mut().zip(moments))
             .zip(gradients.iter().zip(rows))
@@ -314,14 +306,6 @@ impl<D: SystemDevice> Model<D> {
         let zeros = (0..self.specs.len()).map(|id| self.device.zeros(len(id)));
         Ok(Tensors::new(zeros.collect::<std::result::Result<_, _>>()?))
     }
-
-    fn host(&self, tensors: &Tensors<D>) -> Result<Vec<HostTensor>> {
-        let tensor = |(spec, values): (&Spec, &Floats<D>)| {
-            let values = self.device.download(values)?;
-            Ok(HostTensor { name: spec.name.clone(), shape: spec.shape.clone(), values })
-        };
-        self.specs.iter().zip(tensors.iter()).map(tensor).collect()
-    }
 }
 
 impl<D: Device> Optimizer<D> {
@@ -333,7 +317,7 @@ impl<D: Device> Optimizer<D> {
     where
         D: SystemDevice,
     {
-        let zeros = || parameters::zeros(&*model.device, &model.specs);
+        let zeros = || Tensors::zeros(&*model.device, &model.specs);
         Ok(Self { first: zeros()?, second: zeros()?, steps: 0 })
     }
 

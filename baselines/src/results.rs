@@ -356,10 +356,10 @@ pub struct Figures {
 /// A result file that cannot be used.
 #[derive(Debug, Error)]
 pub enum ResultError {
-    /// It cannot be read, or the directory cannot be listed or made.
+    /// It cannot be read, or the folder cannot be listed or made.
     #[error("cannot read or make {}: {source}", path.display())]
     Io {
-        /// The file or directory.
+        /// The file or folder.
         path: PathBuf,
         /// Why.
         source: io::Error,
@@ -606,17 +606,17 @@ fn model_path(out: &Path, name: &str) -> PathBuf {
 }
 
 fn make_folder_of(path: &Path) -> Result<(), ResultError> {
-    make_folder(path.parent().expect("a file of a comparison has a directory"))
+    make_folder(path.parent().expect("a file of a comparison has a folder"))
 }
 
 fn make_folder(folder: &Path) -> Result<(), ResultError> {
     std::fs::create_dir_all(folder).map_err(|source| ResultError::Io { path: folder.to_owned(), source })
 }
 
-/// Makes the directory of the results, so that an unusable `out` is reported before the first run.
+/// Makes the folder of the results, so that an unusable `out` is reported before the first run.
 ///
 /// # Errors
-/// As for any directory.
+/// As for any folder.
 pub fn make_results_folder(out: &Path) -> Result<(), ResultError> {
     make_folder(&results_folder(out))
 }

@@ -2,7 +2,6 @@
 //! CUDA.
 
 use crate::Result;
-use crate::parameters::Names;
 use crate::system::{Built, Kind, Settings};
 use crate::systems::caser::Caser;
 use crate::systems::dfn::Dfn;
@@ -18,6 +17,7 @@ use dfar::device::cpu::Cpu;
 use dfar::device::cuda::Gpu;
 use dfar::device::cuda::runtime::Runtime;
 use dfar::model::ModelError;
+use dfar::model::parameters::Names;
 
 /// A device with its systems.
 pub trait SystemDevice: Device + Sized {

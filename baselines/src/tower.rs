@@ -6,12 +6,11 @@ mod split;
 pub use concatenated::Concatenated;
 pub use split::Split;
 
-use crate::parameters::Names;
 use crate::system::{Context, Gradients, Part, Settings};
 use crate::system_device::SystemDevice;
 use crate::{Floats, Result};
 use dfar::device::{Activation, Device, Output};
-use dfar::model::parameters::{self, Linear};
+use dfar::model::parameters::{self, Linear, Names};
 
 /// A way to compute the first layer, whose input is wide and repeats the vectors of candidates and
 /// prefixes.

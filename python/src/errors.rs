@@ -40,7 +40,9 @@ pub fn python(error: impl Into<Error>) -> PyErr {
             system(path, source).unwrap_or_else(|| DataError::new_err(message))
         }
         Error::Data(_) => DataError::new_err(message),
-        Error::Io { path, source, .. } => system(path, source).unwrap_or_else(|| PyOSError::new_err(message)),
+        Error::Read { path, source } | Error::Io { path, source, .. } => {
+            system(path, source).unwrap_or_else(|| PyOSError::new_err(message))
+        }
         Error::Model(ModelError::Config { .. }) => PyValueError::new_err(message),
         Error::Train(error) => train(error, message),
         _ => PyRuntimeError::new_err(message),

@@ -100,11 +100,11 @@ pub fn import_log(
     options.temporary = temp_dir;
 
     // A table passes through a temporary file, because the importer reads a columnar log twice.
-    let folder = options.temporary.clone().unwrap_or_else(|| parent(&options.output));
+    let folder = options.folder();
     let table = match stream(source)? {
         Some(stream) => {
-            let table = tempfile::Builder::new().prefix(".dfar-table").tempdir_in(&folder);
-            let table = table.map_err(|error| python(dfar::Error::io("write", &folder)(error)))?;
+            let table = tempfile::Builder::new().prefix(".dfar-table").tempdir_in(folder);
+            let table = table.map_err(|error| python(dfar::Error::io("write", folder)(error)))?;
             let path = table.path().join("table.arrow");
             copy(py, stream, &path, columns.as_deref())?;
             options.inputs = vec![path];
@@ -148,13 +148,6 @@ fn byte(delimiter: Option<char>) -> PyResult<Option<u8>> {
             Err(PyValueError::new_err("delimiter must be one ASCII character"))
         }
         character => Ok(character.map(|character| character as u8)),
-    }
-}
-
-fn parent(path: &std::path::Path) -> PathBuf {
-    match path.parent() {
-        Some(parent) if parent != std::path::Path::new("") => parent.to_owned(),
-        _ => PathBuf::from("."),
     }
 }
 

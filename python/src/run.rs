@@ -14,7 +14,7 @@ use dfar::model::Model;
 use dfar::train::TrainError;
 use dfar::train::checkpoint::ModelFile;
 use dfar::train::config::{Config, DeviceChoice};
-use dfar::train::run::{self, RunError};
+use dfar::train::run;
 use numpy::ndarray::Array2;
 use numpy::{IntoPyArray, PyArray1, PyArray2, PyArrayDyn, PyArrayMethods, ToPyArray};
 use pyo3::exceptions::PyValueError;
@@ -210,15 +210,7 @@ impl Run {
 
 impl Run {
     fn load(dir: PathBuf, device: Option<DeviceChoice>) -> dfar::Result<Self> {
-        if !run::config_path(&dir).exists() {
-            return Err(TrainError::Run(RunError::NoRun { dir }).into());
-        }
-        if !run::model_path(&dir).exists() {
-            return Err(TrainError::Run(RunError::NoModel { dir }).into());
-        }
-        let config =
-            Config::layered(Some(&run::config_path(&dir)), toml::Table::new()).map_err(TrainError::from)?;
-        let file = ModelFile::load(&run::model_path(&dir)).map_err(TrainError::from)?;
+        let (config, file) = run::open(&dir)?;
         let network = file.info.model.clone();
         let model = match device::open_for(&config, device, &|_| ())? {
             Chosen::Cpu(cpu) => Loaded::Cpu(Box::new(Model::from_tensors(cpu, network, &file.parameters)?)),

@@ -85,7 +85,7 @@ impl Dataset {
         let path = path.as_ref();
         let file = File::open(path).map_err(DataError::read(path))?;
         if file.metadata().is_ok_and(|metadata| metadata.is_dir()) {
-            let reason = "it is a directory, not a data set file";
+            let reason = "it is a folder, not a data set file";
             return Err(DataError::read(path)(io::Error::new(io::ErrorKind::IsADirectory, reason)));
         }
         let bytes = Bytes::map(&file).map_err(DataError::read(path))?;

@@ -300,17 +300,12 @@ fn read_header(bytes: &[u8], path: &Path) -> Result<Header, DataError> {
     if actual > expected {
         return Err(DataError::TrailingBytes { path: path.to_owned(), expected, actual });
     }
-    for (count, what) in [(header.users, "users"), (header.items, "items")] {
-        if count > u64::from(u32::MAX) {
-            return Err(DataError::TooMany { what, limit: u64::from(u32::MAX) });
-        }
+    let refuse = |reason| Err(DataError::SectionTable { path: path.to_owned(), section: "header", reason });
+    if header.users.max(header.items) > u64::from(u32::MAX) {
+        return refuse("it counts 2^32 or more users or items");
     }
     if header.flags & !FLAG_CEILING != 0 {
-        return Err(DataError::SectionTable {
-            path: path.to_owned(),
-            section: "header",
-            reason: "unknown flags are set",
-        });
+        return refuse("unknown flags are set");
     }
     Ok(header)
 }

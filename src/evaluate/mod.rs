@@ -49,7 +49,10 @@ pub enum EvaluateError {
         score: f32,
     },
     /// The model returned a non-finite score for a candidate of a query.
-    #[error("the score of item {item} after history {query} is {score}")]
+    #[error(
+        "the score of item {item} after history {query} is {score}: the parameters have diverged; a smaller \
+         learning rate may help"
+    )]
     NonFiniteScore {
         /// Index of the query.
         query: usize,

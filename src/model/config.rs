@@ -2,7 +2,7 @@
 
 use super::parameters::Layout;
 use crate::attention::{FhaOptions, LabelMask, Normalization, Pairing};
-use crate::device::{Clip, DeviceError};
+use crate::device::{AdamStep, Clip, DeviceError};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -174,6 +174,14 @@ pub struct AdamOptions {
     pub dense_embeddings: bool,
 }
 
+impl AdamOptions {
+    /// Step `step` (from 1 on), with the paper's constants: decay rates 0.9 and 0.999, epsilon 1e-8.
+    #[doc(hidden)]
+    pub fn step(&self, step: u64) -> AdamStep {
+        AdamStep { lr: self.lr, beta1: 0.9, beta2: 0.999, eps: 1e-8, step, clip: self.clip }
+    }
+}
+
 /// A failure to build or run a model.
 #[derive(Debug, Error)]
 #[non_exhaustive]
@@ -249,5 +257,9 @@ mod tests {
             assert!(error.starts_with(&format!("model: {field} = ")), "{error}");
         }
         ModelConfig { width: 512, blocks: 6, ..ModelConfig::new(u32::MAX as usize, 10_000) }.check().unwrap();
+        // More parameters than can be counted, within the limits.
+        let huge = ModelConfig { width: LARGEST, heads: LARGEST, blocks: 6, ..ModelConfig::new(10, 20) };
+        huge.check().unwrap();
+        assert_eq!(huge.parameters(), usize::MAX);
     }
 }

@@ -26,7 +26,7 @@ use crate::batch::Batch;
 use crate::device::{Device, SoftmaxState};
 use indices::Indices;
 use network::{Gradients, Network};
-use parameters::Layout;
+use parameters::{Layout, arrange, initial};
 use std::sync::Arc;
 use tensors::Tensors;
 
@@ -67,11 +67,6 @@ pub struct Model<D: Device> {
 }
 
 impl<D: Device> Model<D> {
-    /// Initialises from `seed`, as [`Model::initialized`] with [`Initialization::Small`].
-    pub fn new(device: Arc<D>, config: ModelConfig, seed: u64) -> Result<Self, ModelError> {
-        Self::initialized(device, config, seed, Initialization::Small)
-    }
-
     /// Initialises from `seed`: truncated normal embeddings and MLPs with the standard deviation of
     /// `initialization`, Glorot uniform projections in the blocks, layer norms with scale 1 and
     /// offset 0.
@@ -84,7 +79,7 @@ impl<D: Device> Model<D> {
         config.check()?;
         let layout = Layout::new(&config);
         device.check_room(layout.parameters(), 1)?;
-        let values = layout.initial(seed, initialization);
+        let values = initial(&layout.specs, seed, initialization);
         let parameters = Tensors::upload(&*device, values.iter().map(|v| &v[..]))?;
         Ok(Self { device, config, layout, parameters })
     }
@@ -101,7 +96,7 @@ impl<D: Device> Model<D> {
         config.check()?;
         let layout = Layout::new(&config);
         device.check_room(layout.parameters(), 1)?;
-        let parameters = Tensors::upload(&*device, layout.arrange("", tensors)?)?;
+        let parameters = Tensors::upload(&*device, arrange(&layout.specs, "", tensors)?)?;
         Ok(Self { device, config, layout, parameters })
     }
 
@@ -134,7 +129,7 @@ impl<D: Device> Model<D> {
 
     /// All parameters, in a fixed order.
     pub fn tensors(&self) -> Result<Vec<HostTensor>, ModelError> {
-        self.parameters.download(&*self.device, &self.layout, "")
+        self.parameters.download(&*self.device, &self.layout.specs, "")
     }
 
     /// Stages batches for [`Model::train_staged`] and [`Model::score_staged`], on any thread.
@@ -170,7 +165,7 @@ impl<D: Device> Model<D> {
             let (report, gradients) = network.gradients(loss, &mut ())?;
             let loss = report.read(&*self.device, loss)?;
             let gradients = self.fill_tables(gradients, network.batch)?;
-            Ok((loss, gradients.download(&*self.device, &self.layout, "")?))
+            Ok((loss, gradients.download(&*self.device, &self.layout.specs, "")?))
         })
     }
 

@@ -3,10 +3,10 @@
 
 use super::indices::Indices;
 use super::network::Report;
-use super::parameters::Layout;
+use super::parameters::{Layout, arrange};
 use super::tensors::Tensors;
 use super::{AdamOptions, HostTensor, Model, ModelError};
-use crate::device::{AdamRows, AdamStep, AdamTensor, Device, DeviceError};
+use crate::device::{AdamRows, AdamTensor, Device, DeviceError};
 use std::sync::Arc;
 
 /// Name prefixes of the moments in a checkpoint.
@@ -30,15 +30,16 @@ impl<D: Device> Optimizer<D> {
     /// Zero moments for the parameters of `model`.
     pub fn new(model: &Model<D>) -> Result<Self, ModelError> {
         let (device, layout) = (model.device.clone(), model.layout.clone());
-        let (first, second) = (Tensors::zeros(&*device, &layout)?, Tensors::zeros(&*device, &layout)?);
+        let zeros = || Tensors::zeros(&*device, &layout.specs);
+        let (first, second) = (zeros()?, zeros()?);
         Ok(Self { device, layout, first, second, steps: 0, refusals: 0, report: None })
     }
 
     /// From the moments and step count of a checkpoint.
     pub fn from_tensors(model: &Model<D>, tensors: &[HostTensor], steps: u64) -> Result<Self, ModelError> {
         let (device, layout) = (model.device.clone(), model.layout.clone());
-        let first = Tensors::upload(&*device, layout.arrange(FIRST, tensors)?)?;
-        let second = Tensors::upload(&*device, layout.arrange(SECOND, tensors)?)?;
+        let first = Tensors::upload(&*device, arrange(&layout.specs, FIRST, tensors)?)?;
+        let second = Tensors::upload(&*device, arrange(&layout.specs, SECOND, tensors)?)?;
         Ok(Self { device, layout, first, second, steps, refusals: 0, report: None })
     }
 
@@ -56,8 +57,8 @@ impl<D: Device> Optimizer<D> {
 
     /// Moments by name (`adam.first.NAME`, `adam.second.NAME`), for a checkpoint.
     pub fn tensors(&self) -> Result<Vec<HostTensor>, ModelError> {
-        let mut tensors = self.first.download(&*self.device, &self.layout, FIRST)?;
-        tensors.extend(self.second.download(&*self.device, &self.layout, SECOND)?);
+        let mut tensors = self.first.download(&*self.device, &self.layout.specs, FIRST)?;
+        tensors.extend(self.second.download(&*self.device, &self.layout.specs, SECOND)?);
         Ok(tensors)
     }
 
@@ -83,14 +84,6 @@ impl<D: Device> Optimizer<D> {
                 rows[id] = Some(AdamRows { index: &touched.row, width: layout.specs[id].shape[1] });
             }
         }
-        let step = AdamStep {
-            lr: options.lr,
-            beta1: 0.9,
-            beta2: 0.999,
-            eps: 1e-8,
-            step: self.steps + 1,
-            clip: options.clip,
-        };
         let state = parameters.iter_mut().zip(self.first.iter_mut().zip(self.second.iter_mut()));
         let mut tensors: Vec<_> = state
             .zip(gradients.iter().zip(rows))
@@ -103,6 +96,6 @@ impl<D: Device> Optimizer<D> {
             })
             .collect();
         let previous = self.report.as_ref().map(Report::values);
-        self.device.adam(&step, &mut tensors, report.norm(), previous)
+        self.device.adam(&options.step(self.steps + 1), &mut tensors, report.norm(), previous)
     }
 }

@@ -1,6 +1,6 @@
 //! One device buffer per parameter, and their use as arguments of operations.
 
-use super::parameters::{self, Id, Layout, Norm};
+use super::parameters::{self, Id, Layout, Norm, Spec};
 use super::{HostTensor, ModelError};
 use crate::device::{
     Activation, Buffer, Device, DeviceError, Floats, Indices, LabelLinear, LayerNorm, LayerNormGradients,
@@ -23,8 +23,8 @@ impl<D: Device> Tensors<D> {
     }
 
     /// Zeros for each parameter.
-    pub fn zeros(device: &D, layout: &Layout) -> Result<Self, DeviceError> {
-        Ok(Self(layout.specs.iter().map(|s| device.zeros(s.len())).collect::<Result<_, _>>()?))
+    pub fn zeros(device: &D, specs: &[Spec]) -> Result<Self, DeviceError> {
+        Ok(Self(specs.iter().map(|spec| device.zeros(spec.len())).collect::<Result<_, _>>()?))
     }
 
     /// Allocates all gradients except those of the embedding tables, which are computed by row and
@@ -106,13 +106,13 @@ impl<D: Device> Tensors<D> {
     }
 
     /// Copies to the host. `prefix` is added to the names.
-    pub fn download(&self, device: &D, layout: &Layout, prefix: &str) -> Result<Vec<HostTensor>, ModelError> {
-        let tensor = |(spec, buffer): (&parameters::Spec, &Floats<D>)| {
+    pub fn download(&self, device: &D, specs: &[Spec], prefix: &str) -> Result<Vec<HostTensor>, ModelError> {
+        let tensor = |(spec, buffer): (&Spec, &Floats<D>)| {
             let values = device.download(buffer)?;
             debug_assert_eq!(values.len(), buffer.len());
             Ok(HostTensor { name: format!("{prefix}{}", spec.name), shape: spec.shape.clone(), values })
         };
-        layout.specs.iter().zip(&self.0).map(tensor).collect()
+        specs.iter().zip(&self.0).map(tensor).collect()
     }
 }
 

@@ -136,7 +136,7 @@ pub struct EpochRecord {
     pub valid_auc: Option<f64>,
     /// Validation GAUC.
     pub valid_gauc: Option<f64>,
-    /// Rows per second of training.
+    /// Training instances (rows) per second.
     pub instances_per_second: f64,
     /// Seconds of training.
     pub train_seconds: f64,
@@ -180,7 +180,8 @@ pub struct State {
     /// Epochs since the best.
     pub stale: usize,
     /// Completed epochs.
-    pub history: Vec<EpochRecord>,
+    #[serde(rename = "history")]
+    pub records: Vec<EpochRecord>,
     /// Seconds of all sessions of the run.
     pub seconds: f64,
     /// Length of the log at this point; the steps logged after it are repeated.

@@ -6,7 +6,7 @@
 //! were drawn, and a resumed run continues exactly.
 
 use super::TrainError;
-use super::negatives::{BatchTargets, NegativeSampler, NegativeSource};
+use super::negatives::{NegativeSampler, NegativeSource};
 use crate::batch::History;
 use crate::batch::{Cut, Feedback, Question, View};
 use crate::data::Dataset;
@@ -243,7 +243,7 @@ impl<'a> Drawer<'a> {
     /// If there is no such batch.
     pub fn draw(&self, plan: &Plan, epoch: u64, batch: usize) -> Vec<History> {
         let passes = &plan.passes[plan.range(batch)];
-        let (asked, targets) = self.targets_of(plan, epoch, passes);
+        let (asked, in_batch) = self.targets_of(plan, epoch, passes);
         let mut rng = rng(self.options.seed, Purpose::Negatives, epoch, batch as u64);
         let mut histories = Vec::with_capacity(passes.len());
         for (pass, asked) in passes.iter().zip(asked) {
@@ -254,7 +254,7 @@ impl<'a> Drawer<'a> {
                 // One more than a group needs, because its positive may be among them.
                 size if asked.len() > 1 => {
                     let size = size.max(self.options.negatives + 1);
-                    Some(self.sampler.draw(&mut rng, &targets, pass.user, None, size))
+                    Some(self.sampler.draw(&mut rng, &in_batch, pass.user, None, size))
                 }
                 _ => None,
             };
@@ -267,7 +267,7 @@ impl<'a> Drawer<'a> {
                     candidates.extend(match &pool {
                         None => self.sampler.draw(
                             &mut rng,
-                            &targets,
+                            &in_batch,
                             pass.user,
                             Some(item),
                             self.options.negatives,
@@ -293,27 +293,27 @@ impl<'a> Drawer<'a> {
     pub fn event_negatives(&self, plan: &Plan, epoch: u64, batch: usize, histories: &[History]) -> Vec<u32> {
         let passes = &plan.passes[plan.range(batch)];
         assert_eq!(passes.len(), histories.len(), "a pass is a history");
-        let (_, targets) = self.targets_of(plan, epoch, passes);
+        let (_, in_batch) = self.targets_of(plan, epoch, passes);
         let mut rng = rng(self.options.seed, Purpose::EventNegatives, epoch, batch as u64);
         let mut negatives = Vec::with_capacity(histories.iter().map(|h| h.items.len()).sum());
         for (pass, history) in passes.iter().zip(histories) {
             for &item in &history.items {
-                let drawn = self.sampler.draw(&mut rng, &targets, pass.user, Some(item), 1);
+                let drawn = self.sampler.draw(&mut rng, &in_batch, pass.user, Some(item), 1);
                 negatives.push(drawn.first().copied().unwrap_or(item));
             }
         }
         negatives
     }
 
-    /// The events that each pass asks about, and the target items of the batch.
-    fn targets_of(&self, plan: &Plan, epoch: u64, passes: &[Pass]) -> (Vec<Vec<usize>>, BatchTargets) {
+    /// The events that each pass asks about, and the (user, item) of all of them.
+    fn targets_of(&self, plan: &Plan, epoch: u64, passes: &[Pass]) -> (Vec<Vec<usize>>, Vec<(u32, u32)>) {
         let asked: Vec<Vec<usize>> = passes.iter().map(|pass| self.asked(plan.share, epoch, pass)).collect();
-        let mut targets = BatchTargets::default();
+        let mut in_batch = Vec::new();
         for (pass, asked) in passes.iter().zip(&asked) {
             let items = self.data.user(pass.user).items;
-            targets.targets.extend(asked.iter().map(|&event| (pass.user, items[event])));
+            in_batch.extend(asked.iter().map(|&event| (pass.user, items[event])));
         }
-        (asked, targets)
+        (asked, in_batch)
     }
 
     /// The targets of an epoch among the training events `range` of a user, ascending. Event 0 has

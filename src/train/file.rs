@@ -2,6 +2,7 @@
 //! a checksum of their content and tensors.
 
 use crate::model::HostTensor;
+use crate::replacement::folder_of;
 use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::collections::HashMap;
@@ -99,7 +100,7 @@ pub fn replace_bytes(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
 /// Renames a file, and forces the new name to disk.
 pub(super) fn rename(from: &Path, to: &Path) -> io::Result<()> {
     std::fs::rename(from, to)?;
-    File::open(to.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))?.sync_all()
+    File::open(folder_of(to))?.sync_all()
 }
 
 /// The tensors of a file.

@@ -450,7 +450,7 @@ impl<'a, D: Device> Fit<'a, D> {
         }
         self.state.epoch += 1;
         self.state.batch = 0;
-        self.state.history.push(record.clone());
+        self.state.records.push(record.clone());
         let mut line = serde_json::to_value(&record).expect("a record is plain numbers");
         line["event"] = "epoch".into();
         line["step"] = self.state.steps.into();

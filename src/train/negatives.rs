@@ -26,13 +26,6 @@ pub struct NegativeSampler {
     cumulative: Vec<u64>,
 }
 
-/// The target items of a batch, with their users.
-#[derive(Debug, Default)]
-pub struct BatchTargets {
-    /// (user, item)
-    pub targets: Vec<(u32, u32)>,
-}
-
 impl NegativeSampler {
     /// A sampler over the items of `data`.
     pub fn new(data: &Dataset, source: NegativeSource) -> Self {
@@ -49,11 +42,11 @@ impl NegativeSampler {
     }
 
     /// Up to `count` distinct items other than `positive` for a group of `user`; fewer only if
-    /// there are no more items.
+    /// there are no more items. `in_batch`: the (user, item) of all targets of the batch.
     pub fn draw(
         &self,
         rng: &mut impl Rng,
-        batch: &BatchTargets,
+        in_batch: &[(u32, u32)],
         user: u32,
         positive: Option<u32>,
         count: usize,
@@ -76,9 +69,9 @@ impl NegativeSampler {
                 }
             }
         };
-        if self.source == NegativeSource::InBatch && !batch.targets.is_empty() {
+        if self.source == NegativeSource::InBatch && !in_batch.is_empty() {
             attempt(&mut drawn, &mut || {
-                let (other, item) = batch.targets[rng.random_range(0..batch.targets.len())];
+                let (other, item) = in_batch[rng.random_range(0..in_batch.len())];
                 (other != user).then_some(item)
             });
         }

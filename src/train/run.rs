@@ -1,6 +1,7 @@
 //! The run directory: its files, its lock, and the leftovers of killed processes.
 
 use super::TrainError;
+use super::checkpoint::ModelFile;
 use super::config::Config;
 use super::file::{self, FileError};
 use std::fs::{File, TryLockError};
@@ -288,6 +289,24 @@ impl Drop for Lock {
             let _ = std::fs::remove_file(&self.path);
         }
     }
+}
+
+/// The configuration and the best model of the run in `dir`. The feedback is the model's, also if
+/// `config.toml` was edited since.
+///
+/// # Errors
+/// [`RunError::NoRun`], [`RunError::NoModel`], and files that cannot be read.
+pub fn open(dir: &Path) -> Result<(Config, ModelFile), TrainError> {
+    if !config_path(dir).exists() {
+        return Err(RunError::NoRun { dir: dir.to_owned() }.into());
+    }
+    if !model_path(dir).exists() {
+        return Err(RunError::NoModel { dir: dir.to_owned() }.into());
+    }
+    let mut config = Config::layered(Some(&config_path(dir)), toml::Table::new())?;
+    let file = ModelFile::load(&model_path(dir))?;
+    config.feedback = file.info.feedback;
+    Ok((config, file))
 }
 
 /// The model file of the run in `dir`.

@@ -7,7 +7,9 @@ use dfar::batch::without_sharing;
 use dfar::batch::{Batch, Group, History};
 use dfar::device::cpu::Cpu;
 use dfar::device::{Clip, Device};
-use dfar::model::{AdamOptions, HostTensor, LossOptions, Model, ModelConfig, ModelError, Optimizer};
+use dfar::model::{
+    AdamOptions, HostTensor, Initialization, LossOptions, Model, ModelConfig, ModelError, Optimizer,
+};
 use dfar_tools::verify::network::{adam_amplifies, compare_after_adam};
 use dfar_tools::verify::{compare, compare_gradients};
 use rand::{RngExt, SeedableRng};
@@ -26,7 +28,10 @@ pub fn config() -> ModelConfig {
 
 /// A model with values of order 1, so that no gradient is negligible.
 pub fn model_of_order_one<D: Device>(device: Arc<D>, config: ModelConfig) -> Model<D> {
-    let mut tensors = Model::new(device.clone(), config.clone(), 3).unwrap().tensors().unwrap();
+    let mut tensors = Model::initialized(device.clone(), config.clone(), 3, Initialization::Small)
+        .unwrap()
+        .tensors()
+        .unwrap();
     let mut rng = ChaCha8Rng::seed_from_u64(17);
     for tensor in &mut tensors {
         let spread =
@@ -383,7 +388,7 @@ pub fn errors_name_the_index_beyond_the_model<D: Device>(new: &dyn Fn() -> Arc<D
         (ModelConfig { attention: [0, 4], ..config() }, "attention"),
         (ModelConfig { blocks: 0, ..config() }, "blocks"),
     ] {
-        let error = Model::new(device(), bad, 0).err().unwrap();
+        let error = Model::initialized(device(), bad, 0, Initialization::Small).err().unwrap();
         assert!(matches!(error, ModelError::Config { field: f, .. } if f == field), "{error}");
     }
 

@@ -169,9 +169,10 @@ impl<A: StepObserver, B: StepObserver> StepObserver for Both<'_, A, B> {
 
 pub fn a_batch_of_another_model_is_rejected<D: Device>(new: &dyn Fn() -> Arc<D>) {
     let device = new();
-    let mut model = Model::new(device.clone(), config(), 1).unwrap();
-    let wider = Model::new(device, ModelConfig { width: 16, ..config() }, 1).unwrap();
-    let elsewhere = Model::new(new(), config(), 1).unwrap();
+    let mut model = Model::initialized(device.clone(), config(), 1, Initialization::Small).unwrap();
+    let wider =
+        Model::initialized(device, ModelConfig { width: 16, ..config() }, 1, Initialization::Small).unwrap();
+    let elsewhere = Model::initialized(new(), config(), 1, Initialization::Small).unwrap();
     for other in [&wider, &elsewhere] {
         let staged = other.stager().stage(&batch(0)).unwrap();
         let error = model.score_staged(staged).unwrap_err();

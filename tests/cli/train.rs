@@ -484,12 +484,12 @@ fn a_data_set_without_targets_or_metrics_is_reported_with_the_reason() {
 }
 
 #[test]
-fn a_directory_in_place_of_a_data_set_is_named() {
+fn a_folder_in_place_of_a_data_set_is_named() {
     let dir = folder();
     std::fs::create_dir(dir.path().join("folder.dfar")).unwrap();
     let output = dfar_train(dir.path(), &["--data", "folder.dfar"]);
     assert_eq!(code(&output), 3);
-    assert!(stderr(&output).contains("it is a directory"), "{}", stderr(&output));
+    assert!(stderr(&output).contains("it is a folder"), "{}", stderr(&output));
 }
 
 #[test]

@@ -276,7 +276,7 @@ fn counts_must_fit_the_sections() {
     }
     let mut bytes = small().to_vec();
     change_header(&mut bytes, |header| header.users = 1 << 32);
-    assert!(matches!(refusal(&bytes), DataError::TooMany { what: "users", .. }));
+    assert!(matches!(refusal(&bytes), DataError::SectionTable { section: "header", .. }));
 }
 
 #[test]

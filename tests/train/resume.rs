@@ -74,7 +74,7 @@ fn a_resumed_run_equals_an_uninterrupted_one() {
     let whole = dir.path().join("whole");
     assert_eq!(session(&whole, &data, false, None).unwrap(), Outcome::Finished);
     let expected = Checkpoint::load(&whole.join("checkpoint.safetensors")).unwrap();
-    let batches = expected.info.state.history[0].size.batches as u64;
+    let batches = expected.info.state.records[0].size.batches as u64;
     assert!(batches >= 3, "the test should stop inside an epoch");
 
     // Inside an epoch, at its last batch (which interrupts validation), and several times.
@@ -88,7 +88,7 @@ fn a_resumed_run_equals_an_uninterrupted_one() {
         let found = Checkpoint::load(&parts.join("checkpoint.safetensors")).unwrap();
         assert_eq!(found.parameters, expected.parameters);
         assert_eq!(found.moments, expected.moments);
-        let loss = |c: &Checkpoint| c.info.state.history.iter().map(|e| e.loss).collect::<Vec<_>>();
+        let loss = |c: &Checkpoint| c.info.state.records.iter().map(|e| e.loss).collect::<Vec<_>>();
         assert_eq!(loss(&found), loss(&expected));
     }
 }

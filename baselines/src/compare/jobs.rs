@@ -45,7 +45,7 @@ impl<D: SystemDevice> Jobs<'_, D> {
                     self.work(job, runs, next, progress).unwrap_or_else(fail);
                 });
                 if let Err(error) = started {
-                    fail(dfar::Error::io("start", "a thread for a run")(error).into());
+                    fail(dfar::Error::Threads { reason: error.to_string() }.into());
                     break;
                 }
             }

@@ -15,12 +15,11 @@
 //! `S_t` is kept relative to the `lse` of the shortest prefix with `t`, so every factor is at most
 //! 1.
 
-use crate::parameters::{Names, Start, glorot};
 use crate::system::Context;
 use crate::{Floats, Result, Tensors};
 use dfar::batch::LabelSplit;
 use dfar::device::{Activation, Dense, Memory, Output};
-use dfar::model::parameters::{Id, Linear};
+use dfar::model::parameters::{Id, Initial, Linear, Names, glorot};
 use rayon::prelude::*;
 
 /// Pooling parameters `NAME.w`, `NAME.b`, `NAME.q`.
@@ -43,7 +42,7 @@ impl Attentive {
     /// Names the parameters.
     pub fn new(names: &mut Names, name: &str, width: usize) -> Self {
         let layer = names.linear(name, width, width, glorot(width, width));
-        let q = names.tensor(format!("{name}.q"), &[width], Start::Normal(1.0 / (width as f32).sqrt()));
+        let q = names.tensor(format!("{name}.q"), &[width], Initial::Normal(1.0 / (width as f32).sqrt()));
         Self { layer, q }
     }
 

@@ -12,11 +12,10 @@
 
 use super::candidate_attention::{CandidateAttention, CandidateSequences};
 use super::stack::{Encoder, Stack, StackState};
-use crate::parameters::Names;
 use crate::system::{Context, Settings};
 use crate::{Floats, Result, Tensors};
 use dfar::device::{Activation, Dense, Lookup, Memory, Norm, Output};
-use dfar::model::parameters::{self, Block, Linear};
+use dfar::model::parameters::{self, Block, Linear, Names};
 
 /// Blocks `NAME`, `NAME.1`, ...
 pub struct CandidateStack {

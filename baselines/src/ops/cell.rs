@@ -3,11 +3,10 @@
 
 use super::gru::{Recurrence, RecurrenceGradients, States};
 use super::sequences::Sequences;
-use crate::parameters::{Names, Start, glorot};
 use crate::system::Context;
 use crate::{Floats, Result, Tensors};
 use dfar::device::{Activation, Dense, Memory, Output};
-use dfar::model::parameters::{Id, Linear};
+use dfar::model::parameters::{Id, Initial, Linear, Names, glorot};
 
 /// A cell by its parameters.
 pub struct Cell {
@@ -33,7 +32,7 @@ impl Cell {
         let (shape, start) = ([width, 3 * width], glorot(width, width));
         let w = names.tensor(format!("{name}.w"), &shape, start);
         let u = names.tensor(format!("{name}.u"), &shape, start);
-        let b = names.tensor(format!("{name}.b"), &[3 * width], Start::Thirds([1.0, -1.0, 0.0]));
+        let b = names.tensor(format!("{name}.b"), &[3 * width], Initial::Thirds([1.0, -1.0, 0.0]));
         Self { input: Linear { w, b, inputs: width, outputs: 3 * width }, u }
     }
 

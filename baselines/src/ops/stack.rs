@@ -1,13 +1,12 @@
 //! Encoder blocks over packed sequences: those of DFAR without factorization heads.
 
-use crate::parameters::Names;
 use crate::system::{Context, Settings};
 use crate::{Floats, Indices, Result, Tensors};
 use dfar::attention::{FhaOptions, LabelMask, Pairing};
 use dfar::device::cpu::Cpu;
 use dfar::device::{Device, Lookup};
 use dfar::model::block::{self, Attend, BlockState};
-use dfar::model::parameters::Block;
+use dfar::model::parameters::{Block, Names};
 
 /// An encoder of the events of a history, which sees no future.
 pub trait Encoder<D: Device>: Send + Sync {
@@ -60,7 +59,7 @@ impl Stack {
             pairing: Pairing::PerHead,
             ..FhaOptions::new(settings.heads, settings.width / settings.heads)
         };
-        let blocks = names.blocks(name, settings.blocks, settings.width);
+        let blocks = names.blocks(name, settings.blocks, settings.width, 1);
         Self { blocks, options }
     }
 

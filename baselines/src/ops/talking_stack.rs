@@ -2,14 +2,13 @@
 
 use super::stack::{Encoder, Stack, tokens};
 use super::talking_heads::{TalkingGradients, TalkingHeads};
-use crate::parameters::{Names, Start, numbered};
 use crate::system::{Context, Settings};
 use crate::{Floats, Indices, Result, Tensors};
 use dfar::attention::FhaOptions;
 use dfar::device::cpu::Cpu;
 use dfar::device::{DeviceError, Lookup, Qkv, QkvGradients, SoftmaxState};
 use dfar::model::block::{Attend, BlockState, Heads};
-use dfar::model::parameters::Id;
+use dfar::model::parameters::{Id, Initial, Names, numbered};
 
 /// The blocks of a [`Stack`], with `mix_logits` and `mix_weights` in each, which start as the
 /// identity.
@@ -31,7 +30,7 @@ impl TalkingStack {
         let shape = [settings.heads; 2];
         let mix = |i: usize| {
             ["mix_logits", "mix_weights"]
-                .map(|mix| names.tensor(format!("{}.{mix}", numbered(name, i)), &shape, Start::Identity))
+                .map(|mix| names.tensor(format!("{}.{mix}", numbered(name, i)), &shape, Initial::Identity))
         };
         Self { blocks, mix: (0..settings.blocks).map(mix).collect() }
     }

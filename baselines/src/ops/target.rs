@@ -1,13 +1,12 @@
 //! Target attention of the device, with the parameters of its MLP.
 
-use crate::parameters::Names;
 use crate::system::{Context, Settings};
 use crate::{Floats, Result, Tensors};
 use dfar::device::cpu::Cpu;
 use dfar::device::{
     Device, TargetCounts, TargetGradients, TargetIndex, TargetInputs, TargetShape, TargetState,
 };
-use dfar::model::parameters::Linear;
+use dfar::model::parameters::{Linear, Names};
 
 /// The MLP `[a, r, a - r, a * r] -> hidden -> hidden -> 1`.
 pub struct Target {

@@ -14,11 +14,10 @@
 use crate::ops::convolution::{
     Prefixes, Vertical, running_max, running_max_backward, windows, windows_backward,
 };
-use crate::parameters::{Names, Start, glorot};
 use crate::system::{Backward, Context, Encoded, Part, Per, Settings, System};
 use crate::{Floats, Indices, Result};
 use dfar::device::{Activation, Dense, Memory, Output};
-use dfar::model::parameters::{Id, Linear};
+use dfar::model::parameters::{Id, Initial, Linear, Names, glorot};
 
 /// Caser.
 pub struct Caser {
@@ -47,7 +46,7 @@ impl Caser {
             names.linear(&name, h * width, horizontal, glorot(h * width, horizontal))
         };
         let horizontal = (1..=heights).map(|h| filters(h, names)).collect();
-        let start = Start::Uniform(1.0 / (length as f32).sqrt());
+        let start = Initial::Uniform(1.0 / (length as f32).sqrt());
         let id = names.tensor("vertical.w", &[vertical, length], start);
         Self { horizontal, vertical: id, filters: vertical }
     }

@@ -17,7 +17,6 @@ use crate::ops::candidate_attention::CandidateSequences;
 use crate::ops::candidate_stack::{CandidateStack, CandidateState};
 use crate::ops::lists::scatter_sum;
 use crate::ops::target::{InputGradients, Target};
-use crate::parameters::Names;
 use crate::system::{Backward, Context, Encoded, Gradients, Part, Per, Settings, System};
 use crate::{Floats, Indices, Result};
 use dfar::batch::{Batch, LabelSplit};
@@ -25,6 +24,7 @@ use dfar::device::cpu::elementwise::add_assign;
 use dfar::device::{
     DeviceError, Embedding, Lookup, Memory, PrefixMean, Prefixes, Segments, TargetIndex, TargetInputs,
 };
+use dfar::model::parameters::Names;
 
 /// DFN.
 pub struct Dfn {

@@ -19,14 +19,13 @@ use crate::ops::next_event::{NextEvent, next_event_loss};
 use crate::ops::prefix;
 use crate::ops::prefix_attention::PrefixAttention;
 use crate::ops::sequences::Sequences;
-use crate::parameters::{Names, glorot};
 use crate::system::{Context, Encoded, Gradients, Part, Per, Settings, System};
 use crate::{Floats, Result};
 use dfar::device::cpu::elementwise::add_assign;
 use dfar::device::{
     Activation, Dense, DeviceError, Embedding, Linear, LinearGradients, Lookup, Memory, Output,
 };
-use dfar::model::parameters::Id;
+use dfar::model::parameters::{Id, Names, glorot};
 
 /// DIEN.
 pub struct Dien {

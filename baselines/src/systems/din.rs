@@ -12,12 +12,11 @@
 use crate::Result;
 use crate::ops::prefix;
 use crate::ops::target::{InputGradients, Target};
-use crate::parameters::{Names, Start};
 use crate::system::{Backward, Context, Encoded, Part, Per, Settings, System};
 use dfar::device::{
     Activation, Buffer, Device, Linear, LinearGradients, Output, Segments, TargetIndex, TargetInputs,
 };
-use dfar::model::parameters::Id;
+use dfar::model::parameters::{Id, Initial, Names};
 
 /// DIN.
 pub struct Din {
@@ -28,7 +27,7 @@ pub struct Din {
 impl Din {
     /// Names the parameters `target.w`, `target.mlp.*`.
     pub fn new(names: &mut Names, settings: &Settings) -> Self {
-        let w = names.tensor("target.w", &[settings.width; 2], Start::Mlp);
+        let w = names.tensor("target.w", &[settings.width; 2], Initial::Mlp);
         Self { w, target: Target::new(names, "target.mlp", settings) }
     }
 }

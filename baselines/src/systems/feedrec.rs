@@ -14,10 +14,10 @@ use crate::Result;
 use crate::ops::attentive::Attentive;
 use crate::ops::prefix;
 use crate::ops::stack::{Encoder, Stack};
-use crate::parameters::Names;
 use crate::system::{Backward, Context, Encoded, Part, Per, Settings, System};
 use dfar::device::cpu::elementwise::add_assign;
 use dfar::device::{Embedding, Interests, Lookup, Losses, Memory, Slot};
+use dfar::model::parameters::Names;
 
 /// FeedRec.
 pub struct Feedrec {

@@ -12,11 +12,11 @@ use crate::ops::cell::{Cell, Steps};
 use crate::ops::gru::States;
 use crate::ops::prefix;
 use crate::ops::sequences::Sequences;
-use crate::parameters::Names;
 use crate::system::{Backward, Context, Encoded, Part, Per, Settings, System};
 use crate::{Floats, Result};
 use dfar::device::Memory;
 use dfar::device::cpu::elementwise::add_assign;
+use dfar::model::parameters::Names;
 
 /// GRU4REC.
 pub struct Gru4rec {

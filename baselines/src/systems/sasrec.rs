@@ -10,9 +10,9 @@
 use crate::Result;
 use crate::ops::prefix;
 use crate::ops::stack::{Encoder, Stack};
-use crate::parameters::Names;
 use crate::system::{Backward, Context, Encoded, Part, Per, Settings, System};
 use dfar::device::Device;
+use dfar::model::parameters::Names;
 
 /// How a prefix becomes one vector.
 #[derive(

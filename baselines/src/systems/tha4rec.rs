@@ -9,8 +9,8 @@
 
 use super::sasrec::Sasrec;
 use crate::ops::talking_stack::TalkingStack;
-use crate::parameters::Names;
 use crate::system::Settings;
+use dfar::model::parameters::Names;
 
 /// Names the parameters `encoder.*`, with `encoder.mix_logits` and `encoder.mix_weights`.
 pub fn tha4rec(names: &mut Names, settings: &Settings) -> Sasrec<TalkingStack> {

@@ -356,7 +356,7 @@ fn dfar_is_trained_as_by_dfar_train() {
     let run = Run::create(&dir.path().join("run")).expect("a directory");
     let mut fit = Fit::start(Arc::new(Cpu::new()), &data, config.clone(), &run).expect("a run");
     fit.run(&mut |_| ControlFlow::Continue(())).expect("training");
-    let expected: Vec<_> = fit.state().history.iter().map(|e| (e.epoch, e.loss, e.valid_auc)).collect();
+    let expected: Vec<_> = fit.state().records.iter().map(|e| (e.epoch, e.loss, e.valid_auc)).collect();
     let epochs: Vec<_> = found.epochs.iter().map(|e| (e.epoch, e.loss, e.valid_auc)).collect();
     assert_eq!(epochs, expected);
     assert_eq!(found.best_epoch, fit.state().best.as_ref().expect("a best model").epoch);

@@ -142,6 +142,19 @@ impl FhaOptions {
         Ok(tokens)
     }
 
+    /// As [`check`](Self::check), for `tokens` tokens whose `q`, `k` and `v` are not on the host.
+    #[doc(hidden)]
+    pub fn check_packed(
+        &self,
+        tokens: usize,
+        cu_seqlens: &[u32],
+        label: &[u8],
+    ) -> Result<(), AttentionError> {
+        // Only their lengths are read. Units take no memory.
+        let rows = vec![(); tokens.saturating_mul(self.heads).saturating_mul(self.head_dim)];
+        self.check(&Inputs { q: &rows, k: &rows, v: &rows, cu_seqlens, label }).map(drop)
+    }
+
     /// As [`check`](Self::check), with the lengths of `o` and `lse`.
     #[doc(hidden)]
     pub fn check_outputs<T>(

@@ -21,9 +21,9 @@ use dfar::data::{Dataset, Split};
 use dfar::device::Device;
 use dfar::model::Model;
 use dfar::replacement::delete_unfinished;
-use dfar::train::checkpoint::{Checkpoint, DataInfo, ModelFile};
+use dfar::train::checkpoint::{Checkpoint, DataInfo};
 use dfar::train::config::{Config, DeviceChoice};
-use dfar::train::run::{self, Run, RunError};
+use dfar::train::run::{self, Run};
 use dfar::train::{Fit, Outcome, TrainError, draw};
 use flags::Flags;
 use output::Output;
@@ -250,7 +250,7 @@ fn fit<D: Device>(device: Arc<D>, start: Start, progress: &Progress, json: bool)
 
 fn evaluate(args: Evaluate) -> dfar::Result<()> {
     cli::start_threads(args.threads)?;
-    let (mut config, file) = open_run(&args.run)?;
+    let (mut config, file) = run::open(&args.run)?;
     let progress = Progress::new(args.output, &STOP);
     stop_on_interrupt(&progress);
     let data = Dataset::open(data_path(args.data.as_deref(), &config, &args.run))?;
@@ -294,22 +294,6 @@ fn evaluate(args: Evaluate) -> dfar::Result<()> {
             }
         }
     })
-}
-
-/// The configuration and the best model of a run.
-fn open_run(dir: &Path) -> dfar::Result<(Config, ModelFile)> {
-    if !run::config_path(dir).exists() {
-        return Err(TrainError::Run(RunError::NoRun { dir: dir.to_owned() }).into());
-    }
-    if !run::model_path(dir).exists() {
-        return Err(TrainError::Run(RunError::NoModel { dir: dir.to_owned() }).into());
-    }
-    let mut config =
-        Config::layered(Some(&run::config_path(dir)), toml::Table::new()).map_err(TrainError::from)?;
-    let file = ModelFile::load(&run::model_path(dir)).map_err(TrainError::from)?;
-    // What the model was trained on, also if config.toml was edited since.
-    config.feedback = file.info.feedback;
-    Ok((config, file))
 }
 
 /// The given data set, or the run's own.

@@ -23,8 +23,8 @@ pub struct Completions {
 
 #[derive(Args)]
 pub struct Man {
-    /// Directory of the pages; created if missing.
-    directory: PathBuf,
+    /// Folder of the pages; made if missing.
+    folder: PathBuf,
 }
 
 impl Manual {
@@ -36,10 +36,10 @@ impl Manual {
                 clap_complete::generate(shell, &mut command, name, &mut script);
                 cli::print(&String::from_utf8_lossy(&script))
             }
-            Manual::Man(Man { directory }) => {
-                let failed = |error| Error::io("write man pages to", &directory)(error);
-                std::fs::create_dir_all(&directory).map_err(failed)?;
-                clap_mangen::generate_to(command, &directory).map_err(failed)
+            Manual::Man(Man { folder }) => {
+                let failed = |error| Error::io("write man pages to", &folder)(error);
+                std::fs::create_dir_all(&folder).map_err(failed)?;
+                clap_mangen::generate_to(command, &folder).map_err(failed)
             }
         }
     }

@@ -59,7 +59,6 @@ mod with_arrow {
     use super::super::rows::{Cell, Reading};
     use super::super::time::RawTime;
     use super::*;
-    use crate::replacement::folder_of;
     use arrow_array::cast::AsArray;
     use arrow_array::types::*;
     use arrow_array::{Array, ArrayRef, RecordBatch};
@@ -92,7 +91,7 @@ mod with_arrow {
         let seekable = |mut bytes: Box<dyn Read + '_>, file: Option<File>| match file {
             Some(file) if file.metadata().is_ok_and(|data| data.is_file()) => Ok(file),
             _ => {
-                let folder = rows.options.temporary.as_deref().unwrap_or(folder_of(&rows.options.output));
+                let folder = rows.options.folder();
                 let mut copy = tempfile::tempfile_in(folder).map_err(DataError::write(folder))?;
                 io::copy(&mut bytes, &mut copy).map_err(DataError::read(context.name))?;
                 copy.rewind().map_err(DataError::read(folder))?;
@@ -145,10 +144,13 @@ mod with_arrow {
         let parts = chunks.flat_map(|chunk| {
             let (start, length) = chunk.byte_range();
             let bloom = chunk.bloom_filter_offset().zip(chunk.bloom_filter_length());
-            let bloom = bloom.map(|(start, length)| start as u64 + length as u64);
+            // Negative numbers, of a damaged file, count as none.
+            let bloom = bloom.and_then(|(start, length)| {
+                Some(u64::try_from(start).ok()?.saturating_add(u64::try_from(length).ok()?))
+            });
             let indices = [chunk.column_index_range(), chunk.offset_index_range()];
             let indices = indices.map(|range| range.map(|range| range.end));
-            [Some(start + length), bloom, indices[0], indices[1]]
+            [Some(start.saturating_add(length)), bloom, indices[0], indices[1]]
         });
         // By its own offsets, the file ends here; the rest of it is footer, length and magic.
         let Some(end) = parts.flatten().max() else { return false };
@@ -159,7 +161,9 @@ mod with_arrow {
         };
         let Some((whole, tail)) = eight_bytes(SeekFrom::End(-8)) else { return false };
         let footer = u32::from_le_bytes(tail[..4].try_into().expect("4 bytes"));
-        let border = whole.checked_sub(end + u64::from(footer) + 8).and_then(|first| first.checked_sub(4));
+        let border = whole
+            .checked_sub(end.saturating_add(u64::from(footer) + 8))
+            .and_then(|first| first.checked_sub(4));
         border
             .and_then(|border| eight_bytes(SeekFrom::Start(border)))
             .is_some_and(|(_, bytes)| bytes == *b"PAR1PAR1")

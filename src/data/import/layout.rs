@@ -335,11 +335,9 @@ fn is_usual_name(field: &str) -> bool {
         "score", "session", "visitor", "stars", "asin",
     ];
     let field = field.to_ascii_lowercase();
-    field.ends_with("id")
-        && is_word(&field)
-        && field.len() <= 12
-        && !field.bytes().any(|b| b.is_ascii_digit())
-        || PARTS.iter().any(|part| field.contains(part)) && !field.bytes().any(|byte| byte.is_ascii_digit())
+    let is_id = field.ends_with("id") && field.len() <= 12 && is_word(&field);
+    let has_digit = field.bytes().any(|byte| byte.is_ascii_digit());
+    !has_digit && (is_id || PARTS.iter().any(|part| field.contains(part)))
 }
 
 /// `user_id` of `user_id:token`.

@@ -122,7 +122,7 @@ pub struct ImportOptions {
     /// Logs, read one after the other; `-` is standard input. gzip, zstd, tar, Parquet, Arrow IPC
     /// and JSON are recognised by their first bytes.
     pub inputs: Vec<PathBuf>,
-    /// Members of tar archives to read, in which `*` stands for any text; `None`: all except those
+    /// Members of tar archives to read, in which `*` stands for any text and `?` for any byte; `None`: all except those
     /// that the format is known to ship beside its logs.
     pub member: Option<String>,
     /// The data set file to make.
@@ -150,6 +150,12 @@ pub struct ImportOptions {
 }
 
 impl ImportOptions {
+    /// Folder of temporary files.
+    #[doc(hidden)]
+    pub fn folder(&self) -> &Path {
+        self.temporary.as_deref().unwrap_or(folder_of(&self.output))
+    }
+
     /// The paper's preparation for this kind of log. Micro-video logs: k-core 10 on liked records,
     /// split in time (80 %, 10 %, 10 %). Others: k-core 10 on all records, last two events left
     /// out.
@@ -242,7 +248,7 @@ pub fn import(options: &ImportOptions, progress: &dyn Progress) -> Result<Made, 
     check(options)?;
     // An output that cannot be written is reported before the logs are read.
     drop(Replacement::new(&options.output).map_err(DataError::write(&options.output))?);
-    let folder = options.temporary.as_deref().unwrap_or(folder_of(&options.output));
+    let folder = options.folder();
     let mut rows = Rows::new(options, progress);
     let mut numbered = Numbered::new(folder, options.sort_memory);
     numbered.take_all(&mut |each| options.inputs.iter().try_for_each(|input| rows.read(input, each)))?;

@@ -40,7 +40,7 @@ pub enum CudaError {
     )]
     NoNvrtc {
         /// Library names tried.
-        tried: &'static [&'static str],
+        tried: Vec<String>,
     },
     /// The NVRTC library is too old for the kernels.
     #[error("cuda: NVRTC is {}.{}, but the kernels need {}.{} or later", found.0, found.1, oldest.0, oldest.1)]
@@ -72,7 +72,7 @@ pub enum CudaError {
     )]
     NoBlas {
         /// Library names tried.
-        tried: &'static [&'static str],
+        tried: Vec<String>,
     },
     /// A cuBLASLt call failed.
     #[error("cuda: {action} failed in cuBLASLt with status {status}")]

@@ -23,7 +23,7 @@ macro_rules! for_columns {
     (@run $count:literal, $simd:ident, $vector:ident, $columns:ident, $first:ident, $block:block) => {{
         const $columns: usize = $count;
         let $first = $vector * $simd::LANES;
-        #[allow(clippy::needless_range_loop)]
+        #[allow(clippy::needless_range_loop, reason = "the block indexes arrays of registers")]
         $block
         $vector += $columns;
     }};

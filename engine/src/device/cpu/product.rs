@@ -240,7 +240,7 @@ impl Product<'_> {
     }
 
     #[inline(always)]
-    #[allow(clippy::needless_range_loop)]
+    #[allow(clippy::needless_range_loop, reason = "rows and columns index several arrays")]
     fn tile<S: Simd, const R: usize, const C: usize>(&self, simd: S, i: usize, j: usize) {
         let j = j * S::LANES;
         let mut sums = [[simd.zero(); C]; R];

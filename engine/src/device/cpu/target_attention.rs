@@ -27,8 +27,6 @@ mod mlp;
 pub mod unfused;
 
 pub use backward::backward;
-#[allow(unused_imports)]
-use backward::{Sums, Transposed};
 
 use super::elementwise::{add_assign, exp_sum, for_columns, load_columns, pad_rows};
 use super::product::{Finish, Left, Products, product};

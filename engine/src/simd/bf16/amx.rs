@@ -29,7 +29,7 @@ fn granted() -> bool {
 impl Amx {
     /// `None` if the processor or the operating system lacks it.
     pub fn new() -> Option<Self> {
-        #[allow(unused_unsafe)] // safe in newer versions of std
+        #[allow(unused_unsafe, reason = "safe in newer versions of std")]
         // SAFETY: every x86-64 processor has CPUID.
         let (largest, leaf) = unsafe { (__cpuid(0).eax, __cpuid_count(7, 0)) };
         let here = largest >= 7 && leaf.edx & (1 << 22) != 0 && leaf.edx & (1 << 24) != 0;

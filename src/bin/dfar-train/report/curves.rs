@@ -225,6 +225,8 @@ mod tests {
         let points = [point(1, 0.7, Some(0.5)), point(2, 0.4, None), point(3, 0.3, Some(0.9))];
         let svg = curves_svg("a < b", &points, 3, &[Reference { name: "ceiling", auc: 0.95 }]);
         assert!(svg.contains("a &lt; b") && svg.contains("best 0.9000") && svg.contains("ceiling"));
+        // The best epoch has a second mark.
+        assert_eq!(svg.matches("<circle ").count(), 6);
         for circle in svg.split("<circle ").skip(1) {
             let value = |name: &str| -> f64 {
                 circle

@@ -51,7 +51,7 @@ pub fn finish<D: Device>(
     report.seconds += start.elapsed().as_secs_f64();
 
     let points: Vec<CurvePoint> = state
-        .history
+        .records
         .iter()
         .map(|e| CurvePoint { epoch: e.epoch, loss: e.loss, valid_auc: e.valid_auc })
         .collect();

@@ -93,8 +93,8 @@ pub struct RunReport {
 impl RunReport {
     /// The report of a finished run.
     pub fn new(evaluation: Evaluation, state: &State, data: &DataInfo, model: RunModel) -> Self {
-        let train_seconds: f64 = state.history.iter().map(|e| e.train_seconds).sum();
-        let rows: usize = state.history.iter().map(|e| e.size.rows).sum();
+        let train_seconds: f64 = state.records.iter().map(|e| e.train_seconds).sum();
+        let rows: usize = state.records.iter().map(|e| e.size.rows).sum();
         Self {
             evaluation,
             best_epoch: state.best.as_ref().map_or(0, |best| best.epoch),
@@ -104,7 +104,7 @@ impl RunReport {
             instances_per_second: if rows == 0 { 0.0 } else { rows as f64 / train_seconds },
             parameters: model.parameters,
             feedback: model.feedback,
-            epoch_size: state.history.last().map(|e| e.size).unwrap_or_default(),
+            epoch_size: state.records.last().map(|e| e.size).unwrap_or_default(),
             data: data.clone(),
             device: model.device,
             version: env!("CARGO_PKG_VERSION").to_owned(),

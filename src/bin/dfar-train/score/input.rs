@@ -22,10 +22,10 @@ fn open(path: &Path) -> dfar::Result<(String, Box<dyn BufRead>)> {
     let (name, mut input): (_, Box<dyn BufRead>) = if path == Path::new("-") {
         ("<stdin>".to_owned(), Box::new(BufReader::new(std::io::stdin())))
     } else {
-        let file = File::open(path).map_err(Error::io("read", path))?;
+        let file = File::open(path).map_err(Error::read(path))?;
         (path.display().to_string(), Box::new(BufReader::new(file)))
     };
-    if input.fill_buf().map_err(Error::io("read", path))?.starts_with(b"\xef\xbb\xbf") {
+    if input.fill_buf().map_err(Error::read(path))?.starts_with(b"\xef\xbb\xbf") {
         input.consume(3);
     }
     Ok((name, input))
@@ -36,7 +36,7 @@ pub fn users(path: &Path) -> dfar::Result<Vec<(String, String)>> {
     let (name, input) = open(path)?;
     let mut users = Vec::new();
     for (line, number) in input.lines().zip(1..) {
-        let line = line.map_err(Error::io("read", path))?;
+        let line = line.map_err(Error::read(path))?;
         let line = line.strip_suffix('\r').unwrap_or(&line);
         let user = match line {
             "" => continue,
@@ -83,7 +83,7 @@ impl From<JsonId> for String {
 /// rows of one user are one history. The first character decides between the two.
 pub fn histories(path: &Path, each: &mut dyn FnMut(&str, Named) -> dfar::Result<()>) -> dfar::Result<()> {
     let (name, mut input) = open(path)?;
-    let first = input.fill_buf().map_err(Error::io("read", path))?.trim_ascii_start().first().copied();
+    let first = input.fill_buf().map_err(Error::read(path))?.trim_ascii_start().first().copied();
     match first {
         Some(b'{') => json_lines(&name, path, input, each),
         _ => csv_rows(&name, input, each),
@@ -97,7 +97,7 @@ fn json_lines(
     each: &mut dyn FnMut(&str, Named) -> dfar::Result<()>,
 ) -> dfar::Result<()> {
     for (line, number) in input.lines().zip(1..) {
-        let line = line.map_err(Error::io("read", path))?;
+        let line = line.map_err(Error::read(path))?;
         if line.trim_ascii().is_empty() {
             continue;
         }

@@ -8,7 +8,7 @@ use crate::cli;
 use crate::device::{self, on_device};
 use crate::output::Output;
 use crate::progress::Progress;
-use crate::{STOP, data_path, open_run, stop_on_interrupt};
+use crate::{STOP, data_path, stop_on_interrupt};
 use clap::{ArgGroup, Args, ValueEnum};
 use dfar::data::{Dataset, Part};
 use dfar::device::Device;
@@ -110,7 +110,7 @@ struct Asked {
 
 pub fn score(args: Score) -> dfar::Result<()> {
     cli::start_threads(args.threads)?;
-    let (config, file) = open_run(&args.run)?;
+    let (config, file) = run::open(&args.run)?;
     let progress = Progress::new(args.print, &STOP);
     stop_on_interrupt(&progress);
     args.refuse_to_replace_input(&config)?;

@@ -16,13 +16,6 @@ use std::collections::HashMap;
 use std::ffi::{c_int, c_void};
 use std::path::Path;
 
-/// Library names, latest first; those above the driver's version are not tried.
-const NAMES: &[&str] = if cfg!(windows) {
-    &["cublasLt64_13.dll", "cublasLt64_12.dll"]
-} else {
-    &["libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"]
-};
-
 /// File name of a major version.
 fn file_name(major: Option<i32>) -> String {
     match major {
@@ -215,8 +208,10 @@ impl Blas {
     /// # Errors
     /// [`CudaError::NoBlas`] or [`CudaError::Blas`].
     pub fn new(workspace: Pointer) -> Result<Blas, CudaError> {
-        let mut refused = CudaError::NoBlas { tried: NAMES };
-        for path in library::candidates(file_name, launch::driver_version()) {
+        let names = library::names(file_name, launch::driver_version());
+        let paths = library::candidates(&names);
+        let mut refused = CudaError::NoBlas { tried: names };
+        for path in paths {
             let Ok(functions) = Functions::load(&path) else { continue };
             let mut handle = std::ptr::null_mut();
             // SAFETY: writes a handle.

@@ -130,7 +130,6 @@ impl Cuda {
         if ordinal >= found {
             return Err(CudaError::NoDevice { ordinal, found });
         }
-        let failed = |action| move |error| CudaError::driver(action, error, 0);
         let context = CudaContext::new(ordinal).map_err(failed("opening the device"))?;
         let name = context.name().map_err(failed("querying the device's name"))?;
         let attribute =

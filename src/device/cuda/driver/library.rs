@@ -10,23 +10,24 @@ use std::path::{Path, PathBuf};
 /// Major versions of CUDA that the library works with, latest first.
 const MAJORS: [i32; 2] = [13, 12];
 
-/// Paths to try for a library, best first. `name` gives the file name of a major version; without a
-/// version, the name that a toolkit links. `driver`: the driver's version, e.g. 12090; `None` for
-/// no limit.
-pub(crate) fn candidates(name: impl Fn(Option<i32>) -> String, driver: Option<i32>) -> Vec<PathBuf> {
-    candidates_in(name, driver, &folders())
+/// File names to try for a library, latest version first. `name` gives that of a major version;
+/// without a version, the name that a toolkit links. `driver`: the driver's version, e.g. 12090;
+/// `None` for no limit.
+pub(crate) fn names(name: impl Fn(Option<i32>) -> String, driver: Option<i32>) -> Vec<String> {
+    let fits = |major: &i32| driver.is_none_or(|driver| *major <= driver / 1000);
+    MAJORS.into_iter().filter(fits).map(Some).chain([None]).map(name).collect()
 }
 
-fn candidates_in(
-    name: impl Fn(Option<i32>) -> String,
-    driver: Option<i32>,
-    folders: &[PathBuf],
-) -> Vec<PathBuf> {
-    let fits = |major: &i32| driver.is_none_or(|driver| *major <= driver / 1000);
-    let names: Vec<String> = MAJORS.into_iter().filter(fits).map(|major| name(Some(major))).collect();
-    let on_path = names.iter().map(PathBuf::from);
-    let in_folders = names.iter().flat_map(|name| folders.iter().map(move |folder| folder.join(name)));
-    on_path.chain(in_folders).chain([PathBuf::from(name(None))]).collect()
+/// Paths to try for a library of these [`names`], best first.
+pub(crate) fn candidates(names: &[String]) -> Vec<PathBuf> {
+    candidates_in(names, &folders())
+}
+
+fn candidates_in(names: &[String], folders: &[PathBuf]) -> Vec<PathBuf> {
+    let (unversioned, versioned) = names.split_last().expect("one name has no version");
+    let on_path = versioned.iter().map(PathBuf::from);
+    let in_folders = versioned.iter().flat_map(|name| folders.iter().map(move |folder| folder.join(name)));
+    on_path.chain(in_folders).chain([unversioned.into()]).collect()
 }
 
 /// Folders of pip's packages, those of the active Python first, and of the CUDA toolkit.
@@ -108,7 +109,7 @@ mod tests {
 
     #[test]
     fn a_library_of_a_later_major_version_than_the_drivers_is_not_tried() {
-        let of = |driver| candidates_in(name, driver, &["/a".into()]);
+        let of = |driver| candidates_in(&names(name, driver), &["/a".into()]);
         let paths = |names: &[&str]| names.iter().map(PathBuf::from).collect::<Vec<_>>();
         assert_eq!(of(Some(12_040)), paths(&["libx.so.12", "/a/libx.so.12", "libx.so"]));
         let all = ["libx.so.13", "libx.so.12", "/a/libx.so.13", "/a/libx.so.12", "libx.so"];

@@ -9,13 +9,6 @@ use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::path::Path;
 use std::sync::OnceLock;
 
-/// Library names, latest first; those above the driver's version are not tried.
-const NAMES: &[&str] = if cfg!(windows) {
-    &["nvrtc64_130_0.dll", "nvrtc64_120_0.dll"]
-} else {
-    &["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"]
-};
-
 /// File name of a major version.
 fn file_name(major: Option<i32>) -> String {
     match major {
@@ -24,6 +17,11 @@ fn file_name(major: Option<i32>) -> String {
         Some(major) => format!("libnvrtc.so.{major}"),
         None => "libnvrtc.so".to_owned(),
     }
+}
+
+/// File names to try with this driver.
+fn names() -> Vec<String> {
+    library::names(file_name, launch::driver_version())
 }
 
 /// Oldest version that compiles the kernels with their options.
@@ -72,7 +70,7 @@ impl Nvrtc {
         static NVRTC: OnceLock<Option<Nvrtc>> = OnceLock::new();
         let found = NVRTC.get_or_init(|| {
             let mut old = None;
-            for path in library::candidates(file_name, launch::driver_version()) {
+            for path in library::candidates(&names()) {
                 match Nvrtc::load(&path) {
                     Ok(nvrtc) if nvrtc.version >= OLDEST => return Some(nvrtc),
                     Ok(nvrtc) => _ = old.get_or_insert(nvrtc),
@@ -81,7 +79,7 @@ impl Nvrtc {
             }
             old
         });
-        let nvrtc = found.as_ref().ok_or(CudaError::NoNvrtc { tried: NAMES })?;
+        let nvrtc = found.as_ref().ok_or_else(|| CudaError::NoNvrtc { tried: names() })?;
         if nvrtc.version < OLDEST {
             return Err(CudaError::OldNvrtc { found: nvrtc.version, oldest: OLDEST });
         }

@@ -131,11 +131,7 @@ impl<R: Runtime> DevicePlan<R> {
         let padded = HEAD_DIMS.into_iter().find(|&compiled| compiled >= head_dim);
         // The scale stays that of the unpadded width.
         let wide = FhaOptions { head_dim: padded.ok_or(CudaError::HeadDim { head_dim })?, ..*options };
-        // The check reads only the lengths of q, k and v.
-        let tokens = cu_seqlens.last().map_or(0, |&n| n as usize);
-        let rows = vec![(); tokens * wide.heads * wide.head_dim];
-        let inputs = Inputs { q: &rows, k: &rows, v: &rows, cu_seqlens, label };
-        wide.check(&inputs)?;
+        wide.check_packed(cu_seqlens.last().map_or(0, |&n| n as usize), cu_seqlens, label)?;
         let batch = gpu.plan(staging, gpu.precision().into(), &wide, cu_seqlens, label)?;
         Ok(Self { head_dim, batch })
     }

@@ -10,7 +10,7 @@ use dfar::device::{
     Activation, Dense, DeviceError, Embedding, Execution, LayerNorm, Linear, Lookup, Memory, Norm, Output,
     Rows, SegmentSum, Segments, Slot,
 };
-use dfar::model::{AdamOptions, LossOptions, Model, ModelConfig, Optimizer};
+use dfar::model::{AdamOptions, Initialization, LossOptions, Model, ModelConfig, Optimizer};
 use dfar::model::{PartTimer, StepObserver, StepPart, StepTimer};
 use dfar_emulator::{Emulated, gpu};
 use std::collections::HashSet;
@@ -186,7 +186,7 @@ fn steps_are_captured_unless_they_are_timed_by_part() {
     let batch = &bodies::batches()[0];
     let device = Arc::new(with_graphs());
     let config = ModelConfig { width: 16, attention: [12, 7], tower: [6, 5], ..ModelConfig::new(40, 10) };
-    let mut model = Model::new(device.clone(), config, 1).unwrap();
+    let mut model = Model::initialized(device.clone(), config, 1, Initialization::Small).unwrap();
     let mut optimizer = Optimizer::new(&model).unwrap();
     let loss = LossOptions { bpr: 0.1, idl: 1e-3, embed_l2: 1e-6 };
     let adam = AdamOptions { lr: 1e-3, clip: None, dense_embeddings: false };

@@ -119,7 +119,7 @@ impl Sums<'_> {
 ///
 /// # Panics
 /// If the lengths of the buffers contradict each other.
-#[allow(clippy::too_many_arguments)] // those of the operation, and the products
+#[allow(clippy::too_many_arguments, reason = "those of the operation, and the products")]
 pub fn backward<P: Mlp>(
     products: P,
     shape: TargetShape,

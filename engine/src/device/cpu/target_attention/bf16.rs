@@ -7,6 +7,7 @@
 //! activations, which finish one product and convert for the next. A pass therefore keeps what
 //! belongs to 32 columns in registers and goes down the rows.
 
+use super::backward::{Sums, Transposed};
 use super::mlp::{Mlp, TileInputs};
 use super::*;
 use crate::device::cpu::bf16::{Bf16, pairs_of, transpose_pairs};
@@ -366,7 +367,7 @@ impl Bf16 {
 
 /// Between a product and the pass that reads its sums stands work that does not, so that a
 /// processor with AMX need not wait for the tiles.
-#[allow(private_interfaces)]
+#[allow(private_interfaces, reason = "as for the trait")]
 impl Mlp for Bf16 {
     /// So many rows that the sums of the weight gradients, which do not fit the first-level cache
     /// with the rest, are seldom read and written. A multiple of [`BLOCK`].

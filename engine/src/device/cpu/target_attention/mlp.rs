@@ -18,7 +18,7 @@ pub struct TileInputs<'a> {
 }
 
 /// The MLP in one precision of the factors.
-#[allow(private_interfaces)] // the trait is public for the bound of `forward` only
+#[allow(private_interfaces, reason = "the trait is public for the bound of `forward` only")]
 pub trait Mlp: Products {
     /// Scores per tile.
     const TILE: usize;
@@ -40,7 +40,7 @@ pub trait Mlp: Products {
     /// Backward pass of the scores `tile` of a chunk with gradients `de`. Adds to the sums of the
     /// weight gradients. Emits `y = dz P^T` and `dz`, in padded rows, for consecutive ranges of the
     /// scores.
-    #[allow(clippy::too_many_arguments)] // weights, inputs, outputs and scratch
+    #[allow(clippy::too_many_arguments, reason = "weights, inputs, outputs and scratch")]
     fn gradients(
         self,
         shape: Shape,
@@ -55,7 +55,7 @@ pub trait Mlp: Products {
     );
 }
 
-#[allow(private_interfaces)]
+#[allow(private_interfaces, reason = "as for the trait")]
 impl Mlp for F32 {
     /// A compromise between activations that fit the first-level cache together with one weight,
     /// and few passes over the weight gradients. A multiple of 5 and 8, the rows of the register

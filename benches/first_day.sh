@@ -47,7 +47,7 @@ pack() {
     cp -r tests/golden "$folder/tests"
     cp -r baselines/tests/golden "$folder/baselines/tests"
     git describe --always --abbrev=40 --dirty >"$folder/commit"
-    tar -caf "$file" -C "$stage" dfar-first-day
+    tar --auto-compress -cf "$file" -C "$stage" dfar-first-day
     printf '%s: %s MiB\n' "$file" "$(($(stat -c %s "$file") >> 20))"
 }
 

@@ -273,8 +273,9 @@ fn execute<D: SystemDevice>(
     let threads = (rayon::current_num_threads() / jobs).max(1);
     let jobs = Jobs { device, data, out, jobs, threads, workers: study.config.workers };
     let search = study.search();
-    // The settings are not chosen yet, but the number of runs is nearly known.
-    let later = study.runs(|_| 0);
+    // Where the setting is not chosen yet, the number of runs is nearly known.
+    let found = searches(study, out)?;
+    let later = study.runs(|system| chosen(study, &found, system).unwrap_or(0));
     let (_, planned) = unfinished(search.iter().chain(&later), out)?;
     let known = RunResult::all(out)?;
     let own = to_json(&study.data);

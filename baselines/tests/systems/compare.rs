@@ -142,6 +142,18 @@ fn searches_and_ablations_do_not_depend_on_jobs_and_add_only_their_runs() {
 }
 
 #[test]
+fn a_continued_search_counts_the_runs_of_the_chosen_setting() {
+    let dir = folder();
+    // Setting 0 learns nothing, so the other one is chosen.
+    let study = ["--out", "out", "--tune", "2", "--seeds", "3", "--systems", "sasrec", "--lr", "1e-9"];
+    finished(&compare(dir.path(), &study));
+    let third = dir.path().join("out/results/sasrec-positive-only-tuned-1-2022.json");
+    std::fs::remove_file(third).expect("the chosen setting has run with all seeds");
+    let said = finished(&compare(dir.path(), &study));
+    assert!(said.contains("1 of 1 runs done"), "{said}");
+}
+
+#[test]
 fn a_comparison_killed_at_any_moment_ends_with_the_same_results() {
     let dir = folder();
     let study = ["--systems", "gru4rec,dfn,dfar", "--seeds", "2", "--batch-rows", "100"];

@@ -62,9 +62,6 @@ cd "$root"
 failures=0
 # A test without a usable GPU fails; elsewhere it is skipped.
 export DFAR_REQUIRE_GPU=1
-# Here NVRTC and cuBLASLt are looked for, also if python3 is a link into an environment.
-VIRTUAL_ENV=${VIRTUAL_ENV:-$(python3 -c 'import sys; print(sys.prefix)' 2>/dev/null)}
-export VIRTUAL_ENV
 
 # step NAME SECONDS COMMAND...: runs a command, at most so long, unless OUT has its result.
 step() {

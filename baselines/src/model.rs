@@ -8,8 +8,9 @@ use crate::tower::Tower;
 use crate::{Floats, Indices, Result, Tensors};
 use dfar::batch::History;
 use dfar::device::cpu::Cpu;
-use dfar::device::{AdamRows, AdamTensor, Buffer, Device, Lookup, SegmentSum, Slot};
+use dfar::device::{AdamRows, Buffer, Device, Lookup, SegmentSum, Slot};
 use dfar::model::parameters::{Id, Initial, Names, Spec, arrange, initial};
+use dfar::model::tensors::adam_tensors;
 use dfar::model::{AdamOptions, HostTensor, Initialization, ModelError};
 use std::sync::Arc;
 
@@ -217,17 +218,8 @@ impl<D: SystemDevice> Model<D> {
             }
         }
         let step = adam.step(optimizer.steps + 1);
-        let moments = optimizer.first.iter_mut().zip(optimizer.second.iter_mut());
-        let mut tensors: Vec<_> = (self.p.iter_mut().zip(moments))
-            .zip(gradients.iter().zip(rows))
-            .map(|((value, (first, second)), (gradient, rows))| AdamTensor {
-                value,
-                first,
-                second,
-                gradient,
-                rows,
-            })
-            .collect();
+        let moments = [&mut optimizer.first, &mut optimizer.second];
+        let mut tensors = adam_tensors(&mut self.p, moments, &gradients, rows);
         // The loss stands in front of the norm: where it is non-finite, nothing changes.
         let mut report = self.device.upload(&[loss.loss, 0.0])?;
         self.device.adam(&step, &mut tensors, Slot { values: &mut report, index: 1 }, None)?;

@@ -175,7 +175,7 @@ pub struct AdamOptions {
 }
 
 impl AdamOptions {
-    /// Step `step` (from 1 on), with the paper's constants: decay rates 0.9 and 0.999, epsilon 1e-8.
+    /// Step `step` (from 1 on), with the usual constants: decay rates 0.9 and 0.999, epsilon 1e-8.
     #[doc(hidden)]
     pub fn step(&self, step: u64) -> AdamStep {
         AdamStep { lr: self.lr, beta1: 0.9, beta2: 0.999, eps: 1e-8, step, clip: self.clip }

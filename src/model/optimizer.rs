@@ -4,9 +4,9 @@
 use super::indices::Indices;
 use super::network::Report;
 use super::parameters::{Layout, arrange};
-use super::tensors::Tensors;
+use super::tensors::{Tensors, adam_tensors};
 use super::{AdamOptions, HostTensor, Model, ModelError};
-use crate::device::{AdamRows, AdamTensor, Device, DeviceError};
+use crate::device::{AdamRows, Device, DeviceError};
 use std::sync::Arc;
 
 /// Name prefixes of the moments in a checkpoint.
@@ -84,17 +84,8 @@ impl<D: Device> Optimizer<D> {
                 rows[id] = Some(AdamRows { index: &touched.row, width: layout.specs[id].shape[1] });
             }
         }
-        let state = parameters.iter_mut().zip(self.first.iter_mut().zip(self.second.iter_mut()));
-        let mut tensors: Vec<_> = state
-            .zip(gradients.iter().zip(rows))
-            .map(|((value, (first, second)), (gradient, rows))| AdamTensor {
-                value,
-                first,
-                second,
-                gradient,
-                rows,
-            })
-            .collect();
+        let moments = [&mut self.first, &mut self.second];
+        let mut tensors = adam_tensors(parameters, moments, gradients, rows);
         let previous = self.report.as_ref().map(Report::values);
         self.device.adam(&options.step(self.steps + 1), &mut tensors, report.norm(), previous)
     }

@@ -218,7 +218,7 @@ fn draw(spec: &Spec, initialization: Initialization, rng: &mut impl Rng) -> Vec<
             truncated((2.0 / (spec.shape[0] + spec.shape[1]) as f32).sqrt())
         }
         (Initial::Uniform(limit), _) => (0..n).map(|_| rng.random_range(-limit..limit)).collect(),
-        (Initial::Normal(std), _) => (0..n).map(|_| std * normal(rng)).collect(),
+        (Initial::Normal(std), _) => (0..n).map(|_| std * normal(rng) as f32).collect(),
         (Initial::Constant(value), _) => vec![value; n],
         (Initial::Thirds(values), _) => (0..n).map(|i| values[i * 3 / n]).collect(),
         (Initial::Identity, _) => {
@@ -228,22 +228,18 @@ fn draw(spec: &Spec, initialization: Initialization, rng: &mut impl Rng) -> Vec<
     }
 }
 
-/// A standard normal value (Box-Muller).
-fn normal(rng: &mut impl Rng) -> f32 {
-    box_muller(rng) as f32
-}
-
-/// A standard normal value truncated at two standard deviations (Box-Muller with rejection).
+/// A standard normal value truncated at two standard deviations, by rejection.
 pub fn truncated_normal(rng: &mut impl Rng) -> f32 {
     loop {
-        let value = box_muller(rng);
+        let value = normal(rng);
         if value.abs() <= 2.0 {
             return value as f32;
         }
     }
 }
 
-fn box_muller(rng: &mut impl Rng) -> f64 {
+/// A standard normal value (Box-Muller).
+fn normal(rng: &mut impl Rng) -> f64 {
     let radius = (-2.0 * (1.0 - rng.random::<f64>()).ln()).sqrt();
     radius * (std::f64::consts::TAU * rng.random::<f64>()).cos()
 }

@@ -3,8 +3,8 @@
 use super::parameters::{self, Id, Layout, Norm, Spec};
 use super::{HostTensor, ModelError};
 use crate::device::{
-    Activation, Buffer, Device, DeviceError, Floats, Indices, LabelLinear, LayerNorm, LayerNormGradients,
-    Linear, LinearGradients, Output, TargetWeights,
+    Activation, AdamRows, AdamTensor, Buffer, Device, DeviceError, Floats, Indices, LabelLinear, LayerNorm,
+    LayerNormGradients, Linear, LinearGradients, Output, TargetWeights,
 };
 use std::ops::{Index, IndexMut};
 
@@ -114,6 +114,27 @@ impl<D: Device> Tensors<D> {
         };
         specs.iter().zip(&self.0).map(tensor).collect()
     }
+}
+
+/// What Adam reads and updates of each parameter. `rows`: of an embedding table, the rows that have a
+/// gradient; `None` for all.
+pub fn adam_tensors<'a, D: Device>(
+    values: &'a mut Tensors<D>,
+    [first, second]: [&'a mut Tensors<D>; 2],
+    gradients: &'a Tensors<D>,
+    rows: Vec<Option<AdamRows<&'a Indices<D>>>>,
+) -> Vec<AdamTensor<'a, Floats<D>, Indices<D>>> {
+    let state = values.iter_mut().zip(first.iter_mut().zip(second.iter_mut()));
+    state
+        .zip(gradients.iter().zip(rows))
+        .map(|((value, (first, second)), (gradient, rows))| AdamTensor {
+            value,
+            first,
+            second,
+            gradient,
+            rows,
+        })
+        .collect()
 }
 
 impl<D: Device> Index<Id> for Tensors<D> {

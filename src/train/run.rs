@@ -297,14 +297,15 @@ impl Drop for Lock {
 /// # Errors
 /// [`RunError::NoRun`], [`RunError::NoModel`], and files that cannot be read.
 pub fn open(dir: &Path) -> Result<(Config, ModelFile), TrainError> {
-    if !config_path(dir).exists() {
+    let (config, model) = (config_path(dir), model_path(dir));
+    if !config.exists() {
         return Err(RunError::NoRun { dir: dir.to_owned() }.into());
     }
-    if !model_path(dir).exists() {
+    if !model.exists() {
         return Err(RunError::NoModel { dir: dir.to_owned() }.into());
     }
-    let mut config = Config::layered(Some(&config_path(dir)), toml::Table::new())?;
-    let file = ModelFile::load(&model_path(dir))?;
+    let mut config = Config::layered(Some(&config), toml::Table::new())?;
+    let file = ModelFile::load(&model)?;
     config.feedback = file.info.feedback;
     Ok((config, file))
 }

@@ -52,6 +52,8 @@ pub struct Study {
     pub ablations: bool,
     /// Settings tried for each system; 0 and 1: only the given one.
     pub settings: usize,
+    /// Whether the search of DFAR includes its half-life.
+    pub tune_half_life: bool,
     /// The given configuration.
     pub config: Config,
     /// The given options.
@@ -77,7 +79,7 @@ impl Study {
     /// One run.
     pub fn run(&self, system: Row, variant: Variant, tuned: usize, seed: u64) -> Identity {
         let (mut config, mut options) = (Config { seed, ..self.config.clone() }, self.options);
-        tune::apply(&tune::setting(system, tuned), &mut config, &mut options);
+        tune::apply(&tune::setting(system, self.tune_half_life, tuned), &mut config, &mut options);
         variant.apply(&mut config, &mut options);
         Identity { tuned, ..Identity::new(system, &config, &options, &self.data) }
     }

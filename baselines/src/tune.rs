@@ -3,6 +3,7 @@
 //! Setting 0 is the given configuration. Setting `k` depends on the system and on `k` alone, so a
 //! larger budget only adds settings. The choice looks at validation data only.
 
+use crate::plan::Study;
 use crate::results::{Options, Row};
 use crate::system::Kind;
 use dfar::train::Config;
@@ -27,21 +28,25 @@ pub struct Range {
 /// A value of a setting.
 pub type Value = (&'static str, f64);
 
-/// The ranges of a system: learning rate, L2 penalty, and the weights of its own losses.
-pub fn ranges(system: Row) -> Vec<Range> {
+/// The ranges of a system: learning rate, L2 penalty, and the weights of its own losses. With
+/// `half_life`, DFAR's half-life too; it is the last, so the other values stay the same.
+pub fn ranges(system: Row, half_life: bool) -> Vec<Range> {
     let range = |name, low, high| Range { name, low, high };
     let mut ranges = vec![range("lr", 3e-4, 1e-2), range("embed_l2", 1e-8, 1e-4)];
     match system {
         Row::Baseline(Kind::Dien) => ranges.push(range("aux", 0.03, 3.0)),
         Row::Baseline(Kind::Feedrec) => ranges.push(range("idl", 1e-4, 1e-1)),
         Row::Baseline(_) => {}
-        Row::Dfar => ranges.extend([range("bpr", 0.01, 1.0), range("idl", 1e-5, 1e-2)]),
+        Row::Dfar => {
+            ranges.extend([range("bpr", 0.01, 1.0), range("idl", 1e-5, 1e-2)]);
+            ranges.extend(half_life.then(|| range("half_life", 0.5, 64.0)));
+        }
     }
     ranges
 }
 
-/// The values of setting `number`; none for setting 0.
-pub fn setting(system: Row, number: usize) -> Vec<Value> {
+/// The values of setting `number`; none for setting 0. `half_life` as in [`ranges`].
+pub fn setting(system: Row, half_life: bool, number: usize) -> Vec<Value> {
     if number == 0 {
         return Vec::new();
     }
@@ -52,7 +57,7 @@ pub fn setting(system: Row, number: usize) -> Vec<Value> {
         let share: f64 = rng.random();
         (name, three_digits(low * (high / low).powf(share)))
     };
-    ranges(system).into_iter().map(&mut draw).collect()
+    ranges(system, half_life).into_iter().map(&mut draw).collect()
 }
 
 /// To three significant digits, which a report can print.
@@ -68,6 +73,7 @@ pub fn apply(setting: &[Value], config: &mut Config, options: &mut Options) {
             "embed_l2" => config.embed_l2 = value,
             "idl" => config.idl = value,
             "bpr" => config.bpr = value,
+            "half_life" => config.half_life = value,
             "aux" => options.aux = value,
             other => unreachable!("{other} is not searched"),
         }
@@ -111,26 +117,28 @@ pub struct Tried {
 }
 
 impl Search {
-    /// From the validation AUC of each setting. `values` are those of setting 0, by name.
-    pub fn new(system: Row, run_seed: u64, given: &Config, aux: f64, valid_auc: &[Option<f64>]) -> Self {
-        let ranges = ranges(system);
+    /// The search of a study in one system, from the validation AUC of each setting.
+    pub fn new(study: &Study, system: Row, valid_auc: &[Option<f64>]) -> Self {
+        let (given, half_life) = (&study.config, study.tune_half_life);
+        let ranges = ranges(system, half_life);
         let of_given = |range: &Range| match range.name {
             "lr" => given.lr,
             "embed_l2" => given.embed_l2,
             "idl" => given.idl,
             "bpr" => given.bpr,
-            _ => aux,
+            "half_life" => given.half_life,
+            _ => study.options.aux,
         };
         let tried = |(number, &valid_auc): (usize, &Option<f64>)| {
             let values: Vec<Value> = match number {
                 0 => ranges.iter().map(|range| (range.name, of_given(range))).collect(),
-                _ => setting(system, number),
+                _ => setting(system, half_life, number),
             };
             let values = values.into_iter().map(|(name, value)| (name.to_owned(), value.into())).collect();
             Tried { values, valid_auc }
         };
         let settings = valid_auc.iter().enumerate().map(tried).collect();
-        Self { system, run_seed, ranges, settings, chosen: choose(valid_auc) }
+        Self { system, run_seed: study.seeds[0], ranges, settings, chosen: choose(valid_auc) }
     }
 }
 
@@ -141,9 +149,9 @@ mod tests {
     #[test]
     fn settings_lie_in_their_ranges_and_differ() {
         for system in Row::all() {
-            let drawn: Vec<Vec<Value>> = (1..30).map(|number| setting(system, number)).collect();
+            let drawn: Vec<Vec<Value>> = (1..30).map(|number| setting(system, true, number)).collect();
             for values in &drawn {
-                for (range, (name, value)) in ranges(system).iter().zip(values) {
+                for (range, (name, value)) in ranges(system, true).iter().zip(values) {
                     assert!(
                         range.name == *name && (range.low..=range.high).contains(value),
                         "{name} {value}"
@@ -155,7 +163,18 @@ mod tests {
             let rates: Vec<f64> = drawn.iter().map(|values| values[0].1).collect();
             assert!(rates.iter().any(|&lr| lr < 1e-3) && rates.iter().any(|&lr| lr > 3e-3), "{rates:?}");
         }
-        assert_ne!(setting(Row::Dfar, 1)[0], setting(Row::Baseline(Kind::Din), 1)[0]);
+        assert_ne!(setting(Row::Dfar, false, 1)[0], setting(Row::Baseline(Kind::Din), false, 1)[0]);
+    }
+
+    #[test]
+    fn a_search_of_the_half_life_changes_no_other_value() {
+        for system in Row::all() {
+            let (without, mut with) = (setting(system, false, 3), setting(system, true, 3));
+            if system == Row::Dfar {
+                assert!(with.pop().is_some_and(|(name, _)| name == "half_life"));
+            }
+            assert_eq!(without, with);
+        }
     }
 
     #[test]

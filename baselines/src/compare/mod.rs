@@ -54,6 +54,9 @@ pub struct Compare {
     /// AUC runs with all seeds, and is in the tables.
     #[arg(long, value_name = "N", default_value_t = 0)]
     tune: usize,
+    /// Search DFAR's half-life too, from 0.5 to 64 events. It is not in the paper.
+    #[arg(long, requires = "tune")]
+    tune_half_life: bool,
     /// Add Table 3 (DFAR without FHA, MO, IDL, IBL), and each system with `--feedback ignored`.
     #[arg(long)]
     ablations: bool,
@@ -156,6 +159,7 @@ pub fn run(arguments: &Compare) -> Result<(), Failure> {
         seeds: (0..arguments.seeds).map(|i| config.seed.wrapping_add(i)).collect(),
         ablations: arguments.ablations,
         settings: arguments.tune,
+        tune_half_life: arguments.tune_half_life,
         config,
         options,
         data: DataInfo::of(&data),
@@ -328,7 +332,7 @@ fn searches(study: &Study, out: &Path) -> Result<Vec<Search>, ResultError> {
             let Some(result) = RunResult::load(&run, out)? else { return Ok(None) };
             valid_auc.push(result.valid.and_then(|valid| valid.values[0]));
         }
-        Ok(Some(Search::new(system, seed, &study.config, study.options.aux, &valid_auc)))
+        Ok(Some(Search::new(study, system, &valid_auc)))
     };
     let others = Row::all().into_iter().filter(|row| !study.systems.contains(row));
     let systems = study.systems.iter().copied().chain(others);

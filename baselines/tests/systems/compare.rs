@@ -248,6 +248,21 @@ fn tables_have_the_chosen_settings_of_all_finished_searches() {
 }
 
 #[test]
+fn a_search_includes_the_half_life_on_request() {
+    let dir = folder();
+    let study = ["--out", "out", "--seeds", "1", "--systems", "dfar", "--tune", "2", "--tune-half-life"];
+    finished(&compare(dir.path(), &study));
+    let table: serde_json::Value =
+        serde_json::from_str(&text(&dir.path().join("out/table.json"))).expect("JSON");
+    let search = &table["searches"][0];
+    assert_eq!(search["settings"][0]["values"]["half_life"], 0.0);
+    let drawn = search["settings"][1]["values"]["half_life"].as_f64().expect("a number");
+    assert!((0.5..=64.0).contains(&drawn), "{drawn}");
+    let result = dir.path().join(format!("out/results/dfar-mixed-half-life-{drawn}-tuned-1-2020.json"));
+    assert_eq!(figures(&result)["run"]["config"]["half_life"], drawn);
+}
+
+#[test]
 fn a_directory_in_use_is_refused() {
     let dir = folder();
     let out = dir.path().join("out");
@@ -325,6 +340,7 @@ fn wrong_usage_is_named() {
     fails(&["--systems", "gru4rec", "--lr", "0.5"], 2, "gru4rec-positive-only-2020.json has another lr");
     fails(&["--systems", "gru4rec,bert"], 2, "there are din, caser, gru4rec");
     fails(&["--systems", "dfar,din", "--train-targets", "feedback"], 2, "DIN does not read skipped events");
+    fails(&["--systems", "dfar", "--tune-half-life"], 2, "--tune <N>");
     fails(&["--systems", "din", "--precision", "bf16"], 2, "all systems compute in f32");
     let on_gpu = |systems, more: &[&str], reason: &str| {
         fails(&[&["--systems", systems, "--device", "cuda"], more].concat(), 2, reason);

@@ -6,8 +6,8 @@ use crate::{Floats, Indices, Result, Tensors};
 use dfar::batch::Feedback;
 use dfar::device::cpu::Cpu;
 use dfar::device::{Device, Lookup};
-use dfar::model::ModelError;
 use dfar::model::parameters::Id;
+use dfar::model::{LARGEST_SIZE, MOST_BLOCKS, ModelError, check_sizes};
 
 /// What a system computes from.
 pub struct Context<'a, D: Device = Cpu> {
@@ -186,33 +186,25 @@ impl Settings {
     /// # Errors
     /// [`ModelError::Config`] names the invalid field.
     pub fn check(&self) -> Result<()> {
-        let sizes = [
-            ("items", self.items),
-            ("max_length", self.max_length),
-            ("width", self.width),
-            ("heads", self.heads),
-            ("blocks", self.blocks),
-            ("attention", self.attention[0].min(self.attention[1])),
-            ("tower", self.tower[0].min(self.tower[1])),
-            ("horizontal", self.horizontal),
-            ("heights", self.heights),
-            ("vertical", self.vertical),
-        ];
-        let refuse =
-            |field, value: usize, reason| Err(ModelError::Config { field, value: value.to_string(), reason });
-        if let Some((field, value)) = sizes.into_iter().find(|(_, size)| *size == 0) {
-            return refuse(field, value, "must be at least 1");
-        }
-        for (field, value) in [("blocks", self.blocks), ("heights", self.heights)] {
-            if value > 1024 {
-                return refuse(field, value, "must be at most 1024");
-            }
-        }
+        let ([attention0, attention1], [tower0, tower1]) = (self.attention, self.tower);
+        check_sizes(&[
+            ("items", self.items, u32::MAX as usize),
+            ("max_length", self.max_length, LARGEST_SIZE),
+            ("width", self.width, LARGEST_SIZE),
+            ("heads", self.heads, LARGEST_SIZE),
+            ("blocks", self.blocks, MOST_BLOCKS),
+            ("attention", attention0, LARGEST_SIZE),
+            ("attention", attention1, LARGEST_SIZE),
+            ("tower", tower0, LARGEST_SIZE),
+            ("tower", tower1, LARGEST_SIZE),
+            ("horizontal", self.horizontal, LARGEST_SIZE),
+            ("heights", self.heights, MOST_BLOCKS),
+            ("vertical", self.vertical, LARGEST_SIZE),
+            ("vertical_length", self.vertical_length(), LARGEST_SIZE),
+        ])?;
         if !self.width.is_multiple_of(self.heads) {
-            return refuse("width", self.width, "must be a multiple of the number of heads");
-        }
-        if u32::try_from(self.items).is_err() {
-            return refuse("items", self.items, "item ids have 32 bits");
+            let (value, reason) = (self.width.to_string(), "must be a multiple of the number of heads");
+            return Err(ModelError::Config { field: "width", value, reason });
         }
         Ok(())
     }

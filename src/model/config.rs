@@ -37,10 +37,12 @@ pub struct ModelConfig {
     pub half_life: Option<f32>,
 }
 
-/// Limits of sizes, so that no product of two of them, nor a list of the tensors, is too large for
-/// the memory of a machine that only reads a corrupt file.
-const LARGEST: usize = 1 << 20;
-const MOST_BLOCKS: usize = 1 << 10;
+/// Largest width and length. With [`MOST_BLOCKS`], no product of two sizes, nor a list of the
+/// tensors, is too large for the memory of a machine that only reads a corrupt file.
+pub const LARGEST_SIZE: usize = 1 << 20;
+
+/// Most blocks. See [`LARGEST_SIZE`].
+pub const MOST_BLOCKS: usize = 1 << 10;
 
 /// The shortest half-life, in events: the weight of the event before the last is 2^-10.
 pub const SHORTEST_HALF_LIFE: f32 = 0.1;
@@ -98,23 +100,16 @@ impl ModelConfig {
         let [tower0, tower1] = self.tower;
         let sizes = [
             ("items", self.items, u32::MAX as usize),
-            ("max_length", self.max_length, LARGEST),
-            ("width", self.width, LARGEST),
-            ("heads", self.heads, LARGEST),
+            ("max_length", self.max_length, LARGEST_SIZE),
+            ("width", self.width, LARGEST_SIZE),
+            ("heads", self.heads, LARGEST_SIZE),
             ("blocks", self.blocks, MOST_BLOCKS),
-            ("attention", attention0, LARGEST),
-            ("attention", attention1, LARGEST),
-            ("tower", tower0, LARGEST),
-            ("tower", tower1, LARGEST),
+            ("attention", attention0, LARGEST_SIZE),
+            ("attention", attention1, LARGEST_SIZE),
+            ("tower", tower0, LARGEST_SIZE),
+            ("tower", tower1, LARGEST_SIZE),
         ];
-        for (field, value, largest) in sizes {
-            if value == 0 {
-                return error(field, value, "must be at least 1");
-            }
-            if value > largest {
-                return error(field, value, "is too large: at most 2^32 - 1 items, 1,024 blocks, else 2^20");
-            }
-        }
+        check_sizes(&sizes)?;
         if !self.width.is_multiple_of(self.heads) {
             return error("width", self.width, "must be a multiple of the number of heads");
         }
@@ -133,6 +128,22 @@ impl ModelConfig {
         }
         Ok(())
     }
+}
+
+/// Refuses a size of 0 and one above its limit. `sizes` are (field, value, limit).
+///
+/// # Errors
+/// [`ModelError::Config`] names the first such field.
+pub fn check_sizes(sizes: &[(&'static str, usize, usize)]) -> Result<(), ModelError> {
+    for &(field, value, limit) in sizes {
+        let reason = match value {
+            0 => "must be at least 1",
+            _ if value > limit => "is too large: at most 2^32 - 1 items, 1,024 blocks, else 2^20",
+            _ => continue,
+        };
+        return Err(ModelError::Config { field, value: value.to_string(), reason });
+    }
+    Ok(())
 }
 
 /// Standard deviation of the initial embeddings and MLP weights. The projections of the blocks are
@@ -258,7 +269,8 @@ mod tests {
         }
         ModelConfig { width: 512, blocks: 6, ..ModelConfig::new(u32::MAX as usize, 10_000) }.check().unwrap();
         // More parameters than can be counted, within the limits.
-        let huge = ModelConfig { width: LARGEST, heads: LARGEST, blocks: 6, ..ModelConfig::new(10, 20) };
+        let huge =
+            ModelConfig { width: LARGEST_SIZE, heads: LARGEST_SIZE, blocks: 6, ..ModelConfig::new(10, 20) };
         huge.check().unwrap();
         assert_eq!(huge.parameters(), usize::MAX);
     }

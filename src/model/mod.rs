@@ -15,7 +15,10 @@ mod step;
 #[doc(hidden)]
 pub mod tensors;
 
-pub use config::{AdamOptions, Initialization, LossOptions, ModelConfig, ModelError, SHORTEST_HALF_LIFE};
+pub use config::{
+    AdamOptions, Initialization, LARGEST_SIZE, LossOptions, MOST_BLOCKS, ModelConfig, ModelError,
+    SHORTEST_HALF_LIFE, check_sizes,
+};
 pub use optimizer::Optimizer;
 pub use parts::{PartSeconds, PartTimer, StepObserver, StepPart, StepTimer};
 pub use staged::{SentBatch, StagedBatch, Stager};

@@ -4,7 +4,7 @@ use crate::skip::skip;
 use dfar::device::Precision;
 use dfar::device::cpu::Cpu;
 use dfar_baselines::verify::verify;
-use dfar_baselines::{Kind, SystemDevice};
+use dfar_baselines::{Kind, Settings, SystemDevice};
 use dfar_tools::verify::{Outcome, VerifyError, cases};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -107,5 +107,18 @@ fn impossible_sizes_are_refused() {
         std::fs::write(&path, bytes).expect("a file");
         let error = verify(&cpu(), &path).expect_err(to).to_string();
         assert!(error.contains(reason) && error.contains("x.safetensors"), "{to}: {error}");
+    }
+}
+
+#[test]
+fn sizes_that_are_too_large_are_refused() {
+    let untouched = Settings { items: 40, ..Settings::default() };
+    for settings in [
+        Settings { width: usize::MAX, ..untouched.clone() },
+        Settings { max_length: 1 << 21, ..untouched.clone() },
+        Settings { vertical_length: 1 << 21, ..untouched.clone() },
+    ] {
+        let error = settings.check().expect_err("the size is too large").to_string();
+        assert!(error.contains("is too large"), "{error}");
     }
 }

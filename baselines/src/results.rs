@@ -466,13 +466,30 @@ impl RunResult {
             return Ok(None);
         }
         let found = Self::read(&path)?;
-        match difference("run", &to_json(run), &found.file["run"]) {
+        if !found.is_of(&run.data) {
+            return Err(ResultError::Other { path, what: "data set".into() });
+        }
+        match difference("run", &found.wanted(run), &found.file["run"]) {
             None => Ok(Some(found)),
-            Some(_) if found.data != to_json(&run.data) => {
-                Err(ResultError::Other { path, what: "data set".into() })
-            }
             Some(what) => Err(ResultError::Other { path, what }),
         }
+    }
+
+    /// Whether it was computed from this data set. A log under another name, with the same events
+    /// and candidates, is the same data set.
+    pub fn is_of(&self, data: &DataInfo) -> bool {
+        let without_source = |mut data: Value| {
+            data.pointer_mut("/protocol").and_then(Value::as_object_mut).map(|it| it.remove("source"));
+            data
+        };
+        without_source(self.data.clone()) == without_source(to_json(data))
+    }
+
+    /// A run on the data set of this result, as the file has it.
+    fn wanted(&self, run: &Identity) -> Value {
+        let mut wanted = to_json(run);
+        wanted["data"] = self.data.clone();
+        wanted
     }
 
     /// Refuses a result that another study made: one table has one configuration. `of_study` is the
@@ -482,7 +499,7 @@ impl RunResult {
     /// # Errors
     /// [`ResultError::Other`] names the first field that differs.
     pub fn check_study(&self, of_study: &Identity, out: &Path) -> Result<(), ResultError> {
-        let (mut wanted, found) = (to_json(of_study), &self.file["run"]);
+        let (mut wanted, found) = (self.wanted(of_study), &self.file["run"]);
         let mut allow = |pointer: &str| {
             if let (Some(wanted), Some(found)) = (wanted.pointer_mut(pointer), found.pointer(pointer)) {
                 *wanted = found.clone();

@@ -282,8 +282,7 @@ fn execute<D: SystemDevice>(
     let later = study.runs(|system| chosen(study, &found, system).unwrap_or(0));
     let (_, planned) = unfinished(search.iter().chain(&later), out)?;
     let known = RunResult::all(out)?;
-    let own = to_json(&study.data);
-    for result in known.iter().filter(|result| result.data == own) {
+    for result in known.iter().filter(|result| result.is_of(&study.data)) {
         result.check_study(&study.run(result.system, Variant::Full, result.tuned, result.seed), out)?;
     }
     let progress = Progress::new(arguments.output, jobs.jobs, &planned, &known);
@@ -356,8 +355,7 @@ fn write_tables(
 ) -> Result<(), Failure> {
     let out = &arguments.out;
     let mut results = RunResult::all(out)?;
-    let own = to_json(&study.data);
-    results.retain(|result| result.data == own);
+    results.retain(|result| result.is_of(&study.data));
     for row in Row::all().into_iter().filter(|&row| chosen(study, searches, row).is_none()) {
         if results.iter().any(|result| result.system == row) {
             let reason = format!("its search with --tune {} is not finished", study.settings);

@@ -248,6 +248,26 @@ fn tables_have_the_chosen_settings_of_all_finished_searches() {
 }
 
 #[test]
+fn a_log_under_another_name_is_the_same_data_set() {
+    let dir = folder();
+    let one = ["--out", "out", "--seeds", "1", "--systems", "gru4rec"];
+    finished(&compare(dir.path(), &one));
+    let file = dir.path().join("out/results/gru4rec-positive-only-2020.json");
+    let altered = |pointer: &str, value: &str| {
+        let mut result: serde_json::Value = serde_json::from_str(&text(&file)).expect("JSON");
+        *result.pointer_mut(pointer).expect("a field") = value.into();
+        std::fs::write(&file, result.to_string()).expect("a file");
+        compare(dir.path(), &one)
+    };
+    let renamed = altered("/run/data/protocol/source/format", "csv");
+    assert!(finished(&renamed).contains("finished before"));
+    assert!(text(&dir.path().join("out/table.md")).contains("GRU4REC"));
+    let other = altered("/run/data/content", "0");
+    let stderr = String::from_utf8_lossy(&other.stderr);
+    assert!(other.status.code() == Some(2) && stderr.contains("has another data set"), "{stderr}");
+}
+
+#[test]
 fn a_search_includes_the_half_life_on_request() {
     let dir = folder();
     let study = ["--out", "out", "--seeds", "1", "--systems", "dfar", "--tune", "2", "--tune-half-life"];

@@ -4,13 +4,13 @@
 mod bodies;
 mod common;
 
-use common::{Batch, Results, assert_within, golden};
+use common::{Batch, Results, assert_within, golden, worst};
 use dfar::attention::{
     AttentionError, FhaOptions, Gradients, Inputs, LabelMask, Normalization, Pairing, backward, forward,
     reference,
 };
 use dfar_tools::verify::{
-    CpuEngine, Fha, TensorError, compare, compare_gradients, relative_error, verify_fha,
+    CpuEngine, Fha, GRADIENT_TOLERANCE, TensorError, compare, compare_gradients, relative_error, verify_fha,
 };
 use proptest::prelude::*;
 
@@ -73,7 +73,8 @@ fn reference_matches_the_golden_cases_in_double_precision() {
             ("dv", &gradients.dv, dv),
         ] {
             let largest = expected.iter().fold(0.0, |m: f64, x| m.max(x.abs()));
-            let error = x.iter().zip(expected).fold(0.0, |m: f64, (x, e)| m.max((x - e).abs()));
+            assert_eq!(x.len(), expected.len(), "{} {name}", case.name);
+            let error = worst(x.iter().zip(expected).map(|(x, e)| (x - e).abs()));
             let exact = fha.options.scale.log2().fract() == 0.0;
             let tolerance = if exact { 1e-12 } else { 1e-6 };
             assert!(error <= tolerance * largest, "{} {name}: {error:e} of {largest:e}", case.name);
@@ -147,14 +148,17 @@ fn rounding(options: &FhaOptions, batch: &Batch) -> [f64; 5] {
     let output = reference::forward(options, batch.inputs()).expect("valid inputs");
     let gradients = reference::backward(options, batch.inputs(), &batch.d_o).expect("valid inputs");
     let largest = |x: &[f64]| x.iter().fold(f64::MIN_POSITIVE, |m: f64, x| m.max(x.abs()));
+    // What `compare_gradients` divides an error by.
+    let [dq, dk, dv] = [&gradients.dq, &gradients.dk, &gradients.dv].map(|x| largest(x));
+    let floor = f64::from(f32::EPSILON) * dq.max(dk).max(dv) / GRADIENT_TOLERANCE;
     let roundings = 8.0 * f64::from(f32::EPSILON);
     let underflow = f64::from(f32::MIN_POSITIVE) / f64::from(f32::EPSILON);
     [
         underflow * v / largest(&output.o),
         roundings * scale * q * k / largest(&output.lse),
-        roundings * scale * d_o * v * k / largest(&gradients.dq),
-        roundings * scale * d_o * v * q / largest(&gradients.dk),
-        underflow * d_o / largest(&gradients.dv),
+        roundings * scale * d_o * v * k / dq.max(floor),
+        roundings * scale * d_o * v * q / dk.max(floor),
+        underflow * d_o / dv.max(floor),
     ]
 }
 

@@ -129,7 +129,7 @@ fn chart(text: &mut String, lines: &[&Line]) {
         .iter()
         .filter_map(|line| {
             let Cell { mean, deviation } = line.cells[0]?;
-            Some(Bar { label: &line.title, mean, deviation, strong: line.is_dfar() })
+            Some(Bar { label: &line.title, mean, deviation, strong: line.reference })
         })
         .collect();
     let floor = if drawn.iter().all(|bar| bar.mean > 0.5) { 0.5 } else { 0.0 };
@@ -159,7 +159,7 @@ fn curves(text: &mut String, table: &Table) {
     let last = format!("epoch {longest}");
     text.push_str("<h2>Training</h2>\n<figure><div class=\"panels\">");
     for (i, line) in lines.iter().enumerate() {
-        text.push_str(&panel(&line.title, &series, i, ["1", &last], line.is_dfar()));
+        text.push_str(&panel(&line.title, &series, i, ["1", &last], line.reference));
     }
     text.push_str(
         "</div><figcaption>Validation AUC by epoch, first seed; the other systems in grey.</figcaption></figure>\n",
@@ -182,7 +182,7 @@ fn lengths(text: &mut String, table: &Table) {
     let ends = [name(&first.by_length[0]), name(&first.by_length[buckets - 1])];
     text.push_str("<h2>AUC by history length (Figure 5)</h2>\n<figure><div class=\"panels\">");
     for (i, line) in lines.iter().enumerate() {
-        text.push_str(&panel(&line.title, &series, i, [&ends[0], &ends[1]], line.is_dfar()));
+        text.push_str(&panel(&line.title, &series, i, [&ends[0], &ends[1]], line.reference));
     }
     let groups: Vec<String> =
         first.by_length.iter().map(|bucket| format!("{} ({} groups)", name(bucket), bucket.groups)).collect();

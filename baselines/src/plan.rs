@@ -33,7 +33,8 @@ impl Variant {
         match self {
             Self::Full => {}
             Self::WithoutFha => (config.fha, config.label_mask) = (false, false),
-            Self::WithoutMask => config.label_mask = false,
+            // With one head there is none: the same run as the full system.
+            Self::WithoutMask => config.label_mask &= config.heads == 1,
             Self::WithoutIdl => config.idl = 0.0,
             Self::WithoutIbl => config.bpr = 0.0,
             Self::Blind => options.feedback = Some(Feedback::Ignored),
@@ -82,6 +83,12 @@ impl Study {
         tune::apply(&tune::setting(system, self.tune_half_life, tuned), &mut config, &mut options);
         variant.apply(&mut config, &mut options);
         Identity { tuned, ..Identity::new(system, &config, &options, &self.data) }
+    }
+
+    /// [`Identity::setting`] of the rows of a system, with this setting of the search.
+    pub fn settings_of(&self, system: Row, tuned: usize) -> Vec<String> {
+        let variants = [Variant::Full, Variant::Blind].into_iter().chain(Variant::ABLATIONS);
+        variants.map(|variant| self.run(system, variant, tuned, self.seeds[0]).setting()).collect()
     }
 
     /// The runs of the search: all settings of a system with the first seed. Empty without one.

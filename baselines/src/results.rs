@@ -537,7 +537,17 @@ impl RunResult {
             }
         }
         paths.sort();
-        paths.iter().map(|path| Self::read(path)).collect()
+        let named = |path: &PathBuf| {
+            let result = Self::read(path)?;
+            let own = result_path(out, &result.name());
+            if *path != own {
+                // A copy would count as another seed.
+                let reason = format!("its run belongs to {}; remove one of the two", own.display());
+                return Err(ResultError::Format { path: path.clone(), reason });
+            }
+            Ok(result)
+        };
+        paths.iter().map(named).collect()
     }
 
     fn read(path: &Path) -> Result<Self, ResultError> {
@@ -589,7 +599,7 @@ impl RunResult {
     }
 }
 
-/// Adds to the file of an older version what its run had without saying so.
+/// Fills in values that older result files leave implicit.
 fn complete(file: &mut Value) {
     // It knew the CPU in f32 only, whatever the configuration says.
     let had_device = file.pointer("/provenance/device").is_some();

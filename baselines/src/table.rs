@@ -45,6 +45,8 @@ pub struct Line {
     pub against: Option<Comparison>,
     /// Mean seconds of a run.
     pub seconds: f64,
+    /// Whether it is the DFAR that the others are compared with.
+    pub reference: bool,
     /// Epochs of the first seed.
     pub curve: Vec<crate::results::CurvePoint>,
 }
@@ -151,9 +153,10 @@ pub struct Improvement {
 }
 
 impl Table {
-    /// From results of one data set.
+    /// From results of one data set. `own` is the setting of the DFAR to compare with.
     pub fn new(
         results: &[RunResult],
+        own: &str,
         references: References,
         searches: Vec<Search>,
         head_pairs: Vec<PairsCell>,
@@ -170,7 +173,7 @@ impl Table {
         }
         let mut runs: Vec<Vec<&RunResult>> = by_line.into_values().collect();
         runs.iter_mut().for_each(|runs| runs.sort_by_key(|run| run.seed));
-        let mut lines: Vec<Line> = runs.iter().map(|runs| Line::new(runs, tested)).collect();
+        let mut lines: Vec<Line> = runs.iter().map(|runs| Line::new(runs, own, tested)).collect();
         if lines.iter().all(|line| line.section == Section::Blind) {
             lines.iter_mut().for_each(|line| line.section = Section::Systems);
         }
@@ -195,14 +198,14 @@ impl Table {
         self.lines.iter().filter(|line| line.section == section).collect()
     }
 
-    /// The line of DFAR in Table 2.
+    /// The DFAR that the others are compared with.
     pub fn dfar(&self) -> Option<&Line> {
-        self.lines.iter().find(|line| line.is_dfar())
+        self.lines.iter().find(|line| line.reference)
     }
 }
 
 impl Line {
-    fn new(runs: &[&RunResult], tested: bool) -> Self {
+    fn new(runs: &[&RunResult], own: &str, tested: bool) -> Self {
         let first = runs[0];
         let figures = |run: &&RunResult| if tested { run.test } else { run.valid };
         let metric = |metric: usize| cell(runs.iter().map(|run| figures(run)?.values[metric]));
@@ -217,13 +220,9 @@ impl Line {
             by_length: by_length(runs),
             against: None,
             seconds: runs.iter().map(|run| run.seconds).sum::<f64>() / runs.len() as f64,
+            reference: first.system == Row::Dfar && first.setting == own,
             curve: first.curve.clone(),
         }
-    }
-
-    /// Whether it is the DFAR of Table 2.
-    pub fn is_dfar(&self) -> bool {
-        self.section == Section::Systems && self.system == Row::Dfar && self.setting.starts_with("mixed")
     }
 }
 
@@ -264,11 +263,14 @@ fn by_length(runs: &[&RunResult]) -> Vec<LengthCell> {
 
 /// Adds the paired tests: of Tables 2 and 3 against DFAR, of a blind line against its system.
 fn compare(lines: &mut [Line], runs: &[Vec<&RunResult>]) {
-    let dfar = lines.iter().position(Line::is_dfar);
+    let dfar = lines.iter().position(|line| line.reference);
     for section in [Section::Systems, Section::Ablations, Section::Blind] {
         let of_section: Vec<usize> = (0..lines.len()).filter(|&i| lines[i].section == section).collect();
         for &i in &of_section {
-            let own = |line: &Line| line.section == Section::Systems && line.system == lines[i].system;
+            let own = |line: &Line| {
+                let of_system = line.section == Section::Systems && line.system == lines[i].system;
+                of_system && (line.reference || line.system != Row::Dfar)
+            };
             let reference = if section == Section::Blind { lines.iter().position(own) } else { dfar };
             let against = reference.filter(|&reference| reference != i);
             lines[i].against = against.and_then(|reference| compared(&runs[reference], &runs[i]));
@@ -317,7 +319,7 @@ fn user_auc(runs: &[&RunResult], seeds: &[u64]) -> BTreeMap<u32, f64> {
 
 fn improvement(lines: &[Line], metric: usize) -> Option<Improvement> {
     let mean = |line: &Line| line.cells[metric].map(|cell| cell.mean);
-    let own = mean(lines.iter().find(|line| line.is_dfar())?)?;
+    let own = mean(lines.iter().find(|line| line.reference)?)?;
     let others = lines.iter().filter(|line| line.section == Section::Systems && line.system != Row::Dfar);
     let (over, best) = others
         .filter_map(|line| Some((line.title.clone(), mean(line)?)))
@@ -365,6 +367,7 @@ pub(crate) mod tests {
             by_length: vec![bucket(0, Some(9)), bucket(10, None)],
             against: None,
             seconds: 1.5,
+            reference: system == Row::Dfar && setting == "mixed",
             curve: [0.6, 0.7].map(|auc| CurvePoint { loss: 1.0 - auc, valid_auc: Some(auc) }).to_vec(),
         }
     }

@@ -60,7 +60,7 @@ impl Table {
     }
 }
 
-/// Whose items the rows are.
+/// The user or history that each row belongs to.
 pub enum Owners {
     /// Users, by id.
     Users(StringBuilder),
@@ -68,7 +68,7 @@ pub enum Owners {
     Histories(UInt64Builder),
 }
 
-/// A row, but for its owner.
+/// A row without its owner.
 pub struct Ranked<'a> {
     /// From 1.
     pub rank: u64,

@@ -257,7 +257,9 @@ def test_a_stopped_run_is_continued_to_the_same_bits(run, data, tmp_path: Path) 
     assert not stopped.finished and stop.steps[-1] == first_epoch + 2
     with pytest.raises(FileNotFoundError):
         stopped.metrics
-    resumed = dfar.resume(stopped.dir, progress=False)
+    with pytest.raises(ValueError, match="did you mean `workers`"):
+        dfar.resume(stopped.dir, {"wrkers": 1}, progress=False)
+    resumed = dfar.resume(stopped.dir, {"num_workers": 1}, progress=False)
     assert resumed.finished
     assert (resumed.dir / "model.safetensors").read_bytes() == (run.dir / "model.safetensors").read_bytes()
     with pytest.raises(ValueError, match="`lr` cannot change"):
@@ -295,7 +297,7 @@ except KeyboardInterrupt:
         time.sleep(0.05)
     child.send_signal(signal.SIGINT)
     assert child.wait(timeout=20) == 42, child.stderr.read().decode()
-    state = dfar.resume(tmp_path / "run", {"epochs": 1, "patience": 1}, progress=False)
+    state = dfar.resume(tmp_path / "run", {"patience": 1}, progress=False)
     assert state.finished
 
 

@@ -310,7 +310,8 @@ fn check(histories: &[History]) -> Result<(), BatchError> {
         "events and candidates",
         histories
             .iter()
-            .map(|h| h.items.len() + h.groups.iter().map(|g| g.candidates.len() + 1).sum::<usize>())
+            // A candidate is read twice: by each interest.
+            .map(|h| h.items.len() + h.groups.iter().map(|g| 2 * g.candidates.len() + 1).sum::<usize>())
             .sum(),
     )?;
     for (history, h) in histories.iter().enumerate() {

@@ -181,7 +181,8 @@ impl Dataset {
         for user in 0..self.users() as u32 {
             let events = self.user(user);
             for &item in &events.items[..events.train_end] {
-                counts[item as usize] += 1;
+                let count: &mut u32 = &mut counts[item as usize];
+                *count = count.saturating_add(1);
             }
         }
         counts

@@ -216,7 +216,7 @@ pub enum DataError {
     /// Fewer distinct items can be drawn than a group needs negatives.
     #[error(
         "user {user} needs {needed} negatives for an evaluation group, but {available} other items may be \
-         drawn from the training events; give a smaller --negatives"
+         drawn from the training events; give a smaller --negatives (0: no evaluation groups)"
     )]
     NotEnoughItems {
         /// The user of the group, by original id.

@@ -116,7 +116,7 @@ pub fn statistics(data: &Dataset) -> Statistics {
     let quantile = |share: f64| Quantile {
         share,
         events: *lengths
-            .get((share * lengths.len() as f64).ceil() as usize - usize::from(share > 0.0))
+            .get(((share * lengths.len() as f64).ceil() as usize).saturating_sub(usize::from(share > 0.0)))
             .unwrap_or(&0),
     };
     let groups = data.groups(Part::Test);

@@ -13,8 +13,8 @@ use crate::device::{
     QkvGradients, SoftmaxState,
 };
 
-/// An attention that no device has, from queries, keys and values to heads. `layer` counts the
-/// blocks of the stack from 0.
+/// An attention computed outside [`Device`], as the compared systems need: from queries, keys and
+/// values to heads. `layer` counts the blocks of the stack from 0.
 pub trait Heads<D: Device> {
     fn forward(
         &self,
@@ -35,7 +35,7 @@ pub trait Heads<D: Device> {
     ) -> Result<(), DeviceError>;
 }
 
-/// The attention of a stack: the device's, by a plan for the options of the sequences, or another.
+/// How a stack computes attention: on the device, by a plan for these sequences, or by [`Heads`].
 #[derive(Clone, Copy)]
 pub enum Attend<'a, D: Device> {
     Plan(&'a D::AttentionPlan),

@@ -22,7 +22,7 @@ pub struct Optimizer<D: Device> {
     pub(super) steps: u64,
     /// Refused steps that the host knows of.
     pub(super) refusals: u64,
-    /// Of the step before, which may be in flight.
+    /// Report of the previous step, which may still be in flight.
     pub(super) report: Option<Report<D>>,
 }
 

@@ -73,8 +73,8 @@ pub struct Config {
     pub init: Initialization,
     /// Factorization heads.
     pub fha: bool,
-    /// Label mask of the encoder. Without a second head or without factorization heads there is no
-    /// mask, and [`Config::layered`] sets this to `false`.
+    /// Label mask of the encoder. Without a second head or without factorization heads there is
+    /// none, whatever this says.
     pub label_mask: bool,
     /// Softmax denominator under the label mask.
     pub normalization: Normalization,
@@ -283,10 +283,7 @@ impl Config {
             table.insert("max_length".to_owned(), SYNTHETIC_MAX_LENGTH.into());
         }
         let mut config = Self::from_table(table, "flags")?;
-        if let Some(Ok(path)) = config.data.as_deref().map(Self::absolute_data) {
-            config.data = Some(path.into());
-        }
-        config.label_mask &= config.fha && config.heads > 1;
+        config.make_data_absolute();
         config.check()?;
         Ok(config)
     }
@@ -317,15 +314,22 @@ impl Config {
     /// This configuration with the keys of `flags` replaced; only [`RESUME_KEYS`] may differ.
     pub fn resumed(&self, flags: toml::Table) -> Result<Self, ConfigError> {
         let mut table = self.to_table();
-        for (key, value) in flags {
+        for (key, value) in Self::resolve_keys(flags, "flags")? {
             if !RESUME_KEYS.contains(&key.as_str()) && table.get(&key) != Some(&value) {
                 return Err(ConfigError::FixedKey { key });
             }
             table.insert(key, value);
         }
-        let config = Self::from_table(table, "flags")?;
+        let mut config = Self::from_table(table, "flags")?;
+        config.make_data_absolute();
         config.check()?;
         Ok(config)
+    }
+
+    fn make_data_absolute(&mut self) {
+        if let Some(Ok(path)) = self.data.as_deref().map(Self::absolute_data) {
+            self.data = Some(path.into());
+        }
     }
 
     /// A value of the key `data`: an absolute path, since a run may be repeated or continued from
@@ -391,7 +395,8 @@ impl Config {
             ("bpr", self.bpr),
         ] {
             if !is_weight(value) {
-                return refuse(key, value.to_string(), "must be a 32-bit floating-point number, 0 or above");
+                let reason = "must be 0, or a positive number that 32-bit floating point can hold";
+                return refuse(key, value.to_string(), reason);
             }
         }
         if !(self.idl as f32).is_finite() {
@@ -583,6 +588,7 @@ fn edit_distance(a: &str, b: &str) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::attention::LabelMask;
     use std::io::Write;
 
     fn file(text: &str) -> tempfile::NamedTempFile {
@@ -661,10 +667,13 @@ mod tests {
     }
 
     #[test]
-    fn the_label_mask_is_off_where_there_is_none() {
-        let mask = |text| Config::layered(Some(file(text).path()), toml::Table::new()).unwrap().label_mask;
-        assert!(mask("heads = 2"));
-        assert!(!mask("heads = 1") && !mask("fha = false\nlabel_mask = true"));
+    fn the_label_mask_comes_back_with_a_second_head() {
+        let one_head = Config::layered(Some(file("heads = 1").path()), toml::Table::new()).unwrap();
+        assert_eq!(one_head.model(1).encoder_attention().label_mask, LabelMask::None);
+        let saved = file(&one_head.to_toml());
+        let two = toml::Table::from_iter([("heads".to_owned(), 2.into())]);
+        let two = Config::layered(Some(saved.path()), two).unwrap();
+        assert_eq!(two.model(1).encoder_attention().label_mask, LabelMask::Feedback);
     }
 
     #[test]

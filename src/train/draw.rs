@@ -213,7 +213,7 @@ impl<'a> Drawer<'a> {
                 let pass = plan.passes.last_mut().expect("the first target began one");
                 pass.end = event as u32 + 1;
                 pass.tokens = (length - start) as u32;
-                pass.rows += self.rows_of(events.feedback[event]);
+                pass.rows = pass.rows.saturating_add(self.rows_of(events.feedback[event]));
             }
         }
         plan.passes.shuffle(&mut rng(self.options.seed, Purpose::Shuffle, epoch, 0));

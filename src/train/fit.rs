@@ -181,14 +181,29 @@ impl<'a, D: Device> Fit<'a, D> {
         Model::check_room(&*device, &network, config.dense_embeddings)?;
         let model = Model::from_tensors(device.clone(), network, &checkpoint.parameters)?;
         let optimizer = Optimizer::from_tensors(&model, &checkpoint.moments, state.steps)?;
-        if let Some(best) = &mut state.best {
-            let ModelFile { info, crc32, .. } = ModelFile::load(&run.model())?;
-            if crc32 != best.crc32 {
-                // A model newer than the checkpoint is of an epoch that will be repeated.
-                if info.epoch <= state.epoch {
+        if config.epochs < state.epoch {
+            let reason = format!("{} epochs are done; give at least as many", state.epoch);
+            return Err(TrainError::Usage { argument: "--epochs", reason });
+        }
+        if let Some(crc32) = state.best.as_ref().map(|best| best.crc32) {
+            let newer = ModelFile::load(&run.model())?;
+            if newer.crc32 != crc32 {
+                // The model of the epoch that is repeated next: its checkpoint was not written.
+                let of = &newer.info;
+                let (epoch, valid_auc) = (of.epoch, of.valid_auc);
+                let same_run = of.model == *model.config() && of.feedback == config.feedback;
+                if !same_run || epoch != state.epoch + 1 || check_data(data, &of.data, &info).is_err() {
                     return Err(TrainError::OtherModel { path: run.model() });
                 }
-                *best = Best { epoch: info.epoch, valid_auc: info.valid_auc, crc32 };
+                if ended(&config, &state) {
+                    let reason = format!(
+                        "{} is of epoch {epoch}, after the last one of this run: give the --epochs or \
+                         --patience of the command that was interrupted",
+                        run.model().display()
+                    );
+                    return Err(TrainError::Usage { argument: "--resume", reason });
+                }
+                state.best = Some(Best { epoch, valid_auc, crc32: newer.crc32 });
             }
         }
         run.write_config(&config.to_toml())?;
@@ -197,8 +212,8 @@ impl<'a, D: Device> Fit<'a, D> {
         let now = Instant::now();
         let fit =
             Self { device, data, config, run, model, optimizer, info, state, log, session: now, saved: now };
-        if !fit.finished() {
-            // Those of a run that had finished, and goes on.
+        if !fit.ended() {
+            // The run had ended and now continues, so its metrics are out of date.
             run.remove_metrics()?;
         }
         Ok(fit)
@@ -243,7 +258,7 @@ impl<'a, D: Device> Fit<'a, D> {
         observe: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
     ) -> Result<Outcome, TrainError> {
         let drawer = Drawer::new(self.data, self.config.draw());
-        while !self.finished() {
+        while !self.ended() {
             let plan = drawer.training_plan(self.state.epoch as u64)?;
             let (epoch, epochs, done) = (self.state.epoch + 1, self.config.epochs, self.state.batch);
             let mut stop =
@@ -268,7 +283,7 @@ impl<'a, D: Device> Fit<'a, D> {
             let (record, best) = self.end_epoch(&scores, elapsed, &plan)?;
             self.state.seconds = before + self.session.elapsed().as_secs_f64();
             self.save()?;
-            if observe(Event::EpochEnd { record: &record, best }).is_break() && !self.finished() {
+            if observe(Event::EpochEnd { record: &record, best }).is_break() && !self.ended() {
                 return Ok(Outcome::Interrupted);
             }
         }
@@ -276,9 +291,9 @@ impl<'a, D: Device> Fit<'a, D> {
     }
 
     /// Whether no epoch is left.
-    fn finished(&self) -> bool {
-        let Config { epochs, patience, .. } = self.config;
-        self.state.epoch >= epochs || (patience > 0 && self.state.stale >= patience)
+    /// Whether no epoch is left.
+    pub fn ended(&self) -> bool {
+        ended(&self.config, &self.state)
     }
 
     /// Runs the remaining batches of an epoch; `Break` if the caller stopped the run.
@@ -428,7 +443,8 @@ impl<'a, D: Device> Fit<'a, D> {
         };
         // Without validation there is no criterion, so the last epoch is kept.
         let best = match (&self.state.best, record.valid_auc) {
-            // Its model was written before a kill, in place of an earlier one that is gone.
+            // The process was killed between writing this epoch's model and its checkpoint, and the
+            // earlier best model is gone.
             (Some(Best { epoch, .. }), _) if *epoch == record.epoch => true,
             (Some(Best { valid_auc: Some(best), .. }), Some(auc)) => auc > *best,
             _ => true,
@@ -506,6 +522,10 @@ pub fn score_options(config: &Config, device: &impl Device) -> ScoreOptions {
         batch_rows: config.batch_rows.max(4096),
         workers: config.workers_for(device),
     }
+}
+
+fn ended(config: &Config, state: &State) -> bool {
+    state.epoch >= config.epochs || (config.patience > 0 && state.stale >= config.patience)
 }
 
 /// Checks that a data set is the one of a run or a model.

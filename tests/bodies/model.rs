@@ -71,6 +71,8 @@ pub fn histories(lengths: &[usize], seed: u64) -> Vec<History> {
 /// by one rounding of `scale`, the largest value among similar tensors.
 fn assert_close(name: &str, x: &[f32], reference: &[f32], tolerance: f32, scale: f32) {
     assert_eq!(x.len(), reference.len(), "{name}");
+    // NaN, which `max` ignores, is an error.
+    assert!(x.iter().chain(reference).all(|x| x.is_finite()), "{name}: {x:?}");
     let error = x.iter().zip(reference).fold(0f32, |m, (x, r)| m.max((x - r).abs()));
     assert!(error <= tolerance * largest(reference) + f32::EPSILON * scale, "{name}: error {error}");
 }

@@ -66,7 +66,8 @@ fn floors_are_predicted_without_a_gpu() {
         );
         // Three batches of six histories: ten events and one group of ten candidates each.
         for (name, count) in [("instances", 180), ("tokens", 180), ("scores", 1800)] {
-            assert!(number(&printed["steps"][name]) <= f64::from(count), "{name}: {printed}");
+            let found = number(&printed["steps"][name]);
+            assert!(found > 0.0 && found <= f64::from(count), "{name}: {printed}");
         }
         let floors = parts(&printed["steps"]).into_iter().map(|row| number(&row["floor"]["seconds"]));
         floors.inspect(|&seconds| assert!(seconds > 0.0)).collect::<Vec<_>>()

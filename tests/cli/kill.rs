@@ -241,6 +241,40 @@ fn a_model_newer_than_the_checkpoint_does_not_end_the_run() {
     let mut older = Checkpoint::load(&checkpoint).unwrap();
     older.info.state.best.as_mut().expect("an epoch has ended").valid_auc = Some(1.0);
     older.save(&checkpoint).unwrap();
+    // The checkpoint of a run that ends before this epoch.
+    let ended = run(dir.path(), &["--resume", "run"]);
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert!(
+        ended.status.code() == Some(2) && said.contains("is of epoch 2, after the last one of this run"),
+        "{said}"
+    );
     succeeds(dir.path(), &["--resume", "run", "--epochs", "2"]);
     assert_eq!(ModelFile::load(&model).unwrap().info.epoch, 2);
+}
+
+#[test]
+fn the_model_of_another_run_is_not_the_best_of_this_one() {
+    let dir = tempfile::tempdir().unwrap();
+    write_set(dir.path());
+    succeeds(dir.path(), &short_run());
+    let model = dir.path().join("run/model.safetensors");
+    let data = dfar::data::Dataset::open(dir.path().join("x.dfar")).unwrap();
+    let own = ModelFile::load(&model).unwrap();
+    type Change = fn(&mut ModelFile);
+    let changes: [Change; 3] = [
+        |other| other.info.epoch = 3,
+        |other| other.info.model.half_life = Some(2.0),
+        |other| {
+            other.info.data.content = "0".to_owned();
+        },
+    ];
+    for change in changes {
+        let mut other = own.clone();
+        other.info.epoch = 2;
+        change(&mut other);
+        ModelFile::save(&model, &other.info, other.parameters, &data).unwrap();
+        let refused = run(dir.path(), &["--resume", "run", "--epochs", "4"]);
+        let said = String::from_utf8_lossy(&refused.stderr);
+        assert!(refused.status.code() == Some(3) && said.contains("is not the best model"), "{said}");
+    }
 }

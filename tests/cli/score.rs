@@ -212,6 +212,8 @@ fn seen_and_unknown_items_are_left_out_on_request() {
             "unknown item `nope` in <stdin>:1",
         ),
         (&["--histories", "-"], "{\"history\": [[\"1\", 2]]}\n", "<stdin>:1: label 2"),
+        (&["--histories", "-"], "{\"history\": [[\"1\", true]]}\n", "label true; labels are 1"),
+        (&["--histories", "-"], "{\"history\": [[1.5, 1]]}\n", "ids are strings or integers"),
         (&["--histories", "-"], "user,item\n", "<stdin>:1: no column `label`"),
         (&["--histories", "-"], "user,item,label\nu,1,1\nu,2\n", "<stdin>:3"),
     ] {

@@ -322,6 +322,35 @@ fn only_the_length_of_a_resumed_run_may_change() {
 }
 
 #[test]
+fn an_instruction_set_that_the_processor_lacks_is_refused() {
+    let dir = folder();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dfar-train"));
+    let output = command.current_dir(dir.path()).env("DFAR_SIMD", "AVX2").output().unwrap();
+    let said = stderr(&output);
+    assert!(code(&output) == 2 && said.contains("DFAR_SIMD: AVX2: this processor has"), "{said}");
+    assert!(!dir.path().join("runs").exists());
+}
+
+#[test]
+fn a_network_without_memory_leaves_no_files() {
+    let dir = folder();
+    let output = dfar_train(dir.path(), &["--data", "x.dfar", "--width", "1000000", "--heads", "1000000"]);
+    assert_eq!(code(&output), 1, "{}", stderr(&output));
+    assert!(stderr(&output).contains("cannot allocate"), "{}", stderr(&output));
+    assert!(!dir.path().join("runs").exists());
+}
+
+#[test]
+fn an_ablation_of_a_file_is_switched_off_by_a_flag() {
+    let dir = folder();
+    std::fs::write(dir.path().join("no-fha.toml"), "fha = false\n").unwrap();
+    trained(dir.path(), "run", &["--config", "no-fha.toml", "--no-fha=false"]);
+    trained(dir.path(), "ablation", &["--no-fha"]);
+    let fha = |run: &str| std::fs::read_to_string(dir.path().join(run).join("config.toml")).unwrap();
+    assert!(fha("run").contains("fha = true\n") && fha("ablation").contains("fha = false\n"));
+}
+
+#[test]
 fn a_run_that_goes_on_has_no_metrics_until_it_ends() {
     let dir = folder();
     trained(dir.path(), "run", &[]);
@@ -341,9 +370,14 @@ fn a_run_that_goes_on_has_no_metrics_until_it_ends() {
     child.kill().unwrap();
     child.wait().unwrap();
     assert!(!metrics.exists(), "the run is not finished");
-    let output = dfar_train(dir.path(), &["--resume", "run", "--epochs", "3"]);
+    // config.toml would not repeat the run.
+    let fewer = dfar_train(dir.path(), &["--resume", "run", "--epochs", "3"]);
+    assert!(code(&fewer) == 2 && stderr(&fewer).contains("epochs are done"), "{}", stderr(&fewer));
+    let output = dfar_train(dir.path(), &["--resume", "run", "--patience", "1"]);
     assert_eq!(code(&output), 0, "{}", stderr(&output));
     assert!(metrics.exists() && bytes(&metrics) != first);
+    let again = dfar_train(dir.path(), &["--resume", "run"]);
+    assert!(code(&again) == 0 && stderr(&again).contains("all epochs are done"), "{}", stderr(&again));
 }
 
 #[test]
@@ -493,15 +527,12 @@ fn a_folder_in_place_of_a_data_set_is_named() {
 }
 
 #[test]
-fn the_saved_configuration_has_the_seed_and_label_mask_in_use() {
+fn the_saved_configuration_repeats_the_run() {
     let dir = folder();
     let seed = u64::MAX.to_string();
     trained(dir.path(), "one", &["--seed", &seed, "--heads", "1"]);
     let config = std::fs::read_to_string(dir.path().join("one/config.toml")).unwrap();
-    assert!(
-        config.contains(&format!("seed = \"{seed}\"\n")) && config.contains("label_mask = false\n"),
-        "{config}"
-    );
+    assert!(config.contains(&format!("seed = \"{seed}\"\n")), "{config}");
     let output = dfar_train(dir.path(), &["--config", "one/config.toml", "--out", "two"]);
     assert_eq!(code(&output), 0, "{}", stderr(&output));
     let model = |run: &str| bytes(dir.path().join(run).join("model.safetensors"));

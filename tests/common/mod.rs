@@ -32,6 +32,11 @@ pub fn assert_within(errors: &[TensorError], context: &dyn std::fmt::Debug) {
     assert!(failed.is_empty(), "out of tolerance: {failed:?}\nfor {context:?}");
 }
 
+/// The largest of some errors, or NaN if one is: unlike `f64::max`, which ignores NaN.
+pub fn worst(errors: impl IntoIterator<Item = f64>) -> f64 {
+    errors.into_iter().fold(0.0, |worst, error| if worst.is_nan() || error <= worst { worst } else { error })
+}
+
 /// A random number generator: the same seed gives the same numbers on every machine.
 pub fn rng(seed: u64) -> ChaCha8Rng {
     ChaCha8Rng::seed_from_u64(seed)

@@ -47,13 +47,13 @@ pub struct Compare {
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = systems)]
     systems: Vec<Listed>,
     /// Number of seeds, from --seed on.
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=1000))]
     seeds: u64,
     /// Try N settings of each system with the first seed: the given one, and N - 1 drawn at random
     /// (learning rate, embedding L2, the system's own weights). The one with the best validation
     /// AUC runs with all seeds, and is in the tables.
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    tune: usize,
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u16).range(..=1000))]
+    tune: u16,
     /// Search DFAR's half-life too, from 0.5 to 64 events. It is not in the paper.
     #[arg(long, requires = "tune")]
     tune_half_life: bool,
@@ -142,8 +142,13 @@ pub fn run(arguments: &Compare) -> Result<(), Failure> {
     let Some(path) = &config.data else {
         return Err(usage("--data", "a data set is needed; dfar-data makes one").into());
     };
+    if arguments.tune_half_life && arguments.tune < 2 {
+        return Err(usage("--tune-half-life", "it needs --tune 2 or more").into());
+    }
     if !is_weight(arguments.aux) {
-        return Err(usage("--aux", "it must be a 32-bit floating-point number, 0 or above").into());
+        return Err(
+            usage("--aux", "it must be 0, or a positive number that 32-bit floating point can hold").into()
+        );
     }
     cli::start_threads(config.threads)?;
     let data = Dataset::open(path).map_err(dfar::Error::from)?;
@@ -158,7 +163,7 @@ pub fn run(arguments: &Compare) -> Result<(), Failure> {
         systems: arguments.systems(),
         seeds: (0..arguments.seeds).map(|i| config.seed.wrapping_add(i)).collect(),
         ablations: arguments.ablations,
-        settings: arguments.tune,
+        settings: arguments.tune.into(),
         tune_half_life: arguments.tune_half_life,
         config,
         options,
@@ -362,7 +367,16 @@ fn write_tables(
             cli::note(format_args!("{} is not in the tables: {reason}", row.title()));
         }
     }
-    results.retain(|result| chosen(study, searches, result.system) == Some(result.tuned));
+    let own = study.run(Row::Dfar, Variant::Full, chosen(study, searches, Row::Dfar).unwrap_or(0), 0);
+    if study.settings < 2 {
+        results.retain(|result| result.tuned == 0);
+    } else {
+        // The number of a setting means another one in another search.
+        results.retain(|result| {
+            let chosen = chosen(study, searches, result.system);
+            chosen.is_some_and(|chosen| study.settings_of(result.system, chosen).contains(&result.setting))
+        });
+    }
     let edges = evaluate::length_edges(data, &study.config.length_edges);
     let report = |part, scores: &[f32]| part_report(data, part, scores, study.config.gauc_compat, &edges);
     let parts = [Part::Test, Part::Valid];
@@ -370,8 +384,8 @@ fn write_tables(
         popularity: parts.map(|part| report(part, &popularity_scores(data, part))),
         ceiling: parts.map(|part| report(part, data.groups(part).ceiling?)),
     };
-    let head_pairs = head_pairs(out, data, &study.config, &results)?;
-    let table = Table::new(&results, references, searches.to_vec(), head_pairs);
+    let head_pairs = head_pairs(out, data, study, &results)?;
+    let table = Table::new(&results, &own.setting(), references, searches.to_vec(), head_pairs);
     let (markdown, json) = (markdown(&table), format!("{:#}\n", to_json(&table)));
     let (title, about) = about(data, &study.data);
     for (name, text) in [
@@ -389,7 +403,7 @@ fn write_tables(
 fn head_pairs(
     out: &Path,
     data: &Dataset,
-    config: &Config,
+    study: &Study,
     results: &[RunResult],
 ) -> Result<Vec<PairsCell>, Failure> {
     let device = Arc::new(Cpu::new());
@@ -404,9 +418,16 @@ fn head_pairs(
             continue;
         }
         let file = ModelFile::load(&path).map_err(TrainError::from)?;
+        let variant = [Variant::Full, Variant::WithoutFha][place];
+        let run = study.run(Row::Dfar, variant, result.tuned, result.seed);
+        if file.info.model != run.config.model(data.items()) || !result.is_of(&file.info.data) {
+            let path = path.display();
+            cli::note(format_args!("{path} is not the model of its result; Figure 4 leaves it out"));
+            continue;
+        }
         let model = Model::from_tensors(device.clone(), file.info.model, &file.parameters)
             .map_err(TrainError::from)?;
-        let config = Config { feedback: file.info.feedback, ..config.clone() };
+        let config = Config { feedback: file.info.feedback, ..study.config.clone() };
         let options = score_options(&config, &*device);
         let go_on = &mut |_| ControlFlow::Continue(());
         let of_run =

@@ -247,6 +247,43 @@ fn tables_have_the_chosen_settings_of_all_finished_searches() {
     assert!(!text(&dir.path().join("out/table.md")).contains("SASRec"));
 }
 
+/// The number of a setting means another one in each search of a directory.
+#[test]
+fn tables_have_one_search() {
+    let dir = folder();
+    let study = ["--out", "out", "--seeds", "1", "--systems", "din,dfar", "--tune", "4", "--ablations"];
+    let table = |more: &[&str]| {
+        finished(&compare(dir.path(), &[&study[..], more].concat()));
+        let table: serde_json::Value =
+            serde_json::from_str(&text(&dir.path().join("out/table.json"))).expect("JSON");
+        table["lines"].as_array().expect("a list").clone()
+    };
+    let with_half_life = |lines: &[serde_json::Value]| {
+        let of = |line: &&serde_json::Value| line["setting"].as_str().expect("text").contains("half-life");
+        lines.iter().filter(of).count()
+    };
+    let first = table(&[]);
+    assert_eq!(with_half_life(&first), 0);
+    let searched = table(&["--tune-half-life"]);
+    let dfar = searched.iter().filter(|line| line["system"] == "dfar").count();
+    assert!([0, dfar].contains(&with_half_life(&searched)), "{searched:?}");
+    assert_eq!(table(&[]), first);
+    assert!(first.iter().any(|line| line["reference"] == true));
+}
+
+#[test]
+fn figure_4_leaves_out_the_model_of_another_run() {
+    let dir = folder();
+    let one = ["--out", "out", "--seeds", "1", "--systems", "dfar"];
+    finished(&compare(dir.path(), &one));
+    finished(&compare(dir.path(), &[&one[..], &["--out", "other", "--half-life", "2"]].concat()[2..]));
+    let model = |name: &str| dir.path().join(name).with_extension("safetensors");
+    let [other, own] = ["other/models/dfar-mixed-half-life-2-2020", "out/models/dfar-mixed-2020"].map(model);
+    std::fs::copy(other, own).expect("a file");
+    assert!(finished(&compare(dir.path(), &one)).contains("is not the model of its result"));
+    assert!(!text(&dir.path().join("out/table.md")).contains("Attention weight"));
+}
+
 #[test]
 fn a_log_under_another_name_is_the_same_data_set() {
     let dir = folder();
@@ -361,6 +398,8 @@ fn wrong_usage_is_named() {
     fails(&["--systems", "gru4rec,bert"], 2, "there are din, caser, gru4rec");
     fails(&["--systems", "dfar,din", "--train-targets", "feedback"], 2, "DIN does not read skipped events");
     fails(&["--systems", "dfar", "--tune-half-life"], 2, "--tune <N>");
+    fails(&["--systems", "dfar", "--tune", "1", "--tune-half-life"], 2, "it needs --tune 2 or more");
+    fails(&["--systems", "dfar", "--tune", "1001"], 2, "1001 is not in 0..=1000");
     fails(&["--systems", "din", "--precision", "bf16"], 2, "all systems compute in f32");
     let on_gpu = |systems, more: &[&str], reason: &str| {
         fails(&[&["--systems", systems, "--device", "cuda"], more].concat(), 2, reason);
@@ -378,6 +417,10 @@ fn wrong_usage_is_named() {
     for systems in ["din", "gru4rec,dfar"] {
         fails(&["--systems", systems, "--heads", "3"], 2, "must be a multiple of the number of heads");
     }
+    let copy = dir.path().join("out/results/gru4rec-positive-only-2020 copy.json");
+    std::fs::copy(&file, &copy).expect("a file");
+    fails(&["--systems", "gru4rec"], 1, "belongs to out/results/gru4rec-positive-only-2020.json");
+    std::fs::remove_file(copy).expect("a file");
     std::fs::write(&file, "{").expect("a file");
     fails(&["--systems", "gru4rec"], 1, "is not a result of dfar-compare");
 }

@@ -201,11 +201,28 @@ pub trait Kernel {
 
 /// Runs `kernel` with the widest vectors of the processor. The environment variable `DFAR_SIMD`
 /// selects another set: `avx512`, `avx2`, `neon` or `portable`; an unavailable or unknown name is
-/// ignored.
+/// ignored ([`check_selected`] refuses it).
 #[inline]
 pub fn dispatch<K: Kernel>(kernel: K) -> K::Output {
     best().run(kernel)
 }
+
+/// Refuses a `DFAR_SIMD` that [`dispatch`] would ignore.
+///
+/// # Errors
+/// The names that this processor has, in words.
+pub fn check_selected() -> Result<(), String> {
+    let names: Vec<&str> = available().iter().map(|(name, _)| *name).collect();
+    match std::env::var_os(SELECTS) {
+        Some(wanted) if !names.iter().any(|name| *name == wanted) => {
+            Err(format!("{}: this processor has {}", wanted.display(), names.join(", ")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The environment variable that selects an instruction set.
+const SELECTS: &str = "DFAR_SIMD";
 
 /// Name of the instruction set of [`dispatch`].
 pub fn name() -> &'static str {
@@ -251,7 +268,7 @@ fn best() -> Set {
     static BEST: std::sync::OnceLock<Set> = std::sync::OnceLock::new();
     *BEST.get_or_init(|| {
         let available = available();
-        let wanted = std::env::var("DFAR_SIMD").ok();
+        let wanted = std::env::var(SELECTS).ok();
         let named = wanted.and_then(|w| available.iter().find(|(name, _)| *name == w));
         named.unwrap_or(&available[0]).1
     })

@@ -19,6 +19,7 @@ use std::path::PathBuf;
 pub struct Flags {
     /// Data set made by `dfar-data` [default: an embedded synthetic set].
     #[arg(long, short, value_name = "X.dfar")]
+    #[serde(skip)] // `table` adds it
     data: Option<PathBuf>,
     /// Seed of initial values, shuffles and negatives [default: 2020].
     #[arg(long)]
@@ -106,11 +107,14 @@ pub struct Flags {
     /// Standard deviation of the initial embeddings and MLP weights [default: scaled].
     #[arg(long, value_enum, help_heading = "Model")]
     init: Option<Initialization>,
-    /// Ablation: plain multi-head attention instead of factorization heads.
-    #[arg(long = "no-fha", help_heading = "Model", num_args = 0, default_missing_value = "false")]
+    /// Ablation: plain multi-head attention instead of factorization heads; `=false` overrides
+    /// --config.
+    #[arg(long = "no-fha", help_heading = "Model", num_args = 0..=1, require_equals = true,
+        default_missing_value = "true", value_name = "BOOL", value_parser = negated)]
     fha: Option<bool>,
-    /// Ablation: no label mask.
-    #[arg(long = "no-label-mask", help_heading = "Model", num_args = 0, default_missing_value = "false")]
+    /// Ablation: no label mask; `=false` overrides --config.
+    #[arg(long = "no-label-mask", help_heading = "Model", num_args = 0..=1, require_equals = true,
+        default_missing_value = "true", value_name = "BOOL", value_parser = negated)]
     label_mask: Option<bool>,
 
     /// Weight of the interest-wise BPR loss; 0: the "w/o IBL" ablation [default: 0.1].
@@ -152,8 +156,10 @@ pub struct Flags {
 impl Flags {
     /// The given flags, as keys of a configuration.
     pub fn table(&self) -> Result<toml::Table, TrainError> {
-        let mut table = toml::Table::try_from(self)
-            .map_err(|e| TrainError::Usage { argument: "flags", reason: e.to_string() })?;
+        let mut table = toml::Table::try_from(self).map_err(|error| TrainError::Usage {
+            argument: "flags",
+            reason: format!("{error}: a number must be below 2^63, except --seed"),
+        })?;
         if let Some(path) = &self.data {
             let path = Config::absolute_data(path)
                 .map_err(|reason| TrainError::Usage { argument: "--data", reason })?;
@@ -161,6 +167,10 @@ impl Flags {
         }
         Ok(table)
     }
+}
+
+fn negated(text: &str) -> Result<bool, String> {
+    text.parse().map(|flag: bool| !flag).map_err(|_| "possible values: true, false".to_owned())
 }
 
 fn normalization(text: &str) -> Result<Normalization, String> {

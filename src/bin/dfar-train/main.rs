@@ -144,8 +144,11 @@ fn train(args: Train) -> dfar::Result<()> {
                 draw::require_targets(data, config.train_targets)?;
             }
             let items = data.as_ref().map_or(SYNTHETIC.items, Dataset::items);
-            config.model(items).check().map_err(TrainError::from)?;
+            let network = config.model(items);
+            network.check().map_err(TrainError::from)?;
             let chosen = open(&config)?;
+            on_device!(&chosen, |device| Model::check_room(&**device, &network, config.dense_embeddings))
+                .map_err(TrainError::from)?;
             let run = match &args.out {
                 Some(dir) => Run::create(dir),
                 None => Run::create_numbered(Path::new("runs"), &default_name(&config)),
@@ -221,9 +224,13 @@ fn fit<D: Device>(device: Arc<D>, start: Start, progress: &Progress, json: bool)
     let mut fit = match checkpoint {
         None => Fit::start(device.clone(), data, config.clone(), run)?,
         Some(checkpoint) => {
-            let state = &checkpoint.info.state;
-            progress.line(&format!("resuming at epoch {}, batch {}", state.epoch + 1, state.batch + 1));
-            Fit::resume(device.clone(), data, config.clone(), run, checkpoint)?
+            let fit = Fit::resume(device.clone(), data, config.clone(), run, checkpoint)?;
+            let (epoch, batch) = (fit.state().epoch + 1, fit.state().batch + 1);
+            progress.line(&match fit.ended() {
+                true => "all epochs are done".to_owned(),
+                false => format!("resuming at epoch {epoch}, batch {batch}"),
+            });
+            fit
         }
     };
     let mut observe = |event: dfar::train::Event<'_>| progress.observe(event);

@@ -50,7 +50,11 @@ const MOST_THREADS: usize = 4096;
 
 /// Starts the threads of the process (0: one per core). Call it before any parallel computation,
 /// which would otherwise start threads with other settings, and panic if the system refuses them.
+///
+/// # Errors
+/// Too many threads, and an instruction set in `DFAR_SIMD` that the processor does not have.
 pub fn start_threads(threads: usize) -> Result<()> {
+    dfar::simd::check_selected().map_err(|reason| TrainError::Usage { argument: "DFAR_SIMD", reason })?;
     if threads > MOST_THREADS {
         let reason = format!("{threads} is above {MOST_THREADS}");
         return Err(TrainError::Usage { argument: "--threads", reason }.into());

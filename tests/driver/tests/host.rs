@@ -92,7 +92,7 @@ fn fail_every(
         let k = 1 + i * calls / calls.min(most);
         (0..times).for_each(|more| control.fail(entry, k + more, code));
         let result = run();
-        control.forget();
+        assert!(control.forget() < times, "{entry} {k} was never called");
         judge(k, result);
         control.assert_no_fault(); // among them leaks
     }
@@ -101,7 +101,7 @@ fn fail_every(
 const RETURN: [(&str, &str); 1] = [("DFAR_DRIVER_FAULTS", "return")];
 
 #[test]
-fn the_name_of_the_device_says_that_it_is_none() {
+fn the_test_driver_is_not_mistaken_for_a_gpu() {
     on_the_driver(&[], || {
         assert_eq!(device_count().expect("a driver"), 1);
         let error = Cuda::new(1).expect_err("there is one");

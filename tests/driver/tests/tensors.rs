@@ -169,6 +169,8 @@ fn assert_close(found: &[Vec<f32>; 5], expected: &[Vec<f32>; 5]) {
     let names = ["o", "lse", "dq", "dk", "dv"];
     for ((name, found), expected) in names.iter().zip(found).zip(expected) {
         let largest = expected.iter().fold(0.0f32, |most, x| most.max(x.abs()));
+        assert_eq!(found.len(), expected.len(), "{name}");
+        assert!(found.iter().all(|x| x.is_finite()), "{name}: {found:?}");
         let error = found.iter().zip(expected).fold(0.0f32, |most, (a, b)| most.max((a - b).abs()));
         let bound = if name.starts_with('d') { 5e-5 } else { 1e-5 };
         assert!(error <= bound * largest, "{name}: {error} of {largest}");

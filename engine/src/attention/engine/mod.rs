@@ -56,7 +56,7 @@ const PIECE: usize = 256;
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch::default());
     static SHORT: RefCell<short::Scratch> = RefCell::new(short::Scratch::default());
-    /// Of the long sequence in the backward pass of this thread.
+    /// For the long sequence whose backward pass runs on this thread.
     static NORMALIZERS: RefCell<Vec<Normalizer>> = const { RefCell::new(Vec::new()) };
 }
 

@@ -188,6 +188,7 @@ pub(super) fn accumulate_panel<S: Simd, const R: usize>(
 ) {
     let d = rows.len() / R;
     assert!(weights.len() >= (R - 1) * weight_stride + len && panel.len() >= (d - 1) * stride + len);
+    assert!(len.is_multiple_of(S::LANES));
     let mut j = 0;
     // SAFETY: vectors end at `len`, a multiple of LANES, which `weights` and `panel` hold as
     // asserted above.

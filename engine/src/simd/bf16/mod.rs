@@ -100,7 +100,7 @@ impl Unit {
     }
 }
 
-/// The first thing that is missing of AVX512-BF16 (is it there?) and vectors of that width.
+/// The first missing requirement: AVX512-BF16, then vectors of 512 bits.
 fn check(bf16: bool, simd: &'static str) -> Result<(), Missing> {
     if !bf16 {
         return Err(Missing::Processor);
@@ -116,7 +116,7 @@ thread_local! {
     static NESTED: Cell<usize> = const { Cell::new(0) };
 }
 
-/// Products of tiles on this thread. With AMX, to begin and end takes some 50 ns.
+/// Products of tiles on this thread. With AMX, making and dropping one takes about 50 ns.
 pub struct Tiles(Unit, PhantomData<*const ()>);
 
 impl Drop for Tiles {

@@ -45,7 +45,7 @@ pub(super) fn compare(fha: &Fha, element: Element, results: &Results) -> Vec<Ten
     let floor = fha.gradients.iter().map(|x| largest(x)).fold(0.0, f64::max) / 400.0;
     let judge = |tensor: &str, fused: &[f32], unfused: &[f32], exact: &[f64], floor: f64| {
         let scale = largest(exact).max(floor);
-        let tolerance = FACTOR * relative_error(unfused, exact, scale) + SLACK;
+        let tolerance = tolerance(element, relative_error(unfused, exact, scale));
         TensorError::new(tensor, fused, relative_error(fused, exact, scale), tolerance)
     };
     let mut errors = vec![
@@ -60,6 +60,17 @@ pub(super) fn compare(fha: &Fha, element: Element, results: &Results) -> Vec<Ten
             .map(|(tensor, ((fused, unfused), exact))| judge(tensor, fused, unfused, exact, floor)),
     );
     errors
+}
+
+/// Largest error that passes, for the error of the unfused computation. If that overflows, it says
+/// nothing, and some roundings of the type are allowed.
+pub fn tolerance(element: Element, unfused: f64) -> f64 {
+    let rounding = match element {
+        Element::F32 => f64::from(f32::EPSILON),
+        Element::Bf16 => bf16::EPSILON.to_f64(),
+        Element::F16 => f16::EPSILON.to_f64(),
+    };
+    if unfused.is_finite() { FACTOR * unfused + SLACK } else { 4.0 * rounding }
 }
 
 /// The operation without fusion: every tensor that it would write to memory is rounded to

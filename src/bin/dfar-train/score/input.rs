@@ -55,14 +55,14 @@ pub fn users(path: &Path) -> dfar::Result<Vec<(String, String)>> {
 struct JsonLine {
     #[serde(default)]
     user: Option<JsonId>,
-    history: Vec<(JsonId, u8)>,
+    history: Vec<(JsonId, serde_json::Value)>,
     #[serde(default)]
     candidates: Option<Vec<JsonId>>,
 }
 
 /// A string, or an integer in digits.
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "ids are strings or integers")]
 enum JsonId {
     Text(String),
     Unsigned(u64),
@@ -103,14 +103,13 @@ fn json_lines(
         }
         let line: JsonLine =
             serde_json::from_str(&line).map_err(|error| bad(name, number, json_reason(&error)))?;
-        if let Some((_, label)) = line.history.iter().find(|(_, label)| *label > 1) {
-            return Err(
-                bad(name, number, format!("label {label}; labels are 1 (liked) and 0 (skipped)")).into()
-            );
-        }
+        let event = |(item, label): (JsonId, serde_json::Value)| match label.as_u64() {
+            Some(label @ 0..=1) => Ok((item.into(), label as u8)),
+            _ => Err(bad(name, number, format!("label {label}; labels are 1 (liked) and 0 (skipped)"))),
+        };
         let named = Named {
             user: line.user.map(String::from).unwrap_or_default(),
-            events: line.history.into_iter().map(|(item, label)| (item.into(), label)).collect(),
+            events: line.history.into_iter().map(event).collect::<Result<_, _>>()?,
             candidates: line.candidates.map(|items| items.into_iter().map(String::from).collect()),
             line: number,
         };

@@ -48,10 +48,10 @@ pub struct Writer {
     format: Format,
     path: Option<PathBuf>,
     out: Out,
-    /// Whether the header of CSV is written: with the first row, so that input refused before it
-    /// leaves no output.
+    /// Whether the header of CSV, or the bracket of JSON, is written: with the first row, so that
+    /// input refused before it leaves no output.
     begun: bool,
-    /// Rows of a format that is written in blocks or as a whole.
+    /// Rows of a table, which is written as a whole, or of a block of Parquet.
     rows: Vec<Vec<Value>>,
     #[cfg(feature = "parquet")]
     parquet: Option<parquet::arrow::ArrowWriter<Vec<u8>>>,
@@ -100,11 +100,12 @@ impl Writer {
     }
 
     fn begin(&mut self) -> io::Result<()> {
-        if self.begun || self.format != Format::Csv {
-            return Ok(());
+        let begun = std::mem::replace(&mut self.begun, true);
+        match self.format {
+            Format::Csv if !begun => writeln!(self.out, "{}", self.columns.join(",")),
+            Format::Json => self.out.write_all(if begun { b",\n" } else { b"[\n" }),
+            _ => Ok(()),
         }
-        self.begun = true;
-        writeln!(self.out, "{}", self.columns.join(","))
     }
 
     pub fn row(&mut self, row: Vec<Value>) -> dfar::Result<()> {
@@ -114,7 +115,11 @@ impl Writer {
                 w.out.write_all(csv_line(&row).as_bytes())
             }
             Format::Jsonl => writeln!(w.out, "{}", json(w.columns, &row)),
-            Format::Table | Format::Json => {
+            Format::Json => {
+                w.begin()?;
+                write!(w.out, "  {}", json(w.columns, &row))
+            }
+            Format::Table => {
                 w.rows.push(row);
                 Ok(())
             }
@@ -141,12 +146,7 @@ impl Writer {
                     cells.extend(w.rows.iter().map(|row| row[..columns.len()].iter().map(rounded).collect()));
                     w.out.write_all(report::table(&cells).as_bytes())?;
                 }
-                Format::Json => {
-                    let rows: Vec<serde_json::Value> =
-                        w.rows.iter().map(|row| json(w.columns, row)).collect();
-                    let text = serde_json::to_string_pretty(&rows).expect("rows are plain values");
-                    writeln!(w.out, "{text}")?;
-                }
+                Format::Json => w.out.write_all(if w.begun { b"\n]\n" } else { b"[]\n" })?,
                 Format::Parquet => w.finish_parquet()?,
             }
             w.out.flush()

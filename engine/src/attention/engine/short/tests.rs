@@ -115,6 +115,13 @@ fn every_option(heads: usize, d: usize) -> Vec<FhaOptions> {
     all
 }
 
+/// The largest error; NaN if one is, unlike with `f64::max`.
+fn worst(x: &[f32], expected: &[f64]) -> f64 {
+    assert_eq!(x.len(), expected.len());
+    let errors = x.iter().zip(expected).map(|(x, e)| (f64::from(*x) - e).abs());
+    errors.fold(0.0, |worst, error| if worst.is_nan() || error <= worst { worst } else { error })
+}
+
 /// Errors as a share of the largest value of a tensor: at most 1e-5 forward, 5e-5 for gradients.
 /// Besides, roundings of values of about 1 are allowed for an `lse`, the logarithm of a sum near 1,
 /// and for the gradients of scores of a row with one key, which cancel.
@@ -123,7 +130,7 @@ fn assert_close(results: &Results, expected: &[Vec<f64>; 5], case: &str) {
     for (i, name) in ["o", "lse", "dq", "dk", "dv"].into_iter().enumerate() {
         let (x, expected, (share, absolute)) = (&results[i], &expected[i], limits[i]);
         let largest = expected.iter().fold(0.0, |m: f64, x| m.max(x.abs()));
-        let error = x.iter().zip(expected).fold(0.0, |m: f64, (x, e)| m.max((f64::from(*x) - e).abs()));
+        let error = worst(x, expected);
         assert_eq!(x.len(), expected.len(), "{name}, {case}");
         assert!(error <= share * largest + absolute, "{name}, {case}: {error:e} of {largest:e}");
     }
@@ -195,8 +202,7 @@ fn a_range_of_queries_matches_the_reference() {
                     ("lse", &found_lse, &lse[queries.start * slots..queries.end * slots]),
                 ] {
                     let largest = expected.iter().fold(0.0, |m: f64, x| m.max(x.abs()));
-                    let errors = found.iter().zip(expected).map(|(x, e)| (f64::from(*x) - e).abs());
-                    let error = errors.fold(0.0, f64::max);
+                    let error = worst(found, expected);
                     assert!(error <= 1e-5 * largest, "{what}, {name}, {queries:?}, {options:?}: {error:e}");
                 }
             }
@@ -238,8 +244,7 @@ fn a_dominant_key_leaves_accurate_gradients() {
             let results = problem.run(set).expect("scores below the bound");
             for (i, gradient) in [(2, "dq"), (3, "dk")] {
                 let largest = expected[i].iter().fold(0.0, |m: f64, x| m.max(x.abs()));
-                let errors = results[i].iter().zip(&expected[i]).map(|(x, e)| (f64::from(*x) - e).abs());
-                let error = errors.fold(0.0, f64::max);
+                let error = worst(&results[i], &expected[i]);
                 assert!(error <= 5e-5 * largest, "{gradient}, {name}, {options:?}: {error:e} of {largest:e}");
             }
         }

@@ -11,4 +11,4 @@ mod pack;
 pub use history::{Cut, Feedback, Question, View, without_sharing};
 #[doc(hidden)]
 pub use pack::touched;
-pub use pack::{Batch, BatchError, Group, History, LabelSplit, Lists, Touched};
+pub use pack::{Batch, BatchError, BatchIndices, Group, History, LabelSplit, Lists, Touched};

@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
+use std::ops::Deref;
 use thiserror::Error;
 
 /// Consecutive events of one user, oldest first, encoded in one pass, and the candidates of their
@@ -141,10 +142,22 @@ pub struct LabelSplit {
     pub count: Vec<u32>,
 }
 
-/// A packed batch. `B` histories, `N` tokens, `G` groups, `C` distinct (history, candidate) pairs,
-/// `R` rows.
+/// A packed batch: [`BatchIndices`] that [`Batch::pack`] made, and nobody can change. Devices rely on
+/// them: a GPU does not check index values.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Batch(BatchIndices);
+
+impl Deref for Batch {
+    type Target = BatchIndices;
+    fn deref(&self) -> &BatchIndices {
+        &self.0
+    }
+}
+
+/// The indices of a [`Batch`]. `B` histories, `N` tokens, `G` groups, `C` distinct (history,
+/// candidate) pairs, `R` rows.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Batch {
+pub struct BatchIndices {
     /// `[B + 1]`
     pub cu_seqlens: Vec<u32>,
     /// `[N]` item of each token.
@@ -199,13 +212,13 @@ impl Batch {
 
     fn pack_with(histories: &[History], share_pairs: bool) -> Result<Self, BatchError> {
         check(histories)?;
-        let mut batch = Batch {
+        let mut batch = BatchIndices {
             cu_seqlens: vec![0],
             group_offsets: vec![0],
             row_offsets: vec![0],
             pair_offsets: vec![0],
             score_offsets: vec![0],
-            ..Batch::default()
+            ..BatchIndices::default()
         };
         for split in &mut batch.split {
             split.cu_seqlens.push(0);
@@ -262,9 +275,11 @@ impl Batch {
         let interests = std::iter::repeat_n(0, pairs).chain(std::iter::repeat_n(1, pairs));
         let label: Vec<u32> = batch.label.iter().map(|&l| l.into()).chain(interests).collect();
         batch.touched_label = Touched { row: vec![0, 1], source: Lists::by_key(&label, 2) };
-        Ok(batch)
+        Ok(Batch(batch))
     }
+}
 
+impl BatchIndices {
     fn push_tokens(&mut self, history: &History) {
         let first = self.item.len() as u32;
         self.item.extend(&history.items);

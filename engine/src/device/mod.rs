@@ -21,6 +21,8 @@
 //! - Matrices are row-major and packed. The number of rows follows from the length of the buffer
 //!   and the width beside it.
 //! - Operations on one device run in the order of the calls.
+//! - Index values lie in what they index. The CPU panics otherwise; a GPU does not check them. In the
+//!   crate `dfar`, a `Batch` holds such indices only.
 //! - A backward operation **overwrites** the gradients of parameters. For the gradient of an
 //!   activation, [`Output`] says whether it is overwritten or added to.
 //! - Argument structs are generic over the reference they hold: `Linear<&B>` has buffers to read,

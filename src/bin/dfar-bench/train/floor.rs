@@ -10,7 +10,7 @@
 use crate::attention::batch::{Pass, needed};
 use crate::limits::gpu::Limits;
 use dfar::attention::FhaOptions;
-use dfar::batch::{Batch, LabelSplit, Lists, Touched};
+use dfar::batch::{Batch, BatchIndices, LabelSplit, Lists, Touched};
 use dfar::device::Precision;
 use dfar::model::{ModelConfig, StepPart};
 use serde::Serialize;
@@ -310,8 +310,11 @@ fn indices(batch: &Batch) -> usize {
     let lists = |lists: &Lists| lists.offsets.len() + lists.members.len();
     let touched = |touched: &Touched| touched.row.len() + lists(&touched.source);
     let split = |split: &LabelSplit| split.token.len() + split.cu_seqlens.len() + split.count.len();
-    let Batch { cu_seqlens, item, position, label, group_offsets, group_length, row_offsets, .. } = batch;
-    let Batch { row_group, row_pair, row_length, target, pair_offsets, pair_item, score_offsets, .. } = batch;
+    let BatchIndices { cu_seqlens, item, position, label, group_offsets, group_length, row_offsets, .. } =
+        &**batch;
+    let BatchIndices {
+        row_group, row_pair, row_length, target, pair_offsets, pair_item, score_offsets, ..
+    } = &**batch;
     let of_histories = [cu_seqlens, group_offsets, pair_offsets].map(Vec::len);
     let of_tokens = [item.len(), position.len(), label.len().div_ceil(4)];
     let of_groups = [group_length, row_offsets].map(Vec::len);

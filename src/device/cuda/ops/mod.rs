@@ -1,8 +1,8 @@
 //! The model's operations, one file for each `.cu` of `kernels/`: modules, entry points, launches.
 //!
 //! Lengths are checked before every launch. Index values are in device memory and are not checked:
-//! the caller guarantees them. [`crate::model`] checks the indices of a batch before it copies them
-//! to the device.
+//! [`crate::batch::Batch`] guarantees that they agree with each other, and [`crate::model`] checks
+//! them against the sizes of the tables before it copies them to the device.
 
 pub mod attention;
 pub(crate) mod convert;

@@ -1,5 +1,6 @@
 //! Output files that are complete or absent.
 
+use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -86,6 +87,8 @@ impl Replacement {
         let file = self.file.into_inner().map_err(|error| error.into_error())?;
         file.as_file().sync_all()?;
         file.persist(&self.path).map_err(|error| error.error)?;
+        // The output is complete, even where a folder cannot be opened or synchronized.
+        let _ = sync_folder_of(&self.path);
         Ok(())
     }
 }
@@ -122,6 +125,11 @@ impl Write for Replacement {
 pub fn replaced<'a>(path: &Path, read: impl IntoIterator<Item = &'a Path>) -> Option<&'a Path> {
     let path = path.canonicalize().ok()?;
     read.into_iter().find(|read| read.canonicalize().is_ok_and(|read| read == path))
+}
+
+/// Forces the names in the folder of `path` to disk.
+pub(crate) fn sync_folder_of(path: &Path) -> io::Result<()> {
+    File::open(folder_of(path))?.sync_all()
 }
 
 /// The folder of a file.

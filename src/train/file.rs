@@ -2,7 +2,7 @@
 //! a checksum of their content and tensors.
 
 use crate::model::HostTensor;
-use crate::replacement::folder_of;
+use crate::replacement::sync_folder_of;
 use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::collections::HashMap;
@@ -100,7 +100,7 @@ pub fn replace_bytes(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
 /// Renames a file, and forces the new name to disk.
 pub(super) fn rename(from: &Path, to: &Path) -> io::Result<()> {
     std::fs::rename(from, to)?;
-    File::open(folder_of(to))?.sync_all()
+    sync_folder_of(to)
 }
 
 /// The tensors of a file.

@@ -238,12 +238,14 @@ impl<'a, D: Device> Fit<'a, D> {
         &mut self,
         observe: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
     ) -> Result<Outcome, TrainError> {
-        let before = self.state.seconds;
+        let (before, done) = (self.state.seconds, self.state.epoch);
         self.session = Instant::now();
         let result = self.epochs(before, observe);
         self.state.seconds = before + self.session.elapsed().as_secs_f64();
         match result {
-            Ok(Outcome::Finished) => self.save()?,
+            // Every epoch saves. Without one, the configuration may still be new.
+            Ok(Outcome::Finished) if self.state.epoch == done => self.save()?,
+            Ok(Outcome::Finished) => {}
             // The last checkpoint is the last good state; later state is discarded.
             Err(_) => {}
             // Already saved.

@@ -68,7 +68,8 @@ pub fn scratch_bytes() -> usize {
 /// Computes `o` (`[N, Q, K, d]`) and `lse` (`[N, Q]`); both are overwritten.
 ///
 /// A row without keys (possible only with [`Normalization::Masked`] and `causal = false`) has
-/// output 0 and `lse` -inf. A non-finite input reaches the rows that read it and no others.
+/// output 0 and `lse` -inf; so has a row whose scores are all -inf. Any other non-finite input
+/// reaches the rows that read it and no others.
 ///
 /// # Errors
 /// As [`FhaOptions::check`], and for outputs of the wrong length. The outputs are unchanged then.

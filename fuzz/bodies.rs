@@ -34,7 +34,7 @@ pub fn dataset(bytes: &[u8]) {
 }
 
 /// A log of any bytes is refused, or imported into a file that opens. The first byte selects the
-/// format and the names of the columns; JSON, archives and columnar files are recognised by their
+/// format and the names of the columns; JSON, archives and columnar files are recognized by their
 /// content, and are targets only because their seeds are.
 pub fn import(bytes: &[u8]) {
     use LogFormat::*;

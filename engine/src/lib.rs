@@ -6,7 +6,7 @@
 //! | [`device`] | the operations of the model as traits, and [`device::cpu`], which implements them |
 //!
 //! `dfar` has these modules under the same names. This is a crate of its own because its code needs
-//! optimisation also in tests; the rest of `dfar` does not.
+//! optimization also in tests; the rest of `dfar` does not.
 
 pub mod attention;
 pub mod device;

@@ -2,7 +2,7 @@
 // 16 bits. That is at most 8 chunks of 16 by 16: 64 tokens with two key heads, 32 with four.
 //
 // One warp owns a sequence, so there is no block barrier. The maximum and the sum of a row are
-// known before the first product with V: outputs are normalised in registers and never rescaled.
+// known before the first product with V: outputs are normalized in registers and never rescaled.
 // Short sequences are bound by instruction issue, so the numbers of heads and chunks are compiled
 // in.
 //

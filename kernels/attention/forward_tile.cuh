@@ -1,6 +1,6 @@
 // A tile of keys in forward, whole or streamed, and the outputs of key heads.
 //
-// The denominator is known after the last key head. Until then the unnormalised outputs of finished
+// The denominator is known after the last key head. Until then the unnormalized outputs of finished
 // heads wait in shared memory, in f32.
 #pragma once
 #include "attention/rows.cuh"
@@ -129,7 +129,7 @@ __device__ __forceinline__ void take_tile(float (&acc)[D / 8][4], OnlineSoftmax&
 
 // Outputs of a warp's 16 rows for all key heads, in shared memory of the warp.
 template <class E, int D> struct HeadOutputs {
-    float* values;  // [16, stride] unnormalised, relative to `peaks`
+    float* values;  // [16, stride] unnormalized, relative to `peaks`
     float* peaks;   // [16, K] references of finished heads; then [16] sums, [16] final references
 
     static __device__ __forceinline__ int stride(const AttentionParams& p) { return p.key_slots * D + 4; }

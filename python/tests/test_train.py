@@ -257,8 +257,8 @@ def test_a_stopped_run_is_continued_to_the_same_bits(run, data, tmp_path: Path) 
     assert not stopped.finished and stop.steps[-1] == first_epoch + 2
     with pytest.raises(FileNotFoundError):
         stopped.metrics
-    with pytest.raises(ValueError, match="did you mean `workers`"):
-        dfar.resume(stopped.dir, {"wrkers": 1}, progress=False)
+    with pytest.raises(ValueError, match="did you mean `patience`"):
+        dfar.resume(stopped.dir, {"pateince": 1}, progress=False)
     resumed = dfar.resume(stopped.dir, {"num_workers": 1}, progress=False)
     assert resumed.finished
     assert (resumed.dir / "model.safetensors").read_bytes() == (run.dir / "model.safetensors").read_bytes()

@@ -70,7 +70,7 @@ pub struct Model<D: Device> {
 }
 
 impl<D: Device> Model<D> {
-    /// Initialises from `seed`: truncated normal embeddings and MLPs with the standard deviation of
+    /// Initializes from `seed`: truncated normal embeddings and MLPs with the standard deviation of
     /// `initialization`, Glorot uniform projections in the blocks, layer norms with scale 1 and
     /// offset 0.
     pub fn initialized(

@@ -76,7 +76,7 @@ pub struct StepTime {
 
 impl StepTime {
     /// Share of the time in which the device worked on a step; 0 if no time has passed.
-    pub fn utilisation(&self) -> f64 {
+    pub fn utilization(&self) -> f64 {
         if self.seconds > 0.0 { self.busy / self.seconds } else { 0.0 }
     }
 }
@@ -146,7 +146,7 @@ pub struct EpochRecord {
     pub input_wait: Option<f64>,
     /// Share of the training time in which the device worked on a step; `None` as above.
     #[serde(default)]
-    pub utilisation: Option<f64>,
+    pub utilization: Option<f64>,
     /// Seconds of validation.
     pub valid_seconds: f64,
     /// The size of the epoch.

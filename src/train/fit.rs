@@ -390,7 +390,7 @@ impl<'a, D: Device> Fit<'a, D> {
                 self.log.line(&json!({
                     "event": "step", "epoch": self.state.epoch + 1, "batch": self.state.batch,
                     "step": self.state.steps, "loss": loss, "rows": rows, "seconds": time.seconds,
-                    "input_wait": lately.input_wait, "utilisation": lately.utilisation(),
+                    "input_wait": lately.input_wait, "utilization": lately.utilization(),
                 }))?;
             }
             let event = Event::Step {
@@ -439,7 +439,7 @@ impl<'a, D: Device> Fit<'a, D> {
             instances_per_second: sums.rows as f64 / sums.time.seconds,
             train_seconds: sums.time.seconds,
             input_wait: Some(sums.time.input_wait),
-            utilisation: Some(sums.time.utilisation()),
+            utilization: Some(sums.time.utilization()),
             valid_seconds: valid_time.as_secs_f64(),
             size: plan.size,
         };

@@ -53,7 +53,7 @@ pub enum TrainError {
         epoch: usize,
         /// Batch of the epoch, from 1.
         batch: usize,
-        /// Optimiser step, from 1.
+        /// Optimizer step, from 1.
         step: u64,
         /// The tensor.
         tensor: String,

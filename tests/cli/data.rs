@@ -276,7 +276,7 @@ fn export_and_import_again_give_the_same_events() {
     let folder = Folder::new();
     let [log, output, again, export] =
         ["nasty.csv", "x.dfar", "y.dfar", "events"].map(|name| folder.path(name));
-    // Ids that need quotes or look like numbers, and a counter without a recognisable unit.
+    // Ids that need quotes or look like numbers, and a counter without a recognizable unit.
     let ids = ["\"a,b\"", "\"say \"\"hi\"\"\"", "\u{a0}x", "\"\u{feff}y\"", "007", "-1", "#c", "1e5"];
     let rows: String = (0..40)
         .map(|row| {

@@ -232,7 +232,7 @@ fn an_error_of_a_worker_ends_the_run_and_keeps_the_checkpoint() {
 }
 
 #[test]
-fn the_log_has_the_utilisation_of_the_device() {
+fn the_log_has_the_utilization_of_the_device() {
     let data = data();
     let dir = tempfile::tempdir().unwrap();
     let run = Run::create(dir.path()).unwrap();
@@ -249,12 +249,12 @@ fn the_log_has_the_utilisation_of_the_device() {
         };
         seen[kind] += 1;
         let figure = |name: &str| line[name].as_f64().unwrap_or_else(|| panic!("{name} in {line}"));
-        let utilisation = figure("utilisation");
-        assert!(utilisation > 0.0 && utilisation <= 1.0 && figure("input_wait") >= 0.0, "{line}");
+        let utilization = figure("utilization");
+        assert!(utilization > 0.0 && utilization <= 1.0 && figure("input_wait") >= 0.0, "{line}");
         if kind == 1 {
             // Waiting and device work are different parts of the time of the same epoch.
             let (seconds, wait) = (figure("train_seconds"), figure("input_wait"));
-            assert!(wait + utilisation * seconds <= seconds * (1.0 + 1e-9), "{line}");
+            assert!(wait + utilization * seconds <= seconds * (1.0 + 1e-9), "{line}");
         }
     }
     assert_eq!(seen, [fit.state().steps / 20, 3]);

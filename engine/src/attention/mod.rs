@@ -8,7 +8,7 @@
 //! | `o` | `[N, Q, K, d]` f32 | output; `Q` = [`FhaOptions::query_slots`], `K` = [`FhaOptions::key_slots`] |
 //! | `lse` | `[N, Q]` f32 | natural logarithm of each softmax denominator |
 //!
-//! [`forward`] and [`backward`] run on the CPU engine: fused, vectorised, and parallel over
+//! [`forward`] and [`backward`] run on the CPU engine: fused, vectorized, and parallel over
 //! sequences and over tiles of long sequences. Memory is proportional to the number of tokens, and
 //! results are bitwise equal for any number of threads. [`reference`](mod@reference) is a naive
 //! implementation in f64.

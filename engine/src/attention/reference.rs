@@ -263,7 +263,7 @@ impl<'a, F: Real> Sequence<'a, F> {
 
 #[inline(always)]
 fn dot<F: Real>(a: &[F], b: &[F]) -> F {
-    // Eight partial sums, so that the compiler can vectorise the loop.
+    // Eight partial sums, so that the compiler can vectorize the loop.
     let zero = F::from(0.0);
     let mut sums = [zero; 8];
     let (a8, b8) = (a.chunks_exact(8), b.chunks_exact(8));

@@ -27,7 +27,7 @@ pub struct LayerNormGradients<F> {
 
 /// Layer norm.
 pub trait Norm: Embedding + Rows {
-    /// Normalises the rows of `x` to `y`.
+    /// Normalizes the rows of `x` to `y`.
     fn layer_norm(
         &self,
         norm: LayerNorm<&Floats<Self>>,

@@ -7,7 +7,7 @@ use super::{DeviceError, Floats, Memory, Segments};
 ///
 /// A *pair* is a distinct (sequence, candidate item), with the longest prefix of the sequence that
 /// any of its rows has. A *row* is an instance: a pair and the length of its history. A score does
-/// not depend on the length of the history, so each score is computed once per pair and normalised
+/// not depend on the length of the history, so each score is computed once per pair and normalized
 /// once per row.
 #[derive(Clone, Copy, Debug)]
 pub struct TargetIndex<U> {

@@ -1,4 +1,4 @@
-//! Plain Rust for all other processors; the compiler may vectorise it.
+//! Plain Rust for all other processors; the compiler may vectorize it.
 
 use super::{MAX_LANES, Simd};
 

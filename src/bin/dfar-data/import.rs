@@ -17,7 +17,7 @@ pub struct Import {
     #[arg(long, value_enum)]
     format: Format,
     /// Log files, read in this order; `-` is standard input. gzip, zstd, tar, JSON, Parquet and
-    /// Arrow files are recognised by their content.
+    /// Arrow files are recognized by their content.
     #[arg(long, short, required = true, num_args = 1.., value_name = "FILE")]
     input: Vec<PathBuf>,
     /// Members of tar archives to read; `*` stands for any text [default: all that are logs by

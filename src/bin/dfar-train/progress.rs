@@ -74,7 +74,7 @@ impl Progress {
                         "loss {:.4}, {} instances/s, device busy {:.0} %",
                         sums.loss / sums.rows as f64,
                         count(rate),
-                        100.0 * sums.time.utilisation()
+                        100.0 * sums.time.utilization()
                     ));
                     bar.set_position(done as u64);
                 }
@@ -100,7 +100,7 @@ impl Progress {
                     record.idl,
                     if best { " (best)" } else { "" },
                     count(record.instances_per_second.round() as usize),
-                    100.0 * record.utilisation.unwrap_or(0.0),
+                    100.0 * record.utilization.unwrap_or(0.0),
                     record.train_seconds + record.valid_seconds
                 ));
             }

@@ -132,7 +132,7 @@ fn end(bytes: usize) {
     );
     let length = text.position() as usize;
     let text = text.into_inner();
-    // SAFETY: `length` bytes of `text` are initialised; `_exit` has no conditions.
+    // SAFETY: `length` bytes of `text` are initialized; `_exit` has no conditions.
     unsafe {
         libc::write(libc::STDERR_FILENO, text.as_ptr().cast(), length);
         libc::_exit(1)

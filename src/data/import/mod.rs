@@ -120,7 +120,7 @@ pub struct ImportOptions {
     /// Format of all inputs.
     pub format: LogFormat,
     /// Logs, read one after the other; `-` is standard input. gzip, zstd, tar, Parquet, Arrow IPC
-    /// and JSON are recognised by their first bytes.
+    /// and JSON are recognized by their first bytes.
     pub inputs: Vec<PathBuf>,
     /// Members of tar archives to read, in which `*` stands for any text and `?` for any byte; `None`: all except those
     /// that the format is known to ship beside its logs.

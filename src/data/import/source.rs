@@ -1,6 +1,6 @@
 //! The bytes of logs, decompressed and extracted from archives.
 //!
-//! Containers are recognised by their first bytes, not by the name of the file: gzip and zstd
+//! Containers are recognized by their first bytes, not by the name of the file: gzip and zstd
 //! (several members end to end form one stream), tar, and both combined. The error for an
 //! unsupported container names it.
 
@@ -10,7 +10,7 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, Cursor, ErrorKind, Read};
 use std::path::{Component, Path, PathBuf};
 
-/// Number of bytes needed to recognise a container; the magic of tar is at 257.
+/// Number of bytes needed to recognize a container; the magic of tar is at 257.
 const MAGIC_BYTES: usize = 512;
 /// Deepest nesting of compression that is read.
 const DEEPEST: usize = 3;

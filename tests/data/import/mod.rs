@@ -213,7 +213,7 @@ fn csv_columns_are_given_by_name_or_number() {
 }
 
 #[test]
-fn gzip_is_recognised_by_its_content() {
+fn gzip_is_recognized_by_its_content() {
     let text = "196\t242\t3\t881250949\n196\t302\t4\t891717742\n";
     let packed = |text: &str| {
         let mut encoder = GzEncoder::new(Vec::new(), Compression::default());

@@ -87,7 +87,7 @@ impl Machine {
             .chain([("primitives.cuh".to_owned(), String::new())])
             .collect();
         let runtime = build("runtime", &files, "runtime.cpp", &[&arena])?;
-        // SAFETY: the emulator's initialisers only set up its own data. The types are those of
+        // SAFETY: the emulator's initializers only set up its own data. The types are those of
         // runtime.cpp. The struct owns the library.
         unsafe {
             let library: Library = open(&runtime)?.into();
@@ -124,7 +124,7 @@ impl Machine {
         }
     }
 
-    /// Allocates uninitialised memory, 256-byte aligned.
+    /// Allocates uninitialized memory, 256-byte aligned.
     pub fn allocate(&self, bytes: usize) -> Option<u64> {
         // SAFETY: the device is alive and checks the size.
         let at = unsafe { (self.functions.allocate)(self.raw, bytes) };
@@ -174,7 +174,7 @@ impl Machine {
         let key = hasher.finish();
         if !self.modules.contains_key(&key) {
             let path = self.build_module(source, key)?;
-            // SAFETY: the module's initialisers register its kernels with the runtime.
+            // SAFETY: the module's initializers register its kernels with the runtime.
             let library = unsafe { open(&path)? };
             self.modules.insert(key, library.into());
         }

@@ -1,5 +1,5 @@
 // Kernels with one planted fault each. `data` holds 64 floats: `fill` has written the first half,
-// the second half is uninitialised.
+// the second half is uninitialized.
 #include "primitives.cuh"
 
 float dfar_emulator_keep;  // external, so that the compiler keeps the reads

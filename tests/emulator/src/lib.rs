@@ -2,7 +2,7 @@
 //! checks every memory access.
 //!
 //! A [`Device`] owns memory. A launch fails, with a message, at the first out-of-bounds access,
-//! read of uninitialised memory, misaligned access, write to an input, race in shared memory, or
+//! read of uninitialized memory, misaligned access, write to an input, race in shared memory, or
 //! barrier that some threads do not reach. [`Emulated`] is a device behind the library's runtime
 //! interface.
 
@@ -107,7 +107,7 @@ impl Device {
         Device { raw, not_shared: PhantomData }
     }
 
-    /// Allocates uninitialised memory; `None` if there is too little.
+    /// Allocates uninitialized memory; `None` if there is too little.
     fn allocate_bytes(&self, bytes: usize) -> Option<*mut u8> {
         // SAFETY: `raw` is a live device, which checks the size against its memory.
         let at = unsafe { dfar_emulator_allocate(self.raw.as_ptr(), bytes) };
@@ -147,7 +147,7 @@ impl Device {
         unsafe { dfar_emulator_disown(self.raw.as_ptr(), at, bytes) }
     }
 
-    /// Number of uninitialised bytes.
+    /// Number of uninitialized bytes.
     ///
     /// # Safety
     /// The bytes lie inside one allocation.
@@ -182,7 +182,7 @@ impl Device {
         array
     }
 
-    /// Allocates an uninitialised array.
+    /// Allocates an uninitialized array.
     pub fn output<T: Pod>(&self, len: usize) -> Array<T> {
         self.allocate(len)
     }

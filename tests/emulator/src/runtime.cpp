@@ -260,7 +260,7 @@ static bool judge(Device& d, Fibre& fibre, const void* at, size_t bytes, Access 
             return false;
         }
         if (kind == Access::read && d.state[i] == UNWRITTEN) {
-            d.fail("read of %zu bytes of uninitialised %s memory", bytes, space);
+            d.fail("read of %zu bytes of uninitialized %s memory", bytes, space);
             return false;
         }
         if (kind == Access::write && d.state[i] == READ_ONLY) {
@@ -483,7 +483,7 @@ void dfar_emulator_mark(Device* d, void* at, size_t bytes, bool read_only) {
 void dfar_emulator_disown(Device* d, void* at, size_t bytes) {
     memset(d->state + (static_cast<unsigned char*>(at) - d->memory), NONE, bytes);
 }
-// Number of uninitialised bytes.
+// Number of uninitialized bytes.
 size_t dfar_emulator_unwritten(Device* d, const void* at, size_t bytes) {
     size_t count = 0;
     const unsigned char* state = d->state + (static_cast<const unsigned char*>(at) - d->memory);

@@ -10,7 +10,7 @@
 //!
 //! Large scores cost two more passes over the keys of their rows ([`Normalizers`]):
 //!
-//! - An f32 `lse` of a few hundred is too coarse to normalise with, so maximum and sum are
+//! - An f32 `lse` of a few hundred is too coarse to normalize with, so maximum and sum are
 //!   recomputed.
 //! - If one key has nearly all of the probability, `ds` is a difference of nearly equal numbers.
 //!   Both are taken relative to that key: `ds = p * ((do . v - center) - sum p (do . v - center))`
@@ -287,7 +287,7 @@ impl OutputProducts<'_> {
     }
 
     /// For each row: `center`, the `do . v` of its most probable key (0 if that key is not kept),
-    /// and the sum over all keys of `p * (do . v - center)`. This `p` is normalised; `do` already
+    /// and the sum over all keys of `p * (do . v - center)`. This `p` is normalized; `do` already
     /// carries the factor once.
     #[inline(always)]
     fn centered<S: Simd, const R: usize>(

@@ -1,4 +1,4 @@
-//! Vectorised, memory-bound passes over rows of f32.
+//! Vectorized, memory-bound passes over rows of f32.
 
 use crate::simd::{Kernel, Simd, dispatch};
 
@@ -174,7 +174,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn vectorised_passes_agree_with_scalar_loops() {
+    fn vectorized_passes_agree_with_scalar_loops() {
         let x: Vec<f32> = (0..160 * 3).map(|i| (i as f32 * 0.37).sin()).collect();
         let mut sums = vec![1.0; 160];
         add_column_sums(&x, &mut sums);

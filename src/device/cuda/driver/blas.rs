@@ -116,7 +116,7 @@ struct Functions {
 
 impl Functions {
     fn load(path: &Path) -> Result<Functions, libloading::Error> {
-        // SAFETY: the library's initialisers only set up the library. The function types are those
+        // SAFETY: the library's initializers only set up the library. The function types are those
         // of cublasLt.h, unchanged since CUDA 11. The struct owns the library.
         unsafe {
             let library = Library::new(path)?;

@@ -107,7 +107,7 @@ pub fn device_count() -> Result<usize, CudaError> {
         return Err(CudaError::NoDriver);
     }
     let count =
-        CudaContext::device_count().map_err(|e| CudaError::driver("initialising the driver", e, 0))?;
+        CudaContext::device_count().map_err(|e| CudaError::driver("initializing the driver", e, 0))?;
     Ok(usize::try_from(count).unwrap_or(0))
 }
 

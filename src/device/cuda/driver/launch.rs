@@ -15,7 +15,7 @@ use std::sync::Arc;
 /// Whether libcuda can be loaded, and is not the toolkit's library for linking. cudarc panics
 /// without it.
 pub(crate) fn driver_is_present() -> bool {
-    // SAFETY: loads libcuda, whose initialisers do nothing before cuInit.
+    // SAFETY: loads libcuda, whose initializers do nothing before cuInit.
     let present = unsafe { sys::is_culib_present() };
     if !present {
         return false;
@@ -167,7 +167,7 @@ impl Pinned {
 impl Deref for Pinned {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
-        // SAFETY: allocated with this many bytes, which `new` initialised.
+        // SAFETY: allocated with this many bytes, which `new` initialized.
         unsafe { std::slice::from_raw_parts(self.at.as_ptr(), self.bytes) }
     }
 }

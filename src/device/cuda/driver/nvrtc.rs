@@ -87,7 +87,7 @@ impl Nvrtc {
     }
 
     fn load(path: &Path) -> Result<Nvrtc, libloading::Error> {
-        // SAFETY: NVRTC's initialisers only set up the library. The function types are those of
+        // SAFETY: NVRTC's initializers only set up the library. The function types are those of
         // nvrtc.h, unchanged since CUDA 11. `version` writes two ints. The struct owns the library.
         unsafe {
             let library = Library::new(path)?;

@@ -1,11 +1,11 @@
-//! Values initialised on first use, once per key.
+//! Values initialized on first use, once per key.
 
 use crate::device::cuda::runtime::lock;
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::sync::{Arc, Mutex};
 
-/// Lazily initialised values by key. Initialising one key does not block callers of other keys.
+/// Lazily initialized values by key. Initializing one key does not block callers of other keys.
 pub(crate) struct Once<K, V> {
     places: Mutex<HashMap<K, Arc<Mutex<Option<V>>>>>,
 }
@@ -60,7 +60,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_initialised_once() {
+    fn a_key_is_initialized_once() {
         let (once, made) = (Once::<u32, usize>::default(), AtomicUsize::new(0));
         let make = || {
             std::thread::sleep(Duration::from_millis(20)); // time for the other threads to arrive
@@ -74,7 +74,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_initialisation_is_retried() {
+    fn a_failed_initialization_is_retried() {
         let once = Once::<u32, u32>::default();
         assert_eq!(once.get(1, || Err("no compiler")), Err("no compiler"));
         assert_eq!(once.get(1, || Ok::<_, &str>(10)), Ok(10));

@@ -9,7 +9,7 @@ use std::process::Command;
 
 /// The names under which libraries are looked for.
 const NAMES: [&str; 3] = ["libcuda.so.1", "libnvrtc.so.12", "libcublasLt.so.12"];
-/// A copy is another library: its driver is not initialised, so that it opens but cannot be used.
+/// A copy is another library: its driver is not initialized, so that it opens but cannot be used.
 const UNUSABLE: &str = "libcublasLt.so.13";
 
 /// Runs the calling test's `body` on the driver, with these variables.

@@ -19,7 +19,7 @@ fn memory_given_back_is_used_again_and_counts_as_unwritten() {
     drop(first);
     let second = gpu.array::<f32>(100).expect("there is memory");
     assert_eq!(second.pointer(), at);
-    let error = second.to_vec().expect_err("it is uninitialised");
+    let error = second.to_vec().expect_err("it is uninitialized");
     assert!(error.to_string().contains("never written"), "{error}");
 }
 

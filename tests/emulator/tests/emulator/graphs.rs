@@ -157,8 +157,8 @@ fn a_fault_inside_shows_when_it_runs() {
         let mut y = gpu.alloc(5)?;
         gpu.add(&x, &mut y)
     });
-    let error = result.expect_err("y is uninitialised").to_string();
-    assert!(error.contains("uninitialised global memory"), "{error}");
+    let error = result.expect_err("y is uninitialized").to_string();
+    assert!(error.contains("uninitialized global memory"), "{error}");
     assert_eq!(gpu.captures().unwrap().reason, Some(error));
 }
 

@@ -122,7 +122,7 @@ impl Context<'_> {
     }
 
     /// Fetches the tokens that are `count` rows from `first` on in the next sequence, if that is as
-    /// long as this one: short sequences are over before the processor has recognised the stream of
+    /// long as this one: short sequences are over before the processor has recognized the stream of
     /// tokens.
     #[inline(always)]
     fn fetch_ahead<S: Simd>(&self, s: S, first: usize, count: usize) {

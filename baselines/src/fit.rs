@@ -9,6 +9,7 @@ use dfar::data::{Dataset, Part};
 use dfar::evaluate::{self, PartReport, ScoreOptions};
 use dfar::model::{HostTensor, ModelError};
 use dfar::train::draw::{Drawer, Plan};
+use dfar::train::stopping::{ended, is_better};
 use dfar::train::{Config, TrainError};
 use serde::Serialize;
 use std::ops::ControlFlow;
@@ -67,7 +68,7 @@ pub fn fit<L: Learner>(
     let mut epochs: Vec<Epoch> = Vec::new();
     let mut best: Option<Best> = None;
     let (mut stale, mut steps) = (0, 0);
-    while epochs.len() < config.epochs && !(config.patience > 0 && stale >= config.patience) {
+    while !ended(config, epochs.len(), stale) {
         let plan = drawer.training_plan(epochs.len() as u64)?;
         let start = Instant::now();
         let (rows, loss) = train_epoch(learner, &drawer, &plan, (epochs.len(), steps), scoring.workers)?;
@@ -76,11 +77,7 @@ pub fn fit<L: Learner>(
         let start = Instant::now();
         let valid = report(Part::Valid, &score(learner, data, Part::Valid, scoring)?);
         let valid_auc = valid.as_ref().map(|valid| valid.liked.auc);
-        // Without validation there is nothing to choose by: the last epoch is kept.
-        let is_best = match (best.as_ref().and_then(|best| best.valid_auc), valid_auc) {
-            (Some(best), Some(auc)) => auc > best,
-            _ => true,
-        };
+        let is_best = is_better(valid_auc, best.as_ref().and_then(|best| best.valid_auc));
         let epoch = Epoch {
             epoch: epochs.len() + 1,
             loss,

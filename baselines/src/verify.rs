@@ -57,7 +57,7 @@ fn compare_case<D: SystemDevice>(device: &Arc<D>, case: &Case) -> Result<Vec<Ten
         |source: ModelError| VerifyError::Model { path: case.path.clone(), source: Box::new(source) };
     let meta: Meta = case.options()?;
     let settings: Settings = case.options()?;
-    let tensors = parameters(case)?;
+    let tensors = case.parameters()?;
     let mut model = Model::from_tensors(device.clone(), meta.system, settings, &tensors).map_err(refused)?;
     let x = inputs(case, &meta, &model)?;
     let options = LossOptions {
@@ -160,16 +160,4 @@ fn offsets(case: &Case, tensor: &'static str, len: Option<usize>) -> Result<Vec<
         return Err(case.invalid(tensor, "prefix sums start at 0 and never decrease"));
     }
     Ok(offsets)
-}
-
-/// The tensors named `param.*`.
-fn parameters(case: &Case) -> Result<Vec<HostTensor>, VerifyError> {
-    let named = case.names().filter_map(|full| Some((full, full.strip_prefix("param.")?)));
-    named
-        .map(|(full, name)| {
-            let shape = case.shape(full)?;
-            let sizes: Vec<Option<usize>> = shape.iter().copied().map(Some).collect();
-            Ok(HostTensor { name: name.to_owned(), values: case.f32s(full, &sizes)?, shape })
-        })
-        .collect()
 }

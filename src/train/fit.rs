@@ -9,6 +9,7 @@ use super::draw::{Drawer, Plan, PlanSize};
 use super::file::FileError;
 use super::log::Log;
 use super::run::Run;
+use super::stopping::{ended, is_better};
 use super::tensorboard::EventFile;
 use crate::batch::Batch;
 use crate::batch::ahead;
@@ -195,7 +196,7 @@ impl<'a, D: Device> Fit<'a, D> {
                 if !same_run || epoch != state.epoch + 1 || check_data(data, &of.data, &info).is_err() {
                     return Err(TrainError::OtherModel { path: run.model() });
                 }
-                if ended(&config, &state) {
+                if ended(&config, state.epoch, state.stale) {
                     let reason = format!(
                         "{} is of epoch {epoch}, after the last one of this run: give the --epochs or \
                          --patience of the command that was interrupted",
@@ -295,7 +296,7 @@ impl<'a, D: Device> Fit<'a, D> {
     /// Whether no epoch is left.
     /// Whether no epoch is left.
     pub fn ended(&self) -> bool {
-        ended(&self.config, &self.state)
+        ended(&self.config, self.state.epoch, self.state.stale)
     }
 
     /// Runs the remaining batches of an epoch; `Break` if the caller stopped the run.
@@ -443,13 +444,11 @@ impl<'a, D: Device> Fit<'a, D> {
             valid_seconds: valid_time.as_secs_f64(),
             size: plan.size,
         };
-        // Without validation there is no criterion, so the last epoch is kept.
-        let best = match (&self.state.best, record.valid_auc) {
+        let best = match &self.state.best {
             // The process was killed between writing this epoch's model and its checkpoint, and the
             // earlier best model is gone.
-            (Some(Best { epoch, .. }), _) if *epoch == record.epoch => true,
-            (Some(Best { valid_auc: Some(best), .. }), Some(auc)) => auc > *best,
-            _ => true,
+            Some(Best { epoch, .. }) if *epoch == record.epoch => true,
+            best => is_better(record.valid_auc, best.as_ref().and_then(|best| best.valid_auc)),
         };
         if best {
             let parameters = self.finite_parameters()?;
@@ -524,10 +523,6 @@ pub fn score_options(config: &Config, device: &impl Device) -> ScoreOptions {
         batch_rows: config.batch_rows.max(4096),
         workers: config.workers_for(device),
     }
-}
-
-fn ended(config: &Config, state: &State) -> bool {
-    state.epoch >= config.epochs || (config.patience > 0 && state.stale >= config.patience)
 }
 
 /// Checks that a data set is the one of a run or a model.

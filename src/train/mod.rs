@@ -8,6 +8,7 @@ mod fit;
 mod log;
 pub mod negatives;
 pub mod run;
+pub mod stopping;
 mod tensorboard;
 
 pub use config::Config;

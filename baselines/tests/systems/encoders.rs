@@ -2,10 +2,11 @@
 //! number of threads. The systems run at widths that are not whole vectors.
 
 use dfar::batch::{Group, History, without_sharing};
+use dfar::device::Clip;
 use dfar::device::cpu::Cpu;
-use dfar::model::{HostTensor, Initialization};
+use dfar::model::{AdamOptions, HostTensor, Initialization};
 use dfar_baselines::loss::Ranking;
-use dfar_baselines::{Kind, LossOptions, Model, Settings};
+use dfar_baselines::{Kind, LossOptions, Model, Optimizer, Settings};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::sync::Arc;
@@ -229,5 +230,57 @@ fn every_gradient_of_two_blocks_is_the_slope_of_the_loss() {
             checked += 1;
         }
         assert!(checked > gradients.len() / 2, "{kind:?}: {checked} of {}", gradients.len());
+    }
+}
+
+/// Two steps on one batch, for the values whose gradient is well above rounding.
+#[test]
+fn every_parameter_takes_the_steps_of_adam() {
+    let options = LossOptions { ranking: Ranking::Bce, embed_l2: 1e-3, auxiliary: 0.5 };
+    let (lr, norm) = (0.01, 0.05);
+    let adam =
+        AdamOptions { lr: lr as f32, clip: Some(Clip::PerTensor(norm as f32)), dense_embeddings: false };
+    for kind in Kind::ALL {
+        let mut model = model(kind);
+        let histories = histories(3);
+        let x = model.inputs(&histories, &negatives(kind, &histories)).expect("the histories fit");
+        let mut optimizer = Optimizer::new(&model).expect("moments");
+        // Value, first and second moment of each parameter.
+        let mut expected: Vec<Vec<[f64; 3]>> = Vec::new();
+        for tensor in model.tensors().expect("tensors") {
+            expected.push(tensor.values.iter().map(|&x| [f64::from(x), 0.0, 0.0]).collect());
+        }
+        let mut clear: Vec<Vec<bool>> = expected.iter().map(|values| vec![true; values.len()]).collect();
+        for step in 1..=2 {
+            let (_, gradients) = model.gradients(&x, &options).expect("a step");
+            for (t, gradient) in gradients.iter().enumerate() {
+                let length = gradient.values.iter().map(|&d| f64::from(d).powi(2)).sum::<f64>().sqrt();
+                let scale = (norm / length).min(1.0);
+                let largest = gradient.values.iter().fold(0.0f32, |m, d| m.max(d.abs()));
+                for (i, &d) in gradient.values.iter().enumerate() {
+                    clear[t][i] &= largest > 1e-6 && d.abs() > 1e-2 * largest;
+                    let d = f64::from(d) * scale;
+                    let [x, first, second] = &mut expected[t][i];
+                    *first = 0.9 * *first + 0.1 * d;
+                    *second = 0.999 * *second + 0.001 * d * d;
+                    let [first, second] =
+                        [*first / (1.0 - 0.9f64.powi(step)), *second / (1.0 - 0.999f64.powi(step))];
+                    *x -= lr * first / (second.sqrt() + 1e-8);
+                }
+            }
+            model.train_step(&x, &options, &adam, &mut optimizer).expect("a step");
+        }
+        let mut checked = 0;
+        for ((tensor, expected), clear) in model.tensors().expect("tensors").iter().zip(&expected).zip(&clear)
+        {
+            for ((&x, [wanted, ..]), _) in
+                tensor.values.iter().zip(expected).zip(clear).filter(|(_, clear)| **clear)
+            {
+                let error = (f64::from(x) - wanted).abs();
+                assert!(error < 1e-4 * lr, "{kind:?}, {}: {x}, {wanted}", tensor.name);
+                checked += 1;
+            }
+        }
+        assert!(checked > expected.iter().map(Vec::len).sum::<usize>() / 4, "{kind:?}: {checked}");
     }
 }

@@ -1,6 +1,7 @@
 //! Reads a case from an untrusted file.
 
 use dfar::attention::AttentionError;
+use dfar::model::HostTensor;
 use safetensors::{Dtype, SafeTensors};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -223,6 +224,21 @@ impl Case {
     pub fn shape(&self, tensor: &str) -> Result<Vec<usize>, VerifyError> {
         let missing = || VerifyError::Missing { path: self.path.clone(), tensor: tensor.to_owned() };
         self.tensors.get(tensor).map(|t| t.shape.clone()).ok_or_else(missing)
+    }
+
+    /// The tensors named `param.*`, without this prefix.
+    ///
+    /// # Errors
+    /// A tensor that is not f32.
+    pub fn parameters(&self) -> Result<Vec<HostTensor>, VerifyError> {
+        let named = self.names().filter_map(|full| Some((full, full.strip_prefix("param.")?)));
+        named
+            .map(|(full, name)| {
+                let shape = self.shape(full)?;
+                let sizes: Vec<Option<usize>> = shape.iter().copied().map(Some).collect();
+                Ok(HostTensor { name: name.to_owned(), values: self.f32s(full, &sizes)?, shape })
+            })
+            .collect()
     }
 
     /// The error for invalid values of `tensor`.

@@ -49,7 +49,7 @@ pub fn verify_dfar<D: Device>(case: &Case, device: Arc<D>) -> Result<Vec<TensorE
         ..ModelConfig::new(meta.items, meta.max_length)
     };
     let loss = LossOptions { bpr: meta.bpr, idl: meta.idl, embed_l2: meta.embed_l2 };
-    let mut model = Model::from_tensors(device, config, &parameters(case)?).map_err(refused)?;
+    let mut model = Model::from_tensors(device, config, &case.parameters()?).map_err(refused)?;
 
     let mut errors = Vec::new();
     let [negative, positive] = model.logits(&batch).map_err(refused)?;
@@ -163,16 +163,4 @@ fn batch(case: &Case, meta: &DfarCase) -> Result<Batch, VerifyError> {
     };
     let histories: Vec<History> = cu_seqlens.windows(2).enumerate().map(history).collect();
     Batch::pack(&histories).map_err(|e| case.invalid("history_label", e.to_string()))
-}
-
-/// The tensors named `param.*`.
-fn parameters(case: &Case) -> Result<Vec<HostTensor>, VerifyError> {
-    let named = case.names().filter_map(|full| Some((full, full.strip_prefix("param.")?)));
-    named
-        .map(|(full, name)| {
-            let shape = case.shape(full)?;
-            let sizes: Vec<Option<usize>> = shape.iter().copied().map(Some).collect();
-            Ok(HostTensor { name: name.to_owned(), values: case.f32s(full, &sizes)?, shape })
-        })
-        .collect()
 }

@@ -542,7 +542,7 @@ impl RunResult {
             let own = result_path(out, &result.name());
             if *path != own {
                 // A copy would count as another seed.
-                let reason = format!("its run belongs to {}; remove one of the two", own.display());
+                let reason = format!("the file of its run is {}; rename or remove this one", own.display());
                 return Err(ResultError::Format { path: path.clone(), reason });
             }
             Ok(result)

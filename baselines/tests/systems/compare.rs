@@ -419,7 +419,7 @@ fn wrong_usage_is_named() {
     }
     let copy = dir.path().join("out/results/gru4rec-positive-only-2020 copy.json");
     std::fs::copy(&file, &copy).expect("a file");
-    fails(&["--systems", "gru4rec"], 1, "belongs to out/results/gru4rec-positive-only-2020.json");
+    fails(&["--systems", "gru4rec"], 1, "the file of its run is out/results/gru4rec-positive-only-2020.json");
     std::fs::remove_file(copy).expect("a file");
     std::fs::write(&file, "{").expect("a file");
     fails(&["--systems", "gru4rec"], 1, "is not a result of dfar-compare");

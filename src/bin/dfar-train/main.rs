@@ -227,7 +227,7 @@ fn fit<D: Device>(device: Arc<D>, start: Start, progress: &Progress, json: bool)
             let fit = Fit::resume(device.clone(), data, config.clone(), run, checkpoint)?;
             let (epoch, batch) = (fit.state().epoch + 1, fit.state().batch + 1);
             progress.line(&match fit.ended() {
-                true => "all epochs are done".to_owned(),
+                true => "no epoch is left to train".to_owned(),
                 false => format!("resuming at epoch {epoch}, batch {batch}"),
             });
             fit

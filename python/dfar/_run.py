@@ -39,7 +39,7 @@ class Run:
 
     def __init__(self, run: _dfar.Run) -> None:
         self._run = run
-        self.dir = Path(run.dir())
+        self.dir = Path(run.dir()).absolute()
         """The run directory."""
         self._items: npt.NDArray[np.object_] | None = None
 
@@ -253,7 +253,8 @@ def train(
         ValueError: a bad configuration, or a data set without training targets.
         FileExistsError: ``out`` holds a run.
         KeyboardInterrupt: Ctrl-C. Everything is saved; continue with :func:`resume`.
-        RuntimeError: the loss became non-finite, or the device failed.
+        RuntimeError: the loss became non-finite, the device failed, or a callback stopped the run
+            before its first epoch ended: there is no model yet, but :func:`resume` continues it.
 
     The GIL is released. An exception in a callback stops the run, saves it, and is raised again.
     """

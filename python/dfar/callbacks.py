@@ -14,6 +14,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from ._run import Run
 
@@ -67,8 +69,9 @@ class Dispatch:
     def observe(self, event: dict[str, Any]) -> bool:
         """Passes an event on; whether to continue."""
         kind = event.pop("event")
-        answers = [method(event) for method in self.methods.get(kind, ())]
-        return not any(answer is False for answer in answers)
+        # Each gets its own, which it may change.
+        answers = [method(dict(event)) for method in self.methods.get(kind, ())]
+        return not any(isinstance(answer, (bool, np.bool_)) and not answer for answer in answers)
 
     def end(self, run: Run) -> None:
         for callback in self.callbacks:

@@ -274,7 +274,8 @@ def fha(
 
     Raises:
         TypeError, ValueError: as :func:`dfar.fha`.
-        NotImplementedError: ``q`` is on another kind of device.
+        NotImplementedError: ``q`` is on another kind of device; an input has a tangent (forward-mode
+            differentiation).
         RuntimeError: the GPU, its driver or NVRTC cannot be used; a CUDA graph is being captured.
     """
     named = [("q", q), ("k", k), ("v", v), ("cu_seqlens", cu_seqlens)]
@@ -294,7 +295,19 @@ def fha(
         cu_seqlens, label = cu_seqlens.cpu(), None if label is None else label.cpu()
     if q.dim() != 3:
         raise ValueError(f"q has shape {tuple(q.shape)}, but must be [N, H, d]")
+    for name, option in (("causal", causal), ("label_mask", label_mask)):
+        if not isinstance(option, bool):
+            raise TypeError(f"{name} must be a bool, not {type(option).__name__}")
+    if not isinstance(normalization, str):
+        raise TypeError(f"normalization must be a str, not {type(normalization).__name__}")
+    if isinstance(scale, (Tensor, str)):
+        raise TypeError(f"scale must be a number without a gradient, not {type(scale).__name__}")
     _contiguous(*named[:3])
+    if not torch.compiler.is_compiling():
+        # The tangent would be lost without a word.
+        for name, x in named[:3]:
+            if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+                raise NotImplementedError(f"{name} has a tangent, but dfar.fha has no forward mode")
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1]) if q.shape[-1] else 1.0
     o, lse = torch.ops.dfar.fha(
@@ -348,10 +361,20 @@ def unpack_padded(packed: Tensor, cu_seqlens: Tensor, longest: int | None = None
         packed: ``[N, ...]``.
         cu_seqlens: ``[B + 1]`` integers.
         longest: ``T``; ``None``: the longest sequence.
+
+    Raises:
+        ValueError: ``packed`` is not as long as ``cu_seqlens`` says, or a sequence is longer than
+            ``longest``.
     """
     lengths = cu_seqlens.diff()
     if longest is None:
         longest = int(lengths.max()) if len(lengths) else 0
+    # Not in a compiled graph, which cannot look at values.
+    if len(lengths) and not torch.compiler.is_compiling():
+        if int(cu_seqlens[-1]) != len(packed):
+            raise ValueError(f"packed has {len(packed)} tokens, but cu_seqlens {int(cu_seqlens[-1])}")
+        if int(lengths.max()) > longest:
+            raise ValueError(f"longest is {longest}, but a sequence has {int(lengths.max())} tokens")
     kept = _kept(lengths, longest, packed.device)
     padded = packed.new_zeros(len(lengths), longest, *packed.shape[1:])
     return padded.masked_scatter(kept.reshape(kept.shape + (1,) * (packed.dim() - 1)), packed)
@@ -365,6 +388,8 @@ def pack_nested(nested: Any) -> Packed:
     """
     if not (nested.is_nested and nested.layout == torch.jagged):
         raise TypeError("nested must be a nested tensor with layout=torch.jagged")
+    if nested._ragged_idx != 1:
+        raise ValueError("the sequences of nested must be its second dimension")
     if nested.lengths() is not None:
         raise ValueError("nested has holes between its sequences; pass nested.contiguous()")
     return Packed(nested.values(), nested.offsets().to(torch.int32))
@@ -472,9 +497,10 @@ class FactorizationHeadsAttention(nn.Module):
         each sequence is a sequence of its own, of zeros."""
         batch, longest = label.shape
         padding = ~_kept(lengths, longest, x.device)
-        first = torch.arange(batch, device=lengths.device) * longest
-        starts = torch.stack((first, first + lengths), 1).flatten()
-        starts = nn.functional.pad(starts, (0, 1), value=batch * longest)
+        # The end is a tensor too: as a number, it would be a constant of the graph.
+        first = torch.arange(batch + 1, device=lengths.device) * longest
+        starts = torch.stack((first[:-1], first[:-1] + lengths), 1).flatten()
+        starts = torch.cat((starts, first[-1:]))
         x = x.masked_fill(padding[..., None], 0)
         label = label.masked_fill(~_kept(lengths, longest, label.device), 0)
         result = self._packed(x.flatten(0, 1), label.flatten(), starts)

@@ -43,12 +43,20 @@ fn start(threads: usize) -> PyResult<Arc<ThreadPool>> {
     Ok(Arc::new(dfar::threads::pool(threads).map_err(errors::python)?))
 }
 
+/// Most threads. They start one after the other, which cannot be interrupted.
+const MOST: usize = 1024;
+
+fn check(name: &str, threads: usize) -> PyResult<()> {
+    if threads <= MOST {
+        return Ok(());
+    }
+    Err(PyValueError::new_err(format!("{name} is {threads}, but must be at most {MOST}")))
+}
+
 /// Sets the number of threads of later calls; 0: one per core.
 #[pyfunction]
 pub fn set_threads(count: usize) -> PyResult<()> {
-    if count > 65_536 {
-        return Err(PyValueError::new_err(format!("count is {count}, but must be at most 65536")));
-    }
+    check("count", count)?;
     let mut state = POOL.lock().unwrap_or_else(PoisonError::into_inner);
     if state.process == std::process::id() {
         state.pool = None;
@@ -107,6 +115,7 @@ pub fn interruptible<T: Send, M: Send>(
     work: impl FnOnce(Link<M>) -> T + Send,
     mut deal: impl FnMut(Python<'_>, M) -> PyResult<bool>,
 ) -> PyResult<(T, Option<PyErr>)> {
+    check("threads", threads)?;
     let pool = if threads == 0 { pool()? } else { start(threads)? };
     let stop = Arc::new(AtomicBool::new(false));
     let (messages, mut inbox) = sync_channel(0);

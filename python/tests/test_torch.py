@@ -173,6 +173,19 @@ def test_inductor_compiles_a_padded_batch_without_breaks(inductor) -> None:
     assert_same(module, compiled, *batch)
 
 
+def test_a_compiled_padded_batch_takes_any_shape() -> None:
+    module = dfar.torch.FactorizationHeadsAttention(16, 4)
+    count = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(module, backend=count, fullgraph=True, dynamic=True)
+    for batch in range(3, 15):
+        longest = 4 + batch % 5
+        x, label = torch.randn(batch, longest, 16), torch.randint(0, 2, (batch, longest))
+        lengths = torch.randint(0, longest + 1, (batch,))
+        expected = module(x, label, lengths=lengths)
+        assert torch.allclose(compiled(x, label, lengths=lengths), expected, atol=1e-5)
+    assert count.frame_count == 1
+
+
 def test_inductor_compiles_the_packing_helpers_without_breaks(inductor) -> None:
     def pack_and_back(padded, lengths):
         packed = dfar.torch.pack_padded(padded * 2, lengths)
@@ -422,6 +435,35 @@ def test_nested_tensors_round_trip_without_a_copy() -> None:
     assert all(torch.equal(a, b) for a, b in zip(again.unbind(), rows))
     with pytest.raises(TypeError, match="jagged"):
         dfar.torch.pack_nested(rows[0])
+    with pytest.raises(ValueError, match="second dimension"):
+        dfar.torch.pack_nested(nested.unsqueeze(-1).transpose(1, 2))
+
+
+def test_unpacking_refuses_tokens_that_have_no_place() -> None:
+    with pytest.raises(ValueError, match="longest is 2"):
+        dfar.torch.unpack_padded(torch.arange(5.0), torch.tensor([0, 3, 5]), 2)
+    with pytest.raises(ValueError, match="packed has 9 tokens"):
+        dfar.torch.unpack_padded(torch.arange(9.0), torch.tensor([0, 2, 5]))
+
+
+def test_options_that_would_be_lost_are_refused() -> None:
+    q, k, v = torch.randn(3, 7, 2, 4)
+    cu_seqlens, label = torch.tensor([0, 4, 7]), torch.tensor([1, 0, 1, 1, 0, 0, 1])
+
+    def fha(q, **options):
+        return dfar.torch.fha(q, k, v, cu_seqlens, label, **options)
+
+    with pytest.raises(NotImplementedError, match="q has a tangent"):
+        torch.func.jvp(fha, (q,), (torch.ones_like(q),))
+    for name, value in [
+        ("scale", torch.tensor(0.5, requires_grad=True)),
+        ("scale", "1"),
+        ("causal", None),
+        ("label_mask", 1),
+        ("normalization", None),
+    ]:
+        with pytest.raises(TypeError, match=name):
+            fha(q, **{name: value})
 
 
 def test_the_module_gives_padded_and_packed_batches_the_same_results() -> None:

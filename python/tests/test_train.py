@@ -250,6 +250,26 @@ def test_callbacks_see_steps_and_epochs(data, tmp_path: Path) -> None:
     assert [r["loss"] for r in count.records] == run.curves()["loss"].tolist()
 
 
+def test_callbacks_have_records_of_their_own_and_stop_with_a_numpy_bool(data, tmp_path: Path) -> None:
+    class Taker(dfar.callbacks.Callback):
+        def on_epoch_end(self, record):
+            record.clear()
+            return np.False_
+
+    count = Count()
+    run = dfar.train(data, conftest.SMALL, tmp_path / "run", callbacks=[Taker(), count], progress=False)
+    assert not run.finished and count.records[0]["epoch"] == 1
+    with pytest.raises(ValueError, match="threads is 5000, but must be at most 1024"):
+        dfar.resume(run.dir, {"threads": 5000}, progress=False)
+
+
+def test_a_run_of_a_relative_directory_is_found_from_other_folders(run, monkeypatch) -> None:
+    monkeypatch.chdir(run.dir.parent)
+    again = dfar.Run.open(run.dir.name)
+    monkeypatch.chdir("/")
+    assert again.finished and again.metrics == run.metrics
+
+
 def test_a_stopped_run_is_continued_to_the_same_bits(run, data, tmp_path: Path) -> None:
     first_epoch = run.metrics["steps"] // 2
     stop = Count(stop_at=first_epoch + 2)

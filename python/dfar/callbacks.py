@@ -14,8 +14,6 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 if TYPE_CHECKING:
     from ._run import Run
 
@@ -58,6 +56,9 @@ class Dispatch:
     """Calls the methods that callbacks have."""
 
     def __init__(self, callbacks: Sequence[Any]) -> None:
+        import numpy as np  # not with `import dfar`, which it would make slower
+
+        self.bools = (bool, np.bool_)
         self.callbacks = callbacks
         self.methods: dict[str, list[Any]] = {}
         for event, name in METHODS.items():
@@ -71,7 +72,7 @@ class Dispatch:
         kind = event.pop("event")
         # Each gets its own, which it may change.
         answers = [method(dict(event)) for method in self.methods.get(kind, ())]
-        return not any(isinstance(answer, (bool, np.bool_)) and not answer for answer in answers)
+        return not any(isinstance(answer, self.bools) and not answer for answer in answers)
 
     def end(self, run: Run) -> None:
         for callback in self.callbacks:

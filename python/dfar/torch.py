@@ -306,7 +306,8 @@ def fha(
     if not torch.compiler.is_compiling():
         # The tangent would be lost without a word.
         for name, x in named[:3]:
-            if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+            dual = torch.autograd.forward_ad.unpack_dual(x)  # type: ignore[no-untyped-call]
+            if dual.tangent is not None:
                 raise NotImplementedError(f"{name} has a tangent, but dfar.fha has no forward mode")
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1]) if q.shape[-1] else 1.0
@@ -375,6 +376,10 @@ def unpack_padded(packed: Tensor, cu_seqlens: Tensor, longest: int | None = None
             raise ValueError(f"packed has {len(packed)} tokens, but cu_seqlens {int(cu_seqlens[-1])}")
         if int(lengths.max()) > longest:
             raise ValueError(f"longest is {longest}, but a sequence has {int(lengths.max())} tokens")
+    return _unpack(packed, lengths, longest)
+
+
+def _unpack(packed: Tensor, lengths: Tensor, longest: int) -> Tensor:
     kept = _kept(lengths, longest, packed.device)
     padded = packed.new_zeros(len(lengths), longest, *packed.shape[1:])
     return padded.masked_scatter(kept.reshape(kept.shape + (1,) * (packed.dim() - 1)), packed)
@@ -490,7 +495,7 @@ class FactorizationHeadsAttention(nn.Module):
         packed = pack_padded(x, lengths)
         labels = pack_padded(label, lengths).values
         result = self._packed(packed.values, labels, packed.cu_seqlens)
-        return unpack_padded(result, packed.cu_seqlens, longest)
+        return _unpack(result, packed.cu_seqlens.diff(), longest)
 
     def _in_place(self, x: Tensor, label: Tensor, lengths: Tensor) -> Tensor:
         """A padded batch without packing, whose shape would depend on values: the padding behind

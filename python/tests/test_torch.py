@@ -319,11 +319,11 @@ def test_labels_and_lengths_of_a_batch_on_a_gpu_may_be_on_the_cpu(device: str) -
         integers = {"device": device, "dtype": torch.int64}
         label, labels = torch.empty(3, 6, **integers), torch.empty(9, **integers)
         lengths, cu_seqlens = torch.empty(3, **integers), torch.empty(4, **integers)
-        # Not `pack_padded`: the number of tokens of a fake batch is unknown.
+        # Not `pack_padded` and `unpack_padded`, which look at values.
         for result in (
             module(x, label),
             module._in_place(x, label, lengths),
-            dfar.torch.unpack_padded(module(packed, labels, cu_seqlens), cu_seqlens, 6),
+            dfar.torch._unpack(module(packed, labels, cu_seqlens), cu_seqlens.diff(), 6),
         ):
             assert result.shape == x.shape and result.device.type == "cuda"
 

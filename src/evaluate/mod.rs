@@ -246,6 +246,14 @@ pub fn length_edges(data: &Dataset, given: &[u32]) -> Vec<u32> {
     if given.is_empty() { quartile_edges(data, Part::Test) } else { given.to_vec() }
 }
 
+/// Why neither part of a data set with this number of negatives per group has metrics, in words.
+pub fn no_metrics(negatives: usize) -> &'static str {
+    match negatives {
+        0 => "the evaluation groups have no negatives (the data set was made with --negatives 0)",
+        _ => "no event of the validation and test parts is liked",
+    }
+}
+
 /// The metrics of a part from its scores `[G, 1 + negatives]`; `None` if no target of the part was
 /// liked. `edges` are the upper edges of the length buckets, ascending.
 pub fn part_report(

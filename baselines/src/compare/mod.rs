@@ -387,12 +387,8 @@ fn write_tables(
     let head_pairs = head_pairs(out, data, study, &results)?;
     let table = Table::new(&results, &own.setting(), references, searches.to_vec(), head_pairs);
     if table.groups == 0 {
-        cli::note(match data.protocol().candidates.negatives {
-            0 => {
-                "no metrics: the evaluation groups have no negatives (the data set was made with --negatives 0)"
-            }
-            _ => "no metrics: no event of the validation and test parts is liked",
-        });
+        let reason = evaluate::no_metrics(data.protocol().candidates.negatives);
+        cli::note(format_args!("no metrics: {reason}"));
     }
     let (markdown, json) = (markdown(&table), format!("{:#}\n", to_json(&table)));
     let (title, about) = about(data, &study.data);

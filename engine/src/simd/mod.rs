@@ -23,6 +23,8 @@ pub(crate) use portable::Portable;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use x86::{Avx2, Avx512};
 
+use std::ffi::OsString;
+
 /// The largest [`Simd::LANES`].
 pub const MAX_LANES: usize = 16;
 
@@ -212,17 +214,21 @@ pub fn dispatch<K: Kernel>(kernel: K) -> K::Output {
 /// # Errors
 /// The names that this processor has, in words.
 pub fn check_selected() -> Result<(), String> {
-    let names: Vec<&str> = available().iter().map(|(name, _)| *name).collect();
-    match std::env::var_os(SELECTS) {
-        Some(wanted) if !names.iter().any(|name| *name == wanted) => {
-            Err(format!("{}: this processor has {}", wanted.display(), names.join(", ")))
-        }
-        _ => Ok(()),
-    }
+    let available = available();
+    selected(&available).map(drop).map_err(|wanted| {
+        let names: Vec<&str> = available.iter().map(|(name, _)| *name).collect();
+        format!("{}: this processor has {}", wanted.display(), names.join(", "))
+    })
 }
 
-/// The environment variable that selects an instruction set.
-const SELECTS: &str = "DFAR_SIMD";
+/// The set that `DFAR_SIMD` names, if it is given; its value if that is none of these.
+fn selected(available: &[(&'static str, Set)]) -> Result<Option<Set>, OsString> {
+    let Some(wanted) = std::env::var_os("DFAR_SIMD") else { return Ok(None) };
+    match available.iter().find(|(name, _)| *name == wanted) {
+        Some((_, set)) => Ok(Some(*set)),
+        None => Err(wanted),
+    }
+}
 
 /// Name of the instruction set of [`dispatch`].
 pub fn name() -> &'static str {
@@ -268,9 +274,7 @@ fn best() -> Set {
     static BEST: std::sync::OnceLock<Set> = std::sync::OnceLock::new();
     *BEST.get_or_init(|| {
         let available = available();
-        let wanted = std::env::var(SELECTS).ok();
-        let named = wanted.and_then(|w| available.iter().find(|(name, _)| *name == w));
-        named.unwrap_or(&available[0]).1
+        selected(&available).ok().flatten().unwrap_or(available[0].1)
     })
 }
 

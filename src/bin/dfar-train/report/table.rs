@@ -1,8 +1,8 @@
 //! The metrics as text.
 
 use super::{Evaluation, RunReport};
-use dfar::evaluate::PartReport;
 use dfar::evaluate::metrics::Metrics;
+use dfar::evaluate::{self, PartReport};
 use std::fmt::Write;
 
 /// Aligned columns: the first to the left, the others to the right.
@@ -51,10 +51,7 @@ pub fn evaluation_text(evaluation: &Evaluation, negatives: usize) -> String {
             popularity.valid.as_ref(),
             ceiling.as_ref().and_then(|c| c.valid.as_ref()),
         ),
-        (None, None) if negatives == 0 => text.push_str(
-            "no metrics: the evaluation groups have no negatives (the data set was made with --negatives 0)\n",
-        ),
-        (None, None) => text.push_str("no metrics: no event of the validation and test parts is liked\n"),
+        (None, None) => text.push_str(&format!("no metrics: {}\n", evaluate::no_metrics(negatives))),
     }
     text
 }

@@ -100,12 +100,11 @@ impl Writer {
     }
 
     fn begin(&mut self) -> io::Result<()> {
-        let begun = std::mem::replace(&mut self.begun, true);
-        match self.format {
-            Format::Csv if !begun => writeln!(self.out, "{}", self.columns.join(",")),
-            Format::Json => self.out.write_all(if begun { b",\n" } else { b"[\n" }),
-            _ => Ok(()),
+        if self.begun || self.format != Format::Csv {
+            return Ok(());
         }
+        self.begun = true;
+        writeln!(self.out, "{}", self.columns.join(","))
     }
 
     pub fn row(&mut self, row: Vec<Value>) -> dfar::Result<()> {
@@ -116,8 +115,8 @@ impl Writer {
             }
             Format::Jsonl => writeln!(w.out, "{}", json(w.columns, &row)),
             Format::Json => {
-                w.begin()?;
-                write!(w.out, "  {}", json(w.columns, &row))
+                let before = if std::mem::replace(&mut w.begun, true) { ",\n" } else { "[\n" };
+                write!(w.out, "{before}  {}", json(w.columns, &row))
             }
             Format::Table => {
                 w.rows.push(row);
